@@ -1,0 +1,51 @@
+# Every target a developer or CI needs; `make` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo format check test test-all smoke wheel tiny bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed ## make the environment and install epmq with what developing needs
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install ## the main job on the built-in suite: merge, calibrate, quantize, pack, score
+	$(BIN)/epmq run merge=ties quant=gptq bits=4
+
+format: install ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: install ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install ## the tests, but for the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: install ## all tests
+	$(BIN)/pytest
+
+smoke: wheel ## install the wheel in a clean environment outside the checkout and run it there
+	./.ci/smoke $(PYTHON) $(abspath $(wildcard dist/*.whl))
+
+wheel: install ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --wheel .
+
+tiny: install ## train the models of the built-in suite again
+	$(BIN)/python benchmarks/tiny/train.py
+
+bench: install ## the table of benchmarks/README.md for the built-in suite
+	$(BIN)/python benchmarks/compare.py --suite tiny
+
+clean: ## remove what the other targets made, but for runs/
+	rm -rf $(VENV) dist build *.egg-info

@@ -1,0 +1,56 @@
+"""The model card of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Template
+
+from epmq_cli.quantize.grid import GridSpec
+from epmq_cli.suites import Suite
+
+CARD = Template("""---
+library_name: transformers
+tags: [merge, epmq, compressed-tensors]
+---
+
+# $name: one model of $count experts
+
+Made by epmq $version: merged with `$merge`, calibrated with `$guidance`, quantized with `$quantizer`.
+
+- base: `$base`
+- experts: $experts
+- weights of the transformer blocks' linears: $weights
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/of/this/folder")
+```
+
+Heads of the tasks (class embeddings or classifiers) are in `heads.safetensors`, as `<task>.weight` and `<task>.bias`.
+`epmq eval path/of/this/folder` scores the model on every task; `epmq.json` holds the settings it was made with.
+""")
+
+
+def model_card(suite: Suite, choices: Sequence[str], spec: GridSpec | None, version: str) -> str:
+    """The text of README.md; `choices`: the names of merge, guidance and quantizer."""
+    merge, guidance, quantizer = choices
+    grid = (
+        "dense"
+        if spec is None
+        else (
+            f"{spec.bits} bits, {'symmetric' if spec.symmetric else 'asymmetric'}, "
+            + ("one scale a row" if spec.group_size == -1 else f"groups of {spec.group_size}")
+        )
+    )
+    return CARD.substitute(
+        name=suite.name,
+        count=len(suite.members),
+        version=version,
+        merge=merge,
+        guidance=guidance,
+        quantizer=quantizer,
+        base=suite.base,
+        experts=", ".join(f"`{task.expert}` ({task.name})" for task in suite.members),
+        weights=grid,
+    )

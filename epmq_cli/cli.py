@@ -1,0 +1,99 @@
+"""The `epmq` command: takes the subcommand off the command line and hands the rest to it.
+
+Imports neither torch nor hydra, so that help and completion answer at once. Hydra reads sys.argv when a command's
+main is called, and COMP_LINE when the shell asks for completions: the subcommand is taken off both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "run": "merge, calibrate, quantize, pack and score a suite",
+    "eval": "score a checkpoint on the tasks that it was made for",
+    "list": "show what each config group offers",
+}
+
+USAGE = """usage: epmq COMMAND [key=value ...] [options]
+
+epmq makes one 4-bit model of many fine-tuned experts.
+
+commands
+{commands}
+
+examples
+  epmq run                                           the built-in suite, offline
+  epmq run merge=ties quant=gptq bits=4              other methods
+  epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
+  epmq eval runs/NAME/checkpoint                     score a checkpoint again
+  epmq COMMAND --help                                all options of a command
+  epmq --version
+  eval "$(epmq -sc install=bash)"                    completion in bash
+"""
+
+
+def main() -> None:
+    """Entry of the console script; exits with the status of the command, 2 where there is no such command."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["-sc"] or arguments[:1] == ["--shell-completion"]:
+        complete(arguments)
+    elif not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+    elif arguments[0] in ("-V", "--version", "version"):
+        from epmq_cli import __version__
+
+        print(f"epmq {__version__}")
+    elif arguments[0] in COMMANDS:
+        start(arguments[0], arguments[1:])
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        sys.exit(f"epmq: there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.{hint}")
+
+
+def usage() -> str:
+    """The page that `epmq --help` prints."""
+    return USAGE.format(commands="\n".join(f"  {name:<6} {summary}" for name, summary in COMMANDS.items()))
+
+
+def start(command: str, arguments: list[str]) -> None:
+    """Runs a command with sys.argv as Hydra shall see it."""
+    if command != "list" and {"-h", "--help"} & set(arguments):
+        importlib.import_module("epmq_cli.commands.help").show(command)
+        return
+    if command == "eval":
+        arguments = [_checkpoint_override(argument) for argument in arguments]
+    # threads that wait by spinning take the cores from those that work, on machines with other things to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.argv = [f"epmq {command}", *arguments]
+    importlib.import_module(f"epmq_cli.commands.{command}").main()
+
+
+def _checkpoint_override(argument: str) -> str:
+    """`epmq eval FOLDER` means `epmq eval checkpoint=FOLDER`; folders of sweeps have = and commas in their names."""
+    if argument.startswith("-") or ("=" in argument and not Path(argument).is_dir()):
+        return argument
+    escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
+    return f"checkpoint='{escaped}'"
+
+
+def complete(arguments: list[str]) -> None:
+    """Answers the shell: names of commands first, then what Hydra knows of the command that the line has."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    named = len(words) > 2 or (len(words) == 2 and line.endswith(" "))
+    if arguments[1:2] and arguments[1].startswith("query") and not named:
+        begun = words[1] if len(words) == 2 else ""
+        print("\n".join(name for name in COMMANDS if name.startswith(begun)))
+        return
+    command = words[1] if named and words[1] in ("run", "eval") else "run"
+    if named:
+        position = int(os.environ.get("COMP_POINT", str(len(line))))
+        os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
+        os.environ["COMP_POINT"] = str(max(0, position - len(words[1]) - 1))
+    start(command, arguments)

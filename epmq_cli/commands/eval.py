@@ -1,0 +1,45 @@
+"""`epmq eval CHECKPOINT`: scores a checkpoint, read from disk by transformers, on the tasks it was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from epmq_cli import config
+from epmq_cli.commands.app import guarded, refuse_used
+
+
+@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="eval")
+@guarded
+def main(cfg: DictConfig) -> None:
+    """One checkpoint, or one of each job of a sweep."""
+    evaluate(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
+
+
+def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
+    """Prints the scores and writes them to `metrics.json` in the folder."""
+    from epmq_cli import pipeline as steps
+    from epmq_cli.families import family_of
+    from epmq_cli.families.family import load_model
+    from epmq_cli.report import metrics, table
+    from epmq_cli.report.stages import Stages
+
+    refuse_used(folder, "metrics.json")
+    config.check_complete(cfg)
+    checkpoint, device = Path(cfg.checkpoint), config.device_of(cfg.device)
+    suite = steps.checkpoint_suite(checkpoint, cfg.suite)
+    evaluation, stages = config.build("eval", cfg.eval), Stages(device)
+    with stages.stage("read"):
+        family = family_of(suite.family)
+        heads = steps.read_heads(checkpoint, suite, device)
+        tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
+        model = load_model(family, checkpoint, device)
+    with stages.stage("score quantized"):
+        scores = steps.accuracies(family, model, tasks, evaluation.batch_size, device, "quantized")
+    measured = {"scores": metrics.by_task(scores), "stages": stages.records}
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))
+    table.show_eval(measured, f"{suite.name}: {checkpoint}", folder)

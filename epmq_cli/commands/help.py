@@ -1,0 +1,71 @@
+"""`epmq run --help` and `epmq eval --help`: the options as their YAML files explain them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from epmq_cli.commands.list import options
+from epmq_cli.config import conf_dir
+
+EXAMPLES = {
+    "run": """usage: epmq run [group=option ...] [key.name=value ...] [-m] [--config-dir FOLDER]
+
+Merges the experts of a suite, calibrates towards them, quantizes, packs and scores.
+
+examples
+  epmq run                                          the built-in suite, offline
+  epmq run merge=ties quant=gptq bits=4             other methods
+  epmq run guidance.lam=0.01 calib.samples=512      any value below
+  epmq run -m merge=ties,task_arithmetic bits=3,4   a sweep: every combination
+  epmq run --config-dir my_configs suite=mine       a suite of your own (README, "Your own suite")
+  epmq run --cfg job merge=ties                     show the config of a run and stop
+""",
+    "eval": """usage: epmq eval CHECKPOINT [key.name=value ...] [-m] [--config-dir FOLDER]
+
+Scores a checkpoint, read from disk by transformers, on the tasks that it was made for.
+
+examples
+  epmq eval runs/NAME/checkpoint
+  epmq eval runs/NAME/checkpoint device=cpu eval.batch_size=8 eval.samples=100
+  epmq eval runs/NAME/checkpoint --config-dir my_configs suite=mine   the same tasks, data elsewhere
+""",
+}
+TAIL = """
+-m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: what else Hydra takes.
+A shipped name always means the shipped thing: --config-dir adds options and shadows none.
+"""
+
+
+def show(command: str) -> None:
+    """Prints the page of a command."""
+    primary = conf_dir() / f"{command}.yaml"
+    chosen = dict(
+        line.strip(" -").split(": ") for line in _part(primary, "defaults:", "\n\n").splitlines() if ": " in line
+    )
+    pages = [EXAMPLES[command], "groups: choose with group=option; * is the default"]
+    known = options([conf_dir()])
+    for group, default in chosen.items():
+        names = "  ".join(f"{name}{'*' if name == default else ''}" for name in known[group])
+        pages.append(f"  {group:<10} {names}")
+    pages.append(
+        "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
+    )
+    for group, default in chosen.items():
+        if group != "suite":
+            pages.append(
+                f"\n{group}={default}: override with {group}.key=value\n"
+                + _body(conf_dir() / group / f"{default}.yaml")
+            )
+    sys.stdout.write("\n".join(pages) + "\n" + TAIL)
+
+
+def _part(path: Path, start: str, end: str) -> str:
+    """The text between the first `start` and the first `end` behind it."""
+    return path.read_text(encoding="utf-8").partition(start)[2].partition(end)[0]
+
+
+def _body(path: Path) -> str:
+    """The options of a config file with their comments."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(f"  {line}" for line in lines if not line.startswith(("#", "_target_"))) or "  no options"

@@ -1,0 +1,57 @@
+"""`epmq list [GROUP]`: what each config group offers. A YAML in conf/ is all it takes to appear here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.table import Table
+
+from epmq_cli.config import conf_dir
+from epmq_cli.console import console
+
+
+def main() -> None:
+    """Prints one line an option; exits with 1 where there is no such group."""
+    parser = argparse.ArgumentParser(prog="epmq list", description="Show what each config group offers.")
+    parser.add_argument("group", nargs="?", help="only this group")
+    parser.add_argument("--config-dir", type=Path, help="a folder of your own configs, as for epmq run")
+    arguments = parser.parse_args(sys.argv[1:])
+    folders = [conf_dir()] + ([arguments.config_dir] if arguments.config_dir else [])
+    for folder in folders:
+        if not folder.is_dir():
+            sys.exit(f"epmq: --config-dir {folder} is not a folder")
+    found = options(folders)
+    if arguments.group is not None and arguments.group not in found:
+        sys.exit(f"epmq: there is no group {arguments.group!r}; the groups are {', '.join(found)}")
+    show({arguments.group: found[arguments.group]} if arguments.group else found)
+
+
+def options(folders: list[Path]) -> dict[str, dict[str, str]]:
+    """group -> option -> its summary, from every YAML one level down; in a group shipped options come first."""
+    found: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*/*.yaml")):
+            found.setdefault(path.parent.name, {}).setdefault(path.stem, summary(path))
+    return dict(sorted(found.items()))
+
+
+def summary(path: Path) -> str:
+    """The second comment line of a config, which says in a sentence what it is; the first is its command line."""
+    comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return comments[1] if len(comments) > 1 else ""
+
+
+def show(found: dict[str, dict[str, str]]) -> None:
+    """A table as wide as the terminal; elsewhere one line an option, for grep."""
+    rows = [(f"{group}={option}", text) for group, summaries in found.items() for option, text in summaries.items()]
+    if not console.is_terminal:
+        print("\n".join(f"{name:<24} {text}".rstrip() for name, text in rows))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

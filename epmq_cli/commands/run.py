@@ -1,0 +1,61 @@
+"""`epmq run`: merge, calibrate, quantize, pack, score, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from epmq_cli import config
+from epmq_cli.commands.app import guarded, refuse_used
+
+
+@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
+@guarded
+def main(cfg: DictConfig) -> None:
+    """One job, or one of each job of a sweep, in the run folder that Hydra made."""
+    hydra_config = HydraConfig.get()
+    choices = {group: str(name) for group, name in hydra_config.runtime.choices.items() if "/" not in group}
+    run(cfg, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task), choices)
+
+
+def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
+    """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
+    from epmq_cli import pipeline as steps
+    from epmq_cli.families.family import load_model
+    from epmq_cli.merge.apply import merge_models
+    from epmq_cli.report import metrics, table
+    from epmq_cli.report.stages import Stages
+
+    refuse_used(folder, "checkpoint", "metrics.json")
+    config.check_complete(cfg)
+    resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
+    stages, scores = Stages(job.device), metrics.Scores()
+    with stages.stage("read"):
+        models, model, dtype = steps.open_models(job)
+        tasks, calibration = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
+    with stages.stage("score base and experts"):
+        scores |= steps.score_parts(job, model, models.source, tasks)
+    with stages.stage("merge"):
+        steps.install(model, merge_models(models.source, job.merge, dtype))
+    with stages.stage("score merged"):
+        scores |= steps.score(job, model, tasks, "merged")
+    with stages.stage("calibrate and quantize"):
+        walked = steps.calibrate(job, model, calibration, models.source, dtype)
+    with stages.stage("pack"):
+        steps.pack(job, checkpoint, model, walked, tasks, models.base.path, dtype, resolved, choices)
+    with stages.stage("score quantized"):
+        scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized")
+    measured = {
+        "seed": job.seed,
+        "scores": metrics.by_task(scores),
+        "layers": [asdict(record) for record in walked.records],
+        "events": steps.events(walked),
+        "bytes": steps.sizes(checkpoint, model, walked, dtype),
+        "stages": stages.records,
+    }
+    metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
+    table.show_run(measured, f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}", folder)

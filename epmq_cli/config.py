@@ -1,0 +1,136 @@
+"""Where conf/ is, and from a composed config to the objects of a command: every check made before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from epmq_cli.errors import ConfigError, EpmqError, check_choice, check_keys, check_range
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = "auto, cpu, cuda or cuda:<index>"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+STAGES = ("base", "experts", "merged", "quantized")
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped configs: in the wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Calib:
+    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time."""
+
+    samples: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
+        check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the base's; `shard_size` such as
+    5GB."""
+
+    dtype: str
+    shard_size: str
+
+    def __post_init__(self) -> None:
+        check_choice("pack.dtype", self.dtype, DTYPES)
+        number = self.shard_size[:-2] if isinstance(self.shard_size, str) else ""
+        if not number.isdigit() or int(number) == 0 or self.shard_size[-2:] not in ("KB", "MB", "GB"):
+            raise ConfigError(
+                f"pack.shard_size must be a whole number with KB, MB or GB such as 5GB, got {self.shard_size!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`eval=<name>`: `batch_size`; `samples`, at most so many of each test split, null for all; `stages` that are
+    scored."""
+
+    batch_size: int
+    samples: int | None
+    stages: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_range("eval.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        if self.samples is not None:
+            check_range("eval.samples", self.samples, 1, 1 << 30, integer=True)
+        for stage in self.stages:
+            check_choice("eval.stages", stage, STAGES)
+
+
+def check_complete(cfg: DictConfig) -> None:
+    """Refuses a config with a value that is still ??? or an interpolation that leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} must be given, for instance {missing[0]}=...")
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+
+
+def build(group: str, node: DictConfig) -> Any:
+    """The object that a config group describes; its keys must be the fields of the class that `_target_` names."""
+    import hydra
+
+    for where, part in _targets(group, OmegaConf.to_container(node, resolve=True)):
+        try:
+            known = [field.name for field in dataclasses.fields(hydra.utils.get_class(part["_target_"]))]
+        except (ImportError, TypeError, ValueError) as error:
+            raise ConfigError(f"{where}._target_ must name one of epmq's classes, got {part['_target_']!r}") from error
+        check_keys(where, [str(key) for key in part if key != "_target_"], known)
+    if "_target_" not in node:
+        raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except hydra.errors.InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, EpmqError):
+            raise cause from None
+        if isinstance(cause, TypeError):
+            raise ConfigError(f"{group} cannot be made: {cause}") from error
+        raise
+
+
+def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from _targets(f"{where}.{key}", value)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; `auto` is the first accelerator, else the CPU."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise ConfigError(f"device must be {DEVICES}, got {name!r}")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        found = torch.cuda.device_count()
+        raise ConfigError(f"device={name} is not there: this machine has {found} CUDA devices; use device=cpu")
+    return torch.device(name)
+
+
+def seed_of(value: object) -> int:
+    """The seed; ConfigError unless it is a whole number from 0 to 2^31 - 1."""
+    check_range("seed", value, 0, (1 << 31) - 1, integer=True)
+    return int(value)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,100 @@
+"""Image tasks from local files: folders of images, or npz arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from epmq_cli.data.samples import Samples, Split
+from epmq_cli.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class ImageFiles(Sequence[Image.Image]):
+    """Images that are opened when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        path = self._paths[index]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image.copy()
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise DataError(f"{path} is not an image that Pillow can read ({error}); remove or replace it") from error
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Folders `train` and `test` with one sub-folder of images a class.
+
+    `labels`: the names of the sub-folders in the order of the classes; null for their sorted names.
+    """
+
+    train: str
+    test: str
+    labels: Sequence[str] | None = None
+
+    def load(self, split: Split) -> Samples:
+        """All images of the split by class, then by file name."""
+        folder = Path(self.train if split == "train" else self.test).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder; data paths are taken from the folder that epmq was started in")
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = found if self.labels is None else [str(label) for label in self.labels]
+        if not found or set(found) - set(names):
+            raise DataError(
+                f"{folder} must have one sub-folder for each of {', '.join(names) or 'the classes'}, "
+                f"it has {', '.join(found) or 'none'}"
+            )
+        files = [
+            (path, label)
+            for label, name in enumerate(names)
+            for path in sorted((folder / name).glob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        return Samples(
+            ImageFiles([path for path, _ in files]), torch.tensor([label for _, label in files], dtype=torch.int64)
+        )
+
+
+@dataclass(frozen=True)
+class Npz:
+    """One npz file with arrays train_images, train_labels, test_images and test_labels.
+
+    Images: uint8, (n, height, width) grey or (n, height, width, 3) RGB. Labels: whole numbers (n,).
+    """
+
+    path: str
+
+    def load(self, split: Split) -> Samples:
+        """All images of the split."""
+        path = Path(self.path).expanduser()
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
+            ) from error
+        grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+        if images.dtype != np.uint8 or not grey_or_rgb or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
+                f"got {images.dtype} {images.shape} and labels {labels.shape}"
+            )
+        return Samples([Image.fromarray(image) for image in images], torch.from_numpy(labels.astype(np.int64)))

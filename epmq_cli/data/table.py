@@ -1,0 +1,111 @@
+"""Text tasks from local files: tsv, csv, jsonl or parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_cli.data.samples import Samples, Split
+from epmq_cli.errors import ConfigError, DataError
+
+KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with one sample a row, in the file `train` or `test`.
+
+    `text`: the column of the text, or a list of two columns for pairs. `label`: the column of the label. `labels`:
+    the values of that column in the order of the classes; null where they are the whole numbers 0, 1, ... themselves.
+    """
+
+    train: str
+    test: str
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    labels: Sequence[str | int] | None = None
+
+    def __post_init__(self) -> None:
+        for path in (self.train, self.test):
+            if Path(path).suffix not in KINDS:
+                raise ConfigError(f"data.train and data.test must be files ending in {', '.join(KINDS)}, got {path}")
+        if len(self.columns) not in (1, 2):
+            raise ConfigError(f"data.text must be one column or a list of two, got {self.text}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the text."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+    def load(self, split: Split) -> Samples:
+        """All rows of the split's file; DataError names the file, and the row where there is one."""
+        path = Path(self.train if split == "train" else self.test).expanduser()
+        rows = read_rows(path, (*self.columns, self.label))
+        texts = [tuple(str(row[column]) for column in self.columns) for row in rows]
+        inputs = [text if len(self.columns) == 2 else text[0] for text in texts]
+        return Samples(inputs, label_indices([row[self.label] for row in rows], self.labels, str(path)))
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file of one of the `KINDS`, each with at least these columns."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; data paths are taken from the folder that epmq was started in")
+    try:
+        rows = _READERS[path.suffix](path)
+    except (UnicodeDecodeError, ValueError, OSError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:]} in UTF-8 ({error})") from error
+    for number, row in enumerate(rows, 1):
+        missing = [column for column in columns if row.get(column) is None]
+        if missing:
+            found = ", ".join(str(column) for column in row if column is not None)
+            raise DataError(f"{path}, row {number}: no value in column {missing[0]}; the columns are {found}")
+    return rows
+
+
+def _read_delimited(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file, strict=True))
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be a JSON object")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow; install it with pip install 'epmq-cli[tables]'") from error
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+_READERS = {".tsv": _read_delimited, ".csv": _read_delimited, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def label_indices(values: Sequence[Any], labels: Sequence[str | int] | None, where: str) -> Tensor:
+    """int64 (len(values),): the position of each value in `labels`, or the value itself where that is None."""
+    if labels is not None:
+        index = {str(label): position for position, label in enumerate(labels)}
+        unknown = next((value for value in values if str(value) not in index), None)
+        if unknown is not None:
+            raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}")
+        return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
+    try:
+        return torch.tensor([int(value) for value in values], dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: labels must be whole numbers from 0; name their values in data.labels ({error})"
+        ) from error

@@ -1,0 +1,29 @@
+"""Zero-shot image classification (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 3.1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SCALE = 100.0  # CLIP's logit scale at the end of its training, and the protocol's
+
+
+def class_embeddings(embed: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(classes, width), rows of length 1: for each class the embeddings of all templates, normalised, averaged,
+    normalised.
+
+    `embed` gives (texts, width) for a list of texts.
+    """
+    rows = []
+    for name in classes:
+        texts = [template.format(name) for template in templates]
+        rows.append(normalize(normalize(embed(texts), dim=-1).mean(0), dim=-1))
+    return torch.stack(rows)
+
+
+def logits(features: Tensor, embeddings: Tensor) -> Tensor:
+    """100 x cosine between features (samples, width) and class embeddings (classes, width): (samples, classes)."""
+    return SCALE * normalize(features, dim=-1) @ embeddings.T

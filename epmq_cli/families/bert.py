@@ -1,0 +1,95 @@
+"""BERT classifiers (https://arxiv.org/abs/1810.04805) as transformers has them: encoder, embeddings and pooler are
+merged.
+
+Base: any BERT checkpoint with a pooler. Experts: `BertForSequenceClassification`, whose classifier is the task's
+head. The linears of the blocks are quantized; the pooler stays dense.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
+from epmq_cli.evaluate import classifier
+from epmq_cli.families.family import Batch, Collate, Head
+from epmq_cli.suites import Task
+
+PARTS = ("embeddings.", "encoder.", "pooler.")
+PREFIX = "bert."
+
+
+class Bert:
+    """`family: bert`."""
+
+    groups: tuple[tuple[str, ...], ...] = (
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("attention.output.dense",),
+        ("intermediate.dense",),
+        ("output.dense",),
+    )
+
+    dequantize_on_load = False
+
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
+        read."""
+        model_type = folder.config.get("model_type")
+        if model_type != "bert":
+            raise ModelError(f"{folder.role}: {folder.path} holds a model of type {model_type}, family bert takes bert")
+        names = {}
+        for stored in folder.infos:
+            name = stored.removeprefix(PREFIX)
+            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+            if name.startswith(PARTS) and not name.endswith("position_ids"):
+                names[name] = stored
+        if "pooler.dense.weight" not in names:
+            raise ModelError(f"{folder.role}: {folder.path} has no pooler, which the classifiers of family bert read")
+        return names
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """A BertModel with its pooler."""
+        from transformers import BertModel
+
+        model: nn.Module = BertModel.from_pretrained(folder, **options)
+        return model
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers of the encoder."""
+        layers = model.get_submodule("encoder.layer")
+        return [(f"encoder.layer.{index}", layer) for index, layer in layers.named_children()]
+
+    def collate(self, folder: Path, task: Task) -> Collate:
+        """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+        def collate(texts: list[Any]) -> Batch:
+            return dict(
+                tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+            )
+
+        return collate
+
+    def token_mask(self, batch: Batch) -> Tensor | None:
+        """True where there is no padding."""
+        return batch["attention_mask"].bool()
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The pooler's output: (samples, hidden size)."""
+        features: Tensor = model(**batch).pooler_output
+        return features
+
+    def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
+        """`weight` (classes, hidden size) and `bias` (classes,) of the expert's classifier."""
+        return {name: tensor.to(device) for name, tensor in classifier.read_head(expert, "classifier").items()}
+
+    def logits(self, features: Tensor, head: Head) -> Tensor:
+        """Those of a linear."""
+        return classifier.logits(features, head)

@@ -1,0 +1,106 @@
+"""CLIP (https://arxiv.org/abs/2103.00020) as transformers has it: the vision tower is merged and quantized.
+
+Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`; of the latter only the vision tower is read. Text
+tower and projections stay the base's. A head is the class embeddings of the base's text tower.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.evaluate import zero_shot
+from epmq_cli.families.family import Batch, Collate, Head
+from epmq_cli.suites import Task
+
+PREFIX = "vision_model."
+
+
+class Clip:
+    """`family: clip`."""
+
+    groups: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("mlp.fc1",),
+        ("mlp.fc2",),
+    )
+
+    dequantize_on_load = True  # get_image_features goes round the call of the whole model
+
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
+        read."""
+        model_type = folder.config.get("model_type")
+        if model_type not in ("clip", "clip_vision_model"):
+            raise ModelError(
+                f"{folder.role}: {folder.path} holds a model of type {model_type}, "
+                "family clip takes clip and clip_vision_model"
+            )
+        prefixed = any(name.startswith(PREFIX) for name in folder.infos)
+        names = {
+            name if prefixed else PREFIX + name: name
+            for name in folder.infos
+            if not prefixed or name.startswith(PREFIX)
+        }
+        return {name: stored for name, stored in names.items() if not name.endswith("position_ids")}
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """A CLIPModel."""
+        from transformers import CLIPModel
+
+        model: nn.Module = CLIPModel.from_pretrained(folder, **options)
+        return model
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers of the vision encoder."""
+        layers = model.get_submodule(PREFIX + "encoder.layers")
+        return [(f"{PREFIX}encoder.layers.{index}", layer) for index, layer in layers.named_children()]
+
+    def collate(self, folder: Path, task: Task) -> Collate:
+        """Images through the base's own image processor, as RGB."""
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+        def collate(images: list[Any]) -> Batch:
+            pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels}
+
+        return collate
+
+    def token_mask(self, batch: Batch) -> Tensor | None:
+        """None: every patch is real."""
+        return None
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Image embeddings after the projection: (samples, projection width), not normalised."""
+        output = model.get_image_features(**batch)  # type: ignore[operator]
+        features: Tensor = output.pooler_output
+        return features
+
+    def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
+        """`weight` (classes, projection width): the class embeddings, each of length 1."""
+        from transformers import AutoTokenizer
+
+        if not task.classes or not task.templates:
+            raise ConfigError(
+                f"suite.tasks.{task.name} needs classes and templates, from which family clip makes its head"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+
+        def embed(texts: list[str]) -> Tensor:
+            tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+            embedding: Tensor = model.get_text_features(**tokens).pooler_output  # type: ignore[operator]
+            return embedding
+
+        return {"weight": zero_shot.class_embeddings(embed, task.classes, task.templates)}
+
+    def logits(self, features: Tensor, head: Head) -> Tensor:
+        """100 x cosine."""
+        return zero_shot.logits(features, head["weight"])

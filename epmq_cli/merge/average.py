@@ -1,0 +1,23 @@
+"""Simple average of the experts (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 2, uniform soup)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.merge.source import MergeSource, Rule
+
+
+def average(base: Tensor, experts: list[Tensor]) -> Tensor:
+    """Mean of the experts; the base is not one of them."""
+    return torch.stack(experts).mean(0)
+
+
+@dataclass(frozen=True)
+class Average:
+    """`merge=average`."""
+
+    def __call__(self, source: MergeSource) -> Rule:
+        return average

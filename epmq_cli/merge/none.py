@@ -1,0 +1,22 @@
+"""No merge: the base itself, for measuring what merging adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from epmq_cli.merge.source import MergeSource, Rule
+
+
+def keep_base(base: Tensor, experts: list[Tensor]) -> Tensor:
+    """The base's tensor as it is."""
+    return base
+
+
+@dataclass(frozen=True)
+class NoMerge:
+    """`merge=none`."""
+
+    def __call__(self, source: MergeSource) -> Rule:
+        return keep_base

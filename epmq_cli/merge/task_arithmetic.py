@@ -1,0 +1,30 @@
+"""Task Arithmetic (Ilharco et al. 2023, https://arxiv.org/abs/2212.04089, section 2, "learning via addition")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import check_range
+from epmq_cli.merge.source import MergeSource, Rule
+
+
+def task_arithmetic(base: Tensor, experts: list[Tensor], scale: float) -> Tensor:
+    """Base plus `scale` times the sum of the task vectors."""
+    return base + scale * torch.stack([expert - base for expert in experts]).sum(0)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """`merge=task_arithmetic`: `scale` is the paper's lambda, in [0, 10]; 0 gives the base."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_range("merge.scale", self.scale, 0, 10)
+
+    def __call__(self, source: MergeSource) -> Rule:
+        return partial(task_arithmetic, scale=self.scale)

@@ -1,0 +1,98 @@
+"""TIES: trim, elect sign, disjoint merge (Yadav et al. 2023, https://arxiv.org/abs/2306.01708, section 3, algorithm 1).
+
+Trimming is over the whole task vector, as in the paper, not tensor by tensor. The threshold is exact and found in two
+passes over the tensors by counting float bits, so that no more than one tensor is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import check_choice, check_range
+from epmq_cli.merge.source import MergeSource, Rule
+
+
+def kth_largest_magnitude(passes: Callable[[], Iterable[Tensor]], density: float) -> float:
+    """The smallest magnitude among the int(density * N) largest (at least one) of N values.
+
+    `passes()` gives the same float32 tensors each time it is called. Magnitudes order like their bit patterns read as
+    integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin that holds the answer.
+    """
+    upper = torch.zeros(1 << 16, dtype=torch.int64)
+    for bits in _magnitude_bits(passes()):
+        upper += torch.bincount(bits >> 16, minlength=1 << 16)
+    wanted = max(1, int(density * int(upper.sum())))
+    high, wanted = _bin_from_top(upper, wanted)
+    lower = torch.zeros(1 << 16, dtype=torch.int64)
+    for bits in _magnitude_bits(passes()):
+        lower += torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
+    low, _ = _bin_from_top(lower, wanted)
+    return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
+
+
+def _magnitude_bits(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (tensor.abs().flatten().contiguous().view(torch.int32) for tensor in tensors)
+
+
+def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin that holds the `wanted`-th element counted from the top bin, and how many of it are wanted."""
+    from_top = counts.flip(0).cumsum(0)
+    steps = int(torch.searchsorted(from_top, wanted))
+    above = int(from_top[steps - 1]) if steps else 0
+    return len(counts) - 1 - steps, wanted - above
+
+
+def trim(task_vector: Tensor, threshold: float) -> Tensor:
+    """Zeroes everything smaller in magnitude than the threshold."""
+    return task_vector * (task_vector.abs() >= threshold)
+
+
+def disjoint_merge(trimmed: Tensor, majority: float, combine: str) -> Tensor:
+    """Sum or mean, at each position, of those task vectors that agree with the elected sign.
+
+    `trimmed`: (experts, ...). The elected sign is that of the sum; where the sum is zero it is `majority`, +1 or -1.
+    """
+    elected = trimmed.sum(0).sign()
+    elected = torch.where(elected == 0, majority, elected)
+    agree = trimmed * elected > 0
+    total = (trimmed * agree).sum(0)
+    return total if combine == "sum" else total / agree.sum(0).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Ties:
+    """`merge=ties`.
+
+    `density`: fraction of each task vector that is kept, in (0, 1]. `scale`: factor on the merged task vector.
+    `combine`: `sum` (FusionBench, with scale 0.3) or `mean` (the paper, with scale 1) of the agreeing values.
+    """
+
+    density: float
+    scale: float
+    combine: str
+
+    def __post_init__(self) -> None:
+        check_range("merge.density", self.density, 0, 1, open_low=True)
+        check_range("merge.scale", self.scale, 0, 10)
+        check_choice("merge.combine", self.combine, ("sum", "mean"))
+
+    def __call__(self, source: MergeSource) -> Rule:
+        thresholds = [
+            kth_largest_magnitude(lambda task=task: source.task_vectors(task), self.density)  # type: ignore[misc]
+            for task in source.tasks
+        ]
+
+        def trimmed(base: Tensor, experts: list[Tensor]) -> Tensor:
+            return torch.stack([trim(e - base, t) for e, t in zip(experts, thresholds, strict=True)])
+
+        signs = sum(int(trimmed(source.base(name), source.experts(name)).sum(0).sign().sum()) for name in source.names)
+        majority = 1.0 if signs >= 0 else -1.0
+
+        def rule(base: Tensor, experts: list[Tensor]) -> Tensor:
+            return base + self.scale * disjoint_merge(trimmed(base, experts), majority, self.combine)
+
+        return rule

@@ -1,0 +1,262 @@
+"""The steps of `epmq run` and `epmq eval`, each a function of what the steps before it made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from epmq_cli import __version__, config
+from epmq_cli.calibrate.draw import batches, draw
+from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.walk import Walked, walk
+from epmq_cli.checkpoint.card import model_card
+from epmq_cli.checkpoint.pack import HEADS, RECORD, linear_bytes, weight_bytes, write_checkpoint
+from epmq_cli.console import track
+from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.evaluate.score import ScoredTask, accuracy
+from epmq_cli.families import family_of
+from epmq_cli.families.family import Batch, Family, load_model
+from epmq_cli.merge.apply import Models
+from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.quantize.grid import GridSpec
+from epmq_cli.quantize.result import Quantizer
+from epmq_cli.report.metrics import Scores
+from epmq_cli.suites import Suite, Task
+
+RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run's config describes, every value checked."""
+
+    suite: Suite
+    family: Family
+    merge: Merge
+    guidance: Guidance
+    calib: config.Calib
+    quantizer: Quantizer
+    pack: config.Pack
+    evaluation: config.Evaluation
+    device: torch.device
+    seed: int
+
+
+def make_job(cfg: DictConfig) -> Job:
+    """The job of a complete config; ConfigError before any model is opened."""
+    suite: Suite = config.build("suite", cfg.suite)
+    return Job(
+        suite=suite,
+        family=family_of(suite.family),
+        merge=config.build("merge", cfg.merge),
+        guidance=config.build("guidance", cfg.guidance),
+        calib=config.build("calib", cfg.calib),
+        quantizer=config.build("quant", cfg.quant),
+        pack=config.build("pack", cfg.pack),
+        evaluation=config.build("eval", cfg.eval),
+        device=config.device_of(cfg.device),
+        seed=config.seed_of(cfg.seed),
+    )
+
+
+def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
+    """The opened suite, the base model on the device, and the type of scales and of all that is not quantized.
+
+    The model calculates in float32, with weights rounded to that type.
+    """
+    models = Models(job.suite, job.family)
+    stored = models.source.dtype(models.source.names[-1])
+    dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
+    model = load_model(job.family, models.base.path, job.device).to(dtype).float()
+    check_groups(model, job.family, job.quantizer.spec)
+    return models, model, dtype
+
+
+def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> None:
+    """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
+    if spec is None:
+        return
+    for prefix, block in family.blocks(student):
+        for name in (name for group in family.groups for name in group):
+            width = block.get_parameter(f"{name}.weight").shape[1]
+            if width % spec.columns(width):
+                raise ConfigError(
+                    f"group_size={spec.group_size} must divide the {width} inputs of {prefix}.{name}; "
+                    "use a divisor, or group_size=-1 for one group a row"
+                )
+
+
+def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
+    """The tasks with their test samples and their heads, made by the base model or read from the experts."""
+    prepared = []
+    for task in track(job.suite.members, "read tasks"):
+        with torch.inference_mode():
+            head = job.family.head(base_model, models.base.path, task, models.experts[task.name], job.device)
+        prepared.append(scored_task(job.family, models.base.path, task, head, job.evaluation))
+    return prepared
+
+
+def scored_task(
+    family: Family,
+    folder: Path,
+    task: Task,
+    head: Mapping[str, Tensor],
+    evaluation: config.Evaluation,
+) -> ScoredTask:
+    """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
+    samples = task.data.load("test")
+    if evaluation.samples is not None:
+        samples = samples.take(list(range(min(evaluation.samples, len(samples)))))
+    return ScoredTask(task.name, samples, family.collate(folder, task), head)
+
+
+def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
+    """Each task's calibration batches, on the device."""
+    drawn = {}
+    for task in track(job.suite.members, "read calibration data"):
+        samples = draw(task.data.load("train"), job.calib.samples, job.seed, task.name).by_length()
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task), job.calib.batch_size, job.device))
+    return drawn
+
+
+def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts these values into the model's own tensors of the same names."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str) -> Scores:
+    """The scores of one stage, or nothing where `eval.stages` leaves it out."""
+    if stage not in job.evaluation.stages:
+        return {}
+    return accuracies(job.family, model, tasks, job.evaluation.batch_size, job.device, stage)
+
+
+def accuracies(
+    family: Family,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    batch_size: int,
+    device: torch.device,
+    stage: str,
+) -> Scores:
+    """Accuracy by task name, under the stage's name."""
+    return {
+        stage: {task.name: accuracy(family, model, task, batch_size, device) for task in track(tasks, f"score {stage}")}
+    }
+
+
+def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[ScoredTask]) -> Scores:
+    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
+    scores = score(job, model, tasks, "base")
+    if "experts" not in job.evaluation.stages:
+        return scores
+    scores["experts"] = {}
+    for task in track(tasks, "score experts"):
+        install(model, {name: source.expert(task.name, name) for name in source.names})
+        scores["experts"][task.name] = accuracy(job.family, model, task, job.evaluation.batch_size, job.device)
+    return scores
+
+
+def calibrate(
+    job: Job, model: nn.Module, calibration: dict[str, list[Batch]], source: MergeSource, dtype: torch.dtype
+) -> Walked:
+    """Walks the merged model, whose blocks' linears are replaced by what comes out."""
+    with torch.inference_mode():
+        return walk(model, job.family, calibration, source.expert, job.guidance, job.quantizer, dtype)
+
+
+def pack(
+    job: Job,
+    checkpoint: Path,
+    model: nn.Module,
+    walked: Walked,
+    tasks: list[ScoredTask],
+    base: Path,
+    dtype: torch.dtype,
+    resolved: Any,
+    choices: Mapping[str, str],
+) -> None:
+    """Writes the checkpoint with its model card and the record from which `epmq eval` knows the tasks.
+
+    Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
+    """
+    record = {"epmq": __version__, "choices": dict(choices), "config": {key: resolved[key] for key in RECORDED}}
+    names = (choices["merge"], choices["guidance"], choices["quant"])
+    texts = {
+        RECORD: json.dumps(record, indent=2) + "\n",
+        "README.md": model_card(job.suite, names, job.quantizer.spec, __version__),
+    }
+    heads = {task.name: task.head for task in tasks}
+    spec, dequantize = job.quantizer.spec, job.family.dequantize_on_load
+    write_checkpoint(
+        checkpoint, model, walked.weights, spec, dequantize, heads, base, texts, dtype, job.pack.shard_size
+    )
+
+
+def events(walked: Walked) -> dict[str, int]:
+    """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
+    records = walked.records
+    return {
+        "linears": len(records),
+        "damping_retried": sum(record.damping_retries > 0 for record in records),
+        "target_without_factor": sum(record.target_damping is None for record in records),
+        "fallbacks": sum(record.fallback is not None for record in records),
+    }
+
+
+def sizes(checkpoint: Path, model: nn.Module, walked: Walked, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the weights: the whole model and its calibrated linears alone, dense in `dtype` and as packed."""
+    names = {f"{name}.weight" for name in walked.weights}
+    elements = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    linears = sum(count for name, count in elements.items() if name in names)
+    packed = weight_bytes(checkpoint)
+    dense_rest = (sum(elements.values()) - linears) * dtype.itemsize
+    return {
+        "model_dense": dense_rest + linears * dtype.itemsize,
+        "model_packed": packed,
+        "linears_dense": linears * dtype.itemsize,
+        "linears_packed": linear_bytes(walked.weights, dtype),
+    }
+
+
+def checkpoint_suite(checkpoint: Path, given: DictConfig | None) -> Suite:
+    """The suite that a checkpoint was made from, or the one that is given; CheckpointError where there is no record
+    of it."""
+    try:
+        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["config"]["suite"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
+        ) from error
+    suite: Suite = config.build("suite", given if given is not None else OmegaConf.create(recorded))
+    return suite
+
+
+def read_heads(checkpoint: Path, suite: Suite, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each task's head."""
+    try:
+        tensors = load_file(checkpoint / HEADS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint / HEADS} cannot be read ({error}); run epmq run again") from error
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        task, part = name.rsplit(".", 1)
+        heads.setdefault(task, {})[part] = tensor
+    missing = [task.name for task in suite.members if task.name not in heads]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint / HEADS} has no head for task {missing[0]}; its tasks are {', '.join(heads)}"
+        )
+    return heads

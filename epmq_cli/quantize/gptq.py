@@ -1,0 +1,152 @@
+"""GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323, section 3.3, algorithm 1).
+
+Columns are quantized one by one; the error of each is spread over those that are still to come so that tr (Q - W) H
+(Q - W)' stays least. It is given the target weight W* and the H of its objective instead of the merged weight and
+X'X, and so solves the expert-guided problem (docs: README, "The method").
+
+Departures from the paper: the upper factor of H^-1 comes from one Cholesky of H with its order reversed and one
+triangular solve instead of two Cholesky factors and an inverse, which is cheaper and loses fewer digits; grids of a
+group that begins inside a block see all updates made so far.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import check_choice, check_range
+from epmq_cli.linalg import Factor, damped_cholesky
+from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, quantize
+from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.rtn import rtn
+
+
+def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Factor] | None:
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, and how it was had; None if there is none.
+
+    With the order of H reversed, L L' = H; L reversed is an upper M with M M' = H, so that U = M^-1.
+    """
+    factor = damped_cholesky(H.flip(0, 1), damping)
+    if factor is None:
+        return None
+    upper = factor.lower.flip(0, 1)
+    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True), factor
+
+
+def quantize_columns(
+    W: Tensor,
+    Hinv: Tensor,
+    spec: GridSpec,
+    dtype: torch.dtype,
+    block_size: int,
+    static: Grid | None,
+    group_of: Tensor,
+) -> tuple[Tensor, Grid]:
+    """The loop of algorithm 1: integers (out, in) in W's type, and the grid they are on.
+
+    `W` (out, in) in the order of quantization; `Hinv` the upper factor of H^-1 (in, in), same type and order;
+    `static` the grids where they are known beforehand, or None to find each group's when its first column is reached;
+    `group_of` (in,) the group of each column.
+    """
+    rows, columns = W.shape
+    size = spec.columns(columns)
+    W, values = W.clone(), torch.empty_like(W)
+    groups = columns // size
+    grid = static or Grid(W.new_empty(rows, groups), W.new_empty(rows, groups))
+    block_size = _aligned(block_size, size, columns)
+    group_list = group_of.tolist()
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        W1, U1 = W[:, start:end].clone(), Hinv[start:end, start:end]
+        errors = torch.empty_like(W1)
+        for i in range(end - start):
+            group = group_list[start + i]
+            if static is None and (start + i) % size == 0:
+                ahead = torch.cat([W1[:, i : i + size], W[:, end : start + i + size]], 1)
+                found = find_grid(ahead, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
+                grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
+            scale, zero = grid.scale[:, group], grid.zero[:, group]
+            w, d = W1[:, i], U1[i, i]
+            q = quantize(w, scale, zero, spec)
+            error = (w - (q - zero) * scale) / d
+            W1[:, i:] -= error[:, None] * U1[i, i:]
+            values[:, start + i], errors[:, i] = q, error
+        W[:, end:] -= errors @ Hinv[start:end, end:]
+    return values, grid
+
+
+def _aligned(block_size: int, group_size: int, columns: int) -> int:
+    """The largest block up to `block_size` such that a group never begins in one block with updates pending from it."""
+    if group_size >= columns:
+        return block_size
+    return block_size - block_size % group_size if group_size <= block_size else math.gcd(block_size, group_size)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: GridSpec,
+    dtype: torch.dtype,
+    damping: float,
+    block_size: int,
+    act_order: bool,
+) -> Outcome:
+    """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
+
+    `act_order` takes columns of large hessian diagonal first, on grids fixed beforehand from the weight as it is, so
+    that groups stay contiguous in the checkpoint. Columns whose input is always zero are rounded to nearest. Where no
+    damping makes the hessian positive definite, round to nearest stands in.
+    """
+    H = hessian.clone()
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    order = (
+        torch.argsort(H.diagonal(), descending=True, stable=True)
+        if act_order
+        else torch.arange(len(H), device=H.device)
+    )
+    inverse = inverse_factor(H[order][:, order], damping)
+    if inverse is None:
+        return Outcome(rtn(weight, spec, dtype), fallback="rtn")
+    Hinv, factor = inverse
+    static = find_grid(weight, spec, dtype) if act_order else None
+    group_of = order // spec.columns(len(H))
+    values, grid = quantize_columns(weight[:, order], Hinv.to(weight.dtype), spec, dtype, block_size, static, group_of)
+    values = values[:, torch.argsort(order)].to(torch.int8)
+    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), factor.damping, factor.retries)
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """`quant=gptq`.
+
+    `bits`, `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal, relative to its mean,
+    in (0, 1]. `block_size`: columns whose updates are kept back and done at once, for speed alone. `act_order`: see
+    `gptq`.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    grid: str
+    damping: float
+    block_size: int
+    act_order: bool
+
+    def __post_init__(self) -> None:
+        _ = self.spec
+        check_range("quant.damping", self.damping, 0, 1, open_low=True)
+        check_range("quant.block_size", self.block_size, 1, 1 << 20, integer=True)
+        check_choice("quant.act_order", self.act_order, (True, False))
+
+    @property
+    def spec(self) -> GridSpec:
+        """The grid that these fields describe."""
+        return GridSpec(self.bits, self.group_size, self.symmetric, self.grid)
+
+    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+        return gptq(weight, hessian, self.spec, dtype, self.damping, self.block_size, self.act_order)

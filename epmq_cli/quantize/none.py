@@ -1,0 +1,25 @@
+"""No quantizer: the target weight itself. With `guidance=expert guidance.lam=0` this is RegMean (2212.09849), layer
+by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.quantize.grid import DenseWeight, GridSpec
+from epmq_cli.quantize.result import Outcome
+
+
+@dataclass(frozen=True)
+class NoQuantizer:
+    """`quant=none`."""
+
+    @property
+    def spec(self) -> GridSpec | None:
+        """None: there is no grid."""
+        return None
+
+    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+        return Outcome(DenseWeight(weight.to(dtype).float()))

@@ -1,0 +1,33 @@
+"""What every quantizer is and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A quantized weight; the relative damping that was used, and how often it had to be raised; where the method could
+    not be applied, the name of the one that stood in for it."""
+
+    weight: QuantizedWeight | DenseWeight
+    damping: float = 0.0
+    retries: int = 0
+    fallback: str | None = None
+
+
+class Quantizer(Protocol):
+    """A layer-wise quantizer: close to W in the sense of tr (Q - W) H (Q - W)', or simply close to W."""
+
+    @property
+    def spec(self) -> GridSpec | None:
+        """The grid, the same for all linears; None where nothing is quantized."""
+
+    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+        """`weight` float32 (out, in), `hessian` float64 (in, in), `dtype` the type that scales are stored in."""

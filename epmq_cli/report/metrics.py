@@ -1,0 +1,77 @@
+"""metrics.json: what a command did and measured, in the form of metrics.schema.json beside this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 1
+METRIC = "accuracy"
+PACKAGES = ("epmq-cli", "torch", "transformers", "compressed-tensors", "safetensors", "hydra-core", "numpy")
+
+Scores = dict[str, dict[str, float]]
+"""stage -> task -> accuracy in [0, 1]."""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of metrics.json."""
+    text = Path(__file__).with_name("metrics.schema.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that the numbers hold for."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def by_task(scores: Scores) -> dict[str, Any]:
+    """The scores by task then stage, and the mean over tasks of each stage."""
+    tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    return {
+        "metric": METRIC,
+        "tasks": {
+            task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks
+        },
+        "average": {stage: sum(by_task.values()) / len(by_task) for stage, by_task in scores.items()},
+    }
+
+
+def metrics(
+    command: str, overrides: Sequence[str], config: Any, device: torch.device, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The whole content; `measured` are the entries that the command itself knows."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "config": config,
+        "environment": environment(device),
+        **measured,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

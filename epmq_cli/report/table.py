@@ -1,0 +1,75 @@
+"""What a person reads at the end of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from epmq_cli.console import console, log
+
+
+def score_table(scores: Mapping[str, Any]) -> Table:
+    """One row a task and one for the mean, one column a stage; accuracies in %."""
+    stages = list(scores["average"])
+    table = Table()
+    table.add_column("accuracy in %")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for task, by_stage in scores["tasks"].items():
+        table.add_row(task, *(_percent(by_stage.get(stage)) for stage in stages))
+    table.add_section()
+    table.add_row("average", *(_percent(scores["average"][stage]) for stage in stages), style="bold")
+    return table
+
+
+def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
+    """Scores, sizes, times and where the results are."""
+    _line(title)
+    if measured["scores"]["tasks"]:
+        console.print(score_table(measured["scores"]))
+    size, events = measured["bytes"], measured["events"]
+    ratio = size["linears_dense"] / size["linears_packed"]
+    whole = f"{_megabytes(size['model_dense'])} -> {_megabytes(size['model_packed'])}"
+    _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller")
+    _line(f"time        {_times(measured['stages'])}")
+    if events["fallbacks"] or events["target_without_factor"]:
+        _line(
+            f"trouble     of {events['linears']} linears {events['fallbacks']} were rounded to nearest and "
+            f"{events['target_without_factor']} kept the merged weight as target; see layers in metrics.json"
+        )
+    _line(f"checkpoint  {_near(folder / 'checkpoint')}")
+    _line(f"metrics     {_near(folder / 'metrics.json')}")
+
+
+def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
+    """Scores, times and where the results are."""
+    _line(title)
+    console.print(score_table(measured["scores"]))
+    _line(f"time        {_times(measured['stages'])}")
+    _line(f"metrics     {_near(folder / 'metrics.json')}")
+
+
+def _near(path: Path) -> Path:
+    """The path as a person would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _line(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    log.info(text)
+
+
+def _times(stages: Mapping[str, Mapping[str, float]]) -> str:
+    total = sum(record["seconds"] for record in stages.values())
+    return f"{total:.1f} s: " + ", ".join(f"{name} {record['seconds']:.1f}" for name, record in stages.items())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _percent(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{100 * accuracy:.1f}"

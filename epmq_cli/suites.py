@@ -1,0 +1,71 @@
+"""A suite: a base, its experts, and the tasks with how each is fed and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from epmq_cli.data.samples import Source
+from epmq_cli.errors import ConfigError, check_keys, check_range
+
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite.
+
+    `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order.
+    `templates`: prompts with {} for the class name. `max_length`: of texts, in tokens.
+    """
+
+    name: str
+    expert: str
+    data: Source
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    max_length: int = MAX_LENGTH
+
+    def __post_init__(self) -> None:
+        where = f"suite.tasks.{self.name}"
+        check_range(f"{where}.max_length", self.max_length, 1, 1 << 20, integer=True)
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
+        for template in self.templates or ():
+            if template.count("{}") != 1:
+                raise ConfigError(f"{where}.templates must each have one {{}} for the class name, got {template!r}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`suite=<name>`.
+
+    `family`: the architecture. `base`: a model folder or hub id. `tasks`: the fields of Task, by task name.
+    """
+
+    name: str
+    family: str
+    base: str
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("suite.tasks must name at least one task")
+        _ = self.members
+
+    @property
+    def members(self) -> list[Task]:
+        """The tasks in order; ConfigError where one cannot be."""
+        return [_task(str(name), entry) for name, entry in self.tasks.items()]
+
+
+def _task(name: str, entry: Mapping[str, Any]) -> Task:
+    known = [field.name for field in fields(Task) if field.name != "name"]
+    check_keys(f"suite.tasks.{name}", entry, known, required=("expert", "data"))
+    if not hasattr(entry["data"], "load"):
+        raise ConfigError(
+            f"suite.tasks.{name}.data needs a _target_ such as epmq_cli.data.table.Table (see the README)"
+        )
+    lists = {key: tuple(map(str, entry[key])) for key in ("classes", "templates") if entry.get(key) is not None}
+    return Task(name=name, **{**entry, **lists})

@@ -1,0 +1,154 @@
+"""Oracles: unpacking gives the integers back; transformers' own from_pretrained gives the student's outputs."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors import safe_open
+from transformers import AutoModel
+
+from epmq_cli.checkpoint import pack
+from epmq_cli.errors import CheckpointError
+from epmq_cli.families.family import load_model
+from epmq_cli.quantize.grid import BITS, GridSpec
+from epmq_cli.quantize.rtn import rtn
+from tests.hubs import Walk, run_in, walk
+
+
+def write(folder: Path, hub: Path, found: Walk, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> Path:
+    spec, weights, dequantize = found.job.quantizer.spec, found.walked.weights, found.job.family.dequantize_on_load
+    heads = {"first": {"weight": torch.ones(3, 4)}}
+    pack.write_checkpoint(
+        folder, found.student, weights, spec, dequantize, heads, hub / "base", {"x.txt": "y"}, dtype, shard_size
+    )
+    return folder
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
+    weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
+    found = rtn(weight, GridSpec(bits, group_size, symmetric, "mse"), torch.float16)
+    tensors = pack.packed_linear(found)
+    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.values)
+    assert torch.equal(tensors["weight_scale"].float(), found.scale)
+    assert tensors["weight_shape"].tolist() == [24, 48]
+    assert ("weight_zero_point" in tensors) == (not symmetric)
+    if not symmetric:
+        zero = unpack_from_int32(tensors["weight_zero_point"], bits, torch.Size(found.zero.shape), packed_dim=0)
+        assert torch.equal(zero.float(), found.zero)
+
+
+@pytest.mark.parametrize("hub_name", ["clip", "bert"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(f"bits={bits} group_size=16 quant.symmetric={symmetric}" for bits in BITS for symmetric in ("true", "false")),
+        "bits=4 group_size=-1",
+        "bits=3 group_size=-1 quant.symmetric=false",
+        "bits=4 quant.act_order=true",
+        "bits=4 pack.dtype=bfloat16",
+        "bits=4 pack.dtype=float16",
+        "quant=rtn",
+        "quant=none",
+    ],
+)
+def test_reloaded_outputs_equal_the_dequantized_models_exactly(
+    hub_name: str,
+    options: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    hub: Path = request.getfixturevalue(f"{hub_name}_hub")
+    found = walk(hub, *options.split())
+    dtype = getattr(torch, found.job.pack.dtype, torch.float32)
+    folder = write(tmp_path / "checkpoint", hub, found, dtype)
+    reloaded = load_model(found.job.family, folder, torch.device("cpu"))
+    assert torch.equal(found.features(reloaded), found.features(found.student))
+    plain = AutoModel.from_pretrained(folder).eval()
+    assert type(plain) is type(found.student)
+    assert plain.dtype == dtype
+    assert torch.equal(found.features(plain), found.features(found.student.to(dtype)))
+
+
+def test_only_the_blocks_linears_are_packed(clip_hub: Path, tmp_path: Path) -> None:
+    found = walk(clip_hub)
+    folder = write(tmp_path / "checkpoint", clip_hub, found)
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        packed = {name.removesuffix(".weight_packed") for name in file.keys() if name.endswith("_packed")}  # noqa: SIM118
+    linears = {name for name, module in found.student.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert packed == set(found.walked.weights)
+    assert set(config["quantization_config"]["ignore"]) == linears - packed
+    assert {"visual_projection", "text_projection"} < linears - packed
+
+
+def test_shards_have_an_index_and_load(clip_hub: Path, tmp_path: Path) -> None:
+    found = walk(clip_hub)
+    folder = write(tmp_path / "checkpoint", clip_hub, found, shard_size="40KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(found.features(AutoModel.from_pretrained(folder)), found.features(found.student))
+    assert pack.weight_bytes(folder) == sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+
+
+def test_linear_bytes_are_those_of_the_packed_tensors(clip_hub: Path, tmp_path: Path) -> None:
+    found = walk(clip_hub)
+    folder = write(tmp_path / "checkpoint", clip_hub, found)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    parts = [tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[0] in found.walked.weights]
+    parts = [part for name, part in tensors.items() if name.split(".")[-1].startswith("weight_")]
+    assert pack.linear_bytes(found.walked.weights, torch.float32) == sum(part.nbytes for part in parts)
+
+
+def test_the_same_run_gives_the_same_bytes(bert_hub: Path, tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "two"):
+        folder = run_in(tmp_path / name, bert_hub, "seed=3")
+        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()})
+    assert digests[0] == digests[1]
+    other = run_in(tmp_path / "three", bert_hub, "seed=4", "calib.samples=10")
+    assert hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest() != digests[0]["model.safetensors"]
+
+
+def test_a_write_that_fails_leaves_no_folder(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = walk(clip_hub)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack, "_sync", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left.*choose another out"):
+        write(tmp_path / "checkpoint", clip_hub, found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_write_does_not_stand_in_the_way(clip_hub: Path, tmp_path: Path) -> None:
+    found = walk(clip_hub)
+    (tmp_path / ".checkpoint.partial").mkdir()
+    (tmp_path / ".checkpoint.partial" / "stale").write_text("")
+    folder = write(tmp_path / "checkpoint", clip_hub, found)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert not (folder / "stale").exists()
+    assert (folder / "x.txt").read_text() == "y"
+
+
+def test_dequantizing_on_load_is_asked_for_only_where_it_is_needed(
+    clip_hub: Path, bert_hub: Path, tmp_path: Path
+) -> None:
+    for name, hub, options, asked in (
+        ("clip", clip_hub, (), True),
+        ("bert", bert_hub, (), False),
+        ("zero", bert_hub, ("quant.symmetric=false",), True),
+    ):
+        folder = write(tmp_path / name, hub, walk(hub, *options))
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config.get("dequantize", False) == asked

@@ -1,0 +1,110 @@
+"""Oracles: tensors written by transformers and safetensors themselves; damage is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPModel
+
+from epmq_cli.checkpoint.locate import SHIPPED, locate
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    save_file(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}, tmp_path / "model.safetensors"
+    )
+    return tmp_path
+
+
+def test_reads_config_shapes_types_and_tensors(single: Path) -> None:
+    folder = ModelFolder(single, "base")
+    assert folder.config == {"model_type": "x"}
+    assert {name: (info.shape, info.dtype) for name, info in folder.infos.items()} == {
+        "a": ((2, 3), "F32"),
+        "b": ((2,), "F16"),
+    }
+    assert torch.equal(folder.tensor("a"), torch.arange(6.0).reshape(2, 3))
+    assert folder.tensor("b").dtype == torch.float16
+
+
+def test_shards_are_read_through_their_index(clip_hub: Path, tmp_path: Path) -> None:
+    model = CLIPModel.from_pretrained(clip_hub / "base")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    folder = ModelFolder(tmp_path, "base")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "position_ids" not in name}
+    assert folder.infos.keys() == state.keys()
+    assert all(torch.equal(folder.tensor(name), tensor) for name, tensor in state.items())
+
+
+def test_a_single_file_of_another_name_is_read(single: Path) -> None:
+    (single / "model.safetensors").rename(single / "weights.safetensors")
+    assert set(ModelFolder(single, "base").infos) == {"a", "b"}
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, 100])
+def test_truncated_files_are_named(single: Path, keep: int) -> None:
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"base: .*model.safetensors is damaged or not safetensors .*fetch it again"):
+        ModelFolder(single, "base")
+
+
+def test_missing_parts_are_named(single: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "c": "model.safetensors"}}
+    (single / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="c, which the index of .* names, is in no file"):
+        ModelFolder(single, "base")
+    (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    with pytest.raises(ModelError, match=r"other.safetensors, which the index .* names, is not in that folder"):
+        ModelFolder(single, "base")
+
+
+def test_an_index_cannot_name_files_outside_its_folder(single: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "model.safetensors"
+    save_file({"a": torch.ones(1)}, outside)
+    (single / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": f"../{outside.parent.name}/model.safetensors"}})
+    )
+    with pytest.raises(ModelError, match="is not in that folder"):
+        ModelFolder(single, "base")
+
+
+def test_folders_without_weights_or_config_say_what_to_do(single: Path, tmp_path: Path) -> None:
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="has no model.safetensors .* save the model with save_pretrained"):
+        ModelFolder(single, "base")
+    (single / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config.json is not valid JSON"):
+        ModelFolder(single, "base")
+    (single / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        ModelFolder(single, "base")
+
+
+def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
+    assert locate(str(tmp_path), "base") == tmp_path
+    assert locate("shipped:tiny/base", "base") == SHIPPED / "tiny" / "base"
+    with pytest.raises(ModelError, match="base: nothing called shipped:huge is shipped"):
+        locate("shipped:huge", "base")
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
+def test_paths_that_are_not_there_are_not_asked_of_the_hub(source: str) -> None:
+    with pytest.raises(ModelError, match="is not a folder; give a model folder or an id of the hub"):
+        locate(source, "base")
+
+
+def test_an_id_that_cannot_be_had_offline_says_so() -> None:
+    with pytest.raises(
+        ModelError, match="expert of task x: someone/something is neither a folder here nor can it be had"
+    ):
+        locate("someone/something", "expert of task x")

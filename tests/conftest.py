@@ -1,0 +1,148 @@
+"""A miniature hub on disk: random models of the real classes in the real file layout, and data beside them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: no test may depend on the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # models of a few thousand weights only lose by more threads
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
+CLASSES = ["red", "blue", "green"]
+TASKS = ("first", "second")
+
+
+def drifted(model: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
+    """A copy of the model with noise on every parameter, as a stand-in for fine-tuning."""
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return copied
+
+
+def write_suite(folder: Path, suite: dict[str, Any]) -> Path:
+    """A config folder with the suite as `suite=mini`."""
+    path = folder / "configs" / "suite" / "mini.yaml"
+    path.parent.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create({"_target_": "epmq_cli.suites.Suite", "name": "mini", **suite}), path)
+    return folder / "configs"
+
+
+@pytest.fixture(scope="session")
+def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders base, first, second (CLIPModel and two CLIPVisionModel in float32), npz data, and
+    configs/suite/mini.yaml."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<end>", "<unk>", *WORDS])}
+    tokens = {"vocab_size": len(vocabulary), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config={**size, **tokens}, vision_config=vision, projection_dim=32)
+    base = CLIPModel(config).eval()
+    base.save_pretrained(folder / "base")
+    for seed, task in enumerate(TASKS):
+        drifted(base.vision_model, seed).save_pretrained(folder / task)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder / "base"
+    )
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "base")
+    generator = np.random.default_rng(0)
+    tasks = {}
+    for task in TASKS:
+        arrays = {}
+        for split, count in (("train", 40), ("test", 30)):
+            arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+            arrays[f"{split}_labels"] = generator.integers(0, 3, count)
+        np.savez(folder / f"{task}.npz", **arrays)
+        data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
+        templates = ["a photo of a {}", "a {}"]
+        tasks[task] = {"expert": str(folder / task), "data": data, "classes": CLASSES, "templates": templates}
+    write_suite(folder, {"family": "clip", "base": str(folder / "base"), "tasks": tasks})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders base, first, second (BertModel, two BertForSequenceClassification), tsv and jsonl data,
+    configs/suite/mini.yaml."""
+    from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, num_labels=3, **size)
+    base = BertForSequenceClassification(config).eval()
+    for seed, task in enumerate(TASKS):
+        drifted(base, seed).save_pretrained(folder / task)
+    model = BertModel(config)
+    model.load_state_dict(base.bert.state_dict())
+    model.save_pretrained(folder / "base")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "base")
+    generator = np.random.default_rng(0)
+    for task in TASKS:
+        for split, count in (("train", 40), ("test", 30)):
+            texts = [" ".join(generator.choice(WORDS, generator.integers(1, 9))) for _ in range(count)]
+            rows = [f"{generator.integers(0, 3)}\t{text}" for text in texts]
+            (folder / f"{task}_{split}.tsv").write_text("\n".join(["label\ttext", *rows]) + "\n")
+    tasks = {
+        task: {
+            "expert": str(folder / task),
+            "max_length": 16,
+            "data": {
+                "_target_": "epmq_cli.data.table.Table",
+                "train": str(folder / f"{task}_train.tsv"),
+                "test": str(folder / f"{task}_test.tsv"),
+            },
+        }
+        for task in TASKS
+    }
+    write_suite(folder, {"family": "bert", "base": str(folder / "base"), "tasks": tasks})
+    return folder
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def epmq(tmp_path: Path) -> Run:
+    """Runs the `epmq` command in an empty folder, as a user would; the result has its status and output."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "epmq_cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

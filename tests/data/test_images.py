@@ -1,0 +1,94 @@
+"""Oracles: images and arrays written by Pillow and numpy, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epmq_cli.data.images import ImageFolder, Npz
+from epmq_cli.errors import DataError
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for label, name in enumerate(["cat", "dog"]):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new("RGB", (4, 4), (label * 100, index, 0)).save(tmp_path / name / f"{index}.png")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def load(folder: Path, labels: list[str] | None = None) -> list[tuple[int, tuple[int, ...]]]:
+    samples = ImageFolder(train=str(folder), test=str(folder), labels=labels).load("train")
+    assert len(samples) == len(samples.inputs) == len(samples.labels)
+    return [(int(label), image.getpixel((0, 0))) for label, image in zip(samples.labels, samples.inputs, strict=True)]
+
+
+def test_sub_folders_are_classes_in_sorted_order(folders: Path) -> None:
+    assert load(folders) == [(label, (label * 100, index, 0)) for label in (0, 1) for index in range(3)]
+
+
+def test_given_labels_set_the_order(folders: Path) -> None:
+    assert [label for label, _ in load(folders, ["dog", "cat"])] == [0, 0, 0, 1, 1, 1]
+    assert load(folders, ["dog", "cat"])[0][1] == (100, 0, 0)
+
+
+def test_classes_without_samples_are_allowed_when_named(folders: Path) -> None:
+    assert {label for label, _ in load(folders, ["bird", "cat", "dog"])} == {1, 2}
+
+
+def test_folders_that_do_not_fit_are_named(folders: Path) -> None:
+    with pytest.raises(DataError, match="must have one sub-folder for each of cat, it has cat, dog"):
+        load(folders, ["cat"])
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        load(folders / "nowhere")
+    with pytest.raises(DataError, match="must have one sub-folder for each of the classes, it has none"):
+        load(folders / "cat")
+
+
+def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
+    (folders / "dog" / "1.png").write_bytes((folders / "dog" / "1.png").read_bytes()[:30])
+    with pytest.raises(DataError, match=r"dog/1.png is not an image that Pillow can read"):
+        load(folders)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 3)])
+def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", test_images=images, test_labels=np.arange(5, dtype=np.uint8))
+    samples = Npz(str(tmp_path / "x.npz")).load("test")
+    assert np.array_equal(np.stack([np.asarray(image) for image in samples.inputs]), images)
+    assert samples.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"train_images": np.zeros((2, 4, 4), np.uint8)},
+            "cannot be read as npz with arrays train_images and train_labels",
+        ),
+        (
+            {"train_images": np.zeros((2, 4, 4)), "train_labels": np.zeros(2)},
+            r"must be uint8 .* got float64 \(2, 4, 4\)",
+        ),
+        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(3)}, r"labels \(3,\)"),
+        ({"train_images": np.zeros((2, 4, 4, 4), np.uint8), "train_labels": np.zeros(2)}, r"got uint8 \(2, 4, 4, 4\)"),
+        ({"train_images": np.array([{}], dtype=object), "train_labels": np.zeros(1)}, "cannot be read as npz"),
+    ],
+)
+def test_bad_npz_files_are_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        Npz(str(tmp_path / "x.npz")).load("train")
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(b"nothing")
+    for path in ("x.npz", "gone.npz"):
+        with pytest.raises(DataError, match="cannot be read as npz"):
+            Npz(str(tmp_path / path)).load("train")

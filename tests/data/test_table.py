@@ -1,0 +1,99 @@
+"""Oracles: files written by hand, by csv, json and pyarrow, read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from epmq_cli.data.table import Table
+from epmq_cli.errors import ConfigError, DataError
+
+ROWS = [{"text": 'a "quoted" one', "label": 1}, {"text": "comma, and ünïcode", "label": 0}, {"text": "", "label": 2}]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = ["\t".join(map(str, row.values())) for row in rows]
+        path.write_text("\n".join(["\t".join(rows[0]), *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def table(path: Path, **fields: Any) -> Table:
+    return Table(train=str(path), test=str(path), **fields)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
+def test_every_kind_gives_the_rows_back(kind: str, tmp_path: Path) -> None:
+    samples = table(write(tmp_path / f"x.{kind}")).load("train")
+    assert list(samples.inputs) == [row["text"] for row in ROWS]
+    assert samples.labels.tolist() == [1, 0, 2]
+
+
+def test_splits_are_different_files(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "a.tsv"), write(tmp_path / "b.tsv", ROWS[:1])
+    source = Table(train=str(train), test=str(test))
+    assert (len(source.load("train")), len(source.load("test"))) == (3, 1)
+
+
+def test_pairs_and_named_labels(tmp_path: Path) -> None:
+    rows = [{"premise": "p1", "hypothesis": "h1", "gold": "no"}, {"premise": "p2", "hypothesis": "h2", "gold": "yes"}]
+    path = write(tmp_path / "x.csv", rows)
+    samples = table(path, text=["premise", "hypothesis"], label="gold", labels=["yes", "no"]).load("test")
+    assert list(samples.inputs) == [("p1", "h1"), ("p2", "h2")]
+    assert samples.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        (
+            "label\ttext\n1\tx\n",
+            {"text": "sentence"},
+            r"x.tsv, row 1: no value in column sentence; the columns are label, text",
+        ),
+        ("label\ttext\n1\tx\n0\n", {}, r"row 2: no value in column text"),
+        ("label\ttext\nspam\tx\n", {}, r"labels must be whole numbers from 0; name their values in data.labels"),
+        ("label\ttext\nspam\tx\n", {"labels": ["ham"]}, r"label 'spam' is not among data.labels, which are ham"),
+    ],
+)
+def test_bad_tables_are_named(content: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        table(tmp_path / "x.tsv", **fields).load("train")
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
+def test_bytes_that_are_not_the_kind_are_refused(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"x.{kind}").write_bytes(b"label\ttext\n1\t\xff\xfe\n")
+    with pytest.raises(DataError, match=f"cannot be read as {kind} in UTF-8"):
+        table(tmp_path / f"x.{kind}").load("train")
+
+
+def test_json_lines_must_be_objects(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(DataError, match="every line must be a JSON object"):
+        table(tmp_path / "x.jsonl").load("train")
+
+
+def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone.tsv is not a file"):
+        table(tmp_path / "gone.tsv").load("train")
+    with pytest.raises(ConfigError, match=r"must be files ending in .tsv, .csv, .jsonl, .parquet, got .*x.xlsx"):
+        table(tmp_path / "x.xlsx")
+    with pytest.raises(ConfigError, match=r"data.text must be one column or a list of two"):
+        table(tmp_path / "x.tsv", text=["a", "b", "c"])

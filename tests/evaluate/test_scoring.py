@@ -1,0 +1,68 @@
+"""Oracles: closed forms on vectors chosen by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from epmq_cli.data.samples import Samples
+from epmq_cli.errors import DataError
+from epmq_cli.evaluate import classifier, zero_shot
+from epmq_cli.evaluate.score import ScoredTask, accuracy
+from epmq_cli.families.clip import Clip
+
+
+def test_class_embeddings_average_normalised_templates() -> None:
+    table = {"a x": [3.0, 0.0], "b x": [0.0, 0.5], "a y": [0.0, 2.0], "b y": [0.0, 9.0]}
+    found = zero_shot.class_embeddings(
+        lambda texts: torch.tensor([table[t] for t in texts]), ["x", "y"], ["a {}", "b {}"]
+    )
+    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]]))
+
+
+def test_zero_shot_logits_are_a_hundred_cosines() -> None:
+    found = zero_shot.logits(torch.tensor([[0.0, 7.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 100.0, -100.0]]))
+
+
+def test_classifier_logits_are_those_of_a_linear() -> None:
+    linear = nn.Linear(4, 3)
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        head = {"weight": linear.weight, "bias": linear.bias}
+        torch.testing.assert_close(classifier.logits(features, head), linear(features))
+        torch.testing.assert_close(classifier.logits(features, {"weight": linear.weight}), features @ linear.weight.T)
+
+
+class Identity(Clip):
+    """A family whose features are its inputs."""
+
+    def features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return batch["x"]
+
+
+def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
+    samples = Samples(inputs, torch.tensor(labels, dtype=torch.int64))
+    return ScoredTask("t", samples, lambda items: {"x": torch.tensor(items)}, {"weight": torch.eye(3)})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
+    directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
+    task = scored(directions, [0, 1, 0, 0, 2])
+    assert accuracy(Identity(), nn.Identity(), task, batch_size, torch.device("cpu")) == 0.8
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_that_the_head_does_not_have_are_refused(label: int) -> None:
+    with pytest.raises(DataError, match=r"task t: labels must lie in 0..2 as its head has 3 classes"):
+        scored([[1.0, 0, 0]], [label])
+
+
+def test_a_task_without_test_samples_is_refused() -> None:
+    with pytest.raises(DataError, match="task t has no test samples"):
+        scored([], [])

@@ -1,0 +1,132 @@
+"""Oracles: state dicts and outputs of transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
+
+from epmq_cli import pipeline as steps
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families import FAMILIES, family_of
+from epmq_cli.families.family import load_model
+from tests.hubs import config, run_in
+
+CPU = torch.device("cpu")
+
+
+def stored(folder: Path, tensors: dict[str, torch.Tensor], model_type: str) -> ModelFolder:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file(tensors, folder / "model.safetensors")
+    return ModelFolder(folder, "expert")
+
+
+def test_unknown_families_name_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="suite.family must be one of bert, clip, got 'gpt'"):
+        family_of("gpt")
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_tensor_names_are_those_of_the_loaded_model(name: str, request: pytest.FixtureRequest) -> None:
+    hub: Path = request.getfixturevalue(f"{name}_hub")
+    family = FAMILIES[name]
+    model = load_model(family, hub / "base", CPU)
+    base = family.tensor_names(ModelFolder(hub / "base", "base"))
+    expert = family.tensor_names(ModelFolder(hub / "first", "expert"))
+    assert base.keys() == expert.keys() <= model.state_dict().keys()
+    part = "vision_model." if name == "clip" else ""
+    parameters = {key for key, _ in model.named_parameters() if key.startswith(part)}
+    assert base.keys() == parameters
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_groups_cover_every_linear_of_a_block(name: str, request: pytest.FixtureRequest) -> None:
+    hub: Path = request.getfixturevalue(f"{name}_hub")
+    family = FAMILIES[name]
+    blocks = family.blocks(load_model(family, hub / "base", CPU))
+    assert len(blocks) == 2
+    for _, block in blocks:
+        linears = {child for child, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert {child for group in family.groups for child in group} == linears
+
+
+def test_a_vision_model_with_and_without_prefix_and_a_whole_clip_read_the_same(clip_hub: Path, tmp_path: Path) -> None:
+    family = FAMILIES["clip"]
+    bare = load_file(clip_hub / "first" / "model.safetensors")
+    prefixed = {f"vision_model.{name}": tensor for name, tensor in bare.items()}
+    prefixed["vision_model.embeddings.position_ids"] = torch.arange(5)  # as older versions of transformers stored it
+    whole = load_file(clip_hub / "base" / "model.safetensors")
+    names = [
+        family.tensor_names(stored(tmp_path / "bare", bare, "clip_vision_model")),
+        family.tensor_names(stored(tmp_path / "prefixed", prefixed, "clip_vision_model")),
+        family.tensor_names(stored(tmp_path / "whole", whole, "clip")),
+    ]
+    assert names[0].keys() == names[1].keys() == names[2].keys()
+    assert set(names[0].values()) == bare.keys()
+    assert set(names[1].values()) < prefixed.keys()
+
+
+def test_old_spellings_of_berts_layer_norms_are_read(bert_hub: Path, tmp_path: Path) -> None:
+    family = FAMILIES["bert"]
+    modern = load_file(bert_hub / "first" / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in modern.items()
+    }
+    found = family.tensor_names(stored(tmp_path / "old", old, "bert"))
+    assert found.keys() == family.tensor_names(ModelFolder(bert_hub / "first", "expert")).keys()
+    assert found["embeddings.LayerNorm.weight"] == "bert.embeddings.LayerNorm.gamma"
+
+
+def test_a_bert_without_pooler_or_head_is_refused(bert_hub: Path, tmp_path: Path) -> None:
+    tensors = load_file(bert_hub / "first" / "model.safetensors")
+    without = {name: tensor for name, tensor in tensors.items() if "pooler" not in name and "classifier" not in name}
+    with pytest.raises(ModelError, match="has no pooler, which the classifiers of family bert read"):
+        FAMILIES["bert"].tensor_names(stored(tmp_path / "without", without, "bert"))
+    headless = ModelFolder(bert_hub / "base", "expert of task x")
+    job = steps.make_job(config(bert_hub))
+    with pytest.raises(ModelError, match=r"expert of task x: .* has no classifier.weight, the head of its task"):
+        job.family.head(torch.nn.Identity(), bert_hub / "base", job.suite.members[0], headless, CPU)
+
+
+def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> None:
+    job = steps.make_job(config(bert_hub))
+    models, model, _ = steps.open_models(job)
+    task = steps.prepare_tasks(job, model, models)[0]
+    steps.install(model, {name: models.source.expert("first", name) for name in models.source.names})
+    whole = BertForSequenceClassification.from_pretrained(bert_hub / "first").eval()
+    batch = AutoTokenizer.from_pretrained(bert_hub / "base")(
+        list(task.samples.inputs), padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        logits = job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
+        torch.testing.assert_close(logits, whole(**batch).logits)
+
+
+def test_clip_scores_are_those_of_the_whole_model_with_one_template(clip_hub: Path) -> None:
+    job = steps.make_job(config(clip_hub, "suite.tasks.first.templates=['a photo of a {}']"))
+    models, model, _ = steps.open_models(job)
+    task = steps.prepare_tasks(job, model, models)[0]
+    whole = CLIPModel.from_pretrained(clip_hub / "base").eval()
+    texts = [f"a photo of a {name}" for name in ("red", "blue", "green")]
+    processor = CLIPProcessor.from_pretrained(clip_hub / "base")
+    inputs = processor(text=texts, images=list(task.samples.inputs), return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        expected = whole(**inputs).logits_per_image / whole.logit_scale.exp() * 100
+        logits = job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Path) -> None:
+    checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]")
+    job = steps.make_job(config(clip_hub))
+    models, model, _ = steps.open_models(job)
+    heads = steps.read_heads(checkpoint, job.suite, CPU)
+    for task in steps.prepare_tasks(job, model, models):
+        assert torch.equal(heads[task.name]["weight"], task.head["weight"])

@@ -1,0 +1,65 @@
+"""Runs on the miniature hub in the test's own process: steps one by one, or the whole command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.walk import Walked
+from epmq_cli.commands.run import run
+from epmq_cli.config import conf_dir
+from epmq_cli.families.family import Batch
+from epmq_cli.merge.apply import merge_models
+
+QUICK = ("group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
+CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
+
+
+def config(hub: Path, *overrides: str) -> DictConfig:
+    """The composed config of `epmq run suite=mini`, small and quick."""
+    search = f"hydra.searchpath=[file://{hub / 'configs'}]"
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("run", overrides=[search, "suite=mini", "out=unused", *QUICK, *overrides])
+
+
+def run_in(folder: Path, hub: Path, *overrides: str) -> Path:
+    """Runs the command's body; the checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(config(hub, *overrides), folder, list(overrides), CHOICES)
+    return folder / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the steps up to the walk made: the student as it was left, the results, and one batch of each task."""
+
+    job: steps.Job
+    student: nn.Module
+    walked: Walked
+    batches: dict[str, list[Batch]]
+
+    def features(self, model: nn.Module) -> Tensor:
+        """The features of all calibration batches, one under the other, calculated in the model's type."""
+        dtype = next(model.parameters()).dtype
+        batches = [
+            {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+            for group in self.batches.values()
+            for batch in group
+        ]
+        with torch.inference_mode():
+            return torch.cat([self.job.family.features(model, batch) for batch in batches])
+
+
+def walk(hub: Path, *overrides: str) -> Walk:
+    """The steps up to the walk."""
+    job = steps.make_job(config(hub, *overrides))
+    models, model, dtype = steps.open_models(job)
+    batches = steps.calibration_batches(job, models.base.path)
+    steps.install(model, merge_models(models.source, job.merge, dtype))
+    return Walk(job, model, steps.calibrate(job, model, batches, models.source, dtype), batches)

@@ -1,0 +1,204 @@
+"""Oracles: closed forms on a few numbers, and invariants that hold for every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.config import conf_dir
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.task_arithmetic import TaskArithmetic
+from epmq_cli.merge.ties import Ties, disjoint_merge, kth_largest_magnitude
+
+SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "scalar": ()}
+METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def folder(path: Path, content: dict[str, Tensor]) -> ModelFolder:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    save_file(content, path / "model.safetensors")
+    return ModelFolder(path, path.name)
+
+
+def source(path: Path, base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> MergeSource:
+    folders = {f"t{i}": folder(path / f"t{i}", content) for i, content in enumerate(experts)}
+    names = {task: {name: name for name in opened.infos} for task, opened in folders.items()}
+    opened_base = folder(path / "base", base)
+    return MergeSource(opened_base, {name: name for name in opened_base.infos}, folders, names)
+
+
+def method(name: str) -> Merge:
+    found: Merge = hydra.utils.instantiate(OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml"))
+    return found
+
+
+def merged(path: Path, merge: Merge, base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    path.mkdir()
+    return merge_models(source(path, base, experts), merge, torch.float32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_experts_equal_to_the_base_give_the_base(name: str, tmp_path: Path) -> None:
+    found = merged(tmp_path / "x", method(name), tensors(0), [tensors(0)] * 3)
+    torch.testing.assert_close(found, tensors(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_of_experts_changes_nothing(name: str, tmp_path: Path) -> None:
+    experts = [tensors(seed) for seed in (1, 2, 3)]
+    first = merged(tmp_path / "x", method(name), tensors(0), experts)
+    second = merged(tmp_path / "y", method(name), tensors(0), experts[::-1])
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+
+
+def test_average_is_the_mean_without_the_base(tmp_path: Path) -> None:
+    found = merged(tmp_path / "x", method("average"), tensors(0), [tensors(1), tensors(2)])
+    for name in SHAPES:
+        torch.testing.assert_close(found[name], (tensors(1)[name] + tensors(2)[name]) / 2)
+
+
+def test_none_is_the_base(tmp_path: Path) -> None:
+    found = merged(tmp_path / "x", method("none"), tensors(0), [tensors(1)])
+    assert all(torch.equal(found[name], tensors(0)[name]) for name in SHAPES)
+
+
+def test_task_arithmetic_closed_form_and_special_scales(tmp_path: Path) -> None:
+    base, experts = tensors(0), [tensors(1), tensors(2)]
+    for folder_name, scale, weights in (("x", 0.3, 0.3), ("half", 0.5, 0.5), ("zero", 0, 0)):
+        found = merged(tmp_path / folder_name, TaskArithmetic(scale), base, experts)
+        for name in SHAPES:
+            expected = base[name] + weights * sum(expert[name] - base[name] for expert in experts)
+            torch.testing.assert_close(found[name], expected)
+    average = merged(tmp_path / "a", method("average"), base, experts)
+    torch.testing.assert_close(merged(tmp_path / "ta", TaskArithmetic(0.5), base, experts), average)
+
+
+def test_ties_of_one_expert_at_full_density_is_that_expert(tmp_path: Path) -> None:
+    for combine in ("sum", "mean"):
+        found = merged(tmp_path / combine, Ties(density=1.0, scale=1.0, combine=combine), tensors(0), [tensors(1)])
+        torch.testing.assert_close(found, tensors(1), rtol=1e-6, atol=1e-6)
+
+
+def test_ties_trims_over_the_whole_vector_and_keeps_the_exact_count(tmp_path: Path) -> None:
+    zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    expert = tensors(1)
+    expert["a.bias"] *= 100  # tensor-wise trimming would drop some of these
+    found = merged(tmp_path / "x", Ties(density=0.2, scale=1.0, combine="sum"), zero, [expert])
+    kept = torch.cat([tensor.flatten() for tensor in found.values()])
+    every = torch.cat([expert[name].flatten() for name in found])
+    assert int((kept != 0).sum()) == int(0.2 * every.numel())
+    assert found["a.bias"].count_nonzero() == 4
+    assert kept[kept != 0].abs().min() > every[kept == 0].abs().max()
+
+
+def test_ties_elects_the_larger_total_and_drops_the_rest() -> None:
+    trimmed = torch.tensor([[3.0, -1.0, 0.0, 2.0], [1.0, 4.0, 0.0, -2.0], [-2.0, -1.0, 0.0, 0.0]])
+    assert disjoint_merge(trimmed, 1.0, "sum").tolist() == [4.0, 4.0, 0.0, 2.0]
+    assert disjoint_merge(trimmed, 1.0, "mean").tolist() == [2.0, 4.0, 0.0, 2.0]
+    assert disjoint_merge(trimmed, -1.0, "sum").tolist() == [4.0, 4.0, 0.0, -2.0]
+
+
+def test_ties_resolves_a_tie_by_the_majority_of_signs_over_the_whole_vector(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(4)}
+    experts = [{"w": torch.tensor([1.0, -1.0, -1.0, 5.0])}, {"w": torch.tensor([-1.0, -1.0, -1.0, 5.0])}]
+    found = merged(tmp_path / "x", Ties(density=1.0, scale=1.0, combine="sum"), base, experts)
+    assert found["w"].tolist() == [-1.0, -2.0, -2.0, 10.0]
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 1.0])
+def test_kth_largest_is_that_of_a_sort(density: float) -> None:
+    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((50, 7), (31,), (1,))]
+    parts.append(torch.tensor([0.0, 1e-42, -1e30]))
+    every = torch.cat([part.abs().flatten() for part in parts]).sort(descending=True).values
+    assert kth_largest_magnitude(lambda: parts, density) == every[max(1, int(density * len(every))) - 1].item()
+
+
+def test_merging_is_rounded_to_the_checkpoint_type_once(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    opened = source(tmp_path / "x", tensors(0), [tensors(1), tensors(2)])
+    exact = merge_models(opened, TaskArithmetic(0.3), torch.float32)
+    rounded = merge_models(opened, TaskArithmetic(0.3), torch.float16)
+    for name in SHAPES:
+        assert rounded[name].dtype == torch.float32
+        assert torch.equal(rounded[name], exact[name].half().float())
+
+
+def test_half_precision_models_are_merged_in_float32(tmp_path: Path) -> None:
+    base, expert = ({name: tensor.half() for name, tensor in tensors(seed).items()} for seed in (0, 1))
+    found = merged(tmp_path / "x", TaskArithmetic(0.3), base, [expert])
+    expected = base["a.weight"].float() + 0.3 * (expert["a.weight"].float() - base["a.weight"].float())
+    assert torch.equal(found["a.weight"], expected)
+
+
+def changed(change: str) -> dict[str, Tensor]:
+    content = tensors(1)
+    if change == "missing":
+        del content["a.bias"]
+    elif change == "extra":
+        content["b"] = torch.zeros(2)
+    elif change == "shape":
+        content["a.weight"] = torch.zeros(4, 5)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "a.bias is missing from the expert"),
+        ("extra", "b is missing from the base"),
+        ("shape", r"a.weight is \[4, 5\] in the expert and \[4, 6\] in the base"),
+    ],
+)
+def test_models_that_do_not_match_are_refused_by_name(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"expert of task t0 .* was not fine-tuned from the base .*{message}"):
+        source(tmp_path, tensors(0), [changed(change)])
+
+
+def test_only_the_first_differences_are_shown(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"; .*; .* and 4 more$"):
+        source(tmp_path, {f"w{i}": torch.zeros(1) for i in range(6)}, [{"other": torch.zeros(1)}])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_expert_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    broken = tensors(1)
+    broken["a.bias"][2] = value
+    opened = source(tmp_path, tensors(0), [broken])
+    with pytest.raises(ModelError, match=r"expert of task t0: a.bias holds a NaN or an infinity"):
+        merge_models(opened, TaskArithmetic(0.3), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"density": 2.0}, r"merge.density must be a number in \(0, 1\], got 2.0"),
+        ({"density": 0}, "merge.density"),
+        ({"density": "0.2"}, "merge.density"),
+        ({"scale": -0.1}, "merge.scale"),
+        ({"combine": "median"}, "merge.combine must be one of sum, mean, got 'median'"),
+    ],
+)
+def test_bad_options_of_ties_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Ties(**{"density": 0.2, "scale": 0.3, "combine": "sum", **fields})  # type: ignore[arg-type]
+
+
+def test_bad_scale_of_task_arithmetic_is_refused() -> None:
+    for scale in (11, -1, float("nan"), "x", None, True):
+        with pytest.raises(ConfigError, match=r"merge.scale must be a number in \[0, 10\]"):
+            TaskArithmetic(scale)  # type: ignore[arg-type]

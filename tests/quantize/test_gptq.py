@@ -1,0 +1,165 @@
+"""Oracles: a plain column-by-column reference, RTN for a diagonal H, exhaustive search, and invariants."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import ConfigError
+from epmq_cli.quantize.gptq import Gptq, gptq, inverse_factor
+from epmq_cli.quantize.grid import GridSpec, find_grid, quantize
+from epmq_cli.quantize.rtn import rtn
+
+
+def problem(rows: int = 6, columns: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(5 * columns, columns, generator=generator, dtype=torch.float64)
+    mixed = inputs @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), mixed.T @ mixed
+
+
+def loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    return float(torch.trace((Q - W) @ H @ (Q - W).T))
+
+
+def reference(W: Tensor, H: Tensor, spec: GridSpec, damping: float, act_order: bool) -> Tensor:
+    """Optimal brain quantization with a fixed order: after each column the inverse of what is left of H is formed
+    anew."""
+    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True).tolist() if act_order else list(range(len(H)))
+    size = spec.columns(len(H))
+    W, out = W.clone(), torch.empty_like(W)
+    grids = {
+        g: find_grid(
+            W[:, g * size : (g + 1) * size], GridSpec(spec.bits, -1, spec.symmetric, spec.search), torch.float64
+        )
+        for g in range(len(H) // size)
+    }
+    for position, column in enumerate(order):
+        group = column // size
+        if not act_order and column % size == 0:
+            current = W[:, group * size : (group + 1) * size]
+            grids[group] = find_grid(current, GridSpec(spec.bits, -1, spec.symmetric, spec.search), torch.float64)
+        scale, zero = grids[group].scale[:, 0], grids[group].zero[:, 0]
+        rounded = (quantize(W[:, column], scale, zero, spec) - zero) * scale
+        left = order[position:]
+        inverse = torch.linalg.inv(H[left][:, left])
+        error = (W[:, column] - rounded) / inverse[0, 0]
+        W[:, left] -= error[:, None] * inverse[0]
+        out[:, column] = rounded
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("group_size", "block_size"), [(-1, 3), (-1, 128), (4, 128), (4, 2), (4, 3), (2, 5), (8, 6)])
+def test_gptq_is_the_plain_column_by_column_loop(
+    symmetric: bool, act_order: bool, group_size: int, block_size: int
+) -> None:
+    W, H = problem()
+    spec = GridSpec(4, group_size, symmetric, "mse")
+    found = gptq(W, H, spec, torch.float64, damping=0.01, block_size=block_size, act_order=act_order)
+    torch.testing.assert_close(found.weight.dequantize(), reference(W, H, spec, 0.01, act_order), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_with_a_diagonal_hessian_is_rtn(act_order: bool) -> None:
+    W, _ = problem()
+    H = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
+    spec = GridSpec(3, 4, True, "mse")
+    found = gptq(W, H, spec, torch.float64, 0.01, 128, act_order)
+    assert torch.equal(found.weight.values, rtn(W, spec, torch.float64).values)
+
+
+def test_gptq_never_beats_the_best_of_all_roundings_and_is_nearer_to_it_than_rtn() -> None:
+    spec = GridSpec(2, -1, True, "minmax")
+    gptq_total = rtn_total = best_total = 0.0
+    for seed in range(8):
+        W, H = problem(rows=1, columns=5, seed=seed)
+        found = gptq(W, H, spec, torch.float64, 1e-6, 128, False).weight
+        levels = [found.scale.item() * value for value in range(-2, 2)]
+        every = torch.tensor(list(itertools.product(levels, repeat=5)), dtype=torch.float64) - W
+        best = float(((every @ H) * every).sum(1).min())
+        assert loss(W, found.dequantize(), H) >= best * (1 - 1e-12)
+        best_total += best
+        gptq_total += loss(W, found.dequantize(), H)
+        rtn_total += loss(W, rtn(W, spec, torch.float64).dequantize(), H)
+    assert gptq_total - best_total < 0.75 * (rtn_total - best_total)
+
+
+def test_gptq_beats_rtn_on_average() -> None:
+    spec = GridSpec(3, 16, True, "mse")
+    ratios = []
+    for seed in range(5):
+        W, H = problem(16, 32, seed)
+        found = gptq(W, H, spec, torch.float64, 0.01, 128, False).weight.dequantize()
+        ratios.append(loss(W, found, H) / loss(W, rtn(W, spec, torch.float64).dequantize(), H))
+    assert sum(ratios) / 5 < 0.7
+
+
+def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
+    _, H = problem()
+    found = inverse_factor(H, 0.0)
+    assert found is not None
+    torch.testing.assert_close(found[0], torch.linalg.cholesky(torch.linalg.inv(H), upper=True))
+
+
+def test_inputs_are_not_changed() -> None:
+    W, H = problem()
+    before = W.clone(), H.clone()
+    gptq(W, H, GridSpec(4, 4, True, "mse"), torch.float64, 0.01, 128, True)
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
+
+
+def test_a_dead_column_is_rounded_to_nearest() -> None:
+    W, H = problem()
+    H[3], H[:, 3] = 0, 0
+    spec = GridSpec(4, -1, True, "mse")
+    found = gptq(W, H, spec, torch.float64, 0.01, 128, True).weight
+    assert torch.equal(found.values[:, 3], rtn(W, spec, torch.float64).values[:, 3])
+
+
+def test_a_hessian_of_rank_one_is_quantized_with_damping() -> None:
+    W, _ = problem()
+    direction = torch.arange(1.0, 9.0, dtype=torch.float64)
+    H = torch.outer(direction, direction)
+    outcome = gptq(W, H, GridSpec(4, -1, True, "mse"), torch.float64, 0.01, 128, False)
+    assert outcome.fallback is None
+    assert outcome.damping == 0.01
+    assert torch.isfinite(outcome.weight.dequantize()).all()
+
+
+def test_a_hessian_that_no_damping_helps_falls_back_to_rtn() -> None:
+    W, H = problem()
+    spec = GridSpec(4, 4, True, "mse")
+    outcome = gptq(W, -H, spec, torch.float64, 0.01, 128, False)
+    assert outcome.fallback == "rtn"
+    assert torch.equal(outcome.weight.dequantize(), rtn(W, spec, torch.float64).dequantize())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"damping": 0}, r"quant.damping must be a number in \(0, 1\], got 0"),
+        ({"damping": "much"}, "quant.damping"),
+        ({"block_size": 0}, "quant.block_size"),
+        ({"block_size": 1.5}, "quant.block_size must be a whole number"),
+        ({"act_order": 2}, "quant.act_order"),
+        ({"bits": 16}, "bits must be one of"),
+    ],
+)
+def test_bad_options_are_refused(change: dict[str, object], message: str) -> None:
+    good = {
+        "bits": 4,
+        "group_size": 64,
+        "symmetric": True,
+        "grid": "mse",
+        "damping": 0.01,
+        "block_size": 128,
+        "act_order": False,
+    }
+    Gptq(**good)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        Gptq(**{**good, **change})  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""Oracles: what a user types and expects; every config composes and is made, by glob."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from epmq_cli import __version__, cli
+from epmq_cli.config import build, conf_dir
+from tests.conftest import Run
+
+GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("option", GROUPS, ids=str)
+def test_every_config_composes_and_is_made(option: Path) -> None:
+    group = option.parent.name
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"{group}={option.name}", "out=x"])
+    built = build(group, cfg[group])
+    assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
+
+
+@pytest.mark.parametrize("option", GROUPS, ids=str)
+def test_every_config_opens_with_its_command_and_what_it_is(option: Path) -> None:
+    lines = (conf_dir() / option).with_suffix(".yaml").read_text().splitlines()
+    assert lines[0].startswith("# epmq run ")
+    assert lines[1].startswith("# ")
+    assert len(lines[1]) > 20
+
+
+def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
+    result = epmq("list")
+    assert result.returncode == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        f"{path.parent.name}={path.name}" for path in GROUPS
+    ]
+    assert all(len(line.split()) > 3 for line in result.stdout.splitlines())
+    assert epmq("list", "merge").stdout == "".join(
+        line + "\n" for line in result.stdout.splitlines() if line.startswith("merge=")
+    )
+
+
+def test_list_shows_the_users_own_configs_and_refuses_what_is_not_there(epmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "suite").mkdir(parents=True)
+    (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
+    assert "suite=birds              Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
+    wrong = epmq("list", "nope")
+    assert wrong.returncode == 1
+    assert "the groups are calib, eval, guidance, merge, pack, quant, suite" in wrong.stderr
+    assert epmq("list", "--config-dir", "gone").returncode == 1
+
+
+def test_help_of_the_command_and_its_subcommands(epmq: Run) -> None:
+    for arguments in ((), ("--help",), ("-h",)):
+        assert epmq(*arguments).stdout == cli.usage()
+    for command in ("run", "eval"):
+        page = epmq(command, "--help")
+        assert page.returncode == 0
+        assert page.stdout.startswith(f"usage: epmq {command}")
+    page = epmq("run", "--help").stdout
+    for path in GROUPS:
+        assert path.name in page
+    assert "tiny*" in page
+    assert "# weight of the anchor" in page
+    assert max(map(len, page.splitlines())) <= 125
+
+
+def test_version_and_unknown_commands(epmq: Run) -> None:
+    assert epmq("--version").stdout == f"epmq {__version__}\n"
+    result = epmq("rnu")
+    assert result.returncode == 1
+    assert result.stderr == "epmq: there is no command 'rnu'; the commands are run, eval, list. Did you mean run?\n"
+
+
+def complete(line: str, epmq: Run) -> list[str]:
+    result = epmq("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("epmq ", ["run", "eval", "list"]),
+        ("epmq e", ["eval"]),
+        ("epmq run mer", ["merge=", "merge."]),
+        ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties"]),
+        ("epmq run merge=ties merge.d", ["merge.density="]),
+        ("epmq eval eval.b", ["eval.batch_size="]),
+    ],
+)
+def test_completion(line: str, expected: list[str], epmq: Run) -> None:
+    assert sorted(complete(line, epmq)) == sorted(expected)
+
+
+def test_completion_can_be_installed(epmq: Run) -> None:
+    assert "COMP_LINE" in epmq("-sc", "install=bash").stdout
+
+
+def test_the_command_itself_imports_neither_torch_nor_hydra() -> None:
+    code = "import sys, epmq_cli.cli; sys.exit(bool({'torch', 'hydra', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_shipped_name_is_not_shadowed_by_the_users(epmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "merge").mkdir(parents=True)
+    (tmp_path / "mine" / "merge" / "ties.yaml").write_text("_target_: epmq_cli.merge.average.Average\n")
+    shown = epmq("run", "--config-dir", "mine", "merge=ties", "--cfg", "job")
+    assert "epmq_cli.merge.ties.Ties" in shown.stdout

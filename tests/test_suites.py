@@ -1,0 +1,54 @@
+"""Oracle: what the README says a suite must have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from epmq_cli.data.images import Npz
+from epmq_cli.errors import ConfigError
+from epmq_cli.suites import MAX_LENGTH, Suite
+
+
+def suite(**task: Any) -> Suite:
+    return Suite(name="s", family="clip", base="b", tasks={"t": {"expert": "e", "data": Npz("x.npz"), **task}})
+
+
+def test_tasks_become_members_in_order() -> None:
+    entry = {"expert": "e", "data": Npz("x.npz")}
+    members = Suite(name="s", family="clip", base="b", tasks={"z": entry, "a": entry}).members
+    assert [task.name for task in members] == ["z", "a"]
+    assert members[0].max_length == MAX_LENGTH
+
+
+def test_lists_are_read_as_text() -> None:
+    assert suite(classes=[0, 1]).members[0].classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"data": {}}, "suite.tasks.t.data needs a _target_ such as"),
+        ({"max_length": 0}, "suite.tasks.t.max_length must be a whole number"),
+        (
+            {"templates": ["{} and {}"]},
+            "suite.tasks.t.templates must each have one {} for the class name, got '{} and {}'",
+        ),
+        ({"classes": ["a", "a"]}, "suite.tasks.t.classes must be two or more different names"),
+        (
+            {"colour": 1},
+            "suite.tasks.t has no option 'colour', the options are expert, data, classes, templates, max_length",
+        ),
+    ],
+)
+def test_bad_tasks_are_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        suite(**task)
+
+
+def test_suites_without_tasks_or_with_half_a_task_are_refused() -> None:
+    with pytest.raises(ConfigError, match="suite.tasks must name at least one task"):
+        Suite(name="s", family="clip", base="b", tasks={})
+    with pytest.raises(ConfigError, match="suite.tasks.t needs data, but only expert is set"):
+        Suite(name="s", family="clip", base="b", tasks={"t": {"expert": "e"}})
