@@ -62,7 +62,7 @@ def usage() -> str:
 
 
 def start(command: str, arguments: list[str]) -> None:
-    """Runs a command with sys.argv as Hydra shall see it."""
+    """Runs a command."""
     if command != "list" and {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command)
         return
@@ -70,8 +70,10 @@ def start(command: str, arguments: list[str]) -> None:
         arguments = [_checkpoint_override(argument) for argument in arguments]
     # threads that wait by spinning take the cores from those that work, on machines with other things to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.argv = [f"epmq {command}", *arguments]
-    importlib.import_module(f"epmq_cli.commands.{command}").main()
+    if command == "list":
+        importlib.import_module("epmq_cli.commands.list").main(arguments)
+    else:
+        importlib.import_module("epmq_cli.commands.app").launch(command, arguments)
 
 
 def _checkpoint_override(argument: str) -> str:

@@ -17,9 +17,14 @@ log = logging.getLogger("epmq")
 
 
 def say(message: str) -> None:
-    """One line for the person and for run.log."""
+    """One line of what is going on, for the person and for run.log."""
     messages.print(message, markup=False, highlight=False, soft_wrap=True)
     log.info(message)
+
+
+def complain(message: str) -> None:
+    """One line for the person on what went wrong."""
+    messages.print(f"epmq: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def track(items: Sequence[Item], stage: str) -> Iterator[Item]:

@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # models of a few thousand weights only lose by more threads
 
 import copy
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,5 +145,29 @@ def epmq(tmp_path: Path) -> Run:
             text=True,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def epmq_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The same in the test's own process, which saves the seconds that importing torch and transformers takes."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        from epmq_cli import cli
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["epmq", *arguments])
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = stopped.code
+        finally:
+            for handler in [handler for handler in logging.root.handlers if isinstance(handler, logging.FileHandler)]:
+                logging.root.removeHandler(handler)
+                handler.close()
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return run

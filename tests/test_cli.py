@@ -77,6 +77,26 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert result.stderr == "epmq: there is no command 'rnu'; the commands are run, eval, list. Did you mean run?\n"
 
 
+WRONG = {
+    "run merge=nope": "merge=nope is not there, the options are average, none, task_arithmetic, ties (see ",
+    "run merge.nope=1": "merge has no option 'nope', the options are scale\n",
+    "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine; did you ",
+    "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",
+    "run mrege=ties": "the config has no option 'mrege'",
+    "run merge": "Error parsing override 'merge'; missing EQUAL at '<EOF>'",
+    "eval x samples=3": "the config has no option 'samples', the options are ",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_what_does_not_exist_is_answered_with_what_does(arguments: str, epmq_inside: Run) -> None:
+    result = epmq_inside(*arguments.split())
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"epmq: {WRONG[arguments]}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
 def complete(line: str, epmq: Run) -> list[str]:
     result = epmq("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
     assert result.returncode == 0, result.stderr

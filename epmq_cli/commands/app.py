@@ -1,27 +1,81 @@
-"""What the Hydra commands share: errors without traceback, libraries kept quiet."""
+"""What the Hydra commands share: errors in one sentence and without traceback, libraries kept quiet."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from epmq_cli.console import log, messages
-from epmq_cli.errors import ConfigError, EpmqError
+from epmq_cli.config import conf_dir
+from epmq_cli.console import complain, log
+from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
 INTERRUPTED = 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def launch(command: str, arguments: list[str]) -> None:
+    """Runs a command with these arguments; a mistake in them prints one sentence and exits with 1, Ctrl-C with 130.
+
+    Everything else that is raised is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 keeps all tracebacks.
+    """
+    full = os.environ.get(FULL_ERROR) == "1"
+    sys.argv = [f"epmq {command}", *arguments]
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
+    try:
+        importlib.import_module(f"epmq_cli.commands.{command}").main()
+    except (EpmqError, HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        complain(explain(error, command, arguments))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        complain("interrupted; nothing of this run is complete")
+        sys.exit(INTERRUPTED)
+    finally:
+        os.environ[FULL_ERROR] = "1" if full else "0"
+
+
+def explain(error: Exception, command: str, arguments: list[str]) -> str:
+    """The error as one sentence that says what exists where the user named something that does not."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (option := re.search(r"Could not find '(.+)/(.+)'", text)):
+        known = ", ".join(re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M))
+        return f"{option[1]}={option[2]} is not there, the options are {known} (see epmq list {option[1]})"
+    if key := re.match(r"Could not override '([^']+)'", text):
+        try:
+            _check_key(key[1], command, arguments)
+        except ConfigError as better:
+            return str(better)
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _check_key(key: str, command: str, arguments: list[str]) -> None:
+    """ConfigError with what exists beside a key that does not, in the config as it is without it."""
+    parent, _, name = key.rpartition(".")
+    others = [a for a in arguments if "=" in a and not a.startswith(("-", key))]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose(command, overrides=others)
+    except HydraException:
+        return
+    node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, DictConfig):
+        check_keys(parent or "the config", [name], [str(option) for option in node if option != "_target_"])
 
 
 def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The command such that a user's mistake prints one sentence and exits with 1, and Ctrl-C exits with 130.
-
-    HYDRA_FULL_ERROR=1 keeps the tracebacks.
-    """
+    """The job of a command with the libraries quiet and the user's mistakes in run.log."""
 
     @wraps(command)
     def wrapped(cfg: DictConfig) -> None:
@@ -29,14 +83,8 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
         try:
             command(cfg)
         except EpmqError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
             log.error("%s", error)
-            messages.print(f"epmq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            messages.print("epmq: interrupted; nothing of this run is complete", style="red", highlight=False)
-            sys.exit(INTERRUPTED)
+            raise
 
     return wrapped
 

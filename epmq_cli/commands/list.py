@@ -12,20 +12,20 @@ from epmq_cli.config import conf_dir
 from epmq_cli.console import console
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Prints one line an option; exits with 1 where there is no such group."""
     parser = argparse.ArgumentParser(prog="epmq list", description="Show what each config group offers.")
     parser.add_argument("group", nargs="?", help="only this group")
     parser.add_argument("--config-dir", type=Path, help="a folder of your own configs, as for epmq run")
-    arguments = parser.parse_args(sys.argv[1:])
-    folders = [conf_dir()] + ([arguments.config_dir] if arguments.config_dir else [])
+    chosen = parser.parse_args(arguments)
+    folders = [conf_dir()] + ([chosen.config_dir] if chosen.config_dir else [])
     for folder in folders:
         if not folder.is_dir():
             sys.exit(f"epmq: --config-dir {folder} is not a folder")
     found = options(folders)
-    if arguments.group is not None and arguments.group not in found:
-        sys.exit(f"epmq: there is no group {arguments.group!r}; the groups are {', '.join(found)}")
-    show({arguments.group: found[arguments.group]} if arguments.group else found)
+    if chosen.group is not None and chosen.group not in found:
+        sys.exit(f"epmq: there is no group {chosen.group!r}; the groups are {', '.join(found)}")
+    show({chosen.group: found[chosen.group]} if chosen.group else found)
 
 
 def options(folders: list[Path]) -> dict[str, dict[str, str]]:

@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
     from epmq_cli import pipeline as steps
+    from epmq_cli.console import say
     from epmq_cli.families.family import load_model
     from epmq_cli.merge.apply import merge_models
     from epmq_cli.report import metrics, table
@@ -33,6 +34,8 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     refuse_used(folder, "checkpoint", "metrics.json")
     config.check_complete(cfg)
     resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
+    title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
+    say(f"{title}, {len(job.suite.members)} experts, on {job.device}, into {table.near(folder)}")
     stages, scores = Stages(job.device), metrics.Scores()
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job)
@@ -58,4 +61,4 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         "stages": stages.records,
     }
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
-    table.show_run(measured, f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}", folder)
+    table.show_run(measured, title, folder)

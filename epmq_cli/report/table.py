@@ -40,8 +40,8 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
             f"trouble     of {events['linears']} linears {events['fallbacks']} were rounded to nearest and "
             f"{events['target_without_factor']} kept the merged weight as target; see layers in metrics.json"
         )
-    _line(f"checkpoint  {_near(folder / 'checkpoint')}")
-    _line(f"metrics     {_near(folder / 'metrics.json')}")
+    _line(f"checkpoint  {near(folder / 'checkpoint')}")
+    _line(f"metrics     {near(folder / 'metrics.json')}")
 
 
 def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
@@ -49,10 +49,10 @@ def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     _line(title)
     console.print(score_table(measured["scores"]))
     _line(f"time        {_times(measured['stages'])}")
-    _line(f"metrics     {_near(folder / 'metrics.json')}")
+    _line(f"metrics     {near(folder / 'metrics.json')}")
 
 
-def _near(path: Path) -> Path:
+def near(path: Path) -> Path:
     """The path as a person would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -64,7 +64,8 @@ def _line(text: str) -> None:
 
 def _times(stages: Mapping[str, Mapping[str, float]]) -> str:
     total = sum(record["seconds"] for record in stages.values())
-    return f"{total:.1f} s: " + ", ".join(f"{name} {record['seconds']:.1f}" for name, record in stages.items())
+    long = [f"{name} {record['seconds']:.1f}" for name, record in stages.items() if record["seconds"] > total / 20]
+    return f"{total:.1f} s: {', '.join(long)}"
 
 
 def _megabytes(count: int) -> str:
