@@ -17,6 +17,8 @@ COMMANDS = {
     "list": "show what each config group offers",
 }
 
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
 
 epmq makes one 4-bit model of many fine-tuned experts.
@@ -63,22 +65,37 @@ def usage() -> str:
 
 def start(command: str, arguments: list[str]) -> None:
     """Runs a command."""
-    if command != "list" and {"-h", "--help"} & set(arguments):
-        importlib.import_module("epmq_cli.commands.help").show(command)
-        return
-    if command == "eval":
-        arguments = [_checkpoint_override(argument) for argument in arguments]
-    # threads that wait by spinning take the cores from those that work, on machines with other things to do
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command == "list":
         importlib.import_module("epmq_cli.commands.list").main(arguments)
-    else:
-        importlib.import_module("epmq_cli.commands.app").launch(command, arguments)
+        return
+    if {"-h", "--help"} & set(arguments):
+        importlib.import_module("epmq_cli.commands.help").show(command)
+        return
+    overrides, flags = split(arguments)
+    if command == "eval":
+        overrides = [_checkpoint_override(override) for override in overrides]
+    # threads that wait by spinning take the cores from those that work, on machines with other things to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    importlib.import_module("epmq_cli.commands.app").launch(command, [*overrides, *flags])
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and Hydra's options with their values: Hydra itself takes no overrides behind an option."""
+    overrides, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flags.append(argument)
+            if argument in WITH_VALUE:
+                flags += [value for value in [next(rest, None)] if value is not None]
+        else:
+            overrides.append(argument)
+    return overrides, flags
 
 
 def _checkpoint_override(argument: str) -> str:
     """`epmq eval FOLDER` means `epmq eval checkpoint=FOLDER`; folders of sweeps have = and commas in their names."""
-    if argument.startswith("-") or ("=" in argument and not Path(argument).is_dir()):
+    if "=" in argument and not Path(argument).is_dir():
         return argument
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
     return f"checkpoint='{escaped}'"

@@ -115,6 +115,11 @@ def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
             yield from _targets(f"{where}.{key}", value)
 
 
+def targets(node: Any) -> list[str]:
+    """Every `_target_` in a config, at any depth."""
+    return [str(part["_target_"]) for _, part in _targets("", node)]
+
+
 def device_of(name: str) -> torch.device:
     """The device of this name; `auto` is the first accelerator, else the CPU."""
     import torch

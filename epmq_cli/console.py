@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -27,11 +28,15 @@ def complain(message: str) -> None:
     messages.print(f"epmq: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
-    """The items, with a bar named after the stage on a terminal; elsewhere and in run.log one line for the stage."""
-    log.info("%s: %d steps", stage, len(items))
+@contextmanager
+def bar(stage: str, total: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` steps: on a terminal it moves a bar that shows the time left.
+
+    Elsewhere nothing is shown; run.log has one line for the stage in any case.
+    """
+    log.info("%s: %d steps", stage, total)
     if not messages.is_terminal:
-        yield from items
+        yield lambda: None
         return
     columns = (
         TextColumn("{task.description:<24}"),
@@ -42,4 +47,13 @@ def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=messages, transient=True) as progress:
-        yield from progress.track(items, description=stage)
+        task = progress.add_task(stage, total=total)
+        yield lambda: progress.advance(task)
+
+
+def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
+    """The items, with a bar that moves after each."""
+    with bar(stage, len(items)) as advance:
+        for item in items:
+            yield item
+            advance()

@@ -19,10 +19,10 @@ from epmq_cli.calibrate.draw import batches, draw
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.walk import Walked, walk
 from epmq_cli.checkpoint.card import model_card
-from epmq_cli.checkpoint.pack import HEADS, RECORD, linear_bytes, weight_bytes, write_checkpoint
+from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, weight_bytes
 from epmq_cli.console import track
 from epmq_cli.errors import CheckpointError, ConfigError
-from epmq_cli.evaluate.score import ScoredTask, accuracy
+from epmq_cli.evaluate.score import ScoredTask, accuracies
 from epmq_cli.families import family_of
 from epmq_cli.families.family import Batch, Family, load_model
 from epmq_cli.merge.apply import Models
@@ -143,29 +143,16 @@ def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str) -> Sc
     return accuracies(job.family, model, tasks, job.evaluation.batch_size, job.device, stage)
 
 
-def accuracies(
-    family: Family,
-    model: nn.Module,
-    tasks: list[ScoredTask],
-    batch_size: int,
-    device: torch.device,
-    stage: str,
-) -> Scores:
-    """Accuracy by task name, under the stage's name."""
-    return {
-        stage: {task.name: accuracy(family, model, task, batch_size, device) for task in track(tasks, f"score {stage}")}
-    }
-
-
 def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[ScoredTask]) -> Scores:
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
-    scores = score(job, model, tasks, "base")
-    if "experts" not in job.evaluation.stages:
-        return scores
-    scores["experts"] = {}
-    for task in track(tasks, "score experts"):
+
+    def become_expert(task: ScoredTask) -> None:
         install(model, {name: source.expert(task.name, name) for name in source.names})
-        scores["experts"][task.name] = accuracy(job.family, model, task, job.evaluation.batch_size, job.device)
+
+    scores = score(job, model, tasks, "base")
+    if "experts" in job.evaluation.stages:
+        size = job.evaluation.batch_size
+        scores |= accuracies(job.family, model, tasks, size, job.device, "experts", before=become_expert)
     return scores
 
 
@@ -177,32 +164,17 @@ def calibrate(
         return walk(model, job.family, calibration, source.expert, job.guidance, job.quantizer, dtype)
 
 
-def pack(
-    job: Job,
-    checkpoint: Path,
-    model: nn.Module,
-    walked: Walked,
-    tasks: list[ScoredTask],
-    base: Path,
-    dtype: torch.dtype,
-    resolved: Any,
-    choices: Mapping[str, str],
-) -> None:
-    """Writes the checkpoint with its model card and the record from which `epmq eval` knows the tasks.
+def texts(job: Job, resolved: Any, choices: Mapping[str, str]) -> dict[str, str]:
+    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
     """
     record = {"epmq": __version__, "choices": dict(choices), "config": {key: resolved[key] for key in RECORDED}}
     names = (choices["merge"], choices["guidance"], choices["quant"])
-    texts = {
+    return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(job.suite, names, job.quantizer.spec, __version__),
     }
-    heads = {task.name: task.head for task in tasks}
-    spec, dequantize = job.quantizer.spec, job.family.dequantize_on_load
-    write_checkpoint(
-        checkpoint, model, walked.weights, spec, dequantize, heads, base, texts, dtype, job.pack.shard_size
-    )
 
 
 def events(walked: Walked) -> dict[str, int]:
@@ -216,18 +188,15 @@ def events(walked: Walked) -> dict[str, int]:
     }
 
 
-def sizes(checkpoint: Path, model: nn.Module, walked: Walked, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the weights: the whole model and its calibrated linears alone, dense in `dtype` and as packed."""
-    names = {f"{name}.weight" for name in walked.weights}
-    elements = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    linears = sum(count for name, count in elements.items() if name in names)
-    packed = weight_bytes(checkpoint)
-    dense_rest = (sum(elements.values()) - linears) * dtype.itemsize
+def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
+    """Bytes of the weights: the whole model and its calibrated linears alone, dense and as packed."""
+    size = contents.dtype.itemsize
+    elements = {name: tensor.numel() for name, tensor in contents.model.state_dict().items()}
     return {
-        "model_dense": dense_rest + linears * dtype.itemsize,
-        "model_packed": packed,
-        "linears_dense": linears * dtype.itemsize,
-        "linears_packed": linear_bytes(walked.weights, dtype),
+        "model_dense": size * sum(elements.values()),
+        "model_packed": weight_bytes(checkpoint),
+        "linears_dense": size * sum(elements[f"{name}.weight"] for name in contents.weights),
+        "linears_packed": linear_bytes(contents),
     }
 
 
@@ -240,6 +209,12 @@ def checkpoint_suite(checkpoint: Path, given: DictConfig | None) -> Suite:
         raise CheckpointError(
             f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
         ) from error
+    foreign = [target for target in config.targets(recorded) if not str(target).startswith("epmq_cli.")]
+    if foreign and given is None:
+        raise CheckpointError(
+            f"{checkpoint / RECORD} names {foreign[0]}, which is not epmq's; "
+            "if you trust it, give the suite by suite=NAME"
+        )
     suite: Suite = config.build("suite", given if given is not None else OmegaConf.create(recorded))
     return suite
 

@@ -118,6 +118,16 @@ def test_completion(line: str, expected: list[str], epmq: Run) -> None:
     assert sorted(complete(line, epmq)) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    "order", ["--config-dir mine {} -m", "{} --config-dir mine -m", "-m bits=3 --config-dir mine {}"]
+)
+def test_options_and_overrides_come_in_any_order(order: str) -> None:
+    overrides, flags = cli.split(order.format("merge=ties suite=mine").split())
+    assert [override for override in overrides if override != "bits=3"] == ["merge=ties", "suite=mine"]
+    assert sorted(flags) == ["--config-dir", "-m", "mine"]
+    assert flags[flags.index("--config-dir") + 1] == "mine"
+
+
 def test_completion_can_be_installed(epmq: Run) -> None:
     assert "COMP_LINE" in epmq("-sc", "install=bash").stdout
 

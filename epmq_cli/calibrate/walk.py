@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -90,17 +91,17 @@ def walk(
     streams = {task: _enter(student, family, blocks[0][1], group) for task, group in batches.items()}
     weights: dict[str, QuantizedWeight | DenseWeight] = {}
     records: list[LayerRecord] = []
-    for prefix, block in track(blocks, "calibrate and quantize"):
-        for group in family.groups:
-            names = [f"{prefix}.{linear}" for linear in group]
-            linears = [block.get_submodule(linear) for linear in group]
-            objective, tokens = _measure(block, linears, names, streams, expert_weight, guidance)
-            found, new = _solve(objective, names, tokens, quantizer, dtype)
-            for name, linear, weight in zip(names, linears, found, strict=True):
-                linear.weight.copy_(weight.dequantize())  # type: ignore[operator]
-                weights[name] = weight
-            records += new
-        _advance(block, streams)
+    for (prefix, block), group in track(list(product(blocks, family.groups)), "calibrate and quantize"):
+        names = [f"{prefix}.{linear}" for linear in group]
+        linears = [block.get_submodule(linear) for linear in group]
+        objective, tokens = _measure(block, linears, names, streams, expert_weight, guidance)
+        found, new = _solve(objective, names, tokens, quantizer, dtype)
+        for name, linear, weight in zip(names, linears, found, strict=True):
+            linear.weight.copy_(weight.dequantize())  # type: ignore[operator]
+            weights[name] = weight
+        records += new
+        if group == family.groups[-1]:
+            _advance(block, streams)
     return Walked(weights, records)
 
 
@@ -130,14 +131,9 @@ def _measure(
             raise ModelError(
                 f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; check the experts and the merge"
             )
-        experts = (
-            anchors
-            if guidance.targets == "merged"
-            else [
-                expert_weight(task, f"{name}.weight").to(anchor.device)
-                for name, anchor in zip(names, anchors, strict=True)
-            ]
-        )
+        experts = anchors
+        if guidance.targets == "expert":
+            experts = [expert_weight(task, f"{name}.weight").to(moment.device) for name in names]
         objective.add(moment, tokens, experts)
         total += tokens
     return objective, total

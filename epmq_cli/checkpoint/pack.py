@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,34 @@ def packed_linear(weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def state_dict(
-    model: nn.Module,
-    weights: Mapping[str, QuantizedWeight | DenseWeight],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """All tensors of the checkpoint: `weights` packed, the rest of the model's parameters and buffers in `dtype`."""
-    packed = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedWeight)}
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint is made of.
+
+    `model`: the student as the walk left it. `weights`: its calibrated linears by module name, on the grid `spec`, or
+    dense where that is None. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`:
+    the folder whose config and processor files are taken over. `texts`: further files by name. `dtype`: of all that
+    is not packed.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, QuantizedWeight | DenseWeight]
+    spec: GridSpec | None
+    dequantize: bool
+    heads: Mapping[str, Mapping[str, Tensor]]
+    base: Path
+    texts: Mapping[str, str]
+    dtype: torch.dtype
+
+
+def state_dict(contents: Contents) -> dict[str, Tensor]:
+    """All tensors of the model: quantized linears packed, the other parameters and buffers in `dtype`."""
+    packed = {name: weight for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in contents.model.state_dict().items():
         if name.removesuffix(".weight") not in packed:
-            tensors[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
+            dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
+            tensors[name] = tensor.to(dtype).cpu().contiguous()
     for name, weight in packed.items():
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed_linear(weight).items()}
     return tensors
@@ -94,51 +112,17 @@ def quantization_config(model: nn.Module, quantized: set[str], spec: GridSpec, d
     return {**config, "dequantize": True} if dequantize or not spec.symmetric else config
 
 
-def write_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    weights: Mapping[str, QuantizedWeight | DenseWeight],
-    spec: GridSpec | None,
-    dequantize: bool,
-    heads: Mapping[str, Mapping[str, Tensor]],
-    base: Path,
-    texts: Mapping[str, str],
-    dtype: torch.dtype,
-    shard_size: str,
-) -> None:
-    """Writes the checkpoint folder whole or not at all.
-
-    `weights`: the linears that came out of the walk, on the grid `spec`, or dense where it is None. `dequantize`: see
-    `quantization_config`. `heads`: tensors
-    of each task's head. `base`: the folder whose config and processor files are taken over. `texts`: further files by
-    name.
-    """
-    from huggingface_hub import save_torch_state_dict
-
+def write_checkpoint(folder: Path, contents: Contents, shard_size: str) -> None:
+    """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_torch_state_dict(state_dict(model, weights, dtype), partial, max_shard_size=shard_size)
-        save_file(
-            {f"{task}.{part}": t.cpu().contiguous() for task, head in heads.items() for part, t in head.items()},
-            partial / HEADS,
-        )
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        config |= {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
-        config.pop("torch_dtype", None)
-        if spec is not None:
-            config["quantization_config"] = quantization_config(model, set(weights), spec, dequantize)
-        for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        for name in PROCESSOR_FILES:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, partial / name)
-        mode = (partial / "config.json").stat().st_mode
-        for path in partial.iterdir():  # safetensors writes files that nobody else may read
-            path.chmod(mode)
-        _sync(partial)
+        _write_files(partial, contents, shard_size)
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
         partial.rename(folder)
+        _sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -146,11 +130,41 @@ def write_checkpoint(
         ) from error
 
 
-def linear_bytes(weights: Mapping[str, QuantizedWeight | DenseWeight], dtype: torch.dtype) -> int:
-    """Bytes of these linears' weights in a checkpoint."""
+def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state_dict(contents), folder, max_shard_size=shard_size)
+    heads = {
+        f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
+    }
+    save_file(heads, folder / HEADS)
+    config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
+    config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    if contents.spec is not None:
+        quantized = set(contents.weights)
+        config["quantization_config"] = quantization_config(
+            contents.model, quantized, contents.spec, contents.dequantize
+        )
+    for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in PROCESSOR_FILES:
+        if (contents.base / name).is_file():
+            shutil.copyfile(contents.base / name, folder / name)
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+        path.chmod(mode)
+
+
+def linear_bytes(contents: Contents) -> int:
+    """Bytes of the calibrated linears' weights in a checkpoint."""
     total = 0
-    for weight in weights.values():
-        parts = packed_linear(weight).values() if isinstance(weight, QuantizedWeight) else [weight.weight.to(dtype)]
+    for weight in contents.weights.values():
+        parts = (
+            packed_linear(weight).values()
+            if isinstance(weight, QuantizedWeight)
+            else [weight.weight.to(contents.dtype)]
+        )
         total += sum(part.numel() * part.itemsize for part in parts)
     return total
 
@@ -160,11 +174,10 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != HEADS)
 
 
-def _sync(folder: Path) -> None:
-    """Returns when every file of the folder, and the folder itself, is on disk."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Returns when the file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

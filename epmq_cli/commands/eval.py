@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
+    from epmq_cli.evaluate.score import accuracies
     from epmq_cli.families import family_of
     from epmq_cli.families.family import load_model
     from epmq_cli.report import metrics, table
@@ -38,7 +39,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
         model = load_model(family, checkpoint, device)
     with stages.stage("score quantized"):
-        scores = steps.accuracies(family, model, tasks, evaluation.batch_size, device, "quantized")
+        scores = accuracies(family, model, tasks, evaluation.batch_size, device, "quantized")
     measured = {"scores": metrics.by_task(scores), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))

@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
     from epmq_cli import pipeline as steps
+    from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
     from epmq_cli.families.family import load_model
     from epmq_cli.merge.apply import merge_models
@@ -49,7 +50,17 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     with stages.stage("calibrate and quantize"):
         walked = steps.calibrate(job, model, calibration, models.source, dtype)
     with stages.stage("pack"):
-        steps.pack(job, checkpoint, model, walked, tasks, models.base.path, dtype, resolved, choices)
+        contents = Contents(
+            model=model,
+            weights=walked.weights,
+            spec=job.quantizer.spec,
+            dequantize=job.family.dequantize_on_load,
+            heads={task.name: task.head for task in tasks},
+            base=models.base.path,
+            texts=steps.texts(job, resolved, choices),
+            dtype=dtype,
+        )
+        write_checkpoint(checkpoint, contents, job.pack.shard_size)
     with stages.stage("score quantized"):
         scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized")
     measured = {
@@ -57,7 +68,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         "scores": metrics.by_task(scores),
         "layers": [asdict(record) for record in walked.records],
         "events": steps.events(walked),
-        "bytes": steps.sizes(checkpoint, model, walked, dtype),
+        "bytes": steps.sizes(contents, checkpoint),
         "stages": stages.records,
     }
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))

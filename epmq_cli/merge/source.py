@@ -47,17 +47,12 @@ class MergeSource:
         self.names = [name for name, stored in base_names.items() if base.infos[stored].dtype in DTYPES]
 
     def base(self, name: str) -> Tensor:
-        """The base's tensor in float32."""
-        return self._base.tensor(self._base_names[name]).float()
+        """The base's tensor in float32; ModelError where it holds a NaN or an infinity."""
+        return _finite(self._base, name, self._base_names[name])
 
     def expert(self, task: str, name: str) -> Tensor:
         """The tensor of a task's expert in float32; ModelError where it holds a NaN or an infinity."""
-        tensor = self._experts[task].tensor(self._expert_names[task][name]).float()
-        if not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"expert of task {task}: {name} holds a NaN or an infinity; train or fetch the expert again"
-            )
-        return tensor
+        return _finite(self._experts[task], name, self._expert_names[task][name])
 
     def experts(self, name: str) -> list[Tensor]:
         """The tensors of all experts in float32, in the order of the tasks."""
@@ -88,6 +83,13 @@ class MergeSource:
                 f"expert of task {task} ({self._experts[task].path}) was not fine-tuned from "
                 f"the base ({self._base.path}): {'; '.join(differences[:SHOWN])}{more}"
             )
+
+
+def _finite(folder: ModelFolder, name: str, stored: str) -> Tensor:
+    tensor = folder.tensor(stored).float()
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{folder.role}: {name} holds a NaN or an infinity; train or fetch the model again")
+    return tensor
 
 
 def _differences(base: dict[str, TensorInfo], expert: dict[str, TensorInfo]) -> list[str]:

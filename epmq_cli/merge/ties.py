@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmq_cli.console import track
 from epmq_cli.errors import check_choice, check_range
 from epmq_cli.merge.source import MergeSource, Rule
 
@@ -83,7 +84,7 @@ class Ties:
     def __call__(self, source: MergeSource) -> Rule:
         thresholds = [
             kth_largest_magnitude(lambda task=task: source.task_vectors(task), self.density)  # type: ignore[misc]
-            for task in source.tasks
+            for task in track(source.tasks, "find what TIES keeps")
         ]
 
         def trimmed(base: Tensor, experts: list[Tensor]) -> Tensor:

@@ -21,12 +21,21 @@ from epmq_cli.quantize.rtn import rtn
 from tests.hubs import Walk, run_in, walk
 
 
-def write(folder: Path, hub: Path, found: Walk, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> Path:
-    spec, weights, dequantize = found.job.quantizer.spec, found.walked.weights, found.job.family.dequantize_on_load
-    heads = {"first": {"weight": torch.ones(3, 4)}}
-    pack.write_checkpoint(
-        folder, found.student, weights, spec, dequantize, heads, hub / "base", {"x.txt": "y"}, dtype, shard_size
+def contents(hub: Path, found: Walk) -> pack.Contents:
+    return pack.Contents(
+        model=found.student,
+        weights=found.walked.weights,
+        spec=found.job.quantizer.spec,
+        dequantize=found.job.family.dequantize_on_load,
+        heads={"first": {"weight": torch.ones(3, 4)}},
+        base=hub / "base",
+        texts={"x.txt": "y"},
+        dtype=getattr(torch, found.job.pack.dtype, torch.float32),
     )
+
+
+def write(folder: Path, hub: Path, found: Walk, shard_size: str = "5GB") -> Path:
+    pack.write_checkpoint(folder, contents(hub, found), shard_size)
     return folder
 
 
@@ -68,8 +77,8 @@ def test_reloaded_outputs_equal_the_dequantized_models_exactly(
 ) -> None:
     hub: Path = request.getfixturevalue(f"{hub_name}_hub")
     found = walk(hub, *options.split())
-    dtype = getattr(torch, found.job.pack.dtype, torch.float32)
-    folder = write(tmp_path / "checkpoint", hub, found, dtype)
+    dtype = contents(hub, found).dtype
+    folder = write(tmp_path / "checkpoint", hub, found)
     reloaded = load_model(found.job.family, folder, torch.device("cpu"))
     assert torch.equal(found.features(reloaded), found.features(found.student))
     plain = AutoModel.from_pretrained(folder).eval()
@@ -103,10 +112,8 @@ def test_linear_bytes_are_those_of_the_packed_tensors(clip_hub: Path, tmp_path: 
     found = walk(clip_hub)
     folder = write(tmp_path / "checkpoint", clip_hub, found)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    parts = [tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[0] in found.walked.weights]
-    parts = [part for name, part in tensors.items() if name.split(".")[-1].startswith("weight_")]
-    assert pack.linear_bytes(found.walked.weights, torch.float32) == sum(part.nbytes for part in parts)
+        parts = [file.get_tensor(name) for name in file.keys() if name.split(".")[-1].startswith("weight_")]  # noqa: SIM118
+    assert pack.linear_bytes(contents(clip_hub, found)) == sum(part.nbytes for part in parts)
 
 
 def test_the_same_run_gives_the_same_bytes(bert_hub: Path, tmp_path: Path) -> None:

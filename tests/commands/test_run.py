@@ -199,3 +199,35 @@ def test_a_damaged_checkpoint_is_refused(bert_hub: Path, epmq_inside: Run, tmp_p
     assert result.returncode == 1
     assert "heads.safetensors cannot be read" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
+    checkpoint = run_in(tmp_path / "run", bert_hub, "eval.stages=[]")
+    record = checkpoint / "epmq.json"
+    record.write_text(record.read_text().replace("epmq_cli.data.table.Table", "tests.data.evil.Table"))
+    result = epmq_inside("eval", str(checkpoint))
+    assert result.returncode == 1
+    assert "names tests.data.evil.Table, which is not epmq's; if you trust it" in result.stderr
+    trusted = epmq_inside("eval", str(checkpoint), "--config-dir", str(bert_hub / "configs"), "suite=mini")
+    assert trusted.returncode == 0, trusted.stderr
+
+
+def test_a_defect_keeps_its_traceback(
+    bert_hub: Path, tmp_path: Path, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("epmq_cli.pipeline.install", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16")
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
+    bert_hub: Path, tmp_path: Path, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epmq_cli.pipeline.walk", interrupt)
+    result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=x")
+    assert result.returncode == 130
+    assert result.stderr.endswith("epmq: interrupted; nothing of this run is complete\n")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {".hydra", "run.log"}

@@ -1,0 +1,33 @@
+"""Oracle: what a terminal shows and what a file does not."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from epmq_cli import console
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=terminal, width=100))
+    with caplog.at_level(logging.INFO, logger="epmq"):
+        assert list(console.track(["a", "b", "c"], "merge")) == ["a", "b", "c"]
+    assert "merge: 3 steps" in caplog.text
+    assert ("merge" in screen.getvalue()) == terminal
+    assert ("left" in screen.getvalue()) == terminal
+
+
+def test_a_bar_counts_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=True, width=100))
+    with console.bar("score", 2) as advance:
+        advance()
+        advance()
+    assert "2/2" in screen.getvalue()
