@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="further overrides of every run")
     arguments = parser.parse_args()
-    print("| merge | bits | base | experts | merged, 16 bits | " + " | ".join(METHODS) + " | E-PMQ - GPTQ |")
+    print("| merge | bits | base | experts | merged, dense | " + " | ".join(METHODS) + " | E-PMQ - GPTQ |")
     print("|---" * (6 + len(METHODS)) + "|")
     for merge in MERGES:
         whole = scores(arguments, merge, arguments.bits[0], "RTN", arguments.seeds[0], every_stage=True)

@@ -36,7 +36,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     config.check_complete(cfg)
     resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
-    say(f"{title}, {len(job.suite.members)} experts, on {job.device}, into {table.near(folder)}")
+    say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
     stages, scores = Stages(job.device), metrics.Scores()
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job)

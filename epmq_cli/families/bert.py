@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.evaluate import classifier
-from epmq_cli.families.family import Batch, Collate, Head
+from epmq_cli.families.family import Batch, Collate, Head, block_settings
 from epmq_cli.suites import Task
 
 PARTS = ("embeddings.", "encoder.", "pooler.")
@@ -51,6 +51,10 @@ class Bert:
         if "pooler.dense.weight" not in names:
             raise ModelError(f"{folder.role}: {folder.path} has no pooler, which the classifiers of family bert read")
         return names
+
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """Those of the encoder."""
+        return block_settings(folder)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A BertModel with its pooler."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Head
+from epmq_cli.families.family import Batch, Collate, Head, block_settings
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -49,6 +49,10 @@ class Clip:
             if not prefixed or name.startswith(PREFIX)
         }
         return {name: stored for name, stored in names.items() if not name.endswith("position_ids")}
+
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """Those of the vision tower."""
+        return block_settings(folder, "vision_config")
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A CLIPModel."""

@@ -35,6 +35,9 @@ class Family(Protocol):
         ModelError where the folder holds another architecture.
         """
 
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """What base and experts must have in common and tensor shapes do not show, such as the number of heads."""
+
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The whole model as transformers loads it; `options` go to its from_pretrained."""
 
@@ -55,6 +58,15 @@ class Family(Protocol):
 
     def logits(self, features: Tensor, head: Head) -> Tensor:
         """(samples, classes)."""
+
+
+def block_settings(folder: ModelFolder, part: str | None = None) -> dict[str, Any]:
+    """The usual `settings` of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    config = getattr(config, part, config) if part else config
+    return {name: getattr(config, name) for name in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
 
 
 def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:

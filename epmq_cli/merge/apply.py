@@ -22,6 +22,14 @@ class Models:
         self.experts = {task.name: _open(task.expert, f"expert of task {task.name}") for task in suite.members}
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
         self.source = MergeSource(self.base, family.tensor_names(self.base), self.experts, names)
+        expected = family.settings(self.base)
+        for expert in self.experts.values():
+            for name, value in family.settings(expert).items():
+                if value != expected[name]:
+                    raise ModelError(
+                        f"{expert.role} ({expert.path}) was not fine-tuned from the base ({self.base.path}): "
+                        f"{name} is {value} in its config and {expected[name]} in the base's"
+                    )
 
 
 def _open(source: str, role: str) -> ModelFolder:

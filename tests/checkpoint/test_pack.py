@@ -47,6 +47,7 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
     found = rtn(weight, GridSpec(bits, group_size, symmetric, "mse"), torch.float16)
     tensors = pack.packed_linear(found)
     assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.values)
+    assert tensors["weight_packed"].shape == (24, -(-48 * bits // 32))  # dense: no bit is wasted at 3 bits either
     assert torch.equal(tensors["weight_scale"].float(), found.scale)
     assert tensors["weight_shape"].tolist() == [24, 48]
     assert ("weight_zero_point" in tensors) == (not symmetric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_clip_scores_are_those_of_the_whole_model_with_one_template(clip_hub: Pa
         expected = whole(**inputs).logits_per_image / whole.logit_scale.exp() * 100
         logits = job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_an_expert_of_the_same_shapes_but_other_settings_is_refused(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub: Path = request.getfixturevalue(f"{name}_hub")
+    shutil.copytree(hub / "first", tmp_path / "first")
+    settings = json.loads((tmp_path / "first" / "config.json").read_text())
+    settings["num_attention_heads"] = 4
+    (tmp_path / "first" / "config.json").write_text(json.dumps(settings))
+    job = steps.make_job(config(hub, f"suite.tasks.first.expert={tmp_path / 'first'}"))
+    with pytest.raises(ModelError, match="num_attention_heads is 4 in its config and 2 in the base's"):
+        steps.open_models(job)
 
 
 def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Path) -> None:
