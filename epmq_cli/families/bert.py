@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ModelError
+from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Head, block_settings
 from epmq_cli.suites import Task
@@ -70,8 +70,14 @@ class Bert:
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
+        positions = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
+        if task.max_length > positions:
+            raise ConfigError(
+                f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
+                f"got {task.max_length}"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
         def collate(texts: list[Any]) -> Batch:

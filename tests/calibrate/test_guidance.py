@@ -187,3 +187,12 @@ def test_padding_never_enters_the_rows() -> None:
 def test_bad_options_are_refused(fields: tuple[object, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Guidance(*fields)  # type: ignore[arg-type]
+
+
+def test_a_hessian_without_factor_keeps_the_anchor_as_target() -> None:
+    anchor, experts, inputs = problem()
+    objective = objective_of(Guidance("expert", 0.0, "frobenius"), anchor, experts, inputs)
+    objective.H = -objective.H
+    targets, factor = objective.targets()
+    assert factor is None
+    assert torch.equal(targets[0], anchor)

@@ -121,6 +121,13 @@ def test_models_of_another_family_are_refused(clip_hub: Path, bert_hub: Path, tm
         run_in(tmp_path, bert_hub, f"suite.tasks.first.expert={clip_hub / 'first'}")
 
 
+def test_texts_longer_than_the_model_are_refused(bert_hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="suite.tasks.first.max_length must be at most 32, the positions that the base"
+    ):
+        run_in(tmp_path, bert_hub, "suite.tasks.first.max_length=33")
+
+
 def test_a_quantized_model_is_no_base(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "eval.stages=[]")
     with pytest.raises(ModelError, match="base: .* is quantized already; give the model it was made from"):
