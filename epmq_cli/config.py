@@ -108,11 +108,11 @@ def build(group: str, node: DictConfig) -> Any:
 
 
 def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield where, node
-        for key, value in node.items():
-            yield from _targets(f"{where}.{key}", value)
+    if isinstance(node, dict) and "_target_" in node:
+        yield where, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from _targets(f"{where}.{key}", child)
 
 
 def targets(node: Any) -> list[str]:

@@ -1,0 +1,36 @@
+"""Oracle: what a config may name and what it may not."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from epmq_cli.config import build, device_of, targets
+from epmq_cli.errors import ConfigError
+
+TIES = {"_target_": "epmq_cli.merge.ties.Ties", "density": 0.2, "scale": 0.3, "combine": "sum"}
+
+
+@pytest.mark.parametrize("hidden", [{"a": [{"_target_": "os.system"}]}, {"a": {"b": {"_target_": "os.system"}}}])
+def test_targets_are_found_at_any_depth(hidden: object) -> None:
+    assert targets(hidden) == ["os.system"]
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "nowhere.Nothing", "epmq_cli.merge.ties.trim"])
+def test_only_config_classes_are_made_however_deep_they_are_named(target: str) -> None:
+    for value in ({"_target_": target}, [{"_target_": target}]):
+        with pytest.raises(ConfigError, match="_target_ must name one of epmq's classes"):
+            build("merge", OmegaConf.create({**TIES, "density": value}))
+
+
+def test_a_group_without_target_and_a_missing_field_are_named() -> None:
+    with pytest.raises(ConfigError, match="merge has no _target_; copy the first lines of one of the shipped"):
+        build("merge", OmegaConf.create({"density": 0.2}))
+    with pytest.raises(ConfigError, match="merge cannot be made: .*combine"):
+        build("merge", OmegaConf.create({key: value for key, value in TIES.items() if key != "combine"}))
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "cpu:0", "cuda:x", 3])
+def test_devices_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        device_of(name)
