@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def write_checkpoint(folder: Path, contents: Contents, shard_size: str) -> None:
             _sync(path)
         partial.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"

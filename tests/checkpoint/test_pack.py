@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 
 from epmq_cli.checkpoint import pack
@@ -127,11 +127,14 @@ def test_the_same_run_gives_the_same_bytes(bert_hub: Path, tmp_path: Path) -> No
     assert hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest() != digests[0]["model.safetensors"]
 
 
-def test_a_write_that_fails_leaves_no_folder(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_write_that_fails_leaves_no_folder(
+    error: Exception, clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = walk(clip_hub)
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(pack, "_sync", full)
     with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left.*choose another out"):
