@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from epmq_cli import __version__, config
 from epmq_cli.calibrate.draw import batches, draw
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.walk import Walked, walk
+from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, weight_bytes
 from epmq_cli.console import track
-from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.errors import CheckpointError, ConfigError, check_keys
 from epmq_cli.evaluate.score import ScoredTask, accuracies
 from epmq_cli.families import family_of
 from epmq_cli.families.family import Batch, Family, load_model
@@ -54,11 +55,13 @@ class Job:
 def make_job(cfg: DictConfig) -> Job:
     """The job of a complete config; ConfigError before any model is opened."""
     suite: Suite = config.build("suite", cfg.suite)
+    guidance: Guidance = config.build("guidance", cfg.guidance)
+    check_keys("guidance.weights", guidance.weights or {}, [task.name for task in suite.members])
     return Job(
         suite=suite,
         family=family_of(suite.family),
         merge=config.build("merge", cfg.merge),
-        guidance=config.build("guidance", cfg.guidance),
+        guidance=guidance,
         calib=config.build("calib", cfg.calib),
         quantizer=config.build("quant", cfg.quant),
         pack=config.build("pack", cfg.pack),
@@ -85,12 +88,12 @@ def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> N
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
     if spec is None:
         return
-    for prefix, block in family.blocks(student):
-        for name in (name for group in family.groups for name in group):
-            width = block.get_parameter(f"{name}.weight").shape[1]
+    for block in family.blocks(student):
+        for name in block.linears:
+            width = block.module.get_parameter(f"{name}.weight").shape[1]
             if width % spec.columns(width):
                 raise ConfigError(
-                    f"group_size={spec.group_size} must divide the {width} inputs of {prefix}.{name}; "
+                    f"group_size={spec.group_size} must divide the {width} inputs of {block.name(name)}; "
                     "use a divisor, or group_size=-1 for one group a row"
                 )
 
@@ -128,14 +131,6 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     return drawn
 
 
-def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts these values into the model's own tensors of the same names."""
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
 def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out."""
     if stage not in job.evaluation.stages:
@@ -154,14 +149,6 @@ def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[Sco
         size = job.evaluation.batch_size
         scores |= accuracies(job.family, model, tasks, size, job.device, "experts", before=become_expert)
     return scores
-
-
-def calibrate(
-    job: Job, model: nn.Module, calibration: dict[str, list[Batch]], source: MergeSource, dtype: torch.dtype
-) -> Walked:
-    """Walks the merged model, whose blocks' linears are replaced by what comes out."""
-    with torch.inference_mode():
-        return walk(model, job.family, calibration, source.expert, job.guidance, job.quantizer, dtype)
 
 
 def texts(job: Job, resolved: Any, choices: Mapping[str, str]) -> dict[str, str]:

@@ -10,14 +10,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import Batch
 from epmq_cli.merge.apply import merge_models
 
-QUICK = ("group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
+QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 
@@ -61,5 +63,8 @@ def walk(hub: Path, *overrides: str) -> Walk:
     job = steps.make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    steps.install(model, merge_models(models.source, job.merge, dtype))
-    return Walk(job, model, steps.calibrate(job, model, batches, models.source, dtype), batches)
+    tasks = steps.prepare_tasks(job, model, models)
+    taught = guide.teach(job, model, models.source, batches)
+    install(model, merge_models(models.source, job.merge, dtype))
+    calibrated = guide.calibrate(job, model, batches, taught, tasks, models.source, dtype)
+    return Walk(job, model, calibrated.walked, batches)

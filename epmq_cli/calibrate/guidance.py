@@ -1,32 +1,17 @@
-"""The objective that calibration hands to a quantizer, and its unquantized optimum (E-PMQ,
-https://arxiv.org/abs/2605.16882).
-
-For one linear with anchor A (the merged weight), experts W_t and the student's inputs X_t,
-
-    J(Q) = sum_t s_t || X_t (Q - W_t)' ||_F^2  +  lam || Q - A ||_F^2.
-
-It is kept in terms of D = Q - A, so that experts equal to the anchor give D = 0 to the last bit:
-
-    J(A + D) = tr D H D' - 2 tr D S' + c        H = sum_t s_t X_t'X_t + lam I        S = sum_t s_t (W_t - A) X_t'X_t
-    W* = A + S H^-1                             c = sum_t s_t tr (W_t - A) X_t'X_t (W_t - A)'
-
-and J(Q) = tr (Q - W*) H (Q - W*)' + const: what GPTQ minimises when it is given W* and H.
-"""
+"""What calibration is guided by: the options of `guidance=<name>`, each published method a setting of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from epmq_cli.calibrate.moments import task_weight
-from epmq_cli.errors import check_choice, check_range
-from epmq_cli.linalg import Factor, damped_cholesky
+from epmq_cli.errors import ConfigError, check_choice, check_range
 
 TARGETS = ("merged", "expert")
 TASK_WEIGHTS = ("frobenius", "tokens")
+AUTO = "auto"
+LIMITS = {"lam": float("inf"), "alpha": 1, "beta": 1, "rho": 10}
+"""The options that can be `auto`, with the largest value of each; the smallest is 0."""
 
 
 @dataclass(frozen=True)
@@ -34,60 +19,59 @@ class Guidance:
     """`guidance=<name>`.
 
     `targets`: whose outputs the linears shall give, `merged` (plain post-training quantization) or each task's
-    `expert`. `lam`: weight of the anchor, at least 0; with `task_weight: frobenius` a pure number. `task_weight`:
-    s_t, see moments.py.
+    `expert`. `lam`: weight of the anchor; with `task_weight: frobenius` a pure number. `alpha`: share of the teacher's
+    own inputs in the target. `beta`: share of the residual stream's drift that a linear which writes into it makes up
+    for. `rho`: the anchor is rho merged + (1 - rho) base. These four may be `auto`.
+
+    `intercepts`, `norms`, `embeddings`, `readout`: whether biases, norms, the tables and kernels that make the first
+    stream, and the linears between the blocks and the heads are solved as well. `readout_weight`: what the other
+    tokens of the last block count beside the one that is read out, in (0, 1]. `heads`: `always`, `never` or `own`
+    (where each task has a head of its own). `sweeps`: walks through the model, each anchored at the one before.
+    `task_weight`: s_t, see moments.py. `weights`: factors on it by task, null for 1.
     """
 
     targets: str
-    lam: float
+    lam: float | str
+    alpha: float | str
+    beta: float | str
+    rho: float | str
+    intercepts: bool
+    norms: bool
+    embeddings: bool
+    readout: bool
+    readout_weight: float
+    heads: str
+    sweeps: int
     task_weight: str
+    weights: Mapping[str, float] | None
 
     def __post_init__(self) -> None:
         check_choice("guidance.targets", self.targets, TARGETS)
-        check_range("guidance.lam", self.lam, 0, float("inf"))
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"guidance.{name} must be a number or auto, got {value!r}")
+            if value != AUTO:
+                check_range(f"guidance.{name}", value, 0, limit)
+        for name in ("intercepts", "norms", "embeddings", "readout"):
+            check_choice(f"guidance.{name}", getattr(self, name), (True, False))
+        check_range("guidance.readout_weight", self.readout_weight, 0, 1, open_low=True)
+        check_choice("guidance.heads", self.heads, ("always", "never", "own"))
+        check_range("guidance.sweeps", self.sweeps, 1, 10, integer=True)
         check_choice("guidance.task_weight", self.task_weight, TASK_WEIGHTS)
+        for task, weight in (self.weights or {}).items():
+            check_range(f"guidance.weights.{task}", weight, 0, float("inf"))
 
+    @property
+    def open(self) -> list[str]:
+        """The options that are still `auto`."""
+        return [name for name in LIMITS if getattr(self, name) == AUTO]
 
-class Objective:
-    """J of the linears that share one input, accumulated task by task; everything in float64."""
+    @property
+    def teaches(self) -> bool:
+        """Whether the teachers' own activations are needed."""
+        return self.alpha != 0 or self.beta != 0
 
-    def __init__(self, anchors: Sequence[Tensor], guidance: Guidance) -> None:
-        self.anchors = [anchor.double() for anchor in anchors]
-        self._guidance = guidance
-        width = self.anchors[0].shape[1]
-        self.H = guidance.lam * torch.eye(width, dtype=torch.float64, device=self.anchors[0].device)
-        self._shifts = [torch.zeros_like(anchor) for anchor in self.anchors]
-        self._constants = [0.0] * len(self.anchors)
-        self._outputs = [0.0] * len(self.anchors)
-
-    def add(self, moment: Tensor, tokens: int, experts: Sequence[Tensor]) -> None:
-        """One task: X'X (in, in), its tokens, and for each linear the weight whose outputs are the target (out, in)."""
-        moment = moment * task_weight(moment, tokens, self._guidance.task_weight)
-        self.H += moment
-        for index, (anchor, expert) in enumerate(zip(self.anchors, experts, strict=True)):
-            delta = expert.double() - anchor
-            pushed = delta @ moment
-            self._shifts[index] += pushed
-            self._constants[index] += float((pushed * delta).sum())
-            self._outputs[index] += float(((expert.double() @ moment) * expert.double()).sum())
-
-    def targets(self) -> tuple[list[Tensor], Factor | None]:
-        """W* of each linear (out, in), and the factor of H; the anchors and None where H has no factor.
-
-        Columns whose input is always zero keep the anchor's value.
-        """
-        H = self.H.clone()
-        H.diagonal()[H.diagonal() == 0] = 1
-        factor = damped_cholesky(H, 0.0)
-        if factor is None:
-            return self.anchors, None
-        shifts = zip(self.anchors, self._shifts, strict=True)
-        return [anchor + torch.cholesky_solve(shift.T, factor.lower).T for anchor, shift in shifts], factor
-
-    def relative_loss(self, index: int, weight: Tensor) -> float:
-        """J of a weight (out, in) for one linear, relative to sum_t s_t || X_t W_t' ||^2; 0 where that is 0."""
-        delta = weight.double() - self.anchors[index]
-        loss = (
-            float(((delta @ self.H) * delta).sum() - 2 * (delta * self._shifts[index]).sum()) + self._constants[index]
-        )
-        return max(loss, 0.0) / self._outputs[index] if self._outputs[index] > 0 else 0.0
+    def factor(self, task: str) -> float:
+        """What the task's s_t is multiplied with."""
+        return 1.0 if self.weights is None else self.weights.get(task, 1.0)

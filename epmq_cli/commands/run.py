@@ -24,7 +24,9 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
+    from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
+    from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
     from epmq_cli.families.family import load_model
@@ -43,12 +45,16 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         tasks, calibration = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
     with stages.stage("score base and experts"):
         scores |= steps.score_parts(job, model, models.source, tasks)
+    with stages.stage("teach"):
+        taught = guide.teach(job, model, models.source, calibration)
     with stages.stage("merge"):
-        steps.install(model, merge_models(models.source, job.merge, dtype))
+        install(model, merge_models(models.source, job.merge, dtype))
     with stages.stage("score merged"):
         scores |= steps.score(job, model, tasks, "merged")
     with stages.stage("calibrate and quantize"):
-        walked = steps.calibrate(job, model, calibration, models.source, dtype)
+        calibrated = guide.calibrate(job, model, calibration, taught, tasks, models.source, dtype)
+        walked = calibrated.walked
+        tasks = guide.solve_heads(job, model, calibration, taught, tasks, calibrated.guidance)
     with stages.stage("pack"):
         contents = Contents(
             model=model,
@@ -67,6 +73,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         "seed": job.seed,
         "scores": metrics.by_task(scores),
         "layers": [asdict(record) for record in walked.records],
+        "guidance": guide.summary(job, calibrated),
         "events": steps.events(walked),
         "bytes": steps.sizes(contents, checkpoint),
         "stages": stages.records,

@@ -17,23 +17,33 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate import classifier
-from epmq_cli.families.family import Batch, Collate, Head, block_settings
+from epmq_cli.families.family import Batch, Collate, Head, Linears, Norm, Patches, Section, Table, block_settings
 from epmq_cli.suites import Task
 
 PARTS = ("embeddings.", "encoder.", "pooler.")
 PREFIX = "bert."
+STEPS = (
+    Linears(
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        mixing=("attention.self.key", "attention.self.value"),
+    ),
+    Linears(("attention.output.dense",), stream="attention.self.query"),
+    Norm("attention.output.LayerNorm"),
+    Linears(("intermediate.dense",)),
+    Linears(("output.dense",), stream="intermediate.dense"),
+    Norm("output.LayerNorm"),
+)
 
 
 class Bert:
     """`family: bert`."""
 
-    groups: tuple[tuple[str, ...], ...] = (
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        ("attention.output.dense",),
-        ("intermediate.dense",),
-        ("output.dense",),
+    stem: tuple[Patches | Table, ...] = tuple(
+        Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position", "token_type")
     )
-
+    first_norm: str | None = "embeddings.LayerNorm"
+    read_token: int | None = 0
+    own_heads = True
     dequantize_on_load = False
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -63,10 +73,14 @@ class Bert:
         model: nn.Module = BertModel.from_pretrained(folder, **options)
         return model
 
-    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def blocks(self, model: nn.Module) -> list[Section]:
         """The layers of the encoder."""
         layers = model.get_submodule("encoder.layer")
-        return [(f"encoder.layer.{index}", layer) for index, layer in layers.named_children()]
+        return [Section(f"encoder.layer.{index}", layer, STEPS) for index, layer in layers.named_children()]
+
+    def readout(self, model: nn.Module) -> Section:
+        """The pooler, which reads the first token."""
+        return Section("pooler", model.get_submodule("pooler"), (Linears(("dense",)),))
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
@@ -99,6 +113,10 @@ class Bert:
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """`weight` (classes, hidden size) and `bias` (classes,) of the expert's classifier."""
         return {name: tensor.to(device) for name, tensor in classifier.read_head(expert, "classifier").items()}
+
+    def head_inputs(self, features: Tensor) -> Tensor:
+        """The features themselves."""
+        return features
 
     def logits(self, features: Tensor, head: Head) -> Tensor:
         """Those of a linear."""

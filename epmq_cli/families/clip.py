@@ -11,26 +11,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Head, block_settings
+from epmq_cli.families.family import Batch, Collate, Head, Linears, Norm, Patches, Section, Table, block_settings
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
+STEPS = (
+    Norm("layer_norm1", mixing=True),
+    Linears(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mixing=("self_attn.k_proj", "self_attn.v_proj")
+    ),
+    Linears(("self_attn.out_proj",), stream="layer_norm1"),
+    Norm("layer_norm2"),
+    Linears(("mlp.fc1",)),
+    Linears(("mlp.fc2",), stream="layer_norm2"),
+)
+READOUT = (Norm(PREFIX + "post_layernorm"), Linears(("visual_projection",)))
+
+
+class _Readout(nn.Module):
+    """The end of a CLIPModel's vision tower and the projection, under their names in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = nn.Module()
+        self.vision_model.post_layernorm = model.get_submodule(PREFIX + "post_layernorm")
+        self.visual_projection = model.get_submodule("visual_projection")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Image embeddings (samples, projection width) of the class token."""
+        norm = self.vision_model.get_submodule("post_layernorm")
+        features: Tensor = self.visual_projection(norm(hidden[:, 0]))
+        return features
 
 
 class Clip:
     """`family: clip`."""
 
-    groups: tuple[tuple[str, ...], ...] = (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("mlp.fc1",),
-        ("mlp.fc2",),
+    stem: tuple[Patches | Table, ...] = (
+        Patches(
+            convolution=PREFIX + "embeddings.patch_embedding",
+            positions=PREFIX + "embeddings.position_embedding",
+            class_token=PREFIX + "embeddings.class_embedding",
+        ),
     )
-
+    first_norm: str | None = PREFIX + "pre_layrnorm"
+    read_token: int | None = 0
+    own_heads = False
     dequantize_on_load = True  # get_image_features goes round the call of the whole model
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -61,10 +92,14 @@ class Clip:
         model: nn.Module = CLIPModel.from_pretrained(folder, **options)
         return model
 
-    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def blocks(self, model: nn.Module) -> list[Section]:
         """The layers of the vision encoder."""
         layers = model.get_submodule(PREFIX + "encoder.layers")
-        return [(f"{PREFIX}encoder.layers.{index}", layer) for index, layer in layers.named_children()]
+        return [Section(f"{PREFIX}encoder.layers.{index}", layer, STEPS) for index, layer in layers.named_children()]
+
+    def readout(self, model: nn.Module) -> Section:
+        """The last layer norm and the projection of the class token."""
+        return Section("", _Readout(model), READOUT)
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Images through the base's own image processor, as RGB."""
@@ -105,6 +140,10 @@ class Clip:
 
         return {"weight": zero_shot.class_embeddings(embed, task.classes, task.templates)}
 
+    def head_inputs(self, features: Tensor) -> Tensor:
+        """The features, each of length 1."""
+        return normalize(features, dim=-1)
+
     def logits(self, features: Tensor, head: Head) -> Tensor:
-        """100 x cosine."""
+        """100 x cosine; a head that was solved again is no longer of unit rows."""
         return zero_shot.logits(features, head["weight"])

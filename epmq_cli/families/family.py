@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,79 @@ Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Linears:
+    """Linears that read the same input.
+
+    `stream`: the module whose input is the residual stream that their outputs are added to, if they are. `mixing`:
+    those whose outputs reach the other tokens, as keys and values do.
+    """
+
+    names: tuple[str, ...]
+    stream: str | None = None
+    mixing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm with a gain. `mixing`: whether its output reaches the other tokens."""
+
+    name: str
+    mixing: bool = False
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A convolution whose kernel is its stride and that has no bias, the table of positions that is added to what it
+    gives, and the class token that comes first, if there is one."""
+
+    convolution: str
+    positions: str
+    class_token: str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of embeddings that is looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the model that is walked through in one go: its steps in the order of the forward pass.
+
+    Names in `steps` are the module's own; with `prefix` before them they are the model's.
+    """
+
+    prefix: str
+    module: nn.Module
+    steps: tuple[Linears | Norm, ...]
+
+    @property
+    def linears(self) -> list[str]:
+        """The module's own names of its linears, in the order of the steps."""
+        return [name for step in self.steps if isinstance(step, Linears) for name in step.names]
+
+    def name(self, local: str) -> str:
+        """The name in the model of a module or tensor of this section."""
+        return f"{self.prefix}.{local}" if self.prefix else local
+
+
 class Family(Protocol):
     """One architecture. Names of tensors and modules are those of the model that `load` returns."""
 
-    groups: tuple[tuple[str, ...], ...]
-    """The linears of one block, in the order of the forward pass; those in one tuple read the same input."""
+    stem: tuple[Patches | Table, ...]
+    """What the first stream is the sum of."""
+
+    first_norm: str | None
+    """The norm that the embeddings go through before the first block, if there is one."""
+
+    read_token: int | None
+    """The one token that is read out behind the last block; None where all are."""
+
+    own_heads: bool
+    """Whether each task has a head of its own, trained with its expert, rather than one made by the base."""
 
     dequantize_on_load: bool
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
@@ -41,8 +110,12 @@ class Family(Protocol):
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The whole model as transformers loads it; `options` go to its from_pretrained."""
 
-    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The blocks in order, each with its name in the model."""
+    def blocks(self, model: nn.Module) -> list[Section]:
+        """The blocks in order. Their linears are what is quantized."""
+
+    def readout(self, model: nn.Module) -> Section:
+        """What makes the features of the last block's output (samples, tokens, width), as a module of its own that
+        shares its tensors with the model."""
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
@@ -55,6 +128,9 @@ class Family(Protocol):
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """The tensors of a task's own head. `model` is the base."""
+
+    def head_inputs(self, features: Tensor) -> Tensor:
+        """What a head's weight is multiplied with: (samples, width)."""
 
     def logits(self, features: Tensor, head: Head) -> Tensor:
         """(samples, classes)."""

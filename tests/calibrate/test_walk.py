@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.reference import install
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.apply import merge_models
 from tests.hubs import Walk, config, walk
@@ -28,12 +30,11 @@ def dequantized(found: Walk) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["clip", "bert"])
 def test_every_linear_of_every_block_is_walked_once_in_order(name: str, request: pytest.FixtureRequest) -> None:
     found = walk(hub_of(name, request))
-    blocks = [name.split("." + found.job.family.groups[0][0].split(".")[0])[0] for name in found.walked.weights]
-    assert list(dict.fromkeys(blocks))[:1] == [f"{LAYERS[name]}.0"]
+    assert next(iter(found.walked.weights)).startswith(f"{LAYERS[name]}.0.")
     linears = [
-        f"{prefix}.{child}"
-        for prefix, block in found.job.family.blocks(found.student)
-        for child, module in block.named_modules()
+        block.name(child)
+        for block in found.job.family.blocks(found.student)
+        for child, module in block.module.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
     assert sorted(found.walked.weights) == sorted(linears)
@@ -62,7 +63,7 @@ def test_first_group_without_quantizer_and_anchor_is_regmean_of_the_hidden_state
     found = walk(clip_hub, "quant=none", "guidance.lam=0")
     job = steps.make_job(config(clip_hub))
     models, model, dtype = steps.open_models(job)
-    steps.install(model, merge_models(models.source, job.merge, dtype))
+    install(model, merge_models(models.source, job.merge, dtype))
     tower, target = model.vision_model, "encoder.layers.0.self_attn.q_proj"
     rows, outputs = [], []
     for task, batches in found.batches.items():
@@ -118,4 +119,4 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold a NaN"):
-        steps.calibrate(job, model, batches, models.source, dtype)
+        guide.calibrate(job, model, batches, {}, [], models.source, dtype)

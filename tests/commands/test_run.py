@@ -233,7 +233,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epmq_cli.pipeline.walk", interrupt)
+    monkeypatch.setattr("epmq_cli.calibration.sweep", interrupt)
     result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=x")
     assert result.returncode == 130
     assert result.stderr.endswith("epmq: interrupted; nothing of this run is complete\n")

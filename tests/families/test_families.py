@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.streams import inputs
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES, family_of
-from epmq_cli.families.family import load_model
+from epmq_cli.families.family import Batch, Norm, load_model
 from tests.hubs import config, run_in
 
 CPU = torch.device("cpu")
@@ -46,15 +50,87 @@ def test_tensor_names_are_those_of_the_loaded_model(name: str, request: pytest.F
     assert base.keys() == parameters
 
 
+def batch_of(name: str) -> Batch:
+    """Two samples."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "clip":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    return {
+        "input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
+        "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]]),
+    }
+
+
+def called(model: nn.Module, names: Iterable[str], forward: Callable[[], object]) -> list[str]:
+    """The names of these modules in the order in which a forward pass calls them."""
+    order: list[str] = []
+    modules = {name: model.get_submodule(name) for name in names}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, module in modules.items()
+    ]
+    forward()
+    for handle in handles:
+        handle.remove()
+    return order
+
+
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_groups_cover_every_linear_of_a_block(name: str, request: pytest.FixtureRequest) -> None:
-    hub: Path = request.getfixturevalue(f"{name}_hub")
+def test_steps_are_every_linear_and_norm_in_the_order_of_a_real_forward_pass(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     family = FAMILIES[name]
-    blocks = family.blocks(load_model(family, hub / "base", CPU))
-    assert len(blocks) == 2
-    for _, block in blocks:
-        linears = {child for child, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
-        assert {child for group in family.groups for child in group} == linears
+    model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
+    sections = [*family.blocks(model), family.readout(model)]
+    assert len(sections) == 3
+    steps = [
+        section.name(local)
+        for section in sections
+        for step in section.steps
+        for local in ([step.name] if isinstance(step, Norm) else step.names)
+    ]
+    wanted = [*([family.first_norm] if family.first_norm else []), *steps]
+    tower = "vision_" if name == "clip" else ""
+    parts = {
+        child
+        for child, module in model.named_modules()
+        if child.startswith(tower or ("embeddings", "encoder", "pooler")) or child == "visual_projection"
+        if isinstance(module, nn.Linear | nn.LayerNorm)
+    }
+    assert set(wanted) == parts
+    assert called(model, wanted, lambda: family.features(model, batch_of(name))) == wanted
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_readout_makes_the_features_of_the_last_hidden_state(name: str, request: pytest.FixtureRequest) -> None:
+    family, batch = FAMILIES[name], batch_of(name)
+    model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
+    with torch.inference_mode():
+        tower = model.vision_model if name == "clip" else model
+        hidden = tower(**batch, output_hidden_states=True).hidden_states[-1]  # type: ignore[operator]
+        features = family.readout(model).module(hidden)
+        torch.testing.assert_close(features, family.features(model, batch))
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_streams_are_what_the_outputs_are_added_to(name: str, request: pytest.FixtureRequest) -> None:
+    family, batch = FAMILIES[name], batch_of(name)
+    model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
+    block = family.blocks(model)[0]
+    after = {"self_attn.out_proj": "layer_norm2", "attention.output.dense": "attention.output.LayerNorm"}
+    after["output.dense"] = "output.LayerNorm"  # the sum goes into this norm; CLIP's last goes out of the block
+    checked = 0
+    for step in block.steps:
+        if isinstance(step, Norm) or step.stream is None:
+            continue
+        linear, stream = (block.module.get_submodule(local) for local in (step.names[0], step.stream))
+        with torch.inference_mode():
+            forward = lambda: family.features(model, batch)  # noqa: E731
+            x, r = inputs([linear, stream], forward)
+            behind = after.get(step.names[0])
+            follower = block.module.get_submodule(behind) if behind else family.blocks(model)[1].module
+            torch.testing.assert_close(inputs([follower], forward)[0], r + linear(x))
+        checked += 1
+    assert checked == 2
 
 
 def test_a_vision_model_with_and_without_prefix_and_a_whole_clip_read_the_same(clip_hub: Path, tmp_path: Path) -> None:
@@ -100,7 +176,7 @@ def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> 
     job = steps.make_job(config(bert_hub))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
-    steps.install(model, {name: models.source.expert("first", name) for name in models.source.names})
+    install(model, {name: models.source.expert("first", name) for name in models.source.names})
     whole = BertForSequenceClassification.from_pretrained(bert_hub / "first").eval()
     batch = AutoTokenizer.from_pretrained(bert_hub / "base")(
         list(task.samples.inputs), padding=True, return_tensors="pt"

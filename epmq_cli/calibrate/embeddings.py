@@ -1,0 +1,109 @@
+"""What makes the first stream: tables of embeddings, and convolutions over patches with a table of positions.
+
+They read the samples themselves, so that student and teacher have the same inputs, and the objective is that of
+objective.py with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear of one-hot
+inputs, whose H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up.
+The anchor is the merged value, whatever rho: rows that no calibration sample looks up stay as merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import unfold
+
+from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.streams import calls
+from epmq_cli.calibrate.student import Student
+from epmq_cli.families.family import Batch, Patches
+
+
+def solve_stem(student: Student, batches: Mapping[str, Sequence[Batch]]) -> None:
+    """Solves all that the first stream is made of, as the family lists it."""
+    for part in student.family.stem:
+        if isinstance(part, Patches):
+            solve_patches(student, batches, part)
+        else:
+            solve_table(student, batches, part.name)
+
+
+def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
+    """The rows (rows, width) nearest to the experts' in the mean over look-ups; the anchor's where there are none.
+
+    `counts` (rows,) of each task, scaled by its weight.
+    """
+    total = sum(counts, torch.zeros_like(counts[0])) + lam
+    moved = torch.zeros_like(anchor, dtype=torch.float64)
+    for expert, count in zip(experts, counts, strict=True):
+        moved += count[:, None] * (expert.double() - anchor.double())
+    return anchor.double() + torch.where(total > 0, 1 / total.clamp(min=1e-300), 0.0)[:, None] * moved
+
+
+def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], name: str) -> None:
+    """Solves the table of a module."""
+    anchor = student.own(f"{name}.weight")
+    counts = [_lookups(student, group, name, len(anchor)) for group in batches.values()]
+    counts = [student.guidance.factor(task) * c / c.sum() for task, c in zip(batches, counts, strict=True)]
+    experts = [student.expert(task, f"{name}.weight") for task in batches]
+    lam = float(student.guidance.lam) / len(anchor)
+    student.put({f"{name}.weight": solved_table(anchor, experts, counts, lam)})
+
+
+def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int) -> Tensor:
+    """How often each row of a table is looked up for real tokens: (rows,) in float64."""
+    table, total = student.model.get_submodule(name), None
+    for batch in batches:
+        ids = calls([table], lambda batch=batch: student.family.features(student.model, batch))[0][0][0]  # type: ignore[misc]
+        mask = student.family.token_mask(batch)
+        ids = ids if mask is None else ids.expand(mask.shape)[mask]
+        found = torch.bincount(ids.flatten(), minlength=rows).double()
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:
+    """Solves a convolution and the positions of its patches together, and takes the mean of the experts for what is the
+    same in every sample: the class token and its position."""
+    kernel, positions = f"{patches.convolution}.weight", f"{patches.positions}.weight"
+    tokens = [patches.class_token] if patches.class_token else []
+    own, lam = {name: student.own(name) for name in (kernel, positions, *tokens)}, float(student.guidance.lam)
+    means = {name: lam * tensor.double() for name, tensor in own.items()}
+    total = lam + sum(student.guidance.factor(task) for task in batches)
+    objective, skip = None, len(tokens)
+    for task, group in batches.items():
+        expert = {name: student.expert(task, name) for name in own}
+        joined, anchor = (_joined(e[kernel], e[positions][skip:]) for e in (expert, own))
+        moments = Moments(joined.shape[1], [len(joined)], joined.device)
+        for batch in group:
+            moments.add(_patch_rows(student, batch, patches.convolution), [None], None)
+        if objective is None:
+            objective = Objective([Affine(anchor, None)], lam, intercepts=False)
+        s = task_weight(moments.xx, moments.tokens, student.guidance.task_weight)
+        objective.add(moments, [Affine(joined, None)], s * student.guidance.factor(task))
+        for name in own:
+            means[name] += student.guidance.factor(task) * expert[name].double()
+    assert objective is not None
+    target = objective.targets()[0][0]
+    width = own[kernel][0].numel()
+    places = torch.cat([means[positions][:skip] / total, target[:, width:].T])
+    student.put({kernel: target[:, :width].reshape(own[kernel].shape), positions: places})
+    student.put({name: means[name] / total for name in tokens})
+
+
+def _joined(kernel: Tensor, positions: Tensor) -> Tensor:
+    """A convolution and its patches' positions as one linear (width, pixels of a patch + patches)."""
+    return torch.cat([kernel.flatten(1), positions.T], 1)
+
+
+def _patch_rows(student: Student, batch: Batch, name: str) -> Tensor:
+    """The inputs of that linear: pixels of each patch, and which patch it is, as one-hot."""
+    convolution = student.model.get_submodule(name)
+    forward = lambda: student.family.features(student.model, batch)  # noqa: E731
+    pixels = calls([convolution], forward)[0][0][0]
+    rows = unfold(pixels.float(), convolution.kernel_size, stride=convolution.stride).transpose(1, 2)  # type: ignore[arg-type]
+    places = torch.eye(rows.shape[1], device=rows.device).expand(len(rows), -1, -1)
+    return torch.cat([rows, places], 2).flatten(0, 1)

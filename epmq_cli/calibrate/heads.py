@@ -1,0 +1,31 @@
+"""A task's own head solved again: a linear with one task, from the student's features to the expert's logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.objective import Affine, Objective
+
+
+def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affine:
+    """The head (classes, width) that brings the student's inputs of it (samples, width) nearest to the logits that the
+    expert's inputs give with the given head, anchored there with weight `lam` as in objective.py.
+
+    The bias is free where the head has one.
+    """
+    moments = Moments(own.shape[1], [len(head.weight)], own.device)
+    moments.add(own, [(teacher - own) @ head.weight.T], None)
+    objective = Objective([head], lam, intercepts=head.bias is not None)
+    objective.add(moments, [head], task_weight(moments.xx, moments.tokens, "frobenius"))
+    targets, _ = objective.targets()
+    bias = objective.bias(0, targets[0])
+    return Affine(targets[0].to(head.weight.dtype), None if bias is None else bias.to(head.weight.dtype))
+
+
+def relative_error(own: Tensor, teacher: Tensor) -> float:
+    """Squared distance of the student's features or logits from the expert's (samples, width), relative to the latter's
+    variance."""
+    spread = (teacher - teacher.mean(0)).square().sum()
+    return float((own - teacher).square().sum() / spread.clamp(min=torch.finfo(torch.float32).tiny))

@@ -1,0 +1,59 @@
+"""Layer norms and RMS norms, whose gain g and bias b act on the normalised input z: a ridge problem for each channel.
+
+    J(g, b) = sum_t 1/n_t sum (g z + b - y)^2 + lam (g - g_A)^2 + lam (b - b_A)^2        y = g_t z_T + b_t
+
+with z_T = (1 - alpha) z_X + alpha z_E between the student's and the teacher's. A norm without bias is solved for its
+gain alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
+    """What the norm makes of rows (tokens, width) before its gain and bias."""
+    plain = {name: torch.zeros_like(p) if name == "bias" else torch.ones_like(p) for name, p in norm.named_parameters()}
+    found: Tensor = functional_call(norm, plain, (rows,))
+    return found
+
+
+class NormObjective:
+    """J of one norm, accumulated task by task in float64: gain and bias (width,) of the anchor, bias None if it has
+    none."""
+
+    def __init__(self, gain: Tensor, bias: Tensor | None, lam: float) -> None:
+        self._gain, self._bias, self._lam = gain.double(), None if bias is None else bias.double(), lam
+        self._sums = torch.zeros(4, len(gain), dtype=torch.float64, device=gain.device)
+        self._n = 0.0
+        self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
+
+    def add(self, z: Tensor, taught: Tensor, weights: Tensor | None, gain: Tensor, bias: Tensor | None) -> None:
+        """A batch of one task: the student's z and z_T, both (tokens, width), the weights of the tokens (tokens,) or
+        None for 1, and the expert's gain and bias."""
+        z = z.double()
+        rest = gain.double() * taught.double() - self._gain * z
+        if bias is not None and self._bias is not None:
+            rest += bias.double() - self._bias
+        w = z.new_ones(len(z)) if weights is None else weights.double()
+        self._task_sums += torch.stack([w @ z.square(), w @ z, w @ (z * rest), w @ rest])
+        self._task_n += float(w.sum())
+
+    def close(self, factor: float) -> None:
+        """Ends a task, which counts `factor` in all."""
+        self._sums += factor / max(self._task_n, 1e-300) * self._task_sums
+        self._n += factor
+        self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
+
+    def solve(self) -> tuple[Tensor, Tensor | None]:
+        """The best gain and bias; channels without a unique one keep the anchor's."""
+        zz, z, zy, y = self._sums
+        a, d = zz + self._lam, self._n + self._lam
+        if self._bias is None:
+            return self._gain + torch.where(a > 0, zy / a.clamp(min=1e-300), 0.0), None
+        determinant = a * d - z.square()
+        safe = determinant > 1e-12 * a * d
+        scale = torch.where(safe, 1 / torch.where(safe, determinant, 1.0), 0.0)
+        return self._gain + scale * (d * zy - z * y), self._bias + scale * (a * y - z * zy)

@@ -1,0 +1,56 @@
+"""The models that the student is measured against: base and experts, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.merge.source import MergeSource
+
+
+class Reference:
+    """Tensors of base and experts by the names that the student has for them, in float32.
+
+    `shared`: those that are not merged, the same in all models. `merged`: tensors that stand in for every expert's
+    (plain post-training quantization), or None.
+    """
+
+    def __init__(self, source: MergeSource, shared: Mapping[str, Tensor], merged: Mapping[str, Tensor] | None) -> None:
+        self._source, self._shared, self._merged = source, shared, merged
+
+    def base(self, name: str) -> Tensor:
+        """The base's tensor."""
+        return self._shared[name] if name in self._shared else self._source.base(name)
+
+    def expert(self, task: str, name: str) -> Tensor:
+        """The tensor of a task's expert."""
+        if name in self._shared:
+            return self._shared[name]
+        return self._source.expert(task, name) if self._merged is None else self._merged[name]
+
+    def names(self, outside: tuple[str, ...]) -> list[str]:
+        """The merged tensors that are under none of these prefixes."""
+        return [name for name in self._source.names if not name.startswith(outside)]
+
+
+def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts these values into the model's own tensors of the same names."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+@contextmanager
+def installed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these values inside the block, with its own after it."""
+    own = model.state_dict()
+    kept = {name: own[name].clone() for name in tensors}
+    install(model, tensors)
+    try:
+        yield
+    finally:
+        install(model, kept)

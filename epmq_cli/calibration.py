@@ -1,0 +1,148 @@
+"""The steps of `epmq run` between the merged model and the quantized one: what the experts would do, the walks towards
+it, and the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.calibrate.auto import Choice, choose, divided, held_rows
+from epmq_cli.calibrate.guidance import LIMITS, Guidance
+from epmq_cli.calibrate.heads import relative_error, solved_head
+from epmq_cli.calibrate.objective import Affine
+from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.sweep import sweep
+from epmq_cli.calibrate.walk import Walked
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.families.family import Batch, Family
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.pipeline import Job
+from epmq_cli.quantize.none import NoQuantizer
+
+Batches = Mapping[str, Sequence[Batch]]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the walks found, the guidance they went by, and how its open options were chosen, if any were."""
+
+    walked: Walked
+    guidance: Guidance
+    choice: Choice | None
+
+
+def teach(job: Job, model: nn.Module, source: MergeSource, calibration: Batches) -> dict[str, Tensor]:
+    """Each expert's features (samples, width) of its task's calibration samples; empty where nothing asks for them.
+
+    The model's merged tensors are overwritten.
+    """
+    if not (job.guidance.open or solves_heads(job)):
+        return {}
+    taught = {}
+    for task, batches in calibration.items():
+        install(model, {name: source.expert(task, name) for name in source.names})
+        taught[task] = features(job.family, model, batches)
+    return taught
+
+
+@torch.inference_mode()
+def features(family: Family, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """The features (samples, width) of some batches."""
+    return torch.cat([family.features(model, batch) for batch in batches])
+
+
+def calibrate(
+    job: Job,
+    model: nn.Module,
+    calibration: Batches,
+    taught: Mapping[str, Tensor],
+    tasks: Sequence[ScoredTask],
+    source: MergeSource,
+    dtype: torch.dtype,
+) -> Calibrated:
+    """Walks the merged model, whose tensors are replaced by what comes out."""
+    reference = references(job, model, source)
+    choice = None
+    if job.guidance.open:
+        if job.guidance.targets == "merged":
+            taught = {task: features(job.family, model, batches) for task, batches in calibration.items()}
+        choice = settle(job, model, calibration, taught, tasks, reference, dtype)
+    guidance = choice.guidance if choice else job.guidance
+    with torch.inference_mode():
+        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype)
+    return Calibrated(walked, guidance, choice)
+
+
+def references(job: Job, model: nn.Module, source: MergeSource) -> Reference:
+    """Base and experts, beside the merged model as it is now."""
+    own, readout = model.state_dict(), job.family.readout(model)
+    names = [readout.name(local) for local in readout.module.state_dict()]
+    shared = {name: own[name].clone() for name in names if name not in source.names}
+    merged = {name: own[name].clone() for name in source.names} if job.guidance.targets == "merged" else None
+    return Reference(source, shared, merged)
+
+
+def settle(
+    job: Job,
+    model: nn.Module,
+    calibration: Batches,
+    taught: Mapping[str, Tensor],
+    tasks: Sequence[ScoredTask],
+    reference: Reference,
+    dtype: torch.dtype,
+) -> Choice:
+    """Chooses the options of guidance that are `auto`; the model is left as it was."""
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fitted, held = divided(calibration)
+
+    def error(guidance: Guidance) -> float:
+        install(model, start)
+        with torch.inference_mode():
+            sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype)
+        errors = []
+        for task in tasks:
+            own, teacher = features(job.family, model, held[task.name]), held_rows(taught[task.name])
+            errors.append(relative_error(job.family.logits(own, task.head), job.family.logits(teacher, task.head)))
+        return sum(errors) / len(errors)
+
+    choice = choose(job.guidance, error)
+    install(model, start)
+    return choice
+
+
+def solves_heads(job: Job) -> bool:
+    """Whether heads are solved again."""
+    return job.guidance.heads == "always" or (job.guidance.heads == "own" and job.family.own_heads)
+
+
+def solve_heads(
+    job: Job,
+    model: nn.Module,
+    calibration: Batches,
+    taught: Mapping[str, Tensor],
+    tasks: Sequence[ScoredTask],
+    guidance: Guidance,
+) -> list[ScoredTask]:
+    """The tasks with the heads that suit the quantized model, or as they were where heads are not solved."""
+    if not solves_heads(job):
+        return list(tasks)
+    solved = []
+    for task in tasks:
+        own = job.family.head_inputs(features(job.family, model, calibration[task.name]))
+        teacher = job.family.head_inputs(taught[task.name])
+        head = Affine(task.head["weight"], task.head.get("bias"))
+        found = solved_head(own, teacher, head, float(guidance.lam))
+        tensors = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})
+        solved.append(replace(task, head=tensors))
+    return solved
+
+
+def summary(job: Job, calibrated: Calibrated) -> dict[str, Any]:
+    """What metrics.json says of the guidance: the values that were used, and the trials that led to them."""
+    used = {name: float(getattr(calibrated.guidance, name)) for name in LIMITS}
+    trials = calibrated.choice.trials if calibrated.choice else []
+    return {**used, "chosen": job.guidance.open, "trials": trials, "heads_solved": solves_heads(job)}

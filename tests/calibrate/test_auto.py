@@ -1,0 +1,53 @@
+"""Oracles: a separable function whose minimum on the grid is known; partitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from epmq_cli.calibrate.auto import GRID, choose, divided, held_rows
+from epmq_cli.calibrate.guidance import Guidance
+from tests.calibrate.test_guidance import PLAIN
+
+BEST = {"lam": 0.01, "alpha": 0.3, "beta": 0.5, "rho": 2.0}
+
+
+def error(guidance: Guidance) -> float:
+    return sum(abs(float(getattr(guidance, name)) - best) for name, best in BEST.items())
+
+
+def test_each_open_option_is_settled_at_its_best_value() -> None:
+    found = choose(replace(PLAIN, lam="auto", alpha="auto", beta="auto", rho="auto"), error)
+    assert {name: getattr(found.guidance, name) for name in BEST} == BEST
+    assert found.guidance.open == []
+    assert min(found.trials, key=lambda trial: trial["error"]) == {**BEST, "error": 0}
+
+
+def test_what_is_given_is_left_alone() -> None:
+    found = choose(replace(PLAIN, lam="auto", rho=3), error)
+    assert (found.guidance.lam, found.guidance.rho, found.guidance.alpha) == (0.01, 3, 0)
+    assert len(found.trials) == len(GRID["lam"])
+
+
+def test_nothing_is_tried_twice() -> None:
+    asked: list[Guidance] = []
+
+    def counted(guidance: Guidance) -> float:
+        asked.append(guidance)
+        return error(guidance)
+
+    found = choose(replace(PLAIN, lam="auto", beta="auto"), counted)
+    assert len(asked) == len({(g.lam, g.beta) for g in asked}) == len(found.trials)
+    assert len(asked) == len(GRID["lam"]) + len(GRID["beta"]) - 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
+    rows = torch.arange(23)
+    fitted, held = divided({"task": [{"x": part} for part in rows.split(size)]})
+    held_out = torch.cat([batch["x"] for batch in held["task"]])
+    assert torch.equal(held_out, torch.tensor([4, 9, 14, 19]))
+    assert torch.equal(held_rows(rows), held_out)
+    assert sorted(torch.cat([batch["x"] for batch in fitted["task"]] + [held_out]).tolist()) == rows.tolist()

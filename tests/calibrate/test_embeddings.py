@@ -1,0 +1,91 @@
+"""Oracles: least squares of one-hot inputs, the convolution itself, and experts that are met exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_cli import calibration as guide
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
+from epmq_cli.calibrate.reference import installed
+from epmq_cli.calibrate.student import Student
+from tests.hubs import config
+
+ROWS, WIDTH = 8, 6
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def student_of(hub: Path, *overrides: str) -> tuple[Student, dict[str, list[dict[str, Tensor]]]]:
+    """The base under feature guidance, and the calibration batches."""
+    job = steps.make_job(config(hub, "guidance=feature", *overrides))
+    models, model, dtype = steps.open_models(job)
+    batches = steps.calibration_batches(job, models.base.path)
+    return Student(model, job.family, guide.references(job, model, models.source), job.guidance, dtype), batches
+
+
+def test_a_table_is_least_squares_of_one_hot_inputs() -> None:
+    anchor, experts = rand(ROWS, WIDTH, seed=0), [rand(ROWS, WIDTH, seed=t) for t in (1, 2)]
+    counts = [torch.tensor([3.0, 0, 1, 2, 5, 1, 0, 0]).double(), torch.tensor([1.0, 2, 0, 2, 0, 1, 4, 0]).double()]
+    lam = 0.1
+    inputs = torch.cat([c.sqrt().diag() for c in counts] + [lam**0.5 * torch.eye(ROWS, dtype=torch.float64)])
+    outputs = torch.cat([c.sqrt().diag() @ e for c, e in zip(counts, experts, strict=True)] + [lam**0.5 * anchor])
+    direct = torch.linalg.lstsq(inputs, outputs).solution
+    torch.testing.assert_close(solved_table(anchor, experts, counts, lam), direct)
+
+
+def test_rows_that_nobody_looks_up_keep_the_anchors() -> None:
+    anchor, expert = rand(ROWS, WIDTH, seed=0), rand(ROWS, WIDTH, seed=1)
+    counts = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1]).double()
+    found = solved_table(anchor, [expert], [counts], 0.0)
+    assert torch.equal(found[1], anchor[1])
+    torch.testing.assert_close(found[0], expert[0])
+
+
+def test_look_ups_are_counted_without_padding(bert_hub: Path) -> None:
+    student, batches = student_of(bert_hub)
+    group = batches["first"]
+    rows = student.model.get_parameter("embeddings.word_embeddings.weight").shape[0]
+    words = _lookups(student, group, "embeddings.word_embeddings", rows)
+    real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in group])
+    assert torch.equal(words, torch.bincount(real, minlength=rows).double())
+    places = _lookups(student, group, "embeddings.position_embeddings", 32)
+    assert places[0] == sum(len(batch["input_ids"]) for batch in group)
+    assert places.sum() == words.sum()
+
+
+def test_patches_and_their_places_are_what_the_convolution_reads(clip_hub: Path) -> None:
+    student, batches = student_of(clip_hub)
+    tower = student.model.vision_model.embeddings
+    pixels = batches["first"][0]
+    rows = _patch_rows(student, pixels, "vision_model.embeddings.patch_embedding")
+    linear = _joined(tower.patch_embedding.weight, tower.position_embedding.weight[1:])  # type: ignore[union-attr, arg-type, index]
+    with torch.inference_mode():
+        wanted = tower(pixels["pixel_values"])[:, 1:].flatten(0, 1)  # type: ignore[operator]
+    torch.testing.assert_close(rows @ linear.T, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest) -> None:
+    student, batches = student_of(
+        request.getfixturevalue(f"{name}_hub"), "guidance.lam=1e-9", "~suite.tasks.second", "calib.samples=40"
+    )
+    with torch.inference_mode():
+        solve_stem(student, batches)
+    if name == "clip":
+        tower = student.model.vision_model.embeddings
+        pixels = batches["first"][0]["pixel_values"]
+        with torch.inference_mode():
+            found = tower(pixels)  # type: ignore[operator]
+            with installed(student.model, {n: student.expert("first", n) for n in student.reference.names(("x",))}):
+                torch.testing.assert_close(found, tower(pixels), rtol=1e-3, atol=1e-3)  # type: ignore[operator]
+        return
+    used = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches["first"]]).unique()
+    table = "embeddings.word_embeddings.weight"
+    torch.testing.assert_close(student.own(table)[used], student.expert("first", table)[used], rtol=1e-4, atol=1e-4)

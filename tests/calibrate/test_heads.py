@@ -1,0 +1,57 @@
+"""Oracles: least squares, and invariants; all in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_cli.calibrate.heads import relative_error, solved_head
+from epmq_cli.calibrate.objective import Affine
+
+CLASSES, WIDTH = 3, 8
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def head(biased: bool = True) -> Affine:
+    return Affine(rand(CLASSES, WIDTH, seed=1), rand(CLASSES, seed=2) if biased else None)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_without_anchor_the_head_is_least_squares_to_the_experts_logits(biased: bool) -> None:
+    own, teacher, given = rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(biased)
+    logits = teacher @ given.weight.T + (0 if given.bias is None else given.bias)
+    inputs = torch.cat([own, torch.ones(40, 1, dtype=own.dtype)], 1) if biased else own
+    direct = torch.linalg.lstsq(inputs, logits).solution.T
+    found = solved_head(own, teacher, given, 0.0)
+    torch.testing.assert_close(found.weight, direct[:, :WIDTH])
+    if biased:
+        torch.testing.assert_close(found.bias, direct[:, WIDTH])
+
+
+def test_features_that_are_the_experts_keep_the_head_to_the_last_bit() -> None:
+    own, given = rand(40, WIDTH, seed=3), head()
+    found = solved_head(own, own, given, 0.01)
+    assert torch.equal(found.weight, given.weight)
+    assert torch.equal(found.bias, given.bias)  # type: ignore[arg-type]
+
+
+def test_a_strong_anchor_keeps_the_head() -> None:
+    found = solved_head(rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(), 1e9)
+    torch.testing.assert_close(found.weight, head().weight, rtol=1e-6, atol=1e-6)
+
+
+def test_the_head_keeps_its_type() -> None:
+    given = Affine(head().weight.half(), None)
+    assert (
+        solved_head(rand(9, WIDTH, seed=3).half(), rand(9, WIDTH, seed=4).half(), given, 0.1).weight.dtype == torch.half
+    )
+
+
+def test_relative_error_is_zero_for_equals_and_one_for_the_mean() -> None:
+    teacher = rand(40, WIDTH, seed=4)
+    assert relative_error(teacher, teacher) == 0
+    assert relative_error(teacher.mean(0).expand_as(teacher), teacher) == pytest.approx(1)

@@ -1,0 +1,262 @@
+"""Oracles: the objective written out, least squares of stacked inputs (RegMean), and invariants; all in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.quantize.gptq import gptq
+from epmq_cli.quantize.grid import GridSpec
+
+OUT, IN, TASKS = 6, 8, 3
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass
+class Problem:
+    """Anchor, experts, inputs of different scale and number for each task, the targets' other part, token weights."""
+
+    anchor: Affine
+    experts: list[Affine]
+    inputs: list[Tensor]
+    parts: list[Tensor | None]
+    weights: list[Tensor | None]
+
+    def moments(self) -> list[Moments]:
+        found = []
+        for rows, part, weights in zip(self.inputs, self.parts, self.weights, strict=True):
+            moments = Moments(IN, [OUT], rows.device)
+            moments.add(rows, [part], weights)
+            found.append(moments)
+        return found
+
+    def s(self, kind: str = "frobenius") -> list[float]:
+        return [task_weight(m.xx, m.tokens, kind) for m in self.moments()]
+
+    def objective(self, lam: float, intercepts: bool, kind: str = "frobenius") -> Objective:
+        objective = Objective([self.anchor], lam, intercepts)
+        for moments, expert, s in zip(self.moments(), self.experts, self.s(kind), strict=True):
+            objective.add(moments, [expert], s)
+        return objective
+
+    def written_out(self, Q: Tensor, b: Tensor | None, lam: float, kind: str = "frobenius") -> Tensor:
+        """J(Q, b) as objective.py's docstring has it; without intercepts biases are no part of it."""
+        total = lam * (Q - self.anchor.weight).square().sum()
+        if b is not None and self.anchor.bias is not None:
+            total = total + lam * (b - self.anchor.bias).square().sum()
+        for s, X, expert, part, weights in zip(
+            self.s(kind), self.inputs, self.experts, self.parts, self.weights, strict=True
+        ):
+            error = X @ Q.T - X @ expert.weight.T
+            if part is not None:
+                error = error - part
+            if b is not None and expert.bias is not None:
+                error = error + b - expert.bias
+            w = torch.ones(len(X), dtype=X.dtype) if weights is None else weights
+            total = total + s * (w[:, None] * error.square()).sum()
+        return total
+
+
+def problem(rich: bool = False) -> Problem:
+    """With `rich`, targets have parts that are no weight times the inputs, and tokens count differently."""
+    anchor = Affine(rand(OUT, IN, seed=100), rand(OUT, seed=101))
+    assert anchor.bias is not None
+    experts = [
+        Affine(anchor.weight + 0.3 * rand(OUT, IN, seed=t), anchor.bias + rand(OUT, seed=50 + t)) for t in range(TASKS)
+    ]
+    inputs = [10**t * (rand(20 + 5 * t, IN, seed=10 + t) + 0.5) for t in range(TASKS)]
+    parts = [rand(len(rows), OUT, seed=20 + t) if rich else None for t, rows in enumerate(inputs)]
+    weights = [rand(len(rows), seed=30 + t).abs() if rich else None for t, rows in enumerate(inputs)]
+    return Problem(anchor, experts, inputs, parts, weights)
+
+
+@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("intercepts", [False, True])
+@pytest.mark.parametrize("kind", ["frobenius", "tokens"])
+@pytest.mark.parametrize("lam", [0.0, 0.05, 2.0])
+def test_target_and_bias_minimise_the_written_out_objective(
+    lam: float, kind: str, intercepts: bool, rich: bool
+) -> None:
+    given = problem(rich)
+    objective = given.objective(lam, intercepts, kind)
+    targets, factor = objective.targets()
+    assert factor is not None
+    Q = targets[0].clone().requires_grad_()
+    bias = objective.bias(0, targets[0]) if intercepts else None
+    b = None if bias is None else bias.clone().requires_grad_()
+    given.written_out(Q, b, lam, kind).backward()  # type: ignore[no-untyped-call]
+    assert Q.grad is not None
+    assert Q.grad.abs().max() < 1e-10
+    if intercepts:
+        assert b is not None
+        assert b.grad is not None
+        assert b.grad.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("intercepts", [False, True])
+def test_without_anchor_the_target_is_least_squares_of_the_stacked_inputs(intercepts: bool) -> None:
+    given = problem(rich=True)
+    roots = [(s * w).sqrt()[:, None] for s, w in zip(given.s(), given.weights, strict=True) if w is not None]
+    ones = [torch.ones(len(X), 1, dtype=X.dtype) for X in given.inputs]
+    augmented = [torch.cat([X, one], 1) if intercepts else X for X, one in zip(given.inputs, ones, strict=True)]
+    outputs = []
+    for X, expert, part in zip(given.inputs, given.experts, given.parts, strict=True):
+        assert expert.bias is not None
+        assert part is not None
+        outputs.append(X @ expert.weight.T + part + (expert.bias if intercepts else 0))
+    stacked = torch.cat([root * X for root, X in zip(roots, augmented, strict=True)])
+    wanted = torch.cat([root * Y for root, Y in zip(roots, outputs, strict=True)])
+    direct = torch.linalg.lstsq(stacked, wanted).solution.T
+    objective = given.objective(0.0, intercepts)
+    target = objective.targets()[0][0]
+    torch.testing.assert_close(target, direct[:, :IN], rtol=1e-8, atol=1e-10)
+    if intercepts:
+        torch.testing.assert_close(objective.bias(0, target), direct[:, IN], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("intercepts", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 0.05])
+def test_relative_loss_is_the_written_out_objective_at_the_best_bias(lam: float, intercepts: bool, rich: bool) -> None:
+    given = problem(rich)
+    objective = given.objective(lam, intercepts)
+    energy = sum(
+        s * ((X @ e.weight.T).square() * (1 if w is None else w[:, None])).sum()
+        for s, X, e, w in zip(given.s(), given.inputs, given.experts, given.weights, strict=True)
+    )
+    for Q in (given.anchor.weight, given.experts[0].weight, rand(OUT, IN, seed=7)):
+        bias = objective.bias(0, Q) if intercepts else None
+        expected = float(given.written_out(Q, bias, lam) / energy)
+        assert objective.relative_loss(0, Q) == pytest.approx(expected, rel=1e-9)
+
+
+def test_loss_away_from_the_target_is_the_quadratic_form_that_gptq_minimises() -> None:
+    given = problem(rich=True)
+    objective = given.objective(0.05, intercepts=True)
+    target, Q = objective.targets()[0][0], rand(OUT, IN, seed=7)
+    form = torch.trace((Q - target) @ objective.hessian @ (Q - target).T)
+    away = given.written_out(Q, objective.bias(0, Q), 0.05) - given.written_out(target, objective.bias(0, target), 0.05)
+    assert float(away) == pytest.approx(float(form), rel=1e-9)
+
+
+def test_the_bias_of_a_quantized_weight_makes_up_for_the_mean_of_its_error() -> None:
+    given = problem()
+    given.inputs, given.experts = given.inputs[:1], given.experts[:1]
+    given.parts, given.weights = [None], [None]
+    objective = given.objective(0.0, intercepts=True)
+    coarse = objective.targets()[0][0].round()
+    expert, bias = given.experts[0], objective.bias(0, coarse)
+    assert expert.bias is not None
+    assert bias is not None
+    wanted = given.inputs[0] @ expert.weight.T + expert.bias
+    torch.testing.assert_close((given.inputs[0] @ coarse.T + bias).mean(0), wanted.mean(0))
+
+
+@pytest.mark.parametrize("intercepts", [False, True])
+def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercepts: bool) -> None:
+    given = problem()
+    given.experts = [given.anchor] * TASKS
+    objective = given.objective(0.0, intercepts)
+    target = objective.targets()[0][0]
+    assert torch.equal(target, given.anchor.weight)
+    bias = objective.bias(0, target)
+    assert bias is None if not intercepts else torch.equal(bias, given.anchor.bias)  # type: ignore[arg-type]
+    spec = GridSpec(4, 4, True, "mse")
+    plain = sum(s * m.xx for s, m in zip(given.s(), given.moments(), strict=True))
+    assert isinstance(plain, Tensor)
+    if not intercepts:
+        found, reference = (
+            gptq(weight.float(), H, spec, torch.float32, 0.01, 128, False).weight
+            for weight, H in ((target, objective.hessian), (given.anchor.weight, plain))
+        )
+        assert torch.equal(found.dequantize(), reference.dequantize())
+
+
+def test_a_strong_anchor_gives_the_anchor() -> None:
+    given = problem(rich=True)
+    objective = given.objective(1e9, intercepts=True)
+    target = objective.targets()[0][0]
+    torch.testing.assert_close(target, given.anchor.weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(objective.bias(0, target), given.anchor.bias, rtol=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("intercepts", [False, True])
+def test_one_expert_without_anchor_is_that_expert(intercepts: bool) -> None:
+    given = problem()
+    given.inputs, given.experts = given.inputs[:1], given.experts[:1]
+    given.parts, given.weights = [None], [None]
+    objective = given.objective(0.0, intercepts)
+    target = objective.targets()[0][0]
+    torch.testing.assert_close(target, given.experts[0].weight, rtol=1e-9, atol=1e-9)
+    if intercepts:
+        torch.testing.assert_close(objective.bias(0, target), given.experts[0].bias, rtol=1e-8, atol=1e-8)
+
+
+def test_order_of_tasks_changes_nothing() -> None:
+    given, turned = problem(rich=True), problem(rich=True)
+    for values in (turned.experts, turned.inputs, turned.parts, turned.weights):
+        values.reverse()  # type: ignore[attr-defined]
+    forward, backward = (p.objective(0.05, True).targets()[0] for p in (given, turned))
+    torch.testing.assert_close(forward, backward, rtol=1e-10, atol=1e-12)
+
+
+def test_frobenius_weights_make_the_scale_of_a_task_irrelevant() -> None:
+    given, scaled = problem(), problem()
+    scaled.inputs[0] = 100 * scaled.inputs[0]
+    plain, other = (p.objective(0.05, False).targets()[0] for p in (given, scaled))
+    torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-11)
+
+
+def test_dead_columns_keep_the_anchor() -> None:
+    given = problem()
+    for rows in given.inputs:
+        rows[:, 2] = 0
+    targets, factor = given.objective(0.0, intercepts=False).targets()
+    assert factor is not None
+    assert factor.damping == 0
+    assert torch.equal(targets[0][:, 2], given.anchor.weight[:, 2])
+    assert not torch.equal(targets[0][:, 3], given.anchor.weight[:, 3])
+
+
+@pytest.mark.parametrize("intercepts", [False, True])
+def test_fewer_tokens_than_inputs_still_gives_a_finite_target_and_says_the_damping(intercepts: bool) -> None:
+    given = problem()
+    given.inputs = [rows[:1] for rows in given.inputs]
+    targets, factor = given.objective(0.0, intercepts).targets()
+    assert factor is not None
+    assert factor.damping > 0
+    assert torch.isfinite(targets[0]).all()
+
+
+def test_all_zero_inputs_keep_the_anchor() -> None:
+    given = problem()
+    given.inputs = [0 * rows for rows in given.inputs]
+    objective = given.objective(0.0, intercepts=False)
+    assert torch.equal(objective.targets()[0][0], given.anchor.weight)
+    assert objective.relative_loss(0, given.anchor.weight) == 0
+
+
+def test_a_hessian_without_factor_keeps_the_anchor_as_target() -> None:
+    given = problem()
+    objective = Objective([given.anchor], 0.0, intercepts=False)
+    for moments, expert in zip(given.moments(), given.experts, strict=True):
+        objective.add(moments, [expert], -1.0)
+    targets, factor = objective.targets()
+    assert factor is None
+    assert torch.equal(targets[0], given.anchor.weight)
+
+
+def test_a_linear_without_bias_has_none_afterwards() -> None:
+    given = problem()
+    given.anchor = Affine(given.anchor.weight, None)
+    given.experts = [Affine(expert.weight, None) for expert in given.experts]
+    objective = given.objective(0.05, intercepts=False)
+    assert objective.bias(0, objective.targets()[0][0]) is None
