@@ -28,7 +28,7 @@ from epmq_cli.families import family_of
 from epmq_cli.families.family import Batch, Family, load_model
 from epmq_cli.merge.apply import Models
 from epmq_cli.merge.source import Merge, MergeSource
-from epmq_cli.quantize.grid import GridSpec
+from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.suites import Suite, Task
@@ -151,7 +151,14 @@ def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[Sco
     return scores
 
 
-def texts(job: Job, resolved: Any, choices: Mapping[str, str]) -> dict[str, str]:
+def average_bits(walked: Walked) -> float | None:
+    """The mean width over all quantized weights; None where there are none."""
+    found = [weight for weight in walked.weights.values() if isinstance(weight, QuantizedWeight)]
+    count = sum(weight.values.numel() for weight in found)
+    return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
+
+
+def texts(job: Job, resolved: Any, choices: Mapping[str, str], walked: Walked) -> dict[str, str]:
     """The checkpoint's model card, and the record from which `epmq eval` knows the tasks.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
@@ -160,7 +167,7 @@ def texts(job: Job, resolved: Any, choices: Mapping[str, str]) -> dict[str, str]
     names = (choices["merge"], choices["guidance"], choices["quant"])
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
-        "README.md": model_card(job.suite, names, job.quantizer.spec, __version__),
+        "README.md": model_card(job.suite, names, job.quantizer.spec, average_bits(walked), __version__),
     }
 
 

@@ -17,13 +17,14 @@ from epmq_cli.quantize.result import Quantizer
 class LayerRecord:
     """What metrics.json says of one linear.
 
-    `condition` of H (estimated from below); `target_damping` and `damping`: what H needed, relative to its mean
-    diagonal, to solve for the target and to quantize; `damping_retries`: how often one of the two had to be raised;
-    losses relative to the target outputs' energy, of the anchor, of the unquantized target and of the result;
-    `fallback`: the method that stood in, if any.
+    `bits`: its width, None where it stays dense. `condition` of H (estimated from below); `target_damping` and
+    `damping`: what H needed, relative to its mean diagonal, to solve for the target and to quantize;
+    `damping_retries`: how often one of the two had to be raised; losses relative to the target outputs' energy, of
+    the anchor, of the unquantized target and of the result; `fallback`: the method that stood in, if any.
     """
 
     name: str
+    bits: int | None
     tokens: int
     condition: float | None
     target_damping: float | None
@@ -49,6 +50,7 @@ def solve(
     records = [
         LayerRecord(
             name=name,
+            bits=getattr(getattr(found[index], "spec", None), "bits", None),
             tokens=tokens,
             condition=None if factor is None else condition(objective.hessian, factor),
             target_damping=None if factor is None else factor.damping,

@@ -1,4 +1,4 @@
-"""Walks through one student, one or several."""
+"""Walks through one student, one or several, and the widths of the last."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.reference import Reference
-from epmq_cli.calibrate.walk import Walked, walk
-from epmq_cli.families.family import Batch, Family
+from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.walk import QuantizerOf, Walked, walk
+from epmq_cli.families.family import Batch, Family, Linears
+from epmq_cli.quantize.allocate import Trial, allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
 
@@ -25,8 +26,36 @@ def sweep(
     quantizer: Quantizer,
     dtype: torch.dtype,
 ) -> Walked:
-    """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before."""
-    for _ in range(guidance.sweeps - 1):
-        walk(student, family, batches, reference, guidance, lambda _: NoQuantizer(), dtype)
+    """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
+
+    Where the quantizer has two widths, what they lose is measured in the first walk, which is done twice if it is the
+    only one; q, k and v get the same width, as kernels that fuse them need it.
+    """
+    groups = _groups(student, family)
+    trial = Trial(quantizer)
+    mixed = len(quantizer.widths) > 1
+    first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
+    if mixed and guidance.sweeps == 1:
+        start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        walk(student, family, batches, reference, guidance, first, dtype)
+        install(student, start)
+    for number in range(guidance.sweeps - 1):
+        chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
+        walk(student, family, batches, reference, guidance, chosen, dtype)
         guidance = replace(guidance, rho=1)
-    return walk(student, family, batches, reference, guidance, lambda _: quantizer, dtype)
+    if not mixed:
+        return walk(student, family, batches, reference, guidance, lambda _: quantizer, dtype)
+    widths = allocate(trial.losses, trial.sizes, quantizer.bits)
+    last: QuantizerOf = lambda names: quantizer.at(widths[groups[names[0]]])  # noqa: E731
+    return walk(student, family, batches, reference, guidance, last, dtype)
+
+
+def _groups(student: nn.Module, family: Family) -> dict[str, str]:
+    """For each linear of the blocks the first of those that read the same input."""
+    return {
+        block.name(name): block.name(step.names[0])
+        for block in family.blocks(student)
+        for step in block.steps
+        if isinstance(step, Linears)
+        for name in step.names
+    }

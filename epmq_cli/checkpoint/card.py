@@ -32,14 +32,14 @@ Heads of the tasks (class embeddings or classifiers) are in `heads.safetensors`,
 """)
 
 
-def model_card(suite: Suite, choices: Sequence[str], spec: GridSpec | None, version: str) -> str:
-    """The text of README.md; `choices`: the names of merge, guidance and quantizer."""
+def model_card(suite: Suite, choices: Sequence[str], spec: GridSpec | None, bits: float | None, version: str) -> str:
+    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `bits`: on average."""
     merge, guidance, quantizer = choices
     grid = (
         "dense"
-        if spec is None
+        if spec is None or bits is None
         else (
-            f"{spec.bits} bits, {'symmetric' if spec.symmetric else 'asymmetric'}, "
+            f"{bits:.4g} bits, {'symmetric' if spec.symmetric else 'asymmetric'}, "
             + ("one scale a row" if spec.group_size == -1 else f"groups of {spec.group_size}")
         )
     )

@@ -55,15 +55,13 @@ def packed_linear(weight: QuantizedWeight) -> dict[str, Tensor]:
 class Contents:
     """All that a checkpoint is made of.
 
-    `model`: the student as the walk left it. `weights`: its calibrated linears by module name, on the grid `spec`, or
-    dense where that is None. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`:
-    the folder whose config and processor files are taken over. `texts`: further files by name. `dtype`: of all that
-    is not packed.
+    `model`: the student as the walk left it. `weights`: its blocks' linears by module name, each on a grid of its own
+    or dense. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`: the folder whose
+    config and processor files are taken over. `texts`: further files by name. `dtype`: of all that is not packed.
     """
 
     model: nn.Module
     weights: Mapping[str, QuantizedWeight | DenseWeight]
-    spec: GridSpec | None
     dequantize: bool
     heads: Mapping[str, Mapping[str, Tensor]]
     base: Path
@@ -84,33 +82,44 @@ def state_dict(contents: Contents) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(model: nn.Module, quantized: set[str], spec: GridSpec, dequantize: bool) -> dict[str, Any]:
-    """The entry of config.json from which transformers and vLLM know how to read the packed linears.
+def quantization_config(model: nn.Module, specs: Mapping[str, GridSpec], dequantize: bool) -> dict[str, Any]:
+    """The entry of config.json from which transformers and vLLM know how to read the packed linears, given the grid of
+    each by name.
 
-    `dequantize` makes transformers do so while it loads; asymmetric grids need that in any case.
+    One group where all have the same grid, else one for each. `dequantize` makes transformers do so while it loads;
+    asymmetric grids need that in any case. With several widths it must not, since it would take the first for all.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    channel = spec.group_size == -1
+    kinds = sorted(set(specs.values()), key=lambda spec: spec.bits)
+    groups = {
+        f"group_{index}": {
+            "targets": ["Linear"] if len(kinds) == 1 else [name for name in linears if specs.get(name) == spec],
+            "weights": _weights_entry(spec),
+        }
+        for index, spec in enumerate(kinds)
+    }
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": [name for name in linears if name not in quantized],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": spec.bits,
-                    "type": "int",
-                    "symmetric": spec.symmetric,
-                    "strategy": "channel" if channel else "group",
-                    "group_size": None if channel else spec.group_size,
-                    "dynamic": False,
-                },
-            }
-        },
+        "ignore": [name for name in linears if name not in specs],
+        "config_groups": groups,
     }
-    return {**config, "dequantize": True} if dequantize or not spec.symmetric else config
+    loads_wrong = len(kinds) > 1  # dequantizing on load, transformers takes the first width for all
+    wanted = not loads_wrong and (dequantize or not kinds[0].symmetric)
+    return {**config, "dequantize": True} if wanted else config
+
+
+def _weights_entry(spec: GridSpec) -> dict[str, Any]:
+    channel = spec.group_size == -1
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else spec.group_size,
+        "dynamic": False,
+    }
 
 
 def write_checkpoint(folder: Path, contents: Contents, shard_size: str) -> None:
@@ -142,11 +151,9 @@ def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    if contents.spec is not None:
-        quantized = set(contents.weights)
-        config["quantization_config"] = quantization_config(
-            contents.model, quantized, contents.spec, contents.dequantize
-        )
+    specs = {name: weight.spec for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
+    if specs:
+        config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
     for name in PROCESSOR_FILES:

@@ -92,6 +92,7 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
 def quiet_libraries() -> None:
     """Keeps the progress bars and advice of transformers and the hub out of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors has no other switch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -153,7 +153,12 @@ def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        config.quantization_config["dequantize"] = True
-    model = family.load(folder, config=config, dtype="auto", local_files_only=True)
-    return model.float().to(device).eval().requires_grad_(False)
+    quantization = getattr(config, "quantization_config", None)
+    mixed = quantization is not None and len(quantization["config_groups"]) > 1
+    if quantization is not None and not mixed:
+        quantization["dequantize"] = True
+    model: Any = family.load(folder, config=config, dtype="auto", local_files_only=True)
+    if mixed:  # transformers dequantizes all of them with the first width
+        model.hf_quantizer.compressor.decompress_model(model)
+    found: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' own refuses what came quantized
+    return found.eval().requires_grad_(False)

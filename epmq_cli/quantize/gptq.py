@@ -12,16 +12,17 @@ group that begins inside a block see all updates made so far.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from epmq_cli.errors import check_choice, check_range
 from epmq_cli.linalg import Factor, damped_cholesky
-from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, quantize
+from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, quantize, widths_of
 from epmq_cli.quantize.result import Outcome
 from epmq_cli.quantize.rtn import rtn
+from epmq_cli.quantize.search import hessian_grid
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Factor] | None:
@@ -67,7 +68,8 @@ def quantize_columns(
             group = group_list[start + i]
             if static is None and (start + i) % size == 0:
                 ahead = torch.cat([W1[:, i : i + size], W[:, end : start + i + size]], 1)
-                found = find_grid(ahead, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
+                columns_ahead = slice(start + i, start + i + size)
+                found = _group_grid(ahead, Hinv[columns_ahead, columns_ahead], spec, dtype)
                 grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
             scale, zero = grid.scale[:, group], grid.zero[:, group]
             w, d = W1[:, i], U1[i, i]
@@ -77,6 +79,28 @@ def quantize_columns(
             values[:, start + i], errors[:, i] = q, error
         W[:, end:] -= errors @ Hinv[start:end, end:]
     return values, grid
+
+
+def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+    """The grid of one group of columns, (out, 1)."""
+    if spec.search == "hessian":
+        return hessian_grid(weight, U, spec, dtype)
+    return find_grid(weight, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
+
+
+def _static_grids(weight: Tensor, H: Tensor, spec: GridSpec, dtype: torch.dtype, damping: float) -> Grid:
+    """The grids of all groups from the weight as it is; by hessian, as if each group were alone."""
+    if spec.search != "hessian":
+        return find_grid(weight, spec, dtype)
+    size = spec.columns(weight.shape[1])
+    grids = []
+    for start in range(0, weight.shape[1], size):
+        group = slice(start, start + size)
+        inverse = inverse_factor(H[group, group], damping)
+        if inverse is None:
+            return find_grid(weight, spec, dtype)
+        grids.append(hessian_grid(weight[:, group], inverse[0].to(weight.dtype), spec, dtype))
+    return Grid(torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1))
 
 
 def _aligned(block_size: int, group_size: int, columns: int) -> int:
@@ -113,7 +137,7 @@ def gptq(
     if inverse is None:
         return Outcome(rtn(weight, spec, dtype), fallback="rtn")
     Hinv, factor = inverse
-    static = find_grid(weight, spec, dtype) if act_order else None
+    static = _static_grids(weight, H, spec, dtype, damping) if act_order else None
     group_of = order // spec.columns(len(H))
     values, grid = quantize_columns(weight[:, order], Hinv.to(weight.dtype), spec, dtype, block_size, static, group_of)
     values = values[:, torch.argsort(order)].to(torch.int8)
@@ -124,12 +148,12 @@ def gptq(
 class Gptq:
     """`quant=gptq`.
 
-    `bits`, `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal, relative to its mean,
-    in (0, 1]. `block_size`: columns whose updates are kept back and done at once, for speed alone. `act_order`: see
-    `gptq`.
+    `bits`: see `widths_of`. `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal,
+    relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, for speed
+    alone. `act_order`: see `gptq`.
     """
 
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool
     grid: str
@@ -145,8 +169,17 @@ class Gptq:
 
     @property
     def spec(self) -> GridSpec:
-        """The grid that these fields describe."""
-        return GridSpec(self.bits, self.group_size, self.symmetric, self.grid)
+        """The grid that these fields describe, at the smaller width where there are two."""
+        return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See result.py."""
+        return widths_of(self.bits, self.symmetric)
+
+    def at(self, width: int) -> Gptq:
+        """See result.py."""
+        return replace(self, bits=width)
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
         return gptq(weight, hessian, self.spec, dtype, self.damping, self.block_size, self.act_order)

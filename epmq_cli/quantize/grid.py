@@ -15,14 +15,34 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, check_choice
 
 BITS = (2, 3, 4, 8)
-SEARCHES = ("minmax", "mse")
+SEARCHES = ("minmax", "mse", "hessian")
 SHRINKS = 80  # candidates of the mse search: the full range times 1.00, 0.99, ... 0.21
+
+
+def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:
+    """The widths that give this many bits on average: itself, or the two next to it; ConfigError where there are none.
+
+    Two widths need symmetric grids: transformers reads others by way of its `dequantize` alone, which takes one width
+    for all.
+    """
+    if bits in BITS and not isinstance(bits, bool):
+        return (int(bits),)
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not BITS[0] < bits < BITS[-1]:
+        named = ", ".join(map(str, BITS))
+        raise ConfigError(f"bits must be one of {named}, or a number between them for a mix such as 3.5, got {bits!r}")
+    if not symmetric:
+        raise ConfigError(
+            f"bits must be one of {', '.join(map(str, BITS))} with quant.symmetric=false, got {bits!r}; "
+            "a mix of widths needs symmetric grids"
+        )
+    return max(width for width in BITS if width < bits), min(width for width in BITS if width > bits)
 
 
 @dataclass(frozen=True)
 class GridSpec:
     """What a grid shall be: `bits`; `group_size` in input columns, -1 for one group a row; symmetric or with zero
-    points; `search`: `minmax` spans the group's range, `mse` shrinks that range to the least squared error."""
+    points; `search`: `minmax` spans the group's range, `mse` shrinks that range to the least squared error, `hessian`
+    to the least loss that GPTQ itself ends with (gptq.py; elsewhere as `mse`)."""
 
     bits: int
     group_size: int
@@ -119,18 +139,15 @@ def find_grid(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
     A group of equal zeros gets scale 1.
     """
     groups = weight.reshape(len(weight), -1, spec.columns(weight.shape[1]))
-    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
-    if spec.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    best = _grid_of_range(low, high, spec, dtype)
+    low, high = range_of(groups, spec)
+    best = grid_of_range(low, high, spec, dtype)
     if spec.search == "minmax":
         return best
     scale, zero = best.scale, best.zero
     least = _squared_error(groups, best, spec)
     for step in range(1, SHRINKS):
         shrink = 1 - step / 100
-        grid = _grid_of_range(shrink * low, shrink * high, spec, dtype)
+        grid = grid_of_range(shrink * low, shrink * high, spec, dtype)
         error = _squared_error(groups, grid, spec)
         better = error < least
         least = torch.where(better, error, least)
@@ -138,7 +155,17 @@ def find_grid(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
     return Grid(scale, zero)
 
 
-def _grid_of_range(low: Tensor, high: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+def range_of(groups: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group (..., columns), zero included; the same up and down where symmetric."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if not spec.symmetric:
+        return low, high
+    high = torch.maximum(-low, high)
+    return -high, high
+
+
+def grid_of_range(low: Tensor, high: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+    """The grid that spans a range, of any shape; a range of nothing gets scale 1."""
     scale = (high - low) / (spec.highest - spec.lowest)
     smallest = torch.finfo(dtype).tiny
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=smallest)).to(dtype).to(low.dtype)

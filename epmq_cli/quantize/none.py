@@ -21,5 +21,19 @@ class NoQuantizer:
         """None: there is no grid."""
         return None
 
+    @property
+    def bits(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def at(self, width: int) -> NoQuantizer:
+        """Itself."""
+        return self
+
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
         return Outcome(DenseWeight(weight.to(dtype).float()))

@@ -27,7 +27,18 @@ class Quantizer(Protocol):
 
     @property
     def spec(self) -> GridSpec | None:
-        """The grid, the same for all linears; None where nothing is quantized."""
+        """The grid, at the smallest of the widths; None where nothing is quantized."""
+
+    @property
+    def bits(self) -> float:
+        """The width of the quantized weights on average, at most; 0 without a grid."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a linear can get: one width, or two where `bits` lies between them; none without a grid."""
+
+    def at(self, width: int) -> Quantizer:
+        """The same quantizer with this width alone."""
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
         """`weight` float32 (out, in), `hessian` float64 (in, in), `dtype` the type that scales are stored in."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, find_grid, quantize
+from epmq_cli.errors import check_choice
+from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, find_grid, quantize, widths_of
 from epmq_cli.quantize.result import Outcome
 
 
@@ -21,20 +22,30 @@ def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
 
 @dataclass(frozen=True)
 class Rtn:
-    """`quant=rtn`; the fields are those of GridSpec."""
+    """`quant=rtn`; `bits`: see `widths_of`; the other fields are those of GridSpec."""
 
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool
     grid: str
 
     def __post_init__(self) -> None:
+        check_choice("quant.grid", self.grid, ("minmax", "mse"))  # nothing else without a look at the inputs
         _ = self.spec
 
     @property
     def spec(self) -> GridSpec:
-        """The grid that these fields describe."""
-        return GridSpec(self.bits, self.group_size, self.symmetric, self.grid)
+        """The grid that these fields describe, at the smaller width where there are two."""
+        return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See result.py."""
+        return widths_of(self.bits, self.symmetric)
+
+    def at(self, width: int) -> Rtn:
+        """See result.py."""
+        return replace(self, bits=width)
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
         return Outcome(rtn(weight, self.spec, dtype))

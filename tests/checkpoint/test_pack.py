@@ -15,8 +15,8 @@ from transformers import AutoModel
 
 from epmq_cli.checkpoint import pack
 from epmq_cli.errors import CheckpointError
-from epmq_cli.families.family import load_model
-from epmq_cli.quantize.grid import BITS, GridSpec
+from epmq_cli.families.family import Linears, load_model
+from epmq_cli.quantize.grid import BITS, GridSpec, QuantizedWeight
 from epmq_cli.quantize.rtn import rtn
 from tests.hubs import Walk, run_in, walk
 
@@ -25,7 +25,6 @@ def contents(hub: Path, found: Walk) -> pack.Contents:
     return pack.Contents(
         model=found.student,
         weights=found.walked.weights,
-        spec=found.job.quantizer.spec,
         dequantize=found.job.family.dequantize_on_load,
         heads={"first": {"weight": torch.ones(3, 4)}},
         base=hub / "base",
@@ -61,7 +60,10 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
     "options",
     [
         *(f"bits={bits} group_size=16 quant.symmetric={symmetric}" for bits in BITS for symmetric in ("true", "false")),
+        "bits=3.5 group_size=16",
+        "bits=6 quant=rtn",
         "bits=4 group_size=-1",
+        "bits=2 group_size=16 quant.grid=mse",
         "bits=3 group_size=-1 quant.symmetric=false",
         "bits=4 quant.act_order=true",
         "bits=4 pack.dtype=bfloat16",
@@ -84,6 +86,8 @@ def test_reloaded_outputs_equal_the_dequantized_models_exactly(
     assert torch.equal(found.features(reloaded), found.features(found.student))
     plain = AutoModel.from_pretrained(folder).eval()
     assert type(plain) is type(found.student)
+    if len({weight.spec.bits for weight in found.walked.weights.values() if isinstance(weight, QuantizedWeight)}) > 1:
+        plain.hf_quantizer.compressor.decompress_model(plain)  # a call of the whole model would do it too
     assert plain.dtype == dtype
     assert torch.equal(found.features(plain), found.features(found.student.to(dtype)))
 
@@ -163,3 +167,38 @@ def test_dequantizing_on_load_is_asked_for_only_where_it_is_needed(
         folder = write(tmp_path / name, hub, walk(hub, *options))
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
         assert config.get("dequantize", False) == asked
+
+
+@pytest.mark.parametrize("hub_name", ["clip", "bert"])
+def test_mixed_widths_keep_to_the_budget_and_share_it_among_fused_linears(
+    hub_name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub: Path = request.getfixturevalue(f"{hub_name}_hub")
+    found = walk(hub, "bits=3.5", "guidance=feature", "guidance.heads=never")
+    weights = {name: w for name, w in found.walked.weights.items() if isinstance(w, QuantizedWeight)}
+    count = sum(weight.values.numel() for weight in weights.values())
+    assert {weight.spec.bits for weight in weights.values()} == {3, 4}
+    assert 3.2 < sum(weight.spec.bits * weight.values.numel() for weight in weights.values()) / count <= 3.5
+    for block in found.job.family.blocks(found.student):
+        for step in block.steps:
+            if isinstance(step, Linears):
+                assert len({weights[block.name(name)].spec.bits for name in step.names}) == 1
+    folder = write(tmp_path / "checkpoint", hub, found)
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    for group in groups.values():
+        assert {weights[name].spec.bits for name in group["targets"]} == {group["weights"]["num_bits"]}
+    assert sorted(name for group in groups.values() for name in group["targets"]) == sorted(weights)
+
+
+def test_a_whole_call_of_a_mixed_checkpoint_in_plain_transformers(bert_hub: Path, tmp_path: Path) -> None:
+    found = walk(bert_hub, "bits=2.5")
+    plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", bert_hub, found)).eval()
+    assert torch.equal(found.features(plain), found.features(found.student))
+
+
+def test_negative_scales_are_used_and_survive_packing(bert_hub: Path, tmp_path: Path) -> None:
+    found = walk(bert_hub, "bits=2", "quant.grid=hessian")
+    scales = [w.scale for w in found.walked.weights.values() if isinstance(w, QuantizedWeight)]
+    assert any((scale < 0).any() for scale in scales)
+    plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", bert_hub, found)).eval()
+    assert torch.equal(found.features(plain), found.features(found.student))

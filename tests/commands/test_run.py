@@ -183,7 +183,10 @@ def test_a_sweep_runs_every_combination_in_folders_of_its_own(bert_hub: Path, ep
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "bits=5"), "epmq: bits must be one of 2, 3, 4, 8, got 5"),
+        (
+            ("run", "bits=9"),
+            "epmq: bits must be one of 2, 3, 4, 8, or a number between them for a mix such as 3.5, got 9",
+        ),
         (
             ("eval", "nowhere"),
             "epmq: nowhere has no readable epmq.json; give the checkpoint folder that epmq run wrote",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.quantize.grid import BITS, GridSpec, QuantizedWeight, find_grid, quantize
-from epmq_cli.quantize.rtn import rtn
+from epmq_cli.quantize.grid import BITS, GridSpec, QuantizedWeight, find_grid, quantize, widths_of
+from epmq_cli.quantize.rtn import Rtn, rtn
 
 
 def weight(rows: int = 6, columns: int = 8, seed: int = 0) -> torch.Tensor:
@@ -90,9 +90,32 @@ def test_split_is_the_inverse_of_stacking_rows() -> None:
         ((4, 6.5, True, "mse"), "group_size must be"),
         ((4, 64, "yes", "mse"), "quant.symmetric must be one of"),
         ((4, 64, 1, "mse"), "quant.symmetric must be one of"),
-        ((4, 64, True, "best"), "quant.grid must be one of minmax, mse, got 'best'"),
+        ((4, 64, True, "best"), "quant.grid must be one of minmax, mse, hessian, got 'best'"),
     ],
 )
 def test_bad_specs_are_refused(fields: tuple[object, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GridSpec(*fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths"), [(2, (2,)), (8, (8,)), (3.0, (3,)), (2.5, (2, 3)), (3.25, (3, 4)), (5, (4, 8)), (7.9, (4, 8))]
+)
+def test_widths_are_the_one_asked_for_or_its_neighbours(bits: float, widths: tuple[int, ...]) -> None:
+    assert widths_of(bits, symmetric=True) == widths
+
+
+@pytest.mark.parametrize("bits", [1, 9, 1.5, 8.5, True, "4", "some", None, float("nan")])
+def test_other_widths_are_refused(bits: object) -> None:
+    with pytest.raises(ConfigError, match="bits must be one of 2, 3, 4, 8, or a number between them for a mix"):
+        widths_of(bits, symmetric=True)
+
+
+def test_a_mix_needs_symmetric_grids() -> None:
+    with pytest.raises(ConfigError, match=r"bits must be one of 2, 3, 4, 8 with quant.symmetric=false, got 3.5"):
+        Rtn(3.5, 64, False, "mse")
+
+
+def test_rtn_looks_at_no_inputs() -> None:
+    with pytest.raises(ConfigError, match="quant.grid must be one of minmax, mse, got 'hessian'"):
+        Rtn(4, 64, True, "hessian")
