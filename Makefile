@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all smoke wheel tiny bench clean
+.PHONY: help install demo format check test test-all smoke wheel tiny bench bench-quality clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,6 +46,11 @@ tiny: install ## train the models of the built-in suite again
 
 bench: install ## the table of benchmarks/README.md for the built-in suite
 	$(BIN)/python benchmarks/compare.py --suite tiny
+
+bench-quality: install ## what each part of feature guidance adds, for every suite whose models and data are there
+	$(BIN)/python benchmarks/quality.py --suite tiny
+	if [ -n "$$EPMQ_TEXT4_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite text4 --config-dir benchmarks/text4/configs; fi
+	if [ -n "$$EPMQ_VISION3_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite vision3 --config-dir benchmarks/vision3/configs; fi
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) dist build *.egg-info

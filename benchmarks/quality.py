@@ -1,0 +1,183 @@
+"""What each part of feature guidance adds, at 4, 3 and 2 bits, beside the unquantized methods and the experts.
+
+    make bench-quality
+    python benchmarks/quality.py --suite vision3 --config-dir benchmarks/vision3/configs --bits 4 --seeds 0
+
+One process a suite: models are read once, every row merges, calibrates and quantizes anew and scores the student, whose
+weights are those that a checkpoint of it would be reloaded with (tests/checkpoint/test_pack.py). Medians over the
+seeds of the calibration samples, with the seconds of calibration. 2 bits use groups of 32. What is there already
+under --out is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from epmq_cli import calibration as guide
+from epmq_cli import config
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.reference import install
+from epmq_cli.commands.app import quiet_libraries
+from epmq_cli.merge.apply import merge_models
+
+EPMQ = {"guidance": "expert"}
+LAM = {**EPMQ, "guidance.lam": "0.001"}
+ALPHA = {**LAM, "guidance.alpha": "1"}
+RHO = {**ALPHA, "guidance.rho": "2"}
+INTERCEPTS = {**RHO, "guidance.intercepts": "true"}
+NORMS = {**INTERCEPTS, "guidance.norms": "true"}
+BETA = {**NORMS, "guidance.beta": "1"}
+EMBEDDINGS = {**BETA, "guidance.embeddings": "true"}
+FEATURE = {"guidance": "feature", "guidance.heads": "never"}
+FEATCAL = {**NORMS, "guidance.alpha": "0.3", "guidance.lam": "0.01", "guidance.readout_weight": "0.01"}
+ROWS: dict[str, dict[str, str]] = {
+    "merge, dense": {"guidance": "merged", "quant": "none"},
+    "RegMean, dense": {**EPMQ, "guidance.lam": "0", "quant": "none"},
+    "FeatCal, dense": {**FEATCAL, "quant": "none"},
+    "feature, dense": {**FEATURE, "quant": "none"},
+    "GPTQ": {"guidance": "merged"},
+    "E-PMQ": EPMQ,
+    "+ lam 0.001": LAM,
+    "+ alpha 1": ALPHA,
+    "+ rho 2": RHO,
+    "+ intercepts": INTERCEPTS,
+    "+ norms": NORMS,
+    "+ beta 1": BETA,
+    "+ embeddings": EMBEDDINGS,
+    "+ readout = feature": FEATURE,
+    "+ heads": {**FEATURE, "guidance.heads": "always"},
+    "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
+}
+"""What is overridden in each row; from E-PMQ on each adds to the one before, up to `+ auto`, which is without heads."""
+
+
+class Session:
+    """One suite with its models, and the results that are known."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.file: Path = arguments.out / f"{arguments.suite}.json"
+        self.known: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.samples: dict[str, Any] = {}
+        self.loaded = False
+
+    def job(self, merge: str, overrides: dict[str, str]) -> steps.Job:
+        """The job of a row."""
+        lines = [f"suite={self.arguments.suite}", f"merge={merge}", "out=unused", *self.arguments.overrides]
+        if self.arguments.config_dir:
+            lines.append(f"hydra.searchpath=[file://{self.arguments.config_dir.resolve()}]")
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            return steps.make_job(compose("run", overrides=lines + [f"{k}={v}" for k, v in overrides.items()]))
+
+    def load(self, job: steps.Job) -> None:
+        """Reads models and tasks, and scores the experts."""
+        self.models, self.model, self.dtype = steps.open_models(job)
+        self.tasks = steps.prepare_tasks(job, self.model, self.models)
+        if "experts" not in self.known:
+            scores = steps.score_parts(job, self.model, self.models.source, self.tasks)
+            self.keep("experts", {"accuracy": average(scores["experts"]), "base": average(scores["base"])})
+        self.loaded = True
+
+    def keep(self, key: str, entry: dict[str, Any]) -> None:
+        """Writes a result down."""
+        self.known[key] = entry
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.known, indent=1))
+
+    def calibration(self, job: steps.Job) -> tuple[Any, dict[str, Tensor]]:
+        """The batches of a seed, and the experts' features of them."""
+        key = f"{job.calib.samples} {job.seed}"
+        if key not in self.samples:
+            batches = steps.calibration_batches(job, self.models.base.path)
+            taught = {}
+            for task, group in batches.items():
+                source = self.models.source
+                install(self.model, {name: source.expert(task, name) for name in source.names})
+                taught[task] = guide.features(job.family, self.model, group)
+            self.samples = {key: (batches, taught)}
+        found: tuple[Any, dict[str, Tensor]] = self.samples[key]
+        return found
+
+    def measure(self, row: str, merge: str, bits: str, seed: int) -> dict[str, Any]:
+        """Accuracy in %, and seconds of calibration, of one row."""
+        dense = row.endswith("dense")
+        key = f"{merge} {'dense' if dense else bits} {row} {seed}"
+        if key not in self.known:
+            group = {} if dense else {"bits": bits, "group_size": "32" if bits == "2" else "64"}
+            job = self.job(merge, {**ROWS[row], **group, "seed": str(seed)})
+            if not self.loaded:
+                self.load(job)
+            batches, taught = self.calibration(job)
+            install(self.model, self.base_state)
+            install(self.model, merge_models(self.models.source, job.merge, self.dtype))
+            start = time.perf_counter()
+            found = guide.calibrate(job, self.model, batches, taught, self.tasks, self.models.source, self.dtype)
+            tasks = guide.solve_heads(job, self.model, batches, taught, self.tasks, found.guidance)
+            seconds = time.perf_counter() - start
+            scores = steps.score(job, self.model, tasks, "quantized")["quantized"]
+            self.keep(key, {"accuracy": average(scores), "seconds": seconds, "tasks": scores})
+        found_entry: dict[str, Any] = self.known[key]
+        return found_entry
+
+    @property
+    def base_state(self) -> dict[str, Tensor]:
+        """The tensors that are not merged, as they were read."""
+        if not hasattr(self, "_state"):
+            self._state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self._state = {name: t for name, t in self._state.items() if name not in self.models.source.names}
+        return self._state
+
+
+def average(scores: dict[str, float]) -> float:
+    """The mean over tasks in %."""
+    return 100 * sum(scores.values()) / len(scores)
+
+
+def table(session: Session, arguments: argparse.Namespace) -> None:
+    """Measures what is missing and prints a Markdown table."""
+    head = [f"{merge}, {bits} bits" for merge in arguments.merges for bits in arguments.bits]
+    rows = []
+    for row in arguments.rows:
+        cells = []
+        for merge in arguments.merges:
+            for bits in arguments.bits:
+                found = [session.measure(row, merge, bits, seed) for seed in arguments.seeds]
+                accuracy, seconds = (
+                    statistics.median(entry[part] for entry in found) for part in ("accuracy", "seconds")
+                )
+                cells.append(f"{accuracy:.1f} ({seconds:.0f} s)")
+        rows.append(f"| {row} | " + " | ".join(cells) + " |")
+        print(rows[-1], flush=True)
+    experts = session.known["experts"]
+    print(f"\n{arguments.suite}: base {experts['base']:.1f}, experts {experts['accuracy']:.1f}\n")
+    print("\n".join(["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|", *rows]), flush=True)
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="tiny")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--merges", nargs="+", default=["task_arithmetic"])
+    parser.add_argument("--bits", nargs="+", default=["4", "3", "2"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of every run")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    with torch.inference_mode():
+        table(Session(arguments), arguments)
+
+
+if __name__ == "__main__":
+    main()
