@@ -15,7 +15,8 @@ from epmq_cli.quantize.grid import Grid, GridSpec, grid_of_range, quantize, rang
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05
 FINE = (-0.03, -0.015, 0.0, 0.015, 0.03)  # added to the best of them
-CHUNK = 1 << 24  # weights tried at a time
+CHUNK = 1 << 22  # weights tried at a time
+BLOCK = 8  # columns
 
 
 def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
@@ -60,12 +61,18 @@ def _best(
 
 
 def loss(weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-    """What GPTQ's loop over these columns ends with for each grid and row; grid and result (candidates, out)."""
-    W = weight.expand(len(grid.scale), *weight.shape).clone()
-    total = torch.zeros_like(grid.scale)
-    for i in range(weight.shape[1]):
-        w = W[:, :, i]
-        error = (w - (quantize(w, grid.scale, grid.zero, spec) - grid.zero) * grid.scale) / U[i, i]
-        W[:, :, i + 1 :] -= error[:, :, None] * U[i, i + 1 :]
-        total += error.square()
-    return total
+    """What GPTQ's loop over these columns ends with for each grid and row; grid and result (candidates, out).
+
+    Columns come first in memory, and errors reach later blocks of columns by one product each.
+    """
+    columns = weight.shape[1]
+    errors = weight.new_empty(columns, *grid.scale.shape)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        pushed = U[:start, start:end].T @ errors[:start].flatten(1)
+        W = weight.T[start:end, None] - pushed.unflatten(1, grid.scale.shape)
+        for i in range(end - start):
+            rounded = (quantize(W[i], grid.scale, grid.zero, spec) - grid.zero) * grid.scale
+            error = errors[start + i] = (W[i] - rounded) / U[start + i, start + i]
+            W[i + 1 :] -= U[start + i, start + i + 1 : end, None, None] * error
+    return errors.square().sum(0)
