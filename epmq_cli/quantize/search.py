@@ -70,7 +70,7 @@ def loss(weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         pushed = U[:start, start:end].T @ errors[:start].flatten(1)
-        W = weight.T[start:end, None] - pushed.unflatten(1, grid.scale.shape)
+        W = weight.T[start:end, None] - pushed.reshape(end - start, *grid.scale.shape)
         for i in range(end - start):
             rounded = (quantize(W[i], grid.scale, grid.zero, spec) - grid.zero) * grid.scale
             error = errors[start + i] = (W[i] - rounded) / U[start + i, start + i]
