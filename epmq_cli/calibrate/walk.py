@@ -114,16 +114,21 @@ class _Walk:
 
     def _first_rows(self, task: str, norm: str) -> Iterator[_Rows]:
         """What reaches the first norm."""
-        model = self.student.model
+        own = self._first_inputs(task, norm)
+        taught = own
+        if self.guidance.teaches:
+            with installed(self.student.model, self._stem(task)):
+                taught = self._first_inputs(task, norm)
+        for mine, others in zip(own, taught, strict=True):
+            yield _Rows([mine], [others], None)
+
+    def _first_inputs(self, task: str, norm: str) -> list[Tensor]:
+        """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
+        model, module, found = self.student.model, self.student.model.get_submodule(norm), []
         for batch in self.batches[task]:
-            forward = lambda batch=batch: self.family.features(model, batch)  # noqa: E731
-            own = inputs([model.get_submodule(norm)], forward)
-            taught = own
-            if self.guidance.teaches:
-                with installed(model, self._stem(task)):
-                    taught = inputs([model.get_submodule(norm)], forward)
-            mask = self.family.token_mask(batch)
-            yield _Rows([real_tokens(own[0], mask)], [real_tokens(taught[0], mask)], None)
+            reached = inputs([module], lambda batch=batch: self.family.features(model, batch))  # type: ignore[misc]
+            found.append(real_tokens(reached[0], self.family.token_mask(batch)))
+        return found
 
     def _section(self, section: Section, weighted: bool) -> None:
         """Every step of a section, then every batch through it."""
