@@ -44,8 +44,8 @@ wheel: install ## build the wheel into dist/
 tiny: install ## train the models of the built-in suite again
 	$(BIN)/python benchmarks/tiny/train.py
 
-bench: install ## the table of benchmarks/README.md for the built-in suite
-	$(BIN)/python benchmarks/compare.py --suite tiny
+bench: install ## the main rows of the table of benchmarks/README.md for the built-in suite
+	$(BIN)/python benchmarks/quality.py --rows "merge, dense" RTN GPTQ E-PMQ "+ readout = feature" "+ heads"
 
 bench-quality: install ## what each part of feature guidance adds, for every suite whose models and data are there
 	$(BIN)/python benchmarks/quality.py --suite tiny

@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, str]] = {
     "RegMean, dense": {**EPMQ, "guidance.lam": "0", "quant": "none"},
     "FeatCal, dense": {**FEATCAL, "quant": "none"},
     "feature, dense": {**FEATURE, "quant": "none"},
+    "RTN": {"guidance": "merged", "quant": "rtn"},
     "GPTQ": {"guidance": "merged"},
     "E-PMQ": EPMQ,
     "+ lam 0.001": LAM,

@@ -30,10 +30,14 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     _line(title)
     if measured["scores"]["tasks"]:
         console.print(score_table(measured["scores"]))
-    size, events = measured["bytes"], measured["events"]
+    size, events, guidance, bits = (measured[part] for part in ("bytes", "events", "guidance", "average_bits"))
+    if guidance["chosen"]:
+        values = ", ".join(f"{name} {guidance[name]:g}" for name in guidance["chosen"])
+        _line(f"chosen      {values}, of {len(guidance['trials'])} tried without labels")
     ratio = size["linears_dense"] / size["linears_packed"]
     whole = f"{_megabytes(size['model_dense'])} -> {_megabytes(size['model_packed'])}"
-    _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller")
+    mixed = "" if bits is None or bits == round(bits) else f" at {bits:.2f} bits on average"
+    _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller{mixed}")
     _line(f"time        {_times(measured['stages'])}")
     if events["fallbacks"] or events["target_without_factor"]:
         _line(

@@ -11,7 +11,7 @@ import torch
 
 from epmq_cli.report.metrics import by_task, write_json
 from epmq_cli.report.stages import Stages
-from epmq_cli.report.table import score_table
+from epmq_cli.report.table import score_table, show_run
 
 SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
 
@@ -53,3 +53,24 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_what_was_chosen_and_a_mix_of_widths_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {
+        "scores": by_task({}),
+        "bytes": {"model_dense": 8e6, "model_packed": 2e6, "linears_dense": 4e6, "linears_packed": 1e6},
+        "events": {"linears": 1, "fallbacks": 0, "target_without_factor": 0},
+        "stages": {"walk": {"seconds": 1.0}},
+        "guidance": {"lam": 0.003, "beta": 1.0, "chosen": ["lam", "beta"], "trials": [{}] * 9},
+        "average_bits": 3.4792,
+    }
+    show_run(measured, "title", tmp_path)
+    printed = capsys.readouterr().out
+    assert "chosen      lam 0.003, beta 1, of 9 tried without labels\n" in printed
+    assert "8.00 MB -> 2.00 MB, calibrated linears 4.0 times smaller at 3.48 bits on average\n" in printed
+    measured["guidance"] = {"chosen": []}
+    measured["average_bits"] = 4.0
+    show_run(measured, "title", tmp_path)
+    printed = capsys.readouterr().out
+    assert "tried without labels" not in printed
+    assert "4.0 times smaller\n" in printed
