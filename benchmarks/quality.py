@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ class Session:
             seconds = time.perf_counter() - start
             scores = steps.score(job, self.model, tasks, "quantized")["quantized"]
             self.keep(key, {"accuracy": average(scores), "seconds": seconds, "tasks": scores})
+            print(f"{key}: {average(scores):.1f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
 
@@ -144,23 +146,27 @@ def average(scores: dict[str, float]) -> float:
 
 
 def table(session: Session, arguments: argparse.Namespace) -> None:
-    """Measures what is missing and prints a Markdown table."""
-    head = [f"{merge}, {bits} bits" for merge in arguments.merges for bits in arguments.bits]
-    rows = []
+    """Measures what is missing, the rows side by side in time, and prints a Markdown table."""
+    columns = [(merge, bits) for merge in arguments.merges for bits in arguments.bits]
+    found = {
+        (row, column, seed): session.measure(row, *column, seed)
+        for seed in arguments.seeds
+        for column in columns
+        for row in arguments.rows
+    }
+    print(f"{arguments.suite}: base {session.known['experts']['base']:.1f}, ", end="")
+    print(f"experts {session.known['experts']['accuracy']:.1f}; in brackets seconds of calibration\n")
+    print("| | " + " | ".join(f"{merge}, {bits} bits" for merge, bits in columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for row in arguments.rows:
         cells = []
-        for merge in arguments.merges:
-            for bits in arguments.bits:
-                found = [session.measure(row, merge, bits, seed) for seed in arguments.seeds]
-                accuracy, seconds = (
-                    statistics.median(entry[part] for entry in found) for part in ("accuracy", "seconds")
-                )
-                cells.append(f"{accuracy:.1f} ({seconds:.0f} s)")
-        rows.append(f"| {row} | " + " | ".join(cells) + " |")
-        print(rows[-1], flush=True)
-    experts = session.known["experts"]
-    print(f"\n{arguments.suite}: base {experts['base']:.1f}, experts {experts['accuracy']:.1f}\n")
-    print("\n".join(["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|", *rows]), flush=True)
+        for column in columns:
+            entries = [found[row, column, seed] for seed in arguments.seeds]
+            accuracy, seconds = (
+                statistics.median(entry[part] for entry in entries) for part in ("accuracy", "seconds")
+            )
+            cells.append(f"{accuracy:.1f} ({seconds:.1f})")
+        print(f"| {row} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
