@@ -56,7 +56,10 @@ def make_job(cfg: DictConfig) -> Job:
     """The job of a complete config; ConfigError before any model is opened."""
     suite: Suite = config.build("suite", cfg.suite)
     guidance: Guidance = config.build("guidance", cfg.guidance)
-    check_keys("guidance.weights", guidance.weights or {}, [task.name for task in suite.members])
+    names = [task.name for task in suite.members]
+    check_keys("guidance.weights", guidance.weights or {}, names)
+    if not any(guidance.factor(name) for name in names):
+        raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     return Job(
         suite=suite,
         family=family_of(suite.family),

@@ -55,8 +55,9 @@ def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<end>", "<unk>", *WORDS])}
-    tokens = {"vocab_size": len(vocabulary), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<unk>", *WORDS, "<end>"])}
+    end = vocabulary["<end>"]  # the last one, as in CLIP's own vocabulary: its output is the text's embedding
+    tokens = {"vocab_size": len(vocabulary), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": end}
     vision = {**size, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(text_config={**size, **tokens}, vision_config=vision, projection_dim=32)
     base = CLIPModel(config).eval()
@@ -69,7 +70,7 @@ def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        "<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+        "<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", end)]
     )
     names = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "base")

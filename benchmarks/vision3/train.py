@@ -6,8 +6,8 @@ FOLDER holds notmnist.npz, kannada.npz and omniglot.npz; the fourth task is scik
 here. The base is trained briefly on all four at once, then the vision tower of each expert on one task. Tasks, classes
 and templates are those of configs/suite/vision3.yaml. The amounts of training are a prototype's, where they were set
 for a base that is about 60% right; this script chooses nothing by a test sample and scores the whole test splits at
-the end. TIME on one shared core, less on an accelerator, which is used where there is one. Nothing is fetched;
-scikit-learn must be installed. A model that is already in `--out` is left as it is.
+the end. It took 18 minutes on two cores that other work shared; an accelerator is used where there is one. Nothing is
+fetched; scikit-learn must be installed. A model that is already in `--out` is left as it is.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
+from epmq_cli.errors import DataError
 from epmq_cli.families.family import Batch
 
 HOLD = 5  # one sample in so many is held out
@@ -56,9 +57,15 @@ def _with(guidance: Guidance, values: Mapping[str, Any]) -> Guidance:
 
 
 def divided(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
-    """Each task's batches without every fifth sample, and those samples."""
+    """Each task's batches without every fifth sample, and those samples; DataError where there are too few."""
     parts = ({}, {})  # type: tuple[dict[str, list[Batch]], dict[str, list[Batch]]]
     for task, group in batches.items():
+        count = sum(map(_size, group))
+        if count < 2 * HOLD:
+            raise DataError(
+                f"task {task} has {count} calibration samples, of which auto holds out one in {HOLD} and needs two: "
+                f"raise calib.samples to {2 * HOLD} or more, or give lam, alpha, beta and rho as numbers"
+            )
         fitted, held = zip(*_divided(group), strict=True)
         parts[0][task], parts[1][task] = [b for b in fitted if _size(b)], [b for b in held if _size(b)]
     return parts

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d, unfold
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
@@ -89,3 +90,61 @@ def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest
     used = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches["first"]]).unique()
     table = "embeddings.word_embeddings.weight"
     torch.testing.assert_close(student.own(table)[used], student.expert("first", table)[used], rtol=1e-4, atol=1e-4)
+
+
+def written_out(student: Student, batches: dict[str, list[dict[str, Tensor]]], tensors: dict[str, Tensor]) -> Tensor:
+    """Squared distance of what convolution and positions give from what each expert's give, and from the anchor."""
+    kernel, places = (f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position"))
+    lam = float(student.guidance.lam)
+    total = sum(lam * (tensors[name] - student.own(name).double()).square().sum() for name in tensors)
+    assert isinstance(total, Tensor)
+    for task, group in batches.items():
+        images = torch.cat([batch["pixel_values"] for batch in group]).double()
+        delta = {name: tensors[name] - student.expert(task, name).double() for name in tensors}
+        error = conv2d(images, delta[kernel], stride=8).flatten(2).transpose(1, 2) + delta[places][1:]
+        rows = unfold(images, 8, stride=8).transpose(1, 2)
+        rows = torch.cat([rows, torch.eye(rows.shape[1]).double().expand(len(rows), -1, -1)], 2).flatten(0, 1)
+        s = student.guidance.factor(task) / torch.linalg.norm(rows.T @ rows)
+        total = total + s * error.square().sum() + student.guidance.factor(task) * delta[places][0].square().sum()
+    return total
+
+
+def test_patches_and_places_are_the_minimum_of_the_written_out_objective(clip_hub: Path) -> None:
+    options = ("guidance.lam=0.03", "+guidance.weights.second=3")
+    (anchored, batches), (student, _) = student_of(clip_hub, *options), student_of(clip_hub, *options)
+    with torch.inference_mode():
+        solve_stem(student, batches)
+    names = [f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position")]
+    slopes = []
+    for owner in (student, anchored):
+        tensors = {name: owner.own(name).double().requires_grad_() for name in names}
+        slopes.append(torch.autograd.grad(written_out(anchored, batches, tensors), list(tensors.values())))
+    for here, there in zip(*slopes, strict=True):
+        assert here.norm() < 1e-5 * there.norm()
+
+
+def test_the_class_token_is_the_mean_of_the_experts_and_the_anchor(clip_hub: Path) -> None:
+    student, batches = student_of(clip_hub, "guidance.lam=0.5", "+guidance.weights.second=3")
+    name = "vision_model.embeddings.class_embedding"
+    own, first, second = student.own(name), student.expert("first", name), student.expert("second", name)
+    with torch.inference_mode():
+        solve_stem(student, batches)
+    torch.testing.assert_close(student.own(name), (0.5 * own + first + 3 * second) / 4.5)
+
+
+def test_tables_are_the_minimum_of_the_written_out_objective(bert_hub: Path) -> None:
+    student, batches = student_of(bert_hub, "guidance.lam=0.03", "+guidance.weights.second=3")
+    name = "embeddings.word_embeddings.weight"
+    anchor = student.own(name).double()
+    with torch.inference_mode():
+        solve_stem(student, batches)
+    slopes = []
+    for at in (student.own(name).double(), anchor):
+        table = at.clone().requires_grad_()
+        total = 0.03 / len(table) * (table - anchor).square().sum()
+        for task, factor in (("first", 1), ("second", 3)):
+            words = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches[task]])
+            error = table[words] - student.expert(task, name).double()[words]
+            total = total + factor / len(words) * error.square().sum()
+        slopes.append(torch.autograd.grad(total, table)[0])
+    assert slopes[0].norm() < 1e-5 * slopes[1].norm()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.errors import ConfigError
 
 PLAIN = Guidance(
@@ -33,28 +33,43 @@ PLAIN = Guidance(
     [
         ({"targets": "experts"}, "guidance.targets must be one of merged, expert, got 'experts'"),
         ({"lam": -1}, r"guidance.lam must be a number in \[0, inf\), got -1"),
-        ({"lam": float("nan")}, "guidance.lam"),
-        ({"lam": float("inf")}, "guidance.lam"),
+        ({"lam": float("nan")}, r"guidance.lam must be a number in \[0, inf\), got nan"),
+        ({"lam": float("inf")}, r"guidance.lam must be a number in \[0, inf\), got inf"),
         ({"lam": "some"}, "guidance.lam must be a number or auto, got 'some'"),
         ({"alpha": 1.5}, r"guidance.alpha must be a number in \[0, 1\], got 1.5"),
-        ({"beta": -0.1}, r"guidance.beta must be a number in \[0, 1\]"),
-        ({"rho": 11}, r"guidance.rho must be a number in \[0, 10\]"),
-        ({"rho": True}, "guidance.rho"),
+        ({"beta": -0.1}, r"guidance.beta must be a number in \[0, 1\], got -0.1"),
+        ({"rho": 11}, r"guidance.rho must be a number in \[0, 10\], got 11"),
+        ({"rho": True}, r"guidance.rho must be a number in \[0, 10\], got True"),
+        ({"alpha": None}, r"guidance.alpha must be a number in \[0, 1\], got None"),
         ({"intercepts": 1}, "guidance.intercepts must be one of True, False, got 1"),
-        ({"norms": "yes"}, "guidance.norms"),
-        ({"embeddings": None}, "guidance.embeddings"),
-        ({"readout": 0}, "guidance.readout"),
+        ({"norms": "yes"}, "guidance.norms must be one of True, False, got 'yes'"),
+        ({"embeddings": None}, "guidance.embeddings must be one of True, False, got None"),
+        ({"readout": 0}, "guidance.readout must be one of True, False, got 0"),
         ({"readout_weight": 0}, r"guidance.readout_weight must be a number in \(0, 1\], got 0"),
         ({"heads": True}, "guidance.heads must be one of always, never, own, got True"),
         ({"sweeps": 0}, r"guidance.sweeps must be a whole number in \[1, 10\], got 0"),
-        ({"sweeps": 1.5}, "guidance.sweeps must be a whole number"),
-        ({"task_weight": "size"}, "guidance.task_weight must be one of frobenius, tokens"),
+        ({"sweeps": 1.5}, r"guidance.sweeps must be a whole number in \[1, 10\], got 1.5"),
+        ({"sweeps": "auto"}, r"guidance.sweeps must be a whole number in \[1, 10\], got 'auto'"),
+        ({"readout_weight": 1.1}, r"guidance.readout_weight must be a number in \(0, 1\], got 1.1"),
+        ({"task_weight": "size"}, "guidance.task_weight must be one of frobenius, tokens, got 'size'"),
         ({"weights": {"trec": -1}}, r"guidance.weights.trec must be a number in \[0, inf\), got -1"),
     ],
 )
 def test_bad_options_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message + "$") as raised:
         replace(PLAIN, **fields)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{name: "auto"} for name in LIMITS]
+    + [{name: bound} for name, limit in LIMITS.items() for bound in (0, min(limit, 1e6))]
+    + [{"readout_weight": 1e-9}, {"sweeps": 10}, {"heads": "own"}, {"weights": {}}, {"weights": {"trec": 0}}],
+)
+def test_bounds_belong_to_what_is_allowed(fields: dict[str, Any]) -> None:
+    found = replace(PLAIN, **fields)
+    assert {name: getattr(found, name) for name in fields} == fields
 
 
 def test_open_options_are_those_that_are_auto() -> None:
@@ -62,7 +77,9 @@ def test_open_options_are_those_that_are_auto() -> None:
     assert replace(PLAIN, lam="auto", rho="auto").open == ["lam", "rho"]
 
 
-@pytest.mark.parametrize(("fields", "teaches"), [({}, False), ({"alpha": 0.3}, True), ({"beta": 1}, True)])
+@pytest.mark.parametrize(
+    ("fields", "teaches"), [({}, False), ({"alpha": 0.3}, True), ({"beta": 1}, True), ({"alpha": "auto"}, True)]
+)
 def test_teachers_are_needed_for_alpha_and_beta(fields: dict[str, Any], teaches: bool) -> None:
     assert replace(PLAIN, **fields).teaches is teaches
 

@@ -42,6 +42,20 @@ def test_features_that_are_the_experts_keep_the_head_to_the_last_bit() -> None:
 def test_a_strong_anchor_keeps_the_head() -> None:
     found = solved_head(rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(), 1e9)
     torch.testing.assert_close(found.weight, head().weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.bias, head().bias, rtol=1e-6, atol=1e-6)
+
+
+def test_the_anchor_is_the_ridge_of_objective_py() -> None:
+    own, teacher, given, lam = rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(), 0.03
+    found = solved_head(own, teacher, given, lam)
+    assert given.bias is not None
+    assert found.bias is not None
+    W, b = (tensor.clone().requires_grad_() for tensor in (found.weight, found.bias))
+    error = own @ W.T + b - teacher @ given.weight.T - given.bias
+    loss = error.square().sum() / torch.linalg.norm(own.T @ own)
+    loss = loss + lam * ((W - given.weight).square().sum() + (b - given.bias).square().sum())
+    for gradient in torch.autograd.grad(loss, [W, b]):
+        assert gradient.abs().max() < 1e-12
 
 
 def test_the_head_keeps_its_type() -> None:

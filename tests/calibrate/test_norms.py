@@ -34,11 +34,40 @@ def layer_norm() -> nn.LayerNorm:
     return norm
 
 
+def rms_norm() -> nn.RMSNorm:
+    norm = nn.RMSNorm(WIDTH, eps=1e-6, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(rand(WIDTH, seed=5))
+    return norm
+
+
 def test_normalised_is_what_gain_and_bias_act_on() -> None:
     norm, x = layer_norm(), rand(5, WIDTH, seed=0)
+    before = [parameter.clone() for parameter in norm.parameters()]
     torch.testing.assert_close(normalised(norm, x), (norm(x) - norm.bias) / norm.weight)
-    rms = Rms()
-    torch.testing.assert_close(normalised(rms, x), rms(x) / rms.weight)
+    assert all(torch.equal(own, kept) for own, kept in zip(norm.parameters(), before, strict=True))
+    for rms in (Rms(), rms_norm()):
+        torch.testing.assert_close(normalised(rms, x), rms(x) / rms.weight)
+
+
+@pytest.mark.parametrize("norm", [layer_norm(), Rms(), rms_norm()], ids=["layer", "own rms", "rms"])
+def test_one_expert_is_found_from_what_it_gives_on_its_own_input(norm: nn.Module) -> None:
+    """alpha = 1: the student has another gain and other inputs, whose normalised values are the teacher's up to scale
+    and shift of the row."""
+    taught = rand(20, WIDTH, seed=0)
+    shift = 1.0 if isinstance(norm, nn.LayerNorm) else 0.0
+    own = 3 * taught + shift
+    biased = isinstance(norm, nn.LayerNorm)
+    objective = NormObjective(rand(WIDTH, seed=6), rand(WIDTH, seed=7) if biased else None, 0.0)
+    gain, bias = (dict(norm.named_parameters()).get(name) for name in ("weight", "bias"))
+    assert gain is not None
+    objective.add(normalised(norm, own), normalised(norm, taught), None, gain.detach(), bias)
+    objective.close(1.0)
+    found = objective.solve()
+    torch.testing.assert_close(found[0], gain.detach(), rtol=1e-4, atol=1e-4)  # eps is not scaled with the row
+    assert (found[1] is None) is not biased
+    if bias is not None:
+        torch.testing.assert_close(found[1], bias.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -64,7 +93,7 @@ def test_solution_minimises_the_written_out_objective(lam: float, biased: bool) 
         if given is not None:
             error = error + found[1] - given
         total = total + factors[t] / weights[t].sum() * (weights[t][:, None] * error.square()).sum()
-    total.backward()
+    total.backward()  # type: ignore[no-untyped-call]
     for part in found:
         assert part.grad is not None
         assert part.grad.abs().max() < 1e-10
@@ -101,3 +130,25 @@ def test_channels_without_a_unique_solution_keep_the_anchor() -> None:
     found = objective.solve()
     assert found[0][3] == gain[3]
     torch.testing.assert_close(found[0][:3], gain[:3] + 1)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_without_any_say_the_anchor_stays_to_the_last_bit(biased: bool) -> None:
+    gain, bias = rand(WIDTH, seed=1), rand(WIDTH, seed=2) if biased else None
+    objective = NormObjective(gain, bias, 0.0)
+    objective.add(rand(20, WIDTH, seed=0), rand(20, WIDTH, seed=3), None, gain + 1, bias)
+    objective.close(0.0)
+    found = objective.solve()
+    assert torch.equal(found[0], gain)
+    assert found[1] is bias or torch.equal(found[1], bias)  # type: ignore[arg-type]
+
+
+def test_a_dead_channel_of_a_norm_without_bias_keeps_the_anchor() -> None:
+    z, gain = rand(20, WIDTH, seed=0), rand(WIDTH, seed=1)
+    z[:, 3] = 0
+    objective = NormObjective(gain, None, 0.0)
+    objective.add(z, z, None, gain + 1, None)
+    objective.close(1.0)
+    found = objective.solve()[0]
+    assert found[3] == gain[3]
+    torch.testing.assert_close(found[4:], gain[4:] + 1)

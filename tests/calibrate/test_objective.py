@@ -148,16 +148,19 @@ def test_loss_away_from_the_target_is_the_quadratic_form_that_gptq_minimises() -
 
 
 def test_the_bias_of_a_quantized_weight_makes_up_for_the_mean_of_its_error() -> None:
-    given = problem()
-    given.inputs, given.experts = given.inputs[:1], given.experts[:1]
-    given.parts, given.weights = [None], [None]
+    given = problem(rich=True)
     objective = given.objective(0.0, intercepts=True)
     coarse = objective.targets()[0][0].round()
-    expert, bias = given.experts[0], objective.bias(0, coarse)
-    assert expert.bias is not None
+    bias, surplus, total = objective.bias(0, coarse), torch.zeros(OUT).double(), 0.0
     assert bias is not None
-    wanted = given.inputs[0] @ expert.weight.T + expert.bias
-    torch.testing.assert_close((given.inputs[0] @ coarse.T + bias).mean(0), wanted.mean(0))
+    for s, X, expert, part, w in zip(given.s(), given.inputs, given.experts, given.parts, given.weights, strict=True):
+        assert expert.bias is not None
+        assert part is not None
+        assert w is not None
+        surplus += s * w @ (X @ coarse.T + bias - X @ expert.weight.T - expert.bias - part)
+        total += s * float(w.sum())
+    assert surplus.abs().max() < 1e-10 * total
+    assert objective.relative_loss(0, coarse) > objective.relative_loss(0, objective.targets()[0][0])
 
 
 @pytest.mark.parametrize("intercepts", [False, True])
@@ -165,19 +168,36 @@ def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercep
     given = problem()
     given.experts = [given.anchor] * TASKS
     objective = given.objective(0.0, intercepts)
-    target = objective.targets()[0][0]
+    target, bias = objective.targets()[0][0], objective.bias(0, objective.targets()[0][0])
     assert torch.equal(target, given.anchor.weight)
-    bias = objective.bias(0, target)
-    assert bias is None if not intercepts else torch.equal(bias, given.anchor.bias)  # type: ignore[arg-type]
+    assert (bias is not None) is intercepts
+    assert bias is None or torch.equal(bias, given.anchor.bias)  # type: ignore[arg-type]
+    H, h, N = torch.zeros(IN, IN).double(), torch.zeros(IN).double(), 0.0
+    for s, X in zip(given.s(), given.inputs, strict=True):
+        H, h, N = H + s * (X.T @ X), h + s * X.sum(0), N + s * len(X)
+    if intercepts:
+        H = H - torch.outer(h, h) / N
     spec = GridSpec(4, 4, True, "mse")
-    plain = sum(s * m.xx for s, m in zip(given.s(), given.moments(), strict=True))
-    assert isinstance(plain, Tensor)
-    if not intercepts:
-        found, reference = (
-            gptq(weight.float(), H, spec, torch.float32, 0.01, 128, False).weight
-            for weight, H in ((target, objective.hessian), (given.anchor.weight, plain))
-        )
-        assert torch.equal(found.dequantize(), reference.dequantize())
+    found, reference = (
+        gptq(weight.float(), hessian, spec, torch.float32, 0.01, 128, False).weight.dequantize()
+        for weight, hessian in ((target, objective.hessian), (given.anchor.weight, H))
+    )
+    assert torch.equal(found, reference)
+    assert not torch.equal(found, given.anchor.weight.float())
+    assert objective.relative_loss(0, target) == 0
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.05])
+def test_intercepts_centre_the_inputs(lam: float) -> None:
+    """Without anchor, H is that of inputs whose weighted mean is taken off; with one, of a row of zeros of weight lam
+    beside them."""
+    given = problem(rich=True)
+    roots = [(s * w).sqrt()[:, None] for s, w in zip(given.s(), given.weights, strict=True) if w is not None]
+    rows = torch.cat([*(root * X for root, X in zip(roots, given.inputs, strict=True)), torch.zeros(1, IN).double()])
+    ones = torch.cat([*roots, torch.full((1, 1), lam**0.5).double()])
+    centred = rows - ones @ (ones.T @ rows) / ones.square().sum()
+    wanted = centred.T @ centred + lam * torch.eye(IN).double()
+    torch.testing.assert_close(given.objective(lam, intercepts=True).hessian, wanted)
 
 
 def test_a_strong_anchor_gives_the_anchor() -> None:
@@ -254,9 +274,22 @@ def test_a_hessian_without_factor_keeps_the_anchor_as_target() -> None:
     assert torch.equal(targets[0], given.anchor.weight)
 
 
-def test_a_linear_without_bias_has_none_afterwards() -> None:
-    given = problem()
+@pytest.mark.parametrize("lam", [0.0, 0.05])
+def test_a_linear_without_bias_has_none_afterwards(lam: float) -> None:
+    given, biased = problem(), problem()
     given.anchor = Affine(given.anchor.weight, None)
     given.experts = [Affine(expert.weight, None) for expert in given.experts]
-    objective = given.objective(0.05, intercepts=False)
-    assert objective.bias(0, objective.targets()[0][0]) is None
+    objective = given.objective(lam, intercepts=False)
+    target = objective.targets()[0][0]
+    assert objective.bias(0, target) is None
+    assert torch.equal(target, biased.objective(lam, intercepts=False).targets()[0][0])
+
+
+def test_a_task_of_weight_zero_has_no_say() -> None:
+    given, without = problem(rich=True), problem(rich=True)
+    for values in (without.experts, without.inputs, without.parts, without.weights):
+        del values[1]  # type: ignore[attr-defined]
+    objective = Objective([given.anchor], 0.05, intercepts=True)
+    for moments, expert, s in zip(given.moments(), given.experts, (given.s()[0], 0.0, given.s()[2]), strict=True):
+        objective.add(moments, [expert], s)
+    torch.testing.assert_close(objective.targets()[0], without.objective(0.05, intercepts=True).targets()[0])

@@ -28,7 +28,8 @@ class Chain(nn.Module):
         self.parts = nn.ModuleList([Chain.Add(number) for number in (1, 2, 3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parts[2](self.parts[1](self.parts[0](x), scale=10))
+        made: Tensor = self.parts[2](self.parts[1](self.parts[0](x), scale=10))
+        return made
 
 
 def hooks(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,10 @@ from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel
 
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
-from epmq_cli.calibrate.streams import inputs
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES, family_of
-from epmq_cli.families.family import Batch, Norm, load_model
+from epmq_cli.families.family import Batch, Linears, Norm, Table, load_model
 from tests.hubs import config, run_in
 
 CPU = torch.device("cpu")
@@ -115,22 +115,96 @@ def test_readout_makes_the_features_of_the_last_hidden_state(name: str, request:
 def test_streams_are_what_the_outputs_are_added_to(name: str, request: pytest.FixtureRequest) -> None:
     family, batch = FAMILIES[name], batch_of(name)
     model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
-    block = family.blocks(model)[0]
+    blocks, readout = family.blocks(model), family.readout(model)
     after = {"self_attn.out_proj": "layer_norm2", "attention.output.dense": "attention.output.LayerNorm"}
     after["output.dense"] = "output.LayerNorm"  # the sum goes into this norm; CLIP's last goes out of the block
-    checked = 0
-    for step in block.steps:
-        if isinstance(step, Norm) or step.stream is None:
-            continue
-        linear, stream = (block.module.get_submodule(local) for local in (step.names[0], step.stream))
-        with torch.inference_mode():
-            forward = lambda: family.features(model, batch)  # noqa: E731
-            x, r = inputs([linear, stream], forward)
-            behind = after.get(step.names[0])
-            follower = block.module.get_submodule(behind) if behind else family.blocks(model)[1].module
-            torch.testing.assert_close(inputs([follower], forward)[0], r + linear(x))
-        checked += 1
-    assert checked == 2
+    for block, behind in pairwise([*blocks, readout]):
+        writing = [step for step in block.steps if isinstance(step, Linears) and step.stream]
+        assert len(writing) == 2
+        for step in writing:
+            linear, stream = (block.module.get_submodule(local) for local in (step.names[0], str(step.stream)))
+            follower = block.module.get_submodule(after[step.names[0]]) if step.names[0] in after else behind.module
+            caught: dict[nn.Module, torch.Tensor] = {}
+            if follower is readout.module:  # it is no module of the model's
+                follower = readout.module.get_submodule("vision_model.post_layernorm")
+            with torch.inference_mode():
+                hooks = [
+                    module.register_forward_pre_hook(lambda m, args, to=caught: to.update({m: args[0]}))
+                    for module in (linear, stream, follower)
+                ]
+                family.features(model, batch)
+            for hook in hooks:
+                hook.remove()
+            added = caught[stream] + linear(caught[linear])
+            wanted = caught[follower]
+            torch.testing.assert_close(added[:, 0] if wanted.ndim < added.ndim else added, wanted)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_in_the_last_block_other_tokens_matter_through_what_mixes_alone(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """By the gradient of the features by each step's outputs."""
+    family, batch = FAMILIES[name], batch_of(name)
+    model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
+    last, outputs = family.blocks(model)[-1], {}
+    names = [n for step in last.steps for n in ([step.name] if isinstance(step, Norm) else step.names)]
+    mixing = {step.name for step in last.steps if isinstance(step, Norm) and step.mixing}
+    mixing |= {n for step in last.steps if isinstance(step, Linears) for n in step.mixing}
+
+    def keep(local: str, output: torch.Tensor) -> torch.Tensor:
+        outputs[local] = output.detach().requires_grad_()
+        return outputs[local]
+
+    for local in names:  # a pass for each, as a leaf hides what is in front of it
+        handle = last.module.get_submodule(local).register_forward_hook(lambda _, __, out, n=local: keep(n, out))
+        features = family.features(model, batch)
+        handle.remove()
+        gradient = torch.autograd.grad(features.square().sum(), outputs[local])[0]
+        assert family.read_token == 0
+        assert gradient[:, 0].abs().max() > 0
+        real = gradient[:, 1:][batch["attention_mask"][:, 1:].bool()] if name == "bert" else gradient[:, 1:]
+        assert bool(real.abs().max() > 0) is (local in mixing), local
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_what_makes_the_first_stream_is_all_that_is_in_front_of_the_blocks(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    family = FAMILIES[name]
+    hub: Path = request.getfixturevalue(f"{name}_hub")
+    model = load_model(family, hub / "base", CPU)
+    tensors: set[str] = set()
+    for part in family.stem:
+        if isinstance(part, Table):
+            tensors.add(f"{part.name}.weight")
+        else:
+            tensors |= {f"{part.convolution}.weight", f"{part.positions}.weight", str(part.class_token)}
+    sections = [*family.blocks(model), family.readout(model)]
+    behind = {section.name(local) for section in sections for local in section.module.state_dict()}
+    norm = {f"{family.first_norm}.{part}" for part in ("weight", "bias")}
+    merged = set(family.tensor_names(ModelFolder(hub / "base", "base")))
+    assert tensors == merged - behind - norm
+
+
+def test_heads_are_the_experts_own_where_the_family_says_so(clip_hub: Path, bert_hub: Path) -> None:
+    for hub in (clip_hub, bert_hub):
+        job = steps.make_job(config(hub))
+        models, model, _ = steps.open_models(job)
+        first, second = (task.head["weight"] for task in steps.prepare_tasks(job, model, models))
+        assert torch.equal(first, second) is not job.family.own_heads  # both have the same classes
+        assert len({tuple(row.tolist()) for row in first}) == 3
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_logits_are_linear_in_what_the_head_is_multiplied_with(name: str) -> None:
+    family, generator = FAMILIES[name], torch.Generator().manual_seed(0)
+    features, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (3, 8), (3,)))
+    head = {"weight": weight} if name == "clip" else {"weight": weight, "bias": bias}
+    found, x = family.logits(features, head), family.head_inputs(features)
+    assert x.shape == features.shape
+    wanted = x @ weight.T + bias if name == "bert" else 100 * x @ weight.T
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_vision_model_with_and_without_prefix_and_a_whole_clip_read_the_same(clip_hub: Path, tmp_path: Path) -> None:
