@@ -103,11 +103,12 @@ def settle(
         install(model, start)
         with torch.inference_mode():
             sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype)
-        errors = []
+        total = 0.0
         for task in tasks:
             own, teacher = features(job.family, model, held[task.name]), held_rows(taught[task.name])
-            errors.append(relative_error(job.family.logits(own, task.head), job.family.logits(teacher, task.head)))
-        return sum(errors) / len(errors)
+            logits = (job.family.logits(each, task.head) for each in (own, teacher))
+            total += guidance.factor(task.name) * relative_error(*logits)
+        return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, error)
     install(model, start)

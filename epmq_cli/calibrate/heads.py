@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Moments, task_weight
@@ -26,6 +25,6 @@ def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affin
 
 def relative_error(own: Tensor, teacher: Tensor) -> float:
     """Squared distance of the student's features or logits from the expert's (samples, width), relative to the latter's
-    variance."""
-    spread = (teacher - teacher.mean(0)).square().sum()
-    return float((own - teacher).square().sum() / spread.clamp(min=torch.finfo(torch.float32).tiny))
+    variance; 0 where that is 0."""
+    spread = float((teacher - teacher.mean(0)).square().sum())
+    return float((own - teacher).square().sum()) / spread if spread > 0 else 0.0

@@ -19,8 +19,9 @@ class LayerRecord:
 
     `bits`: its width, None where it stays dense. `condition` of H (estimated from below); `target_damping` and
     `damping`: what H needed, relative to its mean diagonal, to solve for the target and to quantize;
-    `damping_retries`: how often one of the two had to be raised; losses relative to the target outputs' energy, of
-    the anchor, of the unquantized target and of the result; `fallback`: the method that stood in, if any.
+    `damping_retries`: how often one of the two had to be raised; losses relative to the energy of what the experts'
+    weights give, of the anchor, of the unquantized target and of the result; `fallback`: the method that stood in, if
+    any.
     """
 
     name: str
