@@ -168,9 +168,10 @@ def texts(job: Job, resolved: Any, choices: Mapping[str, str], walked: Walked) -
     """
     record = {"epmq": __version__, "choices": dict(choices), "config": {key: resolved[key] for key in RECORDED}}
     names = (choices["merge"], choices["guidance"], choices["quant"])
+    spec, widths = job.quantizer.spec, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
-        "README.md": model_card(job.suite, names, job.quantizer.spec, average_bits(walked), __version__),
+        "README.md": model_card(job.suite, names, spec, widths, average_bits(walked), __version__),
     }
 
 

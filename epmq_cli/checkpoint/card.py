@@ -32,14 +32,22 @@ Heads of the tasks (class embeddings or classifiers) are in `heads.safetensors`,
 """)
 
 
-def model_card(suite: Suite, choices: Sequence[str], spec: GridSpec | None, bits: float | None, version: str) -> str:
-    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `bits`: on average."""
+def model_card(
+    suite: Suite,
+    choices: Sequence[str],
+    spec: GridSpec | None,
+    widths: Sequence[int],
+    bits: float | None,
+    version: str,
+) -> str:
+    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `widths`: those that a linear could
+    get; `bits`: on average."""
     merge, guidance, quantizer = choices
     grid = (
         "dense"
         if spec is None or bits is None
         else (
-            f"{bits:.4g} bits, {'symmetric' if spec.symmetric else 'asymmetric'}, "
+            f"{bits:.4g} bits{_mixed(widths, bits)}, {'symmetric' if spec.symmetric else 'asymmetric'}, "
             + ("one scale a row" if spec.group_size == -1 else f"groups of {spec.group_size}")
         )
     )
@@ -54,3 +62,7 @@ def model_card(suite: Suite, choices: Sequence[str], spec: GridSpec | None, bits
         experts=", ".join(f"`{task.expert}` ({task.name})" for task in suite.members),
         weights=grid,
     )
+
+
+def _mixed(widths: Sequence[int], bits: float) -> str:
+    return "" if bits in widths else f" on average ({' and '.join(map(str, widths))})"

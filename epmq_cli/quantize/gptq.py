@@ -6,7 +6,7 @@ X'X, and so solves the expert-guided problem (docs: README, "The method").
 
 Departures from the paper: the upper factor of H^-1 comes from one Cholesky of H with its order reversed and one
 triangular solve instead of two Cholesky factors and an inverse, which is cheaper and loses fewer digits; grids of a
-group that begins inside a block see all updates made so far.
+group that begins inside a block see all updates made so far; act-order keeps groups whole (see `column_order`).
 """
 
 from __future__ import annotations
@@ -44,20 +44,18 @@ def quantize_columns(
     spec: GridSpec,
     dtype: torch.dtype,
     block_size: int,
-    static: Grid | None,
     group_of: Tensor,
 ) -> tuple[Tensor, Grid]:
     """The loop of algorithm 1: integers (out, in) in W's type, and the grid they are on.
 
-    `W` (out, in) in the order of quantization; `Hinv` the upper factor of H^-1 (in, in), same type and order;
-    `static` the grids where they are known beforehand, or None to find each group's when its first column is reached;
-    `group_of` (in,) the group of each column.
+    `W` (out, in) in the order of quantization, groups whole; `Hinv` the upper factor of H^-1 (in, in), same type and
+    order; `group_of` (in,) the group of each column. A group's grid is found when its first column is reached.
     """
     rows, columns = W.shape
     size = spec.columns(columns)
     W, values = W.clone(), torch.empty_like(W)
     groups = columns // size
-    grid = static or Grid(W.new_empty(rows, groups), W.new_empty(rows, groups))
+    grid = Grid(W.new_empty(rows, groups), W.new_empty(rows, groups))
     block_size = _aligned(block_size, size, columns)
     group_list = group_of.tolist()
     for start in range(0, columns, block_size):
@@ -66,7 +64,7 @@ def quantize_columns(
         errors = torch.empty_like(W1)
         for i in range(end - start):
             group = group_list[start + i]
-            if static is None and (start + i) % size == 0:
+            if (start + i) % size == 0:
                 ahead = torch.cat([W1[:, i : i + size], W[:, end : start + i + size]], 1)
                 columns_ahead = slice(start + i, start + i + size)
                 found = _group_grid(ahead, Hinv[columns_ahead, columns_ahead], spec, dtype)
@@ -88,19 +86,21 @@ def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -
     return find_grid(weight, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
 
 
-def _static_grids(weight: Tensor, H: Tensor, spec: GridSpec, dtype: torch.dtype, damping: float) -> Grid:
-    """The grids of all groups from the weight as it is; by hessian, as if each group were alone."""
-    if spec.search != "hessian":
-        return find_grid(weight, spec, dtype)
-    size = spec.columns(weight.shape[1])
-    grids = []
-    for start in range(0, weight.shape[1], size):
-        group = slice(start, start + size)
-        inverse = inverse_factor(H[group, group], damping)
-        if inverse is None:
-            return find_grid(weight, spec, dtype)
-        grids.append(hessian_grid(weight[:, group], inverse[0].to(weight.dtype), spec, dtype))
-    return Grid(torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1))
+def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
+    """The columns in the order of quantization, (in,).
+
+    With `act_order` groups of large mean diagonal come first, and inside a group its columns likewise. The authors'
+    code orders columns across groups, which takes either an index of each column's group in the checkpoint or grids
+    fixed before anything was made up for; whole groups find theirs on the way and end with 7 to 30% less loss than
+    fixed ones (searched by hessian; tiny, text4, vision3 at 4, 3 and 2 bits).
+    """
+    columns = len(hessian)
+    if not act_order:
+        return torch.arange(columns, device=hessian.device)
+    diagonal = hessian.diagonal().reshape(-1, group_size)
+    groups = torch.argsort(diagonal.mean(1), descending=True, stable=True)
+    inside = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    return (groups[:, None] * group_size + inside[groups]).flatten()
 
 
 def _aligned(block_size: int, group_size: int, columns: int) -> int:
@@ -121,25 +121,18 @@ def gptq(
 ) -> Outcome:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
-    `act_order` takes columns of large hessian diagonal first, on grids fixed beforehand from the weight as it is, so
-    that groups stay contiguous in the checkpoint. Columns whose input is always zero are rounded to nearest. Where no
-    damping makes the hessian positive definite, round to nearest stands in.
+    `act_order`: see `column_order`. Columns whose input is always zero are rounded to nearest, and have hardly a say in
+    the scales: nothing but the damping is on their diagonal, where the authors' code puts 1. Where no damping makes the
+    hessian positive definite, round to nearest stands in.
     """
-    H = hessian.clone()
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    order = (
-        torch.argsort(H.diagonal(), descending=True, stable=True)
-        if act_order
-        else torch.arange(len(H), device=H.device)
-    )
+    H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
+    size = spec.columns(len(H))
+    order = column_order(hessian, size, act_order)
     inverse = inverse_factor(H[order][:, order], damping)
     if inverse is None:
         return Outcome(rtn(weight, spec, dtype), fallback="rtn")
     Hinv, factor = inverse
-    static = _static_grids(weight, H, spec, dtype, damping) if act_order else None
-    group_of = order // spec.columns(len(H))
-    values, grid = quantize_columns(weight[:, order], Hinv.to(weight.dtype), spec, dtype, block_size, static, group_of)
+    values, grid = quantize_columns(weight[:, order], Hinv.to(weight.dtype), spec, dtype, block_size, order // size)
     values = values[:, torch.argsort(order)].to(torch.int8)
     return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), factor.damping, factor.retries)
 
@@ -150,7 +143,7 @@ class Gptq:
 
     `bits`: see `widths_of`. `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal,
     relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, for speed
-    alone. `act_order`: see `gptq`.
+    alone. `act_order`: see `column_order`.
     """
 
     bits: float

@@ -196,6 +196,35 @@ def test_a_whole_call_of_a_mixed_checkpoint_in_plain_transformers(bert_hub: Path
     assert torch.equal(found.features(plain), found.features(found.student))
 
 
+def test_a_whole_call_of_a_mixed_clip_needs_nothing_else(clip_hub: Path, tmp_path: Path) -> None:
+    found = walk(clip_hub, "bits=2.5")
+    plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", clip_hub, found)).eval()
+    ids = torch.arange(12).reshape(2, 6) % found.student.config.text_config.vocab_size
+    with torch.inference_mode():
+        first, own = (
+            model(input_ids=ids, pixel_values=found.batches["first"][0]["pixel_values"]).logits_per_image
+            for model in (plain, found.student)
+        )
+    assert torch.equal(first, own)
+
+
+@pytest.mark.parametrize(
+    ("options", "widths", "text"),
+    [
+        (("bits=3.5",), {3, 4}, "{:.4g} bits on average (3 and 4), symmetric, groups of 16"),
+        (("quant=rtn", "quant.symmetric=false", "group_size=-1"), {4}, "{:.4g} bits, asymmetric, one scale a row"),
+        (("quant=none",), {None}, "dense"),
+    ],
+)
+def test_metrics_and_card_say_the_widths(
+    options: tuple[str, ...], widths: set[int | None], text: str, bert_hub: Path, tmp_path: Path
+) -> None:
+    card = (run_in(tmp_path, bert_hub, *options) / "README.md").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {layer["bits"] for layer in metrics["layers"]} == widths
+    assert f"linears: {text.format(metrics['average_bits'])}\n" in card
+
+
 def test_negative_scales_are_used_and_survive_packing(bert_hub: Path, tmp_path: Path) -> None:
     found = walk(bert_hub, "bits=2", "quant.grid=hessian")
     scales = [w.scale for w in found.walked.weights.values() if isinstance(w, QuantizedWeight)]

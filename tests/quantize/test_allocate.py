@@ -31,6 +31,44 @@ def test_equal_sizes_get_the_best_of_all_allocations(budget: float) -> None:
     assert total(found) == min(map(total, allowed))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_unequal_sizes_stay_within_one_groups_gain_of_the_best(seed: int) -> None:
+    """What the greedy rule of the knapsack problem guarantees, and no more."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {str(i): int(torch.randint(1, 20, (), generator=generator)) for i in range(7)}
+    high = {group: float(torch.rand((), generator=generator)) for group in sizes}
+    gains = {group: float(torch.rand((), generator=generator)) - 0.1 for group in sizes}
+    losses = {group: {2: high[group] + gains[group], 3: high[group]} for group in sizes}
+    budget = 2 + float(torch.rand((), generator=generator))
+    found = allocate(losses, sizes, budget)
+    best = min(
+        sum(losses[group][width] for group, width in zip(sizes, widths, strict=True))
+        for widths in itertools.product((2, 3), repeat=len(sizes))
+        if average(dict(zip(sizes, widths, strict=True)), sizes) <= budget + 1e-12
+    )
+    lost = sum(losses[group][width] for group, width in found.items())
+    assert average(found, sizes) <= budget + 1e-9
+    assert best - 1e-12 <= lost <= best + max(gains.values())
+
+
+def test_a_budget_that_nothing_fits_in_leaves_all_at_the_smaller_width() -> None:
+    assert set(allocate(LOSSES, SIZES, 3.2).values()) == {3}
+    assert allocate({"one": {4: 1.0, 8: 0.1}}, {"one": 5}, 7.9) == {"one": 4}
+
+
+@pytest.mark.parametrize(("low", "high"), [(2, 3), (4, 8)])
+def test_the_step_between_the_widths_is_what_a_group_costs(low: int, high: int) -> None:
+    losses = {group: {low: loss[3], high: loss[4]} for group, loss in LOSSES.items()}
+    half = allocate(losses, SIZES, (low + high) / 2)
+    assert half == {"a": high, "b": high, "c": low, "d": low}
+
+
+def test_what_counts_is_the_gain_for_each_weight() -> None:
+    losses = {"large": {3: 5.0, 4: 0.0}, "small": {3: 3.0, 4: 0.0}, "other": {3: 3.0, 4: 0.0}}
+    found = allocate(losses, {"large": 20, "small": 10, "other": 10}, 3.5)
+    assert found == {"large": 3, "small": 4, "other": 4}
+
+
 def test_a_group_that_does_not_fit_leaves_its_place_to_smaller_ones() -> None:
     sizes = {"a": 100, "b": 10, "c": 10, "d": 10}
     assert allocate({**LOSSES, "a": {3: 900.0, 4: 1.0}}, sizes, 3.2) == {"a": 3, "b": 4, "c": 4, "d": 3}
