@@ -95,18 +95,13 @@ class Session:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.known, indent=1))
 
-    def calibration(self, job: steps.Job) -> tuple[Any, dict[str, Tensor]]:
-        """The batches of a seed, and the experts' features of them."""
-        key = f"{job.calib.samples} {job.seed}"
+    def calibration(self, job: steps.Job) -> guide.Taught:
+        """The batches of a seed, and what the experts make of them."""
+        key = f"{job.calib.samples} {job.seed} {guide.solves_heads(job)}"
         if key not in self.samples:
-            batches = steps.calibration_batches(job, self.models.base.path)
-            taught = {}
-            for task, group in batches.items():
-                source = self.models.source
-                install(self.model, {name: source.expert(task, name) for name in source.names})
-                taught[task] = guide.features(job.family, self.model, group)
-            self.samples = {key: (batches, taught)}
-        found: tuple[Any, dict[str, Tensor]] = self.samples[key]
+            drawn = steps.calibration_batches(job, self.models.base.path)
+            self.samples = {key: guide.teach(job, self.model, self.models.source, drawn)}
+        found: guide.Taught = self.samples[key]
         return found
 
     def measure(self, row: str, merge: str, bits: str, seed: int) -> dict[str, Any]:
@@ -118,12 +113,12 @@ class Session:
             job = self.job(merge, {**ROWS[row], **group, "seed": str(seed)})
             if not self.loaded:
                 self.load(job)
-            batches, taught = self.calibration(job)
+            taught = self.calibration(job)
             install(self.model, self.base_state)
             install(self.model, merge_models(self.models.source, job.merge, self.dtype))
             start = time.perf_counter()
-            found = guide.calibrate(job, self.model, batches, taught, self.tasks, self.models.source, self.dtype)
-            tasks = guide.solve_heads(job, self.model, batches, taught, self.tasks, found.guidance)
+            found = guide.calibrate(job, self.model, taught.batches, self.tasks, self.models.source, self.dtype)
+            tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)
             seconds = time.perf_counter() - start
             scores = steps.score(job, self.model, tasks, "quantized")["quantized"]
             self.keep(key, {"accuracy": average(scores), "seconds": seconds, "tasks": scores})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.auto import Choice, choose, divided, held_rows
+from epmq_cli.calibrate.auto import Choice, choose, divided
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.objective import Affine
@@ -27,6 +27,15 @@ Batches = Mapping[str, Sequence[Batch]]
 
 
 @dataclass(frozen=True)
+class Taught:
+    """The calibration batches of each task as its expert completed them, and the features (samples, width) that it has
+    of them, where heads are solved towards them."""
+
+    batches: Batches
+    features: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """What the walks found, the guidance they went by, and how its open options were chosen, if any were."""
 
@@ -35,23 +44,25 @@ class Calibrated:
     choice: Choice | None
 
 
-def teach(job: Job, model: nn.Module, source: MergeSource, calibration: Batches) -> dict[str, Tensor]:
-    """Each expert's features (samples, width) of its task's calibration samples; empty where nothing asks for them.
+def teach(job: Job, model: nn.Module, source: MergeSource, drawn: Batches) -> Taught:
+    """What each expert makes of the calibration batches that were drawn for its task.
 
     The model's merged tensors are overwritten.
     """
-    if not (job.guidance.open or solves_heads(job)):
-        return {}
-    taught = {}
-    for task, batches in calibration.items():
-        install(model, {name: source.expert(task, name) for name in source.names})
-        taught[task] = features(job.family, model, batches)
-    return taught
+    calibration, taught = dict(drawn), {}
+    if job.family.answers or solves_heads(job):
+        for task, batches in drawn.items():
+            install(model, {name: source.expert(task, name) for name in source.names})
+            with torch.inference_mode():
+                calibration[task] = [job.family.complete(model, batch) for batch in batches]
+            if solves_heads(job):
+                taught[task] = features(job.family, model, calibration[task])
+    return Taught(calibration, taught)
 
 
 @torch.inference_mode()
 def features(family: Family, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """The features (samples, width) of some batches."""
+    """The features (rows, width) of some batches."""
     return torch.cat([family.features(model, batch) for batch in batches])
 
 
@@ -59,18 +70,13 @@ def calibrate(
     job: Job,
     model: nn.Module,
     calibration: Batches,
-    taught: Mapping[str, Tensor],
     tasks: Sequence[ScoredTask],
     source: MergeSource,
     dtype: torch.dtype,
 ) -> Calibrated:
     """Walks the merged model, whose tensors are replaced by what comes out."""
     reference = references(job, model, source)
-    choice = None
-    if job.guidance.open:
-        if job.guidance.targets == "merged":
-            taught = {task: features(job.family, model, batches) for task, batches in calibration.items()}
-        choice = settle(job, model, calibration, taught, tasks, reference, dtype)
+    choice = settle(job, model, calibration, tasks, reference, dtype) if job.guidance.open else None
     guidance = choice.guidance if choice else job.guidance
     with torch.inference_mode():
         walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype)
@@ -79,8 +85,8 @@ def calibrate(
 
 def references(job: Job, model: nn.Module, source: MergeSource) -> Reference:
     """Base and experts, beside the merged model as it is now."""
-    own, readout = model.state_dict(), job.family.readout(model)
-    names = [readout.name(local) for local in readout.module.state_dict()]
+    own, readouts = model.state_dict(), [stack.readout for stack in job.family.stacks(model)]
+    names = [readout.name(local) for readout in readouts for local in readout.module.state_dict()]
     shared = {name: own[name].clone() for name in names if name not in source.names}
     merged = {name: own[name].clone() for name in source.names} if job.guidance.targets == "merged" else None
     return Reference(source, shared, merged)
@@ -90,7 +96,6 @@ def settle(
     job: Job,
     model: nn.Module,
     calibration: Batches,
-    taught: Mapping[str, Tensor],
     tasks: Sequence[ScoredTask],
     reference: Reference,
     dtype: torch.dtype,
@@ -98,6 +103,10 @@ def settle(
     """Chooses the options of guidance that are `auto`; the model is left as it was."""
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fitted, held = divided(calibration)
+    taught = {}
+    for task in tasks:
+        install(model, {name: reference.expert(task.name, name) for name in reference.names()})
+        taught[task.name] = job.family.logits(features(job.family, model, held[task.name]), task.head)
 
     def error(guidance: Guidance) -> float:
         install(model, start)
@@ -105,9 +114,8 @@ def settle(
             sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype)
         total = 0.0
         for task in tasks:
-            own, teacher = features(job.family, model, held[task.name]), held_rows(taught[task.name])
-            logits = (job.family.logits(each, task.head) for each in (own, teacher))
-            total += guidance.factor(task.name) * relative_error(*logits)
+            own = job.family.logits(features(job.family, model, held[task.name]), task.head)
+            total += guidance.factor(task.name) * relative_error(own, taught[task.name])
         return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, error)
@@ -117,14 +125,14 @@ def settle(
 
 def solves_heads(job: Job) -> bool:
     """Whether heads are solved again."""
-    return job.guidance.heads == "always" or (job.guidance.heads == "own" and job.family.own_heads)
+    wanted = {"always": ("own", "made"), "own": ("own",), "never": ()}[job.guidance.heads]
+    return job.family.heads in wanted
 
 
 def solve_heads(
     job: Job,
     model: nn.Module,
-    calibration: Batches,
-    taught: Mapping[str, Tensor],
+    taught: Taught,
     tasks: Sequence[ScoredTask],
     guidance: Guidance,
 ) -> list[ScoredTask]:
@@ -133,12 +141,12 @@ def solve_heads(
         return list(tasks)
     solved = []
     for task in tasks:
-        own = job.family.head_inputs(features(job.family, model, calibration[task.name]))
-        teacher = job.family.head_inputs(taught[task.name])
+        own = job.family.head_inputs(features(job.family, model, taught.batches[task.name]), task.head)
+        teacher = job.family.head_inputs(taught.features[task.name], task.head)
         head = Affine(task.head["weight"], task.head.get("bias"))
         found = solved_head(own, teacher, head, float(guidance.lam))
         tensors = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})
-        solved.append(replace(task, head=tensors))
+        solved.append(replace(task, head={**task.head, **tensors}))
     return solved
 
 

@@ -29,14 +29,15 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def bar(stage: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` steps: on a terminal it moves a bar that shows the time left.
+def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with how many more of `total` steps are done: on a terminal it moves a bar that shows the
+    time left.
 
     Elsewhere nothing is shown; run.log has one line for the stage in any case.
     """
     log.info("%s: %d steps", stage, total)
     if not messages.is_terminal:
-        yield lambda: None
+        yield lambda count: None
         return
     columns = (
         TextColumn("{task.description:<24}"),
@@ -48,7 +49,7 @@ def bar(stage: str, total: int) -> Iterator[Callable[[], None]]:
     )
     with Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task(stage, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda count: progress.advance(task, count)
 
 
 def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
@@ -56,4 +57,4 @@ def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
     with bar(stage, len(items)) as advance:
         for item in items:
             yield item
-            advance()
+            advance(1)

@@ -15,16 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from epmq_cli import __version__, config
-from epmq_cli.calibrate.draw import batches, draw
+from epmq_cli.calibrate.draw import batches, draw, sequences
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
+from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, weight_bytes
+from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
-from epmq_cli.errors import CheckpointError, ConfigError, check_keys
-from epmq_cli.evaluate.score import ScoredTask, accuracies
-from epmq_cli.families import family_of
+from epmq_cli.data.samples import Samples
+from epmq_cli.errors import CheckpointError, ConfigError, check_choice, check_keys
+from epmq_cli.evaluate.measures import PERPLEXITY
+from epmq_cli.evaluate.score import ScoredTask, scores
+from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.families.family import Batch, Family, load_model
 from epmq_cli.merge.apply import Models
 from epmq_cli.merge.source import Merge, MergeSource
@@ -58,11 +62,14 @@ def make_job(cfg: DictConfig) -> Job:
     guidance: Guidance = config.build("guidance", cfg.guidance)
     names = [task.name for task in suite.members]
     check_keys("guidance.weights", guidance.weights or {}, names)
+    family = suite_family(suite)
+    for task in suite.members:
+        check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     return Job(
         suite=suite,
-        family=family_of(suite.family),
+        family=family,
         merge=config.build("merge", cfg.merge),
         guidance=guidance,
         calib=config.build("calib", cfg.calib),
@@ -74,15 +81,25 @@ def make_job(cfg: DictConfig) -> Job:
     )
 
 
+def suite_family(suite: Suite, checkpoint: Path | None = None) -> Family:
+    """The family of a suite, by its name or, under `auto`, by the config.json of its base or of a checkpoint."""
+    if suite.family != AUTO:
+        return family_of(suite.family)
+    role = "base" if checkpoint is None else "checkpoint"
+    return claiming(ModelFolder(checkpoint or locate(suite.base, role), role).config)
+
+
 def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
     """The opened suite, the base model on the device, and the type of scales and of all that is not quantized.
 
-    The model calculates in float32, with weights rounded to that type.
+    The model calculates in float32, with weights rounded to that type; what is not stored, such as rotary frequencies,
+    is left as it is.
     """
     models = Models(job.suite, job.family)
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
-    model = load_model(job.family, models.base.path, job.device).to(dtype).float()
+    model = load_model(job.family, models.base.path, job.device)
+    install(model, {name: t.to(dtype).float() for name, t in model.state_dict().items() if t.is_floating_point()})
     check_groups(model, job.family, job.quantizer.spec)
     return models, model, dtype
 
@@ -122,14 +139,21 @@ def scored_task(
     samples = task.data.load("test")
     if evaluation.samples is not None:
         samples = samples.take(list(range(min(evaluation.samples, len(samples)))))
-    return ScoredTask(task.name, samples, family.collate(folder, task), head)
+    if task.metric == PERPLEXITY:
+        samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
+    collate, predict = family.collate(folder, task), family.predict(folder, task)
+    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length)
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     """Each task's calibration batches, on the device."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
-        samples = draw(task.data.load("train"), job.calib.samples, job.seed, task.name).by_length()
+        samples = task.data.load("train")
+        if task.metric == PERPLEXITY:
+            samples = sequences(job.family.tokens(base, samples.inputs), task, job.calib.samples, job.seed)
+        else:
+            samples = draw(samples, job.calib.samples, job.seed, task.name).by_length()
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), job.calib.batch_size, job.device))
     return drawn
 
@@ -138,7 +162,7 @@ def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str) -> Sc
     """The scores of one stage, or nothing where `eval.stages` leaves it out."""
     if stage not in job.evaluation.stages:
         return {}
-    return accuracies(job.family, model, tasks, job.evaluation.batch_size, job.device, stage)
+    return scores(job.family, model, tasks, job.evaluation.batch_size, job.device, stage)
 
 
 def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[ScoredTask]) -> Scores:
@@ -147,11 +171,11 @@ def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[Sco
     def become_expert(task: ScoredTask) -> None:
         install(model, {name: source.expert(task.name, name) for name in source.names})
 
-    scores = score(job, model, tasks, "base")
+    found = score(job, model, tasks, "base")
     if "experts" in job.evaluation.stages:
         size = job.evaluation.batch_size
-        scores |= accuracies(job.family, model, tasks, size, job.device, "experts", before=become_expert)
-    return scores
+        found |= scores(job.family, model, tasks, size, job.device, "experts", before=become_expert)
+    return found
 
 
 def average_bits(walked: Walked) -> float | None:
@@ -217,8 +241,10 @@ def checkpoint_suite(checkpoint: Path, given: DictConfig | None) -> Suite:
     return suite
 
 
-def read_heads(checkpoint: Path, suite: Suite, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """The tensors of each task's head."""
+    if family.heads == "none":
+        return {task.name: {} for task in suite.members}
     try:
         tensors = load_file(checkpoint / HEADS, device=str(device))
     except (OSError, SafetensorError) as error:

@@ -26,6 +26,7 @@ class Task:
     classes: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     max_length: int = MAX_LENGTH
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
@@ -58,6 +59,11 @@ class Suite:
     def members(self) -> list[Task]:
         """The tasks in order; ConfigError where one cannot be."""
         return [_task(str(name), entry) for name, entry in self.tasks.items()]
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What each task is scored by."""
+        return {task.name: task.metric for task in self.members}
 
 
 def _task(name: str, entry: Mapping[str, Any]) -> Task:

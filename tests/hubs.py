@@ -16,7 +16,6 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
-from epmq_cli.families.family import Batch
 from epmq_cli.merge.apply import merge_models
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
@@ -44,7 +43,7 @@ class Walk:
     job: steps.Job
     student: nn.Module
     walked: Walked
-    batches: dict[str, list[Batch]]
+    batches: guide.Batches
 
     def features(self, model: nn.Module) -> Tensor:
         """The features of all calibration batches, one under the other, calculated in the model's type."""
@@ -66,5 +65,5 @@ def walk(hub: Path, *overrides: str) -> Walk:
     tasks = steps.prepare_tasks(job, model, models)
     taught = guide.teach(job, model, models.source, batches)
     install(model, merge_models(models.source, job.merge, dtype))
-    calibrated = guide.calibrate(job, model, batches, taught, tasks, models.source, dtype)
-    return Walk(job, model, calibrated.walked, batches)
+    calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
+    return Walk(job, model, calibrated.walked, taught.batches)

@@ -15,11 +15,11 @@ from transformers import BertForSequenceClassification, BertModel, CLIPModel, CL
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.auto import GRID, divided, held_rows
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.auto import GRID, divided
+from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.evaluate.score import accuracy
+from epmq_cli.evaluate.score import ScoredTask, score
 from epmq_cli.families.family import Batch, load_model
 from epmq_cli.merge.apply import merge_models
 from epmq_cli.quantize.none import NoQuantizer
@@ -45,24 +45,22 @@ def expert_features(hub: Path, task: str, batches: list[Batch]) -> Tensor:
         return torch.cat([projection(tower(**batch).pooler_output) for batch in batches])
 
 
-@pytest.mark.parametrize("options", [["guidance.heads=always"], ["guidance.heads=never", "guidance.beta=auto"]])
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_teachers_features_are_those_of_the_experts_themselves(
-    name: str, options: list[str], request: pytest.FixtureRequest
-) -> None:
+def test_teachers_features_are_those_of_the_experts_themselves(name: str, request: pytest.FixtureRequest) -> None:
     hub = request.getfixturevalue(f"{name}_hub")
-    job, models, model, _ = opened(hub, "guidance=feature", *options)
+    job, models, model, _ = opened(hub, "guidance=feature", "guidance.heads=always")
     batches = steps.calibration_batches(job, models.base.path)
     taught = guide.teach(job, model, models.source, batches)
-    assert list(taught) == ["first", "second"]
-    for task, features in taught.items():
+    assert list(taught.features) == ["first", "second"]
+    for task, features in taught.features.items():
         torch.testing.assert_close(features, expert_features(hub, task, batches[task]), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_taught_where_nothing_asks_for_it(clip_hub: Path) -> None:
     job = steps.make_job(config(clip_hub, "guidance=feature"))  # heads: own, and a CLIP has none of its own
     models, model, _ = steps.open_models(job)
-    assert guide.teach(job, model, models.source, steps.calibration_batches(job, models.base.path)) == {}
+    drawn = steps.calibration_batches(job, models.base.path)
+    assert guide.teach(job, model, models.source, drawn) == guide.Taught(drawn, {})
 
 
 @pytest.mark.parametrize(
@@ -85,14 +83,14 @@ def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
     tasks = steps.prepare_tasks(job, model, models)
     taught = guide.teach(job, model, models.source, batches)
     install(model, merge_models(models.source, job.merge, dtype))
-    found = guide.solve_heads(job, model, batches, taught, tasks, job.guidance)
+    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
     assert [task.name for task in found] == ["first", "second"]
     for before, after in zip(tasks, found, strict=True):
         assert before.head.keys() == after.head.keys()
         assert all(torch.equal(before.head[part], after.head[part]) is not solved for part in before.head)
         assert after.samples is before.samples
         if solved:
-            own, teacher = guide.features(job.family, model, batches[before.name]), taught[before.name]
+            own, teacher = guide.features(job.family, model, batches[before.name]), taught.features[before.name]
             wanted = job.family.logits(teacher, before.head)
             errors = [(job.family.logits(own, task.head) - wanted).square().sum() for task in (before, after)]
             assert errors[1] < 0.5 * errors[0]
@@ -103,7 +101,7 @@ def test_a_student_that_is_the_expert_keeps_its_head(bert_hub: Path) -> None:
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
     taught = guide.teach(job, model, models.source, batches)  # leaves the one expert in the model
-    found = guide.solve_heads(job, model, batches, taught, tasks, job.guidance)
+    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
     assert all(torch.equal(found[0].head[part], tasks[0].head[part]) for part in ("weight", "bias"))
 
 
@@ -116,22 +114,28 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
     job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.teach(job, model, models.source, batches)
     install(model, merge_models(models.source, job.merge, dtype))
     before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
     reference = guide.references(job, model, models.source)
-    choice = guide.settle(job, model, batches, taught, tasks, reference, dtype)
+    choice = guide.settle(job, model, batches, tasks, reference, dtype)
     assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
     assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
     least = min(choice.trials, key=lambda trial: trial["error"])
     assert choice.guidance == replace(job.guidance, rho=least["rho"])
     assert len({trial["error"] for trial in choice.trials}) == 3
     fitted, held = divided(batches)
+
+    def logits(task: ScoredTask) -> Tensor:
+        return job.family.logits(guide.features(job.family, model, held[task.name]), task.head)
+
+    expected = {}
+    for task in tasks:
+        with installed(model, {part: reference.expert(task.name, part) for part in models.source.names}):
+            expected[task.name] = logits(task)
     sweep(model, job.family, fitted, reference, choice.guidance, NoQuantizer(), dtype)
     errors = []
     for task in tasks:
-        own, teacher = guide.features(job.family, model, held[task.name]), held_rows(taught[task.name])
-        got, wanted = (job.family.logits(features, task.head) for features in (own, teacher))
+        got, wanted = logits(task), expected[task.name]
         errors.append(float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()))
     assert sum(errors) / 2 == pytest.approx(least["error"], rel=1e-4)
 
@@ -144,7 +148,7 @@ def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, re
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
     install(model, merge_models(models.source, job.merge, dtype))
-    found = guide.calibrate(job, model, batches, {}, tasks, models.source, dtype)
+    found = guide.calibrate(job, model, batches, tasks, models.source, dtype)
     assert found.choice is not None
     assert max(trial["error"] for trial in found.choice.trials) < 1e-8
 
@@ -207,12 +211,12 @@ def test_solved_heads_are_what_epmq_eval_scores(
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["tasks"]
     job, models, model, _ = opened(hub)
     tasks = steps.prepare_tasks(job, model, models)
-    solved = steps.read_heads(checkpoint, job.suite, torch.device("cpu"))
+    solved = steps.read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
     student = load_model(job.family, checkpoint, torch.device("cpu"))
     for task in tasks:
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])
         again = replace(task, head=solved[task.name])
-        assert accuracy(job.family, student, again, 8, torch.device("cpu")) == scores[task.name]["quantized"]
+        assert score(job.family, student, again, 8, torch.device("cpu")) == scores[task.name]["quantized"]
     result = epmq_inside("eval", str(checkpoint), "out=there")
     assert result.returncode == 0, result.stderr
     evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]

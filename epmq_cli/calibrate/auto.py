@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.errors import DataError
@@ -69,11 +68,6 @@ def divided(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batc
         fitted, held = zip(*_divided(group), strict=True)
         parts[0][task], parts[1][task] = [b for b in fitted if _size(b)], [b for b in held if _size(b)]
     return parts
-
-
-def held_rows(rows: Tensor) -> Tensor:
-    """Of a tensor with a row for each sample of a task (samples, width) those of the held-out samples."""
-    return rows[HOLD - 1 :: HOLD]
 
 
 def _divided(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch]]:

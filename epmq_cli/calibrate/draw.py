@@ -7,10 +7,13 @@ import zlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from epmq_cli.data.documents import token_blocks
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.families.family import Batch, Collate
+from epmq_cli.suites import Task
 
 log = logging.getLogger("epmq")
 
@@ -21,8 +24,19 @@ def draw(samples: Samples, count: int, seed: int, task: str) -> Samples:
         raise DataError(f"task {task} has no training samples to calibrate on")
     if len(samples) < count:
         log.warning("task %s: calibrating on all %d training samples, %d were asked for", task, len(samples), count)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {task}".encode()))
+    generator = torch.Generator().manual_seed(task_seed(seed, task))
     return samples.take(torch.randperm(len(samples), generator=generator)[:count].tolist())
+
+
+def task_seed(seed: int, task: str) -> int:
+    """The seed of one task's samples: torch's generator uses 32 bits of it."""
+    return zlib.crc32(f"{seed} {task}".encode())
+
+
+def sequences(tokens: Tensor, task: Task, count: int, seed: int) -> Samples:
+    """`count` sequences of the task's `max_length` tokens, cut out of the tokens (tokens,) of all its documents."""
+    blocks = token_blocks(tokens, task.max_length, count, task_seed(seed, task.name))
+    return Samples(list(blocks), torch.zeros(len(blocks), dtype=torch.int64))
 
 
 def batches(samples: Samples, collate: Collate, batch_size: int, device: torch.device) -> Iterator[Batch]:

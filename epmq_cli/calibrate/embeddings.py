@@ -18,16 +18,16 @@ from epmq_cli.calibrate.moments import Moments, task_weight
 from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
-from epmq_cli.families.family import Batch, Patches
+from epmq_cli.families.family import Batch, Mask, Patches, Stack, Table
 
 
-def solve_stem(student: Student, batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Solves all that the first stream is made of, as the family lists it."""
-    for part in student.family.stem:
+def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
+    """Solves all that the first stream of a stack is made of."""
+    for part in stack.stem:
         if isinstance(part, Patches):
             solve_patches(student, batches, part)
         else:
-            solve_table(student, batches, part.name)
+            solve_table(student, batches, part, stack.mask)
 
 
 def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
@@ -42,22 +42,23 @@ def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Ten
     return anchor.double() + torch.where(total > 0, 1 / total.clamp(min=1e-300), 0.0)[:, None] * moved
 
 
-def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], name: str) -> None:
-    """Solves the table of a module."""
-    anchor = student.own(f"{name}.weight")
-    counts = [_lookups(student, group, name, len(anchor)) for group in batches.values()]
+def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table: Table, real: Mask) -> None:
+    """Solves a table."""
+    name = f"{table.name}.weight"
+    anchor = student.own(name)
+    counts = [_lookups(student, group, table.reader or table.name, len(anchor), real) for group in batches.values()]
     counts = [student.guidance.factor(task) * c / c.sum() for task, c in zip(batches, counts, strict=True)]
-    experts = [student.expert(task, f"{name}.weight") for task in batches]
+    experts = [student.expert(task, name) for task in batches]
     lam = float(student.guidance.lam) / len(anchor)
-    student.put({f"{name}.weight": solved_table(anchor, experts, counts, lam)})
+    student.put({name: solved_table(anchor, experts, counts, lam)})
 
 
-def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int) -> Tensor:
+def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, real: Mask) -> Tensor:
     """How often each row of a table is looked up for real tokens: (rows,) in float64."""
     table, total = student.model.get_submodule(name), None
     for batch in batches:
         ids = calls([table], lambda batch=batch: student.family.features(student.model, batch))[0][0][0]  # type: ignore[misc]
-        mask = student.family.token_mask(batch)
+        mask = real(batch)
         ids = ids if mask is None else ids.expand(mask.shape)[mask]
         found = torch.bincount(ids.flatten(), minlength=rows).double()
         total = found if total is None else total + found

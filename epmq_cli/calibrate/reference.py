@@ -31,7 +31,7 @@ class Reference:
             return self._shared[name]
         return self._source.expert(task, name) if self._merged is None else self._merged[name]
 
-    def names(self, outside: tuple[str, ...]) -> list[str]:
+    def names(self, outside: tuple[str, ...] = ()) -> list[str]:
         """The merged tensors that are under none of these prefixes."""
         return [name for name in self._source.names if not name.startswith(outside)]
 

@@ -9,44 +9,111 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epmq_cli.families.family import Batch, Family
+from epmq_cli.families.family import Batch, Family, Stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of a module, by position and by name."""
 
 
+@dataclass(frozen=True)
+class Carried:
+    """Stands, among the arguments of a block, for what the block before it gave back at this position of its output:
+    position biases, for instance, which the first block makes for all."""
+
+    position: int
+
+
 @dataclass
 class Stream:
-    """One batch on its way through the blocks: the next section's first argument, the others that every block gets, and
-    the mask of real tokens."""
+    """One batch on its way through the blocks.
+
+    `hidden`: the next section's first argument. `calls`: the other arguments of the blocks to come. `mask`: the real
+    tokens of the stream, `memory` those of what cross-attention reads; None where all are. `output`: what the last
+    block gave back, if that was a tuple.
+    """
 
     hidden: Tensor
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
+    calls: list[Call]
     mask: Tensor | None
+    memory: Tensor | None = None
+    output: tuple[Any, ...] = ()
 
     def through(self, module: nn.Module) -> Tensor:
-        """What a block makes of it."""
-        output = module(self.hidden, *self.rest, **self.options)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        """What a section makes of it."""
+        hidden: Tensor = self._call(module)[0]
         return hidden
+
+    def advance(self, module: nn.Module) -> None:
+        """Goes through a section, to the next."""
+        output = self._call(module)
+        self.hidden, self.output, self.calls = output[0], output, self.calls[1:]
+
+    def _call(self, module: nn.Module) -> tuple[Any, ...]:
+        rest, options = self.calls[0] if self.calls else ((), {})
+        output = module(
+            self.hidden,
+            *(self._resolved(value) for value in rest),
+            **{name: self._resolved(value) for name, value in options.items()},
+        )
+        return output if isinstance(output, tuple) else (output,)
+
+    def _resolved(self, value: Any) -> Any:
+        return self.output[value.position] if isinstance(value, Carried) else value
 
 
 class _ReachedError(Exception):
     """Raised inside a forward pass to end it once what was wanted has been caught."""
 
 
-def enter(model: nn.Module, family: Family, first: nn.Module, batches: Sequence[Batch]) -> list[Stream]:
-    """The batches at the first block, with the very arguments that the model itself passes to it."""
+def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batch]) -> list[Stream]:
+    """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
+    blocks."""
+    blocks = [block.module for block in stack.blocks]
     streams = []
     for batch in batches:
-        args, options = calls([first], lambda batch=batch: family.features(model, batch))[0]  # type: ignore[misc]
-        streams.append(Stream(args[0], args[1:], options, family.token_mask(batch)))
+        found = _arguments(blocks, lambda batch=batch: family.features(model, batch))  # type: ignore[misc]
+        hidden = found[0][0][0]
+        streams.append(
+            Stream(hidden, [(args[1:], options) for args, options in found], stack.mask(batch), stack.memory(batch))
+        )
     return streams
 
 
+def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
+    """The arguments of each block in a forward pass in which all but the first only pass their input on, and the last
+    ends it; what else a block gives to the next is `Carried`."""
+    caught: list[Call] = []
+    shape: list[int] = []
+
+    def recorder(real: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **options: Any) -> Any:
+            caught.append((args, options))
+            if len(caught) == len(blocks):
+                raise _ReachedError
+            if not shape:  # how many values a block gives back; 0 where it is no tuple
+                output = real(*args, **options)
+                shape.append(len(output) if isinstance(output, tuple) else 0)
+            return (args[0], *map(Carried, range(1, shape[0]))) if shape[0] else args[0]
+
+        return record
+
+    kept = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = recorder(block.forward)
+    try:
+        forward()
+    except _ReachedError:
+        return caught
+    finally:
+        for block, own in zip(blocks, kept, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+    raise RuntimeError(f"the forward pass called {len(caught)} of {len(blocks)} blocks")
+
+
 def calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
-    """The arguments with which a forward pass calls each module; the pass ends when all have been called."""
+    """The arguments with which a forward pass first calls each module; the pass ends when all have been called."""
     with _stopped_at(modules) as caught:
         try:
             forward()
@@ -65,7 +132,7 @@ def _stopped_at(modules: Sequence[nn.Module]) -> Iterator[dict[int, Call]]:
     caught: dict[int, Call] = {}
 
     def catch(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        caught[id(module)] = (args, options)
+        caught.setdefault(id(module), (args, options))
         if len(caught) == len(modules):
             raise _ReachedError
 

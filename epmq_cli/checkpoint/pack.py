@@ -72,9 +72,11 @@ class Contents:
 def state_dict(contents: Contents) -> dict[str, Tensor]:
     """All tensors of the model: quantized linears packed, the other parameters and buffers in `dtype`."""
     packed = {name: weight for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    tensors = {}
-    for name, tensor in contents.model.state_dict().items():
-        if name.removesuffix(".weight") not in packed:
+    tensors, own = {}, contents.model.state_dict()
+    sources = getattr(contents.model, "all_tied_weights_keys", None) or {}
+    tied = {name for name, source in sources.items() if own[name].data_ptr() == own[source].data_ptr()}
+    for name, tensor in own.items():
+        if name not in tied and name.removesuffix(".weight") not in packed:
             dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
             tensors[name] = tensor.to(dtype).cpu().contiguous()
     for name, weight in packed.items():
@@ -147,7 +149,8 @@ def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
-    save_file(heads, folder / HEADS)
+    if heads:
+        save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)

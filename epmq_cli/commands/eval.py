@@ -22,8 +22,7 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
-    from epmq_cli.evaluate.score import accuracies
-    from epmq_cli.families import family_of
+    from epmq_cli.evaluate.score import scores
     from epmq_cli.families.family import load_model
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -34,13 +33,13 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     suite = steps.checkpoint_suite(checkpoint, cfg.suite)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
-        family = family_of(suite.family)
-        heads = steps.read_heads(checkpoint, suite, device)
+        family = steps.suite_family(suite, checkpoint)
+        heads = steps.read_heads(checkpoint, suite, family, device)
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
         model = load_model(family, checkpoint, device)
     with stages.stage("score quantized"):
-        scores = accuracies(family, model, tasks, evaluation.batch_size, device, "quantized")
-    measured = {"scores": metrics.by_task(scores), "stages": stages.records}
+        found = scores(family, model, tasks, evaluation.batch_size, device, "quantized")
+    measured = {"scores": metrics.by_task(found, suite.metrics), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))
     table.show_eval(measured, f"{suite.name}: {checkpoint}", folder)

@@ -42,19 +42,19 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     stages, scores = Stages(job.device), metrics.Scores()
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job)
-        tasks, calibration = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
+        tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
     with stages.stage("score base and experts"):
         scores |= steps.score_parts(job, model, models.source, tasks)
     with stages.stage("teach"):
-        taught = guide.teach(job, model, models.source, calibration)
+        taught = guide.teach(job, model, models.source, drawn)
     with stages.stage("merge"):
         install(model, merge_models(models.source, job.merge, dtype))
     with stages.stage("score merged"):
         scores |= steps.score(job, model, tasks, "merged")
     with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, calibration, taught, tasks, models.source, dtype)
+        calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
         walked = calibrated.walked
-        tasks = guide.solve_heads(job, model, calibration, taught, tasks, calibrated.guidance)
+        tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
     with stages.stage("pack"):
         contents = Contents(
             model=model,
@@ -70,7 +70,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized")
     measured = {
         "seed": job.seed,
-        "scores": metrics.by_task(scores),
+        "scores": metrics.by_task(scores, job.suite.metrics),
         "layers": [asdict(record) for record in walked.records],
         "average_bits": steps.average_bits(walked),
         "guidance": guide.summary(job, calibrated),

@@ -1,4 +1,4 @@
-"""Accuracy of a model on the tasks of a suite."""
+"""Scores of a model on the tasks of a suite."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from epmq_cli.calibrate.draw import batches
 from epmq_cli.console import bar
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
-from epmq_cli.families.family import Collate, Family, Head
+from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
+from epmq_cli.families.family import Collate, Family, Head, Predict
 from epmq_cli.report.metrics import Scores
 
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """A task ready to be scored: its test samples, how they become batches, and its head on the device."""
+    """A task ready to be scored: its test samples, how they become batches, its head on the device, what the model says
+    of a sample, and what is made of that.
+
+    For perplexity `samples` has one input, the tokens of all documents (tokens,), which are read `length` at a time.
+    """
 
     name: str
     samples: Samples
     collate: Collate
     head: Head
+    predict: Predict
+    metric: str = "accuracy"
+    length: int = 0
 
     def __post_init__(self) -> None:
         if len(self.samples) == 0:
             raise DataError(f"task {self.name} has no test samples to score on")
+        if "weight" not in self.head or self.samples.labels.is_floating_point():
+            return
         classes = len(self.head["weight"])
         highest, lowest = int(self.samples.labels.max()), int(self.samples.labels.min())
         if highest >= classes or lowest < 0:
@@ -37,27 +47,48 @@ class ScoredTask:
                 f"got {lowest}..{highest}"
             )
 
+    @property
+    def steps(self) -> int:
+        """How much there is to do, in samples or windows of tokens."""
+        return math.ceil(len(self.samples.inputs[0]) / self.length) if self.metric == PERPLEXITY else len(self.samples)
 
-def accuracy(
+
+def score(
     family: Family,
     model: nn.Module,
     task: ScoredTask,
     batch_size: int,
     device: torch.device,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> float:
-    """The fraction of the task's samples whose largest logit is at the label; `advance` is called after each batch."""
-    samples, right, start = task.samples.by_length(), 0, 0
+    """The task's metric; `advance` is called with the samples that are done."""
     with torch.inference_mode():
-        for batch in batches(samples, task.collate, batch_size, device):
-            guessed = family.logits(family.features(model, batch), task.head).argmax(-1).cpu()
-            right += int((guessed == samples.labels[start : start + len(guessed)]).sum())
-            start += len(guessed)
-            advance()
-    return right / len(samples)
+        if task.metric != PERPLEXITY:
+            predictions, labels = predicted(model, task, batch_size, device, advance)
+            return MEASURES[task.metric](predictions, labels)
+
+        from epmq_cli.evaluate.perplexity import perplexity
+
+        def logits_of(ids: Tensor) -> Tensor:
+            advance(len(ids))
+            return family.token_logits(model, ids.to(device))
+
+        ids: Tensor = task.samples.inputs[0]
+        return perplexity(logits_of, ids, task.length, task.length, batch_size)
 
 
-def accuracies(
+def predicted(
+    model: nn.Module, task: ScoredTask, batch_size: int, device: torch.device, advance: Callable[[int], None]
+) -> tuple[Tensor, Tensor]:
+    """What the model says of each test sample, and the labels, both (samples,) on the CPU."""
+    samples, found = task.samples.by_length(), []
+    for batch in batches(samples, task.collate, batch_size, device):
+        found.append(task.predict(model, batch, task.head).cpu())
+        advance(len(found[-1]))
+    return torch.cat(found), samples.labels
+
+
+def scores(
     family: Family,
     model: nn.Module,
     tasks: Sequence[ScoredTask],
@@ -66,10 +97,10 @@ def accuracies(
     stage: str,
     before: Callable[[ScoredTask], None] = lambda task: None,
 ) -> Scores:
-    """Accuracy by task name, under the stage's name; `before` is called before each task."""
-    scores = {}
-    with bar(f"score {stage}", sum(math.ceil(len(task.samples) / batch_size) for task in tasks)) as advance:
+    """Scores by task name, under the stage's name; `before` is called before each task."""
+    found = {}
+    with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
         for task in tasks:
             before(task)
-            scores[task.name] = accuracy(family, model, task, batch_size, device, advance)
-    return {stage: scores}
+            found[task.name] = score(family, model, task, batch_size, device, advance)
+    return {stage: found}

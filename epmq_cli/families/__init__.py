@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from epmq_cli.errors import ConfigError
-from epmq_cli.families.bert import Bert
-from epmq_cli.families.clip import Clip
-from epmq_cli.families.family import Family
+from collections.abc import Mapping
+from typing import Any
 
-FAMILIES: dict[str, Family] = {"bert": Bert(), "clip": Clip()}
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families.bert import Bert
+from epmq_cli.families.causal_lm import CausalLM
+from epmq_cli.families.clip import Clip
+from epmq_cli.families.deberta import Deberta
+from epmq_cli.families.distilbert import DistilBert
+from epmq_cli.families.family import Family
+from epmq_cli.families.roberta import Roberta
+from epmq_cli.families.t5 import T5
+from epmq_cli.families.vit import Vit
+
+FAMILIES: dict[str, Family] = {
+    "bert": Bert(),
+    "causal_lm": CausalLM(),
+    "clip": Clip(),
+    "deberta": Deberta(),
+    "distilbert": DistilBert(),
+    "roberta": Roberta(),
+    "t5": T5(),
+    "vit": Vit(),
+}
+AUTO = "auto"
 
 
 def family_of(name: str) -> Family:
     """The family of this name; ConfigError names the known ones."""
     if name not in FAMILIES:
-        raise ConfigError(f"suite.family must be one of {', '.join(FAMILIES)}, got {name!r}")
+        raise ConfigError(f"suite.family must be one of {', '.join([AUTO, *FAMILIES])}, got {name!r}")
     return FAMILIES[name]
+
+
+def claiming(config: Mapping[str, Any]) -> Family:
+    """The family that takes models with such a config.json; ModelError where none does."""
+    found = config.get("model_type")
+    for family in FAMILIES.values():
+        if found in family.model_types:
+            return family
+    known = sorted({kind for family in FAMILIES.values() for kind in family.model_types})
+    raise ModelError(
+        f"base: no family takes a model of type {found}, they take {', '.join(known)}; a new family is a module in "
+        "epmq_cli/families with a subclass of Family, see its docstring"
+    )

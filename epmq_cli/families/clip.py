@@ -16,7 +16,18 @@ from torch.nn.functional import normalize
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Head, Linears, Norm, Patches, Section, Table, block_settings
+from epmq_cli.families.family import (
+    Batch,
+    Collate,
+    Family,
+    Head,
+    Linears,
+    Norm,
+    Patches,
+    Section,
+    block_settings,
+    images,
+)
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -49,26 +60,27 @@ class _Readout(nn.Module):
         return features
 
 
-class Clip:
+class Clip(Family):
     """`family: clip`."""
 
-    stem: tuple[Patches | Table, ...] = (
+    model_types = ("clip", "clip_vision_model")
+    stem = (
         Patches(
             convolution=PREFIX + "embeddings.patch_embedding",
             positions=PREFIX + "embeddings.position_embedding",
             class_token=PREFIX + "embeddings.class_embedding",
         ),
     )
-    first_norm: str | None = PREFIX + "pre_layrnorm"
-    read_token: int | None = 0
-    own_heads = False
+    first_norm = PREFIX + "pre_layrnorm"
+    read_token = 0
+    heads = "made"
     dequantize_on_load = True  # get_image_features goes round the call of the whole model
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
         read."""
         model_type = folder.config.get("model_type")
-        if model_type not in ("clip", "clip_vision_model"):
+        if model_type not in self.model_types:
             raise ModelError(
                 f"{folder.role}: {folder.path} holds a model of type {model_type}, "
                 "family clip takes clip and clip_vision_model"
@@ -103,19 +115,7 @@ class Clip:
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Images through the base's own image processor, as RGB."""
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-
-        def collate(images: list[Any]) -> Batch:
-            pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-            return {"pixel_values": pixels}
-
-        return collate
-
-    def token_mask(self, batch: Batch) -> Tensor | None:
-        """None: every patch is real."""
-        return None
+        return images(folder)
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Image embeddings after the projection: (samples, projection width), not normalised."""
@@ -140,7 +140,7 @@ class Clip:
 
         return {"weight": zero_shot.class_embeddings(embed, task.classes, task.templates)}
 
-    def head_inputs(self, features: Tensor) -> Tensor:
+    def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """The features, each of length 1."""
         return normalize(features, dim=-1)
 

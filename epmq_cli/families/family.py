@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ Batch = dict[str, Tensor]
 
 Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
+Mask = Callable[[Batch], Tensor | None]
+"""(samples, tokens) bool of a batch, True for the tokens that are real; None where all are."""
+
+Predict = Callable[[nn.Module, Batch, Head], Tensor]
+"""What a model says of each sample of a batch: a class or a number, (samples,)."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Linears:
     """Linears that read the same input.
 
     `stream`: the module whose input is the residual stream that their outputs are added to, if they are. `mixing`:
-    those whose outputs reach the other tokens, as keys and values do.
+    those whose outputs reach the other tokens, as keys and values do. `memory`: whether they read the output of
+    another stack, as keys and values of cross-attention do.
     """
 
     names: tuple[str, ...]
     stream: str | None = None
     mixing: tuple[str, ...] = ()
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class Patches:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of embeddings that is looked up."""
+    """A table of embeddings, and the module that looks it up where that is another one of the same weight."""
 
     name: str
+    reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,22 +87,57 @@ class Section:
         return f"{self.prefix}.{local}" if self.prefix else local
 
 
-class Family(Protocol):
-    """One architecture. Names of tensors and modules are those of the model that `load` returns."""
+def all_real(batch: Batch) -> Tensor | None:
+    """The mask of inputs without padding."""
+    return None
 
-    stem: tuple[Patches | Table, ...]
-    """What the first stream is the sum of."""
 
-    first_norm: str | None
-    """The norm that the embeddings go through before the first block, if there is one."""
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that one stream runs through, what makes that stream, and what is behind them.
 
-    read_token: int | None
-    """The one token that is read out behind the last block; None where all are."""
+    `readout`: a module of its own that shares its tensors with the model and makes of the last block's output (samples,
+    tokens, width) what the heads, or the next stack, read. `stem`: what the first stream is the sum of. `first_norm`:
+    the norm that it goes through before the first block. `read_token`: the one token that is read out behind the last
+    block; None where all are. `mask` of the stream, `memory` of what cross-attention reads. `handed`: the key of a
+    batch under which what the readout makes of it goes to the next stack.
+    """
 
-    own_heads: bool
-    """Whether each task has a head of its own, trained with its expert, rather than one made by the base."""
+    blocks: list[Section]
+    readout: Section
+    stem: tuple[Patches | Table, ...] = ()
+    first_norm: str | None = None
+    read_token: int | None = None
+    mask: Mask = all_real
+    memory: Mask = all_real
+    handed: str | None = None
 
-    dequantize_on_load: bool
+
+class Family:
+    """One architecture. Names of tensors and modules are those of the model that `load` returns.
+
+    A new one is a module with a subclass that answers the methods below that raise NotImplementedError, and a line in
+    `FAMILIES`; most have a single stack and need not answer `stacks`.
+    """
+
+    model_types: tuple[str, ...]
+    """`model_type` in config.json of the models it takes, as base or expert."""
+
+    stem: tuple[Patches | Table, ...] = ()
+    first_norm: str | None = None
+    read_token: int | None = None
+    """See Stack."""
+
+    heads: Literal["own", "made", "none"]
+    """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
+
+    answers: bool = False
+    """Whether experts add to the calibration batches of their tasks (`complete`)."""
+
+    metrics: tuple[str, ...] = ("accuracy", "matthews")
+    """What its tasks can be scored by; the first is the usual one."""
+
+    dequantize_on_load: bool = False
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
     which is too late for models that are used through other methods, or whose modules read their linears' weights."""
 
@@ -103,46 +146,119 @@ class Family(Protocol):
 
         ModelError where the folder holds another architecture.
         """
+        raise NotImplementedError
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """What base and experts must have in common and tensor shapes do not show, such as the number of heads."""
+        return block_settings(folder)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The whole model as transformers loads it; `options` go to its from_pretrained."""
+        raise NotImplementedError
+
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """The stacks in the order of the forward pass."""
+        parts = self.stem, self.first_norm, self.read_token, self.token_mask
+        return [Stack(self.blocks(model), self.readout(model), *parts)]
 
     def blocks(self, model: nn.Module) -> list[Section]:
         """The blocks in order. Their linears are what is quantized."""
+        return [block for stack in self.stacks(model) for block in stack.blocks]
 
     def readout(self, model: nn.Module) -> Section:
-        """What makes the features of the last block's output (samples, tokens, width), as a module of its own that
-        shares its tensors with the model."""
+        """What is behind the last block: `readout` of the last stack."""
+        return self.stacks(model)[-1].readout
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
+        raise NotImplementedError
+
+    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
+        """The token ids (tokens,) of running text, for families that are scored by perplexity."""
+        raise NotImplementedError
+
+    def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens), likewise."""
+        raise NotImplementedError
+
+    def complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """A calibration batch with what the task's expert, which is `model`, adds to it: its own answers."""
+        return batch
 
     def token_mask(self, batch: Batch) -> Tensor | None:
         """(samples, tokens) bool, True for the tokens that are real; None where all are."""
+        return None
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the heads read: (samples, width)."""
+        """What the heads read: (rows, width), a row a sample, or a token for families without heads."""
+        raise NotImplementedError
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """The tensors of a task's own head. `model` is the base."""
+        return {}
 
-    def head_inputs(self, features: Tensor) -> Tensor:
+    def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """What a head's weight is multiplied with: (samples, width)."""
+        return features
 
     def logits(self, features: Tensor, head: Head) -> Tensor:
-        """(samples, classes)."""
+        """(samples, classes); the features themselves for families without heads."""
+        return features
+
+    def predict(self, folder: Path, task: Task) -> Predict:
+        """How the samples of a task are judged; `folder` has the processor."""
+
+        def largest(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+            return self.logits(self.features(model, batch), head).argmax(-1)
+
+        return largest
 
 
-def block_settings(folder: ModelFolder, part: str | None = None) -> dict[str, Any]:
-    """The usual `settings` of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
+class LastNorm(nn.Module):
+    """The norm behind the last block, under its own name, of one token or of all."""
+
+    def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
+        super().__init__()
+        self._name, self._token = name, token
+        self.add_module(name, model.get_submodule(name))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) of the token, or (samples, tokens, width)."""
+        read = hidden if self._token is None else hidden[:, self._token]
+        normed: Tensor = self.get_submodule(self._name)(read)
+        return normed
+
+    @classmethod
+    def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
+        """The readout that consists of the norm at this path alone."""
+        prefix, _, name = path.rpartition(".")
+        return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
+
+
+def block_settings(
+    folder: ModelFolder,
+    part: str | None = None,
+    names: Sequence[str] = ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+) -> dict[str, Any]:
+    """These settings of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
     config = getattr(config, part, config) if part else config
-    return {name: getattr(config, name) for name in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
+    return {name: getattr(config, name, None) for name in names}
+
+
+def images(folder: Path) -> Collate:
+    """Images through the folder's own image processor, as RGB."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+    def collate(pictures: list[Any]) -> Batch:
+        found = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        return {"pixel_values": found["pixel_values"]}
+
+    return collate
 
 
 def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-SCHEMA_VERSION = 1
-METRIC = "accuracy"
+from epmq_cli.evaluate.measures import average
+
+SCHEMA_VERSION = 2
 PACKAGES = ("epmq-cli", "torch", "transformers", "compressed-tensors", "safetensors", "hydra-core", "numpy")
 
 Scores = dict[str, dict[str, float]]
-"""stage -> task -> accuracy in [0, 1]."""
+"""stage -> task -> score: a fraction of 1, or a perplexity."""
 
 
 def schema() -> dict[str, Any]:
@@ -39,15 +40,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def by_task(scores: Scores) -> dict[str, Any]:
-    """The scores by task then stage, and the mean over tasks of each stage."""
+def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The scores by task then stage, and the mean over tasks of each stage; `kinds`: the metric of each task."""
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
     return {
-        "metric": METRIC,
+        "metrics": dict(kinds),
         "tasks": {
             task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks
         },
-        "average": {stage: sum(by_task.values()) / len(by_task) for stage, by_task in scores.items()},
+        "average": {
+            stage: average(list(by_task.values()), kinds[next(iter(by_task))]) for stage, by_task in scores.items()
+        },
     }
 
 

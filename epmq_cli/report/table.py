@@ -9,19 +9,24 @@ from typing import Any
 from rich.table import Table
 
 from epmq_cli.console import console, log
+from epmq_cli.evaluate.measures import PERPLEXITY
 
 
 def score_table(scores: Mapping[str, Any]) -> Table:
-    """One row a task and one for the mean, one column a stage; accuracies in %."""
-    stages = list(scores["average"])
+    """One row a task and one for the mean, one column a stage; in %, but for perplexities."""
+    stages, metrics = list(scores["average"]), scores["metrics"]
+    kinds = set(metrics.values())
+    one = len(kinds) == 1
+    shown = _perplexity if PERPLEXITY in kinds else _percent
     table = Table()
-    table.add_column("accuracy in %")
+    table.add_column(("".join(kinds) if one else "score") + (" in %" if shown is _percent else ""))
     for stage in stages:
         table.add_column(stage, justify="right")
     for task, by_stage in scores["tasks"].items():
-        table.add_row(task, *(_percent(by_stage.get(stage)) for stage in stages))
+        name = task if one else f"{task} ({metrics[task]})"
+        table.add_row(name, *(shown(by_stage.get(stage)) for stage in stages))
     table.add_section()
-    table.add_row("average", *(_percent(scores["average"][stage]) for stage in stages), style="bold")
+    table.add_row("average", *(shown(scores["average"][stage]) for stage in stages), style="bold")
     return table
 
 
@@ -76,5 +81,9 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
-def _percent(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{100 * accuracy:.1f}"
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.1f}"
+
+
+def _perplexity(score: float | None) -> str:
+    return "" if score is None else f"{score:.2f}"

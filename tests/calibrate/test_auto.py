@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epmq_cli.calibrate.auto import GRID, choose, divided, held_rows
+from epmq_cli.calibrate.auto import GRID, choose, divided
 from epmq_cli.calibrate.guidance import Guidance
 from tests.calibrate.test_guidance import PLAIN
 
@@ -68,7 +68,6 @@ def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
     fitted, held = divided({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
     held_out = torch.cat([batch["x"] for batch in held["task"]])
     assert torch.equal(held_out, torch.tensor([4, 9, 14, 19]))
-    assert torch.equal(held_rows(rows), held_out)
     assert sorted(torch.cat([batch["x"] for batch in fitted["task"]] + [held_out]).tolist()) == rows.tolist()
     for batch in (*fitted["task"], *held["task"]):
         assert len(batch["x"]) > 0

@@ -53,10 +53,10 @@ def test_look_ups_are_counted_without_padding(bert_hub: Path) -> None:
     student, batches = student_of(bert_hub)
     group = batches["first"]
     rows = student.model.get_parameter("embeddings.word_embeddings.weight").shape[0]
-    words = _lookups(student, group, "embeddings.word_embeddings", rows)
+    words = _lookups(student, group, "embeddings.word_embeddings", rows, student.family.token_mask)
     real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in group])
     assert torch.equal(words, torch.bincount(real, minlength=rows).double())
-    places = _lookups(student, group, "embeddings.position_embeddings", 32)
+    places = _lookups(student, group, "embeddings.position_embeddings", 32, student.family.token_mask)
     assert places[0] == sum(len(batch["input_ids"]) for batch in group)
     assert places.sum() == words.sum()
 
@@ -78,7 +78,7 @@ def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest
         request.getfixturevalue(f"{name}_hub"), "guidance.lam=1e-9", "~suite.tasks.second", "calib.samples=40"
     )
     with torch.inference_mode():
-        solve_stem(student, batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches)
     if name == "clip":
         tower = student.model.vision_model.embeddings
         pixels = batches["first"][0]["pixel_values"]
@@ -113,7 +113,7 @@ def test_patches_and_places_are_the_minimum_of_the_written_out_objective(clip_hu
     options = ("guidance.lam=0.03", "+guidance.weights.second=3")
     (anchored, batches), (student, _) = student_of(clip_hub, *options), student_of(clip_hub, *options)
     with torch.inference_mode():
-        solve_stem(student, batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches)
     names = [f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position")]
     slopes = []
     for owner in (student, anchored):
@@ -128,7 +128,7 @@ def test_the_class_token_is_the_mean_of_the_experts_and_the_anchor(clip_hub: Pat
     name = "vision_model.embeddings.class_embedding"
     own, first, second = student.own(name), student.expert("first", name), student.expert("second", name)
     with torch.inference_mode():
-        solve_stem(student, batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches)
     torch.testing.assert_close(student.own(name), (0.5 * own + first + 3 * second) / 4.5)
 
 
@@ -137,7 +137,7 @@ def test_tables_are_the_minimum_of_the_written_out_objective(bert_hub: Path) -> 
     name = "embeddings.word_embeddings.weight"
     anchor = student.own(name).double()
     with torch.inference_mode():
-        solve_stem(student, batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches)
     slopes = []
     for at in (student.own(name).double(), anchor):
         table = at.clone().requires_grad_()

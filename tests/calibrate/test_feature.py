@@ -141,7 +141,7 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
     batches = steps.calibration_batches(job, models.base.path)
     install(model, merge_models(models.source, job.merge, dtype))
     turned = dict(reversed(batches.items()))
-    guide.calibrate(job, model, turned, {}, [], models.source, dtype)
+    guide.calibrate(job, model, turned, [], models.source, dtype)
     for part, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state(forward)[part], rtol=1e-3, atol=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.streams import Stream, calls, enter, inputs
+from epmq_cli.calibrate.streams import Carried, Stream, calls, enter, inputs
 from tests.hubs import config
 
 
@@ -71,16 +71,16 @@ def test_streams_through_the_blocks_are_transformers_own_hidden_states(
     job = steps.make_job(config(request.getfixturevalue(f"{name}_hub")))
     models, model, _ = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)["first"]
-    blocks = job.family.blocks(model)
+    stack = job.family.stacks(model)[0]
     with torch.inference_mode():
-        streams = enter(model, job.family, blocks[0].module, batches)
+        streams = enter(model, job.family, stack, batches)
         assert len(streams) == len(batches)
         for stream, batch in zip(streams, batches, strict=True):
             tower = model.vision_model if name == "clip" else model
             hidden = tower(**batch, output_hidden_states=True).hidden_states  # type: ignore[operator]
             assert torch.equal(stream.hidden, hidden[0])
-            for block, wanted in zip(blocks, hidden[1:], strict=True):
-                stream.hidden = stream.through(block.module)
+            for block, wanted in zip(stack.blocks, hidden[1:], strict=True):
+                stream.advance(block.module)
                 torch.testing.assert_close(stream.hidden, wanted)
             assert (stream.mask is None) == (name == "clip")
             if stream.mask is not None:
@@ -92,5 +92,22 @@ def test_of_a_block_that_gives_a_tuple_the_first_is_what_goes_on() -> None:
         def forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, str]:
             return x + scale * y, "attention"
 
-    stream = Stream(torch.ones(2), (torch.ones(2),), {"scale": 3.0}, None)
+    stream = Stream(torch.ones(2), [((torch.ones(2),), {"scale": 3.0}), ((Carried(1),), {})], None)
     assert stream.through(Pair()).tolist() == [4, 4]
+    stream.advance(Pair())
+    assert stream.hidden.tolist() == [4, 4]
+    given = []
+    stream.through(_Told(given))
+    assert given == ["attention"]
+
+
+class _Told(nn.Module):
+    """Writes down what it is given beside the stream."""
+
+    def __init__(self, given: list[object]) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, x: Tensor, *others: object) -> Tensor:
+        self.given.extend(others)
+        return x

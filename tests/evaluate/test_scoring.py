@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from epmq_cli.data.images import Npz
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate import classifier, zero_shot
-from epmq_cli.evaluate.score import ScoredTask, accuracy
+from epmq_cli.evaluate.score import ScoredTask, score
 from epmq_cli.families.clip import Clip
+from epmq_cli.suites import Task
 
 
 def test_class_embeddings_average_normalised_templates() -> None:
@@ -47,14 +50,15 @@ class Identity(Clip):
 
 def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
     samples = Samples(inputs, torch.tensor(labels, dtype=torch.int64))
-    return ScoredTask("t", samples, lambda items: {"x": torch.tensor(items)}, {"weight": torch.eye(3)})
+    predict = Identity().predict(Path(), Task("t", "expert", Npz("t.npz")))
+    return ScoredTask("t", samples, lambda items: {"x": torch.tensor(items)}, {"weight": torch.eye(3)}, predict)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
 def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
-    assert accuracy(Identity(), nn.Identity(), task, batch_size, torch.device("cpu")) == 0.8
+    assert score(Identity(), nn.Identity(), task, batch_size, torch.device("cpu")) == 0.8
 
 
 @pytest.mark.parametrize("label", [3, -1])

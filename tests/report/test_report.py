@@ -17,13 +17,26 @@ SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
 
 
 def test_scores_are_turned_to_tasks_and_averaged_by_stage() -> None:
-    found = by_task(SCORES)
+    found = by_task(SCORES, {"a": "accuracy", "b": "accuracy"})
     assert found["tasks"] == {"a": {"base": 0.5, "experts": 1.0}, "b": {"base": 0.25}}
     assert found["average"] == {"base": 0.375, "experts": 1.0}
 
 
+def test_perplexities_are_averaged_as_losses_are_and_shown_as_they_are() -> None:
+    found = by_task({"base": {"a": 2.0, "b": 8.0}}, {"a": "perplexity", "b": "perplexity"})
+    assert found["average"] == {"base": pytest.approx(4)}
+    columns = {column.header: list(column.cells) for column in score_table(found).columns}
+    assert columns == {"perplexity": ["a", "b", "average"], "base": ["2.00", "8.00", "4.00"]}
+
+
+def test_tasks_of_several_metrics_say_which() -> None:
+    found = by_task(SCORES, {"a": "accuracy", "b": "spearman"})
+    columns = {column.header: list(column.cells) for column in score_table(found).columns}
+    assert columns["score in %"] == ["a (accuracy)", "b (spearman)", "average"]
+
+
 def test_table_has_a_row_a_task_and_one_for_the_mean() -> None:
-    table = score_table(by_task(SCORES))
+    table = score_table(by_task(SCORES, {"a": "accuracy", "b": "accuracy"}))
     columns = {column.header: list(column.cells) for column in table.columns}
     assert columns == {
         "accuracy in %": ["a", "b", "average"],
@@ -57,7 +70,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_what_was_chosen_and_a_mix_of_widths_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = {
-        "scores": by_task({}),
+        "scores": by_task({}, {}),
         "bytes": {"model_dense": 8e6, "model_packed": 2e6, "linears_dense": 4e6, "linears_packed": 1e6},
         "events": {"linears": 1, "fallbacks": 0, "target_without_factor": 0},
         "stages": {"walk": {"seconds": 1.0}},

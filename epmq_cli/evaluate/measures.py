@@ -1,0 +1,49 @@
+"""What predictions are worth, given the labels: fractions of 1, the better the larger.
+
+Perplexity, the other way round, is in perplexity.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+PERPLEXITY = "perplexity"
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The fraction that is equal, both (samples,)."""
+    return float((predictions == labels).double().mean())
+
+
+def matthews(predictions: Tensor, labels: Tensor) -> float:
+    """Matthews' correlation coefficient of classes (GLUE's measure for CoLA), in [-1, 1]."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels.numpy(), predictions.numpy()))
+
+
+def spearman(predictions: Tensor, labels: Tensor) -> float:
+    """Spearman's rank correlation of numbers (GLUE's measure for STS-B), in [-1, 1]; 0 where one of the two never
+    changes."""
+    if len(set(predictions.tolist())) < 2 or len(set(labels.tolist())) < 2:
+        return 0.0
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predictions.double().numpy(), labels.double().numpy()).statistic)
+
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "spearman": spearman,
+}
+
+
+def average(scores: list[float], metric: str) -> float:
+    """The mean over tasks; of perplexities the geometric one, which is the exponential of the mean loss."""
+    if metric == PERPLEXITY:
+        return math.exp(sum(map(math.log, scores)) / len(scores))
+    return sum(scores) / len(scores)

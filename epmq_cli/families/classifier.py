@@ -1,0 +1,152 @@
+"""What families of encoders with a classifier on their first token have in common.
+
+Base: any checkpoint of the encoder. Experts: its `...ForSequenceClassification` or the like; what lies behind the
+encoder there is the task's head, one linear, or a dense layer with an activation and a linear. The linears of the
+blocks are quantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.evaluate import classifier
+from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
+from epmq_cli.suites import Task
+
+
+class FirstToken(nn.Module):
+    """What a head reads of the last block's output (samples, tokens, width): the first token, (samples, width)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The first token."""
+        return hidden[:, 0]
+
+
+class Classifier(Family):
+    """An encoder whose tasks have classifiers of their own."""
+
+    heads = "own"
+    read_token: int | None = 0
+    metrics = ("accuracy", "matthews", "spearman")
+
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    """For the encoder's from_pretrained."""
+
+    prefix: str
+    """Of the encoder's tensors in models that have more than the encoder."""
+
+    parts: tuple[str, ...]
+    """How the names of the encoder's tensors begin, without that prefix."""
+
+    layers: str
+    """The module that holds the blocks."""
+
+    steps: tuple[Linears | Norm, ...]
+    """Of each block."""
+
+    dense: str | None = None
+    """The dense layer of heads that have one."""
+
+    linear = "classifier"
+    """The linear of heads."""
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(torch.tanh)
+    """Between the two."""
+
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
+        read."""
+        model_type = folder.config.get("model_type")
+        if model_type not in self.model_types:
+            raise ModelError(
+                f"{folder.role}: {folder.path} holds a model of type {model_type}, "
+                f"family {type(self).__name__.lower()} takes {', '.join(self.model_types)}"
+            )
+        names = {self.spelling(stored.removeprefix(self.prefix)): stored for stored in folder.infos}
+        return {
+            name: stored
+            for name, stored in names.items()
+            if name.startswith(self.parts) and not name.endswith("position_ids")
+        }
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a stored tensor."""
+        return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", stored))
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """The encoder alone."""
+        from transformers import AutoModel
+
+        model: nn.Module = AutoModel.from_pretrained(folder, **self.options, **options)
+        return model
+
+    def blocks(self, model: nn.Module) -> list[Section]:
+        """The layers of the encoder."""
+        layers = model.get_submodule(self.layers)
+        return [Section(f"{self.layers}.{index}", layer, self.steps) for index, layer in layers.named_children()]
+
+    def readout(self, model: nn.Module) -> Section:
+        """The first token."""
+        return Section("", FirstToken(), ())
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The first token of the encoder's output: (samples, hidden size)."""
+        features: Tensor = model(**batch).last_hidden_state[:, 0]
+        return features
+
+    def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
+        """`weight` (classes, hidden size) and `bias` (classes,) of the expert's classifier; `dense_weight` and
+        `dense_bias` of the layer in front of it."""
+        head = classifier.read_head(expert, self.linear)
+        if self.dense is not None:
+            head |= {f"dense_{part}": t for part, t in classifier.read_head(expert, self.dense).items()}
+        return {name: tensor.to(device) for name, tensor in head.items()}
+
+    def head_inputs(self, features: Tensor, head: Head) -> Tensor:
+        """What the dense layer makes of the features, where there is one."""
+        if self.dense is None:
+            return features
+        hidden = {name.removeprefix("dense_"): tensor for name, tensor in head.items() if name.startswith("dense_")}
+        return self.activation(classifier.logits(features, hidden))
+
+    def logits(self, features: Tensor, head: Head) -> Tensor:
+        """Those of the linear."""
+        return classifier.logits(self.head_inputs(features, head), head)
+
+
+class TextClassifier(Classifier):
+    """Those that read texts, or pairs of texts."""
+
+    reserved = 0
+    """Positions that no token can have."""
+
+    def collate(self, folder: Path, task: Task) -> Collate:
+        """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        positions = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings - self.reserved
+        if task.max_length > positions:
+            raise ConfigError(
+                f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
+                f"got {task.max_length}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+        def collate(texts: list[Any]) -> Batch:
+            return dict(
+                tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+            )
+
+        return collate
+
+    def token_mask(self, batch: Batch) -> Tensor | None:
+        """True where there is no padding."""
+        return batch["attention_mask"].bool()

@@ -1,0 +1,191 @@
+"""T5 and FLAN-T5 (https://arxiv.org/abs/2210.11416) as transformers has them: encoder, decoder and tables are merged.
+
+Base and experts: `T5ForConditionalGeneration`. A task is a prompt and answers; experts have no heads of their own. What
+the decoder reads while it is calibrated are the answers that the task's expert itself gives, so that no labels are
+used. The linears of all blocks are quantized, those of cross-attention too; tables, position biases and the output
+layer stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
+from epmq_cli.families.family import (
+    Batch,
+    Collate,
+    Family,
+    Head,
+    LastNorm,
+    Linears,
+    Norm,
+    Predict,
+    Section,
+    Stack,
+    Table,
+    block_settings,
+)
+from epmq_cli.suites import Task
+
+TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+ANSWER = 10  # tokens that an answer has at most, as in the published protocol
+
+
+def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | Norm]:
+    """The steps of one attention: of the decoder on the encoder's output where `memory`."""
+    norm, (q, k, v, o) = f"{part}.layer_norm", (f"{part}.{name}.{letter}" for letter in "qkvo")
+    yield Norm(norm, mixing=not memory)
+    if memory:
+        yield Linears((q,))
+        yield Linears((k, v), memory=True)
+    else:
+        yield Linears((q, k, v), mixing=(k, v))
+    yield Linears((o,), stream=norm)
+
+
+def block_steps(block: nn.Module) -> tuple[Linears | Norm, ...]:
+    """The steps of a block of the encoder (two parts) or the decoder (three)."""
+    parts = [name for name, _ in block.get_submodule("layer").named_children()]
+    steps = list(attention_steps("layer.0", "SelfAttention", memory=False))
+    if len(parts) > 2:
+        steps += attention_steps("layer.1", "EncDecAttention", memory=True)
+    norm, inner = f"layer.{parts[-1]}.layer_norm", f"layer.{parts[-1]}.DenseReluDense"
+    gated = tuple(f"{inner}.{name}" for name, _ in block.get_submodule(inner).named_children() if name.startswith("wi"))
+    return (*steps, Norm(norm), Linears(gated), Linears((f"{inner}.wo",), stream=norm))
+
+
+class T5(Family):
+    """`family: t5`."""
+
+    model_types = ("t5",)
+    heads = "none"
+    answers = True
+    metrics = ("accuracy", "matthews", "spearman")
+    dequantize_on_load = True  # its feed-forward reads wo.weight
+
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """All tensors; the table that encoder and decoder share is read once, the output layer where it is stored."""
+        model_type = folder.config.get("model_type")
+        if model_type not in self.model_types:
+            raise ModelError(f"{folder.role}: {folder.path} holds a model of type {model_type}, family t5 takes t5")
+        return {name: name for name in folder.infos if name not in TIED}
+
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """Those of both stacks."""
+        names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
+        return block_settings(folder, names=names)
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """A T5ForConditionalGeneration."""
+        from transformers import T5ForConditionalGeneration
+
+        model: nn.Module = T5ForConditionalGeneration.from_pretrained(folder, **options)
+        return model
+
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """The encoder, whose output the decoder's cross-attention reads, and the decoder."""
+        return [
+            Stack(
+                _blocks(model, "encoder"),
+                LastNorm.section(model, "encoder.final_layer_norm"),
+                stem=(Table("shared", reader="encoder.embed_tokens"),),
+                mask=_mask("attention_mask"),
+                handed="encoder_outputs",
+            ),
+            Stack(
+                _blocks(model, "decoder"),
+                LastNorm.section(model, "decoder.final_layer_norm"),
+                mask=_mask("decoder_attention_mask"),
+                memory=_mask("attention_mask"),
+            ),
+        ]
+
+    def collate(self, folder: Path, task: Task) -> Collate:
+        """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+        def collate(texts: list[Any]) -> Batch:
+            found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+            return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+        return collate
+
+    def complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with what the decoder read when the model gave its own answers: `decoder_input_ids` and
+        `decoder_attention_mask`, both (samples, tokens)."""
+        given = _answers(model, batch)
+        ended = (given == _end(model)).cumsum(1) > 0
+        ended[:, 0] = False  # the token that starts an answer is no end of it, whatever it is
+        read = ~ended[:, :-1]
+        return {**batch, "decoder_input_ids": given[:, :-1], "decoder_attention_mask": read.long()}
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The decoder's output for each real token of the answers: (tokens, width)."""
+        memory = batch.get("encoder_outputs")
+        if memory is None:
+            encoder = model.get_submodule("encoder")
+            memory = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        hidden: Tensor = model.get_submodule("decoder")(
+            input_ids=batch["decoder_input_ids"],
+            attention_mask=batch["decoder_attention_mask"],
+            encoder_hidden_states=memory,
+            encoder_attention_mask=batch["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[batch["decoder_attention_mask"].bool()]
+
+    def predict(self, folder: Path, task: Task) -> Predict:
+        """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        classes = {name: index for index, name in enumerate(task.classes or ())}
+
+        def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+            texts = tokenizer.batch_decode(_answers(model, batch), skip_special_tokens=True)
+            if not classes:
+                return torch.tensor([_number(text) for text in texts])
+            return torch.tensor([classes.get(text.strip(), -1) for text in texts])
+
+        return generated
+
+
+def _blocks(model: nn.Module, stack: str) -> list[Section]:
+    blocks = model.get_submodule(f"{stack}.block")
+    return [Section(f"{stack}.block.{index}", block, block_steps(block)) for index, block in blocks.named_children()]
+
+
+def _mask(key: str) -> Any:
+    return lambda batch: batch[key].bool()
+
+
+def _answers(model: Any, batch: Batch) -> Tensor:
+    """What the model generates: (samples, tokens), the first of them the decoder's start."""
+    given: Tensor = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        num_beams=1,
+    )
+    return given
+
+
+def _end(model: Any) -> int:
+    end: int = model.config.eos_token_id
+    return end
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,327 @@
+"""Oracles: transformers' own hidden states, forward passes and loading of checkpoints, for all but CLIP and BERT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, T5ForConditionalGeneration
+
+from epmq_cli import calibration as guide
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.norms import normalised, unit
+from epmq_cli.calibrate.streams import enter
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
+from epmq_cli.families import FAMILIES, claiming
+from epmq_cli.families.family import Linears, Norm, load_model
+from tests.hubs import config, run_in, walk
+from tests.minihub import decoder_hub, encoder_hub, t5_hub, vit_hub
+
+CPU = torch.device("cpu")
+ENCODERS, DECODERS = ("roberta", "deberta", "distilbert"), ("llama", "qwen3", "mistral", "gemma3", "phi3")
+T5S = ("t5", "t5-tied", "t5-relu")
+KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
+
+
+def build(folder: Path, kind: str) -> Path:
+    if kind in ENCODERS:
+        return encoder_hub(folder, kind)
+    if kind in DECODERS:
+        return decoder_hub(folder, kind)
+    return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The miniature hub of a kind, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = build(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+class Scene:
+    """A job with the base's model and the batches of a task as its expert completed them."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.job = steps.make_job(config(folder, *overrides))
+        self.family = self.job.family
+        self.models, self.model, _ = steps.open_models(self.job)
+        drawn = steps.calibration_batches(self.job, self.models.base.path)
+        self.batches = guide.teach(self.job, self.model, self.models.source, drawn).batches["first"]
+        self.model = load_model(self.family, self.models.base.path, CPU)
+
+
+def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """transformers' own, of each stack."""
+    if kind.startswith("t5"):
+        found = model(**batch, output_hidden_states=True)
+        return [found.encoder_hidden_states, found.decoder_hidden_states]
+    return [model(**batch, output_hidden_states=True).hidden_states]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str, hub: Callable[[str], Path]) -> None:
+    scene = Scene(hub(kind))
+    for batch in scene.batches:
+        handed = dict(batch)
+        for stack, wanted in zip(
+            scene.family.stacks(scene.model), hidden_states(kind, scene.model, batch), strict=True
+        ):
+            with torch.inference_mode():
+                stream = enter(scene.model, scene.family, stack, [handed])[0]
+                torch.testing.assert_close(stream.hidden, wanted[0])
+                for block, state in zip(stack.blocks[:-1], wanted[1:], strict=False):
+                    stream.advance(block.module)
+                    torch.testing.assert_close(stream.hidden, state)
+                stream.advance(stack.blocks[-1].module)
+                stream.advance(stack.readout.module)
+                final = wanted[-1] if kind.startswith("t5") or kind in DECODERS else wanted[-1][:, 0]
+                if kind == "vit":  # its last hidden state is the one before the last norm
+                    final = scene.family.features(scene.model, batch)
+                torch.testing.assert_close(stream.hidden, final)
+            if stack.handed:
+                handed[stack.handed] = stream.hidden
+
+
+def step_names(scene: Scene) -> list[str]:
+    """Every linear and norm that is walked, in order."""
+    return [
+        section.name(local)
+        for stack in scene.family.stacks(scene.model)
+        for section in [*stack.blocks, stack.readout]
+        for step in section.steps
+        for local in ([step.name] if isinstance(step, Norm) else step.names)
+    ]
+
+
+def called(model: nn.Module, names: list[str], forward: Callable[[], object]) -> list[str]:
+    order: list[str] = []
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    forward()
+    return list(dict.fromkeys(order))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_forward_pass(
+    kind: str, hub: Callable[[str], Path]
+) -> None:
+    scene = Scene(hub(kind))
+    wanted = step_names(scene)
+    found = {
+        name
+        for name, module in scene.model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    }
+    left = {"lm_head", str(scene.family.first_norm)}
+    left |= {name for name in found if name.endswith(("q_norm", "k_norm")) or name == "encoder.LayerNorm"}
+    assert set(wanted) == found - left
+    with torch.inference_mode():
+        assert called(scene.model, wanted, lambda: scene.family.features(scene.model, scene.batches[0])) == wanted
+
+
+def first_inputs(scene: Scene, modules: list[nn.Module]) -> list[Tensor]:
+    """What reaches each module first in a forward pass of the whole model."""
+    caught: dict[nn.Module, Tensor] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: caught.setdefault(m, args[0]) is None or None) for m in modules
+    ]
+    with torch.inference_mode():
+        scene.family.features(scene.model, scene.batches[0])
+    for hook in hooks:
+        hook.remove()
+    return [caught[module] for module in modules]
+
+
+def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each linear that writes into a stream inside its block: what the stream then holds, and the sum it should be."""
+    for block in (block for stack in scene.family.stacks(scene.model) for block in stack.blocks):
+        for index, step in enumerate(block.steps):
+            behind = next((s.name for s in block.steps[index + 1 :] if isinstance(s, Norm)), None)
+            if isinstance(step, Linears) and step.stream and behind:
+                linear, *others = (block.module.get_submodule(n) for n in (step.names[0], step.stream, behind))
+                read, stream, found = first_inputs(scene, [linear, *others])
+                yield found, stream + linear(read)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma3"])
+def test_streams_are_what_the_outputs_are_added_to(kind: str, hub: Callable[[str], Path]) -> None:
+    pairs = list(added(Scene(hub(kind))))
+    assert pairs
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted)
+
+
+def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub: Callable[[str], Path]) -> None:
+    assert all(
+        step.stream is None
+        for block in Scene(hub("gemma3")).family.blocks(Scene(hub("gemma3")).model)
+        for step in block.steps
+        if isinstance(step, Linears)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lone_expert_is_met(kind: str, hub: Callable[[str], Path]) -> None:
+    """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
+    options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
+    found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=40")
+    models, model, _ = steps.open_models(found.job)
+    far = found.features(model)
+    names = models.source.names
+    guide.install(model, {name: models.source.expert("first", name) for name in names})
+    wanted = found.features(model)
+    error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
+    assert error < 0.05
+
+
+def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    found = model(**batch)
+    made: Tensor = found.logits if "logits" in found else found.last_hidden_state
+    return made
+
+
+PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.fromkeys(DECODERS, AutoModelForCausalLM)
+
+
+OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
+CASES = [(kind, "bits=4") for kind in KINDS]
+CASES += [(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
+    kind: str, options: str, hub: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = [*options.split(), "guidance=feature", "eval.samples=4"]
+    checkpoint, scene = run_in(tmp_path / "run", hub(kind), *given), Scene(hub(kind), *given)
+    extra = {"add_pooling_layer": False} if kind in ("roberta", "vit") else {}
+    public = PUBLIC.get(kind, AutoModel).from_pretrained(checkpoint, **extra).eval()
+    student = walk(hub(kind), *given).student
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(public.dtype)
+    batch = {name: x.to(public.dtype) if x.is_floating_point() else x for name, x in scene.batches[0].items()}
+    with torch.inference_mode():
+        assert torch.equal(outputs(public, batch), outputs(student, batch))
+
+
+@pytest.mark.parametrize("kind", ["t5", "t5-tied", "llama"])
+def test_tied_tensors_are_written_once(kind: str, hub: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = run_in(tmp_path, hub(kind), "eval.stages=[]")
+    names = set(ModelFolder(checkpoint, "checkpoint").infos)
+    assert not names & {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert ("lm_head.weight" in names) is (kind != "t5-tied")
+
+
+def test_epmq_eval_gives_the_scores_of_the_run(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    from epmq_cli.commands.eval import evaluate
+
+    for kind in ("t5", "llama", "roberta"):
+        folder = tmp_path / kind
+        checkpoint = run_in(folder, hub(kind))
+        with_eval = config_of_eval(checkpoint)
+        (folder / "again").mkdir()
+        evaluate(with_eval, folder / "again", [])
+        first, again = (
+            json.loads((path / "metrics.json").read_text())["scores"]["tasks"] for path in (folder, folder / "again")
+        )
+        assert {task: scores["quantized"] for task, scores in first.items()} == {
+            task: scores["quantized"] for task, scores in again.items()
+        }
+
+
+def config_of_eval(checkpoint: Path) -> Any:
+    from hydra import compose, initialize_config_dir
+
+    from epmq_cli.config import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu"])
+
+
+def test_answers_are_those_of_the_expert_up_to_their_end(hub: Callable[[str], Path]) -> None:
+    scene = Scene(hub("t5"))
+    expert: Any = T5ForConditionalGeneration.from_pretrained(hub("t5") / "first").eval()
+    for batch in scene.batches:
+        ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"].bool()
+        given = expert.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
+        )
+        assert torch.equal(ids, given[:, :-1])
+        for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
+            end = row.index(2) if 2 in row else len(row)
+            assert real == [place < end for place in range(len(row))]
+            assert real[0]
+
+
+@pytest.mark.parametrize(("text", "number"), [("1.0", 1.0), ("positive", 0.0)])
+def test_numbers_are_read_from_answers_and_what_is_none_counts_nothing(text: str, number: float) -> None:
+    from epmq_cli.families.t5 import _number
+
+    assert _number(text) == number
+
+
+def test_perplexity_is_that_of_transformers_own_loss(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = hub("llama")
+    run_in(tmp_path, folder, "eval.stages=[base]")
+    found = json.loads((tmp_path / "metrics.json").read_text())["scores"]["tasks"]["first"]["base"]
+    scene = Scene(folder)
+    texts = [json.loads(line)["text"] for line in (folder / "first_test.jsonl").read_text().splitlines()]
+    ids = scene.family.tokens(folder / "base", texts)
+    losses = []
+    for window in ids.split(12):
+        if len(window) > 1:
+            mean = scene.model(input_ids=window[None], labels=window[None]).loss
+            losses += [mean] * (len(window) - 1)
+    assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Callable[[str], Path]) -> None:
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    for kind, plus in (("gemma3", 1), ("llama", 0), ("t5", 0)):
+        scene = Scene(hub(kind))
+        norm = scene.model.get_submodule(next(name for name in step_names(scene) if "norm" in name))
+        gain = norm.get_parameter("weight") + plus
+        assert unit(norm) == plus
+        torch.testing.assert_close(normalised(norm, rows) * gain, norm(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Callable[[str], Path]) -> None:
+    folder = hub(kind)
+    found = claiming(json.loads((folder / "base" / "config.json").read_text()))
+    assert found is steps.make_job(config(folder)).family
+    assert found is steps.make_job(config(folder, "suite.family=auto")).family
+
+
+def test_a_model_that_no_family_takes_says_what_was_found_and_how_to_write_one() -> None:
+    with pytest.raises(
+        ModelError, match=r"no family takes a model of type mamba, they take .*bert.*subclass of Family"
+    ):
+        claiming({"model_type": "mamba"})
+
+
+def test_blocks_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from tests.minihub import IDS, SIZE
+
+    model = MixtralForCausalLM(MixtralConfig(**SIZE, **IDS, num_key_value_heads=2, num_local_experts=2))
+    with pytest.raises(
+        ModelError, match=r"model.layers.0 of MixtralForCausalLM is not built of attention and one feed"
+    ):
+        FAMILIES["causal_lm"].blocks(model)
+    gpt: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no model.layers"):
+        FAMILIES["causal_lm"].blocks(gpt)

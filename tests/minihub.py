@@ -1,0 +1,186 @@
+"""Miniature hubs on disk of the families beyond CLIP and BERT: a random base, two experts, and data beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.conftest import TASKS, WORDS, drifted, write_suite
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+VOCABULARY = [*SPECIAL, *WORDS, "acceptable", "unacceptable", "positive", "negative", "1.0", "2.0"]
+IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tokenizer(folder: Path, end: bool) -> None:
+    """A tokenizer of whole words, whose texts start with <s>, or end with </s>, or both where `end` is None."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    single = "$A </s>" if end else "<s> $A"
+    made.post_processor = processors.TemplateProcessing(
+        single, pair=f"{single} $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=made, **names, padding_side="right").save_pretrained(folder)
+
+
+def table(path: Path, seed: int, count: int) -> None:
+    """Random texts with labels 0, 1 and 2."""
+    generator = np.random.default_rng(seed)
+    rows = [f"{i % 3}\t{' '.join(generator.choice(WORDS, generator.integers(1, 9)))}" for i in range(count)]
+    path.write_text("\n".join(["label\ttext", *rows]) + "\n")
+
+
+def models(folder: Path, base: nn.Module, save_base: Callable[[Path], None] | None = None) -> None:
+    """Folders base, first and second."""
+    (save_base or base.save_pretrained)(folder / "base")  # type: ignore[operator]
+    for seed, task in enumerate(TASKS):
+        drifted(base, seed).save_pretrained(folder / task)  # type: ignore[operator]
+
+
+def texts(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Tables for both tasks, and the entries of a suite that name them."""
+    entries = {}
+    for seed, task in enumerate(TASKS):
+        paths = {split: folder / f"{task}_{split}.tsv" for split in ("train", "test")}
+        for number, path in enumerate(paths.values()):
+            table(path, 2 * seed + number, 30)
+        data = {"_target_": "epmq_cli.data.table.Table", **{split: str(path) for split, path in paths.items()}}
+        entries[task] = {"expert": str(folder / task), "max_length": 16, "data": data, **fields}
+    return entries
+
+
+def encoder_hub(folder: Path, kind: str) -> Path:
+    """Classifiers of texts: roberta, deberta or distilbert."""
+    import transformers as t
+
+    made: dict[str, Callable[[], Any]] = {
+        "roberta": lambda: t.RobertaForSequenceClassification(
+            t.RobertaConfig(**SIZE, **IDS, num_labels=3, max_position_embeddings=40)
+        ),
+        "deberta": lambda: t.DebertaV2ForSequenceClassification(
+            t.DebertaV2Config(
+                **SIZE,
+                **IDS,
+                num_labels=3,
+                max_position_embeddings=40,
+                relative_attention=True,
+                type_vocab_size=0,
+                position_buckets=8,
+                pos_att_type=["p2c", "c2p"],
+                share_att_key=True,
+                norm_rel_ebd="layer_norm",
+                position_biased_input=False,
+                pooler_hidden_size=32,
+                pooler_hidden_act="gelu",
+            )
+        ),
+        "distilbert": lambda: t.DistilBertForSequenceClassification(
+            t.DistilBertConfig(
+                dim=32,
+                hidden_dim=64,
+                n_layers=2,
+                n_heads=4,
+                vocab_size=len(VOCABULARY),
+                num_labels=3,
+                max_position_embeddings=40,
+            )
+        ),
+    }
+    torch.manual_seed(0)
+    models(folder, made[kind]().eval())
+    tokenizer(folder / "base", end=False)
+    write_suite(folder, {"family": kind, "base": str(folder / "base"), "tasks": texts(folder)})
+    return folder
+
+
+def vit_hub(folder: Path) -> Path:
+    """Classifiers of pictures."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(**SIZE, image_size=16, patch_size=8, num_labels=3)).eval()
+    models(folder, base)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
+    generator, entries = np.random.default_rng(0), {}
+    for task in TASKS:
+        arrays = {}
+        for split, count in (("train", 30), ("test", 20)):
+            arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+            arrays[f"{split}_labels"] = generator.integers(0, 3, count)
+        np.savez(folder / f"{task}.npz", **arrays)
+        data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
+        entries[task] = {"expert": str(folder / task), "data": data}
+    write_suite(folder, {"family": "vit", "base": str(folder / "base"), "tasks": entries})
+    return folder
+
+
+def t5_hub(folder: Path, tied: bool = False, gated: bool = True) -> Path:
+    """T5 models with an output layer of their own as FLAN-T5 has, or a tied one."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    kind = "gated-gelu" if gated else "relu"
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": kind}
+    ids = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    config = T5Config(**sizes, **ids, tie_word_embeddings=tied)
+    base = T5ForConditionalGeneration(config).eval()
+    if not tied:
+        base.lm_head.weight = nn.Parameter(torch.randn(len(VOCABULARY), 32))
+    models(folder, base)
+    for name in ("base", *TASKS):  # as the files of FLAN-T5 have it; transformers 5 writes that it is tied
+        path = folder / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
+    tokenizer(folder / "base", end=True)
+    entries = texts(folder, classes=["acceptable", "unacceptable", "positive"])
+    write_suite(folder, {"family": "t5", "base": str(folder / "base"), "tasks": entries})
+    return folder
+
+
+def decoder_hub(folder: Path, kind: str) -> Path:
+    """Language models: llama, qwen3, gemma3 (sliding windows, tied) or phi3 (fused projections)."""
+    import transformers as t
+
+    sizes = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    made: dict[str, Callable[[], Any]] = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**sizes, head_dim=16)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes, sliding_window=4)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(
+                **sizes, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+            )
+        ),
+        "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**sizes)),
+    }
+    torch.manual_seed(0)
+    models(folder, made[kind]().eval())
+    tokenizer(folder / "base", end=False)
+    generator, entries = np.random.default_rng(0), {}
+    for task in TASKS:
+        for split, count in (("train", 40), ("test", 12)):
+            documents = [" ".join(generator.choice(WORDS, generator.integers(3, 30))) for _ in range(count)]
+            lines = "\n".join(json.dumps({"text": text}) for text in documents)
+            (folder / f"{task}_{split}.jsonl").write_text(lines + "\n")
+        data = {"_target_": "epmq_cli.data.documents.Documents"}
+        data |= {split: str(folder / f"{task}_{split}.jsonl") for split in ("train", "test")}
+        entries[task] = {"expert": str(folder / task), "data": data, "metric": "perplexity", "max_length": 12}
+    write_suite(folder, {"family": "causal_lm", "base": str(folder / "base"), "tasks": entries})
+    return folder
