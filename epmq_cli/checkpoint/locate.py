@@ -42,7 +42,7 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
     found = HUB_ID.fullmatch(source)
     if found is None or path.exists() or Path(found["repo"]).suffix in FILES:
         raise ModelError(
-            f"{role}: {source} is neither a folder nor a file ({', '.join(FILES)}) that is there; "
+            f"{role}: {source} is not a folder or file ({', '.join(FILES)}) that is there; "
             "give one, or an id of the hub (owner/name, owner/name@revision, owner/name:path/in/it)"
         )
     mirrored = _in_mirror(Path(root).expanduser(), source, found) if root else None

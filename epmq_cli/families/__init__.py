@@ -6,8 +6,9 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families.bert import Bert
 from epmq_cli.families.clip import Clip
 from epmq_cli.families.family import Family
+from epmq_cli.families.open_clip import OpenClip
 
-FAMILIES: dict[str, Family] = {"bert": Bert(), "clip": Clip()}
+FAMILIES: dict[str, Family] = {"bert": Bert(), "clip": Clip(), "open_clip": OpenClip()}
 
 
 def family_of(name: str) -> Family:

@@ -100,7 +100,7 @@ def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_paths_that_are_not_there_are_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(ModelError, match=r"is neither a folder nor a file .* give one, or an id of the hub"):
+    with pytest.raises(ModelError, match=r"is not a folder or file .* give one, or an id of the hub"):
         locate(source, "base")
 
 
@@ -143,7 +143,7 @@ def test_what_the_mirror_lacks_is_asked_of_the_hub(source: str, mirror: Path) ->
 
 @pytest.mark.parametrize("source", ["owner/name:../../secret.pt", "owner/name:/etc", "owner/name:sub/../../x", "x.pt"])
 def test_paths_inside_an_id_stay_inside(source: str, mirror: Path) -> None:
-    with pytest.raises(ModelError, match="is neither a folder nor a file .* that is there"):
+    with pytest.raises(ModelError, match="is not a folder or file .* that is there"):
         locate(source, "base", str(mirror))
 
 

@@ -33,7 +33,7 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor], model_type: str) -> M
 
 
 def test_unknown_families_name_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="suite.family must be one of bert, clip, got 'gpt'"):
+    with pytest.raises(ConfigError, match="suite.family must be one of bert, .*, got 'gpt'"):
         family_of("gpt")
 
 
