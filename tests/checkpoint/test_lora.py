@@ -26,6 +26,7 @@ from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
+from epmq_cli.merge.source import MergeSource
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft's, of what transformers will remove
@@ -91,6 +92,23 @@ def test_a_decoder_is_what_peft_merges(
         torch.testing.assert_close(found, tensor, rtol=0, atol=1e-6)
         changed += not torch.equal(found, base.tensor(name))
     assert changed > 1
+
+
+def test_tables_of_a_larger_vocabulary_are_the_adapters(
+    llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
+) -> None:
+    """peft saves the resized embeddings whole; the merge can pad the base's."""
+    model, base = llama
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(22, mean_resizing=False)
+    adapted = get_peft_model(larger, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    expert, names = opened(tmp_path / "adapter", base), {name: name for name in base.infos}
+    source = MergeSource(base, names, {"x": expert}, {"x": names}, "pad")
+    assert source.vocabulary_size == 22
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(source.expert("x", name), larger.state_dict()[name])
+        assert torch.equal(source.base(name)[:20], model.state_dict()[name])
 
 
 def test_weights_stored_as_inputs_by_outputs_are_read_as_such(tmp_path: Path) -> None:

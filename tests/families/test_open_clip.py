@@ -58,6 +58,16 @@ def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> No
         torch.testing.assert_close(found, expert.encode_image(pixels), rtol=0, atol=1e-5)
 
 
+def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
+    """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights: what comes out is the same."""
+    models = steps.open_models(steps.make_job(config(hub)))[0]
+    ready, *_ = steps.open_models(steps.make_job(config(hub, f"suite.base={models.base.path}")))
+    assert ready.base.path == models.base.path
+    assert ready.source.names == models.source.names
+    for name in ready.source.names:
+        assert torch.equal(ready.source.expert(TASKS[0], name), models.source.expert(TASKS[0], name))
+
+
 def test_a_run_gives_a_checkpoint_that_transformers_loads_as_clip(hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", "eval.samples=8")
     model = AutoModel.from_pretrained(checkpoint)
