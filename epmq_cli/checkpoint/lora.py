@@ -150,7 +150,7 @@ class Adapted:
         rank = len(parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"])
         patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
         given = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(given, self._config["lora_alpha"]))
+        alpha = float(next(given, self._config.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _delta(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
