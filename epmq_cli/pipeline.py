@@ -30,7 +30,7 @@ from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.families.family import Batch, Family, load_model
-from epmq_cli.merge.apply import Models
+from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
@@ -98,7 +98,7 @@ def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
     models = Models(job.suite, job.family)
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
-    model = load_model(job.family, models.base.path, job.device)
+    model = fit_vocabulary(load_model(job.family, models.base.path, job.device), models.source)
     install(model, {name: t.to(dtype).float() for name, t in model.state_dict().items() if t.is_floating_point()})
     check_groups(model, job.family, job.quantizer.spec)
     return models, model, dtype

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from epmq_cli.data.samples import Source
-from epmq_cli.errors import ConfigError, check_keys, check_range
+from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range
 
 MAX_LENGTH = 128
+VOCABULARIES = ("same", "pad")
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,18 @@ class Suite:
     """`suite=<name>`.
 
     `family`: the architecture. `base`: a model folder or hub id. `tasks`: the fields of Task, by task name.
+    `vocabulary`: `same` for all models, or `pad` where some have more tokens than others.
     """
 
     name: str
     family: str
     base: str
     tasks: Mapping[str, Mapping[str, Any]]
+    vocabulary: str = "same"
+    root: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
         if not self.tasks:
             raise ConfigError("suite.tasks must name at least one task")
         _ = self.members

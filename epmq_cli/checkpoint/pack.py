@@ -154,6 +154,9 @@ def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
+    if "vocab_size" in config:  # larger than the base's where vocabularies were padded
+        own: Any = contents.model.config
+        config["vocab_size"] = own.vocab_size
     specs = {name: weight.spec for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
     if specs:
         config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)

@@ -12,6 +12,7 @@ from epmq_cli.families.clip import Clip
 from epmq_cli.families.deberta import Deberta
 from epmq_cli.families.distilbert import DistilBert
 from epmq_cli.families.family import Family
+from epmq_cli.families.open_clip import OpenClip
 from epmq_cli.families.roberta import Roberta
 from epmq_cli.families.t5 import T5
 from epmq_cli.families.vit import Vit
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     "clip": Clip(),
     "deberta": Deberta(),
     "distilbert": DistilBert(),
+    "open_clip": OpenClip(),
     "roberta": Roberta(),
     "t5": T5(),
     "vit": Vit(),
@@ -37,7 +39,7 @@ def family_of(name: str) -> Family:
 
 
 def claiming(config: Mapping[str, Any]) -> Family:
-    """The family that takes models with such a config.json; ModelError where none does."""
+    """The first family that takes models with such a config.json; ModelError where none does."""
     found = config.get("model_type")
     for family in FAMILIES.values():
         if found in family.model_types:

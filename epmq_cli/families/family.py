@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.suites import Task
 
@@ -140,6 +141,12 @@ class Family:
     dequantize_on_load: bool = False
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
     which is too late for models that are used through other methods, or whose modules read their linears' weights."""
+
+    def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
+        """A base (where `base` is None), or an expert of that base, in whatever form it is kept."""
+        return (
+            open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
+        )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.

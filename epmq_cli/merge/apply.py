@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.reader import ModelFolder
@@ -15,28 +17,52 @@ from epmq_cli.suites import Suite
 
 
 class Models:
-    """The opened folders of a suite, and their tensors side by side (`source`)."""
+    """The opened models of a suite, and their tensors side by side (`source`)."""
 
     def __init__(self, suite: Suite, family: Family) -> None:
-        self.base = _open(suite.base, "base")
-        self.experts = {task.name: _open(task.expert, f"expert of task {task.name}") for task in suite.members}
+        root = suite.root
+        self.base = _open(family, suite.base, "base", root, None)
+        base_names = family.tensor_names(self.base)
+        self.experts = {
+            task.name: _open(family, task.expert, f"expert of task {task.name}", root, self.base)
+            for task in suite.members
+        }
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
-        self.source = MergeSource(self.base, family.tensor_names(self.base), self.experts, names)
+        self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
         expected = family.settings(self.base)
         for expert in self.experts.values():
-            for name, value in family.settings(expert).items():
-                if value != expected[name]:
-                    raise ModelError(
-                        f"{expert.role} ({expert.path}) was not fine-tuned from the base ({self.base.path}): "
-                        f"{name} is {value} in its config and {expected[name]} in the base's"
-                    )
+            if expert.config is not self.base.config:
+                _check_settings(expert, family.settings(expert), self.base, expected)
 
 
-def _open(source: str, role: str) -> ModelFolder:
-    folder = ModelFolder(locate(source, role), role)
-    if "quantization_config" in folder.config:
-        raise ModelError(f"{role}: {folder.path} is quantized already; give the model it was made from")
-    return folder
+def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
+    for name, value in found.items():
+        if value != expected[name]:
+            raise ModelError(
+                f"{expert.role} ({expert.path}) was not fine-tuned from the base ({base.path}): "
+                f"{name} is {value} in its config and {expected[name]} in the base's"
+            )
+
+
+def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
+    """One model; `base` is None where it is the base that is opened."""
+    path = locate(source, role, root)
+    opened = family.open(path, role, base)
+    if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
+        raise ModelError(f"{role}: {path} is quantized already; give the model it was made from")
+    return opened
+
+
+def fit_vocabulary(model: nn.Module, source: MergeSource) -> nn.Module:
+    """The base model, with room for the largest vocabulary of the suite and the base's rows of `source` in it."""
+    if source.vocabulary_size is not None:
+        resized: Any = model
+        resized.resize_token_embeddings(source.vocabulary_size, mean_resizing=False)
+        own = model.state_dict()
+        with torch.no_grad():
+            for name in source.padded:
+                own[name].copy_(source.base(name))
+    return model
 
 
 def merge_models(source: MergeSource, merge: Merge, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.reader import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.errors import ModelError
+from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
 
 SHOWN = 3  # differences named in an error
 
@@ -29,6 +30,10 @@ class MergeSource:
 
     `base_names` and `expert_names[task]` map the common name of every tensor to be merged to the name it is stored
     under. ModelError before anything is computed: names or shapes that differ from the base's.
+
+    `vocabulary`: `same`, or `pad`, with which tensors over the vocabulary (see `vocabulary.py`) may differ in rows. All
+    models then have the most rows that any has: an expert gets those of the base that it lacks, the base the mean of
+    those experts' that have them.
     """
 
     def __init__(
@@ -37,22 +42,30 @@ class MergeSource:
         base_names: dict[str, str],
         experts: dict[str, ModelFolder],
         expert_names: dict[str, dict[str, str]],
+        vocabulary: str = "same",
     ) -> None:
         self._base = base
         self._base_names = base_names
         self._experts = experts
         self._expert_names = expert_names
+        self._vocabulary = vocabulary
+        self._added: dict[str, Tensor] = {}
+        self.padded: dict[str, int] = {}
+        """The tensors over the vocabulary that not all models have alike, and the rows that they get."""
         for task in experts:
             self._check_same(task)
         self.names = [name for name, stored in base_names.items() if base.infos[stored].dtype in DTYPES]
 
     def base(self, name: str) -> Tensor:
         """The base's tensor in float32; ModelError where it holds a NaN or an infinity."""
-        return _finite(self._base, name, self._base_names[name])
+        tensor = self._own(None, name)
+        lacks = name in self.padded and len(tensor) < self.padded[name]
+        return torch.cat([tensor, self._rows_added(name)]) if lacks else tensor
 
     def expert(self, task: str, name: str) -> Tensor:
         """The tensor of a task's expert in float32; ModelError where it holds a NaN or an infinity."""
-        return _finite(self._experts[task], name, self._expert_names[task][name])
+        tensor = self._own(task, name)
+        return torch.cat([tensor, self.base(name)[len(tensor) :]]) if name in self.padded else tensor
 
     def experts(self, name: str) -> list[Tensor]:
         """The tensors of all experts in float32, in the order of the tasks."""
@@ -72,33 +85,51 @@ class MergeSource:
         """The tasks that have an expert, in the suite's order."""
         return list(self._experts)
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The rows that the tensors over the vocabulary get, where that is more than the base has."""
+        larger = [rows for name, rows in self.padded.items() if rows > self._base_info(name).shape[0]]
+        return max(larger, default=None)
+
+    def _base_info(self, name: str) -> TensorInfo:
+        return self._base.infos[self._base_names[name]]
+
+    def _own(self, task: str | None, name: str) -> Tensor:
+        """The tensor of an expert, or of the base, as it is stored, in float32."""
+        folder, names = (
+            (self._base, self._base_names) if task is None else (self._experts[task], self._expert_names[task])
+        )
+        tensor = folder.tensor(names[name]).float()
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder.role}: {name} holds a NaN or an infinity; train or fetch the model again")
+        return tensor
+
+    def _rows_added(self, name: str) -> Tensor:
+        """What the base lacks of a tensor over the vocabulary: the mean of those experts' rows that have them."""
+        if name not in self._added:
+            start = self._base_info(name).shape[0]
+            self._added[name] = mean_rows([self._own(task, name)[start:] for task in self._experts])
+        return self._added[name]
+
     def _check_same(self, task: str) -> None:
-        base = {name: self._base.infos[stored] for name, stored in self._base_names.items()}
-        infos = self._experts[task].infos
-        expert = {name: infos[stored] for name, stored in self._expert_names[task].items()}
-        differences = _differences(base, expert)
-        if differences:
-            more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        folder, names = self._experts[task], self._expert_names[task]
+        found = []
+        for name in self._base_names:
+            info = self._base_info(name)
+            expert = folder.infos[names[name]] if name in names else None
+            if expert is None:
+                found.append(f"{name} is missing from the expert")
+            elif expert.shape != info.shape:
+                over = is_over_vocabulary(info, self._base.config, expert, folder.config)
+                if over and self._vocabulary == "pad":
+                    self.padded[name] = max(self.padded.get(name, 0), expert.shape[0], info.shape[0])
+                    continue
+                hint = " (suite.vocabulary=pad fills the rows that either lacks)" if over else ""
+                found.append(f"{name} is {list(expert.shape)} in the expert and {list(info.shape)} in the base{hint}")
+        found += [f"{name} is missing from the base" for name in names if name not in self._base_names]
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise ModelError(
-                f"expert of task {task} ({self._experts[task].path}) was not fine-tuned from "
-                f"the base ({self._base.path}): {'; '.join(differences[:SHOWN])}{more}"
+                f"expert of task {task} ({folder.path}) was not fine-tuned from "
+                f"the base ({self._base.path}): {'; '.join(found[:SHOWN])}{more}"
             )
-
-
-def _finite(folder: ModelFolder, name: str, stored: str) -> Tensor:
-    tensor = folder.tensor(stored).float()
-    if not torch.isfinite(tensor).all():
-        raise ModelError(f"{folder.role}: {name} holds a NaN or an infinity; train or fetch the model again")
-    return tensor
-
-
-def _differences(base: dict[str, TensorInfo], expert: dict[str, TensorInfo]) -> list[str]:
-    """What differs, a phrase each, in the order of the base's tensors."""
-    found = []
-    for name, info in base.items():
-        if name not in expert:
-            found.append(f"{name} is missing from the expert")
-        elif expert[name].shape != info.shape:
-            found.append(f"{name} is {list(expert[name].shape)} in the expert and {list(info.shape)} in the base")
-    found += [f"{name} is missing from the base" for name in expert if name not in base]
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_paths_that_are_not_there_are_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(ModelError, match="is not a folder; give a model folder or an id of the hub"):
+    with pytest.raises(ModelError, match=r"is not a folder or file .* give one, or an id of the hub"):
         locate(source, "base")
 
 
@@ -108,3 +109,67 @@ def test_an_id_that_cannot_be_had_offline_says_so() -> None:
         ModelError, match="expert of task x: someone/something is neither a folder here nor can it be had"
     ):
         locate("someone/something", "expert of task x")
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    """owner/name with a file and a folder, and one revision of it."""
+    for folder in ("owner/name/sub", "owner/name@v1.0", "plain"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "owner/name/sub/expert.pt").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("owner/name", "owner/name"),
+        ("plain", "plain"),
+        ("owner/name@v1.0", "owner/name@v1.0"),
+        ("owner/name:sub", "owner/name/sub"),
+        ("owner/name:sub/expert.pt", "owner/name/sub/expert.pt"),
+    ],
+)
+def test_ids_are_looked_for_in_the_mirror(source: str, path: str, mirror: Path) -> None:
+    assert locate(source, "base", str(mirror)) == mirror / path
+
+
+@pytest.mark.parametrize("source", ["owner/other", "owner/name@v2", "owner/name:sub/none.pt"])
+def test_what_the_mirror_lacks_is_asked_of_the_hub(source: str, mirror: Path) -> None:
+    repo = source.partition("@")[0].partition(":")[0]
+    with pytest.raises(ModelError, match=f"{repo} is neither a folder here nor under {mirror} nor can it be had"):
+        locate(source, "base", str(mirror))
+
+
+@pytest.mark.parametrize("source", ["owner/name:../../secret.pt", "owner/name:/etc", "owner/name:sub/../../x", "x.pt"])
+def test_paths_inside_an_id_stay_inside(source: str, mirror: Path) -> None:
+    with pytest.raises(ModelError, match="is not a folder or file .* that is there"):
+        locate(source, "base", str(mirror))
+
+
+def test_the_hub_is_asked_for_the_revision_and_only_for_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, [fnmatch(file, p) for file in FILES for p in allow_patterns].count(True)))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.pt").touch()
+    assert locate("owner/name@main", "base") == tmp_path
+    assert locate("owner/name@refs/pr/1:a/x.pt", "base") == tmp_path / "a/x.pt"
+    assert locate("owner/name:a", "base") == tmp_path / "a"
+    assert asked == [("owner/name", "main", 4), ("owner/name", "refs/pr/1", 2), ("owner/name", None, 2)]
+
+
+FILES = (
+    "model.safetensors",
+    "adapter_config.json",
+    "pytorch_model.bin",
+    "a/x.pt",
+    "a/config.json",
+    "a/model.safetensors",
+)

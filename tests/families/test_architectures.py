@@ -145,7 +145,7 @@ def first_inputs(scene: Scene, modules: list[nn.Module]) -> list[Tensor]:
 
 
 def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each linear that writes into a stream inside its block: what the stream then holds, and the sum it should be."""
+    """For each linear that writes into a stream inside its block: what that then holds, and what it should."""
     for block in (block for stack in scene.family.stacks(scene.model) for block in stack.blocks):
         for index, step in enumerate(block.steps):
             behind = next((s.name for s in block.steps[index + 1 :] if isinstance(s, Norm)), None)

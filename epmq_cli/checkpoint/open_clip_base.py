@@ -1,0 +1,105 @@
+"""Makes a folder that transformers loads as a CLIPModel of an open_clip model, once, in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from epmq_cli.checkpoint.open_clip import Translated
+from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, tokenizer
+from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, read_json
+from epmq_cli.checkpoint.state_dict import open_file
+from epmq_cli.errors import ModelError
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+PICKLE = "open_clip_pytorch_model.bin"
+VERSION = b"1"  # of the conversion: another one makes the folders anew
+SHOWN = 3
+
+
+def converted(path: Path, role: str) -> Path:
+    """The converted folder of an open_clip folder, or of the weights file in one.
+
+    It is in `open_clip/` of $EPMQ_CACHE (left out: epmq in $XDG_CACHE_HOME or ~/.cache), named after the contents of
+    config and weights. ModelError where CLIPModel cannot express the model.
+    """
+    folder, weights = (path.parent, path) if path.is_file() else (path, weights_file(path, role))
+    config = read_json(folder, CONFIG, role)
+    target = cache() / "open_clip" / _digest([folder / CONFIG, weights])
+    if not target.is_dir():
+        found = clip_config(config, folder / CONFIG, role)
+        tensors = Translated(open_file(weights, role), weights, role)
+        _check_complete(tensors, found, weights, role)
+        _write(target, tensors, found, config)
+    return target
+
+
+def weights_file(folder: Path, role: str) -> Path:
+    """The safetensors file of an open_clip folder."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    hint = f"; name the file itself: {folder / PICKLE}" if (folder / PICKLE).is_file() else ""
+    raise ModelError(f"{role}: {folder} has no {WEIGHTS}{hint or '; save the model with save_for_hf of open_clip'}")
+
+
+def expert_tensors(path: Path, role: str) -> Tensors:
+    """The translated tensors of an expert: one file, or an open_clip folder."""
+    if path.is_file():
+        return Translated(open_file(path, role), path, role)
+    return Translated(SafetensorsFiles(weights_file(path, role), role), path, role)
+
+
+def cache() -> Path:
+    """Where epmq keeps what it can make again."""
+    if own := os.environ.get("EPMQ_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "epmq"
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """A name made of the contents."""
+    digest = hashlib.blake2b(VERSION, digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> None:
+    """Refuses tensors that are not those of the CLIPModel of this config."""
+    from transformers import CLIPModel
+
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in CLIPModel(config).state_dict().items()}
+    found = {name: info.shape for name, info in tensors.infos.items()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ModelError(
+            f"{role}: the tensors in {path} are not those that its {CONFIG} describes: "
+            f"{', '.join(sorted(wrong)[:SHOWN])} differ; fetch both again"
+        )
+
+
+def _write(target: Path, tensors: Translated, config: Any, open_clip: dict[str, Any]) -> None:
+    """Writes the folder whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
+        config.save_pretrained(partial)
+        image_processor(open_clip, config).save_pretrained(partial)
+        tokenizer(config).save_pretrained(partial)
+        if not target.is_dir():  # another process may have been faster
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

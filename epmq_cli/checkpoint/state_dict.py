@@ -1,0 +1,72 @@
+"""State dicts in one file, as torch.save or safetensors wrote them. Code is never unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_cli.checkpoint.reader import DTYPES, SafetensorsFiles, TensorInfo, Tensors
+from epmq_cli.errors import ModelError
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRAPPER = "module."
+"""What DistributedDataParallel puts before every name."""
+
+
+class StateDict:
+    """The tensors of a state dict, or of `{"state_dict": ...}`, mapped from the file where it allows that."""
+
+    def __init__(self, path: Path, role: str) -> None:
+        tensors = _load(path, role)
+        wrapped = all(name.startswith(WRAPPER) for name in tensors)
+        self._tensors = {name.removeprefix(WRAPPER) if wrapped else name: t for name, t in tensors.items()}
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in self._tensors.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this stored name."""
+        return self._tensors[name]
+
+
+def open_file(path: Path, role: str) -> Tensors:
+    """The tensors of one file; ModelError where it is none of a state dict."""
+    return SafetensorsFiles(path, role) if path.suffix == ".safetensors" else StateDict(path, role)
+
+
+def _load(path: Path, role: str) -> dict[str, Tensor]:
+    content = _unpickle(path, role)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ModelError(
+            f"{role}: {path} holds a {type(content).__name__}, no state dict; save model.state_dict() with torch.save"
+        )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(f"{role}: {path} holds no tensors by name; save model.state_dict() with torch.save")
+    return tensors
+
+
+def _unpickle(path: Path, role: str) -> Any:
+    try:
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        except RuntimeError:  # a file of the old format, which cannot be mapped, or a damaged one
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{role}: {path} is not a plain state dict but holds pickled objects such as a whole module, which epmq "
+            "never runs; load it where its code is and save torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["it ends early"])[0]
+        raise ModelError(
+            f"{role}: {path} cannot be read as a state dict ({reason}); save model.state_dict() with torch.save"
+        ) from error

@@ -1,0 +1,40 @@
+"""Vocabularies of different sizes: which tensors are over them, and the rows that the base lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_cli.checkpoint.reader import TensorInfo
+
+
+def is_over_vocabulary(
+    base: TensorInfo, base_config: Mapping[str, Any], expert: TensorInfo, expert_config: Mapping[str, Any]
+) -> bool:
+    """Whether two tensors differ in the number of rows alone, and those are each config's `vocab_size`.
+
+    An expert that has no config of its own, such as an adapter, has the base's: then its rows are taken as they are.
+    """
+    return (
+        base.shape[1:] == expert.shape[1:]
+        and base.shape[:1] == (_size(base_config),)
+        and (expert_config is base_config or expert.shape[:1] == (_size(expert_config),))
+    )
+
+
+def _size(config: Mapping[str, Any]) -> int | None:
+    size: int | None = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return size
+
+
+def mean_rows(tables: Sequence[Tensor]) -> Tensor:
+    """(rows of the longest, ...): row by row the mean over the tables that have the row."""
+    longest = max(tables, key=len)
+    total, count = torch.zeros_like(longest), torch.zeros(len(longest))
+    for table in tables:
+        total[: len(table)] += table
+        count[: len(table)] += 1
+    return total / count.view(-1, *[1] * (total.ndim - 1))

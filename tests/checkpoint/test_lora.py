@@ -1,0 +1,211 @@
+"""Oracle: peft itself, whose merge_and_unload gives the merged model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from epmq_cli.checkpoint.kinds import open_base, open_expert
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
+from epmq_cli.families import FAMILIES
+from epmq_cli.merge.source import MergeSource
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft's, of what transformers will remove
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = BertConfig(vocab_size=20, max_position_embeddings=16, num_labels=3, **SIZE)
+LLAMA = LlamaConfig(vocab_size=20, num_key_value_heads=1, tie_word_embeddings=False, **SIZE)
+
+
+def adapter(model: nn.Module, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Writes an adapter with random tensors, and gives the state dict of the merged model."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **options))
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.data.mul_(1 + 0.1 * torch.rand(parameter.shape))
+    adapted.save_pretrained(folder)
+    return dict(adapted.merge_and_unload().state_dict())
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[LlamaForCausalLM, ModelFolder]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LLAMA)
+    model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    return model, open_base(tmp_path / "base", "base")
+
+
+def opened(folder: Path, base: ModelFolder, merged: Any = ()) -> ModelFolder:
+    return open_expert(folder, "expert of task x", base, merged)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 12},
+        {"target_modules": "all-linear", "r": 4, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "up_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3},
+            "alpha_pattern": {"up_proj": 5, "q_proj": 7},
+        },
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"target_modules": ["embed_tokens", "k_proj"], "r": 3},
+        {"target_modules": ["q_proj", "gate_proj"], "use_dora": True},
+    ],
+    ids=["plain", "rslora", "patterns", "modules_to_save", "embeddings", "dora"],
+)
+def test_a_decoder_is_what_peft_merges(
+    options: dict[str, Any], llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
+) -> None:
+    model, base = llama
+    expected = adapter(model, tmp_path / "adapter", **options)
+    expert = opened(tmp_path / "adapter", base)
+    assert expert.config is base.config
+    assert expert.infos.keys() == expected.keys()
+    changed = 0
+    for name, tensor in expected.items():
+        found = expert.tensor(name)
+        assert expert.infos[name].shape == tuple(found.shape)
+        torch.testing.assert_close(found, tensor, rtol=0, atol=1e-6)
+        changed += not torch.equal(found, base.tensor(name))
+    assert changed > 1
+
+
+def test_tables_of_a_larger_vocabulary_are_the_adapters(
+    llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
+) -> None:
+    """peft saves the resized embeddings whole; the merge can pad the base's."""
+    model, base = llama
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(22, mean_resizing=False)
+    adapted = get_peft_model(larger, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    expert, names = opened(tmp_path / "adapter", base), {name: name for name in base.infos}
+    source = MergeSource(base, names, {"x": expert}, {"x": names}, "pad")
+    assert source.vocabulary_size == 22
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(source.expert("x", name), larger.state_dict()[name])
+        assert torch.equal(source.base(name)[:20], model.state_dict()[name])
+
+
+def test_weights_stored_as_inputs_by_outputs_are_read_as_such(tmp_path: Path) -> None:
+    """fan_in_fan_out, with GPT-2's transposed linears."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    for index, dora in enumerate((False, True)):
+        folder = tmp_path / f"adapter{index}"
+        expected = adapter(model, folder, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=dora)
+        expert = opened(folder, open_base(tmp_path / "base", "base"))
+        name = "transformer.h.0.attn.c_attn.weight"
+        torch.testing.assert_close(expert.tensor(name), expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_classifier_on_a_base_of_other_names_keeps_its_head(wrapped: bool, tmp_path: Path) -> None:
+    """The adapter's names are bert.encoder..., the base's encoder... or, wrapped, bert.encoder... too."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BERT)
+    expected = adapter(model, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query", "value"])
+    (model if wrapped else model.bert).save_pretrained(tmp_path / "base")
+    base, family = open_base(tmp_path / "base", "base"), FAMILIES["bert"]
+    names = family.tensor_names(base)
+    expert = opened(tmp_path / "adapter", base, names.values())
+    assert family.tensor_names(expert).keys() == names.keys()
+    for name, stored in family.tensor_names(expert).items():
+        torch.testing.assert_close(expert.tensor(stored), expected[f"bert.{name}"], rtol=0, atol=1e-6)
+    assert torch.equal(expert.tensor("classifier.weight"), expected["classifier.weight"])
+    assert not torch.equal(expected["classifier.weight"], model.classifier.weight)
+
+
+def test_an_adapter_of_a_part_may_be_of_more_modules_than_the_base_stores(tmp_path: Path) -> None:
+    """An adapter of BertModel alone on a base stored as a classifier: names with a prefix less."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BERT)
+    model.save_pretrained(tmp_path / "base")
+    expected = adapter(model.bert, tmp_path / "adapter", target_modules=["query"])
+    expert = opened(tmp_path / "adapter", open_base(tmp_path / "base", "base"))
+    name = "encoder.layer.1.attention.self.query.weight"
+    torch.testing.assert_close(expert.tensor(f"bert.{name}"), expected[name], rtol=0, atol=1e-6)
+
+
+def test_of_two_towers_alike_the_merged_one_is_adapted(tmp_path: Path) -> None:
+    """CLIP's towers have the same module names and here the same sizes; patches are a convolution."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**SIZE, "vocab_size": 20},
+        vision_config={**SIZE, "image_size": 8, "patch_size": 4},
+        projection_dim=16,
+    )
+    model = CLIPModel(config)
+    model.save_pretrained(tmp_path / "base")
+    base, family = open_base(tmp_path / "base", "base"), FAMILIES["clip"]
+    vision = CLIPVisionModel(config.vision_config)
+    vision.load_state_dict(model.vision_model.state_dict())
+    expected = adapter(vision, tmp_path / "adapter", target_modules=["q_proj", "fc1", "patch_embedding"])
+    expert = opened(tmp_path / "adapter", base, family.tensor_names(base).values())
+    for name, stored in family.tensor_names(expert).items():
+        own = name.removeprefix("vision_model.")
+        torch.testing.assert_close(expert.tensor(stored), expected[own], rtol=0, atol=1e-6)
+    text = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(expert.tensor(text), base.tensor(text))
+
+
+def edited(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path) -> None:
+    model, base = llama
+    folder = tmp_path / "adapter"
+    adapter(model, folder, target_modules=["q_proj"])
+    with pytest.raises(ModelError, match=r"base: .* is an adapter .*give the model that it was trained on"):
+        open_base(folder, "base")
+    edited(folder, layer_replication=[[0, 2]])
+    with pytest.raises(ModelError, match=r"adapter with layer_replication, .* merge_and_unload of peft"):
+        opened(folder, base)
+    edited(folder, layer_replication=None, peft_type="IA3")
+    with pytest.raises(ModelError, match=r"expert of task x: .* is an adapter of type IA3, .* merge_and_unload"):
+        opened(folder, base)
+    edited(folder, peft_type="LORA")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"has no adapter_model.safetensors; save the adapter with save_pretrained"):
+        opened(folder, base)
+
+
+def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path) -> None:
+    _, base = llama
+    adapter(BertModel(BERT), tmp_path / "bert", target_modules=["query"])
+    with pytest.raises(
+        ModelError, match=r"was not trained on the base .* such as encoder.layer.0.attention.self.query"
+    ):
+        opened(tmp_path / "bert", base)
+    wider = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 32}))
+    adapter(wider, tmp_path / "wide", target_modules=["q_proj"])
+    with pytest.raises(ModelError, match=r"q_proj.weight is \[16, 32\] in the adapter and \[16, 16\] in the base"):
+        opened(tmp_path / "wide", base)

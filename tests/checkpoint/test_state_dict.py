@@ -1,0 +1,93 @@
+"""Oracle: the tensors that torch.save was given; nothing that is not a state dict is read, and no code is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from epmq_cli.checkpoint.kinds import open_base, open_expert
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.state_dict import open_file
+from epmq_cli.errors import ModelError
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [STATE, {"state_dict": STATE, "epoch": 3}, {"state_dict": {f"module.{k}": t for k, t in STATE.items()}}],
+    ids=["plain", "in a checkpoint", "of DistributedDataParallel"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_dicts_are_read_in_all_their_wrappings(content: dict[str, Any], zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "expert.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    found = open_file(path, "expert")
+    assert {name: info.dtype for name, info in found.infos.items()} == {
+        "a.weight": "F32",
+        "b": "BF16",
+        "n": "torch.int64",
+    }
+    assert all(found.infos[name].shape == t.shape and torch.equal(found.tensor(name), t) for name, t in STATE.items())
+
+
+class Marker:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_modules_and_code_are_refused_and_not_run(tmp_path: Path) -> None:
+    path, trace = tmp_path / "expert.pt", tmp_path / "trace"
+    for content in (torch.nn.Linear(2, 2), Marker(trace), {"state_dict": STATE, "callback": Marker(trace)}):
+        torch.save(content, path)
+        with pytest.raises(ModelError, match=r"expert: .* is not a plain state dict .* epmq never runs; .*state_dict"):
+            open_file(path, "expert")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [([1, 2], "holds a list, no state dict"), ({"epoch": 3}, "holds no tensors by name")]
+)
+def test_other_contents_say_what_to_save(content: Any, reason: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "expert.bin")
+    with pytest.raises(ModelError, match=f"{reason}; save model.state_dict"):
+        open_file(tmp_path / "expert.bin", "expert")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 600])
+def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "expert.pth"
+    torch.save(STATE, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"expert: .*expert.pth .*save"):
+        open_file(path, "expert")
+
+
+def test_a_file_is_an_expert_with_the_bases_config_and_no_base(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    base = open_base(tmp_path, "base")
+    torch.save(STATE, tmp_path / "expert.pt")
+    for file in ("expert.pt", "model.safetensors"):
+        expert = open_expert(tmp_path / file, "expert", base, ())
+        assert expert.config is base.config
+        assert expert.path == tmp_path / file
+        assert torch.equal(expert.tensor("a.weight"), STATE["a.weight"])
+    with pytest.raises(ModelError, match=r"base: .*expert.pt is a file; give the model folder"):
+        open_base(tmp_path / "expert.pt", "base")
+
+
+def test_a_folder_of_pickles_alone_is_not_opened_but_says_how(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"or name the file itself, such as pytorch_model.bin"):
+        ModelFolder(tmp_path, "expert")

@@ -1,0 +1,85 @@
+"""Oracles: open_clip's own features of an expert, and transformers' loading of the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer, CLIPModel
+
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.reference import install
+from tests.conftest import TASKS, drifted, write_suite
+from tests.hubs import config, run_in
+
+MODEL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def hub(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An open_clip folder, two experts as state dicts of its image encoder, and the data of the CLIP hub."""
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "open_clip"
+    (folder / "base").mkdir(parents=True)
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**copy.deepcopy(MODEL)).eval()
+    save_file(base.state_dict(), folder / "base" / "open_clip_model.safetensors")
+    (folder / "base" / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    suite = OmegaConf.to_container(OmegaConf.load(clip_hub / "configs/suite/mini.yaml"))
+    assert isinstance(suite, dict)
+    for seed, task in enumerate(TASKS):
+        tensors = drifted(base.visual, seed).state_dict()
+        torch.save({f"model.visual.{name}": tensor for name, tensor in tensors.items()}, folder / f"{task}.pt")
+        suite["tasks"][task]["expert"] = str(folder / f"{task}.pt")
+    write_suite(folder, {**suite, "family": "open_clip", "base": str(folder / "base")})
+    return folder
+
+
+def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> None:
+    job = steps.make_job(config(hub))
+    models, model, _ = steps.open_models(job)
+    install(model, {name: models.source.expert(TASKS[1], name) for name in models.source.names})
+    expert = open_clip.CLIP(**copy.deepcopy(MODEL)).eval()
+    tensors = torch.load(hub / f"{TASKS[1]}.pt")
+    expert.visual.load_state_dict({name.removeprefix("model.visual."): tensor for name, tensor in tensors.items()})
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        found = job.family.features(model, {"pixel_values": pixels})
+        torch.testing.assert_close(found, expert.encode_image(pixels), rtol=0, atol=1e-5)
+
+
+def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
+    """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights: what comes out is the same."""
+    models = steps.open_models(steps.make_job(config(hub)))[0]
+    ready, *_ = steps.open_models(steps.make_job(config(hub, f"suite.base={models.base.path}")))
+    assert ready.base.path == models.base.path
+    assert ready.source.names == models.source.names
+    for name in ready.source.names:
+        assert torch.equal(ready.source.expert(TASKS[0], name), models.source.expert(TASKS[0], name))
+
+
+def test_a_run_gives_a_checkpoint_that_transformers_loads_as_clip(hub: Path, tmp_path: Path) -> None:
+    checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", "eval.samples=8")
+    model = AutoModel.from_pretrained(checkpoint)
+    assert isinstance(model, CLIPModel)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    linears = [layer["name"] for layer in metrics["layers"]]
+    assert sum(".self_attn.q_proj" in name for name in linears) == 2
+    base = CLIPModel.from_pretrained(next((tmp_path / "cache/open_clip").iterdir()))
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(["a photo of red"], return_tensors="pt")
+    with torch.inference_mode():
+        own, other = (each.get_text_features(**tokens).pooler_output for each in (model, base))
+        torch.testing.assert_close(own, other)
+        pixels = torch.randn(1, 3, 16, 16)
+        own, other = (each.get_image_features(pixels).pooler_output for each in (model, base))
+        assert not torch.allclose(own, other)
