@@ -85,7 +85,7 @@ class Session:
         self.models, self.model, self.dtype = steps.open_models(job)
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         if "experts" not in self.known:
-            scores = steps.score_parts(job, self.model, self.models.source, self.tasks)
+            scores = steps.score_parts(job, self.model, self.models, self.tasks)
             self.keep("experts", {"accuracy": average(scores["experts"]), "base": average(scores["base"])})
         self.loaded = True
 
@@ -120,7 +120,7 @@ class Session:
             found = guide.calibrate(job, self.model, taught.batches, self.tasks, self.models.source, self.dtype)
             tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)
             seconds = time.perf_counter() - start
-            scores = steps.score(job, self.model, tasks, "quantized")["quantized"]
+            scores = steps.score(job, self.model, tasks, "quantized", self.models.base.path)["quantized"]
             self.keep(key, {"accuracy": average(scores), "seconds": seconds, "tasks": scores})
             print(f"{key}: {average(scores):.1f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]

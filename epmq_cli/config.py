@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,28 @@ class Evaluation:
             check_range("eval.samples", self.samples, 1, 1 << 30, integer=True)
         for stage in self.stages:
             check_choice("eval.stages", stage, STAGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Harness(Evaluation):
+    """`eval=lm_eval`: `tasks` of lm-evaluation-harness in place of the suite's own, with so many `shots` (null for each
+    task's own number); `include_path`: a folder of the user's task files. An expert has no harness tasks of its own, so
+    that stage is not scored."""
+
+    tasks: Sequence[str]
+    shots: int | None
+    include_path: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for stage in self.stages:
+            check_choice("eval.stages", stage, [known for known in STAGES if known != "experts"])
+        if not self.tasks or not isinstance(self.tasks, list | tuple):
+            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {self.tasks!r}")
+        if self.shots is not None:
+            check_range("eval.shots", self.shots, 0, 1000, integer=True)
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ConfigError(f"eval.include_path must be a folder, got {self.include_path}")
 
 
 def check_complete(cfg: DictConfig) -> None:

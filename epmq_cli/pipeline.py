@@ -26,12 +26,13 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import CheckpointError, ConfigError, check_choice, check_keys
+from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.families.family import Batch, Family, load_model
 from epmq_cli.merge.apply import Models, fit_vocabulary
-from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
@@ -65,6 +66,11 @@ def make_job(cfg: DictConfig) -> Job:
     family = suite_family(suite)
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
+    evaluation: config.Evaluation = config.build("eval", cfg.eval)
+    if isinstance(evaluation, config.Harness) and PERPLEXITY not in family.metrics:
+        raise ConfigError(
+            f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
+        )
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     return Job(
@@ -75,7 +81,7 @@ def make_job(cfg: DictConfig) -> Job:
         calib=config.build("calib", cfg.calib),
         quantizer=config.build("quant", cfg.quant),
         pack=config.build("pack", cfg.pack),
-        evaluation=config.build("eval", cfg.eval),
+        evaluation=evaluation,
         device=config.device_of(cfg.device),
         seed=config.seed_of(cfg.seed),
     )
@@ -158,20 +164,37 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     return drawn
 
 
-def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str) -> Scores:
-    """The scores of one stage, or nothing where `eval.stages` leaves it out."""
+def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:
+    """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
     if stage not in job.evaluation.stages:
         return {}
-    return scores(job.family, model, tasks, job.evaluation.batch_size, job.device, stage)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder)
 
 
-def score_parts(job: Job, model: nn.Module, source: MergeSource, tasks: list[ScoredTask]) -> Scores:
+def stage_scores(
+    evaluation: config.Evaluation,
+    family: Family,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    device: torch.device,
+    stage: str,
+    folder: Path,
+) -> Scores:
+    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness."""
+    if not isinstance(evaluation, config.Harness):
+        return scores(family, model, tasks, evaluation.batch_size, device, stage)
+    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
+    return {stage: harness_scores(model, folder, device, *options)}
+
+
+def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTask]) -> Scores:
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
+        source = models.source
         install(model, {name: source.expert(task.name, name) for name in source.names})
 
-    found = score(job, model, tasks, "base")
+    found = score(job, model, tasks, "base", models.base.path)
     if "experts" in job.evaluation.stages:
         size = job.evaluation.batch_size
         found |= scores(job.family, model, tasks, size, job.device, "experts", before=become_expert)

@@ -22,7 +22,6 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
-    from epmq_cli.evaluate.score import scores
     from epmq_cli.families.family import load_model
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -38,7 +37,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
         model = load_model(family, checkpoint, device)
     with stages.stage("score quantized"):
-        found = scores(family, model, tasks, evaluation.batch_size, device, "quantized")
+        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint)
     measured = {"scores": metrics.by_task(found, suite.metrics), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))

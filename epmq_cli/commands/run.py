@@ -44,13 +44,13 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         models, model, dtype = steps.open_models(job)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
     with stages.stage("score base and experts"):
-        scores |= steps.score_parts(job, model, models.source, tasks)
+        scores |= steps.score_parts(job, model, models, tasks)
     with stages.stage("teach"):
         taught = guide.teach(job, model, models.source, drawn)
     with stages.stage("merge"):
         install(model, merge_models(models.source, job.merge, dtype))
     with stages.stage("score merged"):
-        scores |= steps.score(job, model, tasks, "merged")
+        scores |= steps.score(job, model, tasks, "merged", models.base.path)
     with stages.stage("calibrate and quantize"):
         calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
         walked = calibrated.walked
@@ -67,7 +67,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         )
         write_checkpoint(checkpoint, contents, job.pack.shard_size)
     with stages.stage("score quantized"):
-        scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized")
+        scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized", checkpoint)
     measured = {
         "seed": job.seed,
         "scores": metrics.by_task(scores, job.suite.metrics),

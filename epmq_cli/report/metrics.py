@@ -16,6 +16,7 @@ import torch
 from epmq_cli.evaluate.measures import average
 
 SCHEMA_VERSION = 2
+HARNESS = "lm_eval"
 PACKAGES = ("epmq-cli", "torch", "transformers", "compressed-tensors", "safetensors", "hydra-core", "numpy")
 
 Scores = dict[str, dict[str, float]]
@@ -41,15 +42,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """The scores by task then stage, and the mean over tasks of each stage; `kinds`: the metric of each task."""
+    """The scores by task then stage, and the mean over tasks of each stage; `kinds`: the metric of each task, those of
+    other tasks being lm-evaluation-harness's."""
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
     return {
-        "metrics": dict(kinds),
+        "metrics": {task: kinds.get(task, HARNESS) for task in tasks},
         "tasks": {
             task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks
         },
         "average": {
-            stage: average(list(by_task.values()), kinds[next(iter(by_task))]) for stage, by_task in scores.items()
+            stage: average(list(by_task.values()), kinds.get(next(iter(by_task)), HARNESS))
+            for stage, by_task in scores.items()
         },
     }
 

@@ -1,0 +1,159 @@
+"""Time and peak memory of the whole pipeline at the true size of published models, with random weights.
+
+    python benchmarks/full_size.py clip-vit-base-patch32 --samples 32
+    python benchmarks/full_size.py flan-t5-base --samples 32
+    python benchmarks/full_size.py clip-vit-base-patch32 flan-t5-base --samples 256 --device cuda
+
+Two experts, random data, `epmq run` as a user would start it. Scores mean nothing here. What is in runs/full/<model>
+already, models and data, is taken from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+TASKS = ("first", "second")
+DRIFT = 0.02  # noise of an expert, relative to the weights' own spread
+FLAN_T5_BASE = {
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
+
+
+def save(folder: Path, base: Any) -> None:
+    """The base and its experts."""
+    base.save_pretrained(folder / "base")
+    for seed, task in enumerate(TASKS):
+        generator, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter += DRIFT * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        expert.save_pretrained(folder / task)
+
+
+def tokenizer(folder: Path, words: list[str], start: str, end: str) -> None:
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    ids = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "<start>", *words])}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(name, ids[name]) for name in {start, end} if name]
+    made.post_processor = processors.TemplateProcessing(f"{start} $A {end}".strip(), special_tokens=special)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "base")
+
+
+def clip(folder: Path, samples: int) -> dict[str, Any]:
+    """CLIP-ViT-B/32, whose configuration is the default of CLIPConfig."""
+    torch.manual_seed(0)
+    config = CLIPConfig()
+    config.text_config.eos_token_id = 1
+    save(folder, CLIPModel(config).eval())
+    CLIPImageProcessor().save_pretrained(folder / "base")
+    tokenizer(folder, ["a", "photo", "of", "cat", "dog"], "", "</s>")
+    generator, tasks = np.random.default_rng(0), {}
+    for task in TASKS:
+        images = {f"{split}_images": generator.integers(0, 256, (samples, 224, 224, 3), np.uint8) for split in SPLITS}
+        labels = {f"{split}_labels": np.arange(samples) % 2 for split in SPLITS}
+        np.savez(folder / f"{task}.npz", **images, **labels)
+        data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
+        names = {"classes": ["cat", "dog"], "templates": ["a photo of a {}"]}
+        tasks[task] = {"expert": str(folder / task), "data": data, **names}
+    return {"family": "clip", "tasks": tasks}
+
+
+def t5(folder: Path, samples: int) -> dict[str, Any]:
+    """FLAN-T5-base, with an output layer of its own."""
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(**FLAN_T5_BASE, tie_word_embeddings=False)).eval()
+    base.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn(base.lm_head.weight.shape))
+    save(folder, base)
+    for name in ("base", *TASKS):  # as the published files have it
+        path = folder / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    words = [f"w{number}" for number in range(30000)]
+    tokenizer(folder, words, "", "</s>")
+    generator, tasks = np.random.default_rng(0), {}
+    for task in TASKS:
+        paths = {split: folder / f"{task}_{split}.tsv" for split in SPLITS}
+        for path in paths.values():
+            texts = (" ".join(generator.choice(words, generator.integers(20, 60))) for _ in range(samples))
+            path.write_text("label\ttext\n" + "".join(f"{i % 2}\t{text}\n" for i, text in enumerate(texts)))
+        data = {"_target_": "epmq_cli.data.table.Table", **{split: str(path) for split, path in paths.items()}}
+        tasks[task] = {"expert": str(folder / task), "data": data, "classes": ["w1", "w2"]}
+    return {"family": "t5", "tasks": tasks}
+
+
+SPLITS = ("train", "test")
+MODELS = {"clip-vit-base-patch32": clip, "flan-t5-base": t5}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> None:
+    """Makes the suite, runs it and prints the stages of metrics.json."""
+    folder = arguments.out / name
+    config = folder / "configs" / "suite" / "full.yaml"
+    if not config.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        suite = {"_target_": "epmq_cli.suites.Suite", "name": name, "base": str(folder / "base")}
+        suite |= MODELS[name](folder, arguments.samples)
+        config.parent.mkdir(parents=True)
+        config.write_text(json.dumps(suite, indent=1))  # JSON is YAML
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    options = [f"out={run}", f"calib.samples={arguments.samples}", f"device={arguments.device}", *arguments.overrides]
+    command = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=full", *options]
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    wall = time.perf_counter() - start
+    metrics = json.loads((run / "metrics.json").read_text())
+    where, threads = metrics["environment"]["device_name"], metrics["environment"]["threads"]
+    print(f"\n{name}, 2 experts, {arguments.samples} samples a task, {where}, {threads} threads: {wall:.0f} s in all\n")
+    print("| stage | seconds | peak host GB | peak device GB |\n|---|---|---|---|")
+    for stage, record in metrics["stages"].items():
+        device = record["peak_device_bytes"]
+        shown = "" if device is None else f"{device / 1e9:.2f}"
+        print(f"| {stage} | {record['seconds']:.1f} | {record['peak_host_bytes'] / 1e9:.2f} | {shown} |")
+    print(f"\n{json.dumps(metrics['bytes'])}", flush=True)
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/full"))
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the run")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        measure(name, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Oracles: the log-likelihoods that the model itself gives, and results written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from epmq_cli.errors import ConfigError
+from epmq_cli.evaluate.harness import chosen, harness_scores
+from tests.minihub import decoder_hub
+
+TASK = """task: mini
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [red, blue]
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = decoder_hub(tmp_path_factory.mktemp("llama"), "llama")
+    texts = ["a photo of", "it is", "good film not", "very bad", "the", "is it", "of a film"]
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "mini.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
+    found = harness_scores(model, hub / "base", CPU, ["mini"], str(hub / "tasks"), None, 6, 4)
+    tokenizer, right = AutoTokenizer.from_pretrained(hub / "base"), 0
+    for line in (hub / "rows.jsonl").read_text().splitlines()[:6]:
+        row = json.loads(line)
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        logits = model(input_ids=ids).logits[0, -1]
+        choices = [tokenizer.convert_tokens_to_ids(word) for word in ("red", "blue")]
+        right += int(logits[choices].argmax()) == row["label"]
+    assert found == {"mini/acc": pytest.approx(right / 6)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(hub / "base")
+    with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):
+        harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, 4)
+
+
+def test_of_several_metrics_the_preferred_one_is_taken() -> None:
+    several = {"alias": "a", "acc,none": 0.5, "acc_norm,none": 0.25, "acc_stderr,none": 0.1}
+    odd = {"bleu,none": 0.125, "bleu_stderr,none": "N/A"}
+    assert chosen(["a", "b"], {"a": several, "b": odd}) == {"a/acc_norm": 0.25, "b/bleu": 0.125}
