@@ -119,17 +119,14 @@ def scored_task(
     evaluation: config.Evaluation,
 ) -> ScoredTask:
     """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
-    samples = task.data.load("test")
-    if evaluation.samples is not None:
-        samples = samples.take(list(range(min(evaluation.samples, len(samples)))))
-    return ScoredTask(task.name, samples, family.collate(folder, task), head)
+    return ScoredTask(task.name, task.data.load("test", evaluation.samples), family.collate(folder, task), head)
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     """Each task's calibration batches, on the device."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
-        samples = draw(task.data.load("train"), job.calib.samples, job.seed, task.name).by_length()
+        samples = draw(task, job.calib.samples, job.seed).by_length()
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), job.calib.batch_size, job.device))
     return drawn
 

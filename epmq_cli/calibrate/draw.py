@@ -11,18 +11,22 @@ import torch
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.families.family import Batch, Collate
+from epmq_cli.suites import Task
 
 log = logging.getLogger("epmq")
 
 
-def draw(samples: Samples, count: int, seed: int, task: str) -> Samples:
-    """`count` samples in random order that depends on the seed and the task's name alone; all where there are fewer."""
+def draw(task: Task, count: int, seed: int) -> Samples:
+    """`count` training samples in random order that depends on the seed and the task's name alone; all where there
+    are fewer."""
+    samples = task.data.load("train", count, zlib.crc32(f"{seed} {task.name}".encode()))
     if len(samples) == 0:
-        raise DataError(f"task {task} has no training samples to calibrate on")
+        raise DataError(f"task {task.name} has no training samples to calibrate on")
     if len(samples) < count:
-        log.warning("task %s: calibrating on all %d training samples, %d were asked for", task, len(samples), count)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {task}".encode()))
-    return samples.take(torch.randperm(len(samples), generator=generator)[:count].tolist())
+        log.warning(
+            "task %s: calibrating on all %d training samples, %d were asked for", task.name, len(samples), count
+        )
+    return samples
 
 
 def batches(samples: Samples, collate: Collate, batch_size: int, device: torch.device) -> Iterator[Batch]:
