@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,7 @@ def scored_task(
     evaluation: config.Evaluation,
 ) -> ScoredTask:
     """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
-    samples = task.data.load("test")
-    if evaluation.samples is not None:
-        samples = samples.take(list(range(min(evaluation.samples, len(samples)))))
+    samples = task.data.load("test", evaluation.samples)
     if task.metric == PERPLEXITY:
         samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
     collate, predict = family.collate(folder, task), family.predict(folder, task)
@@ -155,11 +154,10 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     """Each task's calibration batches, on the device."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
-        samples = task.data.load("train")
         if task.metric == PERPLEXITY:
-            samples = sequences(job.family.tokens(base, samples.inputs), task, job.calib.samples, job.seed)
+            samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
         else:
-            samples = draw(samples, job.calib.samples, job.seed, task.name).by_length()
+            samples = draw(task, job.calib.samples, job.seed).by_length()
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), job.calib.batch_size, job.device))
     return drawn
 

@@ -10,6 +10,7 @@ from epmq_cli.data.samples import Source
 from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range
 
 MAX_LENGTH = 128
+METRICS = ("accuracy", "matthews", "spearman", "perplexity")
 VOCABULARIES = ("same", "pad")
 
 
@@ -17,8 +18,9 @@ VOCABULARIES = ("same", "pad")
 class Task:
     """One task of a suite.
 
-    `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order.
-    `templates`: prompts with {} for the class name. `max_length`: of texts, in tokens.
+    `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order; for
+    tasks that are answered in words the answers. `templates`: prompts with {} for the class name. `max_length`: of
+    texts, in tokens. `metric`: one of METRICS. `documents`: how many are read at most to calibrate on running text.
     """
 
     name: str
@@ -28,10 +30,12 @@ class Task:
     templates: tuple[str, ...] | None = None
     max_length: int = MAX_LENGTH
     metric: str = "accuracy"
+    documents: int | None = None
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
         check_range(f"{where}.max_length", self.max_length, 1, 1 << 20, integer=True)
+        check_choice(f"{where}.metric", self.metric, METRICS)
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
         for template in self.templates or ():
@@ -43,27 +47,54 @@ class Task:
 class Suite:
     """`suite=<name>`.
 
-    `family`: the architecture. `base`: a model folder or hub id. `tasks`: the fields of Task, by task name.
-    `vocabulary`: `same` for all models, or `pad` where some have more tokens than others.
+    `family`: the architecture, or `auto` to find it by the base's config. `base`: a model folder or hub id. `tasks`:
+    the fields of Task, by task name; those that are the same for all can be in `each`. `experts`: the experts of tasks
+    that name none, as a pattern with {task} or by task name; where there are no `tasks`, each is one. `root`: a mirror
+    of the hub, where models are looked for first, at `<root>/<id>`. `vocabulary`: `same` for all models, or `pad` where
+    some have more tokens than others.
     """
 
     name: str
     family: str
     base: str
     tasks: Mapping[str, Mapping[str, Any]]
+    experts: str | Mapping[str, str] | None = None
+    each: Mapping[str, Any] | None = None
     vocabulary: str = "same"
     root: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
-        if not self.tasks:
-            raise ConfigError("suite.tasks must name at least one task")
+        if not self.entries:
+            raise ConfigError("suite.tasks must name at least one task, or suite.experts the experts by task name")
+        if isinstance(self.experts, str) and self.experts.count("{task}") != 1:
+            raise ConfigError(f"suite.experts must have one {{task}} for the task's name, got {self.experts!r}")
+        if isinstance(self.experts, Mapping):
+            check_keys("suite.experts", self.experts, self.entries)
         _ = self.members
 
     @property
     def members(self) -> list[Task]:
         """The tasks in order; ConfigError where one cannot be."""
-        return [_task(str(name), entry) for name, entry in self.tasks.items()]
+        return [_task(name, entry, self._expert(name, entry)) for name, entry in self.entries.items()]
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The fields of each task, with those that all have."""
+        given = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
+        own = {str(name): self.tasks.get(name) or {} for name in given}
+        return {name: {**(self.each or {}), **entry} for name, entry in own.items()}
+
+    def _expert(self, name: str, entry: Mapping[str, Any]) -> str:
+        if entry.get("expert") is not None:
+            return str(entry["expert"])
+        if isinstance(self.experts, str):
+            return self.experts.replace("{task}", name)
+        if self.experts and name in self.experts:
+            return str(self.experts[name])
+        raise ConfigError(
+            f"task {name} has no expert; set suite.tasks.{name}.expert, or suite.experts to a pattern with {{task}}"
+        )
 
     @property
     def metrics(self) -> dict[str, str]:
@@ -71,12 +102,12 @@ class Suite:
         return {task.name: task.metric for task in self.members}
 
 
-def _task(name: str, entry: Mapping[str, Any]) -> Task:
+def _task(name: str, entry: Mapping[str, Any], expert: str) -> Task:
     known = [field.name for field in fields(Task) if field.name != "name"]
-    check_keys(f"suite.tasks.{name}", entry, known, required=("expert", "data"))
+    check_keys(f"suite.tasks.{name}", entry, known, required=("data",))
     if not hasattr(entry["data"], "load"):
         raise ConfigError(
             f"suite.tasks.{name}.data needs a _target_ such as epmq_cli.data.table.Table (see the README)"
         )
     lists = {key: tuple(map(str, entry[key])) for key in ("classes", "templates") if entry.get(key) is not None}
-    return Task(name=name, **{**entry, **lists})
+    return Task(name=name, **{**entry, **lists, "expert": expert})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,17 @@ from epmq_cli.suites import Task
 log = logging.getLogger("epmq")
 
 
-def draw(samples: Samples, count: int, seed: int, task: str) -> Samples:
-    """`count` samples in random order that depends on the seed and the task's name alone; all where there are fewer."""
+def draw(task: Task, count: int, seed: int) -> Samples:
+    """`count` training samples in random order that depends on the seed and the task's name alone; all where there
+    are fewer."""
+    samples = task.data.load("train", count, task_seed(seed, task.name))
     if len(samples) == 0:
-        raise DataError(f"task {task} has no training samples to calibrate on")
+        raise DataError(f"task {task.name} has no training samples to calibrate on")
     if len(samples) < count:
-        log.warning("task %s: calibrating on all %d training samples, %d were asked for", task, len(samples), count)
-    generator = torch.Generator().manual_seed(task_seed(seed, task))
-    return samples.take(torch.randperm(len(samples), generator=generator)[:count].tolist())
+        log.warning(
+            "task %s: calibrating on all %d training samples, %d were asked for", task.name, len(samples), count
+        )
+    return samples
 
 
 def task_seed(seed: int, task: str) -> int:
@@ -33,9 +36,11 @@ def task_seed(seed: int, task: str) -> int:
     return zlib.crc32(f"{seed} {task}".encode())
 
 
-def sequences(tokens: Tensor, task: Task, count: int, seed: int) -> Samples:
-    """`count` sequences of the task's `max_length` tokens, cut out of the tokens (tokens,) of all its documents."""
-    blocks = token_blocks(tokens, task.max_length, count, task_seed(seed, task.name))
+def sequences(task: Task, tokens_of: Callable[[Sequence[str]], Tensor], count: int, seed: int) -> Samples:
+    """`count` sequences of the task's `max_length` tokens, cut out of the tokens of its training documents; of these at
+    most `documents` are read. `tokens_of`: the tokens (tokens,) of some documents."""
+    documents = task.data.load("train", task.documents, task_seed(seed, task.name)).inputs
+    blocks = token_blocks(tokens_of(documents), task.max_length, count, task_seed(seed, task.name))
     return Samples(list(blocks), torch.zeros(len(blocks), dtype=torch.int64))
 
 

@@ -44,11 +44,7 @@ class Documents:
 
 def running(texts: Sequence[str], count: int | None, seed: int | None) -> Samples:
     """Documents as samples."""
-    samples = Samples(texts, torch.zeros(len(texts), dtype=torch.int64))
-    if count is None:
-        return samples
-    order = range(len(texts)) if seed is None else torch.randperm(len(texts), generator=_generator(seed)).tolist()
-    return samples.take(list(order)[:count])
+    return Samples(texts, torch.zeros(len(texts), dtype=torch.int64)).some(count, seed)
 
 
 def token_blocks(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
@@ -61,9 +57,6 @@ def token_blocks(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
             f"calibration needs at least max_length={length} tokens of text, got {len(ids)}; give more, or a smaller "
             "max_length"
         )
-    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=_generator(seed))
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)
     return ids[starts[:, None] + torch.arange(length)]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -1,22 +1,61 @@
-"""Tasks from data sets of the Hugging Face hub, through the `datasets` library (extra `hub`)."""
+"""Tasks from data sets of the Hugging Face hub, or of a mirror of it, through the `datasets` library (extra `hub`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
+from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
-from epmq_cli.data.table import label_indices
 from epmq_cli.errors import DataError
+
+BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
+SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
+
+log = logging.getLogger("epmq")
+
+Values = Mapping[str, Sequence[Any]]
+"""Column -> its values, images as {bytes, path}."""
+
+
+class Pictures(Sequence[Image.Image]):
+    """Images that are decoded when they are asked for, as `datasets` does it (turned as their EXIF data says)."""
+
+    def __init__(self, stored: Sequence[Any], where: str) -> None:
+        """`stored`: {bytes, path} of each image."""
+        self._stored, self._where = stored, where
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        import datasets
+
+        try:
+            image: Image.Image = datasets.Image().decode_example(self._stored[index])
+        except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
+            raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
+        return image
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set by its id.
+    """A data set by its id, or by the folder of a copy of it.
 
     `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
-    or text, or a list of two columns for pairs of texts. `label`: the column of the label. `labels`: the values of
-    that column in the order of the classes; null where they are the whole numbers 0, 1, ... themselves.
+    or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
+    `label`: the column of the label. `labels`: the values of that column in the order of the classes; null where they
+    are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes. `root`: a mirror, where
+    the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
     """
 
     path: str
@@ -26,27 +65,116 @@ class Hub:
     input: str | Sequence[str] = "image"
     label: str = "label"
     labels: Sequence[str | int] | None = None
+    prompt: str | None = None
+    regression: bool = False
+    root: str | None = None
 
-    def load(self, split: Split) -> Samples:
-        """All samples of the split, which is downloaded once into the cache of `datasets`."""
+    def __post_init__(self) -> None:
+        _ = self.columns
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a sample; ConfigError where they make none."""
+        return columns("input", self.input, self.prompt, self.label, self.labels, self.regression)
+
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """Samples of the split, whose images are decoded when they are asked for.
+
+        With a count they are streamed: nothing is kept on disk, and a draw reads about BUFFER rows from SHARDS places
+        of the split. Without one, or where it cannot be streamed (offline, from the cache of `datasets`), the split
+        is downloaded once into that cache, without the others.
+        """
+        library, stored = _datasets(self.path), self.train if split == "train" else self.test
+        failures = (OSError, ValueError, NotImplementedError, library.exceptions.DatasetsError)
+        if count is not None:
+            try:
+                return self._samples(self._streamed(library, stored, count, seed))
+            except failures as error:
+                log.info("data set %s is not streamed (%s)", self.path, _first_line(error))
         try:
-            import datasets
-        except ImportError as error:
+            found = self._whole(library, stored)
+        except failures as error:
+            mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
-                f"data set {self.path} needs the datasets library; install it with pip install 'epmq-cli[hub]'"
+                f"data set {self.path} cannot be had; check its id, name and split ({_first_line(error)}){mirror}"
             ) from error
-        columns = (self.input,) if isinstance(self.input, str) else tuple(self.input)
+        return self._samples(found).some(count, seed)
+
+    @property
+    def folder(self) -> Path | None:
+        """The data set's folder on this machine, in the mirror or given as such; None where there is none."""
+        places = [Path(self.root) / "datasets" / self.path, Path(self.root) / self.path] if self.root else []
+        found = (place.expanduser() for place in [*places, Path(self.path)])
+        return next((place for place in found if place.is_dir()), None)
+
+    def _builder(self, library: ModuleType, cache: Path | None = None) -> Any:
+        """The data set's builder; a configuration that no README declares is a sub-folder of that name."""
+        folder, name = self.folder, self.name
+        place, options = str(folder or self.path), {"cache_dir": None if cache is None else str(cache)}
+        if folder and name and (folder / name).is_dir() and name not in library.get_dataset_config_names(place):
+            return library.load_dataset_builder(place, data_dir=name, **options)
+        return library.load_dataset_builder(place, name, **options)
+
+    def _streamed(self, library: ModuleType, stored: str, count: int, seed: int | None) -> Values:
+        """`count` rows of the split, images undecoded, without writing anything to disk."""
+        rows = self._builder(library).as_streaming_dataset(split=stored).reshard()
+        self._check(rows.column_names or list(next(iter(rows), {})))
+        rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
+        taken = list(rows.take(count))
+        return {name: [row[name] for row in taken] for name in self.columns.names}
+
+    def _whole(self, library: ModuleType, stored: str) -> Values:
+        """The split from the cache; there it has a folder of its own, so that no other split is downloaded with it."""
+        split = stored.partition("[")[0]
         try:
-            rows = datasets.load_dataset(self.path, self.name, split=self.train if split == "train" else self.test)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"data set {self.path} cannot be had; check its id, name and split ({reason})") from error
-        missing = [column for column in (*columns, self.label) if column not in rows.column_names]
+            builder = self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / split)
+        except OSError:  # offline: what was cached whole, by whatever program
+            builder = self._builder(library)
+        files = builder.config.data_files
+        if files is not None and split.isidentifier():
+            if split not in files:
+                raise ValueError(f"its splits are {', '.join(map(str, files))}")
+            builder.config.data_files = type(files)({split: files[split]})
+        builder.download_and_prepare(verification_mode="no_checks")
+        rows = builder.as_dataset(split=stored)
+        self._check(rows.column_names)
+        rows = _undecoded(library, rows)
+        return {name: rows[name] for name in self.columns.names}
+
+    def _check(self, names: Sequence[str]) -> None:
+        missing = [column for column in self.columns.names if column not in names]
         if missing:
-            raise DataError(
-                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(rows.column_names)}"
-            )
-        inputs = (
-            rows[columns[0]] if len(columns) == 1 else list(zip(*(rows[column] for column in columns), strict=True))
-        )
-        return Samples(inputs, label_indices(list(rows[self.label]), self.labels, self.path))
+            raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(names)}")
+
+    def _samples(self, values: Values) -> Samples:
+        labels = self.columns.targets(values[self.label][:], self.path)
+        first = values[self.columns.inputs[0]]
+        if self.prompt is None and len(first) and isinstance(first[0], dict):
+            return Samples(Pictures(first, self.path), labels)
+        texts = [values[name][:] for name in self.columns.inputs]
+        rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
+        return Samples([self.columns.text(row) for row in rows], labels)
+
+
+def _datasets(path: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data set {path} needs the datasets library; install it with pip install 'epmq-cli[hub]'"
+        ) from error
+    return datasets  # type: ignore[no-any-return, unused-ignore]
+
+
+def _undecoded(library: ModuleType, rows: Any) -> Any:
+    """The rows with {bytes, path} in place of images."""
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, library.Image):
+            rows = rows.cast_column(name, library.Image(decode=False))
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

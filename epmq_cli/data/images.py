@@ -49,8 +49,8 @@ class ImageFolder:
     test: str
     labels: Sequence[str] | None = None
 
-    def load(self, split: Split) -> Samples:
-        """All images of the split by class, then by file name."""
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """Images of the split, without a seed by class, then by file name."""
         folder = Path(self.train if split == "train" else self.test).expanduser()
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; data paths are taken from the folder that epmq was started in")
@@ -67,9 +67,8 @@ class ImageFolder:
             for path in sorted((folder / name).glob("*"))
             if path.suffix.lower() in SUFFIXES
         ]
-        return Samples(
-            ImageFiles([path for path, _ in files]), torch.tensor([label for _, label in files], dtype=torch.int64)
-        )
+        labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+        return Samples(ImageFiles([path for path, _ in files]), labels).some(count, seed)
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class Npz:
 
     path: str
 
-    def load(self, split: Split) -> Samples:
-        """All images of the split."""
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """Images of the split."""
         path = Path(self.path).expanduser()
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -97,4 +96,5 @@ class Npz:
                 f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
                 f"got {images.dtype} {images.shape} and labels {labels.shape}"
             )
-        return Samples([Image.fromarray(image) for image in images], torch.from_numpy(labels.astype(np.int64)))
+        samples = Samples([Image.fromarray(image) for image in images], torch.from_numpy(labels.astype(np.int64)))
+        return samples.some(count, seed)

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Split = Literal["train", "test"]
+
+
+class View(Sequence[Any]):
+    """Some of the inputs, in an order of their own; each is fetched, and an image decoded, when it is asked for."""
+
+    def __init__(self, inputs: Sequence[Any], indices: Sequence[int]) -> None:
+        self._inputs, self._indices = inputs, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._inputs[index] for index in self._indices)
+
+    def __getitem__(self, position: int) -> Any:  # type: ignore[override]
+        return self._inputs[self._indices[position]]
 
 
 @dataclass(frozen=True)
 class Samples:
     """One split of one task.
 
-    `inputs`: images as PIL images, texts as str, pairs of texts as (str, str). `labels`: int64 (len(inputs),), indices
-    into the task's classes.
+    `inputs`: images as PIL images, texts as str, pairs of texts as (str, str). `labels`: (len(inputs),), int64 indices
+    into the task's classes, or float32 where the task is a regression.
     """
 
     inputs: Sequence[Any]
@@ -26,8 +43,18 @@ class Samples:
         return len(self.inputs)
 
     def take(self, indices: list[int]) -> Samples:
-        """The samples at these positions, in this order."""
-        return Samples([self.inputs[i] for i in indices], self.labels[indices])
+        """The samples at these positions, in this order; images stay where they are until they are asked for."""
+        return Samples(View(self.inputs, indices), self.labels[indices])
+
+    def some(self, count: int | None, seed: int | None) -> Samples:
+        """The first `count` samples, or with a seed `count` in random order; all where there are fewer or no count.
+
+        The order depends on the seed and the number of samples alone, so that a longer draw begins with a shorter one.
+        """
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            return self.take(torch.randperm(len(self), generator=generator)[:count].tolist())
+        return self if count is None or count >= len(self) else self.take(list(range(count)))
 
     def by_length(self) -> Samples:
         """Texts from short to long, so that batches hold little padding; images as they are."""
@@ -39,5 +66,6 @@ class Samples:
 class Source(Protocol):
     """Where the samples of a task come from: one frozen dataclass a kind of place."""
 
-    def load(self, split: Split) -> Samples:
-        """All samples of the split; DataError where they cannot be read."""
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """`count` samples of the split, or fewer where it has no more: the first ones, or with a seed ones in random
+        order that depends on the seed alone. Without a count all. DataError where they cannot be read."""

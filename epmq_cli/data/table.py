@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
 
@@ -22,8 +20,9 @@ KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
 class Table:
     """A table with one sample a row, in the file `train` or `test`.
 
-    `text`: the column of the text, or a list of two columns for pairs. `label`: the column of the label. `labels`:
-    the values of that column in the order of the classes; null where they are the whole numbers 0, 1, ... themselves.
+    `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} places, instead
+    of `text`. `label`: the column of the label. `labels`: the values of that column in the order of the classes; null
+    where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
     """
 
     train: str
@@ -31,26 +30,26 @@ class Table:
     text: str | Sequence[str] = "text"
     label: str = "label"
     labels: Sequence[str | int] | None = None
+    prompt: str | None = None
+    regression: bool = False
 
     def __post_init__(self) -> None:
         for path in (self.train, self.test):
             if Path(path).suffix not in KINDS:
                 raise ConfigError(f"data.train and data.test must be files ending in {', '.join(KINDS)}, got {path}")
-        if len(self.columns) not in (1, 2):
-            raise ConfigError(f"data.text must be one column or a list of two, got {self.text}")
+        _ = self.columns
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of the text."""
-        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+    def columns(self) -> Columns:
+        """The columns of a sample; ConfigError where they make none."""
+        return columns("text", self.text, self.prompt, self.label, self.labels, self.regression)
 
-    def load(self, split: Split) -> Samples:
-        """All rows of the split's file; DataError names the file, and the row where there is one."""
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """Rows of the split's file; DataError names the file, and the row where there is one."""
         path = Path(self.train if split == "train" else self.test).expanduser()
-        rows = read_rows(path, (*self.columns, self.label))
-        texts = [tuple(str(row[column]) for column in self.columns) for row in rows]
-        inputs = [text if len(self.columns) == 2 else text[0] for text in texts]
-        return Samples(inputs, label_indices([row[self.label] for row in rows], self.labels, str(path)))
+        rows = read_rows(path, self.columns.names)
+        labels = self.columns.targets([row[self.label] for row in rows], str(path))
+        return Samples([self.columns.text(row) for row in rows], labels).some(count, seed)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -93,19 +92,3 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 _READERS = {".tsv": _read_delimited, ".csv": _read_delimited, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def label_indices(values: Sequence[Any], labels: Sequence[str | int] | None, where: str) -> Tensor:
-    """int64 (len(values),): the position of each value in `labels`, or the value itself where that is None."""
-    if labels is not None:
-        index = {str(label): position for position, label in enumerate(labels)}
-        unknown = next((value for value in values if str(value) not in index), None)
-        if unknown is not None:
-            raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}")
-        return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
-    try:
-        return torch.tensor([int(value) for value in values], dtype=torch.int64)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{where}: labels must be whole numbers from 0; name their values in data.labels ({error})"
-        ) from error

@@ -13,7 +13,7 @@ from epmq_cli.data.tiny_draw import COLUMNS, SIDE, Dice, Labels, paint
 from epmq_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epmq_cli.data.samples import Samples
+    from epmq_cli.data.samples import Samples, Split
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "shapes": ("circle", "square", "triangle", "cross", "ring", "diamond", "crescent", "hourglass"),
@@ -47,16 +47,18 @@ class Tiny:
             if getattr(self, split) < 1:
                 raise ConfigError(f"data.{split} must be at least 1 sample, got {getattr(self, split)}")
 
-    def load(self, split: str) -> Samples:
-        """The samples of `split` ("train" or "test"): 32 x 32 RGB pictures and their labels."""
+    def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
+        """Samples of the split: 32 x 32 RGB pictures and their labels. Without a seed only `count` are drawn."""
         # Imported here: the pictures themselves can be drawn where torch is not wanted.
         import torch
         from PIL import Image
 
         from epmq_cli.data.samples import Samples
 
-        pixels, labels = images(self.task, split, {"train": self.train, "test": self.test}[split])
-        return Samples(inputs=[Image.fromarray(each) for each in pixels], labels=torch.from_numpy(labels))
+        size = self.train if split == "train" else self.test
+        drawn = size if seed is not None or count is None else min(count, size)
+        pixels, labels = images(self.task, split, drawn)
+        return Samples([Image.fromarray(each) for each in pixels], torch.from_numpy(labels)).some(count, seed)
 
 
 def images(task: str, split: str, count: int) -> tuple[npt.NDArray[np.uint8], Labels]:
