@@ -28,6 +28,7 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.commands.app import quiet_libraries
+from epmq_cli.evaluate import measures
 from epmq_cli.merge.apply import merge_models
 
 EPMQ = {"guidance": "expert"}
@@ -86,7 +87,7 @@ class Session:
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         if "experts" not in self.known:
             scores = steps.score_parts(job, self.model, self.models, self.tasks)
-            self.keep("experts", {"accuracy": average(scores["experts"]), "base": average(scores["base"])})
+            self.keep("experts", {"accuracy": average(job, scores["experts"]), "base": average(job, scores["base"])})
         self.loaded = True
 
     def keep(self, key: str, entry: dict[str, Any]) -> None:
@@ -121,8 +122,8 @@ class Session:
             tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)
             seconds = time.perf_counter() - start
             scores = steps.score(job, self.model, tasks, "quantized", self.models.base.path)["quantized"]
-            self.keep(key, {"accuracy": average(scores), "seconds": seconds, "tasks": scores})
-            print(f"{key}: {average(scores):.1f}, {seconds:.1f} s", file=sys.stderr, flush=True)
+            self.keep(key, {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores})
+            print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
 
@@ -135,9 +136,11 @@ class Session:
         return self._state
 
 
-def average(scores: dict[str, float]) -> float:
-    """The mean over tasks in %."""
-    return 100 * sum(scores.values()) / len(scores)
+def average(job: steps.Job, scores: dict[str, float]) -> float:
+    """The mean over tasks, in % but for perplexities."""
+    metric = next(iter(job.suite.metrics.values()))
+    mean = measures.average(list(scores.values()), metric)
+    return mean if metric == measures.PERPLEXITY else 100 * mean
 
 
 def table(session: Session, arguments: argparse.Namespace) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from epmq_cli.data.samples import Source
@@ -82,8 +83,7 @@ class Suite:
     def entries(self) -> dict[str, dict[str, Any]]:
         """The fields of each task, with those that all have."""
         given = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
-        own = {str(name): self.tasks.get(name) or {} for name in given}
-        return {name: {**(self.each or {}), **entry} for name, entry in own.items()}
+        return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in given}
 
     def _expert(self, name: str, entry: Mapping[str, Any]) -> str:
         if entry.get("expert") is not None:
@@ -102,8 +102,18 @@ class Suite:
         return {task.name: task.metric for task in self.members}
 
 
+def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's fields with those of all tasks; of its data, too, what it names counts and the rest is theirs."""
+    filled = {**each, **entry}
+    shared, own = each.get("data"), entry.get("data")
+    if dataclasses.is_dataclass(shared) and not isinstance(shared, type) and isinstance(own, Mapping):
+        check_keys(f"suite.tasks.{name}.data", own, [field.name for field in dataclasses.fields(shared)])
+        filled["data"] = dataclasses.replace(shared, **own)
+    return filled
+
+
 def _task(name: str, entry: Mapping[str, Any], expert: str) -> Task:
-    known = [field.name for field in fields(Task) if field.name != "name"]
+    known = [field.name for field in dataclasses.fields(Task) if field.name != "name"]
     check_keys(f"suite.tasks.{name}", entry, known, required=("data",))
     if not hasattr(entry["data"], "load"):
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from epmq_cli.data.images import Npz
+from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError
 from epmq_cli.suites import MAX_LENGTH, Suite
 
@@ -52,3 +53,26 @@ def test_suites_without_tasks_or_with_half_a_task_are_refused() -> None:
         Suite(name="s", family="clip", base="b", tasks={})
     with pytest.raises(ConfigError, match="suite.tasks.t needs data, but only expert is set"):
         Suite(name="s", family="clip", base="b", tasks={"t": {"expert": "e"}})
+
+
+def test_what_tasks_have_in_common_is_said_once_and_a_task_may_differ() -> None:
+    each = {"max_length": 7, "data": Table("a.tsv", "b.tsv", text="body")}
+    tasks = {"x": {}, "y": {"max_length": 9, "data": {"text": ["one", "two"]}}}
+    made = Suite(name="s", family="bert", base="b", experts="e/{task}", each=each, tasks=tasks).members
+    assert [(task.expert, task.max_length) for task in made] == [("e/x", 7), ("e/y", 9)]
+    assert made[0].data == each["data"]
+    assert made[1].data == Table("a.tsv", "b.tsv", text=["one", "two"])
+
+
+def test_experts_by_name_are_the_tasks_where_none_are_named() -> None:
+    each = {"data": Npz("x.npz")}
+    made = Suite(name="s", family="clip", base="b", experts={"z": "o/z", "a": "o/a"}, each=each, tasks={}).members
+    assert [(task.name, task.expert) for task in made] == [("z", "o/z"), ("a", "o/a")]
+
+
+def test_a_wrong_field_of_a_tasks_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="suite.tasks.t.data has no option 'txt', the options are train, test, text"):
+        Suite(
+            name="s", family="bert", base="b", experts={"t": "e"}, each={"data": Table("a.tsv", "b.tsv")},
+            tasks={"t": {"data": {"txt": "x"}}},
+        )  # fmt: skip
