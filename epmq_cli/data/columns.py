@@ -18,20 +18,20 @@ class Columns:
     """Which columns make up a sample.
 
     `inputs`: one column, or two for pairs of texts. `prompt`: a text with {column} places instead. `label`: the column
-    of the label, `labels` its values in the order of the classes, or None where they are the whole numbers 0, 1, ...
-    themselves; `regression`: labels are numbers of any size.
+    of the label, None for running text, whose labels are 0; `labels` its values in the order of the classes, or None
+    where they are the whole numbers 0, 1, ... themselves; `regression`: labels are numbers of any size.
     """
 
     inputs: tuple[str, ...]
     prompt: str | None
-    label: str
+    label: str | None
     labels: Sequence[str | int] | None
     regression: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every column that is read, the label's last."""
-        return (*self.inputs, self.label)
+        return self.inputs if self.label is None else (*self.inputs, self.label)
 
     def text(self, row: Mapping[str, Any]) -> str | tuple[str, ...]:
         """The text of a row, its pair of texts, or the prompt with the row's values in place."""
@@ -40,8 +40,13 @@ class Columns:
         texts = tuple(str(row[name]) for name in self.inputs)
         return texts[0] if len(texts) == 1 else texts
 
-    def targets(self, values: Sequence[Any], where: str) -> Tensor:
-        """The labels of these values of the label's column: int64, or float32 for a regression."""
+    def targets(self, values: Mapping[str, Sequence[Any]], where: str) -> Tensor:
+        """The labels that rows with these values by column have: int64, or float32 for a regression."""
+        if self.label is None:
+            return torch.zeros(len(values[self.inputs[0]]), dtype=torch.int64)
+        return self._numbers(values[self.label][:], where)
+
+    def _numbers(self, values: Sequence[Any], where: str) -> Tensor:
         return label_numbers(values, where) if self.regression else label_indices(values, self.labels, where)
 
 
@@ -49,7 +54,7 @@ def columns(
     option: str,
     inputs: str | Sequence[str],
     prompt: str | None,
-    label: str,
+    label: str | None,
     labels: Sequence[str | int] | None,
     regression: bool,
 ) -> Columns:

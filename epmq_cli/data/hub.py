@@ -53,7 +53,7 @@ class Hub:
 
     `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
     or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label. `labels`: the values of that column in the order of the classes; null where they
+    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the classes; null where they
     are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes. `root`: a mirror, where
     the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
     """
@@ -63,7 +63,7 @@ class Hub:
     train: str = "train"
     test: str = "test"
     input: str | Sequence[str] = "image"
-    label: str = "label"
+    label: str | None = "label"
     labels: Sequence[str | int] | None = None
     prompt: str | None = None
     regression: bool = False
@@ -149,7 +149,7 @@ class Hub:
             raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(names)}")
 
     def _samples(self, values: Values) -> Samples:
-        labels = self.columns.targets(values[self.label][:], self.path)
+        labels = self.columns.targets(values, self.path)
         first = values[self.columns.inputs[0]]
         if self.prompt is None and len(first) and isinstance(first[0], dict):
             return Samples(Pictures(first, self.path), labels)

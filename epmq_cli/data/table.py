@@ -48,7 +48,7 @@ class Table:
         """Rows of the split's file; DataError names the file, and the row where there is one."""
         path = Path(self.train if split == "train" else self.test).expanduser()
         rows = read_rows(path, self.columns.names)
-        labels = self.columns.targets([row[self.label] for row in rows], str(path))
+        labels = self.columns.targets({self.label: [row[self.label] for row in rows]}, str(path))
         return Samples([self.columns.text(row) for row in rows], labels).some(count, seed)
 
 
