@@ -53,9 +53,9 @@ class Hub:
 
     `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
     or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the classes; null where they
-    are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes. `root`: a mirror, where
-    the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the
+    classes; null where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
+    `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
     """
 
     path: str
