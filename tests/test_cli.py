@@ -16,7 +16,11 @@ from tests.conftest import Run
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize("option", GROUPS, ids=str)
+EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
+BUILT = [path for path in GROUPS if path not in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("option", BUILT, ids=str)
 def test_every_config_composes_and_is_made(option: Path) -> None:
     group = option.parent.name
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -25,12 +29,26 @@ def test_every_config_composes_and_is_made(option: Path) -> None:
     assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
 
 
-@pytest.mark.parametrize("option", GROUPS, ids=str)
-def test_every_config_opens_with_its_command_and_what_it_is(option: Path) -> None:
-    lines = (conf_dir() / option).with_suffix(".yaml").read_text().splitlines()
+@pytest.mark.parametrize("option", EXPERIMENTS, ids=str)
+def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"experiment={option.name}", "out=x"])
+        other = compose("run", overrides=[f"experiment={option.name}", "suite=tiny", "bits=3", "out=x"])
+    for group in ("suite", "merge", "guidance", "quant"):
+        build(group, cfg[group])
+    assert (other.suite.name, other.bits) == ("tiny", 3)
+    assert cfg.suite.name != "tiny"
+
+
+TASKS = sorted((conf_dir() / "suite").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", [*TASKS, *((conf_dir() / option).with_suffix(".yaml") for option in GROUPS)], ids=str)
+def test_every_config_opens_with_its_command_and_what_it_is(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
     assert lines[0].startswith("# epmq run ")
     assert lines[1].startswith("# ")
-    assert len(lines[1]) > 20
+    assert len(lines[1]) > 15
 
 
 def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
@@ -48,10 +66,10 @@ def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
 def test_list_shows_the_users_own_configs_and_refuses_what_is_not_there(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
-    assert "suite=birds              Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
+    assert "suite=birds               Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
-    assert "the groups are calib, eval, guidance, merge, pack, quant, suite" in wrong.stderr
+    assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, suite" in wrong.stderr
     assert epmq("list", "--config-dir", "gone").returncode == 1
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import fill
 
 from epmq_cli.commands.list import options
 from epmq_cli.config import conf_dir
 
+WIDTH = 120
 EXAMPLES = {
     "run": """usage: epmq run [group=option ...] [key.name=value ...] [-m] [--config-dir FOLDER]
 
@@ -18,6 +20,7 @@ examples
   epmq run merge=ties quant=gptq bits=4             other methods
   epmq run guidance.lam=0.01 calib.samples=512      any value below
   epmq run -m merge=ties,task_arithmetic bits=3,4   a sweep: every combination
+  epmq run experiment=b32_ta8_epmq                  a published result again
   epmq run --config-dir my_configs suite=mine       a suite of your own (README, "Your own suite")
   epmq run --cfg job merge=ties                     show the config of a run and stop
 """,
@@ -47,12 +50,14 @@ def show(command: str) -> None:
     known = options([conf_dir()])
     for group, default in chosen.items():
         names = "  ".join(f"{name}{'*' if name == default else ''}" for name in known[group])
-        pages.append(f"  {group:<10} {names}")
+        pages.append(
+            fill(names, WIDTH, break_on_hyphens=False, initial_indent=f"  {group:<10} ", subsequent_indent=" " * 13)
+        )
     pages.append(
         "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
     )
     for group, default in chosen.items():
-        if group != "suite":
+        if group != "suite" and default != "null":
             pages.append(
                 f"\n{group}={default}: override with {group}.key=value\n"
                 + _body(conf_dir() / group / f"{default}.yaml")

@@ -39,7 +39,8 @@ def options(folders: list[Path]) -> dict[str, dict[str, str]]:
 
 def summary(path: Path) -> str:
     """The second comment line of a config, which says in a sentence what it is; the first is its command line."""
-    comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")]
     return comments[1] if len(comments) > 1 else ""
 
 
@@ -47,7 +48,8 @@ def show(found: dict[str, dict[str, str]]) -> None:
     """A table as wide as the terminal; elsewhere one line an option, for grep."""
     rows = [(f"{group}={option}", text) for group, summaries in found.items() for option, text in summaries.items()]
     if not console.is_terminal:
-        print("\n".join(f"{name:<24} {text}".rstrip() for name, text in rows))
+        width = max(len(name) for name, _ in rows)
+        print("\n".join(f"{name:<{width}} {text}".rstrip() for name, text in rows))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="bold")

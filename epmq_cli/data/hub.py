@@ -117,11 +117,11 @@ class Hub:
 
     def _streamed(self, library: ModuleType, stored: str, count: int, seed: int | None) -> Values:
         """`count` rows of the split, images undecoded, without writing anything to disk."""
-        rows = self._builder(library).as_streaming_dataset(split=stored).reshard()
+        rows = self._builder(library).as_streaming_dataset(split=stored)
         self._check(rows.column_names or list(next(iter(rows), {})))
         rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
         if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
+            rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
         taken = list(rows.take(count))
         return {name: [row[name] for row in taken] for name in self.columns.names}
 

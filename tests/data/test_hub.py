@@ -1,50 +1,180 @@
-"""Oracle: a data set folder in the hub's layout, written by pyarrow and read through `datasets`, offline."""
+"""Oracle: a miniature mirror with the hub's layout, whose pictures and sentences say which row they are; offline."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from hydra import compose, initialize_config_dir
 
+from epmq_cli.config import build, conf_dir
 from epmq_cli.data.hub import Hub
-from epmq_cli.errors import DataError
+from epmq_cli.data.samples import Samples
+from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.suites import Task
+from tests.mirror import GLUE, LAYOUTS, ROWS, glue_mirror, image_mirror, write_rows
 
-pytest.importorskip("datasets", reason="needs the extra hub")
+datasets = pytest.importorskip("datasets", reason="needs the extra hub")
 
 
-@pytest.fixture
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "set" / "data").mkdir(parents=True)
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return glue_mirror(image_mirror(tmp_path_factory.mktemp("mirror")))
+
+
+@pytest.fixture(scope="module")
+def tasks(mirror: Path) -> dict[str, Task]:
+    """Every task of the shipped suites, with data_root at the mirror."""
+    members: list[Task] = []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for suite in ("clip_vit_b32_tall20", "flan_t5_base_glue"):
+            cfg = compose("run", overrides=[f"suite={suite}", f"data_root={mirror}", "out=x"])
+            members += build("suite", cfg.suite).members
+    return {task.name: task for task in members}
+
+
+def shades(samples: Samples) -> list[int]:
+    """The rows that the pictures show."""
+    return [image.convert("L").getpixel((2, 2)) // 10 for image in samples.inputs]
+
+
+def test_the_mirror_has_every_shipped_task(tasks: dict[str, Task]) -> None:
+    assert list(tasks) == [*LAYOUTS, *GLUE]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_image_task_is_read_whole_and_streamed(name: str, split: Any, tasks: dict[str, Task]) -> None:
+    source, classes = tasks[name].data, LAYOUTS[name].classes
+    whole, first = source.load(split), source.load(split, 5)
+    drawn, again = (source.load(split, 5, seed=3) for _ in range(2))
+    assert shades(whole) == list(range(ROWS[split]))
+    assert shades(first) == list(range(5))
+    assert shades(drawn) == shades(again) != shades(first)
+    for samples in (whole, first, drawn):
+        assert samples.labels.tolist() == [row % classes for row in shades(samples)]
+        assert len(tasks[name].classes or ()) == classes
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_every_glue_task_is_asked_in_its_prompt(name: str, tasks: dict[str, Task]) -> None:
+    source = tasks[name].data
+    for split in ("train", "test"):
+        whole, drawn = source.load(split), source.load(split, 4, seed=1)
+        assert len(whole) == ROWS[split]
+        assert set(drawn.inputs) < set(whole.inputs)
+        assert all(f"{column} 3" in whole.inputs[3] for column in GLUE[name][0])
+        assert "{" not in whole.inputs[0]
+        assert min(whole.labels.tolist()) >= 0  # the split without labels holds -1
+    assert whole.labels.tolist()[:3] == ([0.25, 1.25, 2.25] if name == "stsb" else [0, 1, 2 if name == "mnli" else 0])
+
+
+def test_prompts_are_to_the_letter(tasks: dict[str, Task]) -> None:
+    sentence = "it is a bad sentence 0"
+    assert tasks["cola"].data.load("test").inputs[0] == (
+        f'Indicate if the following sentence is grammatically correct or not: "{sentence}". '
+        "Answere 'acceptable' or 'unacceptable'."
+    )
+
+
+def test_more_samples_than_there_are_give_all(tasks: dict[str, Task]) -> None:
+    assert sorted(shades(tasks["svhn"].data.load("train", 100, seed=0))) == list(range(ROWS["train"]))
+
+
+def test_seeds_choose_the_samples(tasks: dict[str, Task]) -> None:
+    assert len({tuple(shades(tasks["dtd"].data.load("train", 6, seed=seed))) for seed in range(6)}) > 3
+
+
+def test_a_count_reads_no_further_than_it_must_and_writes_nothing(mirror: Path, tmp_path: Path, cache: Path) -> None:
+    place = tmp_path / "tanganke" / "sun397"
+    shutil.copytree(mirror / "datasets" / "tanganke" / "sun397", place)
+    (place / "data" / "train-00001-of-00002.parquet").write_bytes(b"no parquet")
+    source = Hub(path="tanganke/sun397", root=str(tmp_path))
+    assert shades(source.load("train", 4)) == [0, 1, 2, 3]
+    assert not cache.exists()
+    with pytest.raises(DataError, match="tanganke/sun397 cannot be had"):
+        source.load("train")
+    assert len(source.load("test")) == ROWS["test"]  # the broken split is not touched
+
+
+def test_images_are_decoded_when_they_are_asked_for(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], datasets.Image.decode_example
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a: decoded.append(a) or decode(*a))
+    for samples in (tasks["food101"].data.load("test"), tasks["food101"].data.load("test", 6, seed=0)):
+        taken = samples.take([2, 1])
+        assert not decoded
+        _ = taken.inputs[0]
+        assert len(decoded) == 1
+        decoded.clear()
+
+
+def test_a_configuration_may_be_a_folder_that_no_readme_declares(mirror: Path, tmp_path: Path) -> None:
+    found = mirror / "datasets" / "ufldl-stanford" / "svhn" / "cropped_digits"
+    shutil.copytree(found, tmp_path / "svhn" / "cropped_digits")
+    shutil.copytree(found, tmp_path / "svhn" / "full_numbers")
+    source = Hub(path=str(tmp_path / "svhn"), name="cropped_digits")
+    assert len(source.load("test")) == ROWS["test"]
+    assert len(source.load("train", 3, seed=0)) == 3
+
+
+def local(tmp_path: Path) -> Path:
+    """A folder with texts a and b, and labels y."""
     for split, count in (("train", 4), ("validation", 2)):
-        columns = {
-            "a": [f"a{i}" for i in range(count)],
-            "b": [f"b{i}" for i in range(count)],
-            "y": [i % 2 for i in range(count)],
-        }
-        pyarrow.parquet.write_table(
-            pyarrow.table(columns), tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
-        )
+        rows = [{"a": f"a{row}", "b": f"b{row}", "y": row % 2} for row in range(count)]
+        path = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
+        write_rows(path, rows, {"a": "string", "b": "string", "y": "int64"})
     return tmp_path / "set"
 
 
-def test_columns_and_splits_are_read(local: Path) -> None:
-    source = Hub(path=str(local), test="validation", input="a", label="y")
-    assert list(source.load("train").inputs) == ["a0", "a1", "a2", "a3"]
-    assert source.load("test").labels.tolist() == [0, 1]
-
-
-def test_pairs_are_read(local: Path) -> None:
-    source = Hub(path=str(local), test="validation", input=["a", "b"], label="y")
+def test_columns_splits_and_pairs_are_read(tmp_path: Path) -> None:
+    source = Hub(path=str(local(tmp_path)), test="validation", input=["a", "b"], label="y")
     assert list(source.load("test").inputs) == [("a0", "b0"), ("a1", "b1")]
+    single = Hub(path=str(tmp_path / "set"), train="train[:3]", input="a", label="y")
+    assert list(single.load("train").inputs) == ["a0", "a1", "a2"]
+    assert list(single.load("train", 2).inputs) == ["a0", "a1"]
 
 
-def test_missing_columns_splits_and_sets_are_named(local: Path) -> None:
-    with pytest.raises(DataError, match="has no column image; its columns are a, b, y"):
-        Hub(path=str(local), label="y").load("train")
-    with pytest.raises(DataError, match="cannot be had; check its id, name and split"):
-        Hub(path=str(local), input="a", label="y", test="nope").load("test")
-    with pytest.raises(DataError, match="cannot be had"):
-        Hub(path="someone/nothing", input="a", label="y").load("test")
+def test_what_is_cached_is_read_offline(tmp_path: Path, cache: Path) -> None:
+    datasets.load_dataset(str(local(tmp_path)))
+    (written,) = (cache / "set").glob("*/*/*/dataset_info.json")
+    shutil.move(cache / "set", cache / "someone___set")  # as an id of the hub is cached
+    shutil.move(
+        written.parents[2].parent.parent / "someone___set" / written.parents[1].name,
+        cache / "someone___set" / "default",
+    )
+    source = Hub(path="someone/set", test="validation", input="a", label="y")
+    assert list(source.load("train").inputs) == ["a0", "a1", "a2", "a3"]
+    assert set(source.load("train", 2, seed=1).inputs) < {"a0", "a1", "a2", "a3"}
+
+
+def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
+    place = str(local(tmp_path))
+    for count in (None, 2):
+        with pytest.raises(DataError, match="has no column image; its columns are a, b, y"):
+            Hub(path=place, label="y").load("train", count)
+    with pytest.raises(DataError, match=r"cannot be had; check its id, name and split \(its splits are train, valid"):
+        Hub(path=place, input="a", label="y", test="nope").load("test")
+    with pytest.raises(DataError, match="cannot be had.*; /nowhere has no copy of it either"):
+        Hub(path="someone/nothing", input="a", label="y", root="/nowhere").load("test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input": ["a", "b", "c"]}, "data.input must be one column or a list of two"),
+        ({"prompt": "no place"}, "data.prompt must name columns in its places, such as {sentence}, got 'no place'"),
+        ({"prompt": "{"}, "data.prompt must be a text with {column} places"),
+        ({"regression": True, "labels": ["a"]}, "data.labels are names of classes, data.regression has none"),
+    ],
+)
+def test_columns_that_make_no_sample_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Hub(path="x", **fields)
