@@ -132,19 +132,23 @@ def vit_hub(folder: Path) -> Path:
     return folder
 
 
-def t5_hub(folder: Path, tied: bool = False, gated: bool = True) -> Path:
-    """T5 models with an output layer of their own as FLAN-T5 has, or a tied one."""
+def t5_models(tied: bool = False, gated: bool = True) -> Any:
+    """A T5 with an output layer of its own as FLAN-T5 has, or a tied one."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     kind = "gated-gelu" if gated else "relu"
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": kind}
     ids = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    config = T5Config(**sizes, **ids, tie_word_embeddings=tied)
-    base = T5ForConditionalGeneration(config).eval()
+    base = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=tied)).eval()
     if not tied:
         base.lm_head.weight = nn.Parameter(torch.randn(len(VOCABULARY), 32))
-    models(folder, base)
+    return base
+
+
+def t5_hub(folder: Path, tied: bool = False, gated: bool = True) -> Path:
+    """T5 models, a tokenizer, texts and answers."""
+    models(folder, t5_models(tied, gated))
     for name in ("base", *TASKS):  # as the files of FLAN-T5 have it; transformers 5 writes that it is tied
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
