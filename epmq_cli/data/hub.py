@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,7 +123,7 @@ class Hub:
         rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
-        taken = list(rows.take(count))
+        taken = list(islice(rows, count))  # rows.take(count) would read a batch further
         return {name: [row[name] for row in taken] for name in self.columns.names}
 
     def _whole(self, library: ModuleType, stored: str) -> Values:
