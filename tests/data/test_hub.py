@@ -142,11 +142,12 @@ def test_columns_splits_and_pairs_are_read(tmp_path: Path) -> None:
     assert list(single.load("train", 2).inputs) == ["a0", "a1"]
 
 
-def test_what_is_cached_is_read_offline(tmp_path: Path, cache: Path) -> None:
-    datasets.load_dataset(str(local(tmp_path)))
-    (default,) = (cache / "set").glob("default*")
-    default.rename(cache / "set" / "default")
-    (cache / "set").rename(cache / "someone___set")  # as an id of the hub is cached
+@pytest.mark.parametrize("place", ["", "epmq/train"])
+def test_what_is_cached_is_read_offline(place: str, tmp_path: Path, cache: Path) -> None:
+    datasets.load_dataset(str(local(tmp_path)), cache_dir=str(cache / place))
+    (default,) = (cache / place / "set").glob("default*")
+    default.rename(default.parent / "default")
+    default.parent.rename(cache / place / "someone___set")  # as an id of the hub is cached
     source = Hub(path="someone/set", test="validation", input="a", label="y")
     assert list(source.load("train").inputs) == ["a0", "a1", "a2", "a3"]
     assert set(source.load("train", 2, seed=1).inputs) < {"a0", "a1", "a2", "a3"}
