@@ -69,7 +69,7 @@ def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
 def test_list_shows_the_users_own_configs_and_refuses_what_is_not_there(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
-    assert "suite=birds               Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
+    assert f"{'suite=birds':<32} Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
     assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, suite" in wrong.stderr

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from epmq_cli.config import build, device_of, targets
+from epmq_cli.config import build, conf_dir, device_of, targets
 from epmq_cli.errors import ConfigError
 
 TIES = {"_target_": "epmq_cli.merge.ties.Ties", "density": 0.2, "scale": 0.3, "combine": "sum"}
@@ -34,3 +37,15 @@ def test_a_group_without_target_and_a_missing_field_are_named() -> None:
 def test_devices_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="device"):
         device_of(name)
+
+
+def test_a_suite_of_the_users_takes_shipped_tasks(tmp_path: Path) -> None:
+    lines = ["defaults: [clip_tasks@tasks.mnist: mnist, clip_tasks@tasks.svhn: svhn, _self_]", "name: mine"]
+    lines += ["_target_: epmq_cli.suites.Suite", "family: clip", "base: b", "experts: 'me/{task}'"]
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "mine.yaml").write_text("\n".join(lines))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"hydra.searchpath=[file://{tmp_path}]", "suite=mine", "data_root=/m", "out=x"])
+    members = build("suite", cfg.suite).members
+    assert [task.expert for task in members] == ["me/mnist", "me/svhn"]
+    assert all(task.data.root == "/m" for task in members)

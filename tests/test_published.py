@@ -1,6 +1,6 @@
-"""The published suites, end to end and offline: tiny models and data under the true ids, in the true layout, in a mirror of the hub.
+"""Oracles: the published suites' own lists of tasks, and transformers, which loads their checkpoints alone.
 
-Oracles: the suites' own lists of tasks, and transformers, which loads the checkpoint alone.
+End to end and offline: tiny models and data under the true ids, in the true layout, in a mirror of the hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model
 from tests.conftest import drifted
 from tests.minihub import tokenizer
-from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror
+from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
 
 SIZES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 COUNTS = {"ta8": 8, "tall14": 14, "tall20": 20}
@@ -83,7 +83,7 @@ def flan_models(root: Path) -> None:
 
 def run_suite(folder: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Any]:
     """Runs `epmq run` with these overrides; the metrics."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    prepare(monkeypatch, folder / "cache")
     options = [f"data_root={mirror}", f"out={folder}", *SMALL, *overrides]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def test_lists_are_read_as_text() -> None:
     ("task", "message"),
     [
         ({"data": {}}, "suite.tasks.t.data needs a _target_ such as"),
+        ({"metric": "f1"}, "suite.tasks.t.metric must be one of accuracy, matthews, spearman, perplexity, got 'f1'"),
         ({"max_length": 0}, "suite.tasks.t.max_length must be a whole number"),
         (
             {"templates": ["{} and {}"]},
@@ -46,6 +48,31 @@ def test_lists_are_read_as_text() -> None:
 def test_bad_tasks_are_refused(task: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         suite(**task)
+
+
+def experts(pattern: Any, **task: Any) -> list[str]:
+    tasks = {name: {"data": Npz("x.npz"), **task} for name in ("a", "b-c")}
+    return [each.expert for each in Suite(name="s", family="clip", base="b", tasks=tasks, experts=pattern).members]
+
+
+def test_experts_come_from_the_task_the_pattern_or_the_mapping() -> None:
+    assert experts("me/clip_{task}") == ["me/clip_a", "me/clip_b-c"]
+    assert experts({"a": "x", "b-c": "y"}) == ["x", "y"]
+    assert experts("me/clip_{task}", expert="own") == ["own", "own"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (None, "task a has no expert; set suite.tasks.a.expert, or suite.experts to a pattern with {task}"),
+        ({"a": "x"}, "task b-c has no expert; set suite.tasks.b-c.expert"),
+        ("me/clip", "suite.experts must have one {task} for the task's name, got 'me/clip'"),
+        ({"z": "x"}, "suite.experts has no option 'z', the options are a, b-c"),
+    ],
+)
+def test_missing_experts_are_named(pattern: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        experts(pattern)
 
 
 def test_suites_without_tasks_or_with_half_a_task_are_refused() -> None:

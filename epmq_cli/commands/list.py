@@ -48,8 +48,7 @@ def show(found: dict[str, dict[str, str]]) -> None:
     """A table as wide as the terminal; elsewhere one line an option, for grep."""
     rows = [(f"{group}={option}", text) for group, summaries in found.items() for option, text in summaries.items()]
     if not console.is_terminal:
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(f"{name:<{width}} {text}".rstrip() for name, text in rows))
+        print("\n".join(f"{name:<32} {text}".rstrip() for name, text in rows))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="bold")

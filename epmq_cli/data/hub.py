@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,7 +91,8 @@ class Hub:
             try:
                 return self._samples(self._streamed(library, stored, count, seed))
             except failures as error:
-                log.info("data set %s is not streamed (%s)", self.path, _first_line(error))
+                level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
+                log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, _first_line(error))
         try:
             found = self._whole(library, stored)
         except failures as error:
@@ -122,21 +124,16 @@ class Hub:
         rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
-        taken = list(rows.take(count))
+        taken = list(islice(rows, count))  # rows.take(count) would read a batch further
         return {name: [row[name] for row in taken] for name in self.columns.names}
 
     def _whole(self, library: ModuleType, stored: str) -> Values:
         """The split from the cache; there it has a folder of its own, so that no other split is downloaded with it."""
         split = stored.partition("[")[0]
         try:
-            builder = self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / split)
+            builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / split), split)
         except OSError:  # offline: what was cached whole, by whatever program
             builder = self._builder(library)
-        files = builder.config.data_files
-        if files is not None and split.isidentifier():
-            if split not in files:
-                raise ValueError(f"its splits are {', '.join(map(str, files))}")
-            builder.config.data_files = type(files)({split: files[split]})
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
         self._check(rows.column_names)
@@ -166,6 +163,16 @@ def _datasets(path: str) -> ModuleType:
             f"data set {path} needs the datasets library; install it with pip install 'epmq-cli[hub]'"
         ) from error
     return datasets  # type: ignore[no-any-return, unused-ignore]
+
+
+def _only(builder: Any, split: str) -> Any:
+    """The builder without the files of other splits; ValueError where there is no such split."""
+    files = builder.config.data_files
+    if files is not None and split.isidentifier():
+        if split not in files:
+            raise ValueError(f"its splits are {', '.join(map(str, files))}")
+        builder.config.data_files = type(files)({split: files[split]})
+    return builder
 
 
 def _undecoded(library: ModuleType, rows: Any) -> Any:

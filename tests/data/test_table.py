@@ -58,6 +58,19 @@ def test_pairs_and_named_labels(tmp_path: Path) -> None:
     assert samples.labels.tolist() == [1, 0]
 
 
+def test_prompts_regression_counts_and_seeds(tmp_path: Path) -> None:
+    rows = [{"first": f"a {i}", "second": "{b}", "label": i / 2} for i in range(5)]
+    source = table(write(tmp_path / "x.csv", rows), prompt="Is '{first}' like \"{second}\"?", regression=True)
+    samples = source.load("train", 2)
+    assert list(samples.inputs) == ["Is 'a 0' like \"{b}\"?", "Is 'a 1' like \"{b}\"?"]
+    assert samples.labels.tolist() == [0.0, 0.5]
+    drawn = source.load("train", 3, seed=1)
+    assert list(drawn.inputs) == list(source.load("train", 5, seed=1).inputs)[:3]
+    assert [f"Is 'a {int(2 * label)}'" for label in drawn.labels] == [text[:8] for text in drawn.inputs]
+    with pytest.raises(DataError, match="with data.regression every label must be a number"):
+        table(tmp_path / "x.csv", label="first", text="second", regression=True).load("train")
+
+
 @pytest.mark.parametrize(
     ("content", "fields", "message"),
     [

@@ -67,6 +67,16 @@ def test_load_returns_pictures_and_labels() -> None:
     assert torch.equal(samples.labels, torch.from_numpy(labels))
 
 
+def test_a_count_takes_the_first_or_drawn_ones() -> None:
+    source = Tiny(task="counts", train=30, test=7)
+    first, drawn = source.load("train", 5), source.load("train", 5, seed=2)
+    pixels, labels = images("counts", "train", 30)
+    rows = [next(i for i in range(30) if np.array_equal(np.asarray(image), pixels[i])) for image in drawn.inputs]
+    assert np.array_equal(np.stack([np.asarray(each) for each in first.inputs]), pixels[:5])
+    assert drawn.labels.tolist() == labels[rows].tolist()
+    assert len(set(rows)) == 5 and rows != list(range(5))
+
+
 def test_an_unknown_task_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="one of shapes, textures, .* got cars"):
         Tiny(task="cars", train=1, test=1)
