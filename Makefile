@@ -29,10 +29,10 @@ check: install ## lint, formatting, types
 	$(BIN)/mypy
 
 test: install ## the tests, but for the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-all: install ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 smoke: wheel ## install the wheel in a clean environment outside the checkout and run it there
 	./.ci/smoke $(PYTHON) $(abspath $(wildcard dist/*.whl))

@@ -206,7 +206,7 @@ def average_bits(walked: Walked) -> float | None:
     return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
 
 
-def texts(job: Job, resolved: Any, choices: Mapping[str, str], walked: Walked) -> dict[str, str]:
+def texts(job: Job, model: nn.Module, resolved: Any, choices: Mapping[str, str], walked: Walked) -> dict[str, str]:
     """The checkpoint's model card, and the record from which `epmq eval` knows the tasks.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
@@ -216,7 +216,9 @@ def texts(job: Job, resolved: Any, choices: Mapping[str, str], walked: Walked) -
     spec, widths = job.quantizer.spec, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
-        "README.md": model_card(job.suite, names, spec, widths, average_bits(walked), __version__),
+        "README.md": model_card(
+            job.suite, names, spec, widths, average_bits(walked), type(model).__name__, __version__
+        ),
     }
 
 
@@ -243,9 +245,9 @@ def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
     }
 
 
-def checkpoint_suite(checkpoint: Path, given: DictConfig | None) -> Suite:
-    """The suite that a checkpoint was made from, or the one that is given; CheckpointError where there is no record
-    of it."""
+def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
+    """The suite that a checkpoint was made from, with its data in the mirror `root` where that is given, or the suite
+    that is given; CheckpointError where there is no record of it."""
     try:
         recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["config"]["suite"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -258,8 +260,16 @@ def checkpoint_suite(checkpoint: Path, given: DictConfig | None) -> Suite:
             f"{checkpoint / RECORD} names {foreign[0]}, which is not epmq's; "
             "if you trust it, give the suite by suite=NAME"
         )
-    suite: Suite = config.build("suite", given if given is not None else OmegaConf.create(recorded))
+    found = given if given is not None else OmegaConf.create(recorded if root is None else _moved(recorded, root))
+    suite: Suite = config.build("suite", found)
     return suite
+
+
+def _moved(node: Any, root: str) -> Any:
+    """A config with every `root` in it another one."""
+    if isinstance(node, dict):
+        return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
+    return [_moved(child, root) for child in node] if isinstance(node, list) else node
 
 
 def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:

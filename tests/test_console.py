@@ -28,6 +28,6 @@ def test_a_bar_counts_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=True, width=100))
     with console.bar("score", 2) as advance:
-        advance()
-        advance()
+        advance(1)
+        advance(1)
     assert "2/2" in screen.getvalue()

@@ -27,6 +27,7 @@ from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
 SIZES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 COUNTS = {"ta8": 8, "tall14": 14, "tall20": 20}
 CLIP_SUITES = [f"clip_vit_{size}_{count}" for size in SIZES for count in COUNTS]
+QUICK = ("clip_vit_b32_ta8", "clip_vit_b16_tall14", "clip_vit_l14_tall20")
 SMALL = ("group_size=16", "device=cpu", "calib.samples=6", "eval.samples=4", "eval.batch_size=4", "guidance=expert")
 
 
@@ -92,7 +93,9 @@ def run_suite(folder: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, *over
     return found
 
 
-@pytest.mark.parametrize("suite", CLIP_SUITES)
+@pytest.mark.parametrize(
+    "suite", [suite if suite in QUICK else pytest.param(suite, marks=pytest.mark.slow) for suite in CLIP_SUITES]
+)
 def test_clip_suites_run_on_all_their_tasks_and_reload(
     suite: str, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,3 +129,13 @@ def test_flan_t5_runs_on_glue_and_reloads(
             public(input_ids=ids, decoder_input_ids=ids).logits, own(input_ids=ids, decoder_input_ids=ids).logits
         )
     assert public.lm_head.weight.data_ptr() != public.shared.weight.data_ptr()
+
+
+def test_a_checkpoint_is_scored_again_with_its_data_elsewhere(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_suite(tmp_path, mirror, monkeypatch, "suite=flan_t5_base_glue", "eval.stages=[]", "calib.samples=2")
+    for root, wanted in ((None, str(mirror)), ("elsewhere", "elsewhere")):
+        suite = steps.checkpoint_suite(tmp_path / "checkpoint", None, root)
+        assert {suite.root, *(task.data.root for task in suite.members)} == {wanted}  # type: ignore[attr-defined]
+    assert "experiment" not in json.loads((tmp_path / "checkpoint" / "epmq.json").read_text())["choices"]

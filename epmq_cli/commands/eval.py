@@ -29,7 +29,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     refuse_used(folder, "metrics.json")
     config.check_complete(cfg)
     checkpoint, device = Path(cfg.checkpoint), config.device_of(cfg.device)
-    suite = steps.checkpoint_suite(checkpoint, cfg.suite)
+    suite = steps.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
         family = steps.suite_family(suite, checkpoint)

@@ -18,7 +18,8 @@ from epmq_cli.commands.app import guarded, refuse_used
 def main(cfg: DictConfig) -> None:
     """One job, or one of each job of a sweep, in the run folder that Hydra made."""
     hydra_config = HydraConfig.get()
-    choices = {group: str(name) for group, name in hydra_config.runtime.choices.items() if "/" not in group}
+    chosen = hydra_config.runtime.choices.items()
+    choices = {group: str(name) for group, name in chosen if "/" not in group and name is not None}
     run(cfg, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task), choices)
 
 
@@ -62,7 +63,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, resolved, choices, walked),
+            texts=steps.texts(job, model, resolved, choices, walked),
             dtype=dtype,
         )
         write_checkpoint(checkpoint, contents, job.pack.shard_size)
