@@ -28,10 +28,9 @@ from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import CheckpointError, ConfigError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
-from epmq_cli.families.family import Batch, Family, load_model
+from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
@@ -68,7 +67,7 @@ def make_job(cfg: DictConfig) -> Job:
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
     evaluation: config.Evaluation = config.build("eval", cfg.eval)
-    if isinstance(evaluation, config.Harness) and PERPLEXITY not in family.metrics:
+    if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )
@@ -144,7 +143,7 @@ def scored_task(
 ) -> ScoredTask:
     """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
     samples = task.data.load("test", evaluation.samples)
-    if task.metric == PERPLEXITY:
+    if isinstance(family, LanguageModel):
         samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
     collate, predict = family.collate(folder, task), family.predict(folder, task)
     return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length)
@@ -154,7 +153,7 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     """Each task's calibration batches, on the device."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
-        if task.metric == PERPLEXITY:
+        if isinstance(job.family, LanguageModel):
             samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()

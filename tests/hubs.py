@@ -16,6 +16,7 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
+from epmq_cli.families.family import load_model
 from epmq_cli.merge.apply import merge_models
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
@@ -67,3 +68,15 @@ def walk(hub: Path, *overrides: str) -> Walk:
     install(model, merge_models(models.source, job.merge, dtype))
     calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
     return Walk(job, model, calibrated.walked, taught.batches)
+
+
+class Scene:
+    """A job with the base's model and the batches of a task as its expert completed them."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.job = steps.make_job(config(folder, *overrides))
+        self.family = self.job.family
+        self.models, self.model, _ = steps.open_models(self.job)
+        drawn = steps.calibration_batches(self.job, self.models.base.path)
+        self.batches = guide.teach(self.job, self.model, self.models.source, drawn).batches["first"]
+        self.model = load_model(self.family, self.models.base.path, torch.device("cpu"))

@@ -188,3 +188,19 @@ def decoder_hub(folder: Path, kind: str) -> Path:
         entries[task] = {"expert": str(folder / task), "data": data, "metric": "perplexity", "max_length": 12}
     write_suite(folder, {"family": "causal_lm", "base": str(folder / "base"), "tasks": entries})
     return folder
+
+
+ENCODERS, DECODERS = ("roberta", "deberta", "distilbert"), ("llama", "qwen3", "mistral", "gemma3", "phi3")
+T5S = ("t5", "t5-tied", "t5-relu")
+KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
+Hub = Callable[[str], Path]
+"""The miniature hub of a kind of model."""
+
+
+def build(folder: Path, kind: str) -> Path:
+    """The miniature hub of one of KINDS."""
+    if kind in ENCODERS:
+        return encoder_hub(folder, kind)
+    if kind in DECODERS:
+        return decoder_hub(folder, kind)
+    return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)

@@ -15,7 +15,7 @@ from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity
-from epmq_cli.families.family import Collate, Family, Head, Predict
+from epmq_cli.families.family import Collate, Family, Head, LanguageModel, Predict
 from epmq_cli.report.metrics import Scores
 
 
@@ -64,7 +64,7 @@ def score(
 ) -> float:
     """The task's metric; `advance` is called with the samples that are done."""
     with torch.inference_mode():
-        if task.metric != PERPLEXITY:
+        if not isinstance(family, LanguageModel):
             predictions, labels = predicted(model, task, batch_size, device, advance)
             return MEASURES[task.metric](predictions, labels)
 

@@ -19,7 +19,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families.family import (
     Batch,
     Collate,
-    Family,
+    LanguageModel,
     LastNorm,
     Linears,
     Norm,
@@ -81,12 +81,11 @@ def block_steps(block: nn.Module, where: str) -> tuple[Linears | Norm, ...]:
     return tuple(steps)
 
 
-class CausalLM(Family):
+class CausalLM(LanguageModel):
     """`family: causal_lm`."""
 
     model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
     heads = "none"
-    metrics = ("perplexity",)
     stem = (Table("model.embed_tokens"),)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,11 @@ class Stack:
     handed: str | None = None
 
 
-class Family:
+class Family(ABC):
     """One architecture. Names of tensors and modules are those of the model that `load` returns.
 
-    A new one is a module with a subclass that answers the methods below that raise NotImplementedError, and a line in
-    `FAMILIES`; most have a single stack and need not answer `stacks`.
+    A new one is a module with a subclass and a line in `FAMILIES`. It has the abstract methods below, and either
+    `blocks` and `readout`, as most do, whose models are a single stack, or `stacks`.
     """
 
     model_types: tuple[str, ...]
@@ -148,20 +149,20 @@ class Family:
             open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
         )
 
+    @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
 
         ModelError where the folder holds another architecture.
         """
-        raise NotImplementedError
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """What base and experts must have in common and tensor shapes do not show, such as the number of heads."""
         return block_settings(folder)
 
+    @abstractmethod
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The whole model as transformers loads it; `options` go to its from_pretrained."""
-        raise NotImplementedError
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """The stacks in the order of the forward pass."""
@@ -176,17 +177,9 @@ class Family:
         """What is behind the last block: `readout` of the last stack."""
         return self.stacks(model)[-1].readout
 
+    @abstractmethod
     def collate(self, folder: Path, task: Task) -> Collate:
         """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
-        raise NotImplementedError
-
-    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The token ids (tokens,) of running text, for families that are scored by perplexity."""
-        raise NotImplementedError
-
-    def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens), likewise."""
-        raise NotImplementedError
 
     def complete(self, model: nn.Module, batch: Batch) -> Batch:
         """A calibration batch with what the task's expert, which is `model`, adds to it: its own answers."""
@@ -196,9 +189,9 @@ class Family:
         """(samples, tokens) bool, True for the tokens that are real; None where all are."""
         return None
 
+    @abstractmethod
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the heads read: (rows, width), a row a sample, or a token for families without heads."""
-        raise NotImplementedError
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """The tensors of a task's own head. `model` is the base."""
@@ -219,6 +212,20 @@ class Family:
             return self.logits(self.features(model, batch), head).argmax(-1)
 
         return largest
+
+
+class LanguageModel(Family):
+    """A family that is calibrated on running text and scored by perplexity."""
+
+    metrics = ("perplexity",)
+
+    @abstractmethod
+    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
+        """The token ids (tokens,) of running text; `folder` has the tokenizer."""
+
+    @abstractmethod
+    def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens)."""
 
 
 class LastNorm(nn.Module):

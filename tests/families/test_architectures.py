@@ -19,47 +19,9 @@ from epmq_cli.calibrate.streams import enter
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
-from epmq_cli.families.family import Linears, Norm, load_model
-from tests.hubs import config, run_in, walk
-from tests.minihub import decoder_hub, encoder_hub, t5_hub, vit_hub
-
-CPU = torch.device("cpu")
-ENCODERS, DECODERS = ("roberta", "deberta", "distilbert"), ("llama", "qwen3", "mistral", "gemma3", "phi3")
-T5S = ("t5", "t5-tied", "t5-relu")
-KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
-
-
-def build(folder: Path, kind: str) -> Path:
-    if kind in ENCODERS:
-        return encoder_hub(folder, kind)
-    if kind in DECODERS:
-        return decoder_hub(folder, kind)
-    return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The miniature hub of a kind, made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = build(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
-
-    return get
-
-
-class Scene:
-    """A job with the base's model and the batches of a task as its expert completed them."""
-
-    def __init__(self, folder: Path, *overrides: str) -> None:
-        self.job = steps.make_job(config(folder, *overrides))
-        self.family = self.job.family
-        self.models, self.model, _ = steps.open_models(self.job)
-        drawn = steps.calibration_batches(self.job, self.models.base.path)
-        self.batches = guide.teach(self.job, self.model, self.models.source, drawn).batches["first"]
-        self.model = load_model(self.family, self.models.base.path, CPU)
+from epmq_cli.families.family import Linears, Norm
+from tests.hubs import Scene, config, run_in, walk
+from tests.minihub import DECODERS, KINDS, T5S, Hub
 
 
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -71,7 +33,7 @@ def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str, hub: Callable[[str], Path]) -> None:
+def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     for batch in scene.batches:
         handed = dict(batch)
@@ -114,9 +76,7 @@ def called(model: nn.Module, names: list[str], forward: Callable[[], object]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_forward_pass(
-    kind: str, hub: Callable[[str], Path]
-) -> None:
+def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_forward_pass(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     wanted = step_names(scene)
     found = {
@@ -156,14 +116,14 @@ def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma3"])
-def test_streams_are_what_the_outputs_are_added_to(kind: str, hub: Callable[[str], Path]) -> None:
+def test_streams_are_what_the_outputs_are_added_to(kind: str, hub: Hub) -> None:
     pairs = list(added(Scene(hub(kind))))
     assert pairs
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted)
 
 
-def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub: Callable[[str], Path]) -> None:
+def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub: Hub) -> None:
     assert all(
         step.stream is None
         for block in Scene(hub("gemma3")).family.blocks(Scene(hub("gemma3")).model)
@@ -173,7 +133,7 @@ def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lone_expert_is_met(kind: str, hub: Callable[[str], Path]) -> None:
+def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
     options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
     found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=40")
@@ -202,7 +162,7 @@ CASES += [(kind, options) for kind in ("deberta", "t5", "llama") for options in 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
-    kind: str, options: str, hub: Callable[[str], Path], tmp_path: Path
+    kind: str, options: str, hub: Hub, tmp_path: Path
 ) -> None:
     given = [*options.split(), "guidance=feature", "eval.samples=4"]
     checkpoint, scene = run_in(tmp_path / "run", hub(kind), *given), Scene(hub(kind), *given)
@@ -217,77 +177,14 @@ def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
 
 
 @pytest.mark.parametrize("kind", ["t5", "t5-tied", "llama"])
-def test_tied_tensors_are_written_once(kind: str, hub: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tied_tensors_are_written_once(kind: str, hub: Hub, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, hub(kind), "eval.stages=[]")
     names = set(ModelFolder(checkpoint, "checkpoint").infos)
     assert not names & {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert ("lm_head.weight" in names) is (kind != "t5-tied")
 
 
-def test_epmq_eval_gives_the_scores_of_the_run(hub: Callable[[str], Path], tmp_path: Path) -> None:
-    from epmq_cli.commands.eval import evaluate
-
-    for kind in ("t5", "llama", "roberta"):
-        folder = tmp_path / kind
-        checkpoint = run_in(folder, hub(kind))
-        with_eval = config_of_eval(checkpoint)
-        (folder / "again").mkdir()
-        evaluate(with_eval, folder / "again", [])
-        first, again = (
-            json.loads((path / "metrics.json").read_text())["scores"]["tasks"] for path in (folder, folder / "again")
-        )
-        assert {task: scores["quantized"] for task, scores in first.items()} == {
-            task: scores["quantized"] for task, scores in again.items()
-        }
-
-
-def config_of_eval(checkpoint: Path) -> Any:
-    from hydra import compose, initialize_config_dir
-
-    from epmq_cli.config import conf_dir
-
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu"])
-
-
-def test_answers_are_those_of_the_expert_up_to_their_end(hub: Callable[[str], Path]) -> None:
-    scene = Scene(hub("t5"))
-    expert: Any = T5ForConditionalGeneration.from_pretrained(hub("t5") / "first").eval()
-    for batch in scene.batches:
-        ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"].bool()
-        given = expert.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
-        )
-        assert torch.equal(ids, given[:, :-1])
-        for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
-            end = row.index(2) if 2 in row else len(row)
-            assert real == [place < end for place in range(len(row))]
-            assert real[0]
-
-
-@pytest.mark.parametrize(("text", "number"), [("1.0", 1.0), ("positive", 0.0)])
-def test_numbers_are_read_from_answers_and_what_is_none_counts_nothing(text: str, number: float) -> None:
-    from epmq_cli.families.t5 import _number
-
-    assert _number(text) == number
-
-
-def test_perplexity_is_that_of_transformers_own_loss(hub: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = hub("llama")
-    run_in(tmp_path, folder, "eval.stages=[base]")
-    found = json.loads((tmp_path / "metrics.json").read_text())["scores"]["tasks"]["first"]["base"]
-    scene = Scene(folder)
-    texts = [json.loads(line)["text"] for line in (folder / "first_test.jsonl").read_text().splitlines()]
-    ids = scene.family.tokens(folder / "base", texts)
-    losses = []
-    for window in ids.split(12):
-        if len(window) > 1:
-            mean = scene.model(input_ids=window[None], labels=window[None]).loss
-            losses += [mean] * (len(window) - 1)
-    assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
-
-
-def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Callable[[str], Path]) -> None:
+def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Hub) -> None:
     rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     for kind, plus in (("gemma3", 1), ("llama", 0), ("t5", 0)):
         scene = Scene(hub(kind))
@@ -298,7 +195,7 @@ def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Callable[[s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Callable[[str], Path]) -> None:
+def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Hub) -> None:
     folder = hub(kind)
     found = claiming(json.loads((folder / "base" / "config.json").read_text()))
     assert found is steps.make_job(config(folder)).family

@@ -1,0 +1,22 @@
+"""The miniature hubs of the families' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.minihub import Hub, build
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
+    """The miniature hub of a kind, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = build(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get

@@ -1,0 +1,73 @@
+"""Oracles: transformers' own generation and loss, and a second scoring from disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import T5ForConditionalGeneration
+
+from epmq_cli.commands.eval import evaluate
+from epmq_cli.config import conf_dir
+from epmq_cli.families.t5 import _number
+from tests.hubs import Scene, run_in
+from tests.minihub import Hub
+
+
+def test_epmq_eval_gives_the_scores_of_the_run(hub: Hub, tmp_path: Path) -> None:
+    for kind in ("t5", "llama", "roberta"):
+        folder = tmp_path / kind
+        checkpoint = run_in(folder, hub(kind))
+        with_eval = config_of_eval(checkpoint)
+        (folder / "again").mkdir()
+        evaluate(with_eval, folder / "again", [])
+        first, again = (
+            json.loads((path / "metrics.json").read_text())["scores"]["tasks"] for path in (folder, folder / "again")
+        )
+        assert {task: scores["quantized"] for task, scores in first.items()} == {
+            task: scores["quantized"] for task, scores in again.items()
+        }
+
+
+def config_of_eval(checkpoint: Path) -> Any:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu"])
+
+
+def test_answers_are_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
+    scene = Scene(hub("t5"))
+    expert: Any = T5ForConditionalGeneration.from_pretrained(hub("t5") / "first").eval()
+    for batch in scene.batches:
+        ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"].bool()
+        given = expert.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
+        )
+        assert torch.equal(ids, given[:, :-1])
+        for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
+            end = row.index(2) if 2 in row else len(row)
+            assert real == [place < end for place in range(len(row))]
+            assert real[0]
+
+
+@pytest.mark.parametrize(("text", "number"), [("1.0", 1.0), ("positive", 0.0)])
+def test_numbers_are_read_from_answers_and_what_is_none_counts_nothing(text: str, number: float) -> None:
+    assert _number(text) == number
+
+
+def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -> None:
+    folder = hub("llama")
+    run_in(tmp_path, folder, "eval.stages=[base]")
+    found = json.loads((tmp_path / "metrics.json").read_text())["scores"]["tasks"]["first"]["base"]
+    scene = Scene(folder)
+    texts = [json.loads(line)["text"] for line in (folder / "first_test.jsonl").read_text().splitlines()]
+    ids = scene.family.tokens(folder / "base", texts)
+    losses = []
+    for window in ids.split(12):
+        if len(window) > 1:
+            mean = scene.model(input_ids=window[None], labels=window[None]).loss
+            losses += [mean] * (len(window) - 1)
+    assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
