@@ -22,7 +22,7 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.locate import locate
-from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, weight_bytes
+from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
@@ -235,7 +235,7 @@ def events(walked: Walked) -> dict[str, int]:
 def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
     """Bytes of the weights: the whole model and its calibrated linears alone, dense and as packed."""
     size = contents.dtype.itemsize
-    elements = {name: tensor.numel() for name, tensor in contents.model.state_dict().items()}
+    elements = {name: tensor.numel() for name, tensor in untied(contents.model).items()}
     return {
         "model_dense": size * sum(elements.values()),
         "model_packed": weight_bytes(checkpoint),

@@ -20,7 +20,7 @@ HUB_ID = re.compile(
     r"(?P<repo>\w[\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<inside>\w(?:[\w.-]|/(?!\.\.))*))?"
 )
 FILES = (".safetensors", ".pt", ".pth", ".bin")
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What is downloaded of a folder; the pickles that some repositories also have only where they are named."""
 
 

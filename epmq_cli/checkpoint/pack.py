@@ -34,6 +34,11 @@ PROCESSOR_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -72,16 +77,22 @@ class Contents:
 def state_dict(contents: Contents) -> dict[str, Tensor]:
     """All tensors of the model: quantized linears packed, the other parameters and buffers in `dtype`."""
     packed = {name: weight for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    tensors, own = {}, contents.model.state_dict()
-    sources = getattr(contents.model, "all_tied_weights_keys", None) or {}
-    tied = {name for name, source in sources.items() if own[name].data_ptr() == own[source].data_ptr()}
-    for name, tensor in own.items():
-        if name not in tied and name.removesuffix(".weight") not in packed:
+    tensors = {}
+    for name, tensor in untied(contents.model).items():
+        if name.removesuffix(".weight") not in packed:
             dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
             tensors[name] = tensor.to(dtype).cpu().contiguous()
     for name, weight in packed.items():
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed_linear(weight).items()}
     return tensors
+
+
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors, each once: of those that are tied the one that the others are tied to."""
+    own = model.state_dict()
+    sources = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {name for name, source in sources.items() if own[name].data_ptr() == own[source].data_ptr()}
+    return {name: tensor for name, tensor in own.items() if name not in tied}
 
 
 def quantization_config(model: nn.Module, specs: Mapping[str, GridSpec], dequantize: bool) -> dict[str, Any]:

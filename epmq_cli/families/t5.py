@@ -34,7 +34,7 @@ from epmq_cli.families.family import (
 from epmq_cli.suites import Task
 
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-ANSWER = 10  # tokens that an answer has at most, as in the published protocol
+ANSWER = 10  # tokens that an answer has at most, the start counted, as in the published protocol
 
 
 def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | Norm]:
@@ -172,7 +172,7 @@ def _answers(model: Any, batch: Batch) -> Tensor:
     given: Tensor = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=ANSWER,
+        max_length=ANSWER,
         do_sample=False,
         num_beams=1,
     )

@@ -44,7 +44,7 @@ def test_answers_are_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
     for batch in scene.batches:
         ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"].bool()
         given = expert.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=10, do_sample=False
         )
         assert torch.equal(ids, given[:, :-1])
         for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
