@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import (
-    Batch,
-    Collate,
-    LanguageModel,
-    LastNorm,
-    Linears,
-    Norm,
-    Section,
-    Table,
-    block_settings,
-)
+from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
+from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.suites import Task
 
 PREFIX = "model."

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
+from epmq_cli.families.parts import block_settings
 from epmq_cli.suites import Task
 
 
@@ -64,18 +65,17 @@ class Classifier(Family):
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
         read."""
-        model_type = folder.config.get("model_type")
-        if model_type not in self.model_types:
-            raise ModelError(
-                f"{folder.role}: {folder.path} holds a model of type {model_type}, "
-                f"family {type(self).__name__.lower()} takes {', '.join(self.model_types)}"
-            )
+        self.check_type(folder)
         names = {self.spelling(stored.removeprefix(self.prefix)): stored for stored in folder.infos}
         return {
             name: stored
             for name, stored in names.items()
             if name.startswith(self.parts) and not name.endswith("position_ids")
         }
+
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """Those of the encoder."""
+        return block_settings(folder)
 
     def spelling(self, stored: str) -> str:
         """The model's own name of a stored tensor."""

@@ -14,20 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import (
-    Batch,
-    Collate,
-    Family,
-    Head,
-    Linears,
-    Norm,
-    Patches,
-    Section,
-    block_settings,
-    images,
-)
+from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Patches, Section
+from epmq_cli.families.parts import block_settings, images
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -79,12 +69,7 @@ class Clip(Family):
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
         read."""
-        model_type = folder.config.get("model_type")
-        if model_type not in self.model_types:
-            raise ModelError(
-                f"{folder.role}: {folder.path} holds a model of type {model_type}, "
-                "family clip takes clip and clip_vision_model"
-            )
+        self.check_type(folder)
         prefixed = any(name.startswith(PREFIX) for name in folder.infos)
         names = {
             name if prefixed else PREFIX + name: name

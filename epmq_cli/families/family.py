@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
 from epmq_cli.suites import Task
 
 Batch = dict[str, Tensor]
@@ -149,6 +150,16 @@ class Family(ABC):
             open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
         )
 
+    def check_type(self, folder: ModelFolder) -> None:
+        """ModelError where a folder holds a model that is none of `model_types`."""
+        found = folder.config.get("model_type")
+        if found not in self.model_types:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ModelError(
+                f"{folder.role}: {folder.path} holds a model of type {found}, "
+                f"family {name} takes {', '.join(self.model_types)}"
+            )
+
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
@@ -156,9 +167,9 @@ class Family(ABC):
         ModelError where the folder holds another architecture.
         """
 
+    @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """What base and experts must have in common and tensor shapes do not show, such as the number of heads."""
-        return block_settings(folder)
 
     @abstractmethod
     def load(self, folder: Path, **options: Any) -> nn.Module:
@@ -226,53 +237,6 @@ class LanguageModel(Family):
     @abstractmethod
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens)."""
-
-
-class LastNorm(nn.Module):
-    """The norm behind the last block, under its own name, of one token or of all."""
-
-    def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
-        super().__init__()
-        self._name, self._token = name, token
-        self.add_module(name, model.get_submodule(name))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(samples, width) of the token, or (samples, tokens, width)."""
-        read = hidden if self._token is None else hidden[:, self._token]
-        normed: Tensor = self.get_submodule(self._name)(read)
-        return normed
-
-    @classmethod
-    def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
-        """The readout that consists of the norm at this path alone."""
-        prefix, _, name = path.rpartition(".")
-        return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
-
-
-def block_settings(
-    folder: ModelFolder,
-    part: str | None = None,
-    names: Sequence[str] = ("num_attention_heads", "hidden_act", "layer_norm_eps"),
-) -> dict[str, Any]:
-    """These settings of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-    config = getattr(config, part, config) if part else config
-    return {name: getattr(config, name, None) for name in names}
-
-
-def images(folder: Path) -> Collate:
-    """Images through the folder's own image processor, as RGB."""
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-
-    def collate(pictures: list[Any]) -> Batch:
-        found = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        return {"pixel_values": found["pixel_values"]}
-
-    return collate
 
 
 def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:

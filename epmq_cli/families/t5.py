@@ -16,21 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ModelError
-from epmq_cli.families.family import (
-    Batch,
-    Collate,
-    Family,
-    Head,
-    LastNorm,
-    Linears,
-    Norm,
-    Predict,
-    Section,
-    Stack,
-    Table,
-    block_settings,
-)
+from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Predict, Section, Stack, Table
+from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.suites import Task
 
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -71,9 +58,7 @@ class T5(Family):
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors; the table that encoder and decoder share is read once, the output layer where it is stored."""
-        model_type = folder.config.get("model_type")
-        if model_type not in self.model_types:
-            raise ModelError(f"{folder.role}: {folder.path} holds a model of type {model_type}, family t5 takes t5")
+        self.check_type(folder)
         return {name: name for name in folder.infos if name not in TIED}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:

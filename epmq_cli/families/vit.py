@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from epmq_cli.families.classifier import Classifier
-from epmq_cli.families.family import Batch, Collate, LastNorm, Linears, Norm, Section, images
+from epmq_cli.families.family import Batch, Collate, Linears, Norm, Section
+from epmq_cli.families.parts import LastNorm, images
 from epmq_cli.suites import Task
 
 Q, K, V = (f"attention.{part}_proj" for part in "qkv")

@@ -1,0 +1,59 @@
+"""What several families share: the norm behind the blocks, settings of a config, batches of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.families.family import Batch, Collate, Norm, Section
+
+
+class LastNorm(nn.Module):
+    """The norm behind the last block, under its own name, of one token or of all."""
+
+    def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
+        super().__init__()
+        self._name, self._token = name, token
+        self.add_module(name, model.get_submodule(name))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) of the token, or (samples, tokens, width)."""
+        read = hidden if self._token is None else hidden[:, self._token]
+        normed: Tensor = self.get_submodule(self._name)(read)
+        return normed
+
+    @classmethod
+    def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
+        """The readout that consists of the norm at this path alone."""
+        prefix, _, name = path.rpartition(".")
+        return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
+
+
+def block_settings(
+    folder: ModelFolder,
+    part: str | None = None,
+    names: Sequence[str] = ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+) -> dict[str, Any]:
+    """These settings of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    config = getattr(config, part, config) if part else config
+    return {name: getattr(config, name, None) for name in names}
+
+
+def images(folder: Path) -> Collate:
+    """Images through the folder's own image processor, as RGB."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+    def collate(pictures: list[Any]) -> Batch:
+        found = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        return {"pixel_values": found["pixel_values"]}
+
+    return collate
