@@ -1,4 +1,4 @@
-"""Oracles: what the shipped suites that ask for models say of themselves, and transformers, which loads the checkpoints."""
+"""Oracles: what the shipped suites that ask for models say of themselves, and transformers, which loads the results."""
 
 from __future__ import annotations
 
