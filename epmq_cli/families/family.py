@@ -217,12 +217,14 @@ class Family(ABC):
         return features
 
     def predict(self, folder: Path, task: Task) -> Predict:
-        """How the samples of a task are judged; `folder` has the processor."""
+        """How the samples of a task are judged; `folder` has the processor. A head with a single output, as those of
+        regressions have, gives a number, others the class of the largest logit."""
 
-        def largest(model: nn.Module, batch: Batch, head: Head) -> Tensor:
-            return self.logits(self.features(model, batch), head).argmax(-1)
+        def judged(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+            logits = self.logits(self.features(model, batch), head)
+            return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
-        return largest
+        return judged
 
 
 class LanguageModel(Family):

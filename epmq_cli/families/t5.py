@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Predict, Section, Stack, Table
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.suites import Task
@@ -131,6 +132,11 @@ class T5(Family):
         """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
         from transformers import AutoTokenizer
 
+        if not task.classes and task.metric != "spearman":
+            raise ConfigError(
+                f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
+                "it is not given"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 

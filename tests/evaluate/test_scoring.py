@@ -14,7 +14,9 @@ from epmq_cli.data.images import Npz
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate import classifier, zero_shot
+from epmq_cli.evaluate.measures import MEASURES
 from epmq_cli.evaluate.score import ScoredTask, score
+from epmq_cli.families.bert import Bert
 from epmq_cli.families.clip import Clip
 from epmq_cli.suites import Task
 
@@ -70,3 +72,38 @@ def test_labels_that_the_head_does_not_have_are_refused(label: int) -> None:
 def test_a_task_without_test_samples_is_refused() -> None:
     with pytest.raises(DataError, match="task t has no test samples"):
         scored([], [])
+
+
+def test_a_head_with_one_output_gives_a_number() -> None:
+    """Ranks of 2 x and of x are the same."""
+    labels = torch.tensor([0.5, 3.0, 1.0, 2.0])
+    task = Task("t", "expert", Npz("t.npz"), metric="spearman")
+    head = {"weight": torch.tensor([[2.0]])}
+    predict = Numbers().predict(Path(), task)
+    scored = ScoredTask("t", Samples(labels[:, None].tolist(), labels), collate, head, predict, "spearman")
+    assert score(Numbers(), nn.Identity(), scored, 3, torch.device("cpu")) == pytest.approx(1)
+
+
+def collate(items: list[Any]) -> dict[str, Tensor]:
+    return {"x": torch.tensor(items)}
+
+
+class Numbers(Bert):
+    """A classifier whose features are its inputs."""
+
+    def features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return batch["x"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "labels", "wanted"),
+    [
+        ("accuracy", [0, 1, 1, -1], [0, 1, 0, 0], 0.5),
+        ("matthews", [0, 1, 1, 0], [0, 1, 1, 0], 1.0),
+        ("matthews", [1, 0, 0, 1], [0, 1, 1, 0], -1.0),
+        ("spearman", [1.0, 2.0, 4.0], [0.0, 5.0, 5.5], 1.0),
+        ("spearman", [1.0, 1.0, 1.0], [0.0, 5.0, 5.5], 0.0),
+    ],
+)
+def test_measures_by_hand(metric: str, predictions: list[float], labels: list[float], wanted: float) -> None:
+    assert MEASURES[metric](torch.tensor(predictions), torch.tensor(labels)) == pytest.approx(wanted)

@@ -13,6 +13,7 @@ from transformers import T5ForConditionalGeneration
 
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.config import conf_dir
+from epmq_cli.errors import ConfigError
 from epmq_cli.families.t5 import _number
 from tests.hubs import Scene, run_in
 from tests.minihub import Hub
@@ -71,3 +72,8 @@ def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -
             mean = scene.model(input_ids=window[None], labels=window[None]).loss
             losses += [mean] * (len(window) - 1)
     assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_answers_in_words_need_their_classes(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"suite.tasks.first.classes must be the answers in label order"):
+        run_in(tmp_path, hub("t5"), "suite.tasks.first.classes=null")
