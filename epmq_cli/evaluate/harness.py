@@ -13,7 +13,8 @@ from torch import nn
 from epmq_cli.errors import ConfigError
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
-"""The metric that is reported of a task that has several; otherwise its first one."""
+"""The metric that is reported of a task that has several; otherwise its first one. Where the harness reads a metric out
+of the answers by several filters, the first that the task names counts (strict-match of gsm8k)."""
 
 
 def harness_scores(
@@ -26,7 +27,8 @@ def harness_scores(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, float]:
-    """The score of each task or group under the name `<task>/<metric>`.
+    """The score of each task or group under the name `<task>/<metric>`; patterns (arc_*), tags (ai2_arc) and groups
+    without a score of their own stand for their tasks.
 
     `folder` has the tokenizer. `include_path`: a folder of the user's own task files. `shots`: examples in the prompt,
     None for each task's own number. `limit`: at most so many samples of each. Needs the extra `lm_eval`; ConfigError
@@ -44,6 +46,7 @@ def harness_scores(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=include_path)
+    named = [name for task in tasks for name in manager.match_tasks([task])]  # simple_evaluate takes no patterns
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(
@@ -52,28 +55,38 @@ def harness_scores(
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=batch_size)
-    found: Any = simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=shots,
-        limit=limit,
-        batch_size=batch_size,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    return chosen(tasks, {**found["results"], **found.get("groups", {})})
+    scores: dict[str, float] = {}
+    for name in dict.fromkeys(named):  # one by one, as what comes back does not say which tasks a tag stood for
+        found: Any = simple_evaluate(
+            model=wrapped,
+            tasks=[name],
+            task_manager=manager,
+            num_fewshot=shots,
+            limit=limit,
+            batch_size=batch_size,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        results = {**found["results"], **found.get("groups", {})}
+        scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
+    return scores
 
 
 def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The preferred metric of each task; `results` as the harness gives them, with keys such as "acc_norm,none"."""
     scores = {}
     for task in tasks:
-        numbers = {
-            key.split(",")[0]: float(value)
-            for key, value in results[task].items()
-            if "," in key and "stderr" not in key and isinstance(value, int | float)
-        }
-        metric = next((name for name in PREFERRED if name in numbers), next(iter(numbers)))
-        scores[f"{task}/{metric}"] = numbers[metric]
+        found = numbers(results[task])
+        metric = next((name for name in PREFERRED if name in found), next(iter(found)))
+        scores[f"{task}/{metric}"] = found[metric]
     return scores
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one task by their names without the filter, in the task's order."""
+    found: dict[str, float] = {}
+    for key, value in result.items():
+        metric, comma, _ = key.partition(",")
+        if comma and "stderr" not in metric and isinstance(value, int | float):
+            found.setdefault(metric, float(value))
+    return found

@@ -29,8 +29,9 @@ def perplexity(
     `logits_of`: logits (windows, tokens, vocabulary) of the token behind each of some windows (windows, tokens). A
     window starts `stride` tokens behind the one before it, and only what is new in it counts. With a stride of
     `length`, the protocol of GPTQ and most tables, windows do not overlap and the first token of each is not predicted;
-    with a smaller one each token but the very first counts once. The last window may be shorter. DataError where
-    nothing can be predicted.
+    with a smaller one each token but the very first counts once. The last window may be shorter, and counts; GPTQ
+    (https://github.com/IST-DASLab/gptq, `llama_eval`) drops it, whose number is that of `ids` cut to whole windows.
+    DataError where nothing can be predicted.
     """
     total, count = 0.0, 0
     for group in batched(windows(len(ids), length, stride), batch_size):

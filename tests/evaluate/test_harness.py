@@ -60,7 +60,28 @@ def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
         harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, 4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_tasks(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    for name in ("mini", "tagged", "like_one", "like_two", "grouped"):
+        text = TASK.format(file=hub / "rows.jsonl").replace("task: mini", f"task: {name}\ntag: of_{name}")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "group.yaml").write_text("group: bare\ntask: [grouped]\n")
+    model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
+    asked = ["mini", "of_tagged", "like_*", "bare"]
+    found = harness_scores(model, hub / "base", CPU, asked, str(tmp_path), None, None, 4)
+    names = [f"{name}/acc" for name in ("mini", "tagged", "like_one", "like_two", "grouped")]
+    assert found == dict.fromkeys(names, found["mini/acc"])
+
+
 def test_of_several_metrics_the_preferred_one_is_taken() -> None:
     several = {"alias": "a", "acc,none": 0.5, "acc_norm,none": 0.25, "acc_stderr,none": 0.1}
     odd = {"bleu,none": 0.125, "bleu_stderr,none": "N/A"}
     assert chosen(["a", "b"], {"a": several, "b": odd}) == {"a/acc_norm": 0.25, "b/bleu": 0.125}
+
+
+def test_of_a_metric_behind_several_filters_the_first_is_taken() -> None:
+    filters = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+    assert chosen(["gsm8k"], {"gsm8k": filters}) == {"gsm8k/exact_match": 0.25}
