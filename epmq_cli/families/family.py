@@ -154,11 +154,9 @@ class Family(ABC):
         """ModelError where a folder holds a model that is none of `model_types`."""
         found = folder.config.get("model_type")
         if found not in self.model_types:
-            name = type(self).__module__.rpartition(".")[2]
-            raise ModelError(
-                f"{folder.role}: {folder.path} holds a model of type {found}, "
-                f"family {name} takes {', '.join(self.model_types)}"
-            )
+            name, *others, last = type(self).__module__.rpartition(".")[2], *self.model_types
+            known = f"{', '.join(others)} and {last}" if others else last
+            raise ModelError(f"{folder.role}: {folder.path} holds a model of type {found}, family {name} takes {known}")
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
