@@ -52,7 +52,7 @@ def teach(job: Job, model: nn.Module, source: MergeSource, drawn: Batches) -> Ta
     calibration, taught = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for task, batches in drawn.items():
-            install(model, {name: source.expert(task, name) for name in source.names})
+            install(model, source.model(task))
             with torch.inference_mode():
                 calibration[task] = [job.family.complete(model, batch) for batch in batches]
             if solves_heads(job):

@@ -63,14 +63,8 @@ def make_job(cfg: DictConfig) -> Job:
     guidance: Guidance = config.build("guidance", cfg.guidance)
     names = [task.name for task in suite.members]
     check_keys("guidance.weights", guidance.weights or {}, names)
-    family = suite_family(suite)
-    for task in suite.members:
-        check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
-    evaluation: config.Evaluation = config.build("eval", cfg.eval)
-    if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
-        raise ConfigError(
-            f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
-        )
+    family, evaluation = suite_family(suite), config.build("eval", cfg.eval)
+    check_scoring(suite, family, evaluation)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     return Job(
@@ -92,7 +86,17 @@ def suite_family(suite: Suite, checkpoint: Path | None = None) -> Family:
     if suite.family != AUTO:
         return family_of(suite.family)
     role = "base" if checkpoint is None else "checkpoint"
-    return claiming(ModelFolder(checkpoint or locate(suite.base, role), role).config)
+    return claiming(ModelFolder(checkpoint or locate(suite.base, role, suite.root), role).config)
+
+
+def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -> None:
+    """ConfigError where models of the family cannot be scored as tasks or evaluation say."""
+    for task in suite.members:
+        check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
+    if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
+        raise ConfigError(
+            f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
+        )
 
 
 def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
@@ -188,8 +192,7 @@ def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTa
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
-        source = models.source
-        install(model, {name: source.expert(task.name, name) for name in source.names})
+        install(model, models.source.model(task.name))
 
     found = score(job, model, tasks, "base", models.base.path)
     if "experts" in job.evaluation.stages:

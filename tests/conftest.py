@@ -45,6 +45,16 @@ def write_suite(folder: Path, suite: dict[str, Any]) -> Path:
     return folder / "configs"
 
 
+def write_pictures(path: Path, generator: np.random.Generator, train: int, test: int) -> dict[str, str]:
+    """An npz of so many random pictures with labels 0, 1 and 2; the entry of a suite that names it."""
+    arrays = {}
+    for split, count in (("train", train), ("test", test)):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = generator.integers(0, 3, count)
+    np.savez(path, **arrays)
+    return {"_target_": "epmq_cli.data.images.Npz", "path": str(path)}
+
+
 @pytest.fixture(scope="session")
 def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders base, first, second (CLIPModel and two CLIPVisionModel in float32), npz data, and
@@ -77,12 +87,7 @@ def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     tasks = {}
     for task in TASKS:
-        arrays = {}
-        for split, count in (("train", 40), ("test", 30)):
-            arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-            arrays[f"{split}_labels"] = generator.integers(0, 3, count)
-        np.savez(folder / f"{task}.npz", **arrays)
-        data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
+        data = write_pictures(folder / f"{task}.npz", generator, 40, 30)
         templates = ["a photo of a {}", "a {}"]
         tasks[task] = {"expert": str(folder / task), "data": data, "classes": CLASSES, "templates": templates}
     write_suite(folder, {"family": "clip", "base": str(folder / "base"), "tasks": tasks})

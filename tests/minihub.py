@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.conftest import TASKS, WORDS, drifted, write_suite
+from tests.conftest import TASKS, WORDS, drifted, write_pictures, write_suite
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
@@ -121,12 +121,7 @@ def vit_hub(folder: Path) -> Path:
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
     generator, entries = np.random.default_rng(0), {}
     for task in TASKS:
-        arrays = {}
-        for split, count in (("train", 30), ("test", 20)):
-            arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-            arrays[f"{split}_labels"] = generator.integers(0, 3, count)
-        np.savez(folder / f"{task}.npz", **arrays)
-        data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
+        data = write_pictures(folder / f"{task}.npz", generator, 30, 20)
         entries[task] = {"expert": str(folder / task), "data": data}
     write_suite(folder, {"family": "vit", "base": str(folder / "base"), "tasks": entries})
     return folder

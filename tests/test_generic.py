@@ -62,6 +62,17 @@ def test_any_classifier_of_texts_runs_on_glue(tmp_path: Path, monkeypatch: pytes
     RobertaModel.from_pretrained(tmp_path / "run" / "checkpoint", add_pooling_layer=False)
 
 
+def test_models_of_a_mirror_are_found_by_their_ids_and_their_family_by_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = glue_mirror(tmp_path / "mirror")
+    encoder_hub(mirror / "owner", "distilbert")
+    options = ["suite.base=owner/base", "suite.experts={cola: owner/first}", "suite.each.max_length=16"]
+    options += ["suite.tasks={cola: {data: {name: cola, input: sentence}}}", "eval.stages=[quantized]"]
+    metrics = run_suite(tmp_path / "run", mirror, monkeypatch, "suite=seq_cls", *options)
+    assert list(metrics["scores"]["tasks"]) == ["cola"]
+
+
 def test_open_clip_experts_run_on_the_published_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
     tasks, base = list(LAYOUTS)[:8], tmp_path / "base"

@@ -15,16 +15,17 @@ from torch.func import functional_call
 
 def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
     """What the norm makes of rows (tokens, width) before its gain and bias."""
-    return _with_gain(norm, rows, 1) - _with_gain(norm, rows, 0)
+    return _with_weight(norm, rows, 1 - unit(norm))
 
 
 def unit(norm: nn.Module) -> float:
     """What the norm itself adds to its weight to make its gain: 1 in Gemma, else 0."""
-    rows = torch.arange(1.0, len(norm.get_parameter("weight")) + 1, device=norm.get_parameter("weight").device)[None]
-    return float(_with_gain(norm, rows, 0).abs().max() > 0)
+    weight = norm.get_parameter("weight")
+    rows = torch.arange(1, len(weight) + 1, dtype=weight.dtype, device=weight.device)[None]
+    return float(_with_weight(norm, rows, 0).detach().abs().max() > 0)
 
 
-def _with_gain(norm: nn.Module, rows: Tensor, weight: float) -> Tensor:
+def _with_weight(norm: nn.Module, rows: Tensor, weight: float) -> Tensor:
     plain = {name: torch.full_like(p, 0 if name == "bias" else weight) for name, p in norm.named_parameters()}
     found: Tensor = functional_call(norm, plain, (rows,))
     return found

@@ -94,7 +94,7 @@ class _Walk:
 
     def run(self) -> Walked:
         """Every section in order."""
-        steps = [(stack, section) for stack in self.stacks for section in [*stack.blocks, stack.readout]]
+        steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         for stack, section in track(steps, "calibrate and quantize"):
             if section is stack.blocks[0]:
                 self._enter(stack)
@@ -120,7 +120,7 @@ class _Walk:
 
     def _stem(self, task: str) -> dict[str, Tensor]:
         """The expert's tensors in front of the blocks."""
-        sections = [section for stack in self.stacks for section in [*stack.blocks, stack.readout]]
+        sections = [section for stack in self.stacks for section in stack.sections]
         behind = tuple(section.name(name) for section in sections for name in section.module.state_dict())
         reference = self.student.reference
         return {name: reference.expert(task, name) for name in reference.names(behind)}
@@ -210,7 +210,7 @@ class _Walk:
         """Solves and quantizes the linears of one group, their rows quantized in one go since they share H."""
         names = [section.name(name) for name in step.names]
         objective, tokens = self._measure(section, teacher, step, token)
-        in_block = all(section.module is not stack.readout.module for stack in self.stacks)
+        in_block = all(section is not stack.readout for stack in self.stacks)
         quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
         found, records = solve(objective, names, tokens, quantizer, self.student.dtype)
         for index, (name, weight) in enumerate(zip(names, found, strict=True)):

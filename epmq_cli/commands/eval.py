@@ -33,6 +33,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
         family = steps.suite_family(suite, checkpoint)
+        steps.check_scoring(suite, family, evaluation)
         heads = steps.read_heads(checkpoint, suite, family, device)
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
         model = load_model(family, checkpoint, device)

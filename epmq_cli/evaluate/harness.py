@@ -46,8 +46,8 @@ def harness_scores(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=include_path)
-    named = [name for task in tasks for name in manager.match_tasks([task])]  # simple_evaluate takes no patterns
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    matched = {task: manager.match_tasks([task]) for task in tasks}  # simple_evaluate takes no patterns
+    unknown = [task for task, names in matched.items() if not names]
     if unknown:
         raise ConfigError(
             f"eval.tasks names {unknown[0]}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists its "
@@ -56,7 +56,8 @@ def harness_scores(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=batch_size)
     scores: dict[str, float] = {}
-    for name in dict.fromkeys(named):  # one by one, as what comes back does not say which tasks a tag stood for
+    named = dict.fromkeys(name for names in matched.values() for name in names)
+    for name in named:  # one by one, as what comes back does not say which tasks a tag stood for
         found: Any = simple_evaluate(
             model=wrapped,
             tasks=[name],

@@ -115,6 +115,11 @@ class Stack:
     memory: Mask = all_real
     handed: str | None = None
 
+    @property
+    def sections(self) -> list[Section]:
+        """The blocks and what is behind them."""
+        return [*self.blocks, self.readout]
+
 
 class Family(ABC):
     """One architecture. Names of tensors and modules are those of the model that `load` returns.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from epmq_cli.families.classifier import Classifier
-from epmq_cli.families.family import Batch, Collate, Linears, Norm, Section
+from epmq_cli.families.family import Collate, Linears, Norm, Section
 from epmq_cli.families.parts import LastNorm, images
 from epmq_cli.suites import Task
 
@@ -60,8 +60,3 @@ class Vit(Classifier):
     def collate(self, folder: Path, task: Task) -> Collate:
         """Images through the base's own image processor, as RGB."""
         return images(folder)
-
-    def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The class token: (samples, hidden size)."""
-        features: Tensor = model(**batch).last_hidden_state[:, 0]
-        return features

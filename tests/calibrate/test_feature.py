@@ -38,7 +38,7 @@ def changed(one: Walk, other: Walk) -> set[str]:
 def expert_features(hub: Path, found: Walk, task: str) -> Tensor:
     job = steps.make_job(config(hub))
     models, model, _ = steps.open_models(job)
-    install(model, {name: models.source.expert(task, name) for name in models.source.names})
+    install(model, models.source.model(task))
     return guide.features(job.family, model, found.batches[task])
 
 

@@ -97,7 +97,7 @@ def scene(hub: Path, *overrides: str) -> Scene:
     experts, own, taught, weights = {}, {}, {}, {}
     for task, batches in found.batches.items():
         experts[task] = copy.deepcopy(base)
-        install(experts[task], {name: models.source.expert(task, name) for name in models.source.names})
+        install(experts[task], models.source.model(task))
         own[task], weights[task] = reached(found.student, found.job.family, batches)
         taught[task], _ = reached(experts[task], found.job.family, batches)
     return Scene(found, base, merged, experts, own, taught, weights)

@@ -34,9 +34,19 @@ def test_epmq_eval_gives_the_scores_of_the_run(hub: Hub, tmp_path: Path) -> None
         }
 
 
-def config_of_eval(checkpoint: Path) -> Any:
+def config_of_eval(checkpoint: Path, *overrides: str) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu"])
+        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu", *overrides])
+
+
+def test_the_harness_is_refused_for_what_is_no_language_model(hub: Hub, tmp_path: Path) -> None:
+    harness = ("eval=lm_eval", "eval.tasks=[arc_easy]")
+    checkpoint = run_in(tmp_path, hub("roberta"), "eval.stages=[]")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ConfigError, match="eval=lm_eval scores language models, and those of family roberta are none"):
+        evaluate(config_of_eval(checkpoint, *harness), tmp_path / "again", [])
+    with pytest.raises(ConfigError, match="eval=lm_eval scores language models, and those of family roberta are none"):
+        run_in(tmp_path / "run", hub("roberta"), *harness)
 
 
 def test_answers_are_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
