@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.auto import Choice, choose, divided
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.objective import Affine
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.calibrate.walk import Walked
+from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch, Family
 from epmq_cli.merge.source import MergeSource
@@ -73,13 +76,15 @@ def calibrate(
     tasks: Sequence[ScoredTask],
     source: MergeSource,
     dtype: torch.dtype,
+    folder: Path | None = None,
 ) -> Calibrated:
-    """Walks the merged model, whose tensors are replaced by what comes out."""
+    """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
+    for go to files in the folder, the system's own unless given."""
     reference = references(job, model, source)
-    choice = settle(job, model, calibration, tasks, reference, dtype) if job.guidance.open else None
-    guidance = choice.guidance if choice else job.guidance
-    with torch.inference_mode():
-        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype)
+    with Depot(bytes_of("calib.memory", job.calib.memory), folder) as depot, torch.inference_mode():
+        choice = settle(job, model, calibration, tasks, reference, dtype, depot) if job.guidance.open else None
+        guidance = choice.guidance if choice else job.guidance
+        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot)
     return Calibrated(walked, guidance, choice)
 
 
@@ -99,6 +104,7 @@ def settle(
     tasks: Sequence[ScoredTask],
     reference: Reference,
     dtype: torch.dtype,
+    depot: Depot,
 ) -> Choice:
     """Chooses the options of guidance that are `auto`; the model is left as it was."""
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -110,8 +116,7 @@ def settle(
 
     def error(guidance: Guidance) -> float:
         install(model, start)
-        with torch.inference_mode():
-            sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype)
+        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot)
         total = 0.0
         for task in tasks:
             own = job.family.logits(features(job.family, model, held[task.name]), task.head)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -27,16 +28,28 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def bytes_of(name: str, text: object) -> int:
+    """The number of bytes that a text such as 5GB says; ConfigError, naming the option, where it says none."""
+    number = text[:-2] if isinstance(text, str) else ""
+    unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
+    if unit is None or not number.isdecimal() or int(number) == 0:
+        raise ConfigError(f"{name} must be a whole number with {', '.join(UNITS)} such as 5GB, got {text!r}")
+    return int(number) * unit
+
+
 @dataclasses.dataclass(frozen=True)
 class Calib:
-    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time."""
+    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time;
+    activations take up to `memory` such as 8GB, and files of the run folder beyond it."""
 
     samples: int
     batch_size: int
+    memory: str
 
     def __post_init__(self) -> None:
         check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
         check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        bytes_of("calib.memory", self.memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +62,7 @@ class Pack:
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)
-        number = self.shard_size[:-2] if isinstance(self.shard_size, str) else ""
-        if not number.isdigit() or int(number) == 0 or self.shard_size[-2:] not in ("KB", "MB", "GB"):
-            raise ConfigError(
-                f"pack.shard_size must be a whole number with KB, MB or GB such as 5GB, got {self.shard_size!r}"
-            )
+        bytes_of("pack.shard_size", self.shard_size)
 
 
 @dataclasses.dataclass(frozen=True)

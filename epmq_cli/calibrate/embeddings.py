@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import unfold
 
-from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
@@ -78,9 +78,10 @@ def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patc
     for task, group in batches.items():
         expert = {name: student.expert(task, name) for name in own}
         joined, anchor = (_joined(e[kernel], e[positions][skip:]) for e in (expert, own))
-        moments = Moments(joined.shape[1], [len(joined)], joined.device)
+        measure = Measure(1)
         for batch in group:
-            moments.add(_patch_rows(student, batch, patches.convolution), [None], None)
+            measure.add(_patch_rows(student, batch, patches.convolution), [None], None)
+        moments = measure.moments()
         if objective is None:
             objective = Objective([Affine(anchor, None)], lam, intercepts=False)
         s = task_weight(moments.xx, moments.tokens, student.guidance.task_weight)

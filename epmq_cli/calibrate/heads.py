@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Affine, Objective
 
 
@@ -14,8 +14,9 @@ def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affin
 
     The bias is free where the head has one.
     """
-    moments = Moments(own.shape[1], [len(head.weight)], own.device)
-    moments.add(own, [(teacher - own) @ head.weight.T], None)
+    measure = Measure(1)
+    measure.add(own, [(teacher - own) @ head.weight.T], None)
+    moments = measure.moments()
     objective = Objective([head], lam, intercepts=head.bias is not None)
     objective.add(moments, [head], task_weight(moments.xx, moments.tokens, "frobenius"))
     targets, _ = objective.targets()

@@ -46,6 +46,7 @@ def solve(
 ) -> tuple[Sequence[QuantizedWeight | DenseWeight], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group, their rows quantized in one go since they share H."""
     targets, factor = objective.targets()
+    number = None if factor is None else condition(objective.hessian, factor)
     outcome = quantizer(torch.cat(targets).float(), objective.hessian, dtype)
     found = outcome.weight.split([len(target) for target in targets])
     records = [
@@ -53,11 +54,11 @@ def solve(
             name=name,
             bits=getattr(getattr(found[index], "spec", None), "bits", None),
             tokens=tokens,
-            condition=None if factor is None else condition(objective.hessian, factor),
+            condition=number,
             target_damping=None if factor is None else factor.damping,
             damping=outcome.damping,
             damping_retries=outcome.retries + (0 if factor is None else factor.retries),
-            loss_merged=objective.relative_loss(index, objective.anchors[index].weight),
+            loss_merged=objective.relative_loss(index, None),
             loss_target=objective.relative_loss(index, targets[index]),
             loss=objective.relative_loss(index, found[index].dequantize()),
             fallback=outcome.fallback,

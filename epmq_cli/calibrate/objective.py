@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Objective:
         self._u = [torch.zeros_like(weight[:, 0]) for weight in weights]
         self._constants = [0.0] * len(weights)
         self._outputs = [0.0] * len(weights)
+        self._lam = lam
 
     def add(self, moments: Moments, experts: Sequence[Affine], s: float) -> None:
         """One task of weight s_t: its moments, and each linear's expert."""
@@ -75,11 +77,11 @@ class Objective:
             square = (pushed * delta).sum() + 2 * (delta * moments.px[index]).sum() + moments.pp[index]
             square += shift @ (moments.tokens * shift + 2 * (sums + moments.p[index]))
             self._constants[index] += s * float(square)
-            self._outputs[index] += s * float(((expert.weight @ moments.xx) * expert.weight).sum())
+            self._outputs[index] += s * float((pushed * (anchor.weight + expert.weight)).sum())
 
-    @property
+    @cached_property
     def hessian(self) -> Tensor:
-        """What a quantizer minimises the error in: (in, in)."""
+        """What a quantizer minimises the error in: (in, in); once it was asked for, nothing more can be added."""
         return self._H - torch.outer(self._h, self._h) / self._N if self._centred else self._H
 
     @property
@@ -118,11 +120,25 @@ class Objective:
             return anchor.bias
         return anchor.bias + (self._u[index] - (weight.double() - anchor.weight) @ self._h) / self._N
 
-    def relative_loss(self, index: int, weight: Tensor) -> float:
-        """J of a weight (out, in) with its best bias, relative to sum_t s_t || X_t W_t' ||^2; 0 where that is 0."""
-        delta = weight.double() - self.anchors[index].weight
-        loss = float(((delta @ self.hessian) * delta).sum() - 2 * (delta * self._shift(index)).sum())
-        loss += self._constants[index]
+    def relative_loss(self, index: int, weight: Tensor | None) -> float:
+        """J of a weight (out, in), or of the anchor, with its best bias, relative to what the experts' weights give,
+        sum_t s_t || X_t W_t' ||^2; 0 where that is 0."""
+        loss = self._constants[index]
+        if weight is not None:
+            delta = weight.double() - self.anchors[index].weight
+            loss += float(((delta @ self.hessian) * delta).sum() - 2 * (delta * self._shift(index)).sum())
         if self._centred:
             loss -= float(self._u[index].square().sum()) / self._N
-        return max(loss, 0.0) / self._outputs[index] if self._outputs[index] > 0 else 0.0
+        return max(loss, 0.0) / self._energies[index] if self._energies[index] > 0 else 0.0
+
+    @cached_property
+    def _energies(self) -> list[float]:
+        """sum_t s_t || X_t W_t' ||^2 of each linear.
+
+        `_outputs` has what the experts' weights give beyond the anchor's, W W' = A A' + (W - A)(W + A)' in the product
+        with X'X, so that the rest is one product and not one for each task.
+        """
+        return [
+            beyond + float(((anchor.weight @ self._H) * anchor.weight).sum() - self._lam * anchor.weight.square().sum())
+            for anchor, beyond in zip(self.anchors, self._outputs, strict=True)
+        ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.depot import Depot, Parcel
+from epmq_cli.calibrate.passage import Passage
 from epmq_cli.families.family import Batch, Family, Stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,27 +37,50 @@ class Stream:
     hidden: Tensor
     calls: list[Call]
     mask: Tensor | None
+    depot: Depot
     memory: Tensor | None = None
     output: tuple[Any, ...] = ()
+    passage: Passage | None = None
+    parcel: Parcel | None = None
 
-    def through(self, module: nn.Module) -> Tensor:
-        """What a section makes of it."""
-        hidden: Tensor = self._call(module)[0]
-        return hidden
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Its activations are there inside, and wait in the depot after it."""
+        if self.parcel is not None:
+            self.parcel.unpack()
+        yield
+        self.park()
 
-    def advance(self, module: nn.Module) -> None:
-        """Goes through a section, to the next."""
-        output = self._call(module)
-        self.hidden, self.output, self.calls = output[0], output, self.calls[1:]
+    def park(self) -> None:
+        """Puts its activations into the depot."""
+        self.parcel = self.depot.park([self.hidden, *(self.passage.waiting() if self.passage else [])])
 
-    def _call(self, module: nn.Module) -> tuple[Any, ...]:
-        rest, options = self.calls[0] if self.calls else ((), {})
-        output = module(
-            self.hidden,
-            *(self._resolved(value) for value in rest),
-            **{name: self._resolved(value) for name, value in options.items()},
-        )
-        return output if isinstance(output, tuple) else (output,)
+    def to(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
+        """Goes on through a section up to the first of these modules, of which it gives the input.
+
+        `wanted`: modules on the way whose input will be asked for (`met`). The section must be listened to.
+        """
+        self._passage(module).wanted = wanted
+        return self._passage(module).to(names)
+
+    def met(self, name: str) -> Tensor:
+        """The input of a module that was wanted."""
+        assert self.passage is not None
+        return self.passage.met[name]
+
+    def finish(self, module: nn.Module) -> None:
+        """Goes through the rest of a section, to the next."""
+        output = self._passage(module).finish()
+        found = output if isinstance(output, tuple) else (output,)
+        self.hidden, self.output, self.calls, self.passage = found[0], found, self.calls[1:], None
+
+    def _passage(self, module: nn.Module) -> Passage:
+        if self.passage is None:
+            rest, options = self.calls[0] if self.calls else ((), {})
+            args = (self.hidden, *(self._resolved(value) for value in rest))
+            named = {name: self._resolved(value) for name, value in options.items()}
+            self.passage = Passage(lambda: module(*args, **named))
+        return self.passage
 
     def _resolved(self, value: Any) -> Any:
         return self.output[value.position] if isinstance(value, Carried) else value
@@ -65,17 +90,16 @@ class _ReachedError(Exception):
     """Raised inside a forward pass to end it once what was wanted has been caught."""
 
 
-def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batch]) -> list[Stream]:
+def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batch], depot: Depot) -> list[Stream]:
     """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
-    blocks."""
+    blocks; they wait in the depot."""
     blocks = [block.module for block in stack.blocks]
     streams = []
     for batch in batches:
         found = _arguments(blocks, lambda batch=batch: family.features(model, batch))  # type: ignore[misc]
-        hidden = found[0][0][0]
-        streams.append(
-            Stream(hidden, [(args[1:], options) for args, options in found], stack.mask(batch), stack.memory(batch))
-        )
+        calls = [(args[1:], options) for args, options in found]
+        streams.append(Stream(found[0][0][0], calls, stack.mask(batch), depot, stack.memory(batch)))
+        streams[-1].park()
     return streams
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.calibrate.walk import QuantizerOf, Walked, walk
@@ -25,6 +26,7 @@ def sweep(
     guidance: Guidance,
     quantizer: Quantizer,
     dtype: torch.dtype,
+    depot: Depot | None = None,
 ) -> Walked:
     """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
 
@@ -37,17 +39,17 @@ def sweep(
     first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
     if mixed and guidance.sweeps == 1:
         start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        walk(student, family, batches, reference, guidance, first, dtype)
+        walk(student, family, batches, reference, guidance, first, dtype, depot)
         install(student, start)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
-        walk(student, family, batches, reference, guidance, chosen, dtype)
+        walk(student, family, batches, reference, guidance, chosen, dtype, depot)
         guidance = replace(guidance, rho=1)
     if not mixed:
-        return walk(student, family, batches, reference, guidance, lambda _: quantizer, dtype)
+        return walk(student, family, batches, reference, guidance, lambda _: quantizer, dtype, depot)
     widths = allocate(trial.losses, trial.sizes, quantizer.bits)
     last: QuantizerOf = lambda names: quantizer.at(widths[groups[names[0]]])  # noqa: E731
-    return walk(student, family, batches, reference, guidance, last, dtype)
+    return walk(student, family, batches, reference, guidance, last, dtype, depot)
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:

@@ -1,31 +1,37 @@
 """The engine: walks the student section by section, calibrating and quantizing each group of linears on the way.
 
 The student's inputs always come through the prefix that is already quantized. Inside a block the steps go in the order
-of the forward pass, and inputs are measured again after each ("true sequential"). Where guidance asks for them, each
-expert's own activations of the same samples walk along, one block of one expert in memory at a time.
+of the forward pass, and each reads what the ones before it give when they are quantized ("true sequential"): every
+batch's forward pass waits in front of a step until that is solved. Where guidance asks for them, each expert's own
+activations of the same samples walk along, one block of one expert in memory at a time.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.layer import LayerRecord, solve
-from epmq_cli.calibrate.moments import Moments, real_tokens, task_weight
+from epmq_cli.calibrate.moments import Measure, Moments, real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
 from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.passage import listening
+from epmq_cli.calibrate.reading import Reading, Rows
 from epmq_cli.calibrate.reference import Reference, install, installed
 from epmq_cli.calibrate.streams import Stream, enter, inputs
 from epmq_cli.calibrate.student import Student
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Batch, Family, Linears, Norm, Section, Stack
+from epmq_cli.families.family import Batch, Family, Norm, Section, Stack
 from epmq_cli.quantize.grid import DenseWeight, QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
@@ -51,40 +57,24 @@ def walk(
     guidance: Guidance,
     quantizer_of: QuantizerOf,
     dtype: torch.dtype,
+    depot: Depot | None = None,
 ) -> Walked:
     """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
 
     `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
-    not quantized are stored in.
+    not quantized are stored in. `depot`: where activations wait; in memory unless given.
     """
-    return _Walk(Student(student, family, reference, guidance, dtype), batches, quantizer_of).run()
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What reaches modules in one batch: the student's and the teacher's rows (tokens, width) by module, and the
-    weights of the tokens, or None for 1."""
-
-    student: list[Tensor]
-    teacher: list[Tensor]
-    weights: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Which modules of a section are listened to; the token whose rows count in full, or None where all do; whether
-    they read the output of another stack."""
-
-    names: tuple[str, ...]
-    token: int | None = None
-    memory: bool = False
+    room = depot or Depot(math.inf)
+    return _Walk(Student(student, family, reference, guidance, dtype), batches, quantizer_of, room).run()
 
 
 class _Walk:
     """One walk through one student, stack by stack."""
 
-    def __init__(self, student: Student, batches: Mapping[str, Sequence[Batch]], quantizer_of: QuantizerOf) -> None:
-        self.student, self.quantizer_of = student, quantizer_of
+    def __init__(
+        self, student: Student, batches: Mapping[str, Sequence[Batch]], quantizer_of: QuantizerOf, depot: Depot
+    ) -> None:
+        self.student, self.quantizer_of, self.depot = student, quantizer_of, depot
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.own, self.others = dict(batches), dict(batches)  # of the student and of the teachers, stack by stack
@@ -113,10 +103,10 @@ class _Walk:
         if self.guidance.norms and norm is not None:
             self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
         for task in self.own:
-            self.streams[task] = enter(model, self.family, stack, self.own[task])
+            self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot)
             if self.guidance.teaches:
                 with installed(model, self._stem(task)):
-                    self.taught[task] = enter(model, self.family, stack, self.others[task])
+                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.depot)
 
     def _stem(self, task: str) -> dict[str, Tensor]:
         """The expert's tensors in front of the blocks."""
@@ -125,7 +115,7 @@ class _Walk:
         reference = self.student.reference
         return {name: reference.expert(task, name) for name in reference.names(behind)}
 
-    def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[_Rows]:
+    def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[Rows]:
         """What reaches the first norm."""
         own = self._first_inputs(stack, self.own[task], norm)
         taught = own
@@ -133,7 +123,7 @@ class _Walk:
             with installed(self.student.model, self._stem(task)):
                 taught = self._first_inputs(stack, self.others[task], norm)
         for mine, others in zip(own, taught, strict=True):
-            yield _Rows([mine], [others], None)
+            yield Rows([mine], [others], None)
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
         """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
@@ -144,27 +134,29 @@ class _Walk:
         return found
 
     def _section(self, stack: Stack, section: Section) -> None:
-        """Every step of a section, then every batch through it."""
+        """Every step of a section, each batch's pass through it waiting in front of one after the other."""
         teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
         token = stack.read_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
-        for step in section.steps:
-            if isinstance(step, Norm):
-                if self.guidance.norms:
-                    reading = _Reading((step.name,), None if step.mixing else token)
-                    self._norm(section.name(step.name), self._rows(section, teacher, reading))
-            elif token is not None and step.mixing:
-                own = tuple(name for name in step.names if name not in step.mixing)
-                self._linears(section, teacher, replace(step, names=own), token)
-                self._linears(section, teacher, replace(step, names=step.mixing), None)
-            else:
-                self._linears(section, teacher, step, token)
-        for streams in self.streams.values():
-            for stream in streams:
-                stream.advance(section.module)
-        for task, streams in self.taught.items():
-            self._load(section, teacher, task)
-            for stream in streams:
-                stream.advance(teacher)
+        with ExitStack() as hooks:
+            for module in {id(m): m for m in (section.module, teacher)}.values():
+                hooks.enter_context(listening(module, section.modules))
+            for index, step in enumerate(section.steps):
+                reading = Reading.of(section.steps[index:], token)
+                if isinstance(step, Norm):
+                    if self.guidance.norms:
+                        self._norm(section.name(step.name), self._rows(section, teacher, reading))
+                elif token is not None and step.mixing:
+                    own = tuple(name for name in step.names if name not in step.mixing)
+                    self._linears(section, teacher, own, reading)
+                    self._linears(section, teacher, step.mixing, replace(reading, token=None))
+                else:
+                    self._linears(section, teacher, step.names, reading)
+            for task in self.streams:
+                self._load(section, teacher, task)
+                for streams, module in ((self.streams, section.module), (self.taught, teacher)):
+                    for stream in streams.get(task, ()):
+                        with stream.awake():
+                            stream.finish(module)
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
         """Makes the teacher's module the expert's."""
@@ -172,26 +164,33 @@ class _Walk:
             names = teacher.state_dict()
             install(teacher, {name: self.student.reference.expert(task, section.name(name)) for name in names})
 
-    def _rows(self, section: Section, teacher: nn.Module, reading: _Reading) -> Iterator[tuple[str, Iterator[_Rows]]]:
-        """For each task, what reaches modules of a section, batch by batch."""
+    def _rows(self, section: Section, teacher: nn.Module, reading: Reading) -> Iterator[tuple[str, Iterator[Rows]]]:
+        """For each task, what reaches a step, batch by batch."""
         for task in self.streams:
             self._load(section, teacher, task)
             yield task, self._task_rows(section, teacher, task, reading)
 
-    def _task_rows(self, section: Section, teacher: nn.Module, task: str, reading: _Reading) -> Iterator[_Rows]:
+    def _task_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
         taught = self.taught.get(task)
         for index, stream in enumerate(self.streams[task]):
-            own = _reach(section.module, reading, stream)
-            other = _reach(teacher, reading, taught[index]) if taught else own
-            yield _Rows(own, other, None if reading.token is None else self._weights(stream, reading.token))
+            with stream.awake():
+                own = reading.rows(stream, section.module)
+                if taught is None:
+                    yield Rows(own, own, self._weights(stream, reading.token))
+                else:
+                    with taught[index].awake():
+                        other = reading.rows(taught[index], teacher)
+                        yield Rows(own, other, self._weights(stream, reading.token))
 
-    def _weights(self, stream: Stream, token: int) -> Tensor:
-        """1 for the token that is read out, `readout_weight` for the others: (tokens,)."""
+    def _weights(self, stream: Stream, token: int | None) -> Tensor | None:
+        """1 for the token that is read out, `readout_weight` for the others: (tokens,); None where all count 1."""
+        if token is None:
+            return None
         weights = torch.full_like(stream.hidden[..., :1], self.guidance.readout_weight)
         weights[:, token] = 1
         return real_tokens(weights, stream.mask)[:, 0]
 
-    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[_Rows]]]) -> None:
+    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[Rows]]]) -> None:
         """Solves a norm."""
         norm, anchor = self.student.model.get_submodule(name), self.student.affine_anchor(name)
         added = unit(norm)
@@ -206,10 +205,10 @@ class _Walk:
         gain, bias = objective.solve()
         self.student.put_affine(name, gain - added, bias)
 
-    def _linears(self, section: Section, teacher: nn.Module, step: Linears, token: int | None) -> None:
-        """Solves and quantizes the linears of one group, their rows quantized in one go since they share H."""
-        names = [section.name(name) for name in step.names]
-        objective, tokens = self._measure(section, teacher, step, token)
+    def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], reading: Reading) -> None:
+        """Solves and quantizes linears that read the same input, their rows quantized in one go since they share H."""
+        names = [section.name(name) for name in local]
+        objective, tokens = self._measure(section, teacher, names, reading)
         in_block = all(section is not stack.readout for stack in self.stacks)
         quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
         found, records = solve(objective, names, tokens, quantizer, self.student.dtype)
@@ -220,20 +219,16 @@ class _Walk:
                 self.result.weights[name] = weight
         self.result.records.extend(records)
 
-    def _measure(self, section: Section, teacher: nn.Module, step: Linears, token: int | None) -> tuple[Objective, int]:
+    def _measure(
+        self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
+    ) -> tuple[Objective, int]:
         """The objective of the linears of one group, and the tokens it was measured on."""
-        names = [section.name(name) for name in step.names]
         anchors = [self.student.affine_anchor(name) for name in names]
         intercepts = self.guidance.intercepts and all(anchor.bias is not None for anchor in anchors)
         objective, total = Objective(anchors, float(self.guidance.lam), intercepts), 0
-        reading = _Reading((step.names[0], *([step.stream] if step.stream else [])), token, step.memory)
         for task, batches in self._rows(section, teacher, reading):
             experts = [self.student.affine_expert(task, name) for name in names]
-            width, outs = anchors[0].weight.shape[1], [len(anchor.weight) for anchor in anchors]
-            moments = Moments(width, outs, anchors[0].weight.device)
-            for rows in batches:
-                moments.add(rows.student[0], self._parts(rows, experts), rows.weights)
-                total += len(rows.student[0])
+            moments, tokens = self._moments(batches, experts, reading)
             if not torch.isfinite(moments.xx).all():
                 raise ModelError(
                     f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "
@@ -241,25 +236,37 @@ class _Walk:
                 )
             s = task_weight(moments.xx, moments.tokens, self.guidance.task_weight)
             objective.add(moments, experts, s * self.guidance.factor(task))
+            total += tokens
         return objective, total
 
-    def _parts(self, rows: _Rows, experts: Sequence[Affine]) -> list[Tensor | None]:
+    def _moments(self, batches: Iterable[Rows], experts: Sequence[Affine], reading: Reading) -> tuple[Moments, int]:
+        """The moments of one task, and its tokens."""
+        measure, tokens, weights = Measure(len(experts)), 0, [expert.weight for expert in experts]
+        out, width = sum(len(weight) for weight in weights), weights[0].shape[1]
+        # the multiplications of a token: 4 out width by way of the parts, 3 width^2 by way of the drift
+        by_drift = self.guidance.teaches and reading.stream is None and 4 * out > 3 * width
+        for rows in batches:
+            if by_drift:
+                measure.add_drift(rows.student[0], self._drift(rows), rows.weights)
+            else:
+                measure.add(rows.student[0], self._parts(rows, weights), rows.weights)
+            tokens += len(rows.student[0])
+        return measure.moments(weights if by_drift else None), tokens
+
+    def _drift(self, rows: Rows) -> Tensor:
+        """How far the teacher's inputs are from the student's, times alpha: (tokens, in)."""
+        drift: Tensor = float(self.guidance.alpha) * (rows.teacher[0] - rows.student[0])
+        return drift
+
+    def _parts(self, rows: Rows, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The part of each linear's target (tokens, out) that is no weight times the student's inputs."""
-        alpha, beta = float(self.guidance.alpha), float(self.guidance.beta)
         if not self.guidance.teaches:
-            return [None] * len(experts)
-        drift = alpha * (rows.teacher[0] - rows.student[0])
-        parts = [drift @ expert.weight.T for expert in experts]
+            return [None] * len(weights)
+        drift, beta = self._drift(rows), float(self.guidance.beta)
+        parts = [drift @ weight.T for weight in weights]
         if len(rows.student) > 1:
             parts = [part + beta * (rows.teacher[1] - rows.student[1]) for part in parts]
         return list(parts)
-
-
-def _reach(module: nn.Module, reading: _Reading, stream: Stream) -> list[Tensor]:
-    """The rows of real tokens (tokens, width) that reach these modules of a section."""
-    reached = inputs([module.get_submodule(name) for name in reading.names], lambda: stream.through(module))
-    mask = stream.memory if reading.memory else stream.mask
-    return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in reached]
 
 
 def _handed(

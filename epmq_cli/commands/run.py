@@ -53,7 +53,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     with stages.stage("score merged"):
         scores |= steps.score(job, model, tasks, "merged", models.base.path)
     with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
+        calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype, folder)
         walked = calibrated.walked
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
     with stages.stage("pack"):

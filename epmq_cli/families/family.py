@@ -85,6 +85,11 @@ class Section:
         """The module's own names of its linears, in the order of the steps."""
         return [name for step in self.steps if isinstance(step, Linears) for name in step.names]
 
+    @property
+    def modules(self) -> list[str]:
+        """The module's own names of all that its steps name, its norms included."""
+        return [name for step in self.steps for name in (step.names if isinstance(step, Linears) else (step.name,))]
+
     def name(self, local: str) -> str:
         """The name in the model of a module or tensor of this section."""
         return f"{self.prefix}.{local}" if self.prefix else local

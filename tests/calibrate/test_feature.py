@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
@@ -63,7 +65,9 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     batches = steps.calibration_batches(job, models.base.path)
     install(model, merge_models(models.source, job.merge, dtype))
     reference = guide.references(job, model, models.source)
-    engine = _Walk(Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer())
+    engine = _Walk(
+        Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer(), Depot(math.inf)
+    )
     seen: list[Tensor] = []
     section = engine._section
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.layer import solve
-from epmq_cli.calibrate.moments import Moments
+from epmq_cli.calibrate.moments import Measure, Moments
 from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
@@ -23,16 +23,11 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 def objective(indices: tuple[int, ...] = (0, 1), scale: float = 1, lam: float = 0.1) -> Objective:
     """That of some of two linears with one expert and 30 tokens."""
-    outs = [OUTS[index] for index in indices]
     anchors = [Affine(rand(OUTS[index], IN, seed=index), None) for index in indices]
     experts = [Affine(a.weight + rand(*a.weight.shape, seed=9), None) for a in anchors]
-    found, moments, X = (
-        Objective(anchors, lam, intercepts=False),
-        Moments(IN, outs, torch.device("cpu")),
-        rand(30, IN, seed=5),
-    )
-    moments.add(scale * X, [None] * len(outs), None)
-    found.add(moments, experts, 1 / 30)
+    found, measure, X = Objective(anchors, lam, intercepts=False), Measure(len(anchors)), rand(30, IN, seed=5)
+    measure.add(scale * X, [None] * len(anchors), None)
+    found.add(measure.moments(), experts, 1 / 30)
     return found
 
 
@@ -62,7 +57,7 @@ def test_records_hold_the_losses_of_anchor_target_and_result() -> None:
     targets = given.targets()[0]
     for index, record in enumerate(records):
         assert (record.name, record.tokens, record.bits, record.fallback) == (NAMES[index], 30, 3, None)
-        assert record.loss_merged == given.relative_loss(index, given.anchors[index].weight)
+        assert record.loss_merged == given.relative_loss(index, None)
         assert record.loss_target == given.relative_loss(index, targets[index])
         assert record.loss == given.relative_loss(index, found[index].dequantize())
         assert record.loss_target < record.loss < record.loss_merged
@@ -81,16 +76,16 @@ def test_a_hessian_without_factor_is_recorded_as_such() -> None:
 
 
 def _negative() -> Moments:
-    moments = Moments(IN, OUTS, torch.device("cpu"))
-    moments.xx -= 100 * torch.eye(IN)
-    return moments
+    zero = torch.zeros((), dtype=torch.float64)
+    empty = [zero] * len(OUTS)
+    return Moments(-100 * torch.eye(IN, dtype=torch.float64), torch.zeros(IN).double(), 0.0, empty, empty, empty)
 
 
 def test_damping_that_had_to_be_raised_is_counted() -> None:
     anchors = [Affine(rand(6, IN, seed=0), None)]
-    given, moments = Objective(anchors, 0.0, intercepts=False), Moments(IN, [6], torch.device("cpu"))
-    moments.add(rand(2, IN, seed=5), [None], None)  # two tokens for eight inputs
-    given.add(moments, anchors, 1.0)
+    given, measure = Objective(anchors, 0.0, intercepts=False), Measure(1)
+    measure.add(rand(2, IN, seed=5), [None], None)  # two tokens for eight inputs
+    given.add(measure.moments(), anchors, 1.0)
     _, records = solve(given, NAMES[:1], 2, NoQuantizer(), DTYPE)
     assert records[0].damping_retries > 0
     assert records[0].target_damping is not None

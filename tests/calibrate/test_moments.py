@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.moments import Moments, real_tokens, task_weight
+from epmq_cli.calibrate.moments import PANEL, Measure, Products, real_tokens, task_weight
 
 IN, OUTS = 8, (6, 3)
 
@@ -17,8 +17,9 @@ def rand(*shape: int, seed: int) -> Tensor:
 def test_moments_are_the_sums_written_out(weighted: bool) -> None:
     X, P = rand(30, IN, seed=0), [rand(30, out, seed=out) for out in OUTS]
     w = rand(30, seed=9).abs() if weighted else torch.ones(30, dtype=torch.float64)
-    found = Moments(IN, OUTS, X.device)
-    found.add(X, P, w if weighted else None)
+    measure = Measure(len(OUTS))
+    measure.add(X, P, w if weighted else None)
+    found = measure.moments()
     torch.testing.assert_close(found.xx, torch.einsum("n,ni,nj->ij", w, X, X))
     torch.testing.assert_close(found.x, torch.einsum("n,ni->i", w, X))
     assert found.tokens == pytest.approx(float(w.sum()))
@@ -31,23 +32,56 @@ def test_moments_are_the_sums_written_out(weighted: bool) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_batches_are_those_of_all_rows_at_once(weighted: bool) -> None:
     X, P, w = rand(30, IN, seed=0), rand(30, 6, seed=1), rand(30, seed=2).abs() if weighted else None
-    whole, parts = Moments(IN, [6], X.device), Moments(IN, [6], X.device)
-    whole.add(X, [P], w)
+    at_once, in_parts = Measure(1), Measure(1)
+    at_once.add(X, [P], w)
     start = 0
     for size in (7, 1, 22):
         rows = slice(start, start + size)
-        parts.add(X[rows], [P[rows]], None if w is None else w[rows])
+        in_parts.add(X[rows], [P[rows]], None if w is None else w[rows])
         start += size
+    whole, parts = at_once.moments(), in_parts.moments()
     assert whole.tokens == pytest.approx(parts.tokens)
     for name in ("xx", "x", "px", "p"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool) -> None:
+    """p = W d, so that px, p and pp are those of the parts written out."""
+    X, drift, w = rand(30, IN, seed=0), rand(30, IN, seed=1), rand(30, seed=2).abs() if weighted else None
+    weights = [rand(out, IN, seed=out) for out in OUTS]
+    written, measured = Measure(len(OUTS)), Measure(len(OUTS))
+    for rows in (slice(0, 13), slice(13, 30)):
+        weight = None if w is None else w[rows]
+        written.add(X[rows], [drift[rows] @ W.T for W in weights], weight)
+        measured.add_drift(X[rows], drift[rows], weight)
+    one, other = written.moments(), measured.moments(weights)
+    for name in ("xx", "x", "px", "p", "pp"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+def test_sums_of_many_rows_do_not_drift() -> None:
+    """The float64 product; only the `ROWS` rows that are summed in float32 leave their mark."""
+    rows = (1 + 0.1 * rand(200_000, 4, seed=0)).float()
+    products = Products()
+    for part in rows.split(1000):
+        products.add_square(part)
+    exact = rows.double().T @ rows.double()
+    torch.testing.assert_close(products.square(), exact, rtol=3e-6, atol=0)
+
+
+def test_a_square_wider_than_its_panels_is_whole() -> None:
+    rows = rand(20, 2 * PANEL + 3, seed=0)
+    products = Products()
+    products.add_square(rows)
+    torch.testing.assert_close(products.square(), rows.T @ rows)
+
+
 def test_parts_that_are_not_given_are_zero() -> None:
-    found = Moments(IN, OUTS, torch.device("cpu"))
-    found.add(rand(5, IN, seed=0), [None, None], None)
-    assert all(not px.any() and not p.any() for px, p in zip(found.px, found.p, strict=True))
-    assert found.pp == [0.0, 0.0]
+    measure = Measure(len(OUTS))
+    measure.add(rand(5, IN, seed=0), [None, None], None)
+    found = measure.moments()
+    assert not any(part.any() for part in (*found.px, *found.p, *found.pp))
 
 
 def test_padding_never_enters_the_rows() -> None:

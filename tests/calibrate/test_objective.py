@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.moments import Moments, task_weight
+from epmq_cli.calibrate.moments import Measure, Moments, task_weight
 from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.grid import GridSpec
@@ -33,9 +33,9 @@ class Problem:
     def moments(self) -> list[Moments]:
         found = []
         for rows, part, weights in zip(self.inputs, self.parts, self.weights, strict=True):
-            moments = Moments(IN, [OUT], rows.device)
-            moments.add(rows, [part], weights)
-            found.append(moments)
+            measure = Measure(1)
+            measure.add(rows, [part], weights)
+            found.append(measure.moments())
         return found
 
     def s(self, kind: str = "frobenius") -> list[float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.streams import Carried, Stream, calls, enter, inputs
 from tests.hubs import config
 
@@ -73,14 +76,14 @@ def test_streams_through_the_blocks_are_transformers_own_hidden_states(
     batches = steps.calibration_batches(job, models.base.path)["first"]
     stack = job.family.stacks(model)[0]
     with torch.inference_mode():
-        streams = enter(model, job.family, stack, batches)
+        streams = enter(model, job.family, stack, batches, Depot(math.inf))
         assert len(streams) == len(batches)
         for stream, batch in zip(streams, batches, strict=True):
             tower = model.vision_model if name == "clip" else model
             hidden = tower(**batch, output_hidden_states=True).hidden_states  # type: ignore[operator]
             assert torch.equal(stream.hidden, hidden[0])
             for block, wanted in zip(stack.blocks, hidden[1:], strict=True):
-                stream.advance(block.module)
+                stream.finish(block.module)
                 torch.testing.assert_close(stream.hidden, wanted)
             assert (stream.mask is None) == (name == "clip")
             if stream.mask is not None:
@@ -92,12 +95,12 @@ def test_of_a_block_that_gives_a_tuple_the_first_is_what_goes_on() -> None:
         def forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, str]:
             return x + scale * y, "attention"
 
-    stream = Stream(torch.ones(2), [((torch.ones(2),), {"scale": 3.0}), ((Carried(1),), {})], None)
-    assert stream.through(Pair()).tolist() == [4, 4]
-    stream.advance(Pair())
+    calls = [((torch.ones(2),), {"scale": 3.0}), ((Carried(1),), {})]
+    stream = Stream(torch.ones(2), calls, None, Depot(math.inf))
+    stream.finish(Pair())
     assert stream.hidden.tolist() == [4, 4]
-    given = []
-    stream.through(_Told(given))
+    given: list[object] = []
+    stream.finish(_Told(given))
     assert given == ["attention"]
 
 

@@ -120,3 +120,12 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold a NaN"):
         guide.calibrate(job, model, batches, [], models.source, dtype)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_activations_in_files_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
+    """The same walk with all activations in memory, to the last bit."""
+    hub = request.getfixturevalue(f"{name}_hub")
+    inside, outside = (walk(hub, "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
+    for one, other in zip(inside.student.state_dict().values(), outside.student.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, T5ForCondi
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.norms import normalised, unit
 from epmq_cli.calibrate.streams import enter
 from epmq_cli.checkpoint.reader import ModelFolder
@@ -41,13 +43,13 @@ def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str
             scene.family.stacks(scene.model), hidden_states(kind, scene.model, batch), strict=True
         ):
             with torch.inference_mode():
-                stream = enter(scene.model, scene.family, stack, [handed])[0]
+                stream = enter(scene.model, scene.family, stack, [handed], Depot(math.inf))[0]
                 torch.testing.assert_close(stream.hidden, wanted[0])
                 for block, state in zip(stack.blocks[:-1], wanted[1:], strict=False):
-                    stream.advance(block.module)
+                    stream.finish(block.module)
                     torch.testing.assert_close(stream.hidden, state)
-                stream.advance(stack.blocks[-1].module)
-                stream.advance(stack.readout.module)
+                stream.finish(stack.blocks[-1].module)
+                stream.finish(stack.readout.module)
                 final = wanted[-1] if kind.startswith("t5") or kind in DECODERS else wanted[-1][:, 0]
                 if kind == "vit":  # its last hidden state is the one before the last norm
                     final = scene.family.features(scene.model, batch)

@@ -1,0 +1,125 @@
+"""How far the unquantized optimum W* is from the float64 one when moments are made of narrower numbers.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --suite text4 --config-dir benchmarks/text4/configs
+
+For every group of linears in the blocks: inputs of the merged model and of the experts on the calibration samples, the
+objective of feature guidance, and W* from moments whose rows are float64, float32, or rounded to TF32 (10 bits of
+mantissa) or BF16 (7 bits) with products summed in float32, as tensor cores do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.moments import Measure, real_tokens, task_weight
+from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.reference import install, installed
+from epmq_cli.calibrate.streams import inputs
+from epmq_cli.config import conf_dir
+from epmq_cli.families.family import Linears
+from epmq_cli.merge.apply import merge_models
+
+
+def rounded(bits: int) -> Callable[[Tensor], Tensor]:
+    """float32 rounded to nearest with so many of its 23 bits of mantissa."""
+    drop = 23 - bits
+
+    def convert(rows: Tensor) -> Tensor:
+        whole = rows.float().contiguous().view(torch.int32)
+        return ((whole + (1 << (drop - 1)) - 1 + (whole >> drop & 1)) >> drop << drop).view(torch.float32)
+
+    return convert
+
+
+TYPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "float64": Tensor.double,
+    "float32": Tensor.float,
+    "TF32": rounded(10),
+    "BF16": rounded(7),
+}
+
+
+def captured(job: steps.Job, model: torch.nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows (tokens, width) that reach the first linear of each group in the blocks."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    stack = job.family.stacks(model)[0]
+    names = [block.name(s.names[0]) for block in stack.blocks for s in block.steps if isinstance(s, Linears)]
+    for batch in batches:
+        reached = inputs([model.get_submodule(name) for name in names], partial(job.family.features, model, batch))
+        for name, rows in zip(names, reached, strict=True):
+            found[name].append(real_tokens(rows, stack.mask(batch)))
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def target(
+    anchor: Affine,
+    rows: list[tuple[Tensor, Tensor, Affine]],
+    lam: float,
+    convert: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """W* (out, in) for inputs of the student and of each expert."""
+    objective = Objective([anchor], lam, intercepts=anchor.bias is not None)
+    for own, taught, expert in rows:
+        measure = Measure(1)
+        for x, e in zip(own.split(1600), taught.split(1600), strict=True):
+            measure.add_drift(convert(x), convert(e - x), None)
+        moments = measure.moments([expert.weight])
+        objective.add(moments, [expert], task_weight(moments.xx, moments.tokens, "frobenius"))
+    return objective.targets()[0][0]
+
+
+def opened(arguments: argparse.Namespace) -> steps.Job:
+    """The job of the suite that is asked for."""
+    overrides = [f"suite={arguments.suite}", "out=runs/precision"]
+    if arguments.config_dir:
+        overrides.append(f"hydra.searchpath=[{arguments.config_dir.resolve()}]")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return steps.make_job(compose("run", overrides=overrides))
+
+
+def main() -> None:
+    """Prints the median and the largest error over all linears."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="tiny")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--lam", type=float, default=0.001)
+    arguments = parser.parse_args()
+    job = opened(arguments)
+    models, model, dtype = steps.open_models(job)
+    drawn = steps.calibration_batches(job, models.base.path)
+    install(model, dict(merge_models(models.source, job.merge, dtype)))
+    own, taught = {}, {}
+    with torch.inference_mode():
+        for task, batches in drawn.items():
+            own[task] = captured(job, model, batches)
+            with installed(model, models.source.model(task)):
+                taught[task] = captured(job, model, batches)
+    errors: dict[str, list[float]] = defaultdict(list)
+    for name in next(iter(own.values())):
+        anchor = Affine(model.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.bias"))
+        rows = []
+        for task in own:
+            parts = (models.source.expert(task, f"{name}.{part}") for part in ("weight", "bias"))
+            rows.append((own[task][name], taught[task][name], Affine(*parts)))
+        targets = {kind: target(anchor, rows, arguments.lam, convert) for kind, convert in TYPES.items()}
+        exact = targets["float64"]
+        for kind, found in targets.items():
+            errors[kind].append(float((found - exact).norm() / exact.norm()))
+    print(f"{arguments.suite}, {len(errors['float64'])} groups of linears, lam {arguments.lam}, relative error of W*\n")
+    print("| rows | median | largest |\n|---|---|---|")
+    for kind, found in errors.items():
+        print(f"| {kind} | {sorted(found)[len(found) // 2]:.1e} | {max(found):.1e} |")
+
+
+if __name__ == "__main__":
+    main()

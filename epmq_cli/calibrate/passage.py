@@ -1,0 +1,95 @@
+"""A forward pass that stops in front of modules and goes on from there, so that what is measured on the way and changed
+behind it costs no second pass.
+
+Each pass is a greenlet: a stack of calls that can be left and returned to, whatever the code of the model between.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import greenlet
+from torch import Tensor, nn
+
+
+class Passage:
+    """One forward pass through modules that are listened to (`listening`).
+
+    `met`: the inputs of modules that it went through, of those in `wanted`.
+    """
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        self._stack = _Stack(forward, self)
+        self._until: Collection[str] = ()
+        self._here: tuple[str, Tensor] | None = None
+        self._seen: dict[str, weakref.ref[Tensor]] = {}
+        self.wanted: Collection[str] = ()
+        self.met: dict[str, Tensor] = {}
+
+    def to(self, names: Sequence[str]) -> Tensor:
+        """The input of that one of these modules which is called first; the pass waits in front of it."""
+        if self._here is None or self._here[0] not in names:
+            self._until, self._here = names, None
+            self._stack.switch()
+            if self._here is None:
+                raise RuntimeError(f"the forward pass never called {' or '.join(names)}")
+        return self._here[1]
+
+    def finish(self) -> Any:
+        """What the forward pass gives back."""
+        self._until, self._here = (), None
+        self.met.clear()
+        return self._stack.switch()
+
+    def waiting(self) -> list[Tensor]:
+        """The inputs of modules met so far that something still refers to."""
+        return [tensor for tensor in (ref() for ref in self._seen.values()) if tensor is not None]
+
+    def meet(self, name: str, tensor: Tensor) -> bool:
+        """Called by the modules, in the pass; whether it is to wait here.
+
+        Of a module that is called again, as DeBERTa's keys are for positions, the first call counts.
+        """
+        if name in self._seen:
+            return False
+        self._seen[name] = weakref.ref(tensor)
+        if name in self.wanted:
+            self.met[name] = tensor
+        self._here = (name, tensor) if name in self._until else None
+        return self._here is not None
+
+
+class _Stack(greenlet.greenlet):
+    """The calls of a pass."""
+
+    def __init__(self, forward: Callable[[], Any], passage: Passage) -> None:
+        super().__init__(forward)
+        self.passage = weakref.ref(passage)
+
+
+def _waits(name: str, tensor: Tensor) -> bool:
+    stack = greenlet.getcurrent()
+    passage = stack.passage() if isinstance(stack, _Stack) else None
+    return passage is not None and passage.meet(name, tensor)
+
+
+@contextmanager
+def listening(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Inside, passes through the module stop in front of these of its modules, if they want to."""
+
+    def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if _waits(name, args[0]):  # no name here may hold the pass, which would then never be freed
+                greenlet.getcurrent().parent.switch()  # type: ignore[union-attr]
+
+        return hear
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(listener(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
