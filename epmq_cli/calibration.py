@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli import ranks
 from epmq_cli.calibrate.auto import Choice, choose, divided
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
@@ -81,7 +82,8 @@ def calibrate(
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
     for go to files in the folder, the system's own unless given."""
     reference = references(job, model, source)
-    with Depot(bytes_of("calib.memory", job.calib.memory), folder) as depot, torch.inference_mode():
+    budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
+    with Depot(budget, folder) as depot, torch.inference_mode():
         choice = settle(job, model, calibration, tasks, reference, dtype, depot) if job.guidance.open else None
         guidance = choice.guidance if choice else job.guidance
         walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from epmq_cli import ranks
 from epmq_cli.errors import ConfigError, EpmqError, check_choice, check_keys, check_range
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def device_of(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", ranks.local()) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = str(name).partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise ConfigError(f"device must be {DEVICES}, got {name!r}")

@@ -10,10 +10,13 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from epmq_cli import ranks
+
 Item = TypeVar("Item")
 
-console = Console()  # results
-messages = Console(stderr=True)  # progress and errors
+console = Console(quiet=not ranks.first())  # results
+messages = Console(stderr=True, quiet=not ranks.first())  # progress
+complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
 
 
@@ -24,8 +27,9 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """One line for the person on what went wrong."""
-    messages.print(f"epmq: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    """One line for the person on what went wrong, in whichever of the processes."""
+    who = "epmq" if ranks.first() else f"epmq (process {ranks.number()})"
+    complaints.print(f"{who}: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
     Elsewhere nothing is shown; run.log has one line for the stage in any case.
     """
     log.info("%s: %d steps", stage, total)
-    if not messages.is_terminal:
+    if not messages.is_terminal or messages.quiet:
         yield lambda count: None
         return
     columns = (

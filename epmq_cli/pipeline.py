@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from epmq_cli import __version__, config
+from epmq_cli import __version__, config, ranks
 from epmq_cli.calibrate.draw import batches, draw, sequences
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.reference import install
@@ -26,7 +27,7 @@ from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, unti
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
-from epmq_cli.errors import CheckpointError, ConfigError, check_choice, check_keys
+from epmq_cli.errors import CheckpointError, ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
@@ -154,20 +155,27 @@ def scored_task(
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
-    """Each task's calibration batches, on the device."""
+    """Each task's calibration batches, on the device: of all of them those that are this process's part."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         if isinstance(job.family, LanguageModel):
             samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
-        drawn[task.name] = list(batches(samples, job.family.collate(base, task), job.calib.batch_size, job.device))
+        size = job.calib.batch_size
+        starts = ranks.share(range(0, len(samples), size))
+        if not starts:
+            raise DataError(
+                f"task {task.name} has too few batches of calibration samples for {ranks.count()} processes: "
+                f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
+            )
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
     return drawn
 
 
 def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
-    if stage not in job.evaluation.stages:
+    if stage not in job.evaluation.stages or not ranks.first():
         return {}
     return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder)
 
@@ -195,7 +203,7 @@ def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTa
         install(model, models.source.model(task.name))
 
     found = score(job, model, tasks, "base", models.base.path)
-    if "experts" in job.evaluation.stages:
+    if "experts" in job.evaluation.stages and ranks.first():
         size = job.evaluation.batch_size
         found |= scores(job.family, model, tasks, size, job.device, "experts", before=become_expert)
     return found

@@ -44,8 +44,10 @@ def sequences(task: Task, tokens_of: Callable[[Sequence[str]], Tensor], count: i
     return Samples(list(blocks), torch.zeros(len(blocks), dtype=torch.int64))
 
 
-def batches(samples: Samples, collate: Collate, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of inputs in order, on the device."""
-    for start in range(0, len(samples), batch_size):
+def batches(
+    samples: Samples, collate: Collate, batch_size: int, device: torch.device, starts: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Batches of inputs in order, on the device: all, or those that begin at these samples."""
+    for start in range(0, len(samples), batch_size) if starts is None else starts:
         batch = collate([samples.inputs[i] for i in range(start, min(start + batch_size, len(samples)))])
         yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -19,6 +19,7 @@ from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
 from epmq_cli.families.family import Batch, Mask, Patches, Stack, Table
+from epmq_cli.ranks import added
 
 
 def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
@@ -63,7 +64,7 @@ def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, r
         found = torch.bincount(ids.flatten(), minlength=rows).double()
         total = found if total is None else total + found
     assert total is not None
-    return total
+    return added(total)
 
 
 def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.ranks import added
 
 
 def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affine:
@@ -26,6 +28,9 @@ def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affin
 
 def relative_error(own: Tensor, teacher: Tensor) -> float:
     """Squared distance of the student's features or logits from the expert's (samples, width), relative to the latter's
-    variance; 0 where that is 0."""
-    spread = float((teacher - teacher.mean(0)).square().sum())
-    return float((own - teacher).square().sum()) / spread if spread > 0 else 0.0
+    variance; 0 where that is 0. The samples of all processes count."""
+    wanted, found = teacher.double(), own.double()
+    count, sums = added(torch.tensor(float(len(wanted)))), added(wanted.sum(0))
+    squares, error = added(wanted.square().sum()), added((found - wanted).square().sum())
+    spread = float(squares - sums.square().sum() / count)
+    return float(error) / spread if spread > 1e-12 * float(squares) else 0.0

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 1 << 14  # tokens whose products are summed in the type of the rows; beyond that sums are in float64
+from epmq_cli.ranks import added
+
 PANEL = 512  # columns of a symmetric product made at a time, from the diagonal down
 
 
@@ -20,50 +21,39 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Products:
-    """The sum over rows of a b' for rows a (tokens, high) and b (tokens, wide): `total` (high, wide) in float64.
+    """The sum over rows of a b' for rows a (tokens, high) and b (tokens, wide), (high, wide) in float64.
 
-    Up to `ROWS` rows it is made in their own type in place, so that nothing but the products costs time; then the sum
-    goes on in float64, so that it does not drift with their number.
+    The product of each batch is made in the type of its rows. Sums of such numbers in float64 are exact but for the
+    rarest of cases, so that they do not drift, and do not depend on which process had which batch.
     """
 
     def __init__(self) -> None:
-        self._partial: Tensor | None = None
         self._total = torch.zeros((), dtype=torch.float64)
-        self._rows = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Some more rows."""
-        self._room(a, b).addmm_(a.T, b)
-        self._flush(len(a))
+        """A batch."""
+        self._room(a, b).add_(a.T @ b)
 
     def add_square(self, a: Tensor) -> None:
-        """Some more rows, with a for b: half the work, since only the lower triangle is made."""
-        into = self._room(a, a)
+        """A batch with a for b: half the work, since only the lower triangle is made."""
+        total = self._room(a, a)
         for start in range(0, a.shape[1], PANEL):
             end = start + PANEL
-            into[start:, start:end].addmm_(a[:, start:].T, a[:, start:end])
-        self._flush(len(a))
+            total[start:, start:end] += a[:, start:].T @ a[:, start:end]
 
     def total(self) -> Tensor:
-        """The sum; a zero of no shape before any row."""
-        self._flush(ROWS)
-        return self._total
+        """The sum over the rows of all processes, to be asked for once; a zero of no shape before any row."""
+        return added(self._total) if self._total.ndim else self._total
 
     def square(self) -> Tensor:
         """The sum of what `add_square` added."""
         lower = self.total()
-        return lower.tril() + lower.tril(-1).T if lower.ndim else lower
+        return lower.tril_().add_(lower.tril(-1).T) if lower.ndim else lower
 
     def _room(self, a: Tensor, b: Tensor) -> Tensor:
-        if self._partial is None:
-            self._partial = a.new_zeros(a.shape[1], b.shape[1])
-        return self._partial
-
-    def _flush(self, rows: int) -> None:
-        self._rows += rows
-        if self._rows >= ROWS and self._partial is not None:
-            self._total = self._total.add_(self._partial) if self._total.ndim else self._partial.double()
-            self._partial, self._rows = None, 0
+        if not self._total.ndim:
+            self._total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+        return self._total
 
 
 @dataclass
@@ -91,7 +81,7 @@ class Measure:
         self._px = [Products() for _ in range(linears)]
         zero = torch.zeros((), dtype=torch.float64)
         self._x, self._d, self.tokens = zero, zero, 0.0
-        self._p, self._pp = [zero] * linears, [zero] * linears
+        self._p, self._pp = [zero.clone() for _ in range(linears)], [zero.clone() for _ in range(linears)]
 
     def add(self, rows: Tensor, parts: Sequence[Tensor | None], weights: Tensor | None) -> None:
         """Rows x (tokens, in), the parts p (tokens, out) or None for zeros, and weights w (tokens,) or None for 1."""
@@ -112,15 +102,19 @@ class Measure:
         self._d = self._d + (drift.sum(0) if weights is None else weights @ drift).double()
 
     def moments(self, factors: Sequence[Tensor] | None = None) -> Moments:
-        """The sums over all that was added; `factors` (out, in): what the drift is to be multiplied with to give each
-        linear's part."""
+        """The sums over all that was added by all processes, to be asked for once.
+
+        `factors` (out, in): what the drift is to be multiplied with to give each linear's part.
+        """
         xx, dx, dd = self._xx.square(), self._dx.total(), self._dd.square()
-        px, p, pp = [products.total() for products in self._px], self._p, self._pp
+        x, d = added(self._x), added(self._d)
+        px = [products.total() for products in self._px]
+        p, pp = [added(part) for part in self._p], [added(part) for part in self._pp]
         if factors is not None:
             weights = [factor.double() for factor in factors]
-            px, p = [W @ dx for W in weights], [W @ self._d for W in weights]
+            px, p = [W @ dx for W in weights], [W @ d for W in weights]
             pp = [((W @ dd) * W).sum() for W in weights]
-        return Moments(xx, self._x, self.tokens, px, p, pp)
+        return Moments(xx, x, float(added(torch.tensor(self.tokens, dtype=torch.float64))), px, p, pp)
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Adds to the sums of x alone; the rows, each times its weight."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from epmq_cli.ranks import added
+
 
 def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
     """What the norm makes of rows (tokens, width) before its gain and bias."""
@@ -53,8 +55,9 @@ class NormObjective:
         self._task_n += float(w.sum())
 
     def close(self, factor: float) -> None:
-        """Ends a task, which counts `factor` in all."""
-        self._sums += factor / max(self._task_n, 1e-300) * self._task_sums
+        """Ends a task, which counts `factor` in all; what other processes added to it is counted too."""
+        tokens = float(added(self._task_sums.new_tensor(self._task_n)))
+        self._sums += factor / max(tokens, 1e-300) * added(self._task_sums)
         self._n += factor
         self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
 

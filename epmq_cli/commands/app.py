@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -16,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from epmq_cli import ranks
 from epmq_cli.config import conf_dir
 from epmq_cli.console import complain, log
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
@@ -30,6 +34,11 @@ def launch(command: str, arguments: list[str]) -> None:
     Everything else that is raised is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 keeps all tracebacks.
     """
     full = os.environ.get(FULL_ERROR) == "1"
+    if ranks.count() > 1 and command != "run":
+        complain(f"epmq {command} is done by one process; start it without torchrun")
+        sys.exit(1)
+    if not ranks.first():
+        arguments = [*arguments, *_without_traces()]
     sys.argv = [f"epmq {command}", *arguments]
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
     try:
@@ -37,13 +46,21 @@ def launch(command: str, arguments: list[str]) -> None:
     except (EpmqError, HydraException, OmegaConfBaseException) as error:
         if full:
             raise
-        complain(explain(error, command, arguments))
+        if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
+            complain(explain(error, command, arguments))
         sys.exit(1)
     except KeyboardInterrupt:
         complain("interrupted; nothing of this run is complete")
         sys.exit(INTERRUPTED)
     finally:
         os.environ[FULL_ERROR] = "1" if full else "0"
+
+
+def _without_traces() -> list[str]:
+    """Overrides that send what a process writes beside the results elsewhere: the run folder is that of the first."""
+    folder = tempfile.mkdtemp(prefix="epmq-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return [f"out={folder}"]
 
 
 def explain(error: Exception, command: str, arguments: list[str]) -> str:

@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli import config
+from epmq_cli import config, ranks
 from epmq_cli.commands.app import guarded, refuse_used
 
 
@@ -36,6 +36,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     from epmq_cli.report.stages import Stages
 
     refuse_used(folder, "checkpoint", "metrics.json")
+    ranks.join(config.device_of(cfg.device))
     config.check_complete(cfg)
     resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
@@ -56,6 +57,8 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype, folder)
         walked = calibrated.walked
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
+    if not ranks.first():
+        return
     with stages.stage("pack"):
         contents = Contents(
             model=model,

@@ -20,7 +20,7 @@ from torch import Tensor
 from epmq_cli.errors import check_choice, check_range
 from epmq_cli.linalg import Factor, damped_cholesky
 from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, quantize, widths_of
-from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.result import Outcome, by_rows
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.search import hessian_grid
 
@@ -175,4 +175,5 @@ class Gptq:
         return replace(self, bits=width)
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
-        return gptq(weight, hessian, self.spec, dtype, self.damping, self.block_size, self.act_order)
+        options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
+        return by_rows(lambda part: gptq(part, hessian, *options), weight)

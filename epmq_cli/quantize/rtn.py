@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.errors import check_choice
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, find_grid, quantize, widths_of
-from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.result import Outcome, by_rows
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
@@ -48,4 +48,4 @@ class Rtn:
         return replace(self, bits=width)
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
-        return Outcome(rtn(weight, self.spec, dtype))
+        return by_rows(lambda part: Outcome(rtn(part, self.spec, dtype)), weight)

@@ -60,14 +60,17 @@ def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
-def test_sums_of_many_rows_do_not_drift() -> None:
-    """The float64 product; only the `ROWS` rows that are summed in float32 leave their mark."""
+def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None:
+    """The same sums in another order, to the last bit; the float64 product but for what float32 loses in a batch."""
     rows = (1 + 0.1 * rand(200_000, 4, seed=0)).float()
-    products = Products()
+    forward, backward = Products(), Products()
     for part in rows.split(1000):
-        products.add_square(part)
-    exact = rows.double().T @ rows.double()
-    torch.testing.assert_close(products.square(), exact, rtol=3e-6, atol=0)
+        forward.add_square(part)
+    for part in reversed(rows.split(1000)):
+        backward.add_square(part)
+    found = forward.square()
+    assert torch.equal(found, backward.square())
+    torch.testing.assert_close(found, rows.double().T @ rows.double(), rtol=1e-6, atol=0)
 
 
 def test_a_square_wider_than_its_panels_is_whole() -> None:

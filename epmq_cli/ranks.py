@@ -1,0 +1,84 @@
+"""The processes that share one run, as torchrun starts them: each has its part of the calibration samples, sums go over
+all of them, and the first one writes and scores.
+
+Without torchrun there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Item = TypeVar("Item")
+
+PATIENCE = timedelta(days=7)  # the others wait while the first one scores
+
+
+def number() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local() -> int:
+    """Which of the processes on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def first() -> bool:
+    """Whether this is the process that writes and scores."""
+    return number() == 0
+
+
+def join(device: torch.device) -> None:
+    """Meets the other processes, once."""
+    if count() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        atexit.register(distributed.destroy_process_group)
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's part of some items: every `count()`-th of them."""
+    return items[number() :: count()]
+
+
+def added(tensor: Tensor) -> Tensor:
+    """The sum of this tensor over all processes, in its place."""
+    if count() == 1:
+        return tensor
+    from torch import distributed
+
+    distributed.all_reduce(tensor)
+    return tensor
+
+
+def rows(length: int) -> slice:
+    """This process's part of so many rows, in one piece; those of all processes follow each other."""
+    return slice(length * number() // count(), length * (number() + 1) // count())
+
+
+def assembled(part: Tensor, length: int) -> Tensor:
+    """The whole tensor of so many rows, of which each process has the part that `rows` says."""
+    if count() == 1:
+        return part
+    whole = part.new_zeros(length, *part.shape[1:])
+    whole[rows(length)] = part
+    return added(whole)

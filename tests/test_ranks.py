@@ -1,0 +1,60 @@
+"""Oracle: the run of one process, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmq_cli import ranks
+
+SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
+
+
+def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
+    options = ("-m", "epmq_cli", "run", *SMALL)
+    two = start(*TORCHRUN, *options, f"out={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    one = start(sys.executable, *options, f"out={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert (tmp_path / "two" / "metrics.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    found = start(*TORCHRUN, "-m", "epmq_cli", "run", "merge.scale=-1", f"out={tmp_path / 'run'}")
+    assert found.returncode != 0
+    assert found.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
+
+
+def test_parts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    items, rows = [], []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        items.append(list(ranks.share(range(8))))
+        rows.extend(list(range(10))[ranks.rows(10)])
+    assert items == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert rows == list(range(10))
+
+
+def test_one_process_needs_no_others() -> None:
+    tensor = torch.arange(4.0)
+    assert ranks.added(tensor) is tensor
+    assert ranks.assembled(tensor, 4) is tensor
+    assert ranks.first()
