@@ -11,7 +11,6 @@ group that begins inside a block see all updates made so far; act-order keeps gr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from epmq_cli.errors import check_choice, check_range
 from epmq_cli.linalg import Factor, damped_cholesky
-from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, quantize, widths_of
+from epmq_cli.quantize.columns import Columns, columns_of
+from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
 from epmq_cli.quantize.result import Outcome, by_rows
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.search import hessian_grid
@@ -45,44 +45,35 @@ def quantize_columns(
     dtype: torch.dtype,
     block_size: int,
     group_of: Tensor,
+    columns: Columns,
 ) -> tuple[Tensor, Grid]:
     """The loop of algorithm 1: integers (out, in) in W's type, and the grid they are on.
 
     `W` (out, in) in the order of quantization, groups whole; `Hinv` the upper factor of H^-1 (in, in), same type and
-    order; `group_of` (in,) the group of each column. A group's grid is found when its first column is reached.
+    order; `group_of` (in,) the group of each column. A group's grid is found when its first column is reached, with all
+    updates made.
     """
-    rows, columns = W.shape
-    size = spec.columns(columns)
+    rows, width = W.shape
+    size = spec.columns(width)
     W, values = W.clone(), torch.empty_like(W)
-    groups = columns // size
-    grid = Grid(W.new_empty(rows, groups), W.new_empty(rows, groups))
-    block_size = _aligned(block_size, size, columns)
-    group_list = group_of.tolist()
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        W1, U1 = W[:, start:end].clone(), Hinv[start:end, start:end]
-        errors = torch.empty_like(W1)
-        for i in range(end - start):
-            group = group_list[start + i]
-            if (start + i) % size == 0:
-                ahead = torch.cat([W1[:, i : i + size], W[:, end : start + i + size]], 1)
-                columns_ahead = slice(start + i, start + i + size)
-                found = _group_grid(ahead, Hinv[columns_ahead, columns_ahead], spec, dtype)
-                grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
-            scale, zero = grid.scale[:, group], grid.zero[:, group]
-            w, d = W1[:, i], U1[i, i]
-            q = quantize(w, scale, zero, spec)
-            error = (w - (q - zero) * scale) / d
-            W1[:, i:] -= error[:, None] * U1[i, i:]
-            values[:, start + i], errors[:, i] = q, error
+    grid = Grid(W.new_empty(rows, width // size), W.new_empty(rows, width // size))
+    step, groups = _aligned(block_size, size, width), group_of.tolist()
+    for start in range(0, width, step):
+        end, group = min(start + step, width), slice(groups[start], groups[start] + 1)
+        if start % size == 0:
+            ahead = slice(start, start + size)
+            found = _group_grid(W[:, ahead], Hinv[ahead, ahead], spec, dtype, columns)
+            grid.scale[:, group], grid.zero[:, group] = found.scale, found.zero
+        own = Grid(grid.scale[:, group], grid.zero[:, group])
+        values[:, start:end], errors = columns.walk(W[:, start:end], Hinv[start:end, start:end], own, spec)
         W[:, end:] -= errors @ Hinv[start:end, end:]
     return values, grid
 
 
-def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
     """The grid of one group of columns, (out, 1)."""
     if spec.search == "hessian":
-        return hessian_grid(weight, U, spec, dtype)
+        return hessian_grid(weight, U, spec, dtype, columns)
     return find_grid(weight, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
 
 
@@ -103,11 +94,11 @@ def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
     return (groups[:, None] * group_size + inside[groups]).flatten()
 
 
-def _aligned(block_size: int, group_size: int, columns: int) -> int:
-    """The largest block up to `block_size` such that a group never begins in one block with updates pending from it."""
-    if group_size >= columns:
+def _aligned(block_size: int, group_size: int, width: int) -> int:
+    """The columns of a block, which is in one group: the group itself, or the largest part of it up to `block_size`."""
+    if group_size >= width:
         return block_size
-    return block_size - block_size % group_size if group_size <= block_size else math.gcd(block_size, group_size)
+    return max(part for part in range(1, min(block_size, group_size) + 1) if group_size % part == 0)
 
 
 def gptq(
@@ -132,7 +123,8 @@ def gptq(
     if inverse is None:
         return Outcome(rtn(weight, spec, dtype), fallback="rtn")
     Hinv, factor = inverse
-    values, grid = quantize_columns(weight[:, order], Hinv.to(weight.dtype), spec, dtype, block_size, order // size)
+    ordered, columns = weight[:, order], columns_of(weight)
+    values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
     values = values[:, torch.argsort(order)].to(torch.int8)
     return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), factor.damping, factor.retries)
 
@@ -142,8 +134,8 @@ class Gptq:
     """`quant=gptq`.
 
     `bits`: see `widths_of`. `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal,
-    relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, for speed
-    alone. `act_order`: see `column_order`.
+    relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, at most, for
+    speed alone. `act_order`: see `column_order`.
     """
 
     bits: float

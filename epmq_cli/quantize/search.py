@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.grid import Grid, GridSpec, grid_of_range, quantize, range_of
+from epmq_cli.quantize.columns import Columns
+from epmq_cli.quantize.grid import Grid, GridSpec, grid_of_range, range_of
 
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05
-FINE = (-0.03, -0.015, 0.0, 0.015, 0.03)  # added to the best of them
+FINE = (-0.0225, -0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03)  # added to the best of them
 CHUNK = 1 << 22  # weights tried at a time
-BLOCK = 8  # columns
 
 
-def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
     """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; Grid of (out,
     1).
 
@@ -27,18 +27,18 @@ def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) 
     largest weight is positive as well as those whose largest is negative.
     """
     rows = max(1, CHUNK // (2 * COARSE * weight.shape[1]))
-    parts = [_search(part, U, spec, dtype) for part in torch.split(weight, rows)]
+    parts = [_search(part, U, spec, dtype, columns) for part in torch.split(weight, rows)]
     return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
 
 
-def _search(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
+def _search(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
     low, high = range_of(weight, spec)
     signs = (1.0, -1.0) if spec.symmetric else (1.0,)
     coarse = torch.tensor([[1 - STEP * k, sign] for sign in signs for k in range(COARSE)], dtype=weight.dtype)
     candidates = coarse.to(weight.device)[:, :, None].expand(-1, -1, len(weight))
-    best, _ = _best(weight, U, candidates[:, 0], candidates[:, 1], low, high, spec, dtype)
+    best, _ = _best(weight, U, candidates[:, 0], candidates[:, 1], low, high, spec, dtype, columns)
     shrinks = torch.stack([best[0] + step for step in FINE])
-    _, grid = _best(weight, U, shrinks, best[1].expand_as(shrinks), low, high, spec, dtype)
+    _, grid = _best(weight, U, shrinks, best[1].expand_as(shrinks), low, high, spec, dtype, columns)
     return grid
 
 
@@ -51,28 +51,11 @@ def _best(
     high: Tensor,
     spec: GridSpec,
     dtype: torch.dtype,
+    columns: Columns,
 ) -> tuple[tuple[Tensor, Tensor], Grid]:
     """Of candidates (candidates, out) the best of each row: its shrink and sign (out,), and its grid (out, 1)."""
     grid = grid_of_range(shrinks * low, shrinks * high, spec, dtype)
     scale = grid.scale * signs
-    chosen = loss(weight, U, Grid(scale, grid.zero), spec).argmin(0, keepdim=True)
+    chosen = columns.loss(weight, U, Grid(scale, grid.zero), spec).argmin(0, keepdim=True)
     picked = [part.gather(0, chosen)[0] for part in (shrinks, signs, scale, grid.zero)]
     return (picked[0], picked[1]), Grid(picked[2][:, None], picked[3][:, None])
-
-
-def loss(weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-    """What GPTQ's loop over these columns ends with for each grid and row; grid and result (candidates, out).
-
-    Columns come first in memory, and errors reach later blocks of columns by one product each.
-    """
-    columns = weight.shape[1]
-    errors = weight.new_empty(columns, *grid.scale.shape)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        pushed = U[:start, start:end].T @ errors[:start].flatten(1)
-        W = weight.T[start:end, None] - pushed.reshape(end - start, *grid.scale.shape)
-        for i in range(end - start):
-            rounded = (quantize(W[i], grid.scale, grid.zero, spec) - grid.zero) * grid.scale
-            error = errors[start + i] = (W[i] - rounded) / U[start + i, start + i]
-            W[i + 1 :] -= U[start + i, start + i + 1 : end, None, None] * error
-    return errors.square().sum(0)
