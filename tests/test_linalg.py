@@ -2,7 +2,7 @@
 
 import torch
 
-from epmq_cli.linalg import condition, damped_cholesky
+from epmq_cli.linalg import SMALL, condition, damped_cholesky, triangular_inverse
 
 
 def moment(columns: int = 8) -> torch.Tensor:
@@ -39,3 +39,12 @@ def test_condition_is_the_ratio_of_the_extreme_eigenvalues() -> None:
     factor = damped_cholesky(H, 0.0)
     assert factor is not None
     assert 0.99 * 1e4 <= condition(H, factor) <= 1.0001e4
+
+
+def test_triangular_inverse_multiplies_out_to_the_identity() -> None:
+    """Larger than what is solved in one piece, and odd."""
+    n = 2 * SMALL + 3
+    lower = torch.linalg.cholesky(moment(n) + n * torch.eye(n, dtype=torch.float64))
+    found = triangular_inverse(lower)
+    torch.testing.assert_close(found @ lower, torch.eye(n, dtype=torch.float64))
+    assert not found.triu(1).any()

@@ -47,8 +47,10 @@ class Products:
 
     def square(self) -> Tensor:
         """The sum of what `add_square` added."""
-        lower = self.total()
-        return lower.tril_().add_(lower.tril(-1).T) if lower.ndim else lower
+        total = self.total()
+        for end in range(PANEL, len(total) if total.ndim else 0, PANEL):
+            total[end - PANEL : end, end:] = total[end:, end - PANEL : end].T
+        return total
 
     def _room(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._total.ndim:
@@ -111,9 +113,9 @@ class Measure:
         px = [products.total() for products in self._px]
         p, pp = [added(part) for part in self._p], [added(part) for part in self._pp]
         if factors is not None:
-            weights = [factor.double() for factor in factors]
-            px, p = [W @ dx for W in weights], [W @ d for W in weights]
-            pp = [((W @ dd) * W).sum() for W in weights]
+            dx, d, dd = (part.to(factors[0].dtype) for part in (dx, d, dd))
+            px, p = [(W @ dx).double() for W in factors], [(W @ d).double() for W in factors]
+            pp = [((W @ dd) * W).sum().double() for W in factors]
         return Moments(xx, x, float(added(torch.tensor(self.tokens, dtype=torch.float64))), px, p, pp)
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:

@@ -48,6 +48,7 @@ class Objective:
     """
 
     def __init__(self, anchors: Sequence[Affine], lam: float, intercepts: bool) -> None:
+        self._dtype = anchors[0].weight.dtype
         self.anchors = [anchor.double() for anchor in anchors]
         weights = [anchor.weight for anchor in self.anchors]
         width = weights[0].shape[1]
@@ -65,13 +66,14 @@ class Objective:
         self._H += s * moments.xx
         self._h += s * moments.x
         self._N += s * moments.tokens
+        xx = moments.xx.to(experts[0].weight.dtype)
         for index, (anchor, given) in enumerate(zip(self.anchors, experts, strict=True)):
             expert = given.double()
             delta = expert.weight - anchor.weight
             shift = torch.zeros_like(self._u[index])
             if self._intercepts and expert.bias is not None and anchor.bias is not None:
                 shift = expert.bias - anchor.bias
-            pushed, sums = delta @ moments.xx, delta @ moments.x
+            pushed, sums = (delta.to(xx.dtype) @ xx).double(), delta @ moments.x
             self._S[index] += s * (pushed + torch.outer(shift, moments.x) + moments.px[index])
             self._u[index] += s * (sums + shift * moments.tokens + moments.p[index])
             square = (pushed * delta).sum() + 2 * (delta * moments.px[index]).sum() + moments.pp[index]
@@ -98,6 +100,10 @@ class Objective:
 
         Columns whose input is always zero keep the anchor's value.
         """
+        return self._solutions
+
+    @cached_property
+    def _solutions(self) -> tuple[list[Tensor], Factor | None]:
         H = self.hessian.clone()
         H.diagonal()[H.diagonal() == 0] = 1
         factor = damped_cholesky(H, 0.0)
@@ -120,25 +126,37 @@ class Objective:
             return anchor.bias
         return anchor.bias + (self._u[index] - (weight.double() - anchor.weight) @ self._h) / self._N
 
-    def relative_loss(self, index: int, weight: Tensor | None) -> float:
-        """J of a weight (out, in), or of the anchor, with its best bias, relative to what the experts' weights give,
-        sum_t s_t || X_t W_t' ||^2; 0 where that is 0."""
-        loss = self._constants[index]
-        if weight is not None:
-            delta = weight.double() - self.anchors[index].weight
-            loss += float(((delta @ self.hessian) * delta).sum() - 2 * (delta * self._shift(index)).sum())
+    def relative_loss(self, index: int, weight: Tensor) -> float:
+        """J of a weight (out, in) with its best bias, relative to what the experts' weights give, sum_t s_t || X_t W_t'
+        ||^2; 0 where that is 0.
+
+        As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is
+        what W* was solved for.
+        """
+        solution, factor = self._solutions
+        delta, shift = solution[index] - self.anchors[index].weight, self._shift(index)
+        error = weight.double() - solution[index]
+        damping = 0.0 if factor is None else factor.damping * float(self.hessian.diagonal().mean())
+        slope = -2 * (shift if factor is None else damping * delta)  # of J at W*, as D (H + damping) = S
+        loss = self._constants[index] - float((delta * (shift - slope / 2)).sum()) + float((error * slope).sum())
         if self._centred:
             loss -= float(self._u[index].square().sum()) / self._N
-        return max(loss, 0.0) / self._energies[index] if self._energies[index] > 0 else 0.0
+        loss += self._energy(error, self.hessian)
+        return max(loss, 0.0) / self._outputs_of[index] if self._outputs_of[index] > 0 else 0.0
+
+    def _energy(self, weight: Tensor, moment: Tensor) -> float:
+        """tr W H W', in the type of the weights that were given."""
+        W = weight.to(self._dtype)
+        return float(((W @ moment.to(self._dtype)) * W).sum())
 
     @cached_property
-    def _energies(self) -> list[float]:
+    def _outputs_of(self) -> list[float]:
         """sum_t s_t || X_t W_t' ||^2 of each linear.
 
         `_outputs` has what the experts' weights give beyond the anchor's, W W' = A A' + (W - A)(W + A)' in the product
         with X'X, so that the rest is one product and not one for each task.
         """
         return [
-            beyond + float(((anchor.weight @ self._H) * anchor.weight).sum() - self._lam * anchor.weight.square().sum())
+            beyond + self._energy(anchor.weight, self._H) - self._lam * float(anchor.weight.square().sum())
             for anchor, beyond in zip(self.anchors, self._outputs, strict=True)
         ]

@@ -104,7 +104,8 @@ class MergeSource:
             (self._base, self._base_names) if task is None else (self._experts[task], self._expert_names[task])
         )
         tensor = folder.tensor(names[name]).float()
-        if not torch.isfinite(tensor).all():
+        finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()  # the sum is quick, but may overflow
+        if not finite:
             raise ModelError(f"{folder.role}: {name} holds a NaN or an infinity; train or fetch the model again")
         return tensor
 

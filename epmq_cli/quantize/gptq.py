@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import check_choice, check_range
-from epmq_cli.linalg import Factor, damped_cholesky
+from epmq_cli.linalg import Factor, damped_cholesky, triangular_inverse
 from epmq_cli.quantize.columns import Columns, columns_of
 from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
 from epmq_cli.quantize.result import Outcome, by_rows
@@ -28,14 +28,12 @@ from epmq_cli.quantize.search import hessian_grid
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Factor] | None:
     """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, and how it was had; None if there is none.
 
-    With the order of H reversed, L L' = H; L reversed is an upper M with M M' = H, so that U = M^-1.
+    With the order of H reversed, L L' = H; L reversed is an upper M with M M' = H, so that U = M^-1, L^-1 reversed.
     """
     factor = damped_cholesky(H.flip(0, 1), damping)
     if factor is None:
         return None
-    upper = factor.lower.flip(0, 1)
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True), factor
+    return triangular_inverse(factor.lower).flip(0, 1), factor
 
 
 def quantize_columns(
