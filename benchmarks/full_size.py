@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,15 @@ FLAN_T5_BASE = {
 }
 
 
-def save(folder: Path, base: Any) -> None:
+def save(folder: Path, base: Any, tasks: Sequence[str] = TASKS) -> None:
     """The base and its experts."""
     base.save_pretrained(folder / "base")
-    for seed, task in enumerate(TASKS):
-        generator, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
+    for task in tasks:
+        generator, expert = torch.Generator().manual_seed(zlib.crc32(task.encode())), copy.deepcopy(base)
         with torch.no_grad():
             for parameter in expert.parameters():
-                parameter += DRIFT * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                spread = parameter.std(correction=0)
+                parameter += DRIFT * spread * torch.randn(parameter.shape, generator=generator)
         expert.save_pretrained(folder / task)
 
 

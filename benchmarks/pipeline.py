@@ -1,0 +1,178 @@
+"""Time and peak memory of the whole pipeline by experts and samples, on CLIP-ViT-B/32's shapes with random weights.
+
+    python benchmarks/pipeline.py                             # 8 experts of 256 samples
+    python benchmarks/pipeline.py --experts 2 4 8 20          # how it grows with experts
+    python benchmarks/pipeline.py --samples 64 128 256 512    # and with samples
+    python benchmarks/pipeline.py --processes 1 2             # torchrun, one thread a process
+    python benchmarks/pipeline.py --device cuda
+
+Each is `epmq run` as a user starts it, with `eval.stages=[]`: scores of random weights mean nothing. Models and images
+are made once, in runs/pipeline. Peak memory is the process's own, less that of one which only imports; on a GPU the two
+floors stand beside the times: bytes over bandwidth, operations over rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from full_size import save, tokenizer
+
+MOST = 1024
+SIZES = {"b32": (768, 3072, 12, 12, 224, 32), "tiny": (64, 128, 2, 4, 64, 32)}
+PEAK = {"bandwidth": 4.8e12, "operations": 67e12}
+"""Of an H200 (NVIDIA's data sheet): bytes a second, and float32 operations a second outside the tensor cores."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: experts, samples of each, processes."""
+
+    experts: int
+    samples: int
+    processes: int
+
+
+def make(folder: Path, size: str, experts: int) -> None:
+    """Base and experts, as far as they are not there yet."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    width, inner, layers, heads, image, patch = SIZES[size]
+    vision = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    vision |= {"num_attention_heads": heads, "image_size": image, "patch_size": patch}
+    text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    missing = [f"task{index}" for index in range(experts) if not (folder / f"task{index}").is_dir()]
+    if (folder / "base").is_dir() and not missing:
+        return
+    torch.manual_seed(0)
+    config = CLIPConfig(vision_config=vision, text_config={**text, "vocab_size": 64, "eos_token_id": 1})
+    save(folder, CLIPModel(config).eval(), missing)
+    CLIPImageProcessor(size={"shortest_edge": image}, crop_size=image).save_pretrained(folder / "base")
+    tokenizer(folder, ["a", "photo", "of", "cat", "dog"], "", "</s>")
+    generator = np.random.default_rng(0)
+    images = {f"{split}_images": generator.integers(0, 256, (MOST, image, image, 3), np.uint8) for split in SPLITS}
+    np.savez(folder / "images.npz", **images, **{f"{split}_labels": np.arange(MOST) % 2 for split in SPLITS})
+
+
+SPLITS = ("train", "test")
+
+
+def suite(folder: Path, experts: int) -> Path:
+    """The config folder of a suite with so many experts."""
+    data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / "images.npz")}
+    shared = {"data": data, "classes": ["cat", "dog"], "templates": ["a photo of a {}"]}
+    tasks = {f"task{index}": {"expert": str(folder / f"task{index}"), **shared} for index in range(experts)}
+    content = {"_target_": "epmq_cli.suites.Suite", "name": f"random_{experts}", "family": "clip"}
+    path = folder / "configs" / "suite" / f"random_{experts}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, "base": str(folder / "base"), "tasks": tasks}))  # JSON is YAML
+    return folder / "configs"
+
+
+def measured(command: list[str], threads: int) -> tuple[float, int]:
+    """Wall seconds of a command, and the peak bytes of its largest process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    start = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of one run, its wall seconds and its peak."""
+    configs, out = suite(folder, point.experts), folder / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    start = [sys.executable, "-m", "epmq_cli", "run"]
+    if arguments.processes:
+        start[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
+    options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={arguments.device}"]
+    options += [f"out={out}", "eval.stages=[]", f"guidance={arguments.guidance}", *arguments.overrides]
+    threads = 1 if arguments.processes else arguments.threads
+    wall, peak = measured([*start, "--config-dir", str(configs), *options], threads)
+    metrics = json.loads((out / "metrics.json").read_text())
+    return {"wall": wall, "peak": peak, "stages": metrics["stages"], "device": metrics["environment"]["device_name"]}
+
+
+def operations(size: str, point: Point, teaches: bool) -> float:
+    """Multiplications and additions of the calibration's large products.
+
+    A token costs 2 x 12 d^2 in a block's linears (ffn 4 d), for student and teacher; X'X is d^2 for each of qkv, out
+    and fc1 and (4 d)^2 for fc2; with a teacher the drift's moments are 2 d^2 + d^2 for qkv and fc1, and 4 d out for the
+    parts of out and fc2.
+    """
+    width, inner, layers, _, image, patch = SIZES[size]
+    tokens = point.experts * point.samples * ((image // patch) ** 2 + 1)
+    forward = 2 * (4 * width * width + 2 * width * inner)
+    moments = 3 * width * width + inner * inner
+    drift = 6 * width * width + 4 * width * width + 4 * width * inner
+    return float(tokens * layers * (forward * (1 + teaches) + moments + teaches * drift))
+
+
+def exponent(points: list[Point], runs: list[dict[str, Any]], name: str) -> str:
+    """The slope of time against experts or samples in logarithms, where these differ."""
+    xs = [math.log(getattr(point, name)) for point in points]
+    if len(set(xs)) < 2:
+        return ""
+    ys = [math.log(found["stages"]["calibrate and quantize"]["seconds"]) for found in runs]
+    return f"calibration time grows with {name} to the power of {np.polyfit(xs, ys, 1)[0]:.2f}"
+
+
+def main() -> None:
+    """Parses the command line, runs and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=[8])
+    parser.add_argument("--samples", type=int, nargs="+", default=[256])
+    parser.add_argument("--processes", type=int, nargs="*", default=[])
+    parser.add_argument("--size", choices=list(SIZES), default="b32")
+    parser.add_argument("--guidance", default="feature")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/pipeline"))
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the run")
+    arguments = parser.parse_args()
+    folder = arguments.out.resolve() / arguments.size
+    make(folder, arguments.size, max(arguments.experts))
+    _, imports = measured([sys.executable, "-c", "import epmq_cli.pipeline, transformers.models.clip"], 1)
+    points = [Point(e, s, p) for p in arguments.processes or [1] for e in arguments.experts for s in arguments.samples]
+    rounds = [[run(folder, point, arguments) for point in points] for _ in range(arguments.repeats)]
+    runs = [sorted(found, key=lambda r: r["wall"])[(len(found) - 1) // 2] for found in zip(*rounds, strict=True)]
+    student = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+    print(f"{arguments.size}, guidance {arguments.guidance}, {runs[0]['device']}, medians of {arguments.repeats}\n")
+    print("| experts | samples | processes | whole, s | read | merge | calibrate, quantize | pack | peak, GB | Gop/s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for point, found in zip(points, runs, strict=True):
+        seconds = {name: record["seconds"] for name, record in found["stages"].items()}
+        stages = [f"{seconds[name]:.1f}" for name in ("read", "merge", "calibrate and quantize", "pack")]
+        rate = operations(arguments.size, point, arguments.guidance == "feature") / seconds["calibrate and quantize"]
+        peak = (found["peak"] - imports) / 1e9
+        row = [point.experts, point.samples, point.processes, f"{found['wall']:.0f}", *stages, f"{peak:.2f}"]
+        print("|", " | ".join(map(str, [*row, f"{rate / 1e9:.0f}"])), "|")
+    print(f"\nStudent {student / 1e9:.2f} GB in float32; {imports / 1e9:.2f} GB of imports are not counted.")
+    for name in ("experts", "samples"):
+        print(exponent(points, runs, name))
+    if arguments.device != "cpu" and torch.cuda.is_available():
+        floor = statistics.median(operations(arguments.size, point, True) for point in points) / PEAK["operations"]
+        print(f"Floor of the operations: {floor:.2f} s; of reading all experts once: ", end="")
+        print(f"{(max(arguments.experts) + 1) * student / PEAK['bandwidth']:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
