@@ -27,7 +27,7 @@ from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.streams import inputs
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import Linears
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 
 
 def rounded(bits: int) -> Callable[[Tensor], Tensor]:
@@ -97,12 +97,12 @@ def main() -> None:
     job = opened(arguments)
     models, model, dtype = steps.open_models(job)
     drawn = steps.calibration_batches(job, models.base.path)
-    install(model, dict(merge_models(models.source, job.merge, dtype)))
+    install(model, Merged(models.source, job.merge, dtype))
     own, taught = {}, {}
     with torch.inference_mode():
         for task, batches in drawn.items():
             own[task] = captured(job, model, batches)
-            with installed(model, models.source.model(task)):
+            with installed(model, dict(models.source.model(task))):
                 taught[task] = captured(job, model, batches)
     errors: dict[str, list[float]] = defaultdict(list)
     for name in next(iter(own.values())):

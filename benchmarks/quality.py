@@ -29,7 +29,7 @@ from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.commands.app import quiet_libraries
 from epmq_cli.evaluate import measures
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 
 EPMQ = {"guidance": "expert"}
 LAM = {**EPMQ, "guidance.lam": "0.001"}
@@ -116,9 +116,10 @@ class Session:
                 self.load(job)
             taught = self.calibration(job)
             install(self.model, self.base_state)
-            install(self.model, merge_models(self.models.source, job.merge, self.dtype))
+            merged = Merged(self.models.source, job.merge, self.dtype)
+            install(self.model, merged)
             start = time.perf_counter()
-            found = guide.calibrate(job, self.model, taught.batches, self.tasks, self.models.source, self.dtype)
+            found = guide.calibrate(job, self.model, taught.batches, self.tasks, merged)
             tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)
             seconds = time.perf_counter() - start
             scores = steps.score(job, self.model, tasks, "quantized", self.models.base.path)["quantized"]

@@ -23,6 +23,7 @@ from epmq_cli.calibrate.walk import Walked
 from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch, Family
+from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline import Job
 from epmq_cli.quantize.none import NoQuantizer
@@ -75,13 +76,12 @@ def calibrate(
     model: nn.Module,
     calibration: Batches,
     tasks: Sequence[ScoredTask],
-    source: MergeSource,
-    dtype: torch.dtype,
+    merged: Merged,
     folder: Path | None = None,
 ) -> Calibrated:
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
     for go to files in the folder, the system's own unless given."""
-    reference = references(job, model, source)
+    reference, dtype = references(job, model, merged), merged.dtype
     budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
     with Depot(budget, folder) as depot, torch.inference_mode():
         choice = settle(job, model, calibration, tasks, reference, dtype, depot) if job.guidance.open else None
@@ -90,13 +90,12 @@ def calibrate(
     return Calibrated(walked, guidance, choice)
 
 
-def references(job: Job, model: nn.Module, source: MergeSource) -> Reference:
-    """Base and experts, beside the merged model as it is now."""
+def references(job: Job, model: nn.Module, merged: Merged) -> Reference:
+    """Base and experts, beside the merged model, which is what is in `model` now."""
     own, readouts = model.state_dict(), [stack.readout for stack in job.family.stacks(model)]
     names = [readout.name(local) for readout in readouts for local in readout.module.state_dict()]
-    shared = {name: own[name].clone() for name in names if name not in source.names}
-    merged = {name: own[name].clone() for name in source.names} if job.guidance.targets == "merged" else None
-    return Reference(source, shared, merged)
+    shared = {name: own[name].clone() for name in names if name not in merged.source.names}
+    return Reference(merged.source, shared, merged.tensor, job.guidance.targets == "merged")
 
 
 def settle(
@@ -106,18 +105,17 @@ def settle(
     tasks: Sequence[ScoredTask],
     reference: Reference,
     dtype: torch.dtype,
-    depot: Depot,
+    depot: Depot | None = None,
 ) -> Choice:
     """Chooses the options of guidance that are `auto`; the model is left as it was."""
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fitted, held = divided(calibration)
     taught = {}
     for task in tasks:
-        install(model, {name: reference.expert(task.name, name) for name in reference.names()})
+        install(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
         taught[task.name] = job.family.logits(features(job.family, model, held[task.name]), task.head)
 
     def error(guidance: Guidance) -> float:
-        install(model, start)
+        reference.restore(model)
         sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot)
         total = 0.0
         for task in tasks:
@@ -126,7 +124,7 @@ def settle(
         return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, error)
-    install(model, start)
+    reference.restore(model)
     return choice
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from epmq_cli import __version__, config, ranks
@@ -23,11 +21,11 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.locate import locate
-from epmq_cli.checkpoint.pack import HEADS, RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
-from epmq_cli.errors import CheckpointError, ConfigError, DataError, check_choice, check_keys
+from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
@@ -110,7 +108,8 @@ def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
     model = fit_vocabulary(load_model(job.family, models.base.path, job.device), models.source)
-    install(model, {name: t.to(dtype).float() for name, t in model.state_dict().items() if t.is_floating_point()})
+    own = model.state_dict().items()
+    install(model, ((name, tensor.to(dtype).float()) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
     return models, model, dtype
 
@@ -232,6 +231,12 @@ def texts(job: Job, model: nn.Module, resolved: Any, choices: Mapping[str, str],
     }
 
 
+def measured(walked: Walked) -> dict[str, Any]:
+    """What metrics.json says of the walk."""
+    layers = [asdict(record) for record in walked.records]
+    return {"layers": layers, "average_bits": average_bits(walked), "events": events(walked)}
+
+
 def events(walked: Walked) -> dict[str, int]:
     """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
     records = walked.records
@@ -253,50 +258,3 @@ def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
         "linears_dense": size * sum(elements[f"{name}.weight"] for name in contents.weights),
         "linears_packed": linear_bytes(contents),
     }
-
-
-def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
-    """The suite that a checkpoint was made from, with its data in the mirror `root` where that is given, or the suite
-    that is given; CheckpointError where there is no record of it."""
-    try:
-        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["config"]["suite"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
-        ) from error
-    foreign = [target for target in config.targets(recorded) if not str(target).startswith("epmq_cli.")]
-    if foreign and given is None:
-        raise CheckpointError(
-            f"{checkpoint / RECORD} names {foreign[0]}, which is not epmq's; "
-            "if you trust it, give the suite by suite=NAME"
-        )
-    found = given if given is not None else OmegaConf.create(recorded if root is None else _moved(recorded, root))
-    suite: Suite = config.build("suite", found)
-    return suite
-
-
-def _moved(node: Any, root: str) -> Any:
-    """A config with every `root` in it another one."""
-    if isinstance(node, dict):
-        return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
-    return [_moved(child, root) for child in node] if isinstance(node, list) else node
-
-
-def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each task's head."""
-    if family.heads == "none":
-        return {task.name: {} for task in suite.members}
-    try:
-        tensors = load_file(checkpoint / HEADS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint / HEADS} cannot be read ({error}); run epmq run again") from error
-    heads: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        task, part = name.rsplit(".", 1)
-        heads.setdefault(task, {})[part] = tensor
-    missing = [task.name for task in suite.members if task.name not in heads]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint / HEADS} has no head for task {missing[0]}; its tasks are {', '.join(heads)}"
-        )
-    return heads

@@ -17,7 +17,7 @@ from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
@@ -65,8 +65,9 @@ def walk(hub: Path, *overrides: str) -> Walk:
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
     taught = guide.teach(job, model, models.source, batches)
-    install(model, merge_models(models.source, job.merge, dtype))
-    calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    calibrated = guide.calibrate(job, model, taught.batches, tasks, merged)
     return Walk(job, model, calibrated.walked, taught.batches)
 
 

@@ -15,13 +15,14 @@ from transformers import BertForSequenceClassification, BertModel, CLIPModel, CL
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli import recorded
 from epmq_cli.calibrate.auto import GRID, divided
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.score import ScoredTask, score
 from epmq_cli.families.family import Batch, load_model
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.report.metrics import schema
 from tests.conftest import Run
@@ -82,7 +83,8 @@ def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
     taught = guide.teach(job, model, models.source, batches)
-    install(model, merge_models(models.source, job.merge, dtype))
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
     found = guide.solve_heads(job, model, taught, tasks, job.guidance)
     assert [task.name for task in found] == ["first", "second"]
     for before, after in zip(tasks, found, strict=True):
@@ -114,9 +116,10 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
     job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    install(model, merge_models(models.source, job.merge, dtype))
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
     before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
-    reference = guide.references(job, model, models.source)
+    reference = guide.references(job, model, merged)
     choice = guide.settle(job, model, batches, tasks, reference, dtype)
     assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
     assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
@@ -147,8 +150,9 @@ def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, re
     job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    install(model, merge_models(models.source, job.merge, dtype))
-    found = guide.calibrate(job, model, batches, tasks, models.source, dtype)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    found = guide.calibrate(job, model, batches, tasks, merged)
     assert found.choice is not None
     assert max(trial["error"] for trial in found.choice.trials) < 1e-8
 
@@ -211,7 +215,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["tasks"]
     job, models, model, _ = opened(hub)
     tasks = steps.prepare_tasks(job, model, models)
-    solved = steps.read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
+    solved = recorded.read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
     student = load_model(job.family, checkpoint, torch.device("cpu"))
     for task in tasks:
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])

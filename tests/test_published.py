@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPModel, T5ForConditionalGeneration
 
 from epmq_cli import pipeline as steps
+from epmq_cli import recorded
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model
@@ -136,6 +137,6 @@ def test_a_checkpoint_is_scored_again_with_its_data_elsewhere(
 ) -> None:
     run_suite(tmp_path, mirror, monkeypatch, "suite=flan_t5_base_glue", "eval.stages=[]", "calib.samples=2")
     for root, wanted in ((None, str(mirror)), ("elsewhere", "elsewhere")):
-        suite = steps.checkpoint_suite(tmp_path / "checkpoint", None, root)
+        suite = recorded.checkpoint_suite(tmp_path / "checkpoint", None, root)
         assert {suite.root, *(task.data.root for task in suite.members)} == {wanted}  # type: ignore[attr-defined]
     assert "experiment" not in json.loads((tmp_path / "checkpoint" / "epmq.json").read_text())["choices"]

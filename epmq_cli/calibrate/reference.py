@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +14,14 @@ from epmq_cli.merge.source import MergeSource
 class Reference:
     """Tensors of base and experts by the names that the student has for them, in float32.
 
-    `shared`: those that are not merged, the same in all models. `merged`: tensors that stand in for every expert's
-    (plain post-training quantization), or None.
+    `shared`: those that are not merged, the same in all models. `merged`: the merged tensor of a name. `plain`: whether
+    that stands in for every expert's (plain post-training quantization).
     """
 
-    def __init__(self, source: MergeSource, shared: Mapping[str, Tensor], merged: Mapping[str, Tensor] | None) -> None:
-        self._source, self._shared, self._merged = source, shared, merged
+    def __init__(
+        self, source: MergeSource, shared: Mapping[str, Tensor], merged: Callable[[str], Tensor], plain: bool
+    ) -> None:
+        self._source, self._shared, self._merged, self._plain = source, shared, merged, plain
 
     def base(self, name: str) -> Tensor:
         """The base's tensor."""
@@ -29,18 +31,23 @@ class Reference:
         """The tensor of a task's expert."""
         if name in self._shared:
             return self._shared[name]
-        return self._source.expert(task, name) if self._merged is None else self._merged[name]
+        return self._merged(name) if self._plain else self._source.expert(task, name)
+
+    def restore(self, model: nn.Module) -> None:
+        """Makes a student the merged model again."""
+        install(model, ((name, self._merged(name)) for name in self._source.names))
+        install(model, self._shared)
 
     def names(self, outside: tuple[str, ...] = ()) -> list[str]:
         """The merged tensors that are under none of these prefixes."""
         return [name for name in self._source.names if not name.startswith(outside)]
 
 
-def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts these values into the model's own tensors of the same names."""
+def install(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    """Puts these values into the model's own tensors of the same names, one after the other."""
     own = model.state_dict()
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             own[name].copy_(tensor)
 
 

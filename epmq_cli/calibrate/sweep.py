@@ -10,7 +10,7 @@ from torch import nn
 
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.reference import Reference
 from epmq_cli.calibrate.walk import QuantizerOf, Walked, walk
 from epmq_cli.families.family import Batch, Family, Linears
 from epmq_cli.quantize.allocate import Trial, allocate
@@ -38,9 +38,8 @@ def sweep(
     mixed = len(quantizer.widths) > 1
     first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
     if mixed and guidance.sweeps == 1:
-        start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         walk(student, family, batches, reference, guidance, first, dtype, depot)
-        install(student, start)
+        reference.restore(student)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
         walk(student, family, batches, reference, guidance, chosen, dtype, depot)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.writer import Entry, of, write_model
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
@@ -42,18 +44,22 @@ PROCESSOR_FILES = (
 )
 
 
-def packed_linear(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of one linear by their names behind the module's."""
+def packed_linear(name: str, weight: QuantizedWeight) -> list[Entry]:
+    """The tensors of one linear, each packed when it is written."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    tensors = {
-        "weight_packed": pack_to_int32(weight.values.cpu(), weight.spec.bits),
-        "weight_scale": weight.scale.to(weight.dtype).cpu(),
-        "weight_shape": torch.tensor(weight.values.shape),
-    }
+    rows, columns = weight.values.shape
+    bits, groups = weight.spec.bits, weight.scale.shape[1]
+    words = pack_to_int32(weight.values[:1].cpu(), bits).shape[1]
+    entries = [
+        Entry(f"{name}.weight_packed", torch.int32, (rows, words), lambda: pack_to_int32(weight.values.cpu(), bits)),
+        Entry(f"{name}.weight_scale", weight.dtype, (rows, groups), lambda: weight.scale.to(weight.dtype)),
+        of(f"{name}.weight_shape", torch.tensor([rows, columns])),
+    ]
     if not weight.spec.symmetric:
-        tensors["weight_zero_point"] = pack_to_int32(weight.zero.to(torch.int8).cpu(), weight.spec.bits, packed_dim=0)
-    return tensors
+        zero = weight.zero.to(torch.int8).cpu()
+        entries.append(of(f"{name}.weight_zero_point", pack_to_int32(zero, bits, packed_dim=0).contiguous()))
+    return entries
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,15 @@ class Contents:
     dtype: torch.dtype
 
 
-def state_dict(contents: Contents) -> dict[str, Tensor]:
+def entries(contents: Contents) -> list[Entry]:
     """All tensors of the model: quantized linears packed, the other parameters and buffers in `dtype`."""
     packed = {name: weight for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    tensors = {}
+    found = []
     for name, tensor in untied(contents.model).items():
         if name.removesuffix(".weight") not in packed:
             dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
-            tensors[name] = tensor.to(dtype).cpu().contiguous()
-    for name, weight in packed.items():
-        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed_linear(weight).items()}
-    return tensors
+            found.append(Entry(name, dtype, tuple(tensor.shape), partial(tensor.to, dtype)))
+    return found + [entry for name, weight in packed.items() for entry in packed_linear(name, weight)]
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
@@ -135,28 +139,26 @@ def _weights_entry(spec: GridSpec) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path, contents: Contents, shard_size: str) -> None:
+def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
     """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _write_files(partial, contents, shard_size)
-        for path in [*partial.iterdir(), partial]:
+        temporary.mkdir(parents=True)
+        _write_files(temporary, contents, shard_bytes)
+        for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        partial.rename(folder)
+        temporary.rename(folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
         ) from error
 
 
-def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(state_dict(contents), folder, max_shard_size=shard_size)
+def _write_files(folder: Path, contents: Contents, shard_bytes: int) -> None:
+    write_model(folder, entries(contents), shard_bytes)
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
@@ -183,15 +185,12 @@ def _write_files(folder: Path, contents: Contents, shard_size: str) -> None:
 
 def linear_bytes(contents: Contents) -> int:
     """Bytes of the calibrated linears' weights in a checkpoint."""
-    total = 0
-    for weight in contents.weights.values():
-        parts = (
-            packed_linear(weight).values()
-            if isinstance(weight, QuantizedWeight)
-            else [weight.weight.to(contents.dtype)]
-        )
-        total += sum(part.numel() * part.itemsize for part in parts)
-    return total
+    return sum(
+        sum(entry.size for entry in packed_linear(name, weight))
+        if isinstance(weight, QuantizedWeight)
+        else weight.weight.numel() * contents.dtype.itemsize
+        for name, weight in contents.weights.items()
+    )
 
 
 def weight_bytes(folder: Path) -> int:

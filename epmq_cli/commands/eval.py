@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
+    from epmq_cli import recorded
     from epmq_cli.families.family import load_model
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -29,12 +30,12 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     refuse_used(folder, "metrics.json")
     config.check_complete(cfg)
     checkpoint, device = Path(cfg.checkpoint), config.device_of(cfg.device)
-    suite = steps.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
+    suite = recorded.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
         family = steps.suite_family(suite, checkpoint)
         steps.check_scoring(suite, family, evaluation)
-        heads = steps.read_heads(checkpoint, suite, family, device)
+        heads = recorded.read_heads(checkpoint, suite, family, device)
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
         model = load_model(family, checkpoint, device)
     with stages.stage("score quantized"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -31,7 +30,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
     from epmq_cli.families.family import load_model
-    from epmq_cli.merge.apply import merge_models
+    from epmq_cli.merge.apply import Merged
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
 
@@ -50,37 +49,32 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     with stages.stage("teach"):
         taught = guide.teach(job, model, models.source, drawn)
     with stages.stage("merge"):
-        install(model, merge_models(models.source, job.merge, dtype))
+        merged = Merged(models.source, job.merge, dtype)
+        install(model, merged)
     with stages.stage("score merged"):
         scores |= steps.score(job, model, tasks, "merged", models.base.path)
     with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, taught.batches, tasks, models.source, dtype, folder)
-        walked = calibrated.walked
+        calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder)
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
     if not ranks.first():
         return
     with stages.stage("pack"):
         contents = Contents(
             model=model,
-            weights=walked.weights,
+            weights=calibrated.walked.weights,
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, model, resolved, choices, walked),
+            texts=steps.texts(job, model, resolved, choices, calibrated.walked),
             dtype=dtype,
         )
-        write_checkpoint(checkpoint, contents, job.pack.shard_size)
+        write_checkpoint(checkpoint, contents, config.bytes_of("pack.shard_size", job.pack.shard_size))
+    measured = {"seed": job.seed, **steps.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
+    measured["bytes"] = steps.sizes(contents, checkpoint)
+    del model, contents, calibrated, taught, drawn  # what is scored is read from the disk, and needs their room
     with stages.stage("score quantized"):
-        scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized", checkpoint)
-    measured = {
-        "seed": job.seed,
-        "scores": metrics.by_task(scores, job.suite.metrics),
-        "layers": [asdict(record) for record in walked.records],
-        "average_bits": steps.average_bits(walked),
-        "guidance": guide.summary(job, calibrated),
-        "events": steps.events(walked),
-        "bytes": steps.sizes(contents, checkpoint),
-        "stages": stages.records,
-    }
+        if "quantized" in job.evaluation.stages:
+            scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized", checkpoint)
+    measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
     table.show_run(measured, title, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,9 +66,17 @@ def fit_vocabulary(model: nn.Module, source: MergeSource) -> nn.Module:
     return model
 
 
-def merge_models(source: MergeSource, merge: Merge, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The merged tensors, computed in float32, rounded to `dtype` and given back in float32."""
-    rule = merge(source)
-    return {
-        name: rule(source.base(name), source.experts(name)).to(dtype).float() for name in track(source.names, "merge")
-    }
+class Merged:
+    """The merged model, each tensor made when it is asked for: in float32, rounded to `dtype`, in float32 again."""
+
+    def __init__(self, source: MergeSource, merge: Merge, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+        self._rule = merge(source)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name."""
+        return self._rule(self.source.base(name), self.source.experts(name)).to(self.dtype).float()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors."""
+        return ((name, self.tensor(name)) for name in track(self.source.names, "merge"))

@@ -67,9 +67,9 @@ class MergeSource:
         tensor = self._own(task, name)
         return torch.cat([tensor, self.base(name)[len(tensor) :]]) if name in self.padded else tensor
 
-    def model(self, task: str) -> dict[str, Tensor]:
-        """All tensors of a task's expert in float32, by name."""
-        return {name: self.expert(task, name) for name in self.names}
+    def model(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of a task's expert in float32, with their names."""
+        return ((name, self.expert(task, name)) for name in self.names)
 
     def experts(self, name: str) -> list[Tensor]:
         """The tensors of all experts in float32, in the order of the tasks."""

@@ -14,6 +14,7 @@ from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
 from epmq_cli.calibrate.reference import installed
 from epmq_cli.calibrate.student import Student
+from epmq_cli.merge.apply import Merged
 from tests.hubs import config
 
 ROWS, WIDTH = 8, 6
@@ -28,7 +29,8 @@ def student_of(hub: Path, *overrides: str) -> tuple[Student, dict[str, list[dict
     job = steps.make_job(config(hub, "guidance=feature", *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    return Student(model, job.family, guide.references(job, model, models.source), job.guidance, dtype), batches
+    merged = Merged(models.source, job.merge, dtype)
+    return Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype), batches
 
 
 def test_a_table_is_least_squares_of_one_hot_inputs() -> None:

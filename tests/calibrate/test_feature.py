@@ -16,7 +16,7 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
 from epmq_cli.families.family import Linears, Norm
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
 from tests.hubs import Walk, config, walk
 
@@ -63,8 +63,9 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     job = steps.make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    install(model, merge_models(models.source, job.merge, dtype))
-    reference = guide.references(job, model, models.source)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    reference = guide.references(job, model, merged)
     engine = _Walk(
         Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer(), Depot(math.inf)
     )
@@ -143,9 +144,10 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
     forward, job = walk(hub, *FEATURE), steps.make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    install(model, merge_models(models.source, job.merge, dtype))
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
     turned = dict(reversed(batches.items()))
-    guide.calibrate(job, model, turned, [], models.source, dtype)
+    guide.calibrate(job, model, turned, [], merged)
     for part, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state(forward)[part], rtol=1e-3, atol=1e-4)
 

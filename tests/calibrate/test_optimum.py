@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.families.family import Batch, Family, Linears, Norm
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from tests.hubs import Walk, config, walk
 
 ALPHA, BETA, LAM, RHO, READ = 0.7, 0.4, 0.02, 2.0, 0.3
@@ -93,7 +93,7 @@ def scene(hub: Path, *overrides: str) -> Scene:
     found = walk(hub, *options)
     models, base, dtype = steps.open_models(steps.make_job(config(hub, *options)))
     merged = copy.deepcopy(base)
-    install(merged, merge_models(models.source, found.job.merge, dtype))
+    install(merged, Merged(models.source, found.job.merge, dtype))
     experts, own, taught, weights = {}, {}, {}, {}
     for task, batches in found.batches.items():
         experts[task] = copy.deepcopy(base)

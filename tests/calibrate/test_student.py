@@ -11,7 +11,7 @@ from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.student import Student
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from tests.hubs import config
 
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
@@ -21,8 +21,9 @@ def student_of(hub: Path, *overrides: str) -> Student:
     """The merged model."""
     job = steps.make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
-    install(model, merge_models(models.source, job.merge, dtype))
-    return Student(model, job.family, guide.references(job, model, models.source), job.guidance, dtype)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    return Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
 
 
 @pytest.mark.parametrize("rho", [0, 0.5, 1, 3])

@@ -13,7 +13,7 @@ from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.calibrate.walk import walk
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
 from tests.hubs import config
 
@@ -25,10 +25,10 @@ def test_each_sweep_is_a_walk_anchored_at_the_one_before_and_the_last_alone_is_q
     job = steps.make_job(config(request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.sweeps=3"))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = merge_models(models.source, job.merge, dtype)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()} | merged
+    merged = Merged(models.source, job.merge, dtype)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()} | dict(merged)
     install(model, start)
-    reference = guide.references(job, model, models.source)
+    reference = guide.references(job, model, merged)
     with torch.inference_mode():
         found = sweep(model, job.family, batches, reference, job.guidance, job.quantizer, dtype)
         swept = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -12,7 +12,7 @@ from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.apply import merge_models
+from epmq_cli.merge.apply import Merged
 from tests.hubs import Walk, config, walk
 
 LAYERS = {"clip": "vision_model.encoder.layers", "bert": "encoder.layer"}
@@ -63,7 +63,8 @@ def test_first_group_without_quantizer_and_anchor_is_regmean_of_the_hidden_state
     found = walk(clip_hub, "quant=none", "guidance.lam=0")
     job = steps.make_job(config(clip_hub))
     models, model, dtype = steps.open_models(job)
-    install(model, merge_models(models.source, job.merge, dtype))
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
     tower, target = model.vision_model, "encoder.layers.0.self_attn.q_proj"
     rows, outputs = [], []
     for task, batches in found.batches.items():
@@ -119,7 +120,7 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold a NaN"):
-        guide.calibrate(job, model, batches, [], models.source, dtype)
+        guide.calibrate(job, model, batches, [], Merged(models.source, job.merge, dtype))
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])

@@ -33,8 +33,8 @@ def contents(hub: Path, found: Walk) -> pack.Contents:
     )
 
 
-def write(folder: Path, hub: Path, found: Walk, shard_size: str = "5GB") -> Path:
-    pack.write_checkpoint(folder, contents(hub, found), shard_size)
+def write(folder: Path, hub: Path, found: Walk, shard_bytes: int = 5 * 10**9) -> Path:
+    pack.write_checkpoint(folder, contents(hub, found), shard_bytes)
     return folder
 
 
@@ -44,7 +44,9 @@ def write(folder: Path, hub: Path, found: Walk, shard_size: str = "5GB") -> Path
 def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     found = rtn(weight, GridSpec(bits, group_size, symmetric, "mse"), torch.float16)
-    tensors = pack.packed_linear(found)
+    entries = pack.packed_linear("linear", found)
+    tensors = {entry.name.removeprefix("linear."): entry.make() for entry in entries}
+    assert all(tuple(entry.make().shape) == entry.shape for entry in entries)
     assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.values)
     assert tensors["weight_packed"].shape == (24, -(-48 * bits // 32))  # dense: no bit is wasted at 3 bits either
     assert torch.equal(tensors["weight_scale"].float(), found.scale)
@@ -106,7 +108,7 @@ def test_only_the_blocks_linears_are_packed(clip_hub: Path, tmp_path: Path) -> N
 
 def test_shards_have_an_index_and_load(clip_hub: Path, tmp_path: Path) -> None:
     found = walk(clip_hub)
-    folder = write(tmp_path / "checkpoint", clip_hub, found, shard_size="40KB")
+    folder = write(tmp_path / "checkpoint", clip_hub, found, shard_bytes=40_000)
     assert (folder / "model.safetensors.index.json").is_file()
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(found.features(AutoModel.from_pretrained(folder)), found.features(found.student))

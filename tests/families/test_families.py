@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
 from epmq_cli import pipeline as steps
+from epmq_cli import recorded
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
@@ -292,6 +293,6 @@ def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Pa
     checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]")
     job = steps.make_job(config(clip_hub))
     models, model, _ = steps.open_models(job)
-    heads = steps.read_heads(checkpoint, job.suite, job.family, CPU)
+    heads = recorded.read_heads(checkpoint, job.suite, job.family, CPU)
     for task in steps.prepare_tasks(job, model, models):
         assert torch.equal(heads[task.name]["weight"], task.head["weight"])
