@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+KERNELS = ("auto", "int4", "dequantize")
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -69,11 +70,12 @@ class Pack:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """`eval=<name>`: `batch_size`; `samples`, at most so many of each test split, null for all; `stages` that are
-    scored."""
+    scored; the `kernel` on which packed linears of a checkpoint run (inference/load.py)."""
 
     batch_size: int
     samples: int | None
     stages: tuple[str, ...]
+    kernel: str
 
     def __post_init__(self) -> None:
         check_range("eval.batch_size", self.batch_size, 1, 1 << 20, integer=True)
@@ -81,6 +83,7 @@ class Evaluation:
             check_range("eval.samples", self.samples, 1, 1 << 30, integer=True)
         for stage in self.stages:
             check_choice("eval.stages", stage, STAGES)
+        check_choice("eval.kernel", self.kernel, KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)

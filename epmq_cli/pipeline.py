@@ -30,6 +30,7 @@ from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
+from epmq_cli.inference.load import load
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
@@ -193,6 +194,13 @@ def stage_scores(
         return scores(family, model, tasks, evaluation.batch_size, device, stage)
     options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
     return {stage: harness_scores(model, folder, device, *options)}
+
+
+def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
+    """The model of a checkpoint, as transformers dequantizes it or with its linears packed."""
+    if kernel == "dequantize":
+        return load_model(family, checkpoint, device)
+    return load(checkpoint, str(device), kernel, torch.float32)
 
 
 def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTask]) -> Scores:

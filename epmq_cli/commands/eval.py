@@ -23,7 +23,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
     from epmq_cli import recorded
-    from epmq_cli.families.family import load_model
+    from epmq_cli.inference.load import kernels
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
 
@@ -37,10 +37,10 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         steps.check_scoring(suite, family, evaluation)
         heads = recorded.read_heads(checkpoint, suite, family, device)
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
-        model = load_model(family, checkpoint, device)
+        model = steps.open_checkpoint(family, checkpoint, device, evaluation.kernel)
     with stages.stage("score quantized"):
         found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint)
-    measured = {"scores": metrics.by_task(found, suite.metrics), "stages": stages.records}
+    measured = {"scores": metrics.by_task(found, suite.metrics), "kernels": kernels(model), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))
     table.show_eval(measured, f"{suite.name}: {checkpoint}", folder)

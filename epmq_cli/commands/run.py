@@ -29,7 +29,6 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
-    from epmq_cli.families.family import load_model
     from epmq_cli.merge.apply import Merged
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -74,7 +73,8 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     del model, contents, calibrated, taught, drawn  # what is scored is read from the disk, and needs their room
     with stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
-            scores |= steps.score(job, load_model(job.family, checkpoint, job.device), tasks, "quantized", checkpoint)
+            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
+            scores |= steps.score(job, model, tasks, "quantized", checkpoint)
     measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
     table.show_run(measured, title, folder)

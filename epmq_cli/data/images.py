@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from epmq_cli.data.samples import Samples, Split
@@ -71,6 +72,19 @@ class ImageFolder:
         return Samples(ImageFiles([path for path, _ in files]), labels).some(count, seed)
 
 
+class ArrayImages(Sequence[Image.Image]):
+    """Images of an array uint8 (n, height, width) or (n, height, width, 3), each made when it is asked for."""
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, position: int) -> Image.Image:  # type: ignore[override]
+        return Image.fromarray(self._array[position])
+
+
 @dataclass(frozen=True)
 class Npz:
     """One npz file with arrays train_images, train_labels, test_images and test_labels.
@@ -96,5 +110,5 @@ class Npz:
                 f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
                 f"got {images.dtype} {images.shape} and labels {labels.shape}"
             )
-        samples = Samples([Image.fromarray(image) for image in images], torch.from_numpy(labels.astype(np.int64)))
-        return samples.some(count, seed)
+        chosen = Samples(range(len(images)), torch.from_numpy(labels.astype(np.int64))).some(count, seed)
+        return Samples(ArrayImages(images[list(chosen.inputs)]), chosen.labels)
