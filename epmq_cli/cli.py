@@ -13,6 +13,7 @@ from pathlib import Path
 
 COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
+    "merge": "only merge, into a dense model",
     "eval": "score a checkpoint on the tasks that it was made for",
     "list": "show what each config group offers",
 }
@@ -110,7 +111,7 @@ def complete(arguments: list[str]) -> None:
         begun = words[1] if len(words) == 2 else ""
         print("\n".join(name for name in COMMANDS if name.startswith(begun)))
         return
-    command = words[1] if named and words[1] in ("run", "eval") else "run"
+    command = words[1] if named and words[1] in ("run", "merge", "eval") else "run"
     if named:
         position = int(os.environ.get("COMP_POINT", str(len(line))))
         os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)

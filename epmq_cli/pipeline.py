@@ -20,15 +20,13 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
-from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
-from epmq_cli.families import AUTO, claiming, family_of
+from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.load import load
 from epmq_cli.merge.apply import Models, fit_vocabulary
@@ -79,14 +77,6 @@ def make_job(cfg: DictConfig) -> Job:
         device=config.device_of(cfg.device),
         seed=config.seed_of(cfg.seed),
     )
-
-
-def suite_family(suite: Suite, checkpoint: Path | None = None) -> Family:
-    """The family of a suite, by its name or, under `auto`, by the config.json of its base or of a checkpoint."""
-    if suite.family != AUTO:
-        return family_of(suite.family)
-    role = "base" if checkpoint is None else "checkpoint"
-    return claiming(ModelFolder(checkpoint or locate(suite.base, role, suite.root), role).config)
 
 
 def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -> None:

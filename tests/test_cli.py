@@ -79,7 +79,7 @@ def test_list_shows_the_users_own_configs_and_refuses_what_is_not_there(epmq: Ru
 def test_help_of_the_command_and_its_subcommands(epmq: Run) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         assert epmq(*arguments).stdout == cli.usage()
-    for command in ("run", "eval"):
+    for command in ("run", "merge", "eval"):
         page = epmq(command, "--help")
         assert page.returncode == 0
         assert page.stdout.startswith(f"usage: epmq {command}")
@@ -127,7 +127,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "eval", "list"]),
+        ("epmq ", ["run", "merge", "eval", "list"]),
         ("epmq e", ["eval"]),
         ("epmq run mer", ["merge=", "merge."]),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties"]),

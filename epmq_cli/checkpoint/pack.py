@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,22 +140,31 @@ def _weights_entry(spec: GridSpec) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
-    """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which is on disk and has its name when the block is over; CheckpointError where the disk
+    does not take it. Nothing is left of a block that fails."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_files(temporary, contents, shard_bytes)
+        yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         temporary.rename(folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
+    """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
+    with whole(folder) as temporary:
+        _write_files(temporary, contents, shard_bytes)
 
 
 def _write_files(folder: Path, contents: Contents, shard_bytes: int) -> None:

@@ -23,6 +23,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     from epmq_cli import pipeline as steps
     from epmq_cli import recorded
+    from epmq_cli.families import suite_family
     from epmq_cli.inference.load import kernels
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -33,7 +34,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     suite = recorded.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
-        family = steps.suite_family(suite, checkpoint)
+        family = suite_family(suite, checkpoint)
         steps.check_scoring(suite, family, evaluation)
         heads = recorded.read_heads(checkpoint, suite, family, device)
         tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from epmq_cli.checkpoint.locate import locate
+from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.bert import Bert
 from epmq_cli.families.causal_lm import CausalLM
@@ -16,6 +19,7 @@ from epmq_cli.families.open_clip import OpenClip
 from epmq_cli.families.roberta import Roberta
 from epmq_cli.families.t5 import T5
 from epmq_cli.families.vit import Vit
+from epmq_cli.suites import Suite
 
 FAMILIES: dict[str, Family] = {
     "bert": Bert(),
@@ -49,3 +53,11 @@ def claiming(config: Mapping[str, Any]) -> Family:
         f"base: no family takes a model of type {found}, they take {', '.join(known)}; a new family is a module in "
         "epmq_cli/families with a subclass of Family, see its docstring"
     )
+
+
+def suite_family(suite: Suite, checkpoint: Path | None = None) -> Family:
+    """The family of a suite, by its name or, under `auto`, by the config.json of its base or of a checkpoint."""
+    if suite.family != AUTO:
+        return family_of(suite.family)
+    role = "base" if checkpoint is None else "checkpoint"
+    return claiming(ModelFolder(checkpoint or locate(suite.base, role, suite.root), role).config)

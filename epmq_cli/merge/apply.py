@@ -75,7 +75,12 @@ class Merged:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
-        return self._rule(self.source.base(name), self.source.experts(name)).to(self.dtype).float()
+        return self.stored(name, self.dtype).float()
+
+    def stored(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor of this name, rounded to a type, in that type."""
+        pieces = [self._rule(base, experts).to(dtype) for base, *experts in self.source.parts(name)]
+        return torch.cat(pieces).view(self.source.shape(name))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,9 +13,11 @@ from epmq_cli.errors import ModelError
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
 
 SHOWN = 3  # differences named in an error
+PIECE = 1 << 18  # elements: 1 MB in float32
 
 Rule = Callable[[Tensor, list[Tensor]], Tensor]
-"""One merged tensor from the base's and the experts' (float32, all of one shape, never changed in place)."""
+"""One merged tensor from the base's and the experts' (float32, all of one shape, never changed in place), each element
+from theirs at its place alone."""
 
 
 class Merge(Protocol):
@@ -71,14 +73,31 @@ class MergeSource:
         """All tensors of a task's expert in float32, with their names."""
         return ((name, self.expert(task, name)) for name in self.names)
 
-    def experts(self, name: str) -> list[Tensor]:
-        """The tensors of all experts in float32, in the order of the tasks."""
-        return [self.expert(task, name) for task in self._experts]
+    def parts(self, name: str, tasks: Sequence[str] | None = None) -> Iterator[list[Tensor]]:
+        """The base's tensor and those of all experts, or of some tasks', piece by piece: flat, in float32, up to
+        `PIECE` elements, so that what is made of a piece stays in the processor's cache."""
+        asked = [None, *(self._experts if tasks is None else tasks)]
+        if name in self.padded:
+            whole = [self.base(name) if task is None else self.expert(task, name) for task in asked]
+        else:
+            whole = [self._stored(task, name) for task in asked]
+        for pieces in zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True):
+            yield [self._checked(task, name, piece.float()) for task, piece in zip(asked, pieces, strict=True)]
 
     def task_vectors(self, task: str) -> Iterator[Tensor]:
-        """Expert minus base in float32, tensor by tensor in the order of `names`."""
+        """Expert minus base in float32, piece by piece in the order of `names`."""
         for name in self.names:
-            yield self.expert(task, name) - self.base(name)
+            for base, expert in self.parts(name, [task]):
+                yield expert - base
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the merged tensor."""
+        shape = self._base_info(name).shape
+        return (self.padded[name], *shape[1:]) if name in self.padded else shape
+
+    def stored_name(self, name: str) -> str:
+        """What the base's files call a tensor."""
+        return self._base_names[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that the base stores a tensor in."""
@@ -100,13 +119,19 @@ class MergeSource:
 
     def _own(self, task: str | None, name: str) -> Tensor:
         """The tensor of an expert, or of the base, as it is stored, in float32."""
-        folder, names = (
-            (self._base, self._base_names) if task is None else (self._experts[task], self._expert_names[task])
-        )
-        tensor = folder.tensor(names[name]).float()
+        return self._checked(task, name, self._stored(task, name).float())
+
+    def _stored(self, task: str | None, name: str) -> Tensor:
+        if task is None:
+            return self._base.tensor(self._base_names[name])
+        return self._experts[task].tensor(self._expert_names[task][name])
+
+    def _checked(self, task: str | None, name: str, tensor: Tensor) -> Tensor:
+        """The tensor itself; ModelError where it holds a NaN or an infinity."""
         finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()  # the sum is quick, but may overflow
         if not finite:
-            raise ModelError(f"{folder.role}: {name} holds a NaN or an infinity; train or fetch the model again")
+            role = self._base.role if task is None else self._experts[task].role
+            raise ModelError(f"{role}: {name} holds a NaN or an infinity; train or fetch the model again")
         return tensor
 
     def _rows_added(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,13 +53,16 @@ def trim(task_vector: Tensor, threshold: float) -> Tensor:
     return task_vector * (task_vector.abs() >= threshold)
 
 
-def disjoint_merge(trimmed: Tensor, majority: float, combine: str) -> Tensor:
+def disjoint_merge(trimmed: Tensor, majority: Callable[[], float], combine: str) -> Tensor:
     """Sum or mean, at each position, of those task vectors that agree with the elected sign.
 
-    `trimmed`: (experts, ...). The elected sign is that of the sum; where the sum is zero it is `majority`, +1 or -1.
+    `trimmed`: (experts, ...). The elected sign is that of the sum; where that is zero and its parts are not it is
+    `majority()`, +1 or -1.
     """
     elected = trimmed.sum(0).sign()
-    elected = torch.where(elected == 0, majority, elected)
+    tied = elected == 0
+    if trimmed[:, tied].any():
+        elected = torch.where(tied, majority(), elected)
     agree = trimmed * elected > 0
     total = (trimmed * agree).sum(0)
     return total if combine == "sum" else total / agree.sum(0).clamp(min=1)
@@ -90,8 +94,11 @@ class Ties:
         def trimmed(base: Tensor, experts: list[Tensor]) -> Tensor:
             return torch.stack([trim(e - base, t) for e, t in zip(experts, thresholds, strict=True)])
 
-        signs = sum(int(trimmed(source.base(name), source.experts(name)).sum(0).sign().sum()) for name in source.names)
-        majority = 1.0 if signs >= 0 else -1.0
+        @cache
+        def majority() -> float:
+            pieces = (piece for name in source.names for piece in source.parts(name))
+            signs = sum(int(trimmed(base, experts).sum(0).sign().sum()) for base, *experts in pieces)
+            return 1.0 if signs >= 0 else -1.0
 
         def rule(base: Tensor, experts: list[Tensor]) -> Tensor:
             return base + self.scale * disjoint_merge(trimmed(base, experts), majority, self.combine)

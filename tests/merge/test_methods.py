@@ -108,9 +108,9 @@ def test_ties_trims_over_the_whole_vector_and_keeps_the_exact_count(tmp_path: Pa
 
 def test_ties_elects_the_larger_total_and_drops_the_rest() -> None:
     trimmed = torch.tensor([[3.0, -1.0, 0.0, 2.0], [1.0, 4.0, 0.0, -2.0], [-2.0, -1.0, 0.0, 0.0]])
-    assert disjoint_merge(trimmed, 1.0, "sum").tolist() == [4.0, 4.0, 0.0, 2.0]
-    assert disjoint_merge(trimmed, 1.0, "mean").tolist() == [2.0, 4.0, 0.0, 2.0]
-    assert disjoint_merge(trimmed, -1.0, "sum").tolist() == [4.0, 4.0, 0.0, -2.0]
+    assert disjoint_merge(trimmed, lambda: 1.0, "sum").tolist() == [4.0, 4.0, 0.0, 2.0]
+    assert disjoint_merge(trimmed, lambda: 1.0, "mean").tolist() == [2.0, 4.0, 0.0, 2.0]
+    assert disjoint_merge(trimmed, lambda: -1.0, "sum").tolist() == [4.0, 4.0, 0.0, -2.0]
 
 
 def test_ties_resolves_a_tie_by_the_majority_of_signs_over_the_whole_vector(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""`epmq merge`: the dense merge of a suite's experts, tensor by tensor from disk to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from epmq_cli import config
+from epmq_cli.commands.app import guarded, refuse_used
+
+
+@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="merge")
+@guarded
+def main(cfg: DictConfig) -> None:
+    """One merge, or one of each job of a sweep."""
+    merge(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
+
+
+def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
+    """Writes `checkpoint/`, which is loaded as the base is, and `metrics.json`."""
+    import torch
+
+    from epmq_cli.checkpoint.dense import write_dense
+    from epmq_cli.console import say
+    from epmq_cli.families import suite_family
+    from epmq_cli.merge.apply import Merged, Models
+    from epmq_cli.report import metrics, table
+    from epmq_cli.report.stages import Stages
+
+    refuse_used(folder, "checkpoint", "metrics.json")
+    config.check_complete(cfg)
+    suite, method = config.build("suite", cfg.suite), config.build("merge", cfg.merge)
+    pack: config.Pack = config.build("pack", cfg.pack)
+    device = torch.device("cpu")
+    stages, checkpoint = Stages(device), folder / "checkpoint"
+    say(f"{len(suite.members)} experts, results go to {table.near(folder)}")
+    with stages.stage("read"):
+        models = Models(suite, suite_family(suite))
+    with stages.stage("merge"):
+        merged = Merged(models.source, method, torch.float32)
+        size = write_dense(checkpoint, models.base, merged, pack)
+    measured = {"bytes": {"model_dense": size}, "stages": stages.records}
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))
+    say(f"{size / 1e6:.2f} MB in {stages.records['merge']['seconds']:.1f} s: {table.near(checkpoint)}")
