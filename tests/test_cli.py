@@ -95,7 +95,9 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert epmq("--version").stdout == f"epmq {__version__}\n"
     result = epmq("rnu")
     assert result.returncode == 1
-    assert result.stderr == "epmq: there is no command 'rnu'; the commands are run, eval, list. Did you mean run?\n"
+    assert (
+        result.stderr == "epmq: there is no command 'rnu'; the commands are run, merge, eval, list. Did you mean run?\n"
+    )
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""`epmq run --help` and `epmq eval --help`: the options as their YAML files explain them."""
+"""`epmq run --help` and those of merge and eval: the options as their YAML files explain them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ examples
   epmq run experiment=b32_ta8_epmq                  a published result again
   epmq run --config-dir my_configs suite=mine       a suite of your own (README, "Your own suite")
   epmq run --cfg job merge=ties                     show the config of a run and stop
+""",
+    "merge": """usage: epmq merge [group=option ...] [key.name=value ...] [-m] [--config-dir FOLDER]
+
+Merges the experts of a suite into a dense model, from disk to disk and tensor by tensor; no data is read.
+
+examples
+  epmq merge suite=flan_t5_base_glue merge=ties
+  epmq merge --config-dir my_configs suite=mine merge=average pack.dtype=bfloat16
 """,
     "eval": """usage: epmq eval CHECKPOINT [key.name=value ...] [-m] [--config-dir FOLDER]
 

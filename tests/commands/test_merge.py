@@ -1,0 +1,78 @@
+"""Oracles: the merged model that a run starts from, and transformers, which loads the folder as it does the base's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CLIPModel
+
+from epmq_cli import pipeline as steps
+from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.commands.merge import merge
+from epmq_cli.config import conf_dir
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.merge.apply import Merged, Models
+from epmq_cli.report.metrics import schema
+from tests.hubs import config
+from tests.minihub import build
+
+
+def config_of_merge(hub: Path, *overrides: str) -> DictConfig:
+    search = f"hydra.searchpath=[file://{hub / 'configs'}]"
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("merge", overrides=[search, "suite=mini", "out=unused", *overrides])
+
+
+def merged(hub: Path, folder: Path, *overrides: str) -> Path:
+    """The checkpoint of a merge."""
+    folder.mkdir()
+    merge(config_of_merge(hub, *overrides), folder, list(overrides))
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "none"])
+def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub: Path, tmp_path: Path) -> None:
+    checkpoint = merged(clip_hub, tmp_path / "run", f"merge={method}")
+    job = steps.make_job(config(clip_hub, f"merge={method}"))
+    source = Models(job.suite, job.family).source
+    found, base = load_file(checkpoint / "model.safetensors"), load_file(clip_hub / "base" / "model.safetensors")
+    assert found.keys() == base.keys()
+    wanted = {source.stored_name(name): tensor for name, tensor in Merged(source, job.merge, torch.float32)}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wanted.get(name, base[name]).to(base[name].dtype))
+    CLIPModel.from_pretrained(checkpoint)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    jsonschema.validate(metrics, schema())
+    assert metrics["bytes"]["model_dense"] == sum(tensor.nbytes for tensor in found.values())
+
+
+def test_shards_and_another_type(tmp_path: Path) -> None:
+    checkpoint = merged(
+        build(tmp_path / "hub", "llama"), tmp_path / "run", "pack.shard_size=20KB", "pack.dtype=bfloat16"
+    )
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    assert {info.dtype for info in ModelFolder(checkpoint, "merge").infos.values()} == {"BF16"}
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).dtype == torch.bfloat16
+
+
+def test_a_merge_that_fails_leaves_no_folder(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> torch.Tensor:
+        raise ModelError("expert of task first: it holds a NaN")
+
+    monkeypatch.setattr(Merged, "stored", broken)
+    with pytest.raises(ModelError):
+        merged(clip_hub, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_used_folder_is_refused(clip_hub: Path, tmp_path: Path) -> None:
+    merged(clip_hub, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"already holds checkpoint and metrics.json"):
+        merge(config_of_merge(clip_hub), tmp_path / "run", [])
