@@ -25,6 +25,8 @@ from epmq_cli.console import complain, log
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
 INTERRUPTED = 130
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+"""Of sweeps: the extra that each comes with."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -67,6 +69,9 @@ def explain(error: Exception, command: str, arguments: list[str]) -> str:
     """The error as one sentence that says what exists where the user named something that does not."""
     text = str(error)
     if isinstance(error, MissingConfigException) and (option := re.search(r"Could not find '(.+)/(.+)'", text)):
+        if option[1] == "hydra/launcher" and option[2] in LAUNCHERS:
+            extra = LAUNCHERS[option[2]]
+            return f"hydra/launcher={option[2]} is not installed; get it with pip install 'epmq-cli[{extra}]'"
         known = ", ".join(re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M))
         return f"{option[1]}={option[2]} is not there, the options are {known} (see epmq list {option[1]})"
     if key := re.match(r"Could not override '([^']+)'", text):
