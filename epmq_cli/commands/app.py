@@ -97,11 +97,10 @@ def _check_key(key: str, command: str, arguments: list[str]) -> None:
 
 
 def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The job of a command with the libraries quiet and the user's mistakes in run.log."""
+    """The job of a command with the user's mistakes in run.log."""
 
     @wraps(command)
     def wrapped(cfg: DictConfig) -> None:
-        quiet_libraries()
         try:
             command(cfg)
         except EpmqError as error:

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import config
-from epmq_cli.commands.app import guarded, refuse_used
+from epmq_cli.commands.app import guarded, quiet_libraries, refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="eval")
@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
+    quiet_libraries()
     from epmq_cli import pipeline as steps
     from epmq_cli import recorded
     from epmq_cli.families import suite_family

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import config, ranks
-from epmq_cli.commands.app import guarded, refuse_used
+from epmq_cli.commands.app import guarded, quiet_libraries, refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
+    quiet_libraries()
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
     from epmq_cli.calibrate.reference import install

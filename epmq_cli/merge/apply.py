@@ -16,6 +16,8 @@ from epmq_cli.families.family import Family
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.suites import Suite
 
+ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
+
 
 class Models:
     """The opened models of a suite, and their tensors side by side (`source`)."""
@@ -30,10 +32,15 @@ class Models:
         }
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
         self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
-        expected = family.settings(self.base)
         for expert in self.experts.values():
-            if expert.config is not self.base.config:
-                _check_settings(expert, family.settings(expert), self.base, expected)
+            if _described(expert) != _described(self.base):
+                _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
+
+
+def _described(folder: ModelFolder) -> dict[str, Any]:
+    """The config but for what says nothing of the model. Where it is the same, so are all settings, and transformers,
+    which knows their defaults but takes seconds to import, need not be asked."""
+    return {name: value for name, value in folder.config.items() if name not in ASIDE}
 
 
 def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:

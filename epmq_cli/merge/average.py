@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from epmq_cli.merge.source import MergeSource, Rule
@@ -12,7 +11,10 @@ from epmq_cli.merge.source import MergeSource, Rule
 
 def average(base: Tensor, experts: list[Tensor]) -> Tensor:
     """Mean of the experts; the base is not one of them."""
-    return torch.stack(experts).mean(0)
+    total = experts[0].clone()
+    for expert in experts[1:]:
+        total += expert
+    return total / len(experts)
 
 
 @dataclass(frozen=True)

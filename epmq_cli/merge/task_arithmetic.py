@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from epmq_cli.errors import check_range
@@ -14,7 +13,10 @@ from epmq_cli.merge.source import MergeSource, Rule
 
 def task_arithmetic(base: Tensor, experts: list[Tensor], scale: float) -> Tensor:
     """Base plus `scale` times the sum of the task vectors."""
-    return base + scale * torch.stack([expert - base for expert in experts]).sum(0)
+    total = experts[0] - base
+    for expert in experts[1:]:
+        total += expert - base
+    return base + scale * total
 
 
 @dataclass(frozen=True)

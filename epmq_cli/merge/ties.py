@@ -6,10 +6,11 @@ passes over the tensors by counting float bits, so that no more than one tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,20 +25,16 @@ def kth_largest_magnitude(passes: Callable[[], Iterable[Tensor]], density: float
     `passes()` gives the same float32 tensors each time it is called. Magnitudes order like their bit patterns read as
     integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin that holds the answer.
     """
-    upper = torch.zeros(1 << 16, dtype=torch.int64)
-    for bits in _magnitude_bits(passes()):
-        upper += torch.bincount(bits >> 16, minlength=1 << 16)
-    wanted = max(1, int(density * int(upper.sum())))
-    high, wanted = _bin_from_top(upper, wanted)
-    lower = torch.zeros(1 << 16, dtype=torch.int64)
-    for bits in _magnitude_bits(passes()):
-        lower += torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
+    from epmq_cli.merge.ties_loops import count_lower, count_upper
+
+    upper, lower = (torch.zeros(1 << 16, dtype=torch.int64) for _ in range(2))
+    for tensor in passes():
+        count_upper(tensor.flatten().numpy(), upper.numpy())
+    high, wanted = _bin_from_top(upper, max(1, int(density * int(upper.sum()))))
+    for tensor in passes():
+        count_lower(tensor.flatten().numpy(), high, lower.numpy())
     low, _ = _bin_from_top(lower, wanted)
     return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
-
-
-def _magnitude_bits(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    return (tensor.abs().flatten().contiguous().view(torch.int32) for tensor in tensors)
 
 
 def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
@@ -48,24 +45,36 @@ def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
     return len(counts) - 1 - steps, wanted - above
 
 
-def trim(task_vector: Tensor, threshold: float) -> Tensor:
-    """Zeroes everything smaller in magnitude than the threshold."""
-    return task_vector * (task_vector.abs() >= threshold)
+def elected(
+    base: Tensor,
+    experts: list[Tensor],
+    thresholds: list[float],
+    majority: Callable[[], float],
+    scale: float,
+    mean: bool,
+) -> Tensor:
+    """Base (n,) plus `scale` times the sum or mean, at each position, of those task vectors that agree with the elected
+    sign, each trimmed to what reaches its threshold.
 
-
-def disjoint_merge(trimmed: Tensor, majority: Callable[[], float], combine: str) -> Tensor:
-    """Sum or mean, at each position, of those task vectors that agree with the elected sign.
-
-    `trimmed`: (experts, ...). The elected sign is that of the sum; where that is zero and its parts are not it is
-    `majority()`, +1 or -1.
+    The elected sign is that of the sum; where that is zero and its parts are not it is `majority()`, +1 or -1.
     """
-    elected = trimmed.sum(0).sign()
-    tied = elected == 0
-    if trimmed[:, tied].any():
-        elected = torch.where(tied, majority(), elected)
-    agree = trimmed * elected > 0
-    total = (trimmed * agree).sum(0)
-    return total if combine == "sum" else total / agree.sum(0).clamp(min=1)
+    merged, cancelled, _ = _elect(base, experts, thresholds, 1.0, scale, mean)
+    if cancelled and majority() < 0:
+        merged, _, _ = _elect(base, experts, thresholds, -1.0, scale, mean)
+    return merged
+
+
+def _elect(
+    base: Tensor, experts: list[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
+) -> tuple[Tensor, int, int]:
+    """The merged elements, how often task vectors cancelled, and the sum of the elected signs where they did not."""
+    from epmq_cli.merge.ties_loops import elect
+
+    merged, counts = torch.empty_like(base), np.zeros(2, np.int64)
+    limits = np.array(thresholds, np.float32)
+    options = (np.float32(majority), np.float32(scale), mean)
+    elect(base.numpy(), torch.stack(experts).numpy(), limits, *options, merged.numpy(), counts)
+    return merged, int(counts[0]), int(counts[1])
 
 
 @dataclass(frozen=True)
@@ -91,16 +100,13 @@ class Ties:
             for task in track(source.tasks, "find what TIES keeps")
         ]
 
-        def trimmed(base: Tensor, experts: list[Tensor]) -> Tensor:
-            return torch.stack([trim(e - base, t) for e, t in zip(experts, thresholds, strict=True)])
-
         @cache
         def majority() -> float:
             pieces = (piece for name in source.names for piece in source.parts(name))
-            signs = sum(int(trimmed(base, experts).sum(0).sign().sum()) for base, *experts in pieces)
+            signs = sum(_elect(base, experts, thresholds, 1.0, 1.0, False)[2] for base, *experts in pieces)
             return 1.0 if signs >= 0 else -1.0
 
         def rule(base: Tensor, experts: list[Tensor]) -> Tensor:
-            return base + self.scale * disjoint_merge(trimmed(base, experts), majority, self.combine)
+            return elected(base, experts, thresholds, majority, self.scale, self.combine == "mean")
 
         return rule

@@ -10,25 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from epmq_cli.compiled import compiled
 from epmq_cli.quantize.grid import Grid, GridSpec
 
 LEAST = 64  # rows that are worth a thread
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """The function in machine code, which leaves other threads running; no fast math, so that no two operations are
-    fused or reordered."""
-    try:
-        found: Callable[..., None] = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the machine code
-        found = njit(nogil=True)(function)
-    return found
-
-
-@_compiled
+@compiled
 def _walk(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, values: Any, errors: Any) -> None:
     rows, columns = W.shape
     w = np.empty(columns, W.dtype)
@@ -44,7 +34,7 @@ def _walk(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, values: An
             errors[row, i] = error
 
 
-@_compiled
+@compiled
 def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any) -> None:
     rows, columns = W.shape
     candidates = scale.shape[1]

@@ -17,7 +17,7 @@ from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
-from epmq_cli.merge.ties import Ties, disjoint_merge, kth_largest_magnitude
+from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitude
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "scalar": ()}
 METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
@@ -107,10 +107,25 @@ def test_ties_trims_over_the_whole_vector_and_keeps_the_exact_count(tmp_path: Pa
 
 
 def test_ties_elects_the_larger_total_and_drops_the_rest() -> None:
-    trimmed = torch.tensor([[3.0, -1.0, 0.0, 2.0], [1.0, 4.0, 0.0, -2.0], [-2.0, -1.0, 0.0, 0.0]])
-    assert disjoint_merge(trimmed, lambda: 1.0, "sum").tolist() == [4.0, 4.0, 0.0, 2.0]
-    assert disjoint_merge(trimmed, lambda: 1.0, "mean").tolist() == [2.0, 4.0, 0.0, 2.0]
-    assert disjoint_merge(trimmed, lambda: -1.0, "sum").tolist() == [4.0, 4.0, 0.0, -2.0]
+    vectors = torch.tensor([[3.0, -1.0, 0.0, 2.0], [1.0, 4.0, 0.0, -2.0], [-2.0, -1.0, 0.0, 0.5]])
+    base, experts = torch.tensor([1.0, 0.0, 5.0, 0.0]), list(vectors + torch.tensor([1.0, 0.0, 5.0, 0.0]))
+    for sign, mean, wanted in (
+        (1.0, False, [5.0, 4.0, 5.0, 2.0]),
+        (1.0, True, [3.0, 4.0, 5.0, 2.0]),
+        (-1.0, False, [5.0, 4.0, 5.0, -2.0]),
+    ):
+        found = elected(base, experts, [0.0, 0.0, 1.0], lambda sign=sign: sign, 1.0, mean)  # type: ignore[misc]
+        assert found.tolist() == wanted
+
+
+def test_the_majority_is_asked_for_only_where_task_vectors_cancel() -> None:
+    def unasked() -> float:
+        raise AssertionError("the majority was asked for")
+
+    zero = torch.zeros(2)
+    assert elected(zero, [torch.ones(2), torch.ones(2)], [0.5, 2.0], unasked, 0.5, False).tolist() == [0.5, 0.5]
+    with pytest.raises(AssertionError, match="the majority was asked for"):
+        elected(zero, [torch.ones(2), -torch.ones(2)], [0.5, 0.5], unasked, 0.5, False)
 
 
 def test_ties_resolves_a_tie_by_the_majority_of_signs_over_the_whole_vector(tmp_path: Path) -> None:
