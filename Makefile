@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all smoke wheel tiny bench bench-quality clean
+.PHONY: help install demo format check test test-all smoke wheel tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,12 @@ bench-quality: install ## what each part of feature guidance adds, for every sui
 	$(BIN)/python benchmarks/quality.py --suite tiny
 	if [ -n "$$EPMQ_TEXT4_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite text4 --config-dir benchmarks/text4/configs; fi
 	if [ -n "$$EPMQ_VISION3_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite vision3 --config-dir benchmarks/vision3/configs; fi
+
+bench-speed: install ## time and memory: precision of moments, merging against mergekit and cp, the pipeline
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/pipeline.py --experts 2 4 8
+	$(BIN)/python benchmarks/pipeline.py --samples 64 128 256
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) dist build *.egg-info
