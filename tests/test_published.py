@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPModel, T5ForConditionalGeneration
 
-from epmq_cli import pipeline as steps
 from epmq_cli import recorded
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
+from epmq_cli.families import family_of
 from epmq_cli.families.family import load_model
 from tests.conftest import drifted
 from tests.minihub import tokenizer
@@ -107,7 +107,7 @@ def test_clip_suites_run_on_all_their_tasks_and_reload(
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         public: Any = CLIPModel.from_pretrained(tmp_path / "checkpoint").eval()
-        own: Any = load_model(steps.family_of("clip"), tmp_path / "checkpoint", torch.device("cpu"))
+        own: Any = load_model(family_of("clip"), tmp_path / "checkpoint", torch.device("cpu"))
         assert torch.equal(
             public.get_image_features(pixels).pooler_output, own.get_image_features(pixels).pooler_output
         )
@@ -123,7 +123,7 @@ def test_flan_t5_runs_on_glue_and_reloads(
     names = [layer["name"] for layer in metrics["layers"]]
     assert any("EncDecAttention.k" in name for name in names)
     public: Any = T5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint").eval()
-    own: Any = load_model(steps.family_of("t5"), tmp_path / "checkpoint", torch.device("cpu"))
+    own: Any = load_model(family_of("t5"), tmp_path / "checkpoint", torch.device("cpu"))
     ids = torch.randint(5, 20, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(
