@@ -146,6 +146,8 @@ class Objective:
 
     def _energy(self, weight: Tensor, moment: Tensor) -> float:
         """tr W H W', in the type of the weights that were given."""
+        if not weight.any():
+            return 0.0
         W = weight.to(self._dtype)
         return float(((W @ moment.to(self._dtype)) * W).sum())
 

@@ -1,0 +1,192 @@
+"""GPTQ alone, 4 bits in groups of 128, on a random Llama: epmq against llm-compressor's `oneshot`.
+
+    python benchmarks/gptq.py [--repeats 3]
+
+Hidden 512, intermediate 1408, 8 layers, 2000 tokens; calibrated on the same 32 sequences of 256 tokens; made once in
+runs/gptq, as is llm-compressor's own environment. Whole processes, one side after the other in every round; `quantize`
+is what each spends in GPTQ itself (the stage of metrics.json; the call of `oneshot`), and peak memory is the process's.
+Errors are of the checkpoints that were written, on the calibration tokens, against the dense model: of the linears, all
+given the dense model's inputs, ||X (W - Q)^T||^2 / ||X W^T||^2 summed over linears; and of the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.calibrate.draw import task_seed
+from epmq_cli.data.documents import token_blocks
+
+OTHER = ("llmcompressor==0.14.0.1", "torch==2.13.0")
+SAMPLES, LENGTH, VOCABULARY, TEXT = 32, 256, 2000, 200_000
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": False,
+}
+ONESHOT = """
+import json, sys, time
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM
+
+folder, out = sys.argv[1:]
+ids = torch.load(f"{folder}/ids.pt").tolist()
+data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(ids[0])] * len(ids)})
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+options = {"max_seq_length": len(ids[0]), "num_calibration_samples": len(ids), "shuffle_calibration_samples": False}
+start = time.perf_counter()
+oneshot(model=model, dataset=data, recipe=recipe, **options)
+seconds = time.perf_counter() - start
+model.save_pretrained(f"{out}/checkpoint", save_compressed=True)
+json.dump(seconds, open(f"{out}/seconds.json", "w"))
+"""
+
+
+def make(folder: Path) -> None:
+    """The model with a tokenizer of one word a token, and the calibration tokens as text and as numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if (folder / "ids.pt").is_file():
+        return
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder / "model")
+    made = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder / "model")
+    ids = torch.randint(VOCABULARY, (TEXT,))
+    row = {"text": " ".join(f"w{index}" for index in ids.tolist()), "label": 0}
+    (folder / "text.jsonl").write_text(json.dumps(row) + "\n")
+    task = {"expert": str(folder / "model"), "metric": "perplexity", "max_length": LENGTH}
+    text = str(folder / "text.jsonl")
+    task["data"] = {"_target_": "epmq_cli.data.table.Table", "train": text, "test": text}  # type: ignore[assignment]
+    suite = {"_target_": "epmq_cli.suites.Suite", "name": "gptq", "family": "causal_lm", "tasks": {"text": task}}
+    (folder / "configs" / "suite").mkdir(parents=True, exist_ok=True)
+    suite["base"] = str(folder / "model")
+    (folder / "configs" / "suite" / "gptq.yaml").write_text(json.dumps(suite))  # JSON is YAML
+    torch.save(token_blocks(ids, LENGTH, SAMPLES, task_seed(0, "text")), folder / "ids.pt")  # what epmq draws
+
+
+def environment(folder: Path) -> Path:
+    """The Python that has llm-compressor."""
+    python = folder / "env" / "bin" / "python"
+    if not python.is_file():
+        venv.create(folder / "env", with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *OTHER], check=True)
+    return python
+
+
+def sides(folder: Path, python: Path) -> dict[str, list[str]]:
+    """The command of each side; each writes `out`."""
+    start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=gptq"]
+    options = ["merge=none", "guidance=merged", "bits=4", "group_size=128", f"calib.samples={SAMPLES}"]
+    ours = [*start, *options, "eval.stages=[]", "device=cpu", f"out={folder / 'out'}"]
+    return {
+        "epmq": ours,
+        "epmq quant.grid=minmax": [*ours, "quant.grid=minmax"],
+        "llm-compressor": [str(python), "-c", ONESHOT, str(folder), str(folder / "out")],
+    }
+
+
+def run(command: list[str], out: Path) -> dict[str, float]:
+    """Wall seconds, seconds of quantization, and peak MB."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - start
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    if (out / "seconds.json").is_file():
+        quantize = json.loads((out / "seconds.json").read_text())
+    else:
+        quantize = json.loads((out / "metrics.json").read_text())["stages"]["calibrate and quantize"]["seconds"]
+    return {"seconds": wall, "quantize": quantize, "peak, MB": usage.ru_maxrss * 1024 / 1e6}
+
+
+@torch.inference_mode()
+def errors(folder: Path) -> tuple[float, float]:
+    """Relative squared errors of the linears and of the logits of the checkpoint in `out`."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.load(folder / "ids.pt")
+    dense, packed = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder / "model", folder / "out" / "checkpoint")
+    )
+    own = packed(input_ids=ids).logits  # in which compressed-tensors unpacks what is packed
+    weights = packed.state_dict()
+    sums = [0.0, 0.0]
+    for name, module in dense.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(hook(weights[f"model.{name}.weight"], sums))
+    expected = dense(input_ids=ids).logits
+    return sums[0] / sums[1], ((own - expected).square().sum() / expected.square().sum()).item()
+
+
+def hook(quantized: Tensor, sums: list[float]):  # type: ignore[no-untyped-def]
+    """Adds the error of a linear with these weights, and the size of its output."""
+
+    def add(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        sums[0] += (args[0] @ (module.weight - quantized.float()).T).double().square().sum().item()
+        sums[1] += output.double().square().sum().item()
+
+    return add
+
+
+def show(rounds: list[Mapping[str, dict[str, float]]], found: Mapping[str, tuple[float, float]]) -> None:
+    """Medians, and ratios of each round."""
+    columns = ("seconds", "quantize", "peak, MB")
+    print(
+        f"Medians of {len(rounds)}\n\n| | seconds | quantize | peak, MB | times epmq's | error of linears | of logits |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, (linears, logits) in found.items():
+        numbers = [f"{statistics.median(r[name][column] for r in rounds):.1f}" for column in columns]
+        times = statistics.median(r[name]["quantize"] / r["epmq"]["quantize"] for r in rounds)
+        print(f"| {name} | {' | '.join(numbers)} | {times:.2f} | {linears:.5f} | {logits:.5f} |")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/gptq"))
+    arguments = parser.parse_args()
+    folder = arguments.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
+    commands, found = sides(folder, environment(folder)), {}
+    rounds = []
+    for _ in range(arguments.repeats):
+        rounds.append({})
+        for name, command in commands.items():
+            rounds[-1][name] = run(command, folder / "out")
+            found[name] = errors(folder)
+    show(rounds, found)
+
+
+if __name__ == "__main__":
+    main()
