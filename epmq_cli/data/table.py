@@ -14,6 +14,7 @@ from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
+LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _read_delimited(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             return list(csv.DictReader(file, strict=True))
@@ -76,7 +78,7 @@ def _read_delimited(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("every line must be a JSON object")
     return rows

@@ -44,6 +44,15 @@ def test_every_kind_gives_the_rows_back(kind: str, tmp_path: Path) -> None:
     assert samples.labels.tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
+def test_long_texts_and_odd_line_ends(kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "word " * 40_000, "label": 0}, {"text": "one\u2028line\x85still", "label": 1}]
+    path = write(tmp_path / f"x.{kind}", rows)
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert list(table(path).load("train").inputs) == [row["text"] for row in rows]
+
+
 def test_splits_are_different_files(tmp_path: Path) -> None:
     train, test = write(tmp_path / "a.tsv"), write(tmp_path / "b.tsv", ROWS[:1])
     source = Table(train=str(train), test=str(test))
