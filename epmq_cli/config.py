@@ -42,16 +42,19 @@ def bytes_of(name: str, text: object) -> int:
 @dataclasses.dataclass(frozen=True)
 class Calib:
     """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time;
-    activations take up to `memory` such as 8GB, and files of the run folder beyond it."""
+    activations take up to `memory` such as 8GB, and files of the run folder beyond it; `student`: where the model is,
+    in `memory` or on `disk`."""
 
     samples: int
     batch_size: int
     memory: str
+    student: str
 
     def __post_init__(self) -> None:
         check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
         check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
         bytes_of("calib.memory", self.memory)
+        check_choice("calib.student", self.student, ("memory", "disk"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.load import load
+from epmq_cli.mapped import Disk
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
@@ -65,16 +66,19 @@ def make_job(cfg: DictConfig) -> Job:
     check_scoring(suite, family, evaluation)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
+    calib, device = config.build("calib", cfg.calib), config.device_of(cfg.device)
+    if calib.student == "disk" and device.type != "cpu":
+        raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
     return Job(
         suite=suite,
         family=family,
         merge=config.build("merge", cfg.merge),
         guidance=guidance,
-        calib=config.build("calib", cfg.calib),
+        calib=calib,
         quantizer=config.build("quant", cfg.quant),
         pack=config.build("pack", cfg.pack),
         evaluation=evaluation,
-        device=config.device_of(cfg.device),
+        device=device,
         seed=config.seed_of(cfg.seed),
     )
 
@@ -89,16 +93,17 @@ def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -
         )
 
 
-def open_models(job: Job) -> tuple[Models, nn.Module, torch.dtype]:
-    """The opened suite, the base model on the device, and the type of scales and of all that is not quantized.
+def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module, torch.dtype]:
+    """The opened suite, the base model, and the type of scales and of all that is not quantized.
 
-    The model calculates in float32, with weights rounded to that type; what is not stored, such as rotary frequencies,
-    is left as it is.
+    The model is on the device, or in files of the folder where `calib.student` says so. It calculates in float32, with
+    weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = Models(job.suite, job.family)
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
-    model = fit_vocabulary(load_model(job.family, models.base.path, job.device), models.source)
+    place = Disk(folder) if job.calib.student == "disk" else job.device
+    model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
     own = model.state_dict().items()
     install(model, ((name, tensor.to(dtype).float()) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)

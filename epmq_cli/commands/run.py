@@ -42,7 +42,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
     stages, scores = Stages(job.device), metrics.Scores()
     with stages.stage("read"):
-        models, model, dtype = steps.open_models(job)
+        models, model, dtype = steps.open_models(job, folder)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
     with stages.stage("score base and experts"):
         scores |= steps.score_parts(job, model, models, tasks)

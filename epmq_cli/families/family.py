@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
+from epmq_cli.mapped import Disk, on_disk
 from epmq_cli.suites import Task
 
 Batch = dict[str, Tensor]
@@ -249,8 +250,8 @@ class LanguageModel(Family):
         """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens)."""
 
 
-def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:
-    """The model of a base folder or of a checkpoint, ready to score.
+def load_model(family: Family, folder: Path, device: torch.device | Disk) -> nn.Module:
+    """The model of a base folder or of a checkpoint, ready to score, on a device or in files.
 
     It has the very weights of the stored type, packed ones dequantized in that type, but calculates in float32.
     """
@@ -264,5 +265,7 @@ def load_model(family: Family, folder: Path, device: torch.device) -> nn.Module:
     model: Any = family.load(folder, config=config, dtype="auto", local_files_only=True)
     if mixed:  # transformers dequantizes all of them with the first width
         model.hf_quantizer.compressor.decompress_model(model)
+    if isinstance(device, Disk):
+        return on_disk(model, device.folder).eval().requires_grad_(False)
     found: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' own refuses what came quantized
     return found.eval().requires_grad_(False)
