@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import HEADS, RECORD
+from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
@@ -78,6 +79,7 @@ def ready(
     checkpoint: Path, suite: Suite, evaluation: config.Evaluation, device: torch.device
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
     """All that it takes to score a checkpoint on the tasks of its suite."""
+    ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
     family = suite_family(suite, checkpoint)
     steps.check_scoring(suite, family, evaluation)
     heads = read_heads(checkpoint, suite, family, device)
