@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
 from epmq_cli.config import conf_dir
-from epmq_cli.console import complain, log
+from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
 INTERRUPTED = 130
@@ -104,7 +104,7 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
         try:
             command(cfg)
         except EpmqError as error:
-            log.error("%s", error)
+            log.error("%s", plain(str(error)))
             raise
 
     return wrapped

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from epmq_cli.commands.app import FULL_ERROR, quiet_libraries
-from epmq_cli.console import complain, console
+from epmq_cli.console import complain, console, plain
 from epmq_cli.errors import CheckpointError, EpmqError
 
 DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
@@ -58,7 +58,7 @@ def _report(checkpoint: Path, problems: list[str]) -> None:
     if not problems:
         return
     for problem in problems:
-        console.print(problem, markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(problem), markup=False, highlight=False, soft_wrap=True)
     others = f" and {len(problems) - 1} more (above)" if len(problems) > 1 else ""
     raise CheckpointError(
         f"{checkpoint} is not what epmq wrote: {problems[0]}{others}; fetch it again, or make it again with epmq run"
