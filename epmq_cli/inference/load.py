@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.config import KERNELS, device_of
 from epmq_cli.errors import CheckpointError, check_choice
@@ -86,7 +87,7 @@ def model_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = from_folder(AutoConfig, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
