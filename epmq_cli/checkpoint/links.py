@@ -1,10 +1,15 @@
-"""Links in folders that others made: what is outside of a folder is no part of it."""
+"""Names and links that lead out of a folder: what is outside of it is no part of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
+
+
+def escapes(name: str) -> bool:
+    """Whether a name leads out of the folder that it is looked for in."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def leaves(path: Path) -> bool:
