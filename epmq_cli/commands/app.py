@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
-from epmq_cli.config import conf_dir
+from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
@@ -44,6 +44,7 @@ def launch(command: str, arguments: list[str]) -> None:
     sys.argv = [f"epmq {command}", *arguments]
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
     try:
+        refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         importlib.import_module(f"epmq_cli.commands.{command}").main()
     except (EpmqError, HydraException, OmegaConfBaseException) as error:
         if full:
