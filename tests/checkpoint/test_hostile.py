@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
+from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 
 
@@ -180,3 +182,34 @@ def test_a_snapshot_of_the_hubs_cache_is_read(folder: Path) -> None:
     (snapshot / "vocab.txt").symlink_to(folder.parent / "secret.json")
     with pytest.raises(ModelError, match="vocab.txt is a link to"):
         ModelFolder(snapshot, "base")
+
+
+def mutated(content: bytes, generator: random.Random, within: int) -> bytes:
+    """The bytes with one to four of the first so many changed, and now and then cut off."""
+    changed = bytearray(content)
+    for _ in range(generator.randint(1, 4)):
+        changed[generator.randrange(within)] = generator.choice([generator.randrange(256), *b'0123456789"[]{},:'])
+    return bytes(changed[: generator.randrange(len(changed))] if generator.random() < 0.1 else changed)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip.pt", "legacy.pt"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_of_files_with_random_bytes_nothing_but_sentences_is_seen(kind: str, tmp_path: Path) -> None:
+    """Fixed seeds: what fails once fails again."""
+    path = tmp_path / f"x.{kind}"
+    tensors = {"a": torch.ones(3, 2), "b": torch.zeros(4, dtype=torch.int32)}
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip.pt")
+    content, refused = path.read_bytes(), 0
+    header = 8 + int.from_bytes(content[:8], "little") if kind == "safetensors" else len(content)
+    for seed in range(400):
+        path.write_bytes(mutated(content, random.Random(seed), header))
+        try:
+            files = SafetensorsFiles(path, "base") if kind == "safetensors" else open_file(path, "base")
+            assert all(files.tensor(name).shape == info.shape for name, info in files.infos.items())
+        except ModelError as error:
+            refused += 1
+            assert str(error).startswith("base: ")
+    assert 100 < refused < 400
