@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all smoke wheel tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all minimum audit smoke wheel tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,17 @@ test: install ## the tests, but for the slow ones
 test-all: install ## all tests
 	$(BIN)/pytest -n 2
 
+minimum: ## the tests, but for the slow ones, with the lowest versions that pyproject.toml allows, in .venv-minimum
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python .ci/lower_bounds pyproject.toml > .venv-minimum/constraints.txt
+	.venv-minimum/bin/pip install --quiet --constraint .venv-minimum/constraints.txt --editable ".[dev]"
+	.venv-minimum/bin/pytest -n 2 -m "not slow"
+
+audit: install ## known vulnerabilities of the packages in the environment
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip freeze --exclude-editable | .venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement /dev/stdin
+
 smoke: wheel ## install the wheel in a clean environment outside the checkout and run it there
 	./.ci/smoke $(PYTHON) $(abspath $(wildcard dist/*.whl))
 
@@ -59,4 +70,4 @@ bench-speed: install ## time and memory: precision of moments, merging against m
 	$(BIN)/python benchmarks/pipeline.py --samples 64 128 256
 
 clean: ## remove what the other targets made, but for runs/
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) .venv-minimum .venv-audit dist build *.egg-info

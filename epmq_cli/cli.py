@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
     "merge": "only merge, into a dense model",
     "eval": "score a checkpoint on the tasks that it was made for",
+    "verify": "check that a checkpoint is what epmq wrote",
     "list": "show what each config group offers",
 }
 
@@ -32,6 +33,7 @@ examples
   epmq run merge=ties quant=gptq bits=4              other methods
   epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
+  epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq COMMAND --help                                all options of a command
   epmq --version
   eval "$(epmq -sc install=bash)"                    completion in bash
@@ -66,8 +68,8 @@ def usage() -> str:
 
 def start(command: str, arguments: list[str]) -> None:
     """Runs a command."""
-    if command == "list":
-        importlib.import_module("epmq_cli.commands.list").main(arguments)
+    if command in ("list", "verify"):  # no Hydra commands
+        importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command)

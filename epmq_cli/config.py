@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,9 @@ DEVICES = "auto, cpu, cuda or cuda:<index>"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 KERNELS = ("auto", "int4", "dequantize")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Variables that hold a token of the hub."""
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -112,14 +117,25 @@ class Harness(Evaluation):
 
 
 def check_complete(cfg: DictConfig) -> None:
-    """Refuses a config with a value that is still ??? or an interpolation that leads nowhere."""
+    """Refuses a config with a value that is still ???, an interpolation that leads nowhere or a token of the hub."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, for instance {missing[0]}=...")
-        OmegaConf.to_container(cfg, resolve=True)
+        resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+    refuse_tokens([str(resolved)])
+
+
+def refuse_tokens(texts: Iterable[str]) -> None:
+    """ConfigError where one of these texts holds a token of the hub, since configs are stored in plain sight."""
+    known = [token for name in TOKENS if (token := os.environ.get(name))]
+    if any(TOKEN.search(text) or any(token in text for token in known) for text in texts):
+        raise ConfigError(
+            "a token of the hub must not be in the config, which goes into metrics.json and the checkpoint; leave it "
+            f"to the variable {TOKENS[0]}, which the hub's own library reads"
+        )
 
 
 def build(group: str, node: DictConfig) -> Any:

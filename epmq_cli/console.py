@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,10 +19,17 @@ console = Console(quiet=not ranks.first())  # results
 messages = Console(stderr=True, quiet=not ranks.first())  # progress
 complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def plain(text: str) -> str:
+    """The text on one line and without what moves a terminal, as names of tensors and files may hold anything."""
+    return CONTROL.sub("?", text)
 
 
 def say(message: str) -> None:
     """One line of what is going on, for the person and for run.log."""
+    message = plain(message)
     messages.print(message, markup=False, highlight=False, soft_wrap=True)
     log.info(message)
 
@@ -29,7 +37,7 @@ def say(message: str) -> None:
 def complain(message: str) -> None:
     """One line for the person on what went wrong, in whichever of the processes."""
     who = "epmq" if ranks.first() else f"epmq (process {ranks.number()})"
-    complaints.print(f"{who}: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

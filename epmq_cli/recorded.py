@@ -10,31 +10,60 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq_cli import config
+from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import HEADS, RECORD
+from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import CheckpointError
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.suites import Suite
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was made with; CheckpointError where there is no record of them."""
+    try:
+        record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
+        ) from error
+    if not complete:
+        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+    return record
+
+
+def check_own(path: Path, node: Any, remedy: str) -> None:
+    """CheckpointError where a config that came with a checkpoint names code that is not epmq's, or asks for values from
+    elsewhere, such as the environment; `remedy`: what to do for those who trust it."""
+    foreign = [target for target in config.targets(node) if not _is_own(target)]
+    if foreign:
+        raise CheckpointError(f"{path} names {foreign[0]}, which is not epmq's; if you trust it, {remedy}")
+    if "${" in json.dumps(node):
+        raise CheckpointError(f"{path} holds a reference such as ${{...}}, which epmq does not write; {remedy}")
+
+
+def _is_own(target: str) -> bool:
+    """Whether a class is defined in epmq, and not only imported there."""
+    import hydra
+
+    try:
+        return target.startswith("epmq_cli.") and hydra.utils.get_class(target).__module__.startswith("epmq_cli.")
+    except (ImportError, ValueError):
+        return False
 
 
 def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
     """The suite that a checkpoint was made from, with its data in the mirror `root` where that is given, or the suite
     that is given; CheckpointError where there is no record of it."""
-    try:
-        recorded = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["config"]["suite"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
-        ) from error
-    foreign = [target for target in config.targets(recorded) if not str(target).startswith("epmq_cli.")]
-    if foreign and given is None:
-        raise CheckpointError(
-            f"{checkpoint / RECORD} names {foreign[0]}, which is not epmq's; "
-            "if you trust it, give the suite by suite=NAME"
-        )
-    found = given if given is not None else OmegaConf.create(recorded if root is None else _moved(recorded, root))
+    record = read_record(checkpoint)["config"]["suite"]
+    if given is None:
+        check_own(checkpoint / RECORD, record, "give the suite by suite=NAME")
+    found = given if given is not None else OmegaConf.create(record if root is None else _moved(record, root))
     suite: Suite = config.build("suite", found)
     return suite
 
@@ -44,6 +73,18 @@ def _moved(node: Any, root: str) -> Any:
     if isinstance(node, dict):
         return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
     return [_moved(child, root) for child in node] if isinstance(node, list) else node
+
+
+def ready(
+    checkpoint: Path, suite: Suite, evaluation: config.Evaluation, device: torch.device
+) -> tuple[Family, nn.Module, list[ScoredTask]]:
+    """All that it takes to score a checkpoint on the tasks of its suite."""
+    ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
+    family = suite_family(suite, checkpoint)
+    steps.check_scoring(suite, family, evaluation)
+    heads = read_heads(checkpoint, suite, family, device)
+    tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
+    return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
 
 
 def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:

@@ -83,6 +83,8 @@ def test_help_of_the_command_and_its_subcommands(epmq: Run) -> None:
         page = epmq(command, "--help")
         assert page.returncode == 0
         assert page.stdout.startswith(f"usage: epmq {command}")
+    page = epmq("verify", "--help")
+    assert (page.returncode, page.stdout.split(" [-h]")[0]) == (0, "usage: epmq verify")
     page = epmq("run", "--help").stdout
     for path in GROUPS:
         assert path.name in page
@@ -96,7 +98,8 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     result = epmq("rnu")
     assert result.returncode == 1
     assert (
-        result.stderr == "epmq: there is no command 'rnu'; the commands are run, merge, eval, list. Did you mean run?\n"
+        result.stderr
+        == "epmq: there is no command 'rnu'; the commands are run, merge, eval, verify, list. Did you mean run?\n"
     )
 
 
@@ -129,7 +132,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "merge", "eval", "list"]),
+        ("epmq ", ["run", "merge", "eval", "verify", "list"]),
         ("epmq e", ["eval"]),
         ("epmq run mer", ["merge=", "merge."]),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties"]),

@@ -31,3 +31,16 @@ def test_a_bar_counts_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
         advance(1)
         advance(1)
     assert "2/2" in screen.getvalue()
+
+
+def test_messages_cannot_move_the_terminal_or_forge_lines_of_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "messages", Console(file=screen))
+    monkeypatch.setattr(console, "complaints", Console(file=screen))
+    with caplog.at_level(logging.INFO, logger="epmq"):
+        console.say("tensor \x1b[2Ja\nERROR b\x9b")
+    console.complain("tensor \x1b[2Ja\nERROR b\x9b")
+    assert screen.getvalue() == "tensor ?[2Ja?ERROR b?\nepmq: tensor ?[2Ja?ERROR b?\n"
+    assert [record.message for record in caplog.records] == ["tensor ?[2Ja?ERROR b?"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from string import Template
 
 from epmq_cli.quantize.grid import GridSpec
 from epmq_cli.suites import Suite
 
+SPECIAL = re.compile(r"[\\`*\[\]#~]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
 CARD = Template("""---
 library_name: transformers
 tags: [merge, epmq, compressed-tensors]
@@ -15,9 +18,9 @@ tags: [merge, epmq, compressed-tensors]
 
 # $name: one model of $count experts
 
-Made by epmq $version: merged with `$merge`, calibrated with `$guidance`, quantized with `$quantizer`.
+Made by epmq $version: merged with $merge, calibrated with $guidance, quantized with $quantizer.
 
-- base: `$base`
+- base: $base
 - experts: $experts
 - weights of the transformer blocks' linears: $weights
 
@@ -54,17 +57,33 @@ def model_card(
         )
     )
     return CARD.substitute(
-        name=suite.name,
+        name=_plain(suite.name),
         count=len(suite.members),
         architecture=architecture,
         version=version,
-        merge=merge,
-        guidance=guidance,
-        quantizer=quantizer,
-        base=suite.base,
-        experts=", ".join(f"`{task.expert}` ({task.name})" for task in suite.members),
+        merge=_code(merge),
+        guidance=_code(guidance),
+        quantizer=_code(quantizer),
+        base=_code(suite.base),
+        experts=_experts(suite),
         weights=grid,
     )
+
+
+def _experts(suite: Suite) -> str:
+    return ", ".join(f"{_code(task.expert)} ({_plain(task.name)})" for task in suite.members)
+
+
+def _plain(text: str) -> str:
+    """Markdown that shows the text itself on one line, whatever HTML or Markdown is in it."""
+    return SPECIAL.sub(r"\\\g<0>", html.escape(" ".join(text.split())))
+
+
+def _code(text: str) -> str:
+    """Markdown that shows the text itself as code: its fence is longer than any run of backticks in it."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
 def _mixed(widths: Sequence[int], bits: float) -> str:

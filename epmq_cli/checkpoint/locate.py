@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from epmq_cli.checkpoint.links import escapes
 from epmq_cli.errors import ModelError
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -32,15 +33,16 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
     `role` names the model in errors, such as "base" or "expert of task sst2".
     """
     if source.startswith(SHIPPED_SCHEME):
-        folder = SHIPPED / source.removeprefix(SHIPPED_SCHEME)
-        if not folder.is_dir():
+        name = source.removeprefix(SHIPPED_SCHEME)
+        folder = SHIPPED / name
+        if escapes(name) or not folder.is_dir():
             raise ModelError(f"{role}: nothing called {source} is shipped with epmq")
         return folder
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
         return path
     found = HUB_ID.fullmatch(source)
-    if found is None or path.exists() or Path(found["repo"]).suffix in FILES:
+    if found is None or escapes(source.replace(":", "/")) or path.exists() or Path(found["repo"]).suffix in FILES:
         raise ModelError(
             f"{role}: {source} is not a folder or file ({', '.join(FILES)}) that is there; "
             "give one, or an id of the hub (owner/name, owner/name@revision, owner/name:path/in/it)"

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.manifest import write_manifest
 from epmq_cli.checkpoint.writer import Entry, of, write_model
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
@@ -143,12 +144,13 @@ def _weights_entry(spec: GridSpec) -> dict[str, Any]:
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which is on disk and has its name when the block is over; CheckpointError where the disk
-    does not take it. Nothing is left of a block that fails."""
+    does not take it. Its manifest is written last. Nothing is left of a block that fails."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        write_manifest(temporary)
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         temporary.rename(folder)

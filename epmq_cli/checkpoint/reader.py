@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from epmq_cli.checkpoint.links import leaves
 from epmq_cli.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating types by their safetensors names."""
+READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Endings of the files of a model folder that are read, by epmq or by transformers."""
+MOST = 1 << 63  # items that a shape can describe
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Tensors(Protocol):
 class SafetensorsFiles:
     """The tensors of a folder's safetensors files, or of one such file. Opening reads headers only.
 
-    ModelError: no safetensors, or files that are damaged.
+    ModelError: no safetensors, or files that are damaged or made to mislead. The library itself refuses headers of
+    more than 100 MB or than the file has, and tensors that overlap, leave gaps, or do not have the bytes of their type
+    and shape, before it takes memory for them.
     """
 
     def __init__(self, path: Path, role: str) -> None:
@@ -59,8 +66,7 @@ class SafetensorsFiles:
 
     def _weight_map(self) -> dict[str, str]:
         if (self._folder / INDEX).is_file():
-            weight_map: dict[str, str] = read_json(self._folder, INDEX, self._role)["weight_map"]
-            return weight_map
+            return self._index()
         if (self._folder / SINGLE).is_file():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         files = sorted(path.name for path in self._folder.glob("*.safetensors"))
@@ -73,6 +79,15 @@ class SafetensorsFiles:
             f"save the model with save_pretrained of transformers{hint}"
         )
 
+    def _index(self) -> dict[str, str]:
+        weight_map = read_json(self._folder, INDEX, self._role).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ModelError(
+                f"{self._role}: {self._folder / INDEX} has no weight_map from tensors to files; save the model with "
+                "save_pretrained of transformers"
+            )
+        return weight_map
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self._folder / file
@@ -82,7 +97,8 @@ class SafetensorsFiles:
                 )
             try:
                 self._files[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+                _refuse_repeated_names(path)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise ModelError(
                     f"{self._role}: {path} is damaged or not safetensors ({error}); fetch it again"
                 ) from error
@@ -93,7 +109,10 @@ class SafetensorsFiles:
             header = self._file_of[name].get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"{self._role}: {name}, which the index of {self._folder} names, is in no file") from error
-        return TensorInfo(tuple(header.get_shape()), header.get_dtype())
+        shape = tuple(header.get_shape())
+        if prod(max(size, 1) for size in shape) >= MOST:  # the library lets this pass beside a size of 0
+            raise ModelError(f"{self._role}: {name} in {self._folder} has the impossible shape {list(shape)}")
+        return TensorInfo(shape, header.get_dtype())
 
 
 class ModelFolder:
@@ -118,13 +137,40 @@ class ModelFolder:
         return self._tensors.tensor(name)
 
 
+def _refuse_repeated_names(path: Path) -> None:
+    """ValueError where the header of a file that the library accepts names a tensor twice: it takes the last one, other
+    readers may not."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("its header has a name twice")
+        return found
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(length), object_pairs_hook=unique)
+
+
 def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
-    """The content of a model folder's JSON file; ModelError where there is none or it is none."""
+    """The object in a model folder's JSON file; ModelError where there is none, or the folder has links out of it."""
     path = folder / file
     if not path.is_file():
         raise ModelError(f"{role}: {folder} has no {file}; give the folder that save_pretrained wrote")
+    refuse_links(folder, role)
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{role}: {path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{role}: {path} holds no JSON object; give the folder that save_pretrained wrote")
     return content
+
+
+def refuse_links(folder: Path, role: str) -> None:
+    """ModelError where one of a folder's files is a link out of it: what it leads to could end up in a checkpoint."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ and path.is_symlink() and leaves(path):
+            raise ModelError(
+                f"{role}: {path} is a link to {path.resolve()}, outside of its folder; put the file itself there"
+            )

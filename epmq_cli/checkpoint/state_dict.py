@@ -65,7 +65,7 @@ def _unpickle(path: Path, role: str) -> Any:
             f"{role}: {path} is not a plain state dict but holds pickled objects such as a whole module, which epmq "
             "never runs; load it where its code is and save torch.save(model.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, torch's unpickler raises whatever its bytes lead to
         reason = (str(error).splitlines() or ["it ends early"])[0]
         raise ModelError(
             f"{role}: {path} cannot be read as a state dict ({reason}); save model.state_dict() with torch.save"

@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
-from epmq_cli.config import conf_dir
-from epmq_cli.console import complain, log
+from epmq_cli.config import conf_dir, refuse_tokens
+from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
 INTERRUPTED = 130
@@ -44,6 +44,7 @@ def launch(command: str, arguments: list[str]) -> None:
     sys.argv = [f"epmq {command}", *arguments]
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
     try:
+        refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         importlib.import_module(f"epmq_cli.commands.{command}").main()
     except (EpmqError, HydraException, OmegaConfBaseException) as error:
         if full:
@@ -104,7 +105,7 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
         try:
             command(cfg)
         except EpmqError as error:
-            log.error("%s", error)
+            log.error("%s", plain(str(error)))
             raise
 
     return wrapped

@@ -24,7 +24,6 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     quiet_libraries()
     from epmq_cli import pipeline as steps
     from epmq_cli import recorded
-    from epmq_cli.families import suite_family
     from epmq_cli.inference.load import kernels
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -35,11 +34,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     suite = recorded.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
-        family = suite_family(suite, checkpoint)
-        steps.check_scoring(suite, family, evaluation)
-        heads = recorded.read_heads(checkpoint, suite, family, device)
-        tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
-        model = steps.open_checkpoint(family, checkpoint, device, evaluation.kernel)
+        family, model, tasks = recorded.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
         found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint)
     measured = {"scores": metrics.by_task(found, suite.metrics), "kernels": kernels(model), "stages": stages.records}

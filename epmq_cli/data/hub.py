@@ -10,11 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
-from epmq_cli.errors import DataError
+from epmq_cli.errors import ConfigError, DataError
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
@@ -43,7 +44,7 @@ class Pictures(Sequence[Image.Image]):
 
         try:
             image: Image.Image = datasets.Image().decode_example(self._stored[index])
-        except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
+        except Exception as error:  # Pillow has no common one, and images come from anywhere
             raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
         return image
 
@@ -71,6 +72,8 @@ class Hub:
     root: str | None = None
 
     def __post_init__(self) -> None:
+        if self.name is not None and escapes(self.name):
+            raise ConfigError(f"data.name must be a configuration of the data set, got {self.name!r}")
         _ = self.columns
 
     @property
@@ -105,8 +108,8 @@ class Hub:
     @property
     def folder(self) -> Path | None:
         """The data set's folder on this machine, in the mirror or given as such; None where there is none."""
-        places = [Path(self.root) / "datasets" / self.path, Path(self.root) / self.path] if self.root else []
-        found = (place.expanduser() for place in [*places, Path(self.path)])
+        mirrors = [Path(self.root) / "datasets", Path(self.root)] if self.root and not escapes(self.path) else []
+        found = (place.expanduser() for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
         return next((place for place in found if place.is_dir()), None)
 
     def _builder(self, library: ModuleType, cache: Path | None = None) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import DataError
@@ -35,7 +35,7 @@ class ImageFiles(Sequence[Image.Image]):
             with Image.open(path) as image:
                 image.load()
                 return image.copy()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except Exception as error:  # Pillow has no common one, and images come from anywhere
             raise DataError(f"{path} is not an image that Pillow can read ({error}); remove or replace it") from error
 
 
@@ -98,9 +98,9 @@ class Npz:
         """Images of the split."""
         path = Path(self.path).expanduser()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # numpy has no common one; pickled objects are never loaded
             raise DataError(
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
             ) from error

@@ -59,7 +59,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
         raise DataError(f"{path} is not a file; data paths are taken from the folder that epmq was started in")
     try:
         rows = _READERS[path.suffix](path)
-    except (UnicodeDecodeError, ValueError, OSError, csv.Error) as error:
+    except (UnicodeDecodeError, ValueError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {path.suffix[1:]} in UTF-8 ({error})") from error
     for number, row in enumerate(rows, 1):
         missing = [column for column in columns if row.get(column) is None]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.errors import ConfigError
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
@@ -53,7 +54,7 @@ def harness_scores(
             f"eval.tasks names {unknown[0]}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists its "
             "tasks, and eval.include_path names a folder of your own"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = from_folder(AutoTokenizer, folder)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=batch_size)
     scores: dict[str, float] = {}
     named = dict.fromkeys(name for names in matched.values() for name in names)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
@@ -98,7 +99,7 @@ class CausalLM(LanguageModel):
         """The model with its output layer."""
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: nn.Module = from_folder(AutoModelForCausalLM, folder, **options)
         return model
 
     def blocks(self, model: nn.Module) -> list[Section]:
@@ -131,7 +132,7 @@ class CausalLM(LanguageModel):
         """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = from_folder(AutoTokenizer, folder)
         ids: Tensor = tokenizer(SEPARATOR.join(documents), return_tensors="pt", verbose=False)["input_ids"][0]
         return ids
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
@@ -85,7 +86,7 @@ class Classifier(Family):
         """The encoder alone."""
         from transformers import AutoModel
 
-        model: nn.Module = AutoModel.from_pretrained(folder, **self.options, **options)
+        model: nn.Module = from_folder(AutoModel, folder, **self.options, **options)
         return model
 
     def blocks(self, model: nn.Module) -> list[Section]:
@@ -132,13 +133,13 @@ class TextClassifier(Classifier):
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
         from transformers import AutoConfig, AutoTokenizer
 
-        positions = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings - self.reserved
+        positions = from_folder(AutoConfig, folder).max_position_embeddings - self.reserved
         if task.max_length > positions:
             raise ConfigError(
                 f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
                 f"got {task.max_length}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = from_folder(AutoTokenizer, folder)
 
         def collate(texts: list[Any]) -> Batch:
             return dict(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import zero_shot
@@ -86,7 +87,7 @@ class Clip(Family):
         """A CLIPModel."""
         from transformers import CLIPModel
 
-        model: nn.Module = CLIPModel.from_pretrained(folder, **options)
+        model: nn.Module = from_folder(CLIPModel, folder, **options)
         return model
 
     def blocks(self, model: nn.Module) -> list[Section]:
@@ -116,7 +117,7 @@ class Clip(Family):
             raise ConfigError(
                 f"suite.tasks.{task.name} needs classes and templates, from which family clip makes its head"
             )
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        tokenizer = from_folder(AutoTokenizer, base)
 
         def embed(texts: list[str]) -> Tensor:
             tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.mapped import Disk, on_disk
@@ -257,12 +258,12 @@ def load_model(family: Family, folder: Path, device: torch.device | Disk) -> nn.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = from_folder(AutoConfig, folder)
     quantization = getattr(config, "quantization_config", None)
     mixed = quantization is not None and len(quantization["config_groups"]) > 1
     if quantization is not None and not mixed:
         quantization["dequantize"] = True
-    model: Any = family.load(folder, config=config, dtype="auto", local_files_only=True)
+    model: Any = family.load(folder, config=config, dtype="auto", use_safetensors=True)
     if mixed:  # transformers dequantizes all of them with the first width
         model.hf_quantizer.compressor.decompress_model(model)
     if isinstance(device, Disk):

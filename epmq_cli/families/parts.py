@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.family import Batch, Collate, Norm, Section
 
@@ -41,7 +42,7 @@ def block_settings(
     """These settings of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    config = from_folder(AutoConfig, folder.path)
     config = getattr(config, part, config) if part else config
     return {name: getattr(config, name, None) for name in names}
 
@@ -50,7 +51,7 @@ def images(folder: Path) -> Collate:
     """Images through the folder's own image processor, as RGB."""
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = from_folder(AutoImageProcessor, folder)
 
     def collate(pictures: list[Any]) -> Batch:
         found = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")

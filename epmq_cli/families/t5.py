@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Predict, Section, Stack, Table
@@ -71,7 +72,7 @@ class T5(Family):
         """A T5ForConditionalGeneration."""
         from transformers import T5ForConditionalGeneration
 
-        model: nn.Module = T5ForConditionalGeneration.from_pretrained(folder, **options)
+        model: nn.Module = from_folder(T5ForConditionalGeneration, folder, **options)
         return model
 
     def stacks(self, model: nn.Module) -> list[Stack]:
@@ -96,7 +97,7 @@ class T5(Family):
         """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = from_folder(AutoTokenizer, folder)
 
         def collate(texts: list[Any]) -> Batch:
             found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
@@ -137,7 +138,7 @@ class T5(Family):
                 f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
                 "it is not given"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = from_folder(AutoTokenizer, folder)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
         def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:

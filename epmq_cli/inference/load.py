@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.config import KERNELS, device_of
 from epmq_cli.errors import CheckpointError, check_choice
@@ -51,12 +52,12 @@ def load(
     """
     check_choice("kernel", kernel, KERNELS)
     folder, where = Path(checkpoint), device_of(device)
-    config = _config(folder)
+    config = model_config(folder)
     files = SafetensorsFiles(folder, "checkpoint")
     packed = {name.removesuffix(PACKED) for name in files.infos if name.endswith(PACKED)}
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     with _parameters_on_meta():
-        model = _made(folder, config, files)
+        model = blank_model(folder, config, files)
     for name in sorted(packed):
         _replace(model, name, _linear(files, name, _bits(folder, name), where, dtype, kernel))
     for name in files.infos:
@@ -80,22 +81,25 @@ def kernels(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _config(folder: Path) -> Any:
+def model_config(folder: Path) -> Any:
+    """The config of a checkpoint's model as transformers has it, without how it is quantized."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = from_folder(AutoConfig, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _made(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
-    """The model that config.json names, without a pooler where the checkpoint has none."""
+def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
+    """The model that config.json names, as it is made, without a pooler where the checkpoint has none."""
+    from transformers import PreTrainedModel
+
     names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
-    found = getattr(importlib.import_module("transformers"), names[0], None)
-    if found is None:
+    found = getattr(importlib.import_module("transformers"), str(names[0]), None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise CheckpointError(f"{folder / 'config.json'} names {names[0]}, which transformers does not have")
     poolerless = "add_pooling_layer" in inspect.signature(found).parameters and not any(
         name.startswith("pooler.") for name in files.infos

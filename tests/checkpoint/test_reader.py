@@ -141,7 +141,23 @@ def test_what_the_mirror_lacks_is_asked_of_the_hub(source: str, mirror: Path) ->
         locate(source, "base", str(mirror))
 
 
-@pytest.mark.parametrize("source", ["owner/name:../../secret.pt", "owner/name:/etc", "owner/name:sub/../../x", "x.pt"])
+@pytest.mark.parametrize("name", ["../../..", "/etc", "tiny/../../shipped", ".."])
+def test_what_is_shipped_is_inside_the_package(name: str) -> None:
+    with pytest.raises(ModelError, match=f"base: nothing called shipped:{name} is shipped"):
+        locate(f"shipped:{name}", "base")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "owner/name:../../secret.pt",
+        "owner/name:/etc",
+        "owner/name:sub/../../x",
+        "x.pt",
+        "owner/..",
+        "owner/name@v1.0/../../..",
+    ],
+)
 def test_paths_inside_an_id_stay_inside(source: str, mirror: Path) -> None:
     with pytest.raises(ModelError, match="is not a folder or file .* that is there"):
         locate(source, "base", str(mirror))

@@ -176,3 +176,13 @@ def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
 def test_columns_that_make_no_sample_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Hub(path="x", **fields)
+
+
+def test_names_do_not_lead_out_of_the_mirror(tmp_path: Path) -> None:
+    (tmp_path / "outside" / "set").mkdir(parents=True)
+    root = tmp_path / "mirror"
+    root.mkdir()
+    assert Hub("outside/set", root=str(tmp_path)).folder == tmp_path / "outside/set"
+    assert Hub("../outside/set", root=str(root)).folder is None
+    with pytest.raises(ConfigError, match="data.name must be a configuration of the data set, got '../x'"):
+        Hub("a/b", name="../x")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +95,61 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     for path in ("x.npz", "gone.npz"):
         with pytest.raises(DataError, match="cannot be read as npz"):
             Npz(str(tmp_path / path)).load("train")
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def of_shape(rows: int) -> bytes:
+    """An npz whose header promises so many rows."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, 4, 4)}}".encode().ljust(117) + b"\n"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    return file.getvalue()
+
+
+class Evil:
+    """Pickled, it would make a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self._path,)
+
+
+SOUND = npz(train_images=np.zeros((20, 40, 40), np.uint8), train_labels=np.zeros(20, np.int64))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", SOUND[:-30], SOUND.replace(SOUND[150:160], bytes(10)), of_shape(1 << 40), of_shape(-1)],
+    ids=["empty", "truncated", "damaged", "huge", "negative"],
+)
+def test_damaged_and_hostile_npz_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.npz cannot be read as npz with arrays") as raised:
+        Npz(str(tmp_path / "a.npz")).load("train")
+    assert "\n" not in str(raised.value)
+
+
+def test_pickles_in_npz_files_are_not_loaded(tmp_path: Path) -> None:
+    evil = Evil(tmp_path / "ran")
+    np.savez(tmp_path / "a.npz", train_images=np.array([evil], dtype=object), train_labels=np.zeros(1))
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(evil))
+    with (tmp_path / "c.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    for name in ("a", "b", "c"):
+        with pytest.raises(DataError, match="cannot be read as npz with arrays"):
+            Npz(str(tmp_path / f"{name}.npz")).load("train")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_image_that_would_fill_the_memory_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # twice that is an error, and these have 16
+    with pytest.raises(DataError, match=r"0.png is not an image that Pillow can read .*; remove or replace it"):
+        load(folders)

@@ -106,6 +106,13 @@ def test_bytes_that_are_not_the_kind_are_refused(kind: str, tmp_path: Path) -> N
         table(tmp_path / f"x.{kind}").load("train")
 
 
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="a.jsonl cannot be read as jsonl in UTF-8"):
+        Table(str(path), str(path)).load("train")
+
+
 def test_json_lines_must_be_objects(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("[1, 2]\n")
     with pytest.raises(DataError, match="every line must be a JSON object"):

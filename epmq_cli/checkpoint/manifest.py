@@ -1,0 +1,93 @@
+"""manifest.json: size and sha256 of every file of a checkpoint folder, written when all of them are there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from epmq_cli.checkpoint.links import leaves
+from epmq_cli.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file's bytes: how many, and their sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists every file of the folder; nothing in it depends on time or place."""
+    files = {path.name: asdict(content) for path, content in _contents(_files(folder)).items()}
+    text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def file_problems(folder: Path) -> list[str]:
+    """Where a folder is not what its manifest says, a phrase for each file; CheckpointError where it has no manifest
+    that epmq can have written.
+
+    Files whose names begin with a dot are not counted: hubs and file managers add such.
+    """
+    listed = _listed(folder)
+    there = {path.name: path for path in _files(folder)}
+    found = [f"{name} is missing" for name in listed if name not in there]
+    found += [f"{name} is not listed in {MANIFEST}" for name in there if name not in listed]
+    links = [path for path in [*there.values(), folder / MANIFEST] if leaves(path)]
+    found += [f"{path.name} is a link out of the folder" for path in links]
+    same_size = []
+    for name in listed.keys() & there.keys():
+        size = there[name].stat().st_size
+        if size == listed[name].size:
+            same_size.append(there[name])
+        else:
+            found.append(f"{name} has {size} bytes instead of {listed[name].size}")
+    read = _contents([path for path in same_size if path not in links])
+    return sorted(found + [f"{path.name} has other bytes" for path in read if read[path] != listed[path.name]])
+
+
+def _files(folder: Path) -> list[Path]:
+    names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in names if path.name != MANIFEST]
+
+
+def _contents(paths: list[Path]) -> dict[Path, Content]:
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return dict(zip(paths, pool.map(_content, paths), strict=True))
+
+
+def _content(path: Path) -> Content:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return Content(path.stat().st_size, digest.hexdigest())
+
+
+def _listed(folder: Path) -> dict[str, Content]:
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {name: Content(**entry) for name, entry in files.items()}
+        sound = all(_sound(name, content) for name, content in listed.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST}; give the checkpoint folder that epmq run or merge wrote"
+        ) from error
+    if not sound:
+        raise CheckpointError(f"{folder / MANIFEST} lists what is no file of that folder; fetch the checkpoint again")
+    return listed
+
+
+def _sound(name: str, content: Content) -> bool:
+    """Whether an entry is one that epmq can have written; names lead nowhere else."""
+    plain = Path(name).name == name and not name.startswith(".")
+    return plain and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None

@@ -1,0 +1,65 @@
+"""`epmq verify CHECKPOINT`: whether a checkpoint is what `epmq run` or `epmq merge` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from epmq_cli.commands.app import FULL_ERROR, quiet_libraries
+from epmq_cli.console import complain, console, plain
+from epmq_cli.errors import CheckpointError, EpmqError
+
+DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
+manifest.json, names, shapes and values of all tensors by its config.json and, with --scores, that it scores as the
+metrics.json of its run says."""
+
+
+def main(arguments: list[str]) -> None:
+    """Prints what was checked, or every problem that was found; exits with 1 where there is one."""
+    parser = argparse.ArgumentParser(prog="epmq verify", description=DESCRIPTION)
+    parser.add_argument("checkpoint", type=Path, help="the folder")
+    parser.add_argument("--scores", action="store_true", help="score it again; takes as long as epmq eval")
+    parser.add_argument("--device", default="auto", help="to score on: auto (the default), cpu, cuda or cuda:<index>")
+    parser.add_argument("--data-root", help="a mirror of the hub on this machine, in place of the one that the run had")
+    chosen = parser.parse_args(arguments)
+    try:
+        verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
+    except EpmqError as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        complain(str(error))
+        sys.exit(1)
+
+
+def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -> None:
+    """CheckpointError where the checkpoint is not what epmq wrote, when every problem has been printed.
+
+    Each check is made only of what passed the ones before it: files, then tensors, then scores.
+    """
+    from epmq_cli.checkpoint.manifest import file_problems
+
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a folder; give the checkpoint folder that epmq run or merge wrote")
+    _report(checkpoint, file_problems(checkpoint))
+    quiet_libraries()
+    from epmq_cli import verification
+    from epmq_cli.config import device_of
+
+    _report(checkpoint, verification.tensor_problems(checkpoint))
+    if scores:
+        _report(checkpoint, verification.score_problems(checkpoint, device_of(device), data_root))
+    checked = "files, tensors and scores are" if scores else "files and tensors are"
+    console.print(f"{checkpoint}: {checked} what epmq wrote", markup=False, highlight=False, soft_wrap=True)
+
+
+def _report(checkpoint: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    for problem in problems:
+        console.print(plain(problem), markup=False, highlight=False, soft_wrap=True)
+    others = f" and {len(problems) - 1} more (above)" if len(problems) > 1 else ""
+    raise CheckpointError(
+        f"{checkpoint} is not what epmq wrote: {problems[0]}{others}; fetch it again, or make it again with epmq run"
+    )

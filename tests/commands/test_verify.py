@@ -1,0 +1,298 @@
+"""Oracles: checkpoints as they were written pass; each kind of damage is done to a copy and is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from epmq_cli.checkpoint.manifest import MANIFEST, write_manifest
+from epmq_cli.commands.merge import merge
+from epmq_cli.commands.verify import verify
+from epmq_cli.errors import CheckpointError
+from tests.commands.test_merge import config_of_merge
+from tests.conftest import Run
+from tests.hubs import run_in
+from tests.minihub import build
+
+MODEL = "model.safetensors"
+LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def made(clip_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose checkpoint has symmetric grids of 4 bits, searched by squared error."""
+    folder = tmp_path_factory.mktemp("made")
+    run_in(folder, clip_hub, "quant.grid=mse", "eval.stages=[quantized]", "eval.samples=20", "calib.samples=8")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(made: Path, tmp_path: Path) -> Path:
+    """A copy of that checkpoint in a copy of its run folder."""
+    return Path(shutil.copytree(made, tmp_path / "run")) / "checkpoint"
+
+
+def check(checkpoint: Path, scores: bool = False) -> None:
+    verify(checkpoint, scores, "cpu", None)
+
+
+def edit(checkpoint: Path, change: Callable[[dict[str, Tensor]], object], file: str = MODEL) -> None:
+    """Writes changed tensors and a manifest to match, as one who wrote wrong tensors would."""
+    tensors = load_file(checkpoint / file)
+    change(tensors)
+    save_file(tensors, checkpoint / file, {"format": "pt"})
+    write_manifest(checkpoint)
+
+
+def test_the_manifest_has_size_and_sha256_of_every_file(checkpoint: Path) -> None:
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert files.keys() == {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    for name, entry in files.items():
+        content = (checkpoint / name).read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("bits=2",),
+        ("bits=3", "quant.symmetric=false"),
+        ("bits=8", "group_size=-1"),
+        ("bits=3.5",),
+        ("quant=none",),
+        ("pack.shard_size=40KB",),
+    ],
+    ids=" ".join,
+)
+def test_what_a_run_wrote_is_sound(options: tuple[str, ...], clip_hub: Path, tmp_path: Path) -> None:
+    check(run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8", *options))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "vit", "t5", "t5-tied", "llama", "gemma3"])
+def test_what_a_run_and_a_merge_of_any_family_wrote_is_sound(kind: str, tmp_path: Path) -> None:
+    hub = build(tmp_path / "hub", kind)
+    check(run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8"))
+    (tmp_path / "merge").mkdir()
+    merge(config_of_merge(hub), tmp_path / "merge", [])
+    check(tmp_path / "merge" / "checkpoint")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def link_away(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", [MODEL, "heads.safetensors", "config.json", "README.md"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "{} has other bytes; fetch it again"),
+        (truncate, r"{} has \d+ bytes instead of \d+; fetch"),
+        (Path.unlink, "{} is missing; fetch"),
+        (link_away, "{} is a link out of the folder; fetch"),
+    ],
+)
+def test_damaged_files_are_named(damage: Callable[[Path], None], message: str, name: str, checkpoint: Path) -> None:
+    check(checkpoint)
+    damage(checkpoint / name)
+    with pytest.raises(CheckpointError, match=f"is not what epmq wrote: {message.format(name)}") as raised:
+        check(checkpoint)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_beside_the_manifest_are_named_but_for_hidden_ones(checkpoint: Path) -> None:
+    (checkpoint / ".gitattributes").write_text("")
+    check(checkpoint)
+    (checkpoint / "pytorch_model.bin").write_text("")
+    with pytest.raises(CheckpointError, match=r"wrote: pytorch_model.bin is not listed in manifest.json; fetch"):
+        check(checkpoint)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path) -> None:
+    """There every file is a link into ../../blobs."""
+    snapshot, blobs = tmp_path / "models--me--it/snapshots/abc", tmp_path / "models--me--it/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(checkpoint.iterdir()):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    check(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "has no readable manifest.json; give"),
+        ("[]", "has no readable manifest.json; give"),
+        ('{"files": {"a": {"size": 1}}}', "has no readable manifest.json; give"),
+        ('{"files": {"../a": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
+        ('{"files": {"/etc/passwd": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that"),
+        ('{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
+        ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists what is no file of that folder"),
+        ("[" * 100_000, "has no readable manifest.json; give"),
+    ],
+    ids=range(8),
+)
+def test_a_bad_manifest_is_refused(content: str, message: str, checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        check(checkpoint)
+
+
+def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def scaled(name: str, factor: float) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors[name].flatten()[:1].mul_(factor)
+
+
+WRONG_TENSORS = {
+    "extra": (put("extra", torch.ones(1)), "extra is no tensor of the model"),
+    "missing": (lambda t: t.pop("logit_scale"), "logit_scale is missing"),
+    "shape": (
+        put("vision_model.post_layernorm.weight", torch.ones(31)),
+        r"vision_model.post_layernorm.weight is \[31\], config.json implies \[32\]",
+    ),
+    "packed shape": (
+        put(f"{LINEAR}.weight_packed", torch.zeros(64, 5, dtype=torch.int32)),
+        rf"{LINEAR}.weight_packed is \[64, 5\], config.json implies \[64, 4\]",
+    ),
+    "packed type": (
+        put(f"{LINEAR}.weight_packed", torch.zeros(64, 4)),
+        f"{LINEAR}.weight_packed is of type F32, config.json implies I32",
+    ),
+    "scales' shape": (put(f"{LINEAR}.weight_scale", torch.ones(64, 1)), rf"{LINEAR}.weight_scale is \[64, 1\]"),
+    "recorded shape": (
+        put(f"{LINEAR}.weight_shape", torch.tensor([64, 31])),
+        rf"{LINEAR}.weight_shape is \[64, 31\], config.json implies \[64, 32\]",
+    ),
+    "NaN scale": (scaled(f"{LINEAR}.weight_scale", float("nan")), f"{LINEAR}.weight_scale holds NaN or infinity"),
+    "zero scale": (scaled(f"{LINEAR}.weight_scale", 0), f"{LINEAR}.weight_scale holds scales that are not above 0"),
+    "negative scale": (scaled(f"{LINEAR}.weight_scale", -1), f"{LINEAR}.weight_scale holds scales that are not above"),
+    "infinite bias": (scaled(f"{LINEAR}.bias", float("inf")), f"{LINEAR}.bias holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors_are_named(case: str, checkpoint: Path) -> None:
+    edit(checkpoint, lambda tensors: None)
+    check(checkpoint)
+    change, message = WRONG_TENSORS[case]
+    edit(checkpoint, change)
+    with pytest.raises(CheckpointError, match=f"is not what epmq wrote: {message}") as raised:
+        check(checkpoint)
+    assert "\n" not in str(raised.value)
+
+
+def test_heads_are_finite(checkpoint: Path) -> None:
+    edit(checkpoint, scaled("first.weight", float("nan")), "heads.safetensors")
+    with pytest.raises(CheckpointError, match=r"first.weight holds NaN or infinity \(heads.safetensors\)"):
+        check(checkpoint)
+
+
+def test_scales_of_the_hessian_search_may_be_negative_but_not_0(clip_hub: Path, tmp_path: Path) -> None:
+    checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8")
+    scales = [tensor for name, tensor in load_file(checkpoint / MODEL).items() if name.endswith("weight_scale")]
+    assert any((scale < 0).any() for scale in scales)
+    check(checkpoint)
+    edit(checkpoint, scaled(f"{LINEAR}.weight_scale", 0))
+    with pytest.raises(CheckpointError, match=f"{LINEAR}.weight_scale holds scales of 0"):
+        check(checkpoint)
+
+
+def test_a_merge_with_a_wrong_shape_or_a_nan_is_named(clip_hub: Path, tmp_path: Path) -> None:
+    merge(config_of_merge(clip_hub), tmp_path, [])
+    checkpoint = tmp_path / "checkpoint"
+    edit(checkpoint, put("vision_model.post_layernorm.weight", torch.ones(31)))
+    with pytest.raises(CheckpointError, match=r"post_layernorm.weight is \[31\], config.json implies \[32\]"):
+        check(checkpoint)
+    edit(checkpoint, put("vision_model.post_layernorm.weight", torch.full((32,), torch.nan)))
+    with pytest.raises(CheckpointError, match="post_layernorm.weight holds NaN or infinity"):
+        check(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.pop("ignore"),
+        lambda q: q.update(config_groups=3),
+        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=5),
+        lambda q: q["config_groups"]["group_0"].pop("weights"),
+    ],
+    ids=range(4),
+)
+def test_a_config_that_epmq_does_not_write_is_refused(change: Callable[[object], object], checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config["quantization_config"])
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    write_manifest(checkpoint)
+    with pytest.raises(CheckpointError, match="config.json has a quantization_config that epmq does not write; give"):
+        check(checkpoint)
+
+
+@pytest.mark.parametrize("architecture", ["pipeline", "no_such_thing", 3, "AutoModel"])
+def test_an_architecture_that_is_no_model_is_refused(architecture: object, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": [architecture]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    write_manifest(checkpoint)
+    with pytest.raises(CheckpointError, match=f"config.json names {architecture}, which transformers does not have"):
+        check(checkpoint)
+
+
+def test_scores_are_those_of_the_run(checkpoint: Path) -> None:
+    check(checkpoint, scores=True)
+    path = checkpoint.parent / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["scores"]["tasks"]["first"]["quantized"] += 0.05
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(CheckpointError, match=r"wrote: first scores 0\.\d+, metrics.json has 0\.\d+; fetch"):
+        check(checkpoint, scores=True)
+    metrics["scores"]["tasks"] = {}
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(CheckpointError, match=r"has no scores of the stage quantized; leave out --scores"):
+        check(checkpoint, scores=True)
+    metrics["scores"]["tasks"] = {"first": {"quantized": 1.0}}
+    metrics["config"]["eval"]["_target_"] = "tests.evil.Evaluation"
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(
+        CheckpointError, match="names tests.evil.Evaluation, which is not epmq's; if you trust it, score"
+    ):
+        check(checkpoint, scores=True)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"metrics.json is no readable metrics.json of epmq run; give"):
+        check(checkpoint, scores=True)
+
+
+def test_the_command_prints_every_problem_and_exits_with_1(checkpoint: Path, epmq_inside: Run) -> None:
+    sound = epmq_inside("verify", str(checkpoint), "--scores", "--device", "cpu")
+    assert (sound.returncode, sound.stderr) == (0, "")
+    assert sound.stdout == f"{checkpoint}: files, tensors and scores are what epmq wrote\n"
+    flip(checkpoint / MODEL)
+    (checkpoint / "README.md").unlink()
+    broken = epmq_inside("verify", str(checkpoint))
+    assert broken.returncode == 1
+    assert broken.stdout.splitlines() == ["README.md is missing", "model.safetensors has other bytes"]
+    assert broken.stderr.startswith(
+        f"epmq: {checkpoint} is not what epmq wrote: README.md is missing and 1 more (above)"
+    )
+    assert epmq_inside("verify", "nowhere").stderr.startswith("epmq: nowhere is not a folder; give the checkpoint")

@@ -1,0 +1,65 @@
+"""Oracle: what a stranger could write into the epmq.json of a checkpoint; none of it is run, imported or looked up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmq_cli.errors import CheckpointError
+from epmq_cli.recorded import checkpoint_suite, read_record
+
+DATA = {"_target_": "epmq_cli.data.table.Table", "train": "a.tsv", "test": "b.tsv"}
+TASKS = {"first": {"expert": "models/first", "data": DATA}}
+SUITE = {"_target_": "epmq_cli.suites.Suite", "name": "mini", "family": "bert", "base": "models/base", "tasks": TASKS}
+
+
+def recorded(folder: Path, **fields: Any) -> Path:
+    record = {"config": {"suite": {**SUITE, **fields}, "quant": {}}}
+    (folder / "epmq.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_record_makes_its_suite_and_takes_another_mirror(tmp_path: Path) -> None:
+    suite = checkpoint_suite(recorded(tmp_path, root="/theirs"), None, "/ours")
+    assert (suite.name, suite.root, suite.members[0].data.train) == ("mini", "/ours", "a.tsv")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "this.Table",  # a module that would print when it is imported
+        "os.system",
+        "epmq_cli.data.table.Path",  # found in epmq, but not its own
+        "epmq_cli.pipeline.torch.Tensor",
+        "epmq_cli.nothing.Table",
+        "epmq_cli",
+        "${oc.env:HOME}",
+    ],
+)
+def test_code_that_is_not_epmqs_is_refused_before_it_is_imported(target: str, tmp_path: Path) -> None:
+    data = {"first": {**TASKS["first"], "data": {**DATA, "_target_": target}}}
+    with pytest.raises(CheckpointError, match="epmq.json names .*, which is not epmq's; if you trust it, give the"):
+        checkpoint_suite(recorded(tmp_path, tasks=data), None, None)
+    assert "this" not in sys.modules
+
+
+def test_a_record_cannot_read_the_environment(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"epmq.json holds a reference such as \$\{...\}, which epmq does not"):
+        checkpoint_suite(recorded(tmp_path, base="me/${oc.env:HF_TOKEN}"), None, None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"config": {}}', '{"config": 3}', "[" * 100_000, '{"config": []}'])
+def test_a_record_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "epmq.json").write_text(text)
+    with pytest.raises(CheckpointError, match="has no readable epmq.json; give the checkpoint folder"):
+        read_record(tmp_path)
+
+
+def test_a_record_without_settings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "epmq.json").write_text('{"config": {"suite": 3, "quant": {}}}')
+    with pytest.raises(CheckpointError, match="is not one that epmq run wrote; run epmq run again"):
+        read_record(tmp_path)

@@ -1,0 +1,54 @@
+"""Oracles: the workflow and pyproject.toml as they stand in the checkout."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_only_read_and_their_actions_are_pinned(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "pull_request_target" not in workflow[True]  # YAML reads the key `on` as a boolean
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        steps: list[dict[str, Any]] = job["steps"]
+        assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step)
+        assert all(re.fullmatch(r"make [a-z-]+", step["run"]) for step in steps if "run" in step)
+        assert not any(step.get("with", {}).get("persist-credentials") for step in steps)
+    assert "${{ github" not in path.read_text()  # titles and branch names are anybody's
+
+
+def test_every_make_target_of_the_workflow_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {name for path in WORKFLOWS for name in re.findall(r"run: make ([a-z-]+)", path.read_text())}
+    assert {"check", "test", "minimum", "audit"} <= used <= targets
+
+
+def test_the_lower_bounds_are_those_of_every_dependency() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    found = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "lower_bounds", ROOT / "pyproject.toml"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bounds = dict(line.split("==") for line in found.stdout.splitlines())
+    for requirement in needed:
+        assert str(requirement.specifier) == f">={bounds[requirement.name]}", requirement
+    for extra, texts in project["optional-dependencies"].items():  # the same bounds wherever a package is named
+        for requirement in map(Requirement, texts):
+            assert str(requirement.specifier) == f">={bounds[requirement.name]}", (extra, requirement)
