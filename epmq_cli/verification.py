@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -18,7 +17,8 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
-from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.checkpoint.unpack import grid_of
+from epmq_cli.errors import CheckpointError
 from epmq_cli.inference.load import blank_model, model_config
 from epmq_cli.quantize.grid import GridSpec
 from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready
@@ -89,27 +89,11 @@ def _wanted(folder: Path, model: nn.Module) -> dict[str, Wanted]:
     # of all searches for scales only this one may choose negative ones (quantize/search.py)
     signed = read_record(folder)["config"]["quant"].get("grid") == "hessian"
     for name, module in model.named_modules():
-        spec = _spec(folder, quantization, name) if isinstance(module, nn.Linear) else None
+        spec = grid_of(folder, quantization, name) if isinstance(module, nn.Linear) else None
         if spec is not None:
             rows, columns = wanted.pop(f"{name}.weight").shape
             wanted |= {f"{name}.{part}": want for part, want in _packed(rows, columns, spec, signed).items()}
     return wanted
-
-
-def _spec(folder: Path, quantization: Any, name: str) -> GridSpec | None:
-    """The grid of a linear by config.json; None where it is dense."""
-    try:
-        for group in quantization["config_groups"].values():
-            if name not in quantization["ignore"] and {"Linear", name} & set(group["targets"]):
-                weights = group["weights"]
-                size = -1 if weights["group_size"] is None else weights["group_size"]
-                return GridSpec(weights["num_bits"], size, weights["symmetric"], "minmax")
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has a quantization_config that epmq does not write; give the checkpoint folder "
-            "that epmq run wrote"
-        ) from error
-    return None
 
 
 def _packed(rows: int, columns: int, spec: GridSpec, signed: bool) -> dict[str, Wanted]:
