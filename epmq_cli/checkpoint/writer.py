@@ -88,7 +88,8 @@ def write_file(path: Path, entries: Iterable[Entry]) -> None:
 def _write(file: BinaryIO, entry: Entry) -> None:
     tensor = entry.make()
     assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
-    file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))  # flatten leaves one item its odd stride
+    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:

@@ -13,10 +13,11 @@ from epmq_cli.checkpoint.writer import NAMES, Entry, of, write_file, write_model
 
 
 def tensors() -> dict[str, Tensor]:
-    """One of every type, odd numbers of items, a scalar, an empty one and one that is not contiguous."""
+    """One of every type, odd numbers of items, a scalar, an empty one, one that is not contiguous and a
+    single item with the stride that transposing left it."""
     rows = 10 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     found = {f"part.{NAMES[dtype]}": rows.to(dtype) for dtype in NAMES}
-    return {**found, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": rows.T}
+    return {**found, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": rows.T, "single": rows[:1].T[:1]}
 
 
 def test_tensors_of_every_type_are_read_as_they_were_written(tmp_path: Path) -> None:
