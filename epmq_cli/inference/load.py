@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
+from epmq_cli.checkpoint.unpack import PACKED, grid_of, unpacked_linear
 from epmq_cli.config import KERNELS, device_of
-from epmq_cli.errors import CheckpointError, check_choice
+from epmq_cli.errors import CheckpointError, ConfigError, check_choice
 from epmq_cli.inference.int4 import Int4Linear, obstacle
+from epmq_cli.quantize.grid import GridSpec
 
-PACKED = ".weight_packed"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A packed weight on the device it goes to: integers int8 (out, in), scale and zero (out, groups)."""
-
-    bits: int
-    values: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-    def dense(self) -> Tensor:
-        """(out, in), rounded to the type of the scales as transformers does."""
-        rows, groups = self.scale.shape
-        values = self.values.to(self.scale.dtype).reshape(rows, groups, -1)
-        if self.zero is not None:
-            values = values - self.zero.to(self.scale.dtype)[:, :, None]
-        return (values * self.scale[:, :, None]).reshape(rows, -1)
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -48,28 +31,47 @@ def load(
     `device`: auto, cpu, cuda or cuda:<index>. `dtype` of all that is not packed and of activations between linears:
     unless given float32 on the CPU, bfloat16 on a GPU. `kernel`: `int4` multiplies with packed weights, and is refused
     where a linear does not allow that; `dequantize` makes them dense; `auto` takes int4 for every linear that allows
-    it. Tensors are read one by one, and no packed weight is ever dense under int4. CheckpointError: no such checkpoint.
+    it. Tensors are read one by one, and no packed weight is ever dense under int4. ConfigError: the kernel is refused.
+    CheckpointError: no such checkpoint.
     """
+    from transformers import GenerationConfig
+
     check_choice("kernel", kernel, KERNELS)
     folder, where = Path(checkpoint), device_of(device)
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     config = model_config(folder)
     files = SafetensorsFiles(folder, "checkpoint")
-    packed = {name.removesuffix(PACKED) for name in files.infos if name.endswith(PACKED)}
-    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    with _parameters_on_meta():
+    with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
-    for name in sorted(packed):
-        _replace(model, name, _linear(files, name, _bits(folder, name), where, dtype, kernel))
+    specs = _packed_linears(folder, model, files)
+    obstacles = {name: obstacle(spec, _weight(model, name).shape, where) for name, spec in specs.items()}
+    if kernel == "int4":
+        refuse(obstacles)
+    dense = {}
+    for name, reason in obstacles.items():
+        weight = unpacked_linear(files, name, specs[name], _weight(model, name).shape, where)
+        if kernel != "dequantize" and reason is None:
+            model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
+        else:
+            dense[f"{name}.weight"] = weight.dequantize().to(dtype)
+    packed = tuple(f"{name}.weight_" for name in specs)
     for name in files.infos:
-        if name.rpartition(".")[0] not in packed:
-            _set(model, name, files.tensor(name), where, dtype)
-    any_model: Any = model
-    any_model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
-    model.to(where)
-    return model.eval().requires_grad_(False)
+        if not name.startswith(packed):
+            tensor = files.tensor(name)
+            dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
+    _fill(folder, model, dense)
+    if (folder / GENERATION).is_file():
+        model.generation_config = from_folder(GenerationConfig, folder)
+    return model.to(where).eval().requires_grad_(False)
+
+
+def refuse(obstacles: Mapping[str, str | None]) -> None:
+    """ConfigError where the int4 kernel cannot take one of the linears, or there are none; see `obstacle`."""
+    if not obstacles:
+        raise ConfigError("kernel=int4 needs quantized linears and there are none; use kernel=auto")
+    for name, reason in obstacles.items():
+        if reason is not None:
+            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes such")
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
@@ -108,77 +110,40 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
     return model
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers, such as rotary frequencies, are made as ever."""
-    register = nn.Module.register_parameter
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """What a module gets in place of a parameter; its buffers, such as rotary frequencies, are made as ever."""
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    setattr(nn.Module, register.__name__, without_memory)
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    return model.get_parameter(f"{name}.weight")
+
+
+def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, GridSpec]:
+    """The grid of each packed linear."""
+    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}{PACKED}" in files.infos:
+            spec = grid_of(folder, quantization, name)
+            if spec is None:
+                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+            found[name] = spec
+    return found
+
+
+def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in their places in the model; CheckpointError where they do not fit, or one is missing."""
     try:
-        yield
-    finally:
-        setattr(nn.Module, register.__name__, register)
-
-
-def _bits(folder: Path, name: str) -> int:
-    """The width of a packed linear, from config.json."""
-    entry = read_json(folder, "config.json", "checkpoint")["quantization_config"]
-    for group in entry["config_groups"].values():
-        if "Linear" in group["targets"] or name in group["targets"]:
-            return int(group["weights"]["num_bits"])
-    raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
-
-
-def _linear(
-    files: SafetensorsFiles, name: str, bits: int, device: torch.device, dtype: torch.dtype, kernel: str
-) -> nn.Module:
-    """The module that stands for a packed linear."""
-    bias = files.tensor(f"{name}.bias").to(device, dtype) if f"{name}.bias" in files.infos else None
-    stored = _stored(files, name, bits, device)
-    rows, columns = stored.values.shape
-    reason = obstacle(rows, columns, bits, columns // stored.scale.shape[1], device)
-    if kernel == "int4" and reason is not None:
-        raise CheckpointError(f"{name} cannot run on int4: {reason}; use kernel auto or dequantize")
-    if kernel != "dequantize" and reason is None:
-        return Int4Linear(stored.values, stored.scale, stored.zero, bias)
-    with torch.device("meta"):
-        dense = nn.Linear(columns, rows, bias=bias is not None)
-    dense.weight = nn.Parameter(stored.dense().to(dtype), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias, requires_grad=False)
-    return dense
-
-
-def _stored(files: SafetensorsFiles, name: str, bits: int, device: torch.device) -> _Stored:
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    shape = torch.Size(files.tensor(f"{name}.weight_shape").tolist())
-    scale = files.tensor(f"{name}.weight_scale").to(device)
-    values = unpack_from_int32(files.tensor(f"{name}{PACKED}"), bits, shape).to(device)
-    zero = None
-    if f"{name}.weight_zero_point" in files.infos:
-        points = files.tensor(f"{name}.weight_zero_point")
-        zero = unpack_from_int32(points, bits, torch.Size(scale.shape), packed_dim=0).to(device)
-    return _Stored(bits, values, scale, zero)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    model.get_submodule(parent).register_module(own, module)
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts a tensor in the place of the model's own."""
-    parent, _, own = name.rpartition(".")
-    module = model.get_submodule(parent)
-    value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    kept: Mapping[str, Any] = module._buffers
-    if own in kept:
-        module._buffers[own] = value
-    else:
-        module._parameters[own] = nn.Parameter(value, requires_grad=False)
+        found = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip().removesuffix(".")  # a shape
+        raise CheckpointError(f"{folder} does not fit its config.json ({reason}); see epmq verify") from error
+    model.tie_weights(missing_keys=set(found.missing_keys))
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
+    if found.unexpected_keys:
+        raise CheckpointError(
+            f"{folder} has a tensor that its model has not: {found.unexpected_keys[0]}; see epmq verify"
+        )
