@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
-from epmq_cli.inference.load import load
+from epmq_cli.inference.int4 import obstacle
+from epmq_cli.inference.load import load, refuse
 from epmq_cli.mapped import Disk
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
@@ -107,6 +108,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     own = model.state_dict().items()
     install(model, ((name, tensor.to(dtype).float()) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
+    check_kernel(model, job)
     return models, model, dtype
 
 
@@ -114,14 +116,30 @@ def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> N
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
     if spec is None:
         return
+    for name, (_, width) in _shapes(student, family):
+        if width % spec.columns(width):
+            raise ConfigError(
+                f"group_size={spec.group_size} must divide the {width} inputs of {name}; "
+                "use a divisor, or group_size=-1 for one group a row"
+            )
+
+
+def check_kernel(student: nn.Module, job: Job) -> None:
+    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
+    if job.evaluation.kernel != "int4" or "quantized" not in job.evaluation.stages:
+        return
+    obstacles = {}
+    if job.quantizer.spec is not None:
+        widest = replace(job.quantizer.spec, bits=max(job.quantizer.widths))
+        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in _shapes(student, job.family)}
+    refuse(obstacles)
+
+
+def _shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
+    """The linears that are to be quantized."""
     for block in family.blocks(student):
         for name in block.linears:
-            width = block.module.get_parameter(f"{name}.weight").shape[1]
-            if width % spec.columns(width):
-                raise ConfigError(
-                    f"group_size={spec.group_size} must divide the {width} inputs of {block.name(name)}; "
-                    "use a divisor, or group_size=-1 for one group a row"
-                )
+            yield block.name(name), block.module.get_parameter(f"{name}.weight").shape
 
 
 def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:

@@ -30,6 +30,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
+    from epmq_cli.inference.load import kernels
     from epmq_cli.merge.apply import Merged
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -76,6 +77,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
             scores |= steps.score(job, model, tasks, "quantized", checkpoint)
+            measured["kernels"] = kernels(model)
     measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
     table.show_run(measured, title, folder)

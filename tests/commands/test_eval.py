@@ -34,8 +34,30 @@ def test_every_kernel_gives_the_scores_of_the_run(kernel: str, packed: int, clip
         assert scores["quantized"] == pytest.approx(run["scores"]["tasks"][task]["quantized"], abs=0.05)
 
 
-def test_a_run_scores_on_the_kernel_that_is_asked_for(clip_hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="eval.kernel must be one of auto, int4, dequantize, got 'marlin'"):
-        run_in(tmp_path / "refused", clip_hub, "eval.kernel=marlin")
-    run_in(tmp_path / "run", clip_hub, "group_size=32", "eval.kernel=int4")
-    assert (tmp_path / "run" / "metrics.json").is_file()
+@pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12)])
+def test_a_run_scores_on_the_kernel_that_is_asked_for(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
+    run_in(tmp_path, clip_hub, "group_size=32", f"eval.kernel={kernel}", "eval.stages=[quantized]")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    jsonschema.validate(found, schema())
+    assert found["kernels"]["int4"] == packed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("eval.kernel=marlin",), "eval.kernel must be one of auto, int4, dequantize, got 'marlin'"),
+        (("group_size=16",), "kernel=int4 cannot take .*: 16 input columns share a scale"),
+        (("group_size=32", "bits=6"), "kernel=int4 cannot take .*: it has 8 bits"),
+        (("quant=none",), "kernel=int4 needs quantized linears and there are none"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_on_the_kernel_is_refused_before_it_starts(
+    options: tuple[str, ...], message: str, clip_hub: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_in(tmp_path, clip_hub, "eval.kernel=int4", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_that_nothing_is_scored_on_is_not_refused(clip_hub: Path, tmp_path: Path) -> None:
+    assert run_in(tmp_path, clip_hub, "eval.kernel=int4", "group_size=16", "eval.stages=[]").is_dir()
