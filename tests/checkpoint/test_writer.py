@@ -17,7 +17,13 @@ def tensors() -> dict[str, Tensor]:
     single item with the stride that transposing left it."""
     rows = 10 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     found = {f"part.{NAMES[dtype]}": rows.to(dtype) for dtype in NAMES}
-    return {**found, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": rows.T, "single": rows[:1].T[:1]}
+    return {
+        **found,
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "turned": rows.T,
+        "single": rows[:1].T[:1],
+    }
 
 
 def test_tensors_of_every_type_are_read_as_they_were_written(tmp_path: Path) -> None:

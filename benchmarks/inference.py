@@ -1,0 +1,229 @@
+"""How fast, and in how much memory, linears run on torch's int4 kernel and as dense matrices of each type.
+
+    OMP_NUM_THREADS=1 python benchmarks/inference.py
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --models b32 --rows 1 16 --repeats 3 --kinds int4 float32
+    python benchmarks/inference.py --device cuda
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --load 6
+
+Random weights of 4 bits in groups of 128. Stacks of blocks that consist of their linears and activations (attention
+itself is the same for all and left out), for some rows (tokens) at a time, and for those of one picture. Contestants
+take turns in one process, and the median is told. int4 gets float32 and gives it back, as in a model that
+epmq_cli.load gives on the CPU. `--load N`: instead of that, the peak memory of loading a decoder of N blocks from a
+checkpoint in float16 by each kernel, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+import epmq_cli
+from epmq_cli.checkpoint.pack import Contents, write_checkpoint
+from epmq_cli.inference.int4 import Int4Linear
+from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
+from epmq_cli.quantize.rtn import rtn
+from epmq_cli.report.stages import Stages
+
+SPEC = GridSpec(4, 128, True, "minmax")
+DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = ("int4", *DENSE)
+WARM = 1  # calls before the first that counts
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of block: `width` of the stream, `inner` of the feed-forward, whether that is gated; `tokens` of one
+    picture, None for decoders."""
+
+    name: str
+    width: int
+    inner: int
+    gated: bool
+    tokens: int | None
+
+
+MODELS = {
+    "b32": Model("CLIP ViT-B/32", 768, 3072, False, 50),
+    "b16": Model("CLIP ViT-B/16", 768, 3072, False, 197),
+    "l14": Model("CLIP ViT-L/14", 1024, 4096, False, 257),
+    "1b": Model("decoder of 1B", 2048, 8192, True, None),
+}
+
+
+def linear(kind: str, inputs: int, outputs: int, device: torch.device) -> nn.Module:
+    """A linear without bias of random weights; the same numbers for every kind."""
+    generator = torch.Generator().manual_seed(inputs + outputs)
+    values = torch.randint(-8, 8, (outputs, inputs), generator=generator, dtype=torch.int8)
+    scale = torch.full((outputs, inputs // SPEC.group_size), inputs**-0.5 / 5)
+    weight = QuantizedWeight(
+        values.to(device), scale.to(device), torch.zeros_like(scale).to(device), SPEC, torch.float32
+    )
+    if kind == "int4":
+        return Int4Linear(weight, None)
+    found = nn.Linear(inputs, outputs, bias=False, device="meta")
+    found.weight = nn.Parameter(weight.dequantize().to(DENSE[kind]), requires_grad=False)
+    return found
+
+
+class Block(nn.Module):
+    """The linears of a block, with residuals and the activation between them."""
+
+    def __init__(self, model: Model, kind: str, device: torch.device) -> None:
+        super().__init__()
+        width, inner = model.width, model.inner
+        self.q, self.k, self.v, self.o = (linear(kind, width, width, device) for _ in "qkvo")
+        self.gate = linear(kind, width, inner, device) if model.gated else None
+        self.up, self.down = linear(kind, width, inner, device), linear(kind, inner, width, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, width) of (rows, width)."""
+        x = x + self.o(self.q(x) + self.k(x) + self.v(x))
+        inner = gelu(self.up(x)) if self.gate is None else silu(self.gate(x)) * self.up(x)
+        return x + self.down(inner)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights, scales included."""
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def seconds(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
+    """The median time of each call, all taking turns."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARM + repeats):
+        for call, times in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= WARM:
+                times.append(time.perf_counter() - start)
+    return [median(times) for times in taken]
+
+
+def compare(
+    title: str, modules: dict[str, nn.Module], width: int, rows: Sequence[int], options: argparse.Namespace
+) -> None:
+    """Prints a row of the table for each number of rows."""
+    sizes = " | ".join(f"{weight_bytes(module) / 1e6:.2f}" for module in modules.values())
+    for count in rows:
+        x = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(options.device)
+        calls = [partial(module, x.to(DENSE.get(kind, torch.float32))) for kind, module in modules.items()]
+        with torch.inference_mode():
+            times = seconds(calls, options.repeats, options.device)
+        cells = " | ".join(f"{1000 * value:.3f}" for value in times)
+        ratios = " | ".join(f"{value / times[0]:.2f}" for value in times[1:])
+        print(f"| {title} | {count} | {cells} | {ratios} | {sizes} |", flush=True)
+
+
+def header(what: str, kinds: Sequence[str]) -> None:
+    """The head of a table; ratios are how many times the time of the first kind the others take."""
+    columns = [what, "rows", *(f"{kind} ms" for kind in kinds), *(f"{kind} / {kinds[0]}" for kind in kinds[1:])]
+    columns += [f"{kind} MB" for kind in kinds]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
+def rows_of(model: Model, rows: Sequence[int]) -> list[int]:
+    """The numbers of rows, and the tokens of one picture."""
+    return sorted({*rows, *([model.tokens] if model.tokens else [])})
+
+
+def tables(options: argparse.Namespace) -> None:
+    """A stack of each model."""
+    header(f"{options.blocks} blocks", options.kinds)
+    for model in (MODELS[name] for name in options.models):
+        stacks: dict[str, nn.Module] = {
+            kind: nn.Sequential(*(Block(model, kind, options.device) for _ in range(options.blocks)))
+            for kind in options.kinds
+        }
+        compare(model.name, stacks, model.width, rows_of(model, options.rows), options)
+
+
+def write_decoder(folder: Path, blocks: int) -> None:
+    """Writes a checkpoint of a decoder in float16, its blocks' linears quantized by rounding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = MODELS["1b"]
+    sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner, "num_hidden_layers": blocks}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, vocab_size=1024)).half()
+    model.config.save_pretrained(folder / "base")
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    weights = {name: rtn(module.weight.detach().float(), SPEC, torch.float16) for name, module in linears.items()}
+    write_checkpoint(
+        folder / "checkpoint", Contents(model, weights, False, {}, folder / "base", {}, torch.float16), 5 * 10**9
+    )
+
+
+def measure(folder: Path, kernel: str, device: torch.device) -> dict[str, int]:
+    """Peak bytes of this process, on the device where it is none of the CPU, by stage."""
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM and epmq_cli.load  # imported before anything is measured
+    stages = Stages(device)
+    with stages.stage("before"):
+        pass
+    with stages.stage("load"):
+        model = epmq_cli.load(folder, str(device), kernel)
+    with stages.stage("after"):
+        pass
+    with stages.stage("call"), torch.inference_mode():
+        model(torch.arange(16, device=device)[None])
+    key = "peak_host_bytes" if device.type == "cpu" else "peak_device_bytes"
+    return {name: record[key] for name, record in stages.records.items()}
+
+
+def peaks(options: argparse.Namespace) -> None:
+    """Prints what loading a decoder by each kernel takes, and the first call behind it."""
+    per_block = 4 * MODELS["1b"].width ** 2 + 3 * MODELS["1b"].width * MODELS["1b"].inner
+    print(f"\nlinears of {options.load} blocks as float32: {4 * options.load * per_block / 1e6:.0f} MB")
+    columns = ("kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_decoder(Path(folder), options.load)
+        for kernel in ("int4", "dequantize"):
+            own = [sys.executable, __file__, "--measure", f"{folder}/checkpoint", kernel]
+            printed = subprocess.run([*own, "--device", str(options.device)], check=True, stdout=subprocess.PIPE).stdout
+            found: dict[str, int] = json.loads(printed)
+            print(f"| {kernel} | {' | '.join(f'{value / 1e6:.0f}' for value in found.values())} |", flush=True)
+
+
+def main() -> None:
+    """Prints tables in markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 128])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--load", type=int, metavar="N")
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "KERNEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(Path(options.measure[0]), options.measure[1], options.device)))
+        return
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {platform.machine()}")
+    if options.load:
+        peaks(options)
+    else:
+        tables(options)
+
+
+if __name__ == "__main__":
+    main()
