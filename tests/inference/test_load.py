@@ -75,6 +75,19 @@ def test_all_but_the_packed_weights_is_as_transformers_loads_it(kind: str, made:
     assert not hasattr(found.config, "quantization_config")
 
 
+def test_an_output_layer_with_values_of_its_own_is_not_tied(made: Made, tmp_path: Path) -> None:
+    """Oracle: transformers, which does so whatever config.json says."""
+    checkpoint, scene = made("gemma3")
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    for model in (load(folder, "cpu"), dequantized(scene, folder)):
+        assert torch.equal(model.get_parameter("lm_head.weight"), -model.get_parameter("model.embed_tokens.weight"))
+
+
 @pytest.mark.parametrize("kind", ["clip", "t5", "llama"])
 def test_activations_may_be_bfloat16(kind: str, made: Made) -> None:
     checkpoint, scene = made(kind)
