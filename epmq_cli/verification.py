@@ -65,8 +65,7 @@ def tensor_problems(folder: Path) -> list[str]:
     the values are looked at.
     """
     files = SafetensorsFiles(folder, ROLE)
-    with torch.device("meta"):
-        model = blank_model(folder, model_config(folder), files)
+    model = _model(folder, files)
     wanted, found = _wanted(folder, model), []
     if (folder / RECORD).is_file():
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -78,6 +77,21 @@ def tensor_problems(folder: Path) -> list[str]:
     if (folder / HEADS).is_file():
         found += [f"{problem} ({HEADS})" for problem in _problems(SafetensorsFiles(folder / HEADS, ROLE), {})]
     return found
+
+
+def _model(folder: Path, files: SafetensorsFiles) -> nn.Module:
+    """The model that config.json describes, without memory for its tensors."""
+    settings = model_config(folder)
+    try:
+        with torch.device("meta"):
+            return blank_model(folder, settings, files)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config may hold anything, and transformers checks little of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes no model that transformers can make ({reason}); fetch it again"
+        ) from error
 
 
 def _wanted(folder: Path, model: nn.Module) -> dict[str, Wanted]:

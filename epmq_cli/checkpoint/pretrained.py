@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from epmq_cli.errors import ModelError
 
 
@@ -15,7 +17,9 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
     """
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a config may hold anything, and transformers checks little of it
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(

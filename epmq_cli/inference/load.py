@@ -100,9 +100,10 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
     from transformers import PreTrainedModel
 
     names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
-    found = getattr(importlib.import_module("transformers"), str(names[0]), None)
+    name = str(names[0] if isinstance(names, list) else names)
+    found = getattr(importlib.import_module("transformers"), name, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
-        raise CheckpointError(f"{folder / 'config.json'} names {names[0]}, which transformers does not have")
+        raise CheckpointError(f"{folder / 'config.json'} names {name}, which transformers does not have")
     poolerless = "add_pooling_layer" in inspect.signature(found).parameters and not any(
         name.startswith("pooler.") for name in files.infos
     )
