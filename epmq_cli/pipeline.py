@@ -88,6 +88,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -
     """ConfigError where models of the family cannot be scored as tasks or evaluation say."""
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
+        family.check_task(task)
     if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"

@@ -170,6 +170,9 @@ class Family(ABC):
             known = f"{', '.join(others)} and {last}" if others else last
             raise ModelError(f"{folder.role}: {folder.path} holds a model of type {found}, family {name} takes {known}")
 
+    def check_task(self, task: Task) -> None:  # noqa: B027 - most families need nothing
+        """ConfigError where a task lacks what models of this family need of it."""
+
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
