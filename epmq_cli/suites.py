@@ -70,12 +70,17 @@ class Suite:
     def __post_init__(self) -> None:
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
         if not self.entries:
-            raise ConfigError("suite.tasks must name at least one task, or suite.experts the experts by task name")
+            raise ConfigError(
+                "suite.tasks must name at least one task, or suite.experts the experts by task name, got "
+                f"{shown(self.tasks)} and {shown(self.experts)}"
+            )
         if isinstance(self.experts, str) and self.experts.count("{task}") != 1:
             raise ConfigError(f"suite.experts must have one {{task}} for the task's name, got {self.experts!r}")
         if isinstance(self.experts, Mapping):
             check_keys("suite.experts", self.experts, self.entries)
         check_keys("suite.each", self.each or {}, TASK_FIELDS)
+        if (self.each or {}).get("data") is not None:
+            _check_source("suite.each.data", (self.each or {})["data"])
         _ = self.members
 
     @property
@@ -130,12 +135,15 @@ def _task(name: str, entry: Mapping[str, Any], expert: str) -> Task:
     check_keys(where, entry, TASK_FIELDS, required=("data",))
     fields |= {key: _texts(entry[key]) for key in ("classes", "templates") if key in entry}
     check_types(where, Task, fields)
-    if not hasattr(entry["data"], "load"):
-        raise ConfigError(
-            f"suite.tasks.{name}.data needs a _target_ such as epmq_cli.data.table.Table (see the README), got "
-            f"{shown(entry['data'])}"
-        )
+    _check_source(f"{where}.data", entry["data"])
     return Task(name=name, **fields)
+
+
+def _check_source(where: str, data: Any) -> None:
+    if not hasattr(data, "load"):
+        raise ConfigError(
+            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {shown(data)}"
+        )
 
 
 def _texts(value: Any) -> Any:

@@ -78,7 +78,7 @@ def test_a_count_takes_the_first_or_drawn_ones() -> None:
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="one of shapes, textures, .* got cars"):
+    with pytest.raises(ConfigError, match="one of shapes, textures, .* got 'cars'"):
         Tiny(task="cars", train=1, test=1)
 
 
