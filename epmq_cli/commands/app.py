@@ -21,10 +21,11 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from epmq_cli import ranks
 from epmq_cli.cli import split
-from epmq_cli.commands.overrides import check_overrides
+from epmq_cli.commands.overrides import check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
@@ -48,8 +49,12 @@ def launch(command: str, arguments: list[str]) -> None:
     with told(lambda error: explain(error, command, arguments)):
         os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
-        check_overrides(command, split(arguments)[0])
-        importlib.import_module(f"epmq_cli.commands.{command}").main()
+        overrides, flags = split(arguments)
+        check_overrides(command, overrides)
+        try:
+            importlib.import_module(f"epmq_cli.commands.{command}").main()
+        except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
+            raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
 
 
 class Ended(BaseException):
@@ -124,6 +129,7 @@ def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) 
             _check_key(key[1], command, arguments)
         except ConfigError as better:
             return str(better)
+    text = text.partition("Config search path")[0]
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
