@@ -13,6 +13,7 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
+from epmq_cli.linalg import is_finite
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.suites import Suite
 
@@ -87,6 +88,12 @@ class Merged:
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
         pieces = [self._rule(base, experts).to(dtype) for base, *experts in self.source.parts(name)]
+        if not all(map(is_finite, pieces)):
+            kind = str(dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
+                "smaller merge.scale"
+            )
         return torch.cat(pieces).view(self.source.shape(name))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

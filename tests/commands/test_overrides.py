@@ -76,9 +76,7 @@ def test_a_config_file_that_cannot_be_read_is_named(case: str, epmq_inside: Run,
     (tmp_path / "configs" / "suite" / "mine.yaml").write_bytes(content)
     result = epmq_inside("run", "--config-dir", "configs", "suite=mine", "out=x")
     assert result.returncode == 1
-    one_sentence(
-        result.stderr, f"a config file cannot be read: {tmp_path / 'configs/suite' if 'mine' in message else ''}"
-    )
+    one_sentence(result.stderr, "a config file cannot be read: ")
     one_sentence(result.stderr, message)
     assert not (tmp_path / "x").exists()
 
