@@ -30,6 +30,14 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     return table
 
 
+TROUBLE = {
+    "damping_retried": "needed more damping",
+    "target_without_factor": "kept the merged weight as target",
+    "fallbacks": "were rounded to nearest",
+}
+"""What events in metrics.json mean."""
+
+
 def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     """Scores, sizes, times and where the results are."""
     _line(title)
@@ -44,11 +52,9 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     mixed = "" if bits is None or bits == round(bits) else f" at {bits:.2f} bits on average"
     _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller{mixed}")
     _line(f"time        {_times(measured['stages'])}")
-    if events["fallbacks"] or events["target_without_factor"]:
-        _line(
-            f"trouble     of {events['linears']} linears {events['fallbacks']} were rounded to nearest and "
-            f"{events['target_without_factor']} kept the merged weight as target; see layers in metrics.json"
-        )
+    found = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
+    if found:
+        _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
 
