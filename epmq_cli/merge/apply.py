@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.tokens import check_tokens
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
@@ -36,6 +37,8 @@ class Models:
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
+            if family.heads != "made":  # those are made by a text tower that is the base's
+                check_tokens(self.base, expert)
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:
