@@ -10,7 +10,7 @@ from torch import Tensor
 
 RETRIES = 8  # each with ten times the damping, from SMALLEST or the first try's up
 SMALLEST = 1e-8
-ITERATIONS = 20
+ITERATIONS = 8
 SETTLED = 0.003  # the change at which an estimate is taken
 SMALL = 256
 

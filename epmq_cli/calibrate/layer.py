@@ -58,7 +58,7 @@ def solve(
             target_damping=None if factor is None else factor.damping,
             damping=outcome.damping,
             damping_retries=outcome.retries + (0 if factor is None else factor.retries),
-            loss_merged=objective.relative_loss(index, objective.anchors[index].weight),
+            loss_merged=objective.anchor_loss(index),
             loss_target=objective.relative_loss(index, targets[index]),
             loss=objective.relative_loss(index, found[index].dequantize()),
             fallback=outcome.fallback,

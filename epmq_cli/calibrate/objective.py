@@ -126,6 +126,10 @@ class Objective:
             return anchor.bias
         return anchor.bias + (self._u[index] - (weight.double() - anchor.weight) @ self._h) / self._N
 
+    def anchor_loss(self, index: int) -> float:
+        """`relative_loss` of the anchor, which the sums hold as it is."""
+        return self._relative(index, self._constants[index])
+
     def relative_loss(self, index: int, weight: Tensor) -> float:
         """J of a weight (out, in) with its best bias, relative to what the experts' weights give, sum_t s_t || X_t W_t'
         ||^2; 0 where that is 0.
@@ -139,9 +143,11 @@ class Objective:
         damping = 0.0 if factor is None else factor.damping * float(self.hessian.diagonal().mean())
         slope = -2 * (shift if factor is None else damping * delta)  # of J at W*, as D (H + damping) = S
         loss = self._constants[index] - float((delta * (shift - slope / 2)).sum()) + float((error * slope).sum())
+        return self._relative(index, loss + self._energy(error, self.hessian))
+
+    def _relative(self, index: int, loss: float) -> float:
         if self._centred:
             loss -= float(self._u[index].square().sum()) / self._N
-        loss += self._energy(error, self.hessian)
         return max(loss, 0.0) / self._outputs_of[index] if self._outputs_of[index] > 0 else 0.0
 
     def _energy(self, weight: Tensor, moment: Tensor) -> float:

@@ -274,6 +274,6 @@ def _handed(
 ) -> dict[str, Sequence[Batch]]:
     """The batches with what came out of a stack, for the next one."""
     return {
-        task: [{**batch, key: stream.hidden} for batch, stream in zip(batches[task], found, strict=True)]
+        task: [{**batch, key: stream.leave()} for batch, stream in zip(batches[task], found, strict=True)]
         for task, found in streams.items()
     }

@@ -57,7 +57,7 @@ def test_records_hold_the_losses_of_anchor_target_and_result() -> None:
     targets = given.targets()[0]
     for index, record in enumerate(records):
         assert (record.name, record.tokens, record.bits, record.fallback) == (NAMES[index], 30, 3, None)
-        assert record.loss_merged == given.relative_loss(index, given.anchors[index].weight)
+        assert record.loss_merged == given.anchor_loss(index)
         assert record.loss_target == given.relative_loss(index, targets[index])
         assert record.loss == given.relative_loss(index, found[index].dequantize())
         assert record.loss_target < record.loss < record.loss_merged
