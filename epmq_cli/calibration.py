@@ -25,10 +25,12 @@ from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch, Family
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.pipeline import Job
+from epmq_cli.pipeline import Job, linear_shapes
 from epmq_cli.quantize.none import NoQuantizer
 
 Batches = Mapping[str, Sequence[Batch]]
+
+MATRICES = 5  # of float64, (in, in), that are held at a time at most
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,22 @@ def calibrate(
     folder: Path | None = None,
 ) -> Calibrated:
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
-    for go to files in the folder, the system's own unless given."""
+    for beside samples and moments go to files in the folder, the system's own unless given."""
     reference, dtype = references(job, model, merged), merged.dtype
     budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
-    with Depot(budget, folder) as depot, torch.inference_mode():
+    with Depot(budget - held(job, model, calibration), folder) as depot, torch.inference_mode():
         choice = settle(job, model, calibration, tasks, reference, dtype, depot) if job.guidance.open else None
         guidance = choice.guidance if choice else job.guidance
         walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot)
     return Calibrated(walked, guidance, choice)
+
+
+def held(job: Job, model: nn.Module, calibration: Batches) -> int:
+    """Bytes that calibration holds all the time or in its widest linear, whatever is in files: its samples, and the
+    moments of one task and of all with their factor, its inverse and what these are made of."""
+    samples = [tensor for group in calibration.values() for batch in group for tensor in batch.values()]
+    width = max(shape[1] for _, shape in linear_shapes(model, job.family))
+    return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
 
 def references(job: Job, model: nn.Module, merged: Merged) -> Reference:

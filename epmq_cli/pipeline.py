@@ -116,7 +116,7 @@ def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> N
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
     if spec is None:
         return
-    for name, (_, width) in _shapes(student, family):
+    for name, (_, width) in linear_shapes(student, family):
         if width % spec.columns(width):
             raise ConfigError(
                 f"group_size={spec.group_size} must divide the {width} inputs of {name}; "
@@ -131,11 +131,11 @@ def check_kernel(student: nn.Module, job: Job) -> None:
     obstacles = {}
     if job.quantizer.spec is not None:
         widest = replace(job.quantizer.spec, bits=max(job.quantizer.widths))
-        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in _shapes(student, job.family)}
+        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in linear_shapes(student, job.family)}
     refuse(obstacles)
 
 
-def _shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
+def linear_shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
     """The linears that are to be quantized."""
     for block in family.blocks(student):
         for name in block.linears:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Moments
-from epmq_cli.linalg import Factor, damped_cholesky
+from epmq_cli.linalg import condition, damped_cholesky
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class Affine:
     def double(self) -> Affine:
         """The same in float64."""
         return Affine(self.weight.double(), None if self.bias is None else self.bias.double())
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
+    number that it then had (estimated from below)."""
+
+    damping: float
+    retries: int
+    condition: float
 
 
 class Objective:
@@ -63,8 +73,8 @@ class Objective:
 
     def add(self, moments: Moments, experts: Sequence[Affine], s: float) -> None:
         """One task of weight s_t: its moments, and each linear's expert."""
-        self._H += s * moments.xx
-        self._h += s * moments.x
+        self._H.add_(moments.xx, alpha=s)
+        self._h.add_(moments.x, alpha=s)
         self._N += s * moments.tokens
         xx = moments.xx.to(experts[0].weight.dtype)
         for index, (anchor, given) in enumerate(zip(self.anchors, experts, strict=True)):
@@ -84,7 +94,7 @@ class Objective:
     @cached_property
     def hessian(self) -> Tensor:
         """What a quantizer minimises the error in: (in, in); once it was asked for, nothing more can be added."""
-        return self._H - torch.outer(self._h, self._h) / self._N if self._centred else self._H
+        return self._H.addr_(self._h, self._h, alpha=-1 / self._N) if self._centred else self._H
 
     @property
     def _centred(self) -> bool:
@@ -95,24 +105,24 @@ class Objective:
             return self._S[index]
         return self._S[index] - torch.outer(self._u[index], self._h) / self._N
 
-    def targets(self) -> tuple[list[Tensor], Factor | None]:
-        """W* of each linear (out, in), and the factor of H; the anchors and None where H has no factor.
+    def targets(self) -> tuple[list[Tensor], Solved | None]:
+        """W* of each linear (out, in), and what H needed for it; the anchors and None where H has no factor.
 
         Columns whose input is always zero keep the anchor's value.
         """
         return self._solutions
 
     @cached_property
-    def _solutions(self) -> tuple[list[Tensor], Factor | None]:
-        H = self.hessian.clone()
-        H.diagonal()[H.diagonal() == 0] = 1
-        factor = damped_cholesky(H, 0.0)
+    def _solutions(self) -> tuple[list[Tensor], Solved | None]:
+        H, dead = self.hessian, self.hessian.diagonal() == 0
+        factor = damped_cholesky(H + torch.diag(dead.to(H.dtype)) if dead.any() else H, 0.0)
         if factor is None:
             return [anchor.weight for anchor in self.anchors], None
-        return [
+        found = [
             anchor.weight + torch.cholesky_solve(self._shift(index).T, factor.lower).T
             for index, anchor in enumerate(self.anchors)
-        ], factor
+        ]
+        return found, Solved(factor.damping, factor.retries, condition(H, factor))
 
     def bias(self, index: int, weight: Tensor) -> Tensor | None:
         """The best bias (out,) beside a weight (out, in); None without intercepts.
@@ -137,11 +147,11 @@ class Objective:
         As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is
         what W* was solved for.
         """
-        solution, factor = self._solutions
+        solution, solved = self._solutions
         delta, shift = solution[index] - self.anchors[index].weight, self._shift(index)
         error = weight.double() - solution[index]
-        damping = 0.0 if factor is None else factor.damping * float(self.hessian.diagonal().mean())
-        slope = -2 * (shift if factor is None else damping * delta)  # of J at W*, as D (H + damping) = S
+        damping = 0.0 if solved is None else solved.damping * float(self.hessian.diagonal().mean())
+        slope = -2 * (shift if solved is None else damping * delta)  # of J at W*, as D (H + damping) = S
         loss = self._constants[index] - float((delta * (shift - slope / 2)).sum()) + float((error * slope).sum())
         return self._relative(index, loss + self._energy(error, self.hessian))
 
@@ -164,7 +174,9 @@ class Objective:
         `_outputs` has what the experts' weights give beyond the anchor's, W W' = A A' + (W - A)(W + A)' in the product
         with X'X, so that the rest is one product and not one for each task.
         """
-        return [
-            beyond + self._energy(anchor.weight, self._H) - self._lam * float(anchor.weight.square().sum())
-            for anchor, beyond in zip(self.anchors, self._outputs, strict=True)
-        ]
+        found = []
+        for anchor, beyond in zip(self.anchors, self._outputs, strict=True):
+            centred = float((anchor.weight @ self._h).square().sum()) / self._N if self._centred else 0.0
+            own = self._energy(anchor.weight, self.hessian) + centred
+            found.append(beyond + own - self._lam * float(anchor.weight.square().sum()))
+        return found

@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli import config, ranks
+from epmq_cli import allocator, config, ranks
 from epmq_cli.commands.app import guarded, quiet_libraries, refuse_used
 
 
@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config; afterwards the folder holds `checkpoint/` and `metrics.json`."""
     quiet_libraries()
+    allocator.keep_freed()
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
     from epmq_cli.calibrate.reference import install
@@ -73,6 +74,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     measured = {"seed": job.seed, **steps.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
     measured["bytes"] = steps.sizes(contents, checkpoint)
     del model, contents, calibrated, taught, drawn  # what is scored is read from the disk, and needs their room
+    allocator.give_back()
     with stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
