@@ -44,11 +44,11 @@ class Affine:
 @dataclass(frozen=True)
 class Solved:
     """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
-    number that it then had (estimated from below)."""
+    number that it then had (estimated from below); None where nothing was to be solved."""
 
     damping: float
     retries: int
-    condition: float
+    condition: float | None
 
 
 class Objective:
@@ -83,7 +83,8 @@ class Objective:
             shift = torch.zeros_like(self._u[index])
             if self._intercepts and expert.bias is not None and anchor.bias is not None:
                 shift = expert.bias - anchor.bias
-            pushed, sums = (delta.to(xx.dtype) @ xx).double(), delta @ moments.x
+            pushed = (delta.to(xx.dtype) @ xx).double() if delta.any() else torch.zeros_like(delta)
+            sums = delta @ moments.x
             self._S[index] += s * (pushed + torch.outer(shift, moments.x) + moments.px[index])
             self._u[index] += s * (sums + shift * moments.tokens + moments.p[index])
             square = (pushed * delta).sum() + 2 * (delta * moments.px[index]).sum() + moments.pp[index]
@@ -106,7 +107,8 @@ class Objective:
         return self._S[index] - torch.outer(self._u[index], self._h) / self._N
 
     def targets(self) -> tuple[list[Tensor], Solved | None]:
-        """W* of each linear (out, in), and what H needed for it; the anchors and None where H has no factor.
+        """W* of each linear (out, in), and what H needed for it; the anchors where nothing pulls away from them; the
+        anchors and None where H has no factor.
 
         Columns whose input is always zero keep the anchor's value.
         """
@@ -115,6 +117,8 @@ class Objective:
     @cached_property
     def _solutions(self) -> tuple[list[Tensor], Solved | None]:
         H, dead = self.hessian, self.hessian.diagonal() == 0
+        if not any(self._shift(index).any() for index in range(len(self.anchors))):
+            return [anchor.weight for anchor in self.anchors], Solved(0.0, 0, None)
         factor = damped_cholesky(H + torch.diag(dead.to(H.dtype)) if dead.any() else H, 0.0)
         if factor is None:
             return [anchor.weight for anchor in self.anchors], None
