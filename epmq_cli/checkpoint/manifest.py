@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ class Content:
     sha256: str
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists every file of the folder; nothing in it depends on time or place."""
-    files = {path.name: asdict(content) for path, content in _contents(_files(folder)).items()}
+def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
+    """Lists every file of the folder; nothing in it depends on time or place. `known`: what some of them were written
+    with, which need not be read again."""
+    there = _files(folder)
+    found = {path.name: content for path, content in _contents([p for p in there if p.name not in known]).items()}
+    files = {path.name: asdict({**found, **known}[path.name]) for path in there}
     text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

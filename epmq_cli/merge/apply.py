@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
-from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.source import PIECE, Merge, MergeSource, Read
 from epmq_cli.suites import Suite
+from epmq_cli.threads import spread
 
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
@@ -86,8 +88,15 @@ class Merged:
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        pieces = [self._rule(base, experts).to(dtype) for base, *experts in self.source.parts(name)]
-        return torch.cat(pieces).view(self.source.shape(name))
+        shape = self.source.shape(name)
+        found = torch.empty(prod(shape), dtype=dtype)
+
+        def fill(part: tuple[Tensor, Read]) -> None:
+            base, *experts = part[1]()
+            part[0].copy_(self._rule(base, experts))
+
+        spread(fill, zip(torch.split(found, PIECE), self.source.parts(name), strict=True))
+        return found.view(shape)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""
