@@ -21,6 +21,8 @@ COMMANDS = {
     "list": "show what each config group offers",
 }
 
+DEBUG = "--debug"
+"""Tracebacks in place of sentences, with every command."""
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
@@ -37,6 +39,7 @@ examples
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq COMMAND --help                                all options of a command
+  epmq COMMAND --debug ...                           tracebacks in place of sentences
   epmq --version
   eval "$(epmq -sc install=bash)"                    completion in bash
 """
@@ -70,6 +73,9 @@ def usage() -> str:
 
 def start(command: str, arguments: list[str]) -> None:
     """Runs a command."""
+    if DEBUG in arguments:
+        arguments = [argument for argument in arguments if argument != DEBUG]
+        os.environ["HYDRA_FULL_ERROR"] = "1"
     if command in ("list", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return

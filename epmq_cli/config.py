@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
-from epmq_cli.errors import ConfigError, EpmqError, check_choice, check_keys, check_range
+from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range, placed, shown
+from epmq_cli.fields import check_type, check_types, required
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 KERNELS = ("auto", "int4", "dequantize")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables that hold a token of the hub."""
+REFERENCE = re.compile(r"\$\{(\w+)\}")
+"""A value that is that of another option, such as ${bits}."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 STAGES = ("base", "experts", "merged", "quantized")
 
@@ -40,7 +44,7 @@ def bytes_of(name: str, text: object) -> int:
     number = text[:-2] if isinstance(text, str) else ""
     unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
     if unit is None or not number.isdecimal() or int(number) == 0:
-        raise ConfigError(f"{name} must be a whole number with {', '.join(UNITS)} such as 5GB, got {text!r}")
+        raise ConfigError(f"{name} must be a whole number with {', '.join(UNITS)} such as 5GB, got {shown(text)}")
     return int(number) * unit
 
 
@@ -52,7 +56,7 @@ class Calib:
 
     samples: int
     batch_size: int
-    memory: str
+    memory: object
     student: str
 
     def __post_init__(self) -> None:
@@ -68,7 +72,7 @@ class Pack:
     5GB."""
 
     dtype: str
-    shard_size: str
+    shard_size: object
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)
@@ -109,15 +113,32 @@ class Harness(Evaluation):
         for stage in self.stages:
             check_choice("eval.stages", stage, [known for known in STAGES if known != "experts"])
         if not self.tasks or not isinstance(self.tasks, list | tuple):
-            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {self.tasks!r}")
+            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {shown(self.tasks)}")
         if self.shots is not None:
             check_range("eval.shots", self.shots, 0, 1000, integer=True)
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise ConfigError(f"eval.include_path must be a folder, got {self.include_path}")
+            raise ConfigError(f"eval.include_path must be a folder, got {self.include_path!r}")
 
 
-def check_complete(cfg: DictConfig) -> None:
-    """Refuses a config with a value that is still ???, an interpolation that leads nowhere or a token of the hub."""
+@cache
+def groups_of(command: str) -> list[str]:
+    """The groups of a command's config."""
+    primary = OmegaConf.load(conf_dir() / f"{command}.yaml")
+    return [str(name) for entry in primary.defaults if isinstance(entry, DictConfig) for name in entry]
+
+
+@cache
+def options_of(command: str) -> list[str]:
+    """The keys of a command's config: groups, but for experiments, which set others, and values."""
+    values = [str(name) for name in OmegaConf.load(conf_dir() / f"{command}.yaml") if name not in ("defaults", "hydra")]
+    return [name for name in dict.fromkeys([*groups_of(command), *values]) if name != "experiment"]
+
+
+def check_complete(cfg: DictConfig, command: str) -> None:
+    """Refuses a command's config with keys that it has not or lacks, a value that is still ???, an interpolation that
+    leads nowhere or a token of the hub."""
+    known = options_of(command)
+    check_keys("the config", [str(name) for name in cfg], known, known)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -126,6 +147,9 @@ def check_complete(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
     refuse_tokens([str(resolved)])
+    check_type("data_root", str | None, cfg.data_root)
+    if "checkpoint" in known:
+        check_type("checkpoint", str, cfg.checkpoint)
 
 
 def refuse_tokens(texts: Iterable[str]) -> None:
@@ -139,26 +163,54 @@ def refuse_tokens(texts: Iterable[str]) -> None:
 
 
 def build(group: str, node: DictConfig) -> Any:
-    """The object that a config group describes; its keys must be the fields of the class that `_target_` names."""
+    """The object that a config group describes; its keys must be the fields of the class that `_target_` names, and
+    its values of their types."""
     import hydra
 
-    for where, part in _targets(group, OmegaConf.to_container(node, resolve=True)):
-        try:
-            known = [field.name for field in dataclasses.fields(hydra.utils.get_class(part["_target_"]))]
-        except (ImportError, TypeError, ValueError) as error:
-            raise ConfigError(f"{where}._target_ must name one of epmq's classes, got {part['_target_']!r}") from error
-        check_keys(where, [str(key) for key in part if key != "_target_"], known)
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
     if "_target_" not in node:
         raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+    _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except hydra.errors.InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, EpmqError):
+        if isinstance(cause, ConfigError):
+            place = re.search(r"^full_key: (\S+)$", str(error), re.M)
+            raise placed(cause, place[1] if place else group) from None
+        if cause is not None:
             raise cause from None
-        if isinstance(cause, TypeError):
-            raise ConfigError(f"{group} cannot be made: {cause}") from error
-        raise
+        raise ConfigError(f"{group} cannot be made: {str(error).splitlines()[0]}") from error
+
+
+def _check_parts(group: str, node: DictConfig) -> None:
+    """ConfigError where a part of a group names no class, or has other keys or values than the class takes."""
+    raw = dict(_targets(group, OmegaConf.to_container(node, resolve=False)))
+    parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
+    for where, part in parts:
+        kind = _class_of(f"{where}._target_", part["_target_"])
+        check_keys(where, _keys(part), [field.name for field in dataclasses.fields(kind)], required(kind))
+    for where, part in parts:  # when it is known of all of them what they are
+        names = {key: found[1] for key, value in raw[where].items() if (found := REFERENCE.fullmatch(str(value)))}
+        values = {key: part[key] for key in _keys(part)}
+        check_types(where, _class_of(where, part["_target_"]), values, names)
+
+
+def _keys(part: dict[Any, Any]) -> list[str]:
+    return [str(key) for key in part if key != "_target_"]
+
+
+def _class_of(where: str, target: Any) -> Any:
+    """The dataclass of this name; ConfigError where there is none."""
+    import hydra
+
+    try:
+        kind = hydra.utils.get_class(target)
+        dataclasses.fields(kind)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where} must name one of epmq's classes, got {target!r}") from error
+    return kind
 
 
 def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -182,7 +234,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda", ranks.local()) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = str(name).partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ConfigError(f"device must be {DEVICES}, got {name!r}")
+        raise ConfigError(f"device must be {DEVICES}, got {shown(name)}")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count()
         raise ConfigError(f"device={name} is not there: this machine has {found} CUDA devices; use device=cpu")

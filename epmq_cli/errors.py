@@ -6,8 +6,12 @@
     ├── DataError         the data of a task
     └── CheckpointError   a checkpoint that cannot be written, or was not written by epmq
 
-The message is one sentence that names what was given, what is allowed and what to do. Anything else that is raised is
-a defect of epmq and keeps its traceback.
+The message is one sentence that names what was given, what is allowed and what to do. The commands print it without a
+traceback and exit with 1, as they do for what the system refuses (OSError: a full disk, a folder that may not be
+written; MemoryError). Ctrl-C exits with 130.
+
+Anything else that is raised is a defect of epmq: the commands say so in one sentence and exit with 70. Its traceback is
+in the run folder's log, and on the screen with --debug or HYDRA_FULL_ERROR=1, which show those of mistakes as well.
 """
 
 from __future__ import annotations
@@ -37,6 +41,24 @@ class CheckpointError(EpmqError):
     """A checkpoint cannot be written or read."""
 
 
+def placed(error: ConfigError, where: str) -> ConfigError:
+    """The error of a part such as data, which knows its own name alone, with where in the config it is."""
+    part = where.rpartition(".")[2]
+    text = str(error)
+    return ConfigError(f"{where}{text.removeprefix(part)}") if text.startswith(f"{part}.") else error
+
+
+def shown(value: object) -> str:
+    """A value as the user would have typed it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+    return repr(value)
+
+
 def check_range(
     name: str,
     value: object,
@@ -48,18 +70,19 @@ def check_range(
 ) -> None:
     """Refuses `value` unless it is a number (an int where `integer`) in [low, high]; (low, high] where `open_low`."""
     wanted = "a whole number" if integer else "a number"
-    span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == float('inf') else ']'}"
+    span = f"{'(' if open_low else '['}{low}, {high}{')' if high == float('inf') else ']'}"
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     inside = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
     if not inside or (open_low and value == low):
-        raise ConfigError(f"{name} must be {wanted} in {span}, got {value!r}")
+        raise ConfigError(f"{name} must be {wanted} in {span}, got {shown(value)}")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Refuses `value` unless it is one of `allowed`."""
     options = list(allowed)
     if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
+        known = ", ".join(option if isinstance(option, str) else shown(option) for option in options)
+        raise ConfigError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
@@ -72,4 +95,5 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str], required:
             raise ConfigError(f"{where} has no option {key!r}, the options are {', '.join(known)}{hint}")
     missing = [key for key in required if key not in given]
     if missing:
-        raise ConfigError(f"{where} needs {', '.join(missing)}, but only {', '.join(given) or 'nothing'} is set")
+        found = f"only {', '.join(given)}" if given else "nothing"
+        raise ConfigError(f"{where} needs {', '.join(missing)}, but {found} is set")

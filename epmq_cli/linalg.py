@@ -25,6 +25,11 @@ class Factor:
     retries: int
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no item is a NaN or an infinity; the sum says so quickly, unless it overflows itself."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
+
+
 def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Factor | None:
     """The Cholesky factor of a symmetric matrix, with more damping where it is not positive definite.
 

@@ -23,13 +23,14 @@ from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
-from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
+from epmq_cli.errors import ConfigError, DataError, ModelError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import ScoredTask, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.int4 import obstacle
 from epmq_cli.inference.load import load, refuse
+from epmq_cli.linalg import is_finite
 from epmq_cli.mapped import Disk
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
@@ -88,6 +89,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -
     """ConfigError where models of the family cannot be scored as tasks or evaluation say."""
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
+        family.check_task(task)
     if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
@@ -106,10 +108,21 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     place = Disk(folder) if job.calib.student == "disk" else job.device
     model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
     own = model.state_dict().items()
-    install(model, ((name, tensor.to(dtype).float()) for name, tensor in own if tensor.is_floating_point()))
+    install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
     check_kernel(model, job)
     return models, model, dtype
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the base as the type has it, in float32; ModelError where it holds a NaN or an infinity then."""
+    found = tensor.to(dtype).float()
+    if not is_finite(found):
+        if is_finite(tensor):
+            kind = str(dtype).removeprefix("torch.")
+            raise ModelError(f"base: {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16")
+        raise ModelError(f"base: {name} holds a NaN or an infinity; train or fetch the model again")
+    return found
 
 
 def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> None:

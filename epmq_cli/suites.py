@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmq_cli.data.samples import Source
-from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range
+from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range, placed, shown
+from epmq_cli.fields import check_types
 
 MAX_LENGTH = 128
 METRICS = ("accuracy", "matthews", "spearman", "perplexity")
@@ -36,6 +37,8 @@ class Task:
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
         check_range(f"{where}.max_length", self.max_length, 1, 1 << 20, integer=True)
+        if self.documents is not None:
+            check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
@@ -58,7 +61,7 @@ class Suite:
     name: str
     family: str
     base: str
-    tasks: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, Any] | None]
     experts: str | Mapping[str, str] | None = None
     each: Mapping[str, Any] | None = None
     vocabulary: str = "same"
@@ -67,11 +70,17 @@ class Suite:
     def __post_init__(self) -> None:
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
         if not self.entries:
-            raise ConfigError("suite.tasks must name at least one task, or suite.experts the experts by task name")
+            raise ConfigError(
+                "suite.tasks must name at least one task, or suite.experts the experts by task name, got "
+                f"{shown(self.tasks)} and {shown(self.experts)}"
+            )
         if isinstance(self.experts, str) and self.experts.count("{task}") != 1:
             raise ConfigError(f"suite.experts must have one {{task}} for the task's name, got {self.experts!r}")
         if isinstance(self.experts, Mapping):
             check_keys("suite.experts", self.experts, self.entries)
+        check_keys("suite.each", self.each or {}, TASK_FIELDS)
+        if (self.each or {}).get("data") is not None:
+            _check_source("suite.each.data", (self.each or {})["data"])
         _ = self.members
 
     @property
@@ -82,16 +91,17 @@ class Suite:
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
         """The fields of each task, with those that all have."""
-        given = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
+        given: Mapping[str, Any] = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
         return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in given}
 
     def _expert(self, name: str, entry: Mapping[str, Any]) -> str:
         if entry.get("expert") is not None:
-            return str(entry["expert"])
+            expert: str = entry["expert"]
+            return expert
         if isinstance(self.experts, str):
             return self.experts.replace("{task}", name)
         if self.experts and name in self.experts:
-            return str(self.experts[name])
+            return self.experts[name]
         raise ConfigError(
             f"task {name} has no expert; set suite.tasks.{name}.expert, or suite.experts to a pattern with {{task}}"
         )
@@ -102,22 +112,42 @@ class Suite:
         return {task.name: task.metric for task in self.members}
 
 
+TASK_FIELDS = [field.name for field in dataclasses.fields(Task) if field.name != "name"]
+"""What a suite may say of a task."""
+
+
 def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
     """A task's fields with those of all tasks; of its data, too, what it names counts and the rest is theirs."""
     filled = {**each, **entry}
     shared, own = each.get("data"), entry.get("data")
     if dataclasses.is_dataclass(shared) and not isinstance(shared, type) and isinstance(own, Mapping):
         check_keys(f"suite.tasks.{name}.data", own, [field.name for field in dataclasses.fields(shared)])
-        filled["data"] = dataclasses.replace(shared, **own)
+        check_types(f"suite.tasks.{name}.data", type(shared), own)
+        try:
+            filled["data"] = dataclasses.replace(shared, **own)
+        except ConfigError as error:
+            raise placed(error, f"suite.tasks.{name}.data") from None
     return filled
 
 
 def _task(name: str, entry: Mapping[str, Any], expert: str) -> Task:
-    known = [field.name for field in dataclasses.fields(Task) if field.name != "name"]
-    check_keys(f"suite.tasks.{name}", entry, known, required=("data",))
-    if not hasattr(entry["data"], "load"):
+    where, fields = f"suite.tasks.{name}", {**entry, "expert": expert}
+    check_keys(where, entry, TASK_FIELDS, required=("data",))
+    fields |= {key: _texts(entry[key]) for key in ("classes", "templates") if key in entry}
+    check_types(where, Task, fields)
+    _check_source(f"{where}.data", entry["data"])
+    return Task(name=name, **fields)
+
+
+def _check_source(where: str, data: Any) -> None:
+    if not hasattr(data, "load"):
         raise ConfigError(
-            f"suite.tasks.{name}.data needs a _target_ such as epmq_cli.data.table.Table (see the README)"
+            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {shown(data)}"
         )
-    lists = {key: tuple(map(str, entry[key])) for key in ("classes", "templates") if entry.get(key) is not None}
-    return Task(name=name, **{**entry, **lists, "expert": expert})
+
+
+def _texts(value: Any) -> Any:
+    """A list with its numbers as texts, as classes may be digits; anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item for item in value)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from epmq_cli.errors import ConfigError, check_choice, check_range
+from epmq_cli.errors import check_choice, check_range
 
 TARGETS = ("merged", "expert")
 TASK_WEIGHTS = ("frobenius", "tokens")
 AUTO = "auto"
+Auto = Literal["auto"]
 LIMITS = {"lam": float("inf"), "alpha": 1, "beta": 1, "rho": 10}
 """The options that can be `auto`, with the largest value of each; the smallest is 0."""
 
@@ -31,10 +33,10 @@ class Guidance:
     """
 
     targets: str
-    lam: float | str
-    alpha: float | str
-    beta: float | str
-    rho: float | str
+    lam: float | Auto
+    alpha: float | Auto
+    beta: float | Auto
+    rho: float | Auto
     intercepts: bool
     norms: bool
     embeddings: bool
@@ -48,11 +50,8 @@ class Guidance:
     def __post_init__(self) -> None:
         check_choice("guidance.targets", self.targets, TARGETS)
         for name, limit in LIMITS.items():
-            value = getattr(self, name)
-            if isinstance(value, str) and value != AUTO:
-                raise ConfigError(f"guidance.{name} must be a number or auto, got {value!r}")
-            if value != AUTO:
-                check_range(f"guidance.{name}", value, 0, limit)
+            if getattr(self, name) != AUTO:
+                check_range(f"guidance.{name}", getattr(self, name), 0, limit)
         for name in ("intercepts", "norms", "embeddings", "readout"):
             check_choice(f"guidance.{name}", getattr(self, name), (True, False))
         check_range("guidance.readout_weight", self.readout_weight, 0, 1, open_low=True)

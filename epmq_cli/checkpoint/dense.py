@@ -14,6 +14,7 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.writer import NAMES, Entry, write_model
 from epmq_cli.config import Pack, bytes_of
 from epmq_cli.console import track
+from epmq_cli.errors import ModelError
 from epmq_cli.merge.apply import Merged
 
 
@@ -53,6 +54,8 @@ def _entries(base: ModelFolder, merged: Merged, pack: Pack) -> list[Entry]:
     types = {name: dtype for dtype, name in NAMES.items()}
     found = []
     for stored, info in base.infos.items():
+        if info.dtype not in types:
+            raise ModelError(f"base: {stored} is of type {info.dtype}, written are {', '.join(types)}")
         own = types[info.dtype]
         dtype: torch.dtype = own if pack.dtype == "auto" or not own.is_floating_point else getattr(torch, pack.dtype)
         name = names.get(stored)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.manifest import Content, write_manifest
-from epmq_cli.checkpoint.writer import Entry, of, write_model
+from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
@@ -177,6 +177,8 @@ def _write_others(folder: Path, contents: Contents) -> None:
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
+    for name, tensor in heads.items():
+        check_finite(name, tensor)
     if heads:
         save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))

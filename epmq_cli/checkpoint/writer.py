@@ -20,6 +20,8 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.manifest import Content
 from epmq_cli.checkpoint.reader import INDEX, SINGLE
+from epmq_cli.errors import CheckpointError
+from epmq_cli.linalg import is_finite
 
 NAMES = {
     torch.float64: "F64",
@@ -107,9 +109,19 @@ def write_file(path: Path, entries: Iterable[Entry]) -> Content:
 def _bytes(entry: Entry) -> memoryview:
     tensor = entry.make()
     assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
+    check_finite(entry.name, tensor)
     flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))  # flatten leaves one item its odd stride
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """CheckpointError where what is to be written holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise CheckpointError(
+            f"{name} would hold a NaN or an infinity in {str(tensor.dtype).removeprefix('torch.')}, and nothing is "
+            "written; choose another pack.dtype, such as bfloat16, or a larger guidance.lam"
+        )
 
 
 def _shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:

@@ -10,53 +10,95 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from epmq_cli import ranks
+from epmq_cli.cli import split
+from epmq_cli.commands.overrides import check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
-INTERRUPTED = 130
+MISTAKEN, DEFECT, INTERRUPTED = 1, 70, 130
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 """Of sweeps: the extra that each comes with."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
+MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
+"""What is raised that is no defect of epmq."""
 
 
 def launch(command: str, arguments: list[str]) -> None:
-    """Runs a command with these arguments; a mistake in them prints one sentence and exits with 1, Ctrl-C with 130.
-
-    Everything else that is raised is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 keeps all tracebacks.
-    """
-    full = os.environ.get(FULL_ERROR) == "1"
+    """Runs a command with these arguments; whatever is raised ends it as `told` says."""
     if ranks.count() > 1 and command != "run":
         complain(f"epmq {command} is done by one process; start it without torchrun")
-        sys.exit(1)
+        sys.exit(MISTAKEN)
     if not ranks.first():
         arguments = [*arguments, *_without_traces()]
     sys.argv = [f"epmq {command}", *arguments]
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
-    try:
+    with told(lambda error: explain(error, command, arguments)):
+        os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
-        importlib.import_module(f"epmq_cli.commands.{command}").main()
-    except (EpmqError, HydraException, OmegaConfBaseException) as error:
-        if full:
-            raise
+        overrides, flags = split(arguments)
+        check_overrides(command, overrides)
+        try:
+            importlib.import_module(f"epmq_cli.commands.{command}").main()
+        except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
+            raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
+
+
+class Ended(BaseException):
+    """What ended a job, on its way past Hydra, which would print a line of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def told(explained: Callable[[Exception], str]) -> Iterator[None]:
+    """Ends the process with a sentence and a status, see errors.py, where something is raised inside; with --debug or
+    HYDRA_FULL_ERROR=1 it is raised on."""
+    before = os.environ.get(FULL_ERROR, "0")
+    try:
+        yield
+    except (Exception, Ended) as raised:
+        error = raised.error if isinstance(raised, Ended) else raised
+        if before == "1":
+            raise error from None
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
-            complain(explain(error, command, arguments))
-        sys.exit(1)
+            complain(explained(error))
+        sys.exit(MISTAKEN if isinstance(error, MISTAKES) or _lacks_memory(error) else DEFECT)
     except KeyboardInterrupt:
         complain("interrupted; nothing of this run is complete")
         sys.exit(INTERRUPTED)
     finally:
-        os.environ[FULL_ERROR] = "1" if full else "0"
+        os.environ[FULL_ERROR] = before
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory was wanting, of the machine or of an accelerator; torch has its own ways to say so."""
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
+
+
+def defect(error: Exception) -> str:
+    """What is said of an exception that nobody foresaw."""
+    reason = (str(error).splitlines() or [""])[0]
+    return (
+        f"this is a defect of epmq, not of your input ({type(error).__name__}{': ' * bool(reason)}{reason}); "
+        "run the same again with --debug and report what it prints"
+    )
 
 
 def _without_traces() -> list[str]:
@@ -66,9 +108,16 @@ def _without_traces() -> list[str]:
     return [f"out={folder}"]
 
 
-def explain(error: Exception, command: str, arguments: list[str]) -> str:
-    """The error as one sentence that says what exists where the user named something that does not."""
+def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
+    """The error as one sentence that says what exists where the user named something that does not, and of a defect
+    that it is one."""
     text = str(error)
+    if _lacks_memory(error):
+        return "there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size"
+    if not isinstance(error, MISTAKES):
+        return defect(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"the system says of {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MissingConfigException) and (option := re.search(r"Could not find '(.+)/(.+)'", text)):
         if option[1] == "hydra/launcher" and option[2] in LAUNCHERS:
             extra = LAUNCHERS[option[2]]
@@ -80,10 +129,11 @@ def explain(error: Exception, command: str, arguments: list[str]) -> str:
             _check_key(key[1], command, arguments)
         except ConfigError as better:
             return str(better)
+    text = text.partition("Config search path")[0]
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _check_key(key: str, command: str, arguments: list[str]) -> None:
+def _check_key(key: str, command: str, arguments: Sequence[str]) -> None:
     """ConfigError with what exists beside a key that does not, in the config as it is without it."""
     parent, _, name = key.rpartition(".")
     others = [a for a in arguments if "=" in a and not a.startswith(("-", key))]
@@ -98,15 +148,20 @@ def _check_key(key: str, command: str, arguments: list[str]) -> None:
 
 
 def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The job of a command with the user's mistakes in run.log."""
+    """The job of a command with what ends it in run.log: a mistake as its sentence, a defect with its traceback."""
 
     @wraps(command)
     def wrapped(cfg: DictConfig) -> None:
         try:
             command(cfg)
-        except EpmqError as error:
-            log.error("%s", plain(str(error)))
-            raise
+        except Exception as error:
+            if isinstance(error, EpmqError):
+                log.error("%s", plain(str(error)))
+            else:
+                log.exception("the job ends here")
+            if HydraConfig.get().mode == RunMode.RUN:
+                raise Ended(error) from error
+            raise  # to the sweep, which goes on with its other jobs
 
     return wrapped
 

@@ -29,7 +29,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     from epmq_cli.report.stages import Stages
 
     refuse_used(folder, "metrics.json")
-    config.check_complete(cfg)
+    config.check_complete(cfg, "eval")
     checkpoint, device = Path(cfg.checkpoint), config.device_of(cfg.device)
     suite = recorded.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
     evaluation, stages = config.build("eval", cfg.eval), Stages(device)

@@ -44,6 +44,7 @@ examples
 }
 TAIL = """
 -m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: what else Hydra takes.
+--debug: a traceback in place of the sentence that says what went wrong.
 A shipped name always means the shipped thing: --config-dir adds options and shadows none.
 """
 

@@ -33,7 +33,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.report.stages import Stages
 
     refuse_used(folder, "checkpoint", "metrics.json")
-    config.check_complete(cfg)
+    config.check_complete(cfg, "merge")
     suite, method = config.build("suite", cfg.suite), config.build("merge", cfg.merge)
     pack: config.Pack = config.build("pack", cfg.pack)
     device = torch.device("cpu")

@@ -37,8 +37,8 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     from epmq_cli.report.stages import Stages
 
     refuse_used(folder, "checkpoint", "metrics.json")
+    config.check_complete(cfg, "run")
     ranks.join(config.device_of(cfg.device))
-    config.check_complete(cfg)
     resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")

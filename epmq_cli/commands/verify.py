@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-from epmq_cli.commands.app import FULL_ERROR, quiet_libraries
-from epmq_cli.console import complain, console, plain
-from epmq_cli.errors import CheckpointError, EpmqError
+from epmq_cli.commands.app import explain, quiet_libraries, told
+from epmq_cli.console import console, plain
+from epmq_cli.errors import CheckpointError
 
 DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
 manifest.json, names, shapes and values of all tensors by its config.json and, with --scores, that it scores as the
@@ -23,14 +21,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--scores", action="store_true", help="score it again; takes as long as epmq eval")
     parser.add_argument("--device", default="auto", help="to score on: auto (the default), cpu, cuda or cuda:<index>")
     parser.add_argument("--data-root", help="a mirror of the hub on this machine, in place of the one that the run had")
+    parser.add_argument(
+        "--debug", action="store_true", help="a traceback in place of the sentence that says what is wrong"
+    )
     chosen = parser.parse_args(arguments)
-    try:
+    with told(explain):
         verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
-    except EpmqError as error:
-        if os.environ.get(FULL_ERROR) == "1":
-            raise
-        complain(str(error))
-        sys.exit(1)
 
 
 def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epmq_cli.data.tiny_draw import COLUMNS, SIDE, Dice, Labels, paint
-from epmq_cli.errors import ConfigError
+from epmq_cli.errors import ConfigError, check_range
 
 if TYPE_CHECKING:
     from epmq_cli.data.samples import Samples, Split
@@ -42,10 +42,9 @@ class Tiny:
 
     def __post_init__(self) -> None:
         if self.task not in CLASSES:
-            raise ConfigError(f"data.task must be one of {', '.join(CLASSES)}, got {self.task}")
+            raise ConfigError(f"data.task must be one of {', '.join(CLASSES)}, got {self.task!r}")
         for split in ("train", "test"):
-            if getattr(self, split) < 1:
-                raise ConfigError(f"data.{split} must be at least 1 sample, got {getattr(self, split)}")
+            check_range(f"data.{split}", getattr(self, split), 1, 1 << 20, integer=True)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Samples of the split: 32 x 32 RGB pictures and their labels. Without a seed only `count` are drawn."""

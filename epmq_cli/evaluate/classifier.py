@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
+from epmq_cli.linalg import is_finite
 
 
 def read_head(expert: ModelFolder, name: str) -> dict[str, Tensor]:
@@ -17,6 +18,9 @@ def read_head(expert: ModelFolder, name: str) -> dict[str, Tensor]:
     }
     if "weight" not in head:
         raise ModelError(f"{expert.role}: {expert.path} has no {name}.weight, the head of its task")
+    for part, tensor in head.items():
+        if not is_finite(tensor):
+            raise ModelError(f"{expert.role}: {name}.{part} holds a NaN or an infinity; train or fetch the model again")
     return head
 
 

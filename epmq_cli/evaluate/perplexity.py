@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from epmq_cli.errors import DataError
+from epmq_cli.errors import DataError, ModelError
 
+LARGEST = 700.0  # loss of a token: the exponential of more is no number that JSON has
 PLACES = 1 << 26  # logits that are turned into losses at a time: 0.25 GB in float32
 
 Window = tuple[int, int, int]
@@ -31,7 +32,7 @@ def perplexity(
     `length`, the protocol of GPTQ and most tables, windows do not overlap and the first token of each is not predicted;
     with a smaller one each token but the very first counts once. The last window may be shorter, and counts; GPTQ
     (https://github.com/IST-DASLab/gptq, `llama_eval`) drops it, whose number is that of `ids` cut to whole windows.
-    DataError where nothing can be predicted.
+    DataError where nothing can be predicted, ModelError where logits are NaN; a loss is taken as at most `LARGEST`.
     """
     total, count = 0.0, 0
     for group in batched(windows(len(ids), length, stride), batch_size):
@@ -41,7 +42,9 @@ def perplexity(
             total, count = total + float(counted.sum()), count + len(counted)
     if count == 0:
         raise DataError(f"perplexity needs at least two tokens of text, got {len(ids)}")
-    return math.exp(total / count)
+    if math.isnan(total):
+        raise ModelError("what the model says of the text is no number; check its weights")
+    return math.exp(min(total / count, LARGEST))
 
 
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:

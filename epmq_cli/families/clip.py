@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError
+from epmq_cli.errors import ConfigError, shown
 from epmq_cli.evaluate import zero_shot
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Patches, Section
 from epmq_cli.families.parts import block_settings, images
@@ -67,6 +67,14 @@ class Clip(Family):
     heads = "made"
     dequantize_on_load = True  # get_image_features goes round the call of the whole model
 
+    def check_task(self, task: Task) -> None:
+        """Classes and templates, of which its head is made."""
+        if not task.classes or not task.templates:
+            raise ConfigError(
+                f"suite.tasks.{task.name} needs classes and templates, from which family clip makes its head, got "
+                f"{shown(task.classes)} and {shown(task.templates)}"
+            )
+
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
         read."""
@@ -113,10 +121,7 @@ class Clip(Family):
         """`weight` (classes, projection width): the class embeddings, each of length 1."""
         from transformers import AutoTokenizer
 
-        if not task.classes or not task.templates:
-            raise ConfigError(
-                f"suite.tasks.{task.name} needs classes and templates, from which family clip makes its head"
-            )
+        classes, templates = task.classes or (), task.templates or ()
         tokenizer = from_folder(AutoTokenizer, base)
 
         def embed(texts: list[str]) -> Tensor:
@@ -124,7 +129,7 @@ class Clip(Family):
             embedding: Tensor = model.get_text_features(**tokens).pooler_output  # type: ignore[operator]
             return embedding
 
-        return {"weight": zero_shot.class_embeddings(embed, task.classes, task.templates)}
+        return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """The features, each of length 1."""

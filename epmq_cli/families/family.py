@@ -15,6 +15,7 @@ from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
+from epmq_cli.linalg import is_finite
 from epmq_cli.mapped import Disk, on_disk
 from epmq_cli.suites import Task
 
@@ -170,6 +171,9 @@ class Family(ABC):
             known = f"{', '.join(others)} and {last}" if others else last
             raise ModelError(f"{folder.role}: {folder.path} holds a model of type {found}, family {name} takes {known}")
 
+    def check_task(self, task: Task) -> None:  # noqa: B027 - most families need nothing
+        """ConfigError where a task lacks what models of this family need of it."""
+
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
@@ -232,6 +236,8 @@ class Family(ABC):
 
         def judged(model: nn.Module, batch: Batch, head: Head) -> Tensor:
             logits = self.logits(self.features(model, batch), head)
+            if not is_finite(logits):
+                raise ModelError(f"what the model says on task {task.name} is a NaN or an infinity; check its weights")
             return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
         return judged

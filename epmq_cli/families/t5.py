@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError
+from epmq_cli.errors import ConfigError, shown
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Predict, Section, Stack, Table
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.suites import Task
@@ -57,6 +57,14 @@ class T5(Family):
     answers = True
     metrics = ("accuracy", "matthews", "spearman")
     dequantize_on_load = True  # its feed-forward reads wo.weight
+
+    def check_task(self, task: Task) -> None:
+        """Classes, unless the answers are numbers."""
+        if not task.classes and task.metric != "spearman":
+            raise ConfigError(
+                f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
+                f"got {shown(task.classes)}"
+            )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors; the table that encoder and decoder share is read once, the output layer where it is stored."""
@@ -133,11 +141,6 @@ class T5(Family):
         """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
         from transformers import AutoTokenizer
 
-        if not task.classes and task.metric != "spearman":
-            raise ConfigError(
-                f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
-                "it is not given"
-            )
         tokenizer = from_folder(AutoTokenizer, folder)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 

@@ -14,6 +14,7 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
+from epmq_cli.linalg import is_finite
 from epmq_cli.merge.source import PIECE, Merge, MergeSource, Read
 from epmq_cli.suites import Suite
 from epmq_cli.threads import spread
@@ -96,6 +97,12 @@ class Merged:
             part[0].copy_(self._rule(base, experts))
 
         spread(fill, zip(torch.split(found, PIECE), self.source.parts(name), strict=True))
+        if not is_finite(found):
+            kind = str(dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
+                "smaller merge.scale"
+            )
         return found.view(shape)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.reader import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.errors import ModelError
+from epmq_cli.linalg import is_finite
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
 
 SHOWN = 3  # differences named in an error
@@ -30,6 +31,15 @@ class Merge(Protocol):
 
     def __call__(self, source: MergeSource) -> Rule:
         """The rule that makes one merged tensor."""
+
+
+def _check_readable(base: ModelFolder, name: str, stored: str) -> None:
+    """ModelError where a tensor is of a floating type that cannot be merged, such as those of 8 bits."""
+    dtype = base.infos[stored].dtype
+    if dtype.startswith("F") and dtype not in DTYPES:
+        raise ModelError(
+            f"{base.role}: {name} is of type {dtype}, merged are {', '.join(DTYPES)}; save the model in one of those"
+        )
 
 
 class MergeSource:
@@ -59,6 +69,8 @@ class MergeSource:
         self._added: dict[str, Tensor] = {}
         self.padded: dict[str, int] = {}
         """The tensors over the vocabulary that not all models have alike, and the rows that they get."""
+        for name, stored in base_names.items():
+            _check_readable(base, name, stored)
         for task in experts:
             self._check_same(task)
         self.names = [name for name, stored in base_names.items() if base.infos[stored].dtype in DTYPES]
@@ -130,8 +142,7 @@ class MergeSource:
 
     def _checked(self, task: str | None, name: str, tensor: Tensor) -> Tensor:
         """The tensor itself; ModelError where it holds a NaN or an infinity."""
-        finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()  # the sum is quick, but may overflow
-        if not finite:
+        if not is_finite(tensor):
             role = self._base.role if task is None else self._experts[task].role
             raise ModelError(f"{role}: {name} holds a NaN or an infinity; train or fetch the model again")
         return tensor
@@ -151,6 +162,8 @@ class MergeSource:
             expert = folder.infos[names[name]] if name in names else None
             if expert is None:
                 found.append(f"{name} is missing from the expert")
+            elif info.dtype in DTYPES and expert.dtype not in DTYPES:
+                found.append(f"{name} is of type {expert.dtype} in the expert and {info.dtype} in the base")
             elif expert.shape != info.shape:
                 over = is_over_vocabulary(info, self._base.config, expert, folder.config)
                 if over and self._vocabulary == "pad":

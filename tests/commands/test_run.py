@@ -66,10 +66,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(clip_hub: Path, tmp_path: 
 
 
 BAD = [
-    ("seed=-1", ConfigError, r"seed must be a whole number in \[0, 2.14748e\+09\], got -1"),
+    ("seed=-1", ConfigError, r"seed must be a whole number in \[0, 2147483647\], got -1"),
     ("device=tpu", ConfigError, "device must be auto, cpu, cuda or cuda:<index>, got 'tpu'"),
     ("calib.samples=0", ConfigError, "calib.samples must be a whole number in"),
-    ("calib.batch_size=none", ConfigError, "calib.batch_size must be a whole number in"),
+    ("calib.batch_size=none", ConfigError, "calib.batch_size must be a whole number, got .none."),
     ("pack.dtype=int8", ConfigError, "pack.dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
     ("pack.shard_size=5", ConfigError, "pack.shard_size must be a whole number with KB, MB, GB"),
     ("pack.shard_size=0GB", ConfigError, "pack.shard_size"),
@@ -220,14 +220,6 @@ def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path
     assert "names tests.data.evil.Table, which is not epmq's; if you trust it" in result.stderr
     trusted = epmq_inside("eval", str(checkpoint), "--config-dir", str(bert_hub / "configs"), "suite=mini")
     assert trusted.returncode == 0, trusted.stderr
-
-
-def test_a_defect_keeps_its_traceback(
-    bert_hub: Path, tmp_path: Path, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("epmq_cli.pipeline.install", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16")
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(

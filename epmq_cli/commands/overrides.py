@@ -1,0 +1,60 @@
+"""What of the command line is checked before Hydra sees it, which would stumble over it, and what it stumbles over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
+from yaml import MarkedYAMLError
+
+from epmq_cli.config import conf_dir, groups_of, options_of
+from epmq_cli.errors import ConfigError, shown
+
+
+def check_overrides(command: str, texts: Sequence[str]) -> None:
+    """ConfigError where an override takes an option out of the config, gives a group something else than one of its
+    names, or `out` something that is no folder."""
+    known, groups = options_of(command), groups_of(command)
+    for override in OverridesParser.create().parse_overrides(list(texts)):
+        name = override.key_or_group
+        if override.is_delete():
+            if name in known:
+                raise ConfigError(f"{name} cannot be taken out of the config, got {override.input_line}")
+        elif name in groups:
+            _check_group(name, override)
+        elif name == "out" and (override.value() in ("", None) or isinstance(override.value(), (list, dict))):
+            raise ConfigError(f"out must be a folder, got {shown(override.value())}")
+
+
+def unreadable(error: Exception, flags: Sequence[str]) -> str:
+    """Which config file cannot be read, and why; `flags`: with --config-dir, where those of the user are."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    folders = [Path(folder) for flag, folder in pairwise(flags) if flag in ("--config-dir", "-cd")]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
+    found = [path for path in paths if not _is_text(path)] if isinstance(error, UnicodeDecodeError) else []
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{found[0]} is no text in UTF-8" if found else reason
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _check_group(group: str, override: Override) -> None:
+    value: Any = override.value()
+    if isinstance(value, Sweep) and not isinstance(value, ChoiceSweep):
+        return  # of patterns
+    for name in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if not isinstance(name, (str, QuotedString)) or name == "":
+            options = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+            raise ConfigError(f"{group} must be one of {options} (see epmq list {group}), got {shown(name)}")

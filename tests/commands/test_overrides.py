@@ -1,0 +1,96 @@
+"""Oracle: what a user may type and write into a YAML of their own; all else is one sentence, and nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
+TYPED = {
+    "run merge=null": f"merge must be one of {MERGES}, got null",
+    "run merge=": f"merge must be one of {MERGES}, got ''",
+    "run merge=3": f"merge must be one of {MERGES}, got 3",
+    "run merge=[ties,average]": f"merge must be one of {MERGES}, got ['ties', 'average']",
+    "run -m merge=ties,null": f"merge must be one of {MERGES}, got null",
+    "merge suite=null": "suite must be one of causal_lm, clip_vit_b16_ta8, ",
+    "eval x eval=null": "eval must be one of default, lm_eval (see epmq list eval), got null",
+    "run ~merge": "merge cannot be taken out of the config, got ~merge",
+    "run ~seed": "seed cannot be taken out of the config, got ~seed",
+    "run out=null": "out must be a folder, got null",
+    "run out=": "out must be a folder, got ''",
+    "run out=[a,b]": "out must be a folder, got ['a', 'b']",
+    "run out={a:1}": "out must be a folder, got {a: 1}",
+    "run out=a=b": "mismatched input '=' expecting <EOF>",
+    "run out=/proc/none/x": "the system says of /proc/none: No such file or directory",
+    "run --config-dir nowhere": "nowhere' not found",
+    "run hydra.run.dir=[1]": "Error merging override hydra.run.dir=[1]",
+}
+WRITTEN = {
+    "a key twice": (b"name: a\nname: b\n", "mine.yaml, line 2: found duplicate key name"),
+    "a list that does not end": (b"name: [a\n", "mine.yaml, line 2: expected ',' or ']', but got '<stream end>'"),
+    "a tab": (b"name:\n\t- a\n", "mine.yaml, line 2: found character '?t' that cannot start any token"),
+    "no UTF-8": (b"name: \xff\xfe\n", "mine.yaml is no text in UTF-8"),
+    "a zero byte": (b"\0", "unacceptable character #x0000"),
+    "an endless list": (b"a: &x [*x]\n", "maximum recursion depth exceeded"),
+    "Python": (b"a: !!python/object/apply:os.system [ls]\n", "mine.yaml, line 1: could not determine a constructor"),
+    "a list as a key": (b"? [1, 2]\n: y\n", "mine.yaml, line 1: found unhashable key"),
+}
+MADE = {
+    "nothing": ("", "suite has no _target_; copy the first lines of one of the shipped suite files"),
+    "a list": ("- a\n- b\n", "suite must be one of its options (see epmq list suite), got ['a', 'b']"),
+    "a word": ("hello\n", "suite has no _target_"),
+    "a default that is not there": ("defaults: [nope]\n", "In 'suite/mine': Could not load 'suite/nope'."),
+    "a reference to nothing": ("name: ${nowhere}\n", "Interpolation key 'nowhere' not found"),
+    "a variable that is not set": ("name: ${oc.env:EPMQ_NOT_SET}\n", "Environment variable 'EPMQ_NOT_SET' not found"),
+    "no class": ("_target_: 3\n", "suite._target_ must name one of epmq's classes, got 3"),
+    "a class without keys": (
+        "_target_: epmq_cli.suites.Suite\n",
+        "suite needs name, family, base, tasks, but nothing is",
+    ),
+    "a number as a key": ("_target_: epmq_cli.suites.Suite\n1: x\n", "suite has no option '1', the options are name"),
+}
+
+
+def one_sentence(text: str, message: str) -> None:
+    lines = text.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("epmq: ")
+    assert message in lines[0].replace("\\", "?")
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_cannot_be_typed_is_answered_in_one_sentence(typed: str, epmq_inside: Run, tmp_path: Path) -> None:
+    result = epmq_inside(*typed.split())
+    assert result.returncode == 1
+    one_sentence(result.stderr, TYPED[typed])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_config_file_that_cannot_be_read_is_named(case: str, epmq_inside: Run, tmp_path: Path) -> None:
+    content, message = WRITTEN[case]
+    (tmp_path / "configs" / "suite").mkdir(parents=True)
+    (tmp_path / "configs" / "suite" / "mine.yaml").write_bytes(content)
+    result = epmq_inside("run", "--config-dir", "configs", "suite=mine", "out=x")
+    assert result.returncode == 1
+    one_sentence(result.stderr, "a config file cannot be read: ")
+    one_sentence(result.stderr, message)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_a_config_file_that_describes_no_suite_is_refused(case: str, epmq_inside: Run, tmp_path: Path) -> None:
+    content, message = MADE[case]
+    (tmp_path / "configs" / "suite").mkdir(parents=True)
+    (tmp_path / "configs" / "suite" / "mine.yaml").write_text(content)
+    result = epmq_inside("run", "--config-dir", "configs", "suite=mine", "out=x")
+    assert result.returncode == 1
+    one_sentence(result.stderr, message)
+
+
+def test_out_may_be_called_like_a_number(epmq_inside: Run, tmp_path: Path) -> None:
+    assert epmq_inside("merge", "out=7").returncode == 0
+    assert (tmp_path / "7" / "checkpoint").is_dir()
