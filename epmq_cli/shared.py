@@ -32,6 +32,7 @@ from epmq_cli.evaluate.score import Recall, ScoredTask, anew
 from epmq_cli.families.family import Batch
 from epmq_cli.fingerprint import Fingerprints, of_bytes, of_samples, of_tensors
 from epmq_cli.merge.apply import Merged, Models
+from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline import Job
 from epmq_cli.report.metrics import environment
@@ -64,10 +65,10 @@ class Shared:
         return anew if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
     def merged(self) -> Merged:
-        """The merged model, whose tensors are read from the cache if that has room for them; of several processes one
-        is enough to fill it."""
+        """The merged model, whose tensors are read from the cache if that has room for them: by one of several
+        processes, which is enough to fill it, and not where it is the base, which is on disk already."""
         make = once(partial(Merged, self._models.source, self._job.merge, self._dtype))
-        if self._cache is None or not self._known_merge or not ranks.first():
+        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not ranks.first():
             return make()
         path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make()))
         return make() if path is None else KeptMerge(self._models.source, path, self._dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_jobs_of_ray_start_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     """On a cluster that was started elsewhere, as most are."""
     for name in ("cluster", "sweep"):
         (tmp_path / name).mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **token}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
