@@ -27,7 +27,7 @@ from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.writer import Entry, of
 from epmq_cli.config import Harness
-from epmq_cli.console import track
+from epmq_cli.console import bar
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew
 from epmq_cli.families.family import Batch
 from epmq_cli.fingerprint import Fingerprints, of_bytes, of_samples, of_tensors
@@ -49,6 +49,7 @@ class Shared:
     def __init__(self, cache: Cache | None, job: Job, models: Models, dtype: torch.dtype) -> None:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
         self._fingerprints = Fingerprints(cache_folder() / "fingerprints")
+        self._samples: dict[str, str | None] = {}
         if cache is not None:
             self._files = self._read()
             cache.sound = lambda: self._files == self._read()
@@ -70,7 +71,8 @@ class Shared:
         make = once(partial(Merged, self._models.source, self._job.merge, self._dtype))
         if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not ranks.first():
             return make()
-        path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make()))
+        with bar("keep merge", len(self._models.source.names)) as advance:
+            path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
         return make() if path is None else KeptMerge(self._models.source, path, self._dtype)
 
     def taught(self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], OfExpert]) -> OfExpert:
@@ -83,7 +85,9 @@ class Shared:
         return make() if path is None else _taught(load_file(path), batches, self._job.device)
 
     def _score(self, stage: str, task: ScoredTask, make: Callable[[], float]) -> float:
-        samples = of_samples(task.samples)
+        if task.name not in self._samples:  # read once for all stages
+            self._samples[task.name] = of_samples(task.samples)
+        samples = self._samples[task.name]
         if self._cache is None or samples is None:
             return make()
         fed = {"samples": samples, "head": of_tensors(task.head), "batch_size": self._job.evaluation.batch_size}
@@ -143,10 +147,14 @@ class KeptMerge(Merged):
         return self._kept.tensor(name)
 
 
-def _merge_entries(merged: Merged) -> list[Entry]:
+def _merge_entries(merged: Merged, advance: Callable[[int], None]) -> list[Entry]:
     source, dtype = merged.source, merged.dtype
-    names = track(source.names, "merge")
-    return [Entry(name, dtype, source.shape(name), partial(merged.stored, name, dtype)) for name in names]
+
+    def stored(name: str) -> Tensor:
+        advance(1)
+        return merged.stored(name, dtype)
+
+    return [Entry(name, dtype, source.shape(name), partial(stored, name)) for name in source.names]
 
 
 def _taught_entries(taught: OfExpert, drawn: Sequence[Batch]) -> list[Entry]:

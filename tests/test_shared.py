@@ -79,20 +79,37 @@ def test_jobs_of_a_sweep_take_what_they_have_in_common(bert_hub: Path, tmp_path:
         assert metrics(run_in(tmp_path / job, bert_hub, *KEEPING, job))["cache"]["found"] == found, job
 
 
-def test_a_changed_expert_is_another_expert(clip_hub: Path, tmp_path: Path) -> None:
+CHANGES = [
+    ("clip", "first", "q_proj.weight", 2 + 1),  # what is found: all of the base, and the other expert
+    ("clip", "base", "vision_model.encoder.layers.0.self_attn.q_proj.weight", 0),
+    ("bert", "first", "classifier.weight", 1 + 1),  # the base is scored with this expert's head
+]
+
+
+@pytest.mark.parametrize(("kind", "model", "tensor", "found"), CHANGES)
+def test_a_changed_model_is_another_model(
+    kind: str, model: str, tensor: str, found: int, hubs: dict[str, Path], tmp_path: Path
+) -> None:
     hub = tmp_path / "hub"
-    shutil.copytree(clip_hub, hub)
+    shutil.copytree(hubs[kind], hub)
     config = hub / "configs" / "suite" / "mini.yaml"
-    config.write_text(config.read_text().replace(str(clip_hub), str(hub)))
+    config.write_text(config.read_text().replace(str(hubs[kind]), str(hub)))
     run_in(tmp_path / "before", hub, *KEEPING)
-    file = hub / "first" / "model.safetensors"
+    file = hub / model / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    name = next(name for name in tensors if name.endswith("q_proj.weight"))
-    tensors[name][0, 0] += 1
+    next(value for name, value in tensors.items() if name.endswith(tensor))[0, 0] += 1
     save_file(tensors, file, {"format": "pt"})
     after = run_in(tmp_path / "after", hub, *KEEPING)
-    assert metrics(after)["cache"] == {"found": 2 + 1, "made": 1 + 2 + 1}  # the base's, and the other expert's
+    assert metrics(after)["cache"] == {"found": found, "made": ALL - found}
     assert same(after, run_in(tmp_path / "plain", hub, "eval.samples=10"))
+
+
+def test_other_calibration_samples_are_asked_about_again(bert_hub: Path, tmp_path: Path) -> None:
+    options = ("guidance=feature", "calib.samples=8")
+    run_in(tmp_path / "first", bert_hub, *options, *KEEPING)
+    second = run_in(tmp_path / "second", bert_hub, *options, *KEEPING, "seed=1")
+    assert metrics(second)["cache"] == {"found": ALL, "made": 2}
+    assert same(second, run_in(tmp_path / "plain", bert_hub, *options, "eval.samples=10", "seed=1"))
 
 
 def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Path) -> None:
