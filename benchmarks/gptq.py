@@ -119,7 +119,7 @@ def sides(folder: Path) -> dict[str, list[str]]:
     """The command of each side; each writes `out`."""
     start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=gptq"]
     options = ["merge=none", "guidance=merged", "bits=4", "group_size=128", f"calib.samples={SAMPLES}"]
-    ours = [*start, *options, "eval.stages=[]", "device=cpu", f"out={folder / 'out'}"]
+    ours = [*start, *options, "eval.stages=[]", "cache=false", "device=cpu", f"out={folder / 'out'}"]
     return {
         "epmq": ours,
         "epmq quant.grid=minmax": [*ours, "quant.grid=minmax"],

@@ -103,7 +103,7 @@ def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, 
     if arguments.processes:
         start[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
     options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={arguments.device}"]
-    options += [f"out={out}", "eval.stages=[]", f"guidance={arguments.guidance}", *arguments.overrides]
+    options += [f"out={out}", "eval.stages=[]", "cache=false", f"guidance={arguments.guidance}", *arguments.overrides]
     threads = 1 if arguments.processes else arguments.threads
     wall, peak = measured([*start, "--config-dir", str(configs), *options], threads)
     metrics = json.loads((out / "metrics.json").read_text())

@@ -3,8 +3,9 @@ it, and the heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ from epmq_cli.pipeline import Job, linear_shapes
 from epmq_cli.quantize.none import NoQuantizer
 
 Batches = Mapping[str, Sequence[Batch]]
+OfExpert = tuple[list[Batch], Tensor | None]
+"""A task's calibration batches as its expert completed them, and the features that it has of them, if wanted."""
+RecallTaught = Callable[[str, Sequence[Batch], bool, Callable[[], OfExpert]], OfExpert]
+"""Gives what the expert of a task makes of its batches, with features or without; the function makes it if it is not
+known."""
 
 MATRICES = 5  # of float64, (in, in), that are held at a time at most
 
@@ -51,20 +57,28 @@ class Calibrated:
     choice: Choice | None
 
 
-def teach(job: Job, model: nn.Module, source: MergeSource, drawn: Batches) -> Taught:
+def teach(
+    job: Job, model: nn.Module, source: MergeSource, drawn: Batches, recall: RecallTaught | None = None
+) -> Taught:
     """What each expert makes of the calibration batches that were drawn for its task.
 
-    The model's merged tensors are overwritten.
+    The model's merged tensors may be overwritten.
     """
     calibration, taught = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for task, batches in drawn.items():
-            install(model, source.model(task))
-            with torch.inference_mode():
-                calibration[task] = [job.family.complete(model, batch) for batch in batches]
-            if solves_heads(job):
-                taught[task] = features(job.family, model, calibration[task])
+            made = partial(_asked, job, model, source, task, batches)
+            calibration[task], found = recall(task, batches, solves_heads(job), made) if recall else made()
+            if found is not None:
+                taught[task] = found
     return Taught(calibration, taught)
+
+
+@torch.inference_mode()
+def _asked(job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch]) -> OfExpert:
+    install(model, source.model(task))
+    completed = [job.family.complete(model, batch) for batch in batches]
+    return completed, features(job.family, model, completed) if solves_heads(job) else None
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, ModelError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.score import ScoredTask, scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, anew, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.int4 import obstacle
@@ -199,11 +199,13 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     return drawn
 
 
-def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:
+def score(
+    job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path, recall: Recall = anew
+) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
     if stage not in job.evaluation.stages or not ranks.first():
         return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall)
 
 
 def stage_scores(
@@ -214,10 +216,11 @@ def stage_scores(
     device: torch.device,
     stage: str,
     folder: Path,
+    recall: Recall = anew,
 ) -> Scores:
     """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness."""
     if not isinstance(evaluation, config.Harness):
-        return scores(family, model, tasks, evaluation.batch_size, device, stage)
+        return scores(family, model, tasks, evaluation.batch_size, device, stage, recall=recall)
     options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
     return {stage: harness_scores(model, folder, device, *options)}
 
@@ -229,16 +232,22 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kern
     return load(checkpoint, str(device), kernel, torch.float32)
 
 
-def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTask]) -> Scores:
-    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
+def score_parts(
+    job: Job,
+    model: nn.Module,
+    models: Models,
+    tasks: list[ScoredTask],
+    recall: Callable[[str], Recall] = lambda stage: anew,
+) -> Scores:
+    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
         install(model, models.source.model(task.name))
 
-    found = score(job, model, tasks, "base", models.base.path)
+    found = score(job, model, tasks, "base", models.base.path, recall("base"))
     if "experts" in job.evaluation.stages and ranks.first():
-        size = job.evaluation.batch_size
-        found |= scores(job.family, model, tasks, size, job.device, "experts", before=become_expert)
+        size, known = job.evaluation.batch_size, recall("experts")
+        found |= scores(job.family, model, tasks, size, job.device, "experts", become_expert, known)
     return found
 
 

@@ -19,7 +19,7 @@ from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.apply import Merged
 
-QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
+QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 

@@ -66,10 +66,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _contents(paths: list[Path]) -> dict[Path, Content]:
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return dict(zip(paths, pool.map(_content, paths), strict=True))
+        return dict(zip(paths, pool.map(content, paths), strict=True))
 
 
-def _content(path: Path) -> Content:
+def content(path: Path) -> Content:
+    """What a file holds."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -31,7 +31,7 @@ from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
 
 MISTAKEN, DEFECT, INTERRUPTED = 1, 70, 130
-LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 """Of sweeps: the extra that each comes with."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)

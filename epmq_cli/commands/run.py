@@ -28,13 +28,14 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     allocator.keep_freed()
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
+    from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.console import say
     from epmq_cli.inference.load import kernels
-    from epmq_cli.merge.apply import Merged
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
+    from epmq_cli.shared import Shared
 
     refuse_used(folder, "checkpoint", "metrics.json")
     config.check_complete(cfg, "run")
@@ -42,19 +43,20 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     resolved, job, checkpoint = OmegaConf.to_container(cfg, resolve=True), steps.make_job(cfg), folder / "checkpoint"
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
-    stages, scores = Stages(job.device), metrics.Scores()
+    stages, scores, cache = Stages(job.device), metrics.Scores(), open_cache(cfg.cache)
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job, folder)
+        shared = Shared(cache, job, models, dtype)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
     with stages.stage("score base and experts"):
-        scores |= steps.score_parts(job, model, models, tasks)
+        scores |= steps.score_parts(job, model, models, tasks, shared.recall)
     with stages.stage("teach"):
-        taught = guide.teach(job, model, models.source, drawn)
+        taught = guide.teach(job, model, models.source, drawn, shared.taught)
     with stages.stage("merge"):
-        merged = Merged(models.source, job.merge, dtype)
+        merged = shared.merged()
         install(model, merged)
     with stages.stage("score merged"):
-        scores |= steps.score(job, model, tasks, "merged", models.base.path)
+        scores |= steps.score(job, model, tasks, "merged", models.base.path, shared.recall("merged"))
     with stages.stage("calibrate and quantize"):
         calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder)
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
@@ -80,6 +82,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
             scores |= steps.score(job, model, tasks, "quantized", checkpoint)
             measured["kernels"] = kernels(model)
+    measured["cache"] = shared.use
     measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
     table.show_run(measured, title, folder)
