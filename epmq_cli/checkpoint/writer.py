@@ -7,7 +7,7 @@ What huggingface_hub and safetensors write themselves must be in memory whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,10 +68,11 @@ def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> Non
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
-def write_file(path: Path, entries: Iterable[Entry]) -> None:
-    """One file; wide types come first, so that every tensor begins at a multiple of its items' size."""
+def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
+    """One file; wide types come first, so that every tensor begins at a multiple of its items' size. `metadata`: texts
+    by name that its header has beside the tensors."""
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for entry in ordered:
         end = start + entry.size

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from epmq_cli import ranks
+from epmq_cli import interruption, ranks
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
+from epmq_cli.interruption import GRACE
+from epmq_cli.resume import unfinished
 
-INTERRUPTED = 130
+NOTHING = "interrupted; nothing of this run is complete"
+INTERRUPTED = {
+    "run": "interrupted; start the same command again to go on from the last finished block",
+    "merge": NOTHING,
+    "eval": NOTHING,
+}
+DISK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
+PLACE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+"""What a disk or a folder says, by no fault of epmq's."""
+REMEDY = "make room there, or choose another out"
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 """Of sweeps: the extra that each comes with."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -36,27 +49,43 @@ def launch(command: str, arguments: list[str]) -> None:
     Everything else that is raised is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 keeps all tracebacks.
     """
     full = os.environ.get(FULL_ERROR) == "1"
+    logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
     if ranks.count() > 1 and command != "run":
         complain(f"epmq {command} is done by one process; start it without torchrun")
         sys.exit(1)
-    if not ranks.first():
-        arguments = [*arguments, *_without_traces()]
-    sys.argv = [f"epmq {command}", *arguments]
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
     try:
-        refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
-        importlib.import_module(f"epmq_cli.commands.{command}").main()
+        with interruption.listening(lambda: complain(INTERRUPTED[command]), GRACE if ranks.count() == 1 else 1):
+            refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
+            _start(command, arguments)
     except (EpmqError, HydraException, OmegaConfBaseException) as error:
         if full:
             raise
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
             complain(explain(error, command, arguments))
         sys.exit(1)
-    except KeyboardInterrupt:
-        complain("interrupted; nothing of this run is complete")
-        sys.exit(INTERRUPTED)
+    except OSError as error:
+        if full or error.errno not in (*DISK, *PLACE):
+            raise
+        complain(f"{error.filename or 'the disk'} cannot be written or read ({error.strerror}); {REMEDY}")
+        sys.exit(1)
+    except KeyboardInterrupt as signalled:
+        complain(INTERRUPTED[command])
+        sys.exit(interruption.STATUS[getattr(signalled, "number", signal.SIGINT)])
     finally:
+        os.environ.pop(unfinished.VARIABLE, None)
         os.environ[FULL_ERROR] = "1" if full else "0"
+
+
+def _start(command: str, arguments: list[str]) -> None:
+    """The command itself; of the processes of a run the first has its traces."""
+    if command == "run" and ranks.first():
+        arguments = unfinished.continued(arguments)
+    if not ranks.first():
+        arguments = [*arguments, *_without_traces()]
+    sys.argv = [f"epmq {command}", *arguments]
+    importlib.import_module(f"epmq_cli.commands.{command}").main()
+    unfinished.end(arguments)
 
 
 def _without_traces() -> list[str]:
@@ -120,10 +149,3 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-
-
-def refuse_used(folder: Path, *results: str) -> None:
-    """ConfigError where the run folder already holds one of these results of an earlier run."""
-    found = [name for name in results if (folder / name).exists()]
-    if found:
-        raise ConfigError(f"out={folder} already holds {' and '.join(found)}; choose another out or remove them")
