@@ -63,8 +63,8 @@ def at_stage(number: int) -> Callable[[], None]:
 
 
 def forked(body: Callable[[], object], hook: Callable[[], None] = lambda: None, seconds: float | None = None) -> int:
-    """What a process that does this ended with: 0, 1 with a traceback where something was raised, or minus the number of
-    the signal that killed it; SIGKILL comes after so many seconds if they are given."""
+    """What a process that does this ended with: 0, 1 with a traceback where something was raised, or minus the number
+    of the signal that killed it; SIGKILL comes after so many seconds if they are given."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
         child = os.fork()
