@@ -175,11 +175,12 @@ def solve_heads(
         return list(tasks)
     solved = []
     for task in tasks:
-        own = job.family.head_inputs(features(job.family, model, taught.batches[task.name]), task.head)
-        teacher = job.family.head_inputs(taught.features[task.name], task.head)
+        found = [features(job.family, model, [batch]) for batch in taught.batches[task.name]]
+        taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
+        own, teacher = ([job.family.head_inputs(part, task.head) for part in parts] for parts in (found, taught_rows))
         head = Affine(task.head["weight"], task.head.get("bias"))
-        found = solved_head(own, teacher, head, float(guidance.lam))
-        tensors = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})
+        result = solved_head(own, teacher, head, float(guidance.lam))
+        tensors = {"weight": result.weight} | ({} if result.bias is None else {"bias": result.bias})
         solved.append(replace(task, head={**task.head, **tensors}))
     return solved
 

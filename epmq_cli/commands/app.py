@@ -82,7 +82,7 @@ def _start(command: str, arguments: list[str]) -> None:
     if command == "run" and ranks.first():
         arguments = unfinished.continued(arguments)
     if not ranks.first():
-        arguments = [*arguments, *_without_traces()]
+        arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
     sys.argv = [f"epmq {command}", *arguments]
     importlib.import_module(f"epmq_cli.commands.{command}").main()
     unfinished.end(arguments)
