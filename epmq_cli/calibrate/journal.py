@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epmq_cli import ranks
@@ -175,7 +175,10 @@ def not_taken(path: Path, error: OSError) -> RunError:
 
 
 def _opened(path: Path) -> Any:
-    return safe_open(path, framework="pt")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} is damaged ({error}); start the run anew with resume=never") from error
 
 
 def _header(file: Any) -> Any:
