@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from epmq_cli import __version__, config, ranks
 from epmq_cli.calibrate.draw import batches, draw, sequences
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
-from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.console import track
@@ -56,6 +56,7 @@ class Job:
     evaluation: config.Evaluation
     device: torch.device
     seed: int
+    resume: str
 
 
 def make_job(cfg: DictConfig) -> Job:
@@ -68,6 +69,7 @@ def make_job(cfg: DictConfig) -> Job:
     check_scoring(suite, family, evaluation)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
+    check_choice("resume", cfg.resume, ("auto", "never"))
     calib, device = config.build("calib", cfg.calib), config.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
@@ -82,6 +84,7 @@ def make_job(cfg: DictConfig) -> Job:
         evaluation=evaluation,
         device=device,
         seed=config.seed_of(cfg.seed),
+        resume=cfg.resume,
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
-from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model

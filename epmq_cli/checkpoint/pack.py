@@ -7,7 +7,6 @@ The folder appears under its name in one step, when all of its files are on disk
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.manifest import Content, write_manifest
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
+from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
@@ -147,16 +147,16 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
     does not take it. Its manifest is written last; files that the block puts into the dict are not read for it. Nothing
     is left of a block that fails."""
     known: dict[str, Content] = {}
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = folder.with_name(PARTIAL.format(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary, known
         write_manifest(temporary, known)
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
@@ -213,12 +213,3 @@ def linear_bytes(contents: Contents) -> int:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the model's safetensors files in a folder, task heads not counted."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != HEADS)
-
-
-def _sync(path: Path) -> None:
-    """Returns when the file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -76,13 +76,14 @@ def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> dic
     return written
 
 
-def write_file(path: Path, entries: Iterable[Entry]) -> Content:
-    """One file; wide types come first, so that every tensor begins at a multiple of its items' size.
+def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> Content:
+    """One file; wide types come first, so that every tensor begins at a multiple of its items' size. `metadata`: texts
+    by name that its header has beside the tensors.
 
     Returns what was written.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for entry in ordered:
         end = start + entry.size

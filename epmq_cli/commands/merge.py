@@ -9,15 +9,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import config
-from epmq_cli.commands.app import guarded, refuse_used
+from epmq_cli.commands.app import guarded
 from epmq_cli.importing import importing
+from epmq_cli.resume.lock import alone, refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="merge")
 @guarded
 def main(cfg: DictConfig) -> None:
     """One merge, or one of each job of a sweep."""
-    merge(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with alone(folder):
+        merge(cfg, folder, list(HydraConfig.get().overrides.task))
 
 
 def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
