@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from epmq_cli import allocator, config, ranks
 from epmq_cli.commands.app import guarded, quiet_libraries
 from epmq_cli.console import say
+from epmq_cli.errors import RunError
 from epmq_cli.resume import unfinished
 from epmq_cli.resume.lock import alone
 
@@ -38,8 +39,16 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     """Does the job of the config, or goes on with it; afterwards the folder holds `checkpoint/` and `metrics.json`."""
     quiet_libraries()
     allocator.keep_freed()
+    from torch import OutOfMemoryError
+
     with alone(folder):
-        _run(cfg, folder, overrides, choices)
+        try:
+            _run(cfg, folder, overrides, choices)
+        except OutOfMemoryError as error:
+            raise RunError(
+                f"the device has no room for calib.batch_size={cfg.calib.batch_size} or "
+                f"eval.batch_size={cfg.eval.batch_size} samples at a time; lower them, or use device=cpu"
+            ) from error
 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.driver import at_file, at_stage, attempt, files
+from tests.faults.driver import at_file, at_stage, attempt, files, mini
 from tests.hubs import run_in
 from tests.minihub import build
 
@@ -37,11 +41,10 @@ def measured(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in TIMES}
 
 
-def check(run: Path, whole: Path) -> None:
+def check_end(run: Path, whole: Path) -> None:
     """A run that was killed and went on, against one that was not."""
     assert files(run) == files(whole)
     assert json.dumps(measured(run)) == json.dumps(measured(whole))
-    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json"}
 
 
 def check_killed(run: Path, whole: Path) -> None:
@@ -66,7 +69,8 @@ def test_killed_in_front_of_every_stage(bert_hub: Path, tmp_path: Path) -> None:
         assert not (run / "metrics.json").exists()
         check_killed(run, whole)
     assert attempt(run, bert_hub, *FEATURE) == 0
-    check(run, whole)
+    check_end(run, whole)
+    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json"}
     assert json.loads((run / "metrics.json").read_text())["resumed"] == STAGES - 1  # before the first there is nothing
 
 
@@ -94,11 +98,6 @@ def killed_again_and_again(folder: Path, hub: Path, options: tuple[str, ...], st
     return kills
 
 
-def check_end(run: Path, whole: Path) -> None:
-    assert files(run) == files(whole)
-    assert json.dumps(measured(run)) == json.dumps(measured(whole))
-
-
 @pytest.mark.slow
 def test_killed_at_any_time(bert_hub: Path, tmp_path: Path) -> None:
     options, chance = ("guidance=feature", "guidance.sweeps=2", "bits=3.5", "eval.samples=8"), random.Random(0)
@@ -113,3 +112,28 @@ def test_killed_at_any_time(bert_hub: Path, tmp_path: Path) -> None:
             check_killed(run, whole)
             kills += status != 0
         check_end(run, whole)
+
+
+@pytest.mark.slow
+def test_processes_of_the_command_killed_at_any_time(bert_hub: Path, tmp_path: Path) -> None:
+    """With the default folder, which is another one at each start."""
+    chance, command = random.Random(1), (sys.executable, "-m", "epmq_cli", *mini(bert_hub, "guidance=feature"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    begun = time.monotonic()
+    subprocess.run([*command, "out=whole"], check=True, **options)  # type: ignore[call-overload]
+    lasts, kills = time.monotonic() - begun, 0
+    for _ in range(8):
+        process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+        try:
+            status = process.wait(chance.uniform(0.6, 1) * lasts)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+    subprocess.run(command, check=True, **options)  # type: ignore[call-overload]
+    assert kills >= 1
+    for metrics in (tmp_path / "runs").glob("*/metrics.json"):
+        assert files(metrics.parent) == files(tmp_path / "whole")
+    assert not list((tmp_path / "runs").rglob(".resume"))
