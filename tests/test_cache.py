@@ -91,6 +91,16 @@ def test_a_value_that_was_changed_is_made_again(tmp_path: Path) -> None:
     assert cache.made == 2
 
 
+def test_an_entry_of_another_key_is_not_taken(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 10**6)
+    cache.value(KEY, lambda: 1)
+    (path,) = tmp_path.iterdir()
+    cache.value({"kind": "another"}, lambda: 2)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    other.replace(path)
+    assert cache.value(KEY, lambda: 1) == 1
+
+
 def test_jobs_that_race_all_get_the_tensors(tmp_path: Path) -> None:
     def job(_: int) -> Path | None:
         return Cache(tmp_path, 10**6).tensors(KEY, lambda: ENTRIES)

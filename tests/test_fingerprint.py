@@ -109,6 +109,11 @@ def _samples(inputs: Any, labels: int = 0) -> Samples:
     return Samples(inputs, torch.full((len(inputs),), labels))
 
 
+def _recoloured(image: Image.Image) -> Image.Image:
+    image.putpalette(bytes(range(255, -1, -1)) * 3)
+    return image
+
+
 def test_samples_are_known_by_inputs_order_and_labels(tmp_path: Path) -> None:
     pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     images = [Image.fromarray(each) for each in pixels]
@@ -124,6 +129,8 @@ def test_samples_are_known_by_inputs_order_and_labels(tmp_path: Path) -> None:
         _samples(images),
         _samples(images[::-1]),
         _samples([image.convert("P") for image in images]),
+        _samples([image.convert("P") for image in images[:1]]),
+        _samples([_recoloured(image.convert("P")) for image in images[:1]]),
         _samples(ArrayImages(pixels)),
         _samples(ImageFiles([tmp_path / "0.png", tmp_path / "1.png"])),
         _samples(ImageFiles([tmp_path / "1.png", tmp_path / "0.png"])),
@@ -133,6 +140,6 @@ def test_samples_are_known_by_inputs_order_and_labels(tmp_path: Path) -> None:
     found = [of_samples(each) for each in samples]
     assert None not in found
     assert len(set(found)) == len(samples)
-    assert of_samples(_samples(Pictures(stored, "here"))) == found[9]  # both are known by what the files hold
+    assert of_samples(_samples(Pictures(stored, "here"))) == found[11]  # both are known by what the files hold
     assert of_samples(samples[6].take([1, 0])) == found[5]
     assert of_samples(_samples([object()])) is None

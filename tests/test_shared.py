@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from epmq_cli import pipeline as steps
 from epmq_cli import shared
-from tests.hubs import run_in
+from epmq_cli.cache import Cache
+from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.average import Average
+from tests.hubs import config, run_in
 from tests.minihub import build
 
 KEEPING = ("cache=1MB", "eval.samples=10")
@@ -92,8 +96,8 @@ def test_a_changed_model_is_another_model(
 ) -> None:
     hub = tmp_path / "hub"
     shutil.copytree(hubs[kind], hub)
-    config = hub / "configs" / "suite" / "mini.yaml"
-    config.write_text(config.read_text().replace(str(hubs[kind]), str(hub)))
+    suite = hub / "configs" / "suite" / "mini.yaml"
+    suite.write_text(suite.read_text().replace(str(hubs[kind]), str(hub)))
     run_in(tmp_path / "before", hub, *KEEPING)
     file = hub / model / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -158,10 +162,10 @@ def test_a_model_that_changes_during_the_run_leaves_nothing(
     clip_hub: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(clip_hub / "first", tmp_path / "first")
-    config, real = tmp_path / "first" / "config.json", shared.of_tensors
+    file, real = tmp_path / "first" / "config.json", shared.of_tensors
 
     def touch(*arguments: Any) -> str:
-        config.write_text(config.read_text() + " ")
+        file.write_text(file.read_text() + " ")
         return real(*arguments)
 
     monkeypatch.setattr(shared, "of_tensors", touch)
@@ -177,20 +181,27 @@ def test_without_a_cache_nothing_is_written_there(clip_hub: Path, tmp_path: Path
 def test_merges_that_are_not_epmqs_are_not_kept(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from epmq_cli.merge.average import Average
-
     monkeypatch.setattr(Average, "__module__", "mine")
     for folder, found in (("first", 0), ("second", 4)):
         checkpoint = run_in(tmp_path / folder, clip_hub, *KEEPING, "merge=average")
         assert metrics(checkpoint)["cache"]["found"] == found
 
 
-def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
-    from epmq_cli import pipeline as steps
-    from epmq_cli.cache import Cache
-    from epmq_cli.merge.apply import Merged
-    from tests.hubs import config
+def test_methods_without_options_are_told_apart(clip_hub: Path, tmp_path: Path) -> None:
+    run_in(tmp_path / "average", clip_hub, *KEEPING, "merge=average")
+    assert metrics(run_in(tmp_path / "none", clip_hub, *KEEPING, "merge=none"))["cache"] == {"found": 4, "made": 2}
 
+
+def test_a_base_whose_rows_are_filled_up_depends_on_the_experts(clip_hub: Path, tmp_path: Path) -> None:
+    job = steps.make_job(config(clip_hub))
+    models, _, dtype = steps.open_models(job)
+    common = shared.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
+    assert common._base["vocabulary"] == []
+    models.source.padded["embeddings"] = 100
+    assert common._base["vocabulary"] == [common._files["first"], common._files["second"]]
+
+
+def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     job = steps.make_job(config(clip_hub, "merge=ties", "pack.dtype=bfloat16"))
     models, _, dtype = steps.open_models(job)
     kept = shared.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
