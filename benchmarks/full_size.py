@@ -131,7 +131,8 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         config.write_text(json.dumps(suite, indent=1))  # JSON is YAML
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    options = [f"out={run}", f"calib.samples={arguments.samples}", f"device={arguments.device}", *arguments.overrides]
+    options = [f"out={run}", f"calib.samples={arguments.samples}", f"device={arguments.device}", "cache=false"]
+    options += arguments.overrides
     command = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=full", *options]
     start = time.perf_counter()
     subprocess.run(command, check=True)

@@ -1,10 +1,11 @@
-"""GPTQ alone, 4 bits in groups of 128, on a random Llama: epmq against llm-compressor's `oneshot`.
+"""GPTQ alone, 4 bits in groups of 128, on a random Llama: epmq against llm-compressor's `oneshot` and GPTQModel.
 
     python benchmarks/gptq.py [--repeats 3]
 
 Hidden 512, intermediate 1408, 8 layers, 2000 tokens; calibrated on the same 32 sequences of 256 tokens; made once in
-runs/gptq, as is llm-compressor's own environment. Whole processes, one side after the other in every round; `quantize`
-is what each spends in GPTQ itself (the stage of metrics.json; the call of `oneshot`), and peak memory is the process's.
+runs/gptq, as are the others' own environments (GPTQModel's has a newer torch, which it asks for). Whole processes, one
+side after the other in every round; `quantize` is what each spends in GPTQ itself (the stage of metrics.json; the call
+of `oneshot` or `quantize`), and peak memory is the process's. Nobody reorders columns; dampings are each one's own.
 Errors are of the checkpoints that were written, on the calibration tokens, against the dense model: of the linears, all
 given the dense model's inputs, ||X (W - Q)^T||^2 / ||X W^T||^2 summed over linears; and of the logits.
 """
@@ -24,12 +25,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.draw import task_seed
 from epmq_cli.data.documents import token_blocks
 
-OTHER = ("llmcompressor==0.14.0.1", "torch==2.13.0")
+OTHERS = {"llm-compressor": ("llmcompressor==0.14.0.1", "torch==2.13.0"), "GPTQModel": ("gptqmodel==7.7.0",)}
 SAMPLES, LENGTH, VOCABULARY, TEXT = 32, 256, 2000, 200_000
 SHAPE = {
     "hidden_size": 512,
@@ -52,12 +54,29 @@ folder, out = sys.argv[1:]
 ids = torch.load(f"{folder}/ids.pt").tolist()
 data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(ids[0])] * len(ids)})
 model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
-recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], actorder=None)
 options = {"max_seq_length": len(ids[0]), "num_calibration_samples": len(ids), "shuffle_calibration_samples": False}
 start = time.perf_counter()
 oneshot(model=model, dataset=data, recipe=recipe, **options)
 seconds = time.perf_counter() - start
 model.save_pretrained(f"{out}/checkpoint", save_compressed=True)
+json.dump(seconds, open(f"{out}/seconds.json", "w"))
+"""
+GPTQMODEL = """
+import json, os, sys, time
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # of two cores it would take one, and then miss the second
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+folder, out = sys.argv[1:]
+data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in torch.load(f"{folder}/ids.pt").tolist()]
+options = {"desc_act": False, "act_group_aware": False, "offload_to_disk": False, "device": "cpu"}
+config = QuantizeConfig(bits=4, group_size=128, **options)
+model = GPTQModel.load(f"{folder}/model", config, dtype=torch.float32)
+start = time.perf_counter()
+model.quantize(data, batch_size=1)
+seconds = time.perf_counter() - start
+model.save(f"{out}/checkpoint")
 json.dump(seconds, open(f"{out}/seconds.json", "w"))
 """
 
@@ -87,24 +106,27 @@ def make(folder: Path) -> None:
     torch.save(token_blocks(ids, LENGTH, SAMPLES, task_seed(0, "text")), folder / "ids.pt")  # what epmq draws
 
 
-def environment(folder: Path) -> Path:
-    """The Python that has llm-compressor."""
-    python = folder / "env" / "bin" / "python"
-    if not python.is_file():
-        venv.create(folder / "env", with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *OTHER], check=True)
-    return python
+def environment(folder: Path, name: str) -> str:
+    """The Python that has one of the others."""
+    place = folder / f"env-{name}"
+    if not place.is_dir():
+        venv.create(place, with_pip=True)
+        subprocess.run([place / "bin" / "python", "-m", "pip", "install", "--quiet", *OTHERS[name]], check=True)
+    return str(place / "bin" / "python")
 
 
-def sides(folder: Path, python: Path) -> dict[str, list[str]]:
+def sides(folder: Path) -> dict[str, list[str]]:
     """The command of each side; each writes `out`."""
     start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=gptq"]
     options = ["merge=none", "guidance=merged", "bits=4", "group_size=128", f"calib.samples={SAMPLES}"]
-    ours = [*start, *options, "eval.stages=[]", "device=cpu", f"out={folder / 'out'}"]
+    ours = [*start, *options, "eval.stages=[]", "cache=false", "device=cpu", f"out={folder / 'out'}"]
     return {
         "epmq": ours,
         "epmq quant.grid=minmax": [*ours, "quant.grid=minmax"],
-        "llm-compressor": [str(python), "-c", ONESHOT, str(folder), str(folder / "out")],
+        **{
+            name: [environment(folder, name), "-c", script, str(folder), str(folder / "out")]
+            for name, script in (("llm-compressor", ONESHOT), ("GPTQModel", GPTQMODEL))
+        },
     }
 
 
@@ -113,7 +135,7 @@ def run(command: list[str], out: Path) -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=out, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - start
@@ -132,6 +154,8 @@ def errors(folder: Path) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM
 
     ids = torch.load(folder / "ids.pt")
+    if (folder / "out" / "checkpoint" / "quantize_config.json").is_file():
+        make_dense(folder / "out" / "checkpoint")
     dense, packed = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         for path in (folder / "model", folder / "out" / "checkpoint")
@@ -144,6 +168,24 @@ def errors(folder: Path) -> tuple[float, float]:
             module.register_forward_hook(hook(weights[f"model.{name}.weight"], sums))
     expected = dense(input_ids=ids).logits
     return sums[0] / sums[1], ((own - expected).square().sum() / expected.square().sum()).item()
+
+
+def make_dense(checkpoint: Path) -> None:
+    """Unpacks GPTQModel's checkpoint in place, since transformers reads it with GPTQModel alone.
+
+    A word has eight rows of the transposed weight, or eight columns of zero points less one, lowest bits first.
+    """
+    tensors, config = load_file(checkpoint / "model.safetensors"), json.loads((checkpoint / "config.json").read_text())
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        words, zeros, groups, scales = (tensors.pop(f"{name}.{p}") for p in ("qweight", "qzeros", "g_idx", "scales"))
+        values = (words[:, None] >> shifts[:, None] & 15).flatten(0, 1)
+        zero = (zeros[:, :, None] >> shifts & 15).flatten(1) + 1
+        tensors[f"{name}.weight"] = ((values - zero[groups]) * scales.float()[groups]).T.contiguous()
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "quantize_config.json").unlink()
 
 
 def hook(quantized: Tensor, sums: list[float]):  # type: ignore[no-untyped-def]
@@ -178,7 +220,7 @@ def main() -> None:
     folder = arguments.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     make(folder)
-    commands, found = sides(folder, environment(folder)), {}
+    commands, found = sides(folder), {}
     rounds = []
     for _ in range(arguments.repeats):
         rounds.append({})

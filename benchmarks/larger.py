@@ -78,7 +78,7 @@ def run(folder: Path, limit: int, student: str) -> tuple[int, float, str]:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     options = ["guidance=feature", f"calib.samples={SAMPLES}", "calib.memory=50MB", f"calib.student={student}"]
-    options += ["eval.stages=[]", "device=cpu", f"out={out}"]
+    options += ["eval.stages=[]", "cache=false", "device=cpu", f"out={out}"]
     start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=larger"]
     with cgroup(limit) as group:
 

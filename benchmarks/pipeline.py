@@ -7,8 +7,8 @@
     python benchmarks/pipeline.py --device cuda
 
 Each is `epmq run` as a user starts it, with `eval.stages=[]`: scores of random weights mean nothing. Models and images
-are made once, in runs/pipeline. Peak memory is the process's own, less that of one which only imports; on a GPU the two
-floors stand beside the times: bytes over bandwidth, operations over rate.
+are made once, in runs/pipeline. Peak memory is what no file stands for (watch.py), less that of as many processes which
+only import; on a GPU the two floors stand beside the times: bytes over bandwidth, operations over rate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from full_size import save, tokenizer
+from watch import Watched, watched
 
 MOST = 1024
 SIZES = {"b32": (768, 3072, 12, 12, 224, 32), "tiny": (64, 128, 2, 4, 64, 32)}
+STAGES = {"read": "read", "merge": "merge", "calibrate and quantize": "calibrate, quantize", "pack": "pack"}
 PEAK = {"bandwidth": 4.8e12, "operations": 67e12}
 """Of an H200 (NVIDIA's data sheet): bytes a second, and float32 operations a second outside the tensor cores."""
 
@@ -83,16 +84,12 @@ def suite(folder: Path, experts: int) -> Path:
     return folder / "configs"
 
 
-def measured(command: list[str], threads: int) -> tuple[float, int]:
-    """Wall seconds of a command, and the peak bytes of its largest process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    start = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def measured(command: list[str], threads: int) -> Watched:
+    """What a command took."""
+    found = watched(command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if found.status:
+        raise subprocess.CalledProcessError(found.status, command)
+    return found
 
 
 def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -103,11 +100,11 @@ def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, 
     if arguments.processes:
         start[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
     options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={arguments.device}"]
-    options += [f"out={out}", "eval.stages=[]", f"guidance={arguments.guidance}", *arguments.overrides]
+    options += [f"out={out}", "eval.stages=[]", "cache=false", f"guidance={arguments.guidance}", *arguments.overrides]
     threads = 1 if arguments.processes else arguments.threads
-    wall, peak = measured([*start, "--config-dir", str(configs), *options], threads)
+    found = measured([*start, "--config-dir", str(configs), *options], threads)
     metrics = json.loads((out / "metrics.json").read_text())
-    return {"wall": wall, "peak": peak, "stages": metrics["stages"], "device": metrics["environment"]["device_name"]}
+    return {**vars(found), "stages": metrics["stages"], "device": metrics["environment"]["device_name"]}
 
 
 def operations(size: str, point: Point, teaches: bool) -> float:
@@ -150,22 +147,35 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.out.resolve() / arguments.size
     make(folder, arguments.size, max(arguments.experts))
-    _, imports = measured([sys.executable, "-c", "import epmq_cli.pipeline, transformers.models.clip"], 1)
+    imports = measured([sys.executable, "-c", "import epmq_cli.calibration, transformers.models.clip"], 1).peak
     points = [Point(e, s, p) for p in arguments.processes or [1] for e in arguments.experts for s in arguments.samples]
     rounds = [[run(folder, point, arguments) for point in points] for _ in range(arguments.repeats)]
     runs = [sorted(found, key=lambda r: r["wall"])[(len(found) - 1) // 2] for found in zip(*rounds, strict=True)]
     student = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     print(f"{arguments.size}, guidance {arguments.guidance}, {runs[0]['device']}, medians of {arguments.repeats}\n")
-    print("| experts | samples | processes | whole, s | read | merge | calibrate, quantize | pack | peak, GB | Gop/s |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "experts",
+        "samples",
+        "processes",
+        "whole, s",
+        *STAGES.values(),
+        "peak, GB",
+        "above the student",
+        "Gop/s",
+    )
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for point, found in zip(points, runs, strict=True):
         seconds = {name: record["seconds"] for name, record in found["stages"].items()}
-        stages = [f"{seconds[name]:.1f}" for name in ("read", "merge", "calibrate and quantize", "pack")]
+        stages = [f"{seconds[name]:.1f}" for name in STAGES]
         rate = operations(arguments.size, point, arguments.guidance == "feature") / seconds["calibrate and quantize"]
-        peak = (found["peak"] - imports) / 1e9
+        peak = found["peak"] / 1e9 - point.processes * imports / 1e9
         row = [point.experts, point.samples, point.processes, f"{found['wall']:.0f}", *stages, f"{peak:.2f}"]
-        print("|", " | ".join(map(str, [*row, f"{rate / 1e9:.0f}"])), "|")
-    print(f"\nStudent {student / 1e9:.2f} GB in float32; {imports / 1e9:.2f} GB of imports are not counted.")
+        row += [f"{peak - point.processes * student / 1e9:.2f}", f"{rate / 1e9:.0f}"]
+        print("|", " | ".join(map(str, row)), "|")
+    width, inner = SIZES[arguments.size][:2]
+    block = 4 * (4 * width**2 + 2 * width * inner) / 1e6
+    print(f"\nStudent {student / 1e9:.2f} GB and a block {block:.1f} MB in float32, for each process; not counted are")
+    print(f"{imports / 1e9:.2f} GB of imports for each.")
     for name in ("experts", "samples"):
         print(exponent(points, runs, name))
     if arguments.device != "cpu" and torch.cuda.is_available():

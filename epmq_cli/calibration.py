@@ -3,8 +3,9 @@ it, and the heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,29 @@ from epmq_cli.calibrate.auto import Choice, choose, divided
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
+from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.objective import Affine
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.calibrate.sweep import sweep
-from epmq_cli.calibrate.walk import Walked
 from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch, Family
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.pipeline import Job
+from epmq_cli.pipeline import Job, linear_shapes
 from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.resume.state import State
 
 Batches = Mapping[str, Sequence[Batch]]
+OfExpert = tuple[list[Batch], Tensor | None]
+"""A task's calibration batches as its expert completed them, and the features that it has of them, if wanted."""
+RecallTaught = Callable[[str, Sequence[Batch], bool, Callable[[], OfExpert]], OfExpert]
+"""Gives what the expert of a task makes of its batches, with features or without; the function makes it if it is not
+known."""
+
+MATRICES = 5  # of float64, (in, in), that are held at a time at most
+
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -49,20 +60,49 @@ class Calibrated:
     choice: Choice | None
 
 
-def teach(job: Job, model: nn.Module, source: MergeSource, drawn: Batches) -> Taught:
+def teach(
+    job: Job,
+    model: nn.Module,
+    source: MergeSource,
+    drawn: Batches,
+    state: State | None = None,
+    recall: RecallTaught | None = None,
+) -> Taught:
     """What each expert makes of the calibration batches that were drawn for its task.
 
-    The model's merged tensors are overwritten.
+    The model's merged tensors may be overwritten. `state`: where what is finished is kept.
     """
     calibration, taught = dict(drawn), {}
     if job.family.answers or solves_heads(job):
-        for task, batches in drawn.items():
-            install(model, source.model(task))
-            with torch.inference_mode():
-                calibration[task] = [job.family.complete(model, batch) for batch in batches]
+        for number, (task, batches) in enumerate(drawn.items()):
+            made = partial(_asked, job, model, source, task, batches)
+            ask = partial(recall, task, batches, solves_heads(job), made) if recall else made
+            found = (state or State()).tensors(f"taught-{number}", job.device, partial(_added, batches, ask))
+            calibration[task] = [{**batch, **_of(found, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
-                taught[task] = features(job.family, model, calibration[task])
+                taught[task] = found[FEATURES]
     return Taught(calibration, taught)
+
+
+@torch.inference_mode()
+def _asked(job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch]) -> OfExpert:
+    install(model, source.model(task))
+    completed = [job.family.complete(model, batch) for batch in batches]
+    return completed, features(job.family, model, completed) if solves_heads(job) else None
+
+
+def _added(batches: Sequence[Batch], ask: Callable[[], OfExpert]) -> dict[str, Tensor]:
+    """What the task's expert adds to its batches, by number and name, and their features."""
+    completed, features_of = ask()
+    found: dict[str, Tensor] = {}
+    for index, (batch, drawn) in enumerate(zip(completed, batches, strict=True)):
+        found |= {f"{index}.{name}": tensor for name, tensor in batch.items() if tensor is not drawn.get(name)}
+    return found if features_of is None else {**found, FEATURES: features_of}
+
+
+def _of(found: Mapping[str, Tensor], index: int) -> Batch:
+    """What was added to one batch."""
+    return {key.partition(".")[2]: tensor for key, tensor in found.items() if key.startswith(f"{index}.")}
 
 
 @torch.inference_mode()
@@ -78,16 +118,27 @@ def calibrate(
     tasks: Sequence[ScoredTask],
     merged: Merged,
     folder: Path | None = None,
+    state: State | None = None,
 ) -> Calibrated:
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
-    for go to files in the folder, the system's own unless given."""
+    for beside samples and moments go to files in the folder, the system's own unless given. `state`: where what is
+    finished is kept."""
     reference, dtype = references(job, model, merged), merged.dtype
     budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
-    with Depot(budget, folder) as depot, torch.inference_mode():
-        choice = settle(job, model, calibration, tasks, reference, dtype, depot) if job.guidance.open else None
+    with Depot(budget - held(job, model, calibration), folder) as depot, torch.inference_mode():
+        kept = state or State()
+        choice = settle(job, model, calibration, tasks, reference, dtype, depot, kept) if job.guidance.open else None
         guidance = choice.guidance if choice else job.guidance
-        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot)
+        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot, kept)
     return Calibrated(walked, guidance, choice)
+
+
+def held(job: Job, model: nn.Module, calibration: Batches) -> int:
+    """Bytes that calibration holds all the time or in its widest linear, whatever is in files: its samples, and the
+    moments of one task and of all with their factor, its inverse and what these are made of."""
+    samples = [tensor for group in calibration.values() for batch in group for tensor in batch.values()]
+    width = max(shape[1] for _, shape in linear_shapes(model, job.family))
+    return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
 
 def references(job: Job, model: nn.Module, merged: Merged) -> Reference:
@@ -106,8 +157,11 @@ def settle(
     reference: Reference,
     dtype: torch.dtype,
     depot: Depot | None = None,
+    state: State | None = None,
 ) -> Choice:
-    """Chooses the options of guidance that are `auto`; the model is left as it was."""
+    """Chooses the options of guidance that are `auto`; the model is left as it was. `state`: where what is finished is
+    kept."""
+    kept = state or State()
     fitted, held = divided(calibration)
     taught = {}
     for task in tasks:
@@ -116,16 +170,21 @@ def settle(
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
-        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot)
+        part = kept.part(_trial(guidance))
+        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot, part)
         total = 0.0
         for task in tasks:
             own = job.family.logits(features(job.family, model, held[task.name]), task.head)
             total += guidance.factor(task.name) * relative_error(own, taught[task.name])
         return total / sum(guidance.factor(task.name) for task in tasks)
 
-    choice = choose(job.guidance, error)
+    choice = choose(job.guidance, lambda guidance: kept.finished(_trial(guidance), lambda: error(guidance)))
     reference.restore(model)
     return choice
+
+
+def _trial(guidance: Guidance) -> str:
+    return "trial " + " ".join(f"{name}={getattr(guidance, name)}" for name in LIMITS)
 
 
 def solves_heads(job: Job) -> bool:
@@ -146,11 +205,12 @@ def solve_heads(
         return list(tasks)
     solved = []
     for task in tasks:
-        own = job.family.head_inputs(features(job.family, model, taught.batches[task.name]), task.head)
-        teacher = job.family.head_inputs(taught.features[task.name], task.head)
+        found = [features(job.family, model, [batch]) for batch in taught.batches[task.name]]
+        taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
+        own, teacher = ([job.family.head_inputs(part, task.head) for part in parts] for parts in (found, taught_rows))
         head = Affine(task.head["weight"], task.head.get("bias"))
-        found = solved_head(own, teacher, head, float(guidance.lam))
-        tensors = {"weight": found.weight} | ({} if found.bias is None else {"bias": found.bias})
+        result = solved_head(own, teacher, head, float(guidance.lam))
+        tensors = {"weight": result.weight} | ({} if result.bias is None else {"bias": result.bias})
         solved.append(replace(task, head={**task.head, **tensors}))
     return solved
 

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from epmq_cli.importing import importing
+
 COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
     "merge": "only merge, into a dense model",
@@ -86,7 +88,9 @@ def start(command: str, arguments: list[str]) -> None:
         overrides = [_checkpoint_override(override) for override in overrides]
     # threads that wait by spinning take the cores from those that work, on machines with other things to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    importlib.import_module("epmq_cli.commands.app").launch(command, [*overrides, *flags])
+    with importing():
+        app = importlib.import_module("epmq_cli.commands.app")
+    app.launch(command, [*overrides, *flags])
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -50,9 +50,9 @@ def bytes_of(name: str, text: object) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Calib:
-    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time;
-    activations take up to `memory` such as 8GB, and files of the run folder beyond it; `student`: where the model is,
-    in `memory` or on `disk`."""
+    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time; samples,
+    moments and activations take up to `memory` such as 8GB, and files of the run folder beyond it as far as these are
+    activations; `student`: where the model is, in `memory` or on `disk`."""
 
     samples: int
     batch_size: int

@@ -4,7 +4,8 @@
     ├── ConfigError       an option or a config file: what was typed is not allowed
     ├── ModelError        base or experts: files, tensor names, shapes, values
     ├── DataError         the data of a task
-    └── CheckpointError   a checkpoint that cannot be written, or was not written by epmq
+    ├── CheckpointError   a checkpoint that cannot be written, or was not written by epmq
+    └── RunError          the run folder or its processes: in use, cannot be written, ended
 
 The message is one sentence that names what was given, what is allowed and what to do. The commands print it without a
 traceback and exit with 1, as they do for what the system refuses (OSError: a full disk, a folder that may not be
@@ -39,6 +40,10 @@ class DataError(EpmqError):
 
 class CheckpointError(EpmqError):
     """A checkpoint cannot be written or read."""
+
+
+class RunError(EpmqError):
+    """A run folder is in use or cannot be written, or a process of a run has ended."""
 
 
 def placed(error: ConfigError, where: str) -> ConfigError:

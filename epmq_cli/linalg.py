@@ -10,7 +10,7 @@ from torch import Tensor
 
 RETRIES = 8  # each with ten times the damping, from SMALLEST or the first try's up
 SMALLEST = 1e-8
-ITERATIONS = 20
+ITERATIONS = 8
 SETTLED = 0.003  # the change at which an estimate is taken
 SMALL = 256
 
@@ -30,14 +30,15 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
-def damped_cholesky(H: Tensor, damping: float) -> Factor | None:
+def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Factor | None:
     """The Cholesky factor of a symmetric matrix, with more damping where it is not positive definite.
 
-    `damping` is relative to the mean of the diagonal. None where no try succeeds: H holds a NaN or is not a moment.
+    `damping` is relative to the mean of the diagonal; `backwards`: the factor of H with its rows and columns in reverse
+    order. None where no try succeeds: H holds a NaN or is not a moment.
     """
     diagonal_mean, used = H.diagonal().mean(), damping
     for retries in range(RETRIES + 1):
-        damped = H.clone()
+        damped = H.flip(0, 1) if backwards else H.clone()
         damped.diagonal().add_(used * diagonal_mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and torch.isfinite(lower).all():

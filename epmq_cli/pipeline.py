@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from epmq_cli import __version__, config, ranks
 from epmq_cli.calibrate.draw import batches, draw, sequences
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
-from epmq_cli.calibrate.walk import Walked
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, ModelError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.score import ScoredTask, scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, anew, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.int4 import obstacle
@@ -56,6 +56,7 @@ class Job:
     evaluation: config.Evaluation
     device: torch.device
     seed: int
+    resume: str
 
 
 def make_job(cfg: DictConfig) -> Job:
@@ -68,6 +69,7 @@ def make_job(cfg: DictConfig) -> Job:
     check_scoring(suite, family, evaluation)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
+    check_choice("resume", cfg.resume, ("auto", "never"))
     calib, device = config.build("calib", cfg.calib), config.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
@@ -82,6 +84,7 @@ def make_job(cfg: DictConfig) -> Job:
         evaluation=evaluation,
         device=device,
         seed=config.seed_of(cfg.seed),
+        resume=cfg.resume,
     )
 
 
@@ -129,7 +132,7 @@ def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> N
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
     if spec is None:
         return
-    for name, (_, width) in _shapes(student, family):
+    for name, (_, width) in linear_shapes(student, family):
         if width % spec.columns(width):
             raise ConfigError(
                 f"group_size={spec.group_size} must divide the {width} inputs of {name}; "
@@ -144,11 +147,11 @@ def check_kernel(student: nn.Module, job: Job) -> None:
     obstacles = {}
     if job.quantizer.spec is not None:
         widest = replace(job.quantizer.spec, bits=max(job.quantizer.widths))
-        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in _shapes(student, job.family)}
+        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in linear_shapes(student, job.family)}
     refuse(obstacles)
 
 
-def _shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
+def linear_shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
     """The linears that are to be quantized."""
     for block in family.blocks(student):
         for name in block.linears:
@@ -199,11 +202,13 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     return drawn
 
 
-def score(job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:
+def score(
+    job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path, recall: Recall = anew
+) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
     if stage not in job.evaluation.stages or not ranks.first():
         return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall)
 
 
 def stage_scores(
@@ -214,10 +219,11 @@ def stage_scores(
     device: torch.device,
     stage: str,
     folder: Path,
+    recall: Recall = anew,
 ) -> Scores:
     """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness."""
     if not isinstance(evaluation, config.Harness):
-        return scores(family, model, tasks, evaluation.batch_size, device, stage)
+        return scores(family, model, tasks, evaluation.batch_size, device, stage, recall=recall)
     options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
     return {stage: harness_scores(model, folder, device, *options)}
 
@@ -229,16 +235,22 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kern
     return load(checkpoint, str(device), kernel, torch.float32)
 
 
-def score_parts(job: Job, model: nn.Module, models: Models, tasks: list[ScoredTask]) -> Scores:
-    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors are overwritten."""
+def score_parts(
+    job: Job,
+    model: nn.Module,
+    models: Models,
+    tasks: list[ScoredTask],
+    recall: Callable[[str], Recall] = lambda stage: anew,
+) -> Scores:
+    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
         install(model, models.source.model(task.name))
 
-    found = score(job, model, tasks, "base", models.base.path)
+    found = score(job, model, tasks, "base", models.base.path, recall("base"))
     if "experts" in job.evaluation.stages and ranks.first():
-        size = job.evaluation.batch_size
-        found |= scores(job.family, model, tasks, size, job.device, "experts", before=become_expert)
+        size, known = job.evaluation.batch_size, recall("experts")
+        found |= scores(job.family, model, tasks, size, job.device, "experts", become_expert, known)
     return found
 
 

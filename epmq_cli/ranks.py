@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from epmq_cli.errors import RunError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -66,8 +68,44 @@ def added(tensor: Tensor) -> Tensor:
         return tensor
     from torch import distributed
 
-    distributed.all_reduce(tensor)
+    try:
+        distributed.all_reduce(tensor)
+    except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
+        raise RunError(_gone(error)) from error
     return tensor
+
+
+def agreed(value: Item) -> Item:
+    """What the first process has for this value."""
+    if count() == 1:
+        return value
+    from torch import distributed
+
+    values = [value]
+    try:
+        distributed.broadcast_object_list(values)
+    except RuntimeError as error:
+        raise RunError(_gone(error)) from error
+    return values[0]
+
+
+def gathered(value: Item) -> list[Item]:
+    """What each process has for this value, in their order."""
+    if count() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Item] = [value] * count()
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise RunError(_gone(error)) from error
+    return values
+
+
+def _gone(error: RuntimeError) -> str:
+    reason = str(error).splitlines()[0]
+    return f"another process of this run has ended or cannot be reached ({reason}); start the same command again"
 
 
 def rows(length: int) -> slice:

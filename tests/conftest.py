@@ -8,10 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: no test m
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # models of a few thousand weights only lose by more threads
 
+import atexit
 import copy
 import logging
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+
+os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
+atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
 
 WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
 CLASSES = ["red", "blue", "green"]

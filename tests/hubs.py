@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
-from epmq_cli.calibrate.walk import Walked
 from epmq_cli.commands.run import run
 from epmq_cli.config import conf_dir
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.apply import Merged
 
-QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8")
+QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 

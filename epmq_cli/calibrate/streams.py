@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.depot import Depot, Parcel
-from epmq_cli.calibrate.passage import Passage
+from epmq_cli.calibrate.passage import Passage, tensors_in
 from epmq_cli.families.family import Batch, Family, Stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,14 +46,23 @@ class Stream:
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Its activations are there inside, and wait in the depot after it."""
-        if self.parcel is not None:
-            self.parcel.unpack()
+        self.leave()
         yield
         self.park()
 
     def park(self) -> None:
-        """Puts its activations into the depot."""
-        self.parcel = self.depot.park([self.hidden, *(self.passage.waiting() if self.passage else [])])
+        """Puts its activations into the depot, but for arguments of blocks, which other batches may share."""
+        waiting = self.passage.waiting() if self.passage else []
+        shared = {tensor.untyped_storage()._cdata for call in self.calls for tensor in tensors_in(call)}
+        own = [tensor for tensor in waiting if tensor.untyped_storage()._cdata not in shared]
+        self.parcel = self.depot.park([self.hidden, *own])
+
+    def leave(self) -> Tensor:
+        """The next section's first argument, with all that waited out of the depot."""
+        if self.parcel is not None:
+            self.parcel.unpack()
+            self.parcel = None
+        return self.hidden
 
     def to(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
         """Goes on through a section up to the first of these modules, of which it gives the input.
@@ -93,31 +102,33 @@ class _ReachedError(Exception):
 def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batch], depot: Depot) -> list[Stream]:
     """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
     blocks; they wait in the depot."""
-    blocks = [block.module for block in stack.blocks]
-    streams = []
+    blocks, streams, values = [block.module for block in stack.blocks], [], list[int]()
     for batch in batches:
-        found = _arguments(blocks, lambda batch=batch: family.features(model, batch))  # type: ignore[misc]
+        found = _arguments(blocks, lambda batch=batch: family.features(model, batch), values)  # type: ignore[misc]
         calls = [(args[1:], options) for args, options in found]
         streams.append(Stream(found[0][0][0], calls, stack.mask(batch), depot, stack.memory(batch)))
         streams[-1].park()
     return streams
 
 
-def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
-    """The arguments of each block in a forward pass in which all but the first only pass their input on, and the last
-    ends it; what else a block gives to the next is `Carried`."""
+def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], values: list[int]) -> list[Call]:
+    """The arguments of each block in a forward pass in which blocks only pass their input on, and the last ends it;
+    what else a block gives to the next is `Carried`.
+
+    `values`: how many values a block gives back, 0 where it is no tuple; put there, for the next batch, by the first
+    block, which is called for it, where it is empty.
+    """
     caught: list[Call] = []
-    shape: list[int] = []
 
     def recorder(real: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **options: Any) -> Any:
             caught.append((args, options))
             if len(caught) == len(blocks):
                 raise _ReachedError
-            if not shape:  # how many values a block gives back; 0 where it is no tuple
+            if not values:
                 output = real(*args, **options)
-                shape.append(len(output) if isinstance(output, tuple) else 0)
-            return (args[0], *map(Carried, range(1, shape[0]))) if shape[0] else args[0]
+                values.append(len(output) if isinstance(output, tuple) else 0)
+            return (args[0], *map(Carried, range(1, values[0]))) if values[0] else args[0]
 
         return record
 

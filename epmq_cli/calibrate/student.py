@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class Student:
     reference: Reference
     guidance: Guidance
     dtype: torch.dtype
+    _changed: set[str] = field(default_factory=set)
 
     def own(self, name: str) -> Tensor:
         """A copy of the model's tensor."""
@@ -40,6 +41,13 @@ class Student:
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """New values of tensors, rounded to the type they are stored in."""
         install(self.model, {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
+        self._changed.update(tensors)
+
+    def take_changed(self) -> list[str]:
+        """The names of the tensors that `put` replaced since this was last asked."""
+        changed = sorted(self._changed)
+        self._changed.clear()
+        return changed
 
     def affine_anchor(self, module: str) -> Affine:
         """`anchor` of a linear's or norm's weight and, where it has one, bias."""

@@ -10,12 +10,14 @@ from torch import nn
 
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.journal import Account, Walked
 from epmq_cli.calibrate.reference import Reference
-from epmq_cli.calibrate.walk import QuantizerOf, Walked, walk
+from epmq_cli.calibrate.walk import QuantizerOf, walk
 from epmq_cli.families.family import Batch, Family, Linears
 from epmq_cli.quantize.allocate import Trial, allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
+from epmq_cli.resume.state import State
 
 
 def sweep(
@@ -27,28 +29,35 @@ def sweep(
     quantizer: Quantizer,
     dtype: torch.dtype,
     depot: Depot | None = None,
+    state: State | None = None,
 ) -> Walked:
     """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
 
     Where the quantizer has two widths, what they lose is measured in the first walk, which is done twice if it is the
-    only one; q, k and v get the same width, as kernels that fuse them need it.
+    only one; q, k and v get the same width, as kernels that fuse them need it. `state`: where what is finished is kept.
     """
     groups = _groups(student, family)
     trial = Trial(quantizer)
     mixed = len(quantizer.widths) > 1
     first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
+    kept = state or State()
+
+    def walked(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> Walked:
+        journal = kept.journal(name, account)
+        return walk(student, family, batches, reference, guidance, quantizer_of, dtype, depot, journal)
+
     if mixed and guidance.sweeps == 1:
-        walk(student, family, batches, reference, guidance, first, dtype, depot)
+        walked("widths", first, trial)
         reference.restore(student)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
-        walk(student, family, batches, reference, guidance, chosen, dtype, depot)
+        walked(f"sweep-{number}", chosen, trial if number == 0 else None)
         guidance = replace(guidance, rho=1)
     if not mixed:
-        return walk(student, family, batches, reference, guidance, lambda _: quantizer, dtype, depot)
+        return walked("last", lambda _: quantizer)
     widths = allocate(trial.losses, trial.sizes, quantizer.bits)
     last: QuantizerOf = lambda names: quantizer.at(widths[groups[names[0]]])  # noqa: E731
-    return walk(student, family, batches, reference, guidance, last, dtype, depot)
+    return walked("last", last)
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:

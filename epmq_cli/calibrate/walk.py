@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.layer import LayerRecord, solve
+from epmq_cli.calibrate.journal import Journal, Walked
+from epmq_cli.calibrate.layer import solve
 from epmq_cli.calibrate.moments import Measure, Moments, real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
 from epmq_cli.calibrate.objective import Affine, Objective
@@ -32,21 +33,11 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Family, Norm, Section, Stack
-from epmq_cli.quantize.grid import DenseWeight, QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
 
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """The quantizer of the linears of these names, which read the same input."""
-
-
-@dataclass(frozen=True)
-class Walked:
-    """The result of a walk: the weights of the blocks' linears by module name, and the records in the order of the
-    walk."""
-
-    weights: dict[str, QuantizedWeight | DenseWeight]
-    records: list[LayerRecord]
 
 
 def walk(
@@ -58,55 +49,75 @@ def walk(
     quantizer_of: QuantizerOf,
     dtype: torch.dtype,
     depot: Depot | None = None,
+    journal: Journal | None = None,
 ) -> Walked:
     """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
 
     `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
-    not quantized are stored in. `depot`: where activations wait; in memory unless given.
+    not quantized are stored in. `depot`: where activations wait; in memory unless given. `journal`: where what is
+    finished is kept; likewise.
     """
     room = depot or Depot(math.inf)
-    return _Walk(Student(student, family, reference, guidance, dtype), batches, quantizer_of, room).run()
+    return _Walk(Student(student, family, reference, guidance, dtype), batches, quantizer_of, room, journal).run()
 
 
 class _Walk:
     """One walk through one student, stack by stack."""
 
     def __init__(
-        self, student: Student, batches: Mapping[str, Sequence[Batch]], quantizer_of: QuantizerOf, depot: Depot
+        self,
+        student: Student,
+        batches: Mapping[str, Sequence[Batch]],
+        quantizer_of: QuantizerOf,
+        depot: Depot,
+        journal: Journal | None = None,
     ) -> None:
         self.student, self.quantizer_of, self.depot = student, quantizer_of, depot
+        self.journal = journal or Journal()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.own, self.others = dict(batches), dict(batches)  # of the student and of the teachers, stack by stack
         self.streams: dict[str, list[Stream]] = {}
         self.taught: dict[str, list[Stream]] = {}
-        self.result = Walked({}, [])
 
     def run(self) -> Walked:
-        """Every section in order."""
+        """Every section in order; what the journal has is installed, and batches are only sent through it."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
-        for stack, section in track(steps, "calibrate and quantize"):
-            if section is stack.blocks[0]:
-                self._enter(stack)
-            solved = section is not stack.readout or self.guidance.readout
+        entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
+        if self.journal.install_all([name for names in entries for name in names], self.student):
+            return self.journal.walked
+        for (stack, section), (entry, *stem) in zip(track(steps, "calibrate and quantize"), entries, strict=True):
+            if stem:
+                self._enter(stack, stem[0])
+            known = self.journal.install(entry, self.student)
+            solved = not known and (section is not stack.readout or self.guidance.readout)
             self._section(stack, section if solved else replace(section, steps=()))
+            if not known:
+                self.journal.write(entry, self.student)
             if section is stack.readout and stack.handed is not None:
                 self.own = _handed(stack.handed, self.own, self.streams)
                 self.others = _handed(stack.handed, self.others, self.taught) if self.taught else self.own
-        return self.result
+        return self.journal.walked
 
-    def _enter(self, stack: Stack) -> None:
+    def _enter(self, stack: Stack, entry: str) -> None:
         """Sends every batch to the first block of a stack, solving what is in front of it on the way."""
-        model, norm = self.student.model, stack.first_norm
-        if self.guidance.embeddings:
-            solve_stem(self.student, stack, self.own)
-        if self.guidance.norms and norm is not None:
-            self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
+        model = self.student.model
+        if not self.journal.install(entry, self.student):
+            self._solve_stem(stack)
+            self.journal.write(entry, self.student)
         for task in self.own:
             self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot)
             if self.guidance.teaches:
                 with installed(model, self._stem(task)):
                     self.taught[task] = enter(model, self.family, stack, self.others[task], self.depot)
+
+    def _solve_stem(self, stack: Stack) -> None:
+        """Solves what is in front of the first block of a stack."""
+        norm = stack.first_norm
+        if self.guidance.embeddings:
+            solve_stem(self.student, stack, self.own)
+        if self.guidance.norms and norm is not None:
+            self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 
     def _stem(self, task: str) -> dict[str, Tensor]:
         """The expert's tensors in front of the blocks."""
@@ -215,9 +226,7 @@ class _Walk:
         for index, (name, weight) in enumerate(zip(names, found, strict=True)):
             dequantized = weight.dequantize()
             self.student.put_affine(name, dequantized, objective.bias(index, dequantized))
-            if in_block:
-                self.result.weights[name] = weight
-        self.result.records.extend(records)
+        self.journal.note(names if in_block else [], found if in_block else [], records)
 
     def _measure(
         self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
@@ -269,11 +278,16 @@ class _Walk:
         return list(parts)
 
 
+def _entries(number: int, first: bool) -> list[str]:
+    """What the journal calls a section and, for the first of a stack, what is in front of it."""
+    return [f"{number:04}", f"{number:04}-stem"] if first else [f"{number:04}"]
+
+
 def _handed(
     key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[Stream]]
 ) -> dict[str, Sequence[Batch]]:
     """The batches with what came out of a stack, for the next one."""
     return {
-        task: [{**batch, key: stream.hidden} for batch, stream in zip(batches[task], found, strict=True)]
+        task: [{**batch, key: stream.leave()} for batch, stream in zip(batches[task], found, strict=True)]
         for task, found in streams.items()
     }

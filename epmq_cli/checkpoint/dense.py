@@ -31,9 +31,9 @@ def write_dense(folder: Path, base: ModelFolder, merged: Merged, pack: Pack) -> 
         next(steps)
         return entry.make()
 
-    with whole(folder) as partly:
+    with whole(folder) as (partly, known):
         shown = [Entry(e.name, e.dtype, e.shape, partial(counted, e)) for e in entries]
-        write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
+        known |= write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
         config = dict(base.config)
         size = merged.source.vocabulary_size
         if size is not None:

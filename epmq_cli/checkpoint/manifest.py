@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ class Content:
     sha256: str
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists every file of the folder; nothing in it depends on time or place."""
-    files = {path.name: asdict(content) for path, content in _contents(_files(folder)).items()}
+def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
+    """Lists every file of the folder; nothing in it depends on time or place. `known`: what some of them were written
+    with, which need not be read again."""
+    there = _files(folder)
+    found = {path.name: content for path, content in contents([p for p in there if p.name not in known]).items()}
+    files = {path.name: asdict({**found, **known}[path.name]) for path in there}
     text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -51,7 +55,7 @@ def file_problems(folder: Path) -> list[str]:
             same_size.append(there[name])
         else:
             found.append(f"{name} has {size} bytes instead of {listed[name].size}")
-    read = _contents([path for path in same_size if path not in links])
+    read = contents([path for path in same_size if path not in links])
     return sorted(found + [f"{path.name} has other bytes" for path in read if read[path] != listed[path.name]])
 
 
@@ -60,12 +64,14 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in names if path.name != MANIFEST]
 
 
-def _contents(paths: list[Path]) -> dict[Path, Content]:
+def contents(paths: list[Path]) -> dict[Path, Content]:
+    """What each of some files holds."""
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return dict(zip(paths, pool.map(_content, paths), strict=True))
+        return dict(zip(paths, pool.map(content, paths), strict=True))
 
 
-def _content(path: Path) -> Content:
+def content(path: Path) -> Content:
+    """What a file holds."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

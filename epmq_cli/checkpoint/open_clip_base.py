@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from epmq_cli.cache import cache_folder
 from epmq_cli.checkpoint.open_clip import Translated
 from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, tokenizer
 from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, read_json
@@ -34,7 +34,7 @@ def converted(path: Path, role: str) -> Path:
     """
     folder, weights = (path.parent, path) if path.is_file() else (path, weights_file(path, role))
     config = read_json(folder, CONFIG, role)
-    target = cache() / "open_clip" / _digest([folder / CONFIG, weights])
+    target = cache_folder() / "open_clip" / _digest([folder / CONFIG, weights])
     if not target.is_dir():
         found = clip_config(config, folder / CONFIG, role)
         tensors = Translated(open_file(weights, role), weights, role)
@@ -56,13 +56,6 @@ def expert_tensors(path: Path, role: str) -> Tensors:
     if path.is_file():
         return Translated(open_file(path, role), path, role)
     return Translated(SafetensorsFiles(weights_file(path, role), role), path, role)
-
-
-def cache() -> Path:
-    """Where epmq keeps what it can make again."""
-    if own := os.environ.get("EPMQ_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "epmq"
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -7,7 +7,6 @@ The folder appears under its name in one step, when all of its files are on disk
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.manifest import write_manifest
+from epmq_cli.checkpoint.manifest import Content, write_manifest
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
+from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
@@ -142,19 +142,21 @@ def _weights_entry(spec: GridSpec) -> dict[str, Any]:
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
     """A folder to write into, which is on disk and has its name when the block is over; CheckpointError where the disk
-    does not take it. Its manifest is written last. Nothing is left of a block that fails."""
-    temporary = folder.with_name(f".{folder.name}.partial")
+    does not take it. Its manifest is written last; files that the block puts into the dict are not read for it. Nothing
+    is left of a block that fails."""
+    known: dict[str, Content] = {}
+    temporary = folder.with_name(PARTIAL.format(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        write_manifest(temporary)
+        yield temporary, known
+        write_manifest(temporary, known)
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
@@ -165,12 +167,13 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
     """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
-    with whole(folder) as temporary:
-        _write_files(temporary, contents, shard_bytes)
+    with whole(folder) as (temporary, known):
+        known |= write_model(temporary, entries(contents), shard_bytes)
+        _write_others(temporary, contents)
 
 
-def _write_files(folder: Path, contents: Contents, shard_bytes: int) -> None:
-    write_model(folder, entries(contents), shard_bytes)
+def _write_others(folder: Path, contents: Contents) -> None:
+    """Everything but the model's tensors."""
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
@@ -210,12 +213,3 @@ def linear_bytes(contents: Contents) -> int:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the model's safetensors files in a folder, task heads not counted."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != HEADS)
-
-
-def _sync(path: Path) -> None:
-    """Returns when the file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,21 +1,24 @@
 """Writes safetensors files (https://huggingface.co/docs/safetensors) tensor by tensor: the header first, since all
-shapes are known, and then each tensor when it is made, so that no more than one is in memory.
+shapes are known, and then each tensor when it is made. While one is written and hashed the next is made, so that no
+more than two are in memory.
 
 What huggingface_hub and safetensors write themselves must be in memory whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from epmq_cli.checkpoint.manifest import Content
 from epmq_cli.checkpoint.reader import INDEX, SINGLE
 from epmq_cli.errors import CheckpointError
 from epmq_cli.linalg import is_finite
@@ -55,25 +58,32 @@ def of(name: str, tensor: Tensor) -> Entry:
     return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> None:
-    """model.safetensors, or shards of at most so many bytes (or of one tensor that is larger) and their index."""
+def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> dict[str, Content]:
+    """model.safetensors, or shards of at most so many bytes (or of one tensor that is larger) and their index.
+
+    Returns what the tensors' files hold, by name.
+    """
     shards = _shards(entries, shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE]
-    for file, shard in zip(names, shards, strict=True):
-        write_file(folder / file, shard)
+    written = {file: write_file(folder / file, shard) for file, shard in zip(names, shards, strict=True)}
     if len(shards) > 1:
         sizes = {"total_size": sum(entry.size for shard in shards for entry in shard)}
         files = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
         text = json.dumps({"metadata": sizes, "weight_map": dict(sorted(files.items()))}, indent=2) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
+    return written
 
 
-def write_file(path: Path, entries: Iterable[Entry]) -> None:
-    """One file; wide types come first, so that every tensor begins at a multiple of its items' size."""
+def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> Content:
+    """One file; wide types come first, so that every tensor begins at a multiple of its items' size. `metadata`: texts
+    by name that its header has beside the tensors.
+
+    Returns what was written.
+    """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for entry in ordered:
         end = start + entry.size
@@ -81,18 +91,29 @@ def write_file(path: Path, entries: Iterable[Entry]) -> None:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as behind:  # both let go of the interpreter
+
+        def put(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        writing = behind.submit(put, len(text).to_bytes(8, "little") + text)
         for entry in ordered:
-            _write(file, entry)
+            data = _bytes(entry)
+            writing.result()
+            writing = behind.submit(put, data)
+        writing.result()
+    return Content(8 + len(text) + start, digest.hexdigest())
 
 
-def _write(file: BinaryIO, entry: Entry) -> None:
+def _bytes(entry: Entry) -> memoryview:
     tensor = entry.make()
     assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
     check_finite(entry.name, tensor)
     flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))  # flatten leaves one item its odd stride
-    file.write(flat.view(torch.uint8).numpy().data)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -23,15 +25,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from epmq_cli import ranks
+from epmq_cli import interruption, ranks
 from epmq_cli.cli import split
 from epmq_cli.commands.overrides import check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, check_keys
+from epmq_cli.interruption import GRACE
+from epmq_cli.resume import unfinished
 
-MISTAKEN, DEFECT, INTERRUPTED = 1, 70, 130
-LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+MISTAKEN, DEFECT = 1, 70
+NOTHING = "interrupted; nothing of this run is complete"
+INTERRUPTED = {
+    "run": "interrupted; start the same command again to go on from the last finished block",
+    "merge": NOTHING,
+    "eval": NOTHING,
+}
+DISK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
+PLACE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+"""What a disk or a folder says, by no fault of epmq's."""
+REMEDY = "make room there, or choose another out"
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 """Of sweeps: the extra that each comes with."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
@@ -43,16 +57,15 @@ def launch(command: str, arguments: list[str]) -> None:
     if ranks.count() > 1 and command != "run":
         complain(f"epmq {command} is done by one process; start it without torchrun")
         sys.exit(MISTAKEN)
-    if not ranks.first():
-        arguments = [*arguments, *_without_traces()]
-    sys.argv = [f"epmq {command}", *arguments]
-    with told(lambda error: explain(error, command, arguments)):
+    logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
+    with told(lambda error: explain(error, command, arguments), INTERRUPTED[command]):
         os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         overrides, flags = split(arguments)
         check_overrides(command, overrides)
         try:
-            importlib.import_module(f"epmq_cli.commands.{command}").main()
+            with interruption.listening(lambda: complain(INTERRUPTED[command]), GRACE if ranks.count() == 1 else 1):
+                _start(command, arguments)
         except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
             raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
 
@@ -66,9 +79,9 @@ class Ended(BaseException):
 
 
 @contextmanager
-def told(explained: Callable[[Exception], str]) -> Iterator[None]:
+def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> Iterator[None]:
     """Ends the process with a sentence and a status, see errors.py, where something is raised inside; with --debug or
-    HYDRA_FULL_ERROR=1 it is raised on."""
+    HYDRA_FULL_ERROR=1 it is raised on. `interrupted`: what is said of a signal."""
     before = os.environ.get(FULL_ERROR, "0")
     try:
         yield
@@ -79,10 +92,11 @@ def told(explained: Callable[[Exception], str]) -> Iterator[None]:
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
             complain(explained(error))
         sys.exit(MISTAKEN if isinstance(error, MISTAKES) or _lacks_memory(error) else DEFECT)
-    except KeyboardInterrupt:
-        complain("interrupted; nothing of this run is complete")
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as signalled:
+        complain(interrupted)
+        sys.exit(interruption.STATUS[getattr(signalled, "number", signal.SIGINT)])
     finally:
+        os.environ.pop(unfinished.VARIABLE, None)
         os.environ[FULL_ERROR] = before
 
 
@@ -101,6 +115,17 @@ def defect(error: Exception) -> str:
     )
 
 
+def _start(command: str, arguments: list[str]) -> None:
+    """The command itself; of the processes of a run the first has its traces."""
+    if command == "run" and ranks.first():
+        arguments = unfinished.continued(arguments)
+    if not ranks.first():
+        arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
+    sys.argv = [f"epmq {command}", *arguments]
+    importlib.import_module(f"epmq_cli.commands.{command}").main()
+    unfinished.end(arguments)
+
+
 def _without_traces() -> list[str]:
     """Overrides that send what a process writes beside the results elsewhere: the run folder is that of the first."""
     folder = tempfile.mkdtemp(prefix="epmq-")
@@ -116,6 +141,8 @@ def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) 
         return "there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size"
     if not isinstance(error, MISTAKES):
         return defect(error)
+    if isinstance(error, OSError) and error.errno in (*DISK, *PLACE):
+        return f"{error.filename or 'the disk'} cannot be written or read ({error.strerror}); {REMEDY}"
     if isinstance(error, OSError) and error.strerror:
         return f"the system says of {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MissingConfigException) and (option := re.search(r"Could not find '(.+)/(.+)'", text)):
@@ -175,10 +202,3 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-
-
-def refuse_used(folder: Path, *results: str) -> None:
-    """ConfigError where the run folder already holds one of these results of an earlier run."""
-    found = [name for name in results if (folder / name).exists()]
-    if found:
-        raise ConfigError(f"out={folder} already holds {' and '.join(found)}; choose another out or remove them")

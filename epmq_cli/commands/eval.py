@@ -9,7 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import config
-from epmq_cli.commands.app import guarded, quiet_libraries, refuse_used
+from epmq_cli.commands.app import guarded, quiet_libraries
+from epmq_cli.resume.lock import refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="eval")

@@ -9,26 +9,31 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import config
-from epmq_cli.commands.app import guarded, refuse_used
+from epmq_cli.commands.app import guarded
+from epmq_cli.importing import importing
+from epmq_cli.resume.lock import alone, refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="merge")
 @guarded
 def main(cfg: DictConfig) -> None:
     """One merge, or one of each job of a sweep."""
-    merge(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with alone(folder):
+        merge(cfg, folder, list(HydraConfig.get().overrides.task))
 
 
 def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Writes `checkpoint/`, which is loaded as the base is, and `metrics.json`."""
-    import torch
+    with importing():
+        import torch
 
-    from epmq_cli.checkpoint.dense import write_dense
-    from epmq_cli.console import say
-    from epmq_cli.families import suite_family
-    from epmq_cli.merge.apply import Merged, Models
-    from epmq_cli.report import metrics, table
-    from epmq_cli.report.stages import Stages
+        from epmq_cli.checkpoint.dense import write_dense
+        from epmq_cli.console import say
+        from epmq_cli.families import suite_family
+        from epmq_cli.merge.apply import Merged, Models
+        from epmq_cli.report import metrics, table
+        from epmq_cli.report.stages import Stages
 
     refuse_used(folder, "checkpoint", "metrics.json")
     config.check_complete(cfg, "merge")

@@ -48,6 +48,11 @@ class Pictures(Sequence[Image.Image]):
             raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
         return image
 
+    def raw(self, index: int) -> bytes | Image.Image:
+        """The encoded image where the data set holds it, elsewhere the image itself."""
+        stored = self._stored[index]["bytes"]
+        return self[index] if stored is None else bytes(stored)
+
 
 @dataclass(frozen=True)
 class Hub:

@@ -38,6 +38,10 @@ class ImageFiles(Sequence[Image.Image]):
         except Exception as error:  # Pillow has no common one, and images come from anywhere
             raise DataError(f"{path} is not an image that Pillow can read ({error}); remove or replace it") from error
 
+    def raw(self, index: int) -> bytes:
+        """The file."""
+        return self._paths[index].read_bytes()
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -83,6 +87,11 @@ class ArrayImages(Sequence[Image.Image]):
 
     def __getitem__(self, position: int) -> Image.Image:  # type: ignore[override]
         return Image.fromarray(self._array[position])
+
+    def raw(self, position: int) -> NDArray[np.uint8]:
+        """The pixels."""
+        pixels: NDArray[np.uint8] = self._array[position]
+        return pixels
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,17 @@ class View(Sequence[Any]):
     def __getitem__(self, position: int) -> Any:  # type: ignore[override]
         return self._inputs[self._indices[position]]
 
+    def raw(self, position: int) -> Any:
+        """The input as it is stored."""
+        return raw(self._inputs, self._indices[position])
+
+
+def raw(inputs: Sequence[Any], position: int) -> Any:
+    """An input as it is stored, such as the bytes of an image that is not decoded, where the sequence knows how (it has
+    a method of this name); the input itself elsewhere."""
+    own = getattr(inputs, "raw", None)
+    return inputs[position] if own is None else own(position)
+
 
 @dataclass(frozen=True)
 class Samples:

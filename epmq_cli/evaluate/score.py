@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity
 from epmq_cli.families.family import Collate, Family, Head, LanguageModel, Predict
 from epmq_cli.report.metrics import Scores
+
+Recall = Callable[["ScoredTask", Callable[[], float]], float]
+"""Gives a task's score, which the function makes if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ def predicted(
     return torch.cat(found), samples.labels
 
 
+def anew(task: ScoredTask, make: Callable[[], float]) -> float:
+    """The score as it is made."""
+    return make()
+
+
 def scores(
     family: Family,
     model: nn.Module,
@@ -95,11 +104,13 @@ def scores(
     device: torch.device,
     stage: str,
     before: Callable[[ScoredTask], None] = lambda task: None,
+    recall: Recall = anew,
 ) -> Scores:
-    """Scores by task name, under the stage's name; `before` is called before each task."""
-    found = {}
+    """Scores by task name, under the stage's name; `before` is called before each task that has to be scored."""
+
+    def made(task: ScoredTask) -> float:
+        before(task)
+        return score(family, model, task, batch_size, device, advance)
+
     with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
-        for task in tasks:
-            before(task)
-            found[task.name] = score(family, model, task, batch_size, device, advance)
-    return {stage: found}
+        return {stage: {task.name: recall(task, partial(made, task)) for task in tasks}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.linalg import is_finite
-from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.source import PIECE, Merge, MergeSource, Read
 from epmq_cli.suites import Suite
+from epmq_cli.threads import spread
 
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
@@ -90,14 +92,21 @@ class Merged:
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        pieces = [self._rule(base, experts).to(dtype) for base, *experts in self.source.parts(name)]
-        if not all(map(is_finite, pieces)):
+        shape = self.source.shape(name)
+        found = torch.empty(prod(shape), dtype=dtype)
+
+        def fill(part: tuple[Tensor, Read]) -> None:
+            base, *experts = part[1]()
+            part[0].copy_(self._rule(base, experts))
+
+        spread(fill, zip(torch.split(found, PIECE), self.source.parts(name), strict=True))
+        if not is_finite(found):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(
                 f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
                 "smaller merge.scale"
             )
-        return torch.cat(pieces).view(self.source.shape(name))
+        return found.view(shape)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,11 +15,15 @@ from epmq_cli.linalg import is_finite
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
 
 SHOWN = 3  # differences named in an error
-PIECE = 1 << 18  # elements: 1 MB in float32
+PIECE = 1 << 16  # elements: 256 KB in float32
 
 Rule = Callable[[Tensor, list[Tensor]], Tensor]
 """One merged tensor from the base's and the experts' (float32, all of one shape, never changed in place), each element
 from theirs at its place alone."""
+
+
+Read = Callable[[], list[Tensor]]
+"""Reads one piece of several tensors, by whichever thread calls it."""
 
 
 class Merge(Protocol):
@@ -85,22 +90,16 @@ class MergeSource:
         """All tensors of a task's expert in float32, with their names."""
         return ((name, self.expert(task, name)) for name in self.names)
 
-    def parts(self, name: str, tasks: Sequence[str] | None = None) -> Iterator[list[Tensor]]:
-        """The base's tensor and those of all experts, or of some tasks', piece by piece: flat, in float32, up to
-        `PIECE` elements, so that what is made of a piece stays in the processor's cache."""
-        asked = [None, *(self._experts if tasks is None else tasks)]
+    def parts(self, name: str) -> list[Read]:
+        """The base's tensor and those of all experts, piece by piece: flat, in float32, up to `PIECE` elements, so that
+        what is made of a piece stays in the processor's cache."""
+        asked = [None, *self._experts]
         if name in self.padded:
             whole = [self.base(name) if task is None else self.expert(task, name) for task in asked]
         else:
             whole = [self._stored(task, name) for task in asked]
-        for pieces in zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True):
-            yield [self._checked(task, name, piece.float()) for task, piece in zip(asked, pieces, strict=True)]
-
-    def task_vectors(self, task: str) -> Iterator[Tensor]:
-        """Expert minus base in float32, piece by piece in the order of `names`."""
-        for name in self.names:
-            for base, expert in self.parts(name, [task]):
-                yield expert - base
+        split = (torch.split(tensor.flatten(), PIECE) for tensor in whole)
+        return [partial(self._read, name, dict(zip(asked, pieces, strict=True))) for pieces in zip(*split, strict=True)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""
@@ -132,6 +131,9 @@ class MergeSource:
     def _own(self, task: str | None, name: str) -> Tensor:
         """The tensor of an expert, or of the base, as it is stored, in float32."""
         return self._checked(task, name, self._stored(task, name).float())
+
+    def _read(self, name: str, pieces: dict[str | None, Tensor]) -> list[Tensor]:
+        return [self._checked(task, name, piece.float()) for task, piece in pieces.items()]
 
     def _stored(self, task: str | None, name: str) -> Tensor:
         if task is None:

@@ -1,14 +1,15 @@
 """TIES: trim, elect sign, disjoint merge (Yadav et al. 2023, https://arxiv.org/abs/2306.01708, section 3, algorithm 1).
 
-Trimming is over the whole task vector, as in the paper, not tensor by tensor. The threshold is exact and found in two
-passes over the tensors by counting float bits, so that no more than one tensor is in memory.
+Trimming is over the whole task vector, as in the paper, not tensor by tensor. The thresholds are exact and found in two
+passes over the tensors by counting float bits, so that no more than one tensor is in memory; a third pass finds the
+majority of signs over the whole vector, by which the paper's code elects where task vectors cancel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,25 +17,42 @@ from torch import Tensor
 
 from epmq_cli.console import track
 from epmq_cli.errors import check_choice, check_range
-from epmq_cli.merge.source import MergeSource, Rule
+from epmq_cli.merge.source import MergeSource, Read, Rule
+from epmq_cli.threads import spread, threads
+
+Count = Callable[[int, np.ndarray, np.ndarray], None]
+"""Adds to counts (65536,) those of a piece of the k-th vector."""
 
 
-def kth_largest_magnitude(passes: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """The smallest magnitude among the int(density * N) largest (at least one) of N values.
+def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Read]]], vectors: int, density: float) -> list[float]:
+    """Of each vector the smallest magnitude among the int(density * N) largest (at least one) of its N values.
 
-    `passes()` gives the same float32 tensors each time it is called. Magnitudes order like their bit patterns read as
-    integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin that holds the answer.
+    `passes()` gives the same pieces, flat in float32, of so many vectors each time it is called. Magnitudes order like
+    their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin
+    that holds the answer.
     """
     from epmq_cli.merge.ties_loops import count_lower, count_upper
 
-    upper, lower = (torch.zeros(1 << 16, dtype=torch.int64) for _ in range(2))
-    for tensor in passes():
-        count_upper(tensor.flatten().numpy(), upper.numpy())
-    high, wanted = _bin_from_top(upper, max(1, int(density * int(upper.sum()))))
-    for tensor in passes():
-        count_lower(tensor.flatten().numpy(), high, lower.numpy())
-    low, _ = _bin_from_top(lower, wanted)
-    return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
+    upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
+    wanted = max(1, int(density * int(upper[0].sum())))
+    bins = [_bin_from_top(counts, wanted) for counts in upper]
+    lower = _counted(passes(), vectors, lambda k, values, counts: count_lower(values, bins[k][0], counts))
+    found = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
+    return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
+
+
+def _counted(pieces: Iterable[list[Read]], vectors: int, count: Count) -> Tensor:
+    """(vectors, 65536): what `count` adds up over all pieces."""
+    own = np.zeros((threads(), vectors, 1 << 16), np.int64)  # by thread, as two at once would lose counts
+
+    def work(thread: int, reads: list[Read]) -> None:
+        for read in reads[thread :: len(own)]:
+            for k, values in enumerate(read()):
+                count(k, values.numpy(), own[thread, k])
+
+    for reads in pieces:
+        spread(partial(work, reads=reads), range(min(len(own), len(reads))))
+    return torch.from_numpy(own.sum(0))
 
 
 def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
@@ -46,35 +64,27 @@ def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 
 def elected(
-    base: Tensor,
-    experts: list[Tensor],
-    thresholds: list[float],
-    majority: Callable[[], float],
-    scale: float,
-    mean: bool,
+    base: Tensor, experts: list[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
 ) -> Tensor:
     """Base (n,) plus `scale` times the sum or mean, at each position, of those task vectors that agree with the elected
     sign, each trimmed to what reaches its threshold.
 
-    The elected sign is that of the sum; where that is zero and its parts are not it is `majority()`, +1 or -1.
+    The elected sign is that of the sum; where that is zero and its parts are not it is `majority`, +1 or -1.
     """
-    merged, cancelled, _ = _elect(base, experts, thresholds, 1.0, scale, mean)
-    if cancelled and majority() < 0:
-        merged, _, _ = _elect(base, experts, thresholds, -1.0, scale, mean)
+    from epmq_cli.merge.ties_loops import elect
+
+    merged, options = torch.empty_like(base), (np.float32(majority), np.float32(scale), mean)
+    elect(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), *options, merged.numpy())
     return merged
 
 
-def _elect(
-    base: Tensor, experts: list[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
-) -> tuple[Tensor, int, int]:
-    """The merged elements, how often task vectors cancelled, and the sum of the elected signs where they did not."""
-    from epmq_cli.merge.ties_loops import elect
+def sign_sum(base: Tensor, experts: list[Tensor], thresholds: list[float]) -> int:
+    """The signs of the sums of the trimmed task vectors, added up."""
+    from epmq_cli.merge.ties_loops import sum_signs
 
-    merged, counts = torch.empty_like(base), np.zeros(2, np.int64)
-    limits = np.array(thresholds, np.float32)
-    options = (np.float32(majority), np.float32(scale), mean)
-    elect(base.numpy(), torch.stack(experts).numpy(), limits, *options, merged.numpy(), counts)
-    return merged, int(counts[0]), int(counts[1])
+    signs = np.zeros(1, np.int64)
+    sum_signs(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), signs)
+    return int(signs[0])
 
 
 @dataclass(frozen=True)
@@ -95,18 +105,26 @@ class Ties:
         check_choice("merge.combine", self.combine, ("sum", "mean"))
 
     def __call__(self, source: MergeSource) -> Rule:
-        thresholds = [
-            kth_largest_magnitude(lambda task=task: source.task_vectors(task), self.density)  # type: ignore[misc]
-            for task in track(source.tasks, "find what TIES keeps")
-        ]
+        def task_vectors() -> Iterator[list[Read]]:
+            for name in track(source.names, "find what TIES keeps"):
+                yield [partial(_differences, read) for read in source.parts(name)]
 
-        @cache
-        def majority() -> float:
-            pieces = (piece for name in source.names for piece in source.parts(name))
-            signs = sum(_elect(base, experts, thresholds, 1.0, 1.0, False)[2] for base, *experts in pieces)
-            return 1.0 if signs >= 0 else -1.0
+        thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
+
+        def signs(read: Read) -> int:
+            base, *experts = read()
+            return sign_sum(base, experts, thresholds)
+
+        names = track(source.names, "find the majority of signs")
+        majority = 1.0 if sum(sum(spread(signs, source.parts(name))) for name in names) >= 0 else -1.0
 
         def rule(base: Tensor, experts: list[Tensor]) -> Tensor:
             return elected(base, experts, thresholds, majority, self.scale, self.combine == "mean")
 
         return rule
+
+
+def _differences(read: Read) -> list[Tensor]:
+    """A piece of every task vector."""
+    base, *experts = read()
+    return [expert - base for expert in experts]

@@ -29,45 +29,74 @@ def count_lower(values: Any, high: Any, counts: Any) -> None:
 
 
 @compiled
-def elect(
-    base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, mean: Any, merged: Any, counts: Any
-) -> None:
+def trim(base: Any, expert: Any, threshold: Any, kept: Any, total: Any, number: Any) -> None:
+    """Puts into `kept` a task vector (n,), zero below its threshold, and adds it to `total`, and to `number` 1 where it
+    is not zero."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(base)):
+        value = expert[i] - base[i]
+        value = value if abs(value) >= threshold else zero
+        kept[i] = value
+        total[i] += value
+        number[i] += one if value != zero else zero
+
+
+@compiled
+def sum_signs(base: Any, experts: Any, thresholds: Any, signs: Any) -> None:
+    """Adds to `signs` (1,) the signs of the sums of the trimmed task vectors.
+
+    `base` (n,) and `experts` (experts, n).
+    """
+    kept, totals, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, len(base), BLOCK):
+        part = base[start : start + BLOCK]
+        n = len(part)
+        total, number = totals[:n], numbers[:n]
+        total[:] = np.float32(0)
+        number[:] = np.float32(0)
+        for k in range(len(experts)):
+            trim(part, experts[k, start : start + n], thresholds[k], kept[:n], total, number)
+        found = 0
+        for i in range(n):
+            found += int(total[i] > 0) - int(total[i] < 0)
+        signs[0] += found
+
+
+@compiled
+def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, mean: Any, merged: Any) -> None:
     """Trims, elects and merges the elements of `base` (n,) and `experts` (experts, n) into `merged` (n,).
 
-    `majority`: the sign where task vectors cancel. `mean`: whether those that agree are averaged. `counts` (2,): how
-    often they cancelled is added to the first, the elected signs to the second. Steps without branches over `BLOCK`
-    elements at a time, so that they are vectorised and stay in the nearest cache.
+    `majority`: the sign where task vectors cancel. `mean`: whether those that agree are averaged. Steps without
+    branches over slices of `BLOCK` elements at a time, so that they are vectorised and stay in the nearest cache.
     """
     tasks, zero, one = len(experts), np.float32(0), np.float32(1)
-    kept = np.empty((tasks, BLOCK), np.float32)
-    total, agreed, number = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    every = np.empty((tasks, BLOCK), np.float32)
+    totals, sums, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(0, len(base), BLOCK):
-        n = min(BLOCK, len(base) - start)
+        part, found = base[start : start + BLOCK], merged[start : start + BLOCK]
+        n = len(part)
+        total, agreed, number = totals[:n], sums[:n], numbers[:n]
         total[:] = zero
-        number[:] = zero  # of task vectors that are not zero
+        number[:] = zero
         for k in range(tasks):
-            for i in range(n):
-                value = experts[k, start + i] - base[start + i]
-                value = value if abs(value) >= thresholds[k] else zero
-                kept[k, i] = value
-                total[i] += value
-                number[i] += one if value != zero else zero
-        cancelled, signs = 0, 0
+            trim(part, experts[k, start : start + n], thresholds[k], every[k, :n], total, number)
         for i in range(n):
             sign = (one if total[i] > zero else zero) - (one if total[i] < zero else zero)
-            signs += int(sign)
-            tied = sign == zero and number[i] > zero
-            cancelled += 1 if tied else 0
-            total[i] = majority if tied else sign
-        counts[0] += cancelled
-        counts[1] += signs
+            total[i] = majority if sign == zero and number[i] > zero else sign
         agreed[:] = zero
         number[:] = zero
         for k in range(tasks):
-            for i in range(n):
-                same = kept[k, i] * total[i] > zero
-                agreed[i] += kept[k, i] if same else zero
-                number[i] += one if same else zero
+            agree(every[k, :n], total, agreed, number)
         for i in range(n):
             value = agreed[i] / max(number[i], one) if mean else agreed[i]
-            merged[start + i] = base[start + i] + scale * value
+            found[i] = part[i] + scale * value
+
+
+@compiled
+def agree(kept: Any, sign: Any, agreed: Any, number: Any) -> None:
+    """Adds what is left of a task vector (n,) to `agreed` where it has this sign, and there 1 to `number`."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(kept)):
+        same = kept[i] * sign[i] > zero
+        agreed[i] += kept[i] if same else zero
+        number[i] += one if same else zero

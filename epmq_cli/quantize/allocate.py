@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class Trial:
     quantizer: Quantizer
     losses: dict[str, dict[int, float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+
+    def state(self) -> Any:
+        """All that was noted so far, as JSON has it."""
+        return {"losses": {group: list(losses.items()) for group, losses in self.losses.items()}, "sizes": self.sizes}
+
+    def restore(self, state: Any) -> None:
+        """Notes this instead."""
+        self.losses = {group: dict(losses) for group, losses in state["losses"].items()}
+        self.sizes = dict(state["sizes"])
 
     def of(self, group: str) -> Quantizer:
         """The stand-in for linears of this group."""

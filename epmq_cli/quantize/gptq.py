@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import check_choice, check_range
-from epmq_cli.linalg import Factor, damped_cholesky, triangular_inverse
+from epmq_cli.linalg import damped_cholesky, triangular_inverse
 from epmq_cli.quantize.columns import Columns, columns_of
 from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
 from epmq_cli.quantize.result import Outcome, by_rows
@@ -25,15 +25,16 @@ from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.search import hessian_grid
 
 
-def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Factor] | None:
-    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, and how it was had; None if there is none.
+def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping used, and how often it had to be
+    raised; None if there is none.
 
     With the order of H reversed, L L' = H; L reversed is an upper M with M M' = H, so that U = M^-1, L^-1 reversed.
     """
-    factor = damped_cholesky(H.flip(0, 1), damping)
+    factor = damped_cholesky(H, damping, backwards=True)
     if factor is None:
         return None
-    return triangular_inverse(factor.lower).flip(0, 1), factor
+    return triangular_inverse(factor.lower).flip(0, 1), factor.damping, factor.retries
 
 
 def quantize_columns(
@@ -117,14 +118,14 @@ def gptq(
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
     size = spec.columns(len(H))
     order = column_order(hessian, size, act_order)
-    inverse = inverse_factor(H[order][:, order], damping)
+    inverse = inverse_factor(H[order][:, order] if act_order else H, damping)
     if inverse is None:
         return Outcome(rtn(weight, spec, dtype), fallback="rtn")
-    Hinv, factor = inverse
+    Hinv, used, retries = inverse
     ordered, columns = weight[:, order], columns_of(weight)
     values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
     values = values[:, torch.argsort(order)].to(torch.int8)
-    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), factor.damping, factor.retries)
+    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), used, retries)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from epmq_cli.durable import write_text
+from epmq_cli.errors import RunError
 from epmq_cli.evaluate.measures import average
 
 SCHEMA_VERSION = 2
@@ -73,11 +74,8 @@ def metrics(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes the file whole or not at all; RunError where the disk does not take it."""
+    try:
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); make room there or choose another out") from error

@@ -52,6 +52,10 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     mixed = "" if bits is None or bits == round(bits) else f" at {bits:.2f} bits on average"
     _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller{mixed}")
     _line(f"time        {_times(measured['stages'])}")
+    if measured["cache"] and measured["cache"]["found"]:
+        _line(
+            f"cache       {measured['cache']['found']} results were there from earlier runs; cache=false makes all anew"
+        )
     found = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
     if found:
         _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")

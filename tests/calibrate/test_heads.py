@@ -26,7 +26,7 @@ def test_without_anchor_the_head_is_least_squares_to_the_experts_logits(biased: 
     logits = teacher @ given.weight.T + (0 if given.bias is None else given.bias)
     inputs = torch.cat([own, torch.ones(40, 1, dtype=own.dtype)], 1) if biased else own
     direct = torch.linalg.lstsq(inputs, logits).solution.T
-    found = solved_head(own, teacher, given, 0.0)
+    found = solved_head([own], [teacher], given, 0.0)
     torch.testing.assert_close(found.weight, direct[:, :WIDTH])
     if biased:
         torch.testing.assert_close(found.bias, direct[:, WIDTH])
@@ -34,20 +34,20 @@ def test_without_anchor_the_head_is_least_squares_to_the_experts_logits(biased: 
 
 def test_features_that_are_the_experts_keep_the_head_to_the_last_bit() -> None:
     own, given = rand(40, WIDTH, seed=3), head()
-    found = solved_head(own, own, given, 0.01)
+    found = solved_head([own], [own], given, 0.01)
     assert torch.equal(found.weight, given.weight)
     assert torch.equal(found.bias, given.bias)  # type: ignore[arg-type]
 
 
 def test_a_strong_anchor_keeps_the_head() -> None:
-    found = solved_head(rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(), 1e9)
+    found = solved_head([rand(40, WIDTH, seed=3)], [rand(40, WIDTH, seed=4)], head(), 1e9)
     torch.testing.assert_close(found.weight, head().weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.bias, head().bias, rtol=1e-6, atol=1e-6)
 
 
 def test_the_anchor_is_the_ridge_of_objective_py() -> None:
     own, teacher, given, lam = rand(40, WIDTH, seed=3), rand(40, WIDTH, seed=4), head(), 0.03
-    found = solved_head(own, teacher, given, lam)
+    found = solved_head([own], [teacher], given, lam)
     assert given.bias is not None
     assert found.bias is not None
     W, b = (tensor.clone().requires_grad_() for tensor in (found.weight, found.bias))
@@ -61,7 +61,8 @@ def test_the_anchor_is_the_ridge_of_objective_py() -> None:
 def test_the_head_keeps_its_type() -> None:
     given = Affine(head().weight.half(), None)
     assert (
-        solved_head(rand(9, WIDTH, seed=3).half(), rand(9, WIDTH, seed=4).half(), given, 0.1).weight.dtype == torch.half
+        solved_head([rand(9, WIDTH, seed=3).half()], [rand(9, WIDTH, seed=4).half()], given, 0.1).weight.dtype
+        == torch.half
     )
 
 

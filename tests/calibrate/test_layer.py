@@ -57,13 +57,24 @@ def test_records_hold_the_losses_of_anchor_target_and_result() -> None:
     targets = given.targets()[0]
     for index, record in enumerate(records):
         assert (record.name, record.tokens, record.bits, record.fallback) == (NAMES[index], 30, 3, None)
-        assert record.loss_merged == given.relative_loss(index, given.anchors[index].weight)
+        assert record.loss_merged == given.anchor_loss(index)
         assert record.loss_target == given.relative_loss(index, targets[index])
         assert record.loss == given.relative_loss(index, found[index].dequantize())
         assert record.loss_target < record.loss < record.loss_merged
         exact = torch.linalg.cond(given.hessian)
         assert record.condition == pytest.approx(float(exact), rel=0.05)
         assert record.condition <= exact * (1 + 1e-9)
+
+
+def test_where_nothing_pulls_away_from_the_anchor_it_is_the_target_and_needs_no_factor() -> None:
+    anchors = [Affine(rand(6, IN, seed=0), None)]
+    given, measure = Objective(anchors, 0.0, intercepts=False), Measure(1)
+    measure.add(rand(40, IN, seed=5), [None], None)
+    given.add(measure.moments(), anchors, 1.0)
+    _, records = solve(given, NAMES[:1], 40, rtn(), DTYPE)
+    assert torch.equal(given.targets()[0][0], anchors[0].weight.double())
+    assert (records[0].target_damping, records[0].condition, records[0].loss_target) == (0, None, 0)
+    assert records[0].loss > 0
 
 
 def test_a_hessian_without_factor_is_recorded_as_such() -> None:
@@ -85,7 +96,7 @@ def test_damping_that_had_to_be_raised_is_counted() -> None:
     anchors = [Affine(rand(6, IN, seed=0), None)]
     given, measure = Objective(anchors, 0.0, intercepts=False), Measure(1)
     measure.add(rand(2, IN, seed=5), [None], None)  # two tokens for eight inputs
-    given.add(measure.moments(), anchors, 1.0)
+    given.add(measure.moments(), [Affine(rand(6, IN, seed=1), None)], 1.0)
     _, records = solve(given, NAMES[:1], 2, NoQuantizer(), DTYPE)
     assert records[0].damping_retries > 0
     assert records[0].target_damping is not None

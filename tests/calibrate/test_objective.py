@@ -136,6 +136,8 @@ def test_relative_loss_is_the_written_out_objective_at_the_best_bias(lam: float,
         bias = objective.bias(0, Q) if intercepts else None
         expected = float(given.written_out(Q, bias, lam) / energy)
         assert objective.relative_loss(0, Q) == pytest.approx(expected, rel=1e-9)
+        if Q is given.anchor.weight:
+            assert objective.anchor_loss(0) == pytest.approx(expected, rel=1e-9)
 
 
 def test_loss_away_from_the_target_is_the_quadratic_form_that_gptq_minimises() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
         passage.wanted = {"first"}
         passage.to(["third"])
         assert passage.met["first"].tolist() == [0]
-        assert sorted(float(tensor) for tensor in passage.waiting()) == [0, 1, 12]
+        assert {float(tensor) for tensor in passage.waiting()} == {0, 1, 12}
         passage.finish()
         assert passage.met == {}
 
@@ -127,3 +128,26 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
         del passage
         gc.collect()
     assert left == [True]
+
+
+def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_they_do() -> None:
+    model = Chain()
+    weight, given, refs = nn.Parameter(torch.tensor(5.0), requires_grad=False), {"inside": (torch.tensor(6.0),)}, []
+
+    def forward() -> Tensor:
+        local, own = torch.tensor(7.0), weight
+        refs.append(weakref.ref(local))
+        model.first(own * 2)
+        del local
+        found: Tensor = model.second(given["inside"][0])
+        return found
+
+    with listening(model, NAMES):
+        passage = Passage(forward)
+        passage.to(["first"])
+        assert {float(tensor) for tensor in passage.waiting()} == {6, 7, 10}
+        passage.to(["second"])
+        gc.collect()
+        assert refs[0]() is None
+        assert {float(tensor) for tensor in passage.waiting()} == {6}
+        assert float(passage.finish()) == 16

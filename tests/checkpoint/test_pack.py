@@ -142,7 +142,7 @@ def test_a_write_that_fails_leaves_no_folder(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pack, "_sync", full)
+    monkeypatch.setattr(pack, "sync", full)
     with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left.*choose another out"):
         write(tmp_path / "checkpoint", clip_hub, found)
     assert list(tmp_path.iterdir()) == []

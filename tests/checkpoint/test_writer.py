@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from epmq_cli.checkpoint.manifest import Content
 from epmq_cli.checkpoint.writer import NAMES, Entry, of, write_file, write_model
 
 
@@ -27,7 +29,9 @@ def tensors() -> dict[str, Tensor]:
 
 
 def test_tensors_of_every_type_are_read_as_they_were_written(tmp_path: Path) -> None:
-    write_file(tmp_path / "model.safetensors", [of(name, tensor) for name, tensor in tensors().items()])
+    written = write_file(tmp_path / "model.safetensors", [of(name, tensor) for name, tensor in tensors().items()])
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert written == Content(len(content), hashlib.sha256(content).hexdigest())
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == tensors().keys()
     for name, tensor in tensors().items():

@@ -38,14 +38,23 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     [
         (DataError("no data"), 1, "epmq: no data\n"),
         (DataError("two\nlines\tand \x1b[31mcolour"), 1, "epmq: two; lines?and ?[31mcolour\n"),
-        (OSError(28, "No space left on device", "a/b"), 1, "epmq: the system says of a/b: No space left on device\n"),
+        (
+            OSError(28, "No space left on device", "a/b"),
+            1,
+            "epmq: a/b cannot be written or read (No space left on device); make room there, or choose another out\n",
+        ),
+        (OSError(40, "Too many levels", "a/b"), 1, "epmq: the system says of a/b: Too many levels\n"),
         (OSError("odd"), 1, "epmq: odd\n"),
         (
             MemoryError(),
             1,
             "epmq: there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size\n",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "epmq: there is not enough memory; lower "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            1,
+            "epmq: the device has no room for calib.batch_size=32",
+        ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
             1,
@@ -57,7 +66,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             70,
             "epmq: this is a defect of epmq, not of your input (KeyError); run the same again with --debug",
         ),
-        (KeyboardInterrupt(), 130, "epmq: interrupted; nothing of this run is complete\n"),
+        (KeyboardInterrupt(), 130, "epmq: interrupted; start the same command again to go on from the last"),
     ],
     ids=repr,
 )

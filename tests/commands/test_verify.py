@@ -52,7 +52,7 @@ def edit(checkpoint: Path, change: Callable[[dict[str, Tensor]], object], file: 
     tensors = load_file(checkpoint / file)
     change(tensors)
     save_file(tensors, checkpoint / file, {"format": "pt"})
-    write_manifest(checkpoint)
+    write_manifest(checkpoint, {})
 
 
 def test_the_manifest_has_size_and_sha256_of_every_file(checkpoint: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_config_that_epmq_does_not_write_is_refused(change: Callable[[object],
     config = json.loads((checkpoint / "config.json").read_text())
     change(config["quantization_config"])
     (checkpoint / "config.json").write_text(json.dumps(config))
-    write_manifest(checkpoint)
+    write_manifest(checkpoint, {})
     with pytest.raises(CheckpointError, match="config.json has a quantization_config that epmq does not write; give"):
         check(checkpoint)
 
@@ -257,7 +257,7 @@ def test_a_config_that_epmq_does_not_write_is_refused(change: Callable[[object],
 def test_an_architecture_that_is_no_model_is_refused(architecture: str, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": [architecture]}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    write_manifest(checkpoint)
+    write_manifest(checkpoint, {})
     with pytest.raises(CheckpointError, match=f"config.json names {architecture}, which transformers does not have"):
         check(checkpoint)
 

@@ -148,6 +148,14 @@ def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     assert error < 0.05
 
 
+@pytest.mark.parametrize("kind", ["deberta", "gemma3", "llama", "t5"])
+def test_activations_in_files_change_nothing(kind: str, hub: Hub) -> None:
+    """The same walk with all activations in memory, to the last bit."""
+    inside, outside = (walk(hub(kind), "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
+    for one, other in zip(inside.student.state_dict().values(), outside.student.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     found = model(**batch)
     made: Tensor = found.logits if "logits" in found else found.last_hidden_state

@@ -68,22 +68,27 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_what_was_chosen_and_a_mix_of_widths_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = {
         "scores": by_task({}, {}),
         "bytes": {"model_dense": 8e6, "model_packed": 2e6, "linears_dense": 4e6, "linears_packed": 1e6},
-        "events": {"linears": 1, "fallbacks": 0, "target_without_factor": 0},
+        "events": {"linears": 1, "damping_retried": 1, "fallbacks": 0, "target_without_factor": 0},
         "stages": {"walk": {"seconds": 1.0}},
         "guidance": {"lam": 0.003, "beta": 1.0, "chosen": ["lam", "beta"], "trials": [{}] * 9},
         "average_bits": 3.4792,
+        "cache": {"found": 16, "made": 1},
     }
     show_run(measured, "title", tmp_path)
     printed = capsys.readouterr().out
     assert "chosen      lam 0.003, beta 1, of 9 tried without labels\n" in printed
     assert "8.00 MB -> 2.00 MB, calibrated linears 4.0 times smaller at 3.48 bits on average\n" in printed
+    assert "trouble     of 1 linears 1 needed more damping; see layers in metrics.json\n" in printed
+    assert "cache       16 results were there from earlier runs; cache=false makes all anew\n" in printed
     measured["guidance"] = {"chosen": []}
+    measured["cache"] = None
     measured["average_bits"] = 4.0
     show_run(measured, "title", tmp_path)
     printed = capsys.readouterr().out
     assert "tried without labels" not in printed
+    assert "cache" not in printed
     assert "4.0 times smaller\n" in printed

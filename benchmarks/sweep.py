@@ -1,0 +1,146 @@
+"""Time of a sweep with a cache and without: 8 jobs on the built-in suite that differ in merge, bits and grid.
+
+    python benchmarks/sweep.py                      # merge=ties,average bits=3,4 quant.grid=mse,hessian
+    python benchmarks/sweep.py --overrides calib.samples=32
+    python benchmarks/sweep.py --teachers           # why teachers' activations are not kept
+
+Each sweep is `epmq run -m` as a user starts it, one job after the other, with an empty cache or `cache=false` in turn;
+then the first job alone again, with the full cache. Scores and checkpoints of both sweeps are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SWEEP = ("merge=ties,average", "bits=3,4", "quant.grid=mse,hessian")
+SHARED = ("score base and experts", "teach", "merge", "score merged")
+
+
+def run(out: Path, cache: Path | None, arguments: argparse.Namespace, *options: str) -> float:
+    """Wall seconds of the command."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "epmq_cli", "run", *options, f"out={out}", f"device={arguments.device}"]
+    command += [*arguments.overrides, *([] if cache else ["cache=false"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "EPMQ_CACHE": str(cache)}
+    start = time.perf_counter()
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def jobs(out: Path) -> dict[str, tuple[Any, str]]:
+    """The metrics of each job, and the sha256 of its weights."""
+    found = {}
+    for path in sorted(out.glob("*/metrics.json")):
+        weights = (path.parent / "checkpoint" / "model.safetensors").read_bytes()
+        found[path.parent.name] = (json.loads(path.read_text()), hashlib.sha256(weights).hexdigest())
+    return found
+
+
+def stage_seconds(found: dict[str, tuple[Any, str]]) -> float:
+    """Seconds of all jobs in the stages whose results jobs can have in common."""
+    return sum(metrics["stages"][stage]["seconds"] for metrics, _ in found.values() for stage in SHARED)
+
+
+def same(first: dict[str, tuple[Any, str]], second: dict[str, tuple[Any, str]]) -> bool:
+    """Whether two sweeps gave the same weights and scores."""
+    results = [{job: (m["scores"], weights) for job, (m, weights) in found.items()} for found in (first, second)]
+    return results[0] == results[1]
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Runs the sweeps and prints the table."""
+    out, cache = arguments.out.resolve(), arguments.out.resolve() / "cache"
+    times: dict[str, list[float]] = {"without": [], "with an empty cache": [], "one job, full cache": []}
+    stages: dict[str, list[float]] = {"without": [], "with an empty cache": []}
+    for _ in range(arguments.repeats):
+        shutil.rmtree(cache, ignore_errors=True)
+        times["without"].append(run(out / "without", None, arguments, "-m", *SWEEP))
+        times["with an empty cache"].append(run(out / "with", cache, arguments, "-m", *SWEEP))
+        first = [option.partition(",")[0] for option in SWEEP]
+        times["one job, full cache"].append(run(out / "one", cache, arguments, *first))
+        plain, kept = jobs(out / "without"), jobs(out / "with")
+        stages["without"].append(stage_seconds(plain))
+        stages["with an empty cache"].append(stage_seconds(kept))
+        if len(plain) != 2 ** len(SWEEP) or not same(plain, kept):
+            sys.exit("the cache changed a result")
+    print(f"medians of {arguments.repeats}, {len(plain)} jobs, {arguments.threads} threads, results the same\n")
+    print("| | whole, s | stages that jobs have in common, s |\n|---|---|---|")
+    for name, seconds in times.items():
+        common = f"{statistics.median(stages[name]):.1f}" if name in stages else ""
+        print(f"| {name} | {statistics.median(seconds):.1f} | {common} |")
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    print(f"\nThe cache has {size / 1e6:.2f} MB; whole seconds of each: {json.dumps(times)}")
+
+
+def teachers(folder: Path, threads: int) -> None:
+    """Prints what it takes to compute what the walk asks of one teacher's block, and to read it from the disk.
+
+    A block of CLIP-ViT-B/32 on 256 pictures: the inputs of q, of out, fc1 and fc2 (four times as wide), and the
+    residual stream at two places, 9 x 768 numbers in float32 for each of 50 tokens.
+    """
+    import torch
+    from transformers import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+    torch.set_num_threads(threads)
+    config = CLIPVisionConfig(attn_implementation="sdpa")
+    block, inputs = CLIPEncoderLayer(config).eval(), torch.randn(256, 50, config.hidden_size)
+    found = np.random.default_rng(0).random((256 * 50, 9 * config.hidden_size), np.float32)
+    path = folder / "activations"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, list[float]] = {"computed": [], "written": [], "read, cold": [], "read, warm": []}
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        action()
+        seconds[name].append(time.perf_counter() - start)
+
+    def write() -> None:
+        with path.open("wb") as file:
+            found.tofile(file)
+            os.fsync(file.fileno())
+
+    for _ in range(7):
+        with torch.inference_mode():
+            timed("computed", lambda: [block(batch, attention_mask=None) for batch in inputs.split(32)])
+        timed("written", write)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name in ("read, cold", "read, warm"):
+            timed(name, lambda: np.fromfile(path, np.float32))
+    path.unlink()
+    medians = ", ".join(f"{name} in {1000 * statistics.median(each):.0f} ms" for name, each in seconds.items())
+    print(f"{found.nbytes / 1e6:.0f} MB: {medians}; {threads} threads, medians of 7")
+
+
+def main() -> None:
+    """Parses the command line, runs and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--teachers", action="store_true")
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of every job")
+    arguments = parser.parse_args()
+    if arguments.teachers:
+        teachers(arguments.out, arguments.threads)
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The C library's own allocator, told how this program uses memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+KEPT = 1 << 30  # bytes
+
+
+def keep_freed() -> None:
+    """Keeps what is freed for the tensors to come, where the C library is glibc.
+
+    As it stands, every large tensor is a mapping of its own whose pages the system zeroes at the first touch, batch
+    after batch: a sixth of the time of a walk.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def give_back() -> None:
+    """Hands what is free back to the system, where the C library is glibc."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

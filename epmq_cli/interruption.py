@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM: what is being written is finished, and what is behind it is cleaned up.
+
+Python runs its handlers between two steps of its own. A process that waits for others, or for one long calculation,
+does not come to that: it is ended a while after the signal, and what it leaves is whole, as after a power cut.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+GRACE = 20.0  # seconds; Slurm, for one, waits for 30 before it kills
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+"""What a process that was ended by a signal exits with, by the convention of shells."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised in the main thread by a signal; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+_holding: list[bool] = []
+_waiting: list[int] = []
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals that come inside the block are raised at its end."""
+    _holding.append(True)
+    try:
+        yield
+    finally:
+        _holding.pop()
+        if _waiting and not _holding:
+            raise Interrupted(_waiting.pop())
+
+
+@contextmanager
+def listening(last_words: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
+    """Inside the block SIGINT and SIGTERM raise `Interrupted` in the main thread.
+
+    Where that has not ended the block in `grace` seconds, `last_words` is called and the process ends. Nothing is
+    done elsewhere than in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(reading, over, last_words, grace), daemon=True)
+    watcher.start()
+    before = {number: signal.signal(number, _raise) for number in STATUS}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _waiting.clear()
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    if _holding:
+        _waiting.append(number)
+    else:
+        raise Interrupted(number)
+
+
+def _watch(reading: int, over: threading.Event, last_words: Callable[[], None], grace: float) -> None:
+    """Woken by a signal even where the main thread does not come to its handler."""
+    while number := os.read(reading, 1):
+        if number[0] in STATUS and not over.wait(grace):
+            last_words()
+            os._exit(STATUS[signal.Signals(number[0])])

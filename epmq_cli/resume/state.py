@@ -1,0 +1,148 @@
+"""The state of an unfinished run: `.resume/<key>` in its folder, beside a lock that no two processes hold.
+
+A key stands for all that a result depends on (key.py). A run with another key leaves this one's state alone; that which
+completes the folder removes all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from epmq_cli import ranks
+from epmq_cli.calibrate.journal import Account, Journal, not_taken, write_tensors
+from epmq_cli.console import say
+from epmq_cli.durable import write_text
+from epmq_cli.resume.key import differences, digest
+from epmq_cli.resume.lock import FOLDER, RESULTS, refuse_used, remove
+
+IDENTITY = "identity.json"
+STARTS = "starts"
+PACKING = "packing"
+SHOWN = 3  # differences of two runs
+
+Value = TypeVar("Value")
+
+
+class State:
+    """What a run, or a part of it, has found so far: in a folder, or nothing where there is none.
+
+    The first of several processes decides what is there, and writes.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def part(self, name: str) -> State:
+        """The state of a part."""
+        return State(self._folder and self._folder / name)
+
+    def journal(self, name: str, account: Account | None = None) -> Journal:
+        """The journal of a walk."""
+        return Journal(self._folder and self._folder / name, account)
+
+    def value(self, name: str, make: Callable[[], Value]) -> Value:
+        """What `make` gives, as JSON has it, or gave in an earlier process."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{name}.json"
+        there: list[Value] = [_read(path)] if ranks.first() and path.is_file() else []
+        for value in ranks.agreed(there):
+            return value
+        made = make()
+        if ranks.first():
+            _write(path, made)
+        return made
+
+    def finished(self, name: str, make: Callable[[], Value]) -> Value:
+        """`value` of a part, of which nothing else is kept when that is known."""
+        found = self.value(name, make)
+        if self._folder is not None and ranks.first():
+            remove(self._folder / name)
+        return found
+
+    def tensors(self, name: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `make` gives in this process, or gave in an earlier one with its number, on the device."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{name}-{ranks.number()}.safetensors"
+        if path.is_file():
+            found: dict[str, Tensor] = load_file(path, device=str(device))
+            return found
+        made = make()
+        write_tensors(path, made, None)
+        return made
+
+    @property
+    def starts(self) -> int:
+        """How many processes have worked on the run before this one, or group of processes."""
+        return int(_read(self._folder / f"{STARTS}.json")) if self._folder else 0
+
+    def has(self, file: str) -> bool:
+        """Whether there is a file of this name."""
+        return self._folder is not None and (self._folder / file).is_file()
+
+    def begin_packing(self) -> None:
+        """To be said before the checkpoint is written, which then counts as this run's."""
+        self.value(PACKING, lambda: True)
+
+
+def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
+    """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
+    process must ask, with the identity that the first one has."""
+    place = folder / FOLDER / digest(identity)
+    if ranks.first():
+        if resume == "never":
+            for path in (folder / FOLDER).glob("*/"):
+                remove(path)
+        _announce(folder, place, identity)
+        starts, again = place / f"{STARTS}.json", (place / IDENTITY).is_file()
+        _write(starts, _read(starts) + 1 if again else 0)
+        _write(place / IDENTITY, identity)
+    place = Path(ranks.agreed(str(place.resolve())))
+    if not all(ranks.gathered(place.is_dir())):
+        say("nothing is kept to go on with: not all processes see the run folder")
+        return State()
+    return State(place)
+
+
+def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
+    if (place / IDENTITY).is_file():
+        say(f"{folder} was interrupted; it goes on from the last finished block")
+        return
+    for other in sorted((folder / FOLDER).glob(f"*/{IDENTITY}")):
+        named = list(differences(_read(other), identity))
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        say(f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this one starts anew")
+
+
+def close(folder: Path) -> None:
+    """Removes the state of a run folder that is complete."""
+    remove(folder / FOLDER)
+
+
+def refuse_results(folder: Path, state: State | None = None) -> None:
+    """`refuse_used`, but for the checkpoint of this state's run, or of an unfinished one where the state is not known
+    yet."""
+    mark = f"{PACKING}.json"
+    own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
+    if ranks.first():
+        refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content) + "\n")
+    except OSError as error:
+        raise not_taken(path, error) from error

@@ -1,0 +1,142 @@
+"""Runs in processes of their own that are killed at a chosen moment, forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import epmq_cli.commands.run
+import epmq_cli.report.stages
+from epmq_cli import cli, console
+from tests.hubs import QUICK, run_in
+
+TOUCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+def kill() -> None:
+    """What a power cut is to a process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Countdown:
+    """Does something when this has been called so often; `seen` counts on."""
+
+    until: int
+    act: Callable[[], None]
+    seen: int = field(default=0)
+
+    def __call__(self) -> None:
+        self.seen += 1
+        if self.seen == self.until:
+            self.act()
+
+
+def at_file(number: int, folder: Path, act: Callable[[], None] = kill) -> Callable[[], None]:
+    """In a process, kills it, or does something else, in front of the so-manieth opening, renaming, making or removing
+    of a file in a folder."""
+    step, inside = Countdown(number, act), (str(folder), os.path.relpath(folder))
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event in TOUCHED and isinstance(args[0], str | Path) and str(args[0]).startswith(inside):
+            step()
+
+    return lambda: sys.addaudithook(hook)
+
+
+def at_stage(number: int, act: Callable[[], None] = kill) -> Callable[[], None]:
+    """In a process, kills it, or does something else, in front of the so-manieth stage."""
+    return on_call(epmq_cli.report.stages.Stages, "stage", number, act)
+
+
+def forked(
+    body: Callable[[], object],
+    hook: Callable[[], None] = lambda: None,
+    seconds: float | None = None,
+    output: int | None = None,
+) -> int:
+    """What a process that does this ended with: its status, 99 with a traceback where something was raised, or minus
+    the number of the signal that killed it; SIGKILL comes after so many seconds if they are given. `output`: the
+    end of a pipe for what it says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
+        child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            if output is not None:
+                _say_to(output)
+            hook()
+            body()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _say_to(descriptor: int) -> None:
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+    for stream in (console.console, console.messages, console.complaints):
+        stream.file = sys.stderr
+
+
+def command(folder: Path, *arguments: str, hook: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """The status of `epmq` as started in a folder, and what it says."""
+    reading, writing = os.pipe()  # which holds 64 kB
+
+    def body() -> None:
+        os.chdir(folder)
+        sys.argv = ["epmq", *arguments]
+        cli.main()
+
+    status = forked(body, hook, output=writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return status, pipe.read()
+
+
+def on_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Callable[[], None]:
+    """In a process, does something when a function or method is called the so-manieth time, before it."""
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def wrapper(*args: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return real(*args, **options)
+
+    return lambda: setattr(owner, name, wrapper)
+
+
+def attempt(
+    folder: Path, hub: Path, *overrides: str, hook: Callable[[], None] = lambda: None, seconds: float | None = None
+) -> int:
+    """`forked` for a run on a miniature hub."""
+    return forked(lambda: run_in(folder, hub, *overrides), hook, seconds)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The checkpoint of a run."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "checkpoint").iterdir())}
+
+
+def mini(hub: Path, *overrides: str) -> tuple[str, ...]:
+    """The arguments of a small `epmq run` on a miniature hub."""
+    return ("run", "--config-dir", str(hub / "configs"), "suite=mini", *QUICK, "eval.samples=8", *overrides)

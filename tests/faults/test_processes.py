@@ -1,0 +1,67 @@
+"""Oracles: the status of torchrun, and the checkpoint of one process; a run that hangs is stopped by the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.driver import files, mini
+from tests.test_ranks import TORCHRUN
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+PATIENCE = 120  # seconds, much longer than starting takes
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        said, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        pytest.fail(f"the run hangs: {process.communicate()[0]}")
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
+    rank: int, number: int, bert_hub: Path, tmp_path: Path
+) -> None:
+    arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
+    status, said = ended(start(tmp_path, *TORCHRUN, WORKER, str(rank), str(int(number)), "6", *arguments))
+    assert status != 0
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert list((tmp_path / "run" / ".resume").glob("*/last/*.safetensors")), said
+    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
+    assert status == 0, said
+    assert "run was interrupted; it goes on from the last finished block" in said
+    status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
+    assert status == 0, said
+    assert files(tmp_path / "run") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_that_is_stopped_stops_its_processes(number: signal.Signals, bert_hub: Path, tmp_path: Path) -> None:
+    arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
+    process = start(tmp_path, *TORCHRUN, WORKER, "0", str(int(signal.SIGSTOP)), "6", *arguments)
+    while not list((tmp_path / "run").glob(".resume/*/last/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    status, _ = ended(process)
+    assert status != 0
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))[0] == 0

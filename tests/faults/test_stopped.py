@@ -1,0 +1,62 @@
+"""Oracles: the statuses that shells give to SIGINT and SIGTERM, one sentence, and the run without an interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.families.bert import Bert
+from epmq_cli.families.family import Batch
+from tests.faults.driver import at_file, at_stage, attempt, command, files, mini
+
+SENTENCE = "epmq: interrupted; start the same command again to go on from the last finished block\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_sentence_and_its_own_status(
+    number: signal.Signals, status: int, bert_hub: Path, tmp_path: Path
+) -> None:
+    arguments, run = mini(bert_hub, "guidance=feature", "calib.memory=1KB", "out=run"), tmp_path / "run"
+    act = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    hooks = [
+        at_stage(2, act),
+        *(at_file(files, run, act) for files in (30, 50, 70, 90)),
+        at_stage(7, act),
+        at_stage(8, act),
+    ]
+    for hook in hooks:
+        found, said = command(tmp_path, *arguments, hook=hook)
+        assert (found, said.splitlines(keepends=True)[-1]) == (status, SENTENCE)
+        assert "Traceback" not in said
+        assert not [path for path in run.rglob(".*") if path.name.endswith(".partial") or "activations" in path.name]
+        assert not (run / "metrics.json").exists()
+    assert command(tmp_path, *arguments)[0] == 0
+    assert attempt(tmp_path / "whole", bert_hub, "guidance=feature", "calib.memory=1KB", "eval.samples=8") == 0
+    assert files(run)["model.safetensors"] == files(tmp_path / "whole")["model.safetensors"]
+
+
+def test_a_device_without_room_ends_in_a_sentence_and_smaller_batches_of_the_scores_go_on(
+    bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for batches of more than 8 samples, as a CUDA device says it."""
+    real = Bert.features
+
+    def features(self: Bert, model: nn.Module, batch: Batch) -> Tensor:
+        if len(batch["input_ids"]) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Bert, "features", features)
+    status, said = command(tmp_path, *mini(bert_hub, "eval.samples=20", "eval.stages=[quantized]", "out=run"))
+    assert status == 1
+    assert "epmq: the device has no room for calib.batch_size=8 or eval.batch_size=64 samples at a time;" in said
+    assert "Traceback" not in said
+    smaller = mini(bert_hub, "eval.samples=20", "eval.stages=[quantized]", "eval.batch_size=8", "out=run")
+    status, said = command(tmp_path, *smaller)
+    assert status == 0, said
+    assert "run was interrupted; it goes on from the last finished block" in said

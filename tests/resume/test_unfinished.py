@@ -1,0 +1,66 @@
+"""Oracles: the folder that a command is sent to, by what others left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from epmq_cli.config import conf_dir
+from epmq_cli.resume import unfinished
+from epmq_cli.resume.lock import RESULTS, alone
+from epmq_cli.resume.unfinished import RUNS, VARIABLE, begin, continued, end, typed
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, "")  # to be put back
+
+
+def started(name: str, *arguments: str) -> Path:
+    """The folder of a run that was begun with these arguments and is not complete."""
+    folder = RUNS / name
+    folder.mkdir(parents=True)
+    continued(arguments)
+    begin(folder)
+    return folder
+
+
+def test_the_last_unfinished_folder_of_the_same_arguments_is_taken() -> None:
+    started("1", "bits=3")
+    started("2", "bits=3")
+    started("3", "bits=4")
+    assert continued(["bits=3"]) == ["out=runs/2", "bits=3"]
+    assert continued(["bits=2"]) == ["bits=2"]
+    assert typed(["bits=3", "out=runs/2"]) == ["bits=3"]
+
+
+@pytest.mark.parametrize("argument", ["resume=never", "out=mine", "hydra.run.dir=mine", "--cfg", "-sc"])
+def test_none_is_taken_where_something_else_is_asked_for(argument: str) -> None:
+    started("1", "bits=3")
+    assert continued(["bits=3", argument]) == ["bits=3", argument]
+
+
+def test_a_folder_in_use_or_complete_is_not_taken() -> None:
+    folder = started("1", "bits=3")
+    with alone(folder):
+        assert continued(["bits=3"]) == ["bits=3"]
+    assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
+    for name in RESULTS:
+        (folder / name).touch()
+    assert continued(["bits=3"]) == ["bits=3"]
+
+
+def test_a_command_that_is_done_leaves_no_mark() -> None:
+    folder, other = started("1", "bits=3"), started("2", "bits=4")
+    continued(["bits=3"])
+    end(["bits=3"])
+    assert not (folder / unfinished.MARK).exists()
+    assert (other / unfinished.MARK).exists()
+
+
+def test_the_default_folder_lies_where_it_is_looked_for() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert Path(compose("run").out).parent == RUNS
