@@ -110,11 +110,25 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
+    check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
     check_kernel(model, job)
     return models, model, dtype
+
+
+def check_described(model: nn.Module, family: Family, models: Models) -> None:
+    """ModelError where the base's config describes another model than its files hold, such as one of fewer blocks."""
+    own, read = model.state_dict(), set(models.source.names)
+    where = f"base: {models.base.path / 'config.json'} describes"
+    for name in models.source.names:
+        if name not in own:
+            raise ModelError(f"{where} a model without {name}, which its files have; fetch it again")
+    for section in (block for stack in family.stacks(model) for block in stack.blocks):
+        for name in map(section.name, section.module.state_dict()):
+            if own[name].is_floating_point() and name not in read:
+                raise ModelError(f"{where} a model with {name}, which its files have not; fetch it again")
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,7 +194,8 @@ def scored_task(
     if isinstance(family, LanguageModel):
         samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
     collate, predict = family.collate(folder, task), family.predict(folder, task)
-    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length)
+    classes = len(task.classes) if task.classes else None
+    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes)
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:

@@ -114,10 +114,11 @@ class Npz:
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
             ) from error
         grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-        if images.dtype != np.uint8 or not grey_or_rgb or labels.shape != images.shape[:1]:
+        pictures = images.dtype == np.uint8 and grey_or_rgb and 0 not in images.shape[1:]
+        if not pictures or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             raise DataError(
                 f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
-                f"got {images.dtype} {images.shape} and labels {labels.shape}"
+                f"whole numbers, got {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}"
             )
         chosen = Samples(range(len(images)), torch.from_numpy(labels.astype(np.int64))).some(count, seed)
         return Samples(ArrayImages(images[list(chosen.inputs)]), chosen.labels)

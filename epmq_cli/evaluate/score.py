@@ -28,7 +28,8 @@ class ScoredTask:
     """A task ready to be scored: its test samples, how they become batches, its head on the device, what the model says
     of a sample, and what is made of that.
 
-    For perplexity `samples` has one input, the tokens of all documents (tokens,), which are read `length` at a time.
+    `classes`: how many there are, where the head does not say it. For perplexity `samples` has one input, the tokens of
+    all documents (tokens,), which are read `length` at a time.
     """
 
     name: str
@@ -38,17 +39,19 @@ class ScoredTask:
     predict: Predict
     metric: str = "accuracy"
     length: int = 0
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.samples) == 0:
             raise DataError(f"task {self.name} has no test samples to score on")
-        if "weight" not in self.head or self.samples.labels.is_floating_point():
+        classes = len(self.head["weight"]) if "weight" in self.head else self.classes
+        if classes is None or self.samples.labels.is_floating_point():
             return
-        classes = len(self.head["weight"])
         highest, lowest = int(self.samples.labels.max()), int(self.samples.labels.min())
         if highest >= classes or lowest < 0:
+            who = "its head has" if "weight" in self.head else "there are"
             raise DataError(
-                f"task {self.name}: labels must lie in 0..{classes - 1} as its head has {classes} classes, "
+                f"task {self.name}: labels must lie in 0..{classes - 1} as {who} {classes} classes, "
                 f"got {lowest}..{highest}"
             )
 

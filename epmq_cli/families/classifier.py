@@ -106,9 +106,13 @@ class Classifier(Family):
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """`weight` (classes, hidden size) and `bias` (classes,) of the expert's classifier; `dense_weight` and
         `dense_bias` of the layer in front of it."""
-        head = classifier.read_head(expert, self.linear)
+        width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         if self.dense is not None:
-            head |= {f"dense_{part}": t for part, t in classifier.read_head(expert, self.dense).items()}
+            dense = classifier.read_head(expert, self.dense, width)
+            head = classifier.read_head(expert, self.linear, len(dense["weight"]))
+            head |= {f"dense_{part}": tensor for part, tensor in dense.items()}
+        else:
+            head = classifier.read_head(expert, self.linear, width)
         return {name: tensor.to(device) for name, tensor in head.items()}
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:

@@ -34,9 +34,9 @@ class Merge(Protocol):
 
 
 def _check_readable(base: ModelFolder, name: str, stored: str) -> None:
-    """ModelError where a tensor is of a floating type that cannot be merged, such as those of 8 bits."""
+    """ModelError where a tensor is of a type of 8 bits or less, as quantized weights are, which cannot be merged."""
     dtype = base.infos[stored].dtype
-    if dtype.startswith("F") and dtype not in DTYPES:
+    if dtype not in DTYPES and (dtype.startswith("F") or dtype in ("I8", "U8")):
         raise ModelError(
             f"{base.role}: {name} is of type {dtype}, merged are {', '.join(DTYPES)}; save the model in one of those"
         )

@@ -79,7 +79,7 @@ def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
             {"train_images": np.zeros((2, 4, 4)), "train_labels": np.zeros(2)},
             r"must be uint8 .* got float64 \(2, 4, 4\)",
         ),
-        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(3)}, r"labels \(3,\)"),
+        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(3)}, r"labels float64 \(3,\)"),
         ({"train_images": np.zeros((2, 4, 4, 4), np.uint8), "train_labels": np.zeros(2)}, r"got uint8 \(2, 4, 4, 4\)"),
         ({"train_images": np.array([{}], dtype=object), "train_labels": np.zeros(1)}, "cannot be read as npz"),
     ],

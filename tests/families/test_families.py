@@ -244,7 +244,9 @@ def test_a_bert_without_pooler_or_head_is_refused(bert_hub: Path, tmp_path: Path
     headless = ModelFolder(bert_hub / "base", "expert of task x")
     job = steps.make_job(config(bert_hub))
     with pytest.raises(ModelError, match=r"expert of task x: .* has no classifier.weight, the head of its task"):
-        job.family.head(torch.nn.Identity(), bert_hub / "base", job.suite.members[0], headless, CPU)
+        job.family.head(
+            load_model(job.family, bert_hub / "base", CPU), bert_hub / "base", job.suite.members[0], headless, CPU
+        )
 
 
 def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> None:
