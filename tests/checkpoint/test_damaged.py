@@ -1,0 +1,83 @@
+"""Oracle: a merge of sound files. Damage to an expert or the base ends in one sentence or, where it is to numbers that
+stay finite, cannot be seen without a manifest, and the merge goes through with finite numbers."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from epmq_cli.data.images import Npz
+from epmq_cli.errors import ModelError
+from epmq_cli.families import FAMILIES
+from epmq_cli.merge.apply import Merged, Models
+from epmq_cli.merge.task_arithmetic import TaskArithmetic
+from epmq_cli.suites import Suite
+from tests.edited import copied
+
+FEW_OR_MANY = pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+
+
+def merge(hub: Path) -> dict[str, torch.Tensor]:
+    """All that a run reads of the models."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(hub / "configs/suite/mini.yaml"))
+    tasks = {name: {**task, "data": Npz("unread.npz")} for name, task in values["tasks"].items()}
+    models = Models(Suite("mini", "clip", str(hub / "base"), tasks), FAMILIES["clip"])
+    return dict(Merged(models.source, TaskArithmetic(0.3), torch.float32))
+
+
+def outcome(hub: Path) -> str:
+    """What comes of a merge: refused or merged."""
+    try:
+        found = merge(hub)
+    except ModelError as error:
+        assert "\n" not in str(error)
+        assert str(error).startswith(("base", "expert of task first", "the merge of "))
+        return "refused"
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+    return "merged"
+
+
+@FEW_OR_MANY
+@pytest.mark.parametrize("model", ["base", "first"])
+def test_truncated_files_are_refused_wherever_they_end(model: str, count: int, clip_hub: Path, tmp_path: Path) -> None:
+    hub = copied(clip_hub, tmp_path / "hub")
+    path = hub / model / "model.safetensors"
+    content, generator = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    ends = [0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1]
+    ends += [generator.randrange(len(content)) for _ in range(count - len(ends))]
+    for end in ends:
+        path.write_bytes(content[:end])
+        assert outcome(hub) == "refused", end
+
+
+@FEW_OR_MANY
+@pytest.mark.parametrize("model", ["base", "first"])
+def test_flipped_bits_are_refused_or_leave_numbers_finite(
+    model: str, count: int, clip_hub: Path, tmp_path: Path
+) -> None:
+    """Half of the bits in the header, where most are noticed, half in the data, where only NaN and infinity are."""
+    hub = copied(clip_hub, tmp_path / "hub")
+    path = hub / model / "model.safetensors"
+    content, generator, found = path.read_bytes(), random.Random(1), []
+    header = 8 + int.from_bytes(content[:8], "little")
+    for number in range(count):
+        place = generator.randrange(header) if number % 2 else generator.randrange(header, len(content))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        found.append((number % 2, outcome(hub)))
+    assert {(1, "refused"), (0, "merged")} <= set(found)
+
+
+def test_what_is_not_damaged_is_merged(clip_hub: Path, tmp_path: Path) -> None:
+    hub = copied(clip_hub, tmp_path / "hub")
+    assert outcome(hub) == "merged"
+    shutil.rmtree(hub / "first")
+    assert outcome(hub) == "refused"
