@@ -25,11 +25,17 @@ def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result
     """What `work`, which must not call this function again, makes of each item, in their order.
 
     In each thread torch works alone: several threads for one small piece would cost more than they bring.
+    Inference mode there is what it is here, or tensors made here could not be written there.
     """
-    items = list(items)
+    items, inference = list(items), torch.is_inference_mode_enabled()
     if threads() == 1 or len(items) < 2:
         return [work(item) for item in items]
-    return list(_pool(os.getpid(), threads()).map(work, items))
+
+    def alike(item: Item) -> Result:
+        with torch.inference_mode(inference):
+            return work(item)
+
+    return list(_pool(os.getpid(), threads()).map(alike, items))
 
 
 @cache

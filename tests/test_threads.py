@@ -43,3 +43,12 @@ def test_what_goes_wrong_in_a_thread_is_raised(count: int) -> None:
 
     with pytest.raises(ModelError, match="holds a NaN"):
         threads.spread(work, range(10))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_that_were_made_outside_can_be_written_inside(inference: bool, count: int) -> None:
+    with torch.inference_mode(inference):
+        found = torch.zeros(10)
+        threads.spread(lambda part: part.add_(1), torch.split(found, 2))
+        assert found.tolist() == [1] * 10
+        assert found.is_inference() is inference
