@@ -14,6 +14,7 @@ only import; on a GPU the two floors stand beside the times: bytes over bandwidt
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -107,7 +108,9 @@ def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, 
     threads = 1 if arguments.processes else arguments.threads
     found = measured([*start, "--config-dir", str(configs), *options], threads)
     metrics = json.loads((out / "metrics.json").read_text())
-    return {**vars(found), "stages": metrics["stages"], "device": metrics["environment"]["device_name"]}
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((out / "checkpoint").glob("*.safetensors"))))
+    described = {"device": metrics["environment"]["device_name"], "weights": weights.hexdigest()}
+    return {**vars(found), "stages": metrics["stages"], **described}
 
 
 def operations(size: str, point: Point, teaches: bool) -> float:
@@ -179,6 +182,10 @@ def main() -> None:
     block = 4 * (4 * width**2 + 2 * width * inner) / 1e6
     print(f"\nStudent {student / 1e9:.2f} GB and a block {block:.1f} MB in float32, for each process; not counted are")
     print(f"{imports / 1e9:.2f} GB of imports for each.")
+    if len(arguments.processes) > 1:
+        kinds = {(point.experts, point.samples, found["weights"]) for point, found in zip(points, runs, strict=True)}
+        same = len(kinds) * len(arguments.processes) == len(points)
+        print(f"Any number of processes writes the same weights to the last byte: {'yes' if same else 'no'}.")
     for name in ("experts", "samples"):
         print(exponent(points, runs, name))
     if arguments.device != "cpu" and torch.cuda.is_available():

@@ -68,14 +68,14 @@ def target(
     convert: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """W* (out, in) for inputs of the student and of each expert."""
-    objective = Objective([anchor], lam, intercepts=anchor.bias is not None)
+    objective = Objective(anchor, lam, intercepts=anchor.bias is not None)
     for own, taught, expert in rows:
-        measure = Measure(1)
+        measure = Measure()
         for x, e in zip(own.split(1600), taught.split(1600), strict=True):
             measure.add_drift(convert(x), convert(e - x), None)
-        moments = measure.moments([expert.weight])
-        objective.add(moments, [expert], task_weight(moments.xx, moments.tokens, "frobenius"))
-    return objective.targets()[0][0]
+        moments = measure.moments(expert.weight)
+        objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
+    return objective.solution().weight
 
 
 def opened(arguments: argparse.Namespace) -> steps.Job:

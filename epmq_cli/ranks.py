@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ from epmq_cli.errors import RunError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Work
 
 Item = TypeVar("Item")
 
@@ -110,13 +111,40 @@ def _gone(error: RuntimeError) -> str:
 
 def rows(length: int) -> slice:
     """This process's part of so many rows, in one piece; those of all processes follow each other."""
-    return slice(length * number() // count(), length * (number() + 1) // count())
+    return _rows_of(number(), length)
+
+
+def summed_rows(tensor: Tensor) -> Tensor:
+    """This process's rows of the sum of a tensor over all processes; the tensor itself is used up."""
+    if count() == 1:
+        return tensor
+    from torch import distributed
+
+    length = len(tensor)
+    _collected(distributed.reduce(tensor[_rows_of(n, length)], n, async_op=True) for n in range(count()))
+    return tensor[rows(length)].clone()
 
 
 def assembled(part: Tensor, length: int) -> Tensor:
     """The whole tensor of so many rows, of which each process has the part that `rows` says."""
     if count() == 1:
         return part
-    whole = part.new_zeros(length, *part.shape[1:])
+    from torch import distributed
+
+    whole = part.new_empty(length, *part.shape[1:])
     whole[rows(length)] = part
-    return added(whole)
+    _collected(distributed.broadcast(whole[_rows_of(n, length)], n, async_op=True) for n in range(count()))
+    return whole
+
+
+def _rows_of(process: int, length: int) -> slice:
+    return slice(length * process // count(), length * (process + 1) // count())
+
+
+def _collected(started: Iterable[Work | None]) -> None:
+    try:
+        for work in list(started):
+            if work is not None:
+                work.wait()
+    except RuntimeError as error:
+        raise RunError(_gone(error)) from error

@@ -79,18 +79,18 @@ def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patc
     for task, group in batches.items():
         expert = {name: student.expert(task, name) for name in own}
         joined, anchor = (_joined(e[kernel], e[positions][skip:]) for e in (expert, own))
-        measure = Measure(1)
+        measure = Measure()
         for batch in group:
-            measure.add(_patch_rows(student, batch, patches.convolution), [None], None)
+            measure.add(_patch_rows(student, batch, patches.convolution), None, None)
         moments = measure.moments()
         if objective is None:
-            objective = Objective([Affine(anchor, None)], lam, intercepts=False)
-        s = task_weight(moments.xx, moments.tokens, student.guidance.task_weight)
-        objective.add(moments, [Affine(joined, None)], s * student.guidance.factor(task))
+            objective = Objective(Affine(anchor, None), lam, intercepts=False)
+        s = task_weight(moments.norm, moments.tokens, student.guidance.task_weight)
+        objective.add(moments, Affine(joined, None), s * student.guidance.factor(task))
         for name in own:
             means[name] += student.guidance.factor(task) * expert[name].double()
     assert objective is not None
-    target = objective.targets()[0][0]
+    target = objective.solution().weight
     width = own[kernel][0].numel()
     places = torch.cat([means[positions][:skip] / total, target[:, width:].T])
     student.put({kernel: target[:, :width].reshape(own[kernel].shape), positions: places})

@@ -18,15 +18,14 @@ def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, 
 
     The bias is free where the head has one.
     """
-    measure = Measure(1)
+    measure = Measure()
     for mine, others in zip(own, teacher, strict=True):
-        measure.add(mine, [(others - mine) @ head.weight.T], None)
+        measure.add(mine, (others - mine) @ head.weight.T, None)
     moments = measure.moments()
-    objective = Objective([head], lam, intercepts=head.bias is not None)
-    objective.add(moments, [head], task_weight(moments.xx, moments.tokens, "frobenius"))
-    targets, _ = objective.targets()
-    bias = objective.bias(0, targets[0])
-    return Affine(targets[0].to(head.weight.dtype), None if bias is None else bias.to(head.weight.dtype))
+    objective = Objective(head, lam, intercepts=head.bias is not None)
+    objective.add(moments, head, task_weight(moments.norm, moments.tokens, "frobenius"))
+    found = objective.solution()
+    return Affine(found.weight.to(head.weight.dtype), None if found.bias is None else found.bias.to(head.weight.dtype))
 
 
 def relative_error(own: Tensor, teacher: Tensor) -> float:

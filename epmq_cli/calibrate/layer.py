@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from epmq_cli import ranks
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.quantize.grid import DenseWeight, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a linear becomes: its weight, and its bias (out,), or None where that stays as it is."""
+
+    weight: QuantizedWeight | DenseWeight
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,28 +49,50 @@ class LayerRecord:
 def solve(
     objective: Objective,
     names: Sequence[str],
+    outs: list[int],
     tokens: int,
     quantizer: Quantizer,
     dtype: torch.dtype,
-) -> tuple[Sequence[QuantizedWeight | DenseWeight], list[LayerRecord]]:
-    """Targets and quantized weights of the linears of one group, their rows quantized in one go since they share H."""
-    targets, solved = objective.targets()
-    outcome = quantizer(torch.cat(targets).float(), objective.hessian, dtype)
-    found = outcome.weight.split([len(target) for target in targets])
+) -> tuple[list[Solution], list[LayerRecord]]:
+    """Targets and quantized weights of the linears of one group, stacked in the objective with so many rows each
+    (`outs`): they are quantized in one go since they share H, each process its own rows."""
+    target, solved = objective.target()
+    outcome = quantizer(target.float(), objective.hessian, dtype)
+    own = outcome.weight.dequantize()
+    columns = [objective.anchor_loss(), objective.loss(target), objective.loss(own), objective.energy()]
+    bias = objective.bias(own)
+    found = ranks.assembled(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
+    weights, rows = _split(outcome.weight, outs), torch.split(found, outs)
+    losses = [_relative(part) for part in rows]
     records = [
         LayerRecord(
             name=name,
-            bits=getattr(getattr(found[index], "spec", None), "bits", None),
+            bits=getattr(getattr(weights[index], "spec", None), "bits", None),
             tokens=tokens,
             condition=None if solved is None else solved.condition,
             target_damping=None if solved is None else solved.damping,
             damping=outcome.damping,
             damping_retries=outcome.retries + (0 if solved is None else solved.retries),
-            loss_merged=objective.anchor_loss(index),
-            loss_target=objective.relative_loss(index, targets[index]),
-            loss=objective.relative_loss(index, found[index].dequantize()),
+            loss_merged=losses[index][0],
+            loss_target=losses[index][1],
+            loss=losses[index][2],
             fallback=outcome.fallback,
         )
         for index, name in enumerate(names)
     ]
-    return found, records
+    biases = [None if bias is None else part[:, 4] for part in rows]
+    return [Solution(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
+
+
+def _relative(rows: Tensor) -> list[float]:
+    """The three losses of a linear relative to its energy, from those of its rows; 0 where that is 0."""
+    *losses, energy = rows[:, :4].sum(0).tolist()
+    return [max(loss, 0.0) / energy if energy > 0 else 0.0 for loss in losses]
+
+
+def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[QuantizedWeight | DenseWeight]:
+    """The weights of so many rows each, of which each process has its part."""
+    if isinstance(part, DenseWeight):
+        return DenseWeight(ranks.assembled(part.weight, sum(outs))).split(outs)
+    values, scale, zero = (ranks.assembled(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero))
+    return replace(part, values=values, scale=scale, zero=zero).split(outs)

@@ -3,13 +3,12 @@ machines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from epmq_cli.ranks import added
+from epmq_cli import ranks
 
 PANEL = 512  # columns of a symmetric product made at a time, from the diagonal down
 
@@ -41,16 +40,16 @@ class Products:
             end = start + PANEL
             total[start:, start:end] += a[:, start:].T @ a[:, start:end]
 
-    def total(self) -> Tensor:
-        """The sum over the rows of all processes, to be asked for once; a zero of no shape before any row."""
-        return added(self._total) if self._total.ndim else self._total
+    def rows(self) -> Tensor:
+        """This process's rows of the sum over all processes, to be asked for once; a zero of no shape before any
+        row."""
+        return ranks.summed_rows(self._total) if self._total.ndim else self._total
 
-    def square(self) -> Tensor:
-        """The sum of what `add_square` added."""
-        total = self.total()
-        for end in range(PANEL, len(total) if total.ndim else 0, PANEL):
-            total[end - PANEL : end, end:] = total[end:, end - PANEL : end].T
-        return total
+    def square_rows(self) -> Tensor:
+        """`rows` of what `add_square` added."""
+        for end in range(PANEL, len(self._total) if self._total.ndim else 0, PANEL):
+            self._total[end - PANEL : end, end:] = self._total[end:, end - PANEL : end].T
+        return self.rows()
 
     def _room(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._total.ndim:
@@ -60,63 +59,59 @@ class Products:
 
 @dataclass
 class Moments:
-    """One task's sums for linears that read the same input x (in), each token weighted by w; all in float64.
+    """One task's sums for a linear's input x (in), each token weighted by w, and the part p (out) of its target that is
+    no weight times x; all in float64.
 
-    `xx` sum w x x' (in, in), `x` sum w x (in), `tokens` sum w. For each linear the part p (out) of its target that is
-    no weight times x: `px` sum w p x' (out, in), `p` sum w p (out), `pp` sum w p'p; zeros of no shape where there is
-    none.
+    Of matrices each process has its own rows (`ranks.rows`): `xx` of sum w x x' (in, in), `xp` of sum w x p' (in, out).
+    `norm` ||sum w x x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part
+    `xp`, `p` and `pp` are zeros of no shape.
     """
 
     xx: Tensor
+    norm: float
     x: Tensor
     tokens: float
-    px: list[Tensor]
-    p: list[Tensor]
-    pp: list[Tensor]
+    xp: Tensor
+    p: Tensor
+    pp: Tensor
 
 
 class Measure:
-    """Sums up one task's moments, batch by batch, for so many linears."""
+    """Sums up one task's moments, batch by batch."""
 
-    def __init__(self, linears: int) -> None:
-        self._xx, self._dx, self._dd = Products(), Products(), Products()
-        self._px = [Products() for _ in range(linears)]
+    def __init__(self) -> None:
+        self._xx, self._xp, self._dd = Products(), Products(), Products()
         zero = torch.zeros((), dtype=torch.float64)
-        self._x, self._d, self.tokens = zero, zero, 0.0
-        self._p, self._pp = [zero.clone() for _ in range(linears)], [zero.clone() for _ in range(linears)]
+        self._x, self._p, self._pp, self.tokens = zero, zero.clone(), zero.clone(), 0.0
 
-    def add(self, rows: Tensor, parts: Sequence[Tensor | None], weights: Tensor | None) -> None:
-        """Rows x (tokens, in), the parts p (tokens, out) or None for zeros, and weights w (tokens,) or None for 1."""
+    def add(self, rows: Tensor, part: Tensor | None, weights: Tensor | None) -> None:
+        """Rows x (tokens, in), the part p (tokens, out) or None for zeros, and weights w (tokens,) or None for 1."""
         weighted = self._add_inputs(rows, weights)
-        for index, part in enumerate(parts):
-            if part is not None:
-                self._px[index].add(part, weighted)
-                self._p[index] = self._p[index] + (part.sum(0) if weights is None else weights @ part).double()
-                square = part.square() if weights is None else part.square() * weights[:, None]
-                self._pp[index] = self._pp[index] + square.sum().double()
+        if part is not None:
+            self._add_part(weighted, part, weights)
+            square = part.square()
+            self._pp = self._pp + (square.sum(0) if weights is None else weights @ square).double()
 
     def add_drift(self, rows: Tensor, drift: Tensor, weights: Tensor | None) -> None:
-        """Rows x, and how far the teacher's are from them, both (tokens, in), for parts that are a weight times the
-        drift: less work than the parts themselves where the linears are wider than x."""
-        weighted = self._add_inputs(rows, weights)
-        self._dx.add(drift, weighted)
+        """Rows x, and how far the teacher's are from them, both (tokens, in), for a part that is a weight times the
+        drift: less work than the part itself where the linear is wider than x."""
+        self._add_part(self._add_inputs(rows, weights), drift, weights)
         self._dd.add_square(drift if weights is None else drift * weights[:, None].sqrt())
-        self._d = self._d + (drift.sum(0) if weights is None else weights @ drift).double()
 
-    def moments(self, factors: Sequence[Tensor] | None = None) -> Moments:
+    def moments(self, factor: Tensor | None = None) -> Moments:
         """The sums over all that was added by all processes, to be asked for once.
 
-        `factors` (out, in): what the drift is to be multiplied with to give each linear's part.
+        `factor` (out, in): what the drift is to be multiplied with to give the part.
         """
-        xx, dx, dd = self._xx.square(), self._dx.total(), self._dd.square()
-        x, d = added(self._x), added(self._d)
-        px = [products.total() for products in self._px]
-        p, pp = [added(part) for part in self._p], [added(part) for part in self._pp]
-        if factors is not None:
-            dx, d, dd = (part.to(factors[0].dtype) for part in (dx, d, dd))
-            px, p = [(W @ dx).double() for W in factors], [(W @ d).double() for W in factors]
-            pp = [((W @ dd) * W).sum().double() for W in factors]
-        return Moments(xx, x, float(added(torch.tensor(self.tokens, dtype=torch.float64))), px, p, pp)
+        xx, xp, p, pp = self._xx.square_rows(), self._xp.rows(), ranks.added(self._p), ranks.added(self._pp)
+        if factor is not None:
+            own, W = ranks.rows(factor.shape[1]), factor
+            drift, xp = self._dd.square_rows().to(W.dtype), (xp.to(W.dtype) @ W.T).double()
+            p = (W @ p.to(W.dtype)).double()
+            pp = ranks.added(((W @ drift.T) * W[:, own]).sum(1).double())
+        norm = float(ranks.assembled(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
+        tokens = float(ranks.added(torch.tensor(self.tokens, dtype=torch.float64)))
+        return Moments(xx, norm, ranks.added(self._x), tokens, xp, p, pp)
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Adds to the sums of x alone; the rows, each times its weight."""
@@ -126,9 +121,13 @@ class Measure:
         self.tokens += len(rows) if weights is None else float(weights.sum())
         return weighted
 
+    def _add_part(self, weighted: Tensor, part: Tensor, weights: Tensor | None) -> None:
+        self._xp.add(weighted, part)
+        self._p = self._p + (part.sum(0) if weights is None else weights @ part).double()
 
-def task_weight(moment: Tensor, tokens: float, kind: str) -> float:
+
+def task_weight(norm: float, tokens: float, kind: str) -> float:
     """s_t: `frobenius` 1 / ||X'X||_F, so that tasks of different scale count alike; `tokens` 1 / tokens. 0 for no
     signal."""
-    size = float(torch.linalg.norm(moment)) if kind == "frobenius" else tokens
+    size = norm if kind == "frobenius" else tokens
     return 1 / size if size > 0 else 0.0

@@ -22,7 +22,8 @@ from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.journal import Journal, Walked
 from epmq_cli.calibrate.layer import solve
-from epmq_cli.calibrate.moments import Measure, Moments, real_tokens, task_weight
+from epmq_cli.calibrate.measured import measured
+from epmq_cli.calibrate.moments import real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
 from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.calibrate.passage import listening
@@ -217,65 +218,36 @@ class _Walk:
         self.student.put_affine(name, gain - added, bias)
 
     def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], reading: Reading) -> None:
-        """Solves and quantizes linears that read the same input, their rows quantized in one go since they share H."""
+        """Solves and quantizes linears that read the same input."""
         names = [section.name(name) for name in local]
         objective, tokens = self._measure(section, teacher, names, reading)
         in_block = all(section is not stack.readout for stack in self.stacks)
         quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
-        found, records = solve(objective, names, tokens, quantizer, self.student.dtype)
-        for index, (name, weight) in enumerate(zip(names, found, strict=True)):
-            dequantized = weight.dequantize()
-            self.student.put_affine(name, dequantized, objective.bias(index, dequantized))
-        self.journal.note(names if in_block else [], found if in_block else [], records)
+        outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
+        found, records = solve(objective, names, outs, tokens, quantizer, self.student.dtype)
+        for name, solution in zip(names, found, strict=True):
+            self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
+        weights = [solution.weight for solution in found]
+        self.journal.note(names if in_block else [], weights if in_block else [], records)
 
     def _measure(
         self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
     ) -> tuple[Objective, int]:
-        """The objective of the linears of one group, and the tokens it was measured on."""
-        anchors = [self.student.affine_anchor(name) for name in names]
-        intercepts = self.guidance.intercepts and all(anchor.bias is not None for anchor in anchors)
-        objective, total = Objective(anchors, float(self.guidance.lam), intercepts), 0
+        """The objective of the linears of one group, stacked, and the tokens it was measured on."""
+        anchor = Affine.stacked([self.student.affine_anchor(name) for name in names])
+        objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
         for task, batches in self._rows(section, teacher, reading):
-            experts = [self.student.affine_expert(task, name) for name in names]
-            moments, tokens = self._moments(batches, experts, reading)
-            if not torch.isfinite(moments.xx).all():
+            expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])
+            moments, tokens = measured(batches, expert.weight, reading.stream is not None, self.guidance)
+            if not math.isfinite(moments.norm):
                 raise ModelError(
                     f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "
                     "check the experts and the merge"
                 )
-            s = task_weight(moments.xx, moments.tokens, self.guidance.task_weight)
-            objective.add(moments, experts, s * self.guidance.factor(task))
+            s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
+            objective.add(moments, expert, s * self.guidance.factor(task))
             total += tokens
         return objective, total
-
-    def _moments(self, batches: Iterable[Rows], experts: Sequence[Affine], reading: Reading) -> tuple[Moments, int]:
-        """The moments of one task, and its tokens."""
-        measure, tokens, weights = Measure(len(experts)), 0, [expert.weight for expert in experts]
-        out, width = sum(len(weight) for weight in weights), weights[0].shape[1]
-        # the multiplications of a token: 4 out width by way of the parts, 3 width^2 by way of the drift
-        by_drift = self.guidance.teaches and reading.stream is None and 4 * out > 3 * width
-        for rows in batches:
-            if by_drift:
-                measure.add_drift(rows.student[0], self._drift(rows), rows.weights)
-            else:
-                measure.add(rows.student[0], self._parts(rows, weights), rows.weights)
-            tokens += len(rows.student[0])
-        return measure.moments(weights if by_drift else None), tokens
-
-    def _drift(self, rows: Rows) -> Tensor:
-        """How far the teacher's inputs are from the student's, times alpha: (tokens, in)."""
-        drift: Tensor = float(self.guidance.alpha) * (rows.teacher[0] - rows.student[0])
-        return drift
-
-    def _parts(self, rows: Rows, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        """The part of each linear's target (tokens, out) that is no weight times the student's inputs."""
-        if not self.guidance.teaches:
-            return [None] * len(weights)
-        drift, beta = self._drift(rows), float(self.guidance.beta)
-        parts = [drift @ weight.T for weight in weights]
-        if len(rows.student) > 1:
-            parts = [part + beta * (rows.teacher[1] - rows.student[1]) for part in parts]
-        return list(parts)
 
 
 def _entries(number: int, first: bool) -> list[str]:

@@ -20,7 +20,7 @@ from epmq_cli.errors import check_choice, check_range
 from epmq_cli.linalg import damped_cholesky, triangular_inverse
 from epmq_cli.quantize.columns import Columns, columns_of
 from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
-from epmq_cli.quantize.result import Outcome, by_rows
+from epmq_cli.quantize.result import Outcome
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.search import hessian_grid
 
@@ -167,4 +167,4 @@ class Gptq:
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
         options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
-        return by_rows(lambda part: gptq(part, hessian, *options), weight)
+        return gptq(weight, hessian, *options)

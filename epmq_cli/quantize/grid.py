@@ -103,7 +103,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The weight that the integers stand for, rounded to `dtype` as readers do, in float32 (out, in)."""
         rows, columns = self.values.shape
-        grouped = self.values.to(self.scale.dtype).reshape(rows, self.scale.shape[1], -1)
+        groups = self.scale.shape[1]
+        grouped = self.values.to(self.scale.dtype).reshape(rows, groups, columns // groups)
         exact = (grouped - self.zero[:, :, None]) * self.scale[:, :, None]
         return exact.to(self.dtype).to(exact.dtype).reshape(rows, columns)
 
@@ -138,7 +139,7 @@ def find_grid(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
 
     A group of equal zeros gets scale 1.
     """
-    groups = weight.reshape(len(weight), -1, spec.columns(weight.shape[1]))
+    groups = by_group(weight, spec)
     low, high = range_of(groups, spec)
     best = grid_of_range(low, high, spec, dtype)
     if spec.search == "minmax":
@@ -153,6 +154,13 @@ def find_grid(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, grid.scale, scale), torch.where(better, grid.zero, zero)
     return Grid(scale, zero)
+
+
+def by_group(weight: Tensor, spec: GridSpec) -> Tensor:
+    """A weight (out, in) by the groups of its columns: (out, groups, columns)."""
+    rows, width = weight.shape
+    size = spec.columns(width)
+    return weight.reshape(rows, width // size, size)
 
 
 def range_of(groups: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from epmq_cli import ranks
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
 
@@ -22,19 +20,6 @@ class Outcome:
     damping: float = 0.0
     retries: int = 0
     fallback: str | None = None
-
-
-def by_rows(quantize: Callable[[Tensor], Outcome], weight: Tensor) -> Outcome:
-    """What a quantizer whose rows do not look at each other makes of a weight (out, in): each process does its part of
-    the rows, and all get the whole."""
-    length = len(weight)
-    if ranks.count() == 1 or length < ranks.count():
-        return quantize(weight)
-    outcome = quantize(weight[ranks.rows(length)])
-    part = outcome.weight
-    assert isinstance(part, QuantizedWeight)
-    values, scale, zero = (ranks.assembled(tensor, length) for tensor in (part.values, part.scale, part.zero))
-    return replace(outcome, weight=replace(part, values=values, scale=scale, zero=zero))
 
 
 class Quantizer(Protocol):

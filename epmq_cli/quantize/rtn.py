@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import check_choice
-from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, find_grid, quantize, widths_of
-from epmq_cli.quantize.result import Outcome, by_rows
+from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
+from epmq_cli.quantize.result import Outcome
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
     """The weight (out, in) rounded to the grids of its groups; scales are rounded to `dtype` first."""
     grid = find_grid(weight, spec, dtype)
-    groups = weight.reshape(len(weight), grid.scale.shape[1], -1)
+    groups = by_group(weight, spec)
     values = quantize(groups, grid.scale[:, :, None], grid.zero[:, :, None], spec).reshape(weight.shape)
     return QuantizedWeight(values.to(torch.int8), grid.scale, grid.zero, spec, dtype)
 
@@ -48,4 +48,4 @@ class Rtn:
         return replace(self, bits=width)
 
     def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
-        return by_rows(lambda part: Outcome(rtn(part, self.spec, dtype)), weight)
+        return Outcome(rtn(weight, self.spec, dtype))

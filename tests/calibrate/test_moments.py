@@ -6,7 +6,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import PANEL, Measure, Products, real_tokens, task_weight
 
-IN, OUTS = 8, (6, 3)
+IN, OUT = 8, 9
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -15,48 +15,48 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_are_the_sums_written_out(weighted: bool) -> None:
-    X, P = rand(30, IN, seed=0), [rand(30, out, seed=out) for out in OUTS]
+    X, P = rand(30, IN, seed=0), rand(30, OUT, seed=1)
     w = rand(30, seed=9).abs() if weighted else torch.ones(30, dtype=torch.float64)
-    measure = Measure(len(OUTS))
+    measure = Measure()
     measure.add(X, P, w if weighted else None)
     found = measure.moments()
     torch.testing.assert_close(found.xx, torch.einsum("n,ni,nj->ij", w, X, X))
     torch.testing.assert_close(found.x, torch.einsum("n,ni->i", w, X))
     assert found.tokens == pytest.approx(float(w.sum()))
-    for part, px, p, pp in zip(P, found.px, found.p, found.pp, strict=True):
-        torch.testing.assert_close(px, torch.einsum("n,no,ni->oi", w, part, X))
-        torch.testing.assert_close(p, torch.einsum("n,no->o", w, part))
-        assert pp == pytest.approx(float(torch.einsum("n,no,no->", w, part, part)))
+    assert found.norm == pytest.approx(float(found.xx.norm()))
+    torch.testing.assert_close(found.xp, torch.einsum("n,ni,no->io", w, X, P))
+    torch.testing.assert_close(found.p, torch.einsum("n,no->o", w, P))
+    torch.testing.assert_close(found.pp, torch.einsum("n,no,no->o", w, P, P))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_batches_are_those_of_all_rows_at_once(weighted: bool) -> None:
-    X, P, w = rand(30, IN, seed=0), rand(30, 6, seed=1), rand(30, seed=2).abs() if weighted else None
-    at_once, in_parts = Measure(1), Measure(1)
-    at_once.add(X, [P], w)
+    X, P, w = rand(30, IN, seed=0), rand(30, OUT, seed=1), rand(30, seed=2).abs() if weighted else None
+    at_once, in_parts = Measure(), Measure()
+    at_once.add(X, P, w)
     start = 0
     for size in (7, 1, 22):
         rows = slice(start, start + size)
-        in_parts.add(X[rows], [P[rows]], None if w is None else w[rows])
+        in_parts.add(X[rows], P[rows], None if w is None else w[rows])
         start += size
     whole, parts = at_once.moments(), in_parts.moments()
     assert whole.tokens == pytest.approx(parts.tokens)
-    for name in ("xx", "x", "px", "p"):
+    for name in ("xx", "x", "xp", "p", "pp"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool) -> None:
-    """p = W d, so that px, p and pp are those of the parts written out."""
+    """p = W d, so that xp, p and pp are those of the parts written out."""
     X, drift, w = rand(30, IN, seed=0), rand(30, IN, seed=1), rand(30, seed=2).abs() if weighted else None
-    weights = [rand(out, IN, seed=out) for out in OUTS]
-    written, measured = Measure(len(OUTS)), Measure(len(OUTS))
+    W = rand(OUT, IN, seed=3)
+    written, measured = Measure(), Measure()
     for rows in (slice(0, 13), slice(13, 30)):
         weight = None if w is None else w[rows]
-        written.add(X[rows], [drift[rows] @ W.T for W in weights], weight)
+        written.add(X[rows], drift[rows] @ W.T, weight)
         measured.add_drift(X[rows], drift[rows], weight)
-    one, other = written.moments(), measured.moments(weights)
-    for name in ("xx", "x", "px", "p", "pp"):
+    one, other = written.moments(), measured.moments(W)
+    for name in ("xx", "x", "xp", "p", "pp"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
@@ -68,8 +68,8 @@ def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None
         forward.add_square(part)
     for part in reversed(rows.split(1000)):
         backward.add_square(part)
-    found = forward.square()
-    assert torch.equal(found, backward.square())
+    found = forward.square_rows()
+    assert torch.equal(found, backward.square_rows())
     torch.testing.assert_close(found, rows.double().T @ rows.double(), rtol=1e-6, atol=0)
 
 
@@ -77,14 +77,14 @@ def test_a_square_wider_than_its_panels_is_whole() -> None:
     rows = rand(20, 2 * PANEL + 3, seed=0)
     products = Products()
     products.add_square(rows)
-    torch.testing.assert_close(products.square(), rows.T @ rows)
+    torch.testing.assert_close(products.square_rows(), rows.T @ rows)
 
 
-def test_parts_that_are_not_given_are_zero() -> None:
-    measure = Measure(len(OUTS))
-    measure.add(rand(5, IN, seed=0), [None, None], None)
+def test_a_part_that_is_not_given_is_zero() -> None:
+    measure = Measure()
+    measure.add(rand(5, IN, seed=0), None, None)
     found = measure.moments()
-    assert not any(part.any() for part in (*found.px, *found.p, *found.pp))
+    assert not any(part.any() for part in (found.xp, found.p, found.pp))
 
 
 def test_padding_never_enters_the_rows() -> None:
@@ -97,7 +97,6 @@ def test_padding_never_enters_the_rows() -> None:
 
 
 def test_task_weights() -> None:
-    moment = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    assert task_weight(moment, 10, "frobenius") == pytest.approx(1 / 5)
-    assert task_weight(moment, 10, "tokens") == pytest.approx(1 / 10)
-    assert task_weight(0 * moment, 10, "frobenius") == 0
+    assert task_weight(5.0, 10, "frobenius") == pytest.approx(1 / 5)
+    assert task_weight(5.0, 10, "tokens") == pytest.approx(1 / 10)
+    assert task_weight(0.0, 10, "frobenius") == 0

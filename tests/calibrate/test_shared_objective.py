@@ -1,0 +1,77 @@
+"""Oracle: one process that has all rows; in float64, with more processes than some linear has rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, multiprocessing
+
+from epmq_cli import ranks
+from epmq_cli.calibrate.layer import solve
+from epmq_cli.calibrate.moments import Measure, task_weight
+from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.quantize.gptq import Gptq
+
+IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
+GPTQ = Gptq(bits=3, group_size=4, symmetric=True, grid="hessian", damping=0.01, block_size=128, act_order=False)
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def affine(seed: int) -> Affine:
+    return Affine(rand(sum(OUTS), IN, seed=seed), rand(sum(OUTS), seed=seed + 1))
+
+
+def solved(by_drift: bool) -> dict[str, Tensor]:
+    """What this process has in the end, of the batches that are its part."""
+    anchor = affine(100)
+    objective = Objective(anchor, 0.05, intercepts=True)
+    for task in range(TASKS):
+        expert, measure = affine(200 + 10 * task), Measure()
+        for batch in ranks.share(range(BATCHES)):
+            X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
+            if by_drift:
+                measure.add_drift(X, drift, None)
+            else:
+                measure.add(X, drift @ expert.weight.T, None)
+        moments = measure.moments(expert.weight if by_drift else None)
+        objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
+    target, (found, records) = objective.solution(), solve(objective, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32)
+    assert target.bias is not None
+    weights = torch.cat([solution.weight.dequantize() for solution in found])
+    biases = torch.cat([solution.bias for solution in found if solution.bias is not None])
+    numbers = [getattr(r, f.name) for r in records for f in fields(r) if isinstance(getattr(r, f.name), float)]
+    return {
+        "target": target.weight,
+        "target bias": target.bias,
+        "hessian": objective.hessian,
+        "weights": weights,
+        "biases": biases,
+        "records": torch.tensor(numbers, dtype=torch.float64),
+    }
+
+
+def work(number: int, folder: Path, by_drift: bool) -> None:
+    """One of the processes."""
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(PROCESSES)}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=number, world_size=PROCESSES
+    )
+    torch.save(solved(by_drift), folder / f"{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_has_what_one_process_would(tmp_path: Path) -> None:
+    for by_drift in (False, True):
+        folder = tmp_path / str(by_drift)
+        folder.mkdir()
+        multiprocessing.spawn(work, (folder, by_drift), PROCESSES)  # type: ignore[no-untyped-call]
+        alone = solved(by_drift)
+        for number in range(PROCESSES):
+            found = torch.load(folder / f"{number}.pt")
+            torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
