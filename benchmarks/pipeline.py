@@ -34,6 +34,7 @@ from full_size import save, tokenizer
 from watch import Watched, watched
 
 MOST = 1024
+IMPORTS = "import epmq_cli.calibration, numba; from transformers import CLIPImageProcessor, CLIPModel"
 SIZES = {"b32": (768, 3072, 12, 12, 224, 32), "tiny": (64, 128, 2, 4, 64, 32)}
 STAGES = {"read": "read", "merge": "merge", "calibrate and quantize": "calibrate, quantize", "pack": "pack"}
 PEAK = {"bandwidth": 4.8e12, "operations": 67e12}
@@ -153,7 +154,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.out.resolve() / arguments.size
     make(folder, arguments.size, max(arguments.experts))
-    imports = measured([sys.executable, "-c", "import epmq_cli.calibration, transformers.models.clip"], 1).peak
+    imports = measured([sys.executable, "-c", IMPORTS], 1).peak
     points = [Point(e, s, p) for p in arguments.processes or [1] for e in arguments.experts for s in arguments.samples]
     rounds = [[run(folder, point, arguments) for point in points] for _ in range(arguments.repeats)]
     runs = [sorted(found, key=lambda r: r["wall"])[(len(found) - 1) // 2] for found in zip(*rounds, strict=True)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE = 1 << 25  # bytes, the most that glibc takes: what is larger, such as moments, leaves no holes behind
 KEPT = 1 << 26  # bytes
+STATUS = Path("/proc/self/status")
 
 
 def keep_freed() -> None:
@@ -25,3 +27,11 @@ def give_back() -> None:
     """Hands what is free back to the system, where the C library is glibc."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def taken() -> int:
+    """Bytes that the process has from the system and that no file stands for; 0 where the system does not say."""
+    if not STATUS.exists():
+        return 0
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli import ranks
+from epmq_cli import allocator, ranks
 from epmq_cli.calibrate.auto import Choice, choose, divided
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
@@ -37,7 +37,7 @@ RecallTaught = Callable[[str, Sequence[Batch], bool, Callable[[], OfExpert]], Of
 """Gives what the expert of a task makes of its batches, with features or without; the function makes it if it is not
 known."""
 
-MATRICES = 5  # of float64, (in, in), that are held at a time at most
+MATRICES = 6  # of float64, (in, in), that are held at a time at most, holes between them included
 
 FEATURES = "features"
 
@@ -125,7 +125,9 @@ def calibrate(
     finished is kept."""
     reference, dtype = references(job, model, merged), merged.dtype
     budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
-    with Depot(budget - held(job, model, calibration), folder) as depot, torch.inference_mode():
+    room = budget - held(job, model, calibration)
+    taken = allocator.taken if job.device.type == "cpu" else lambda: 0
+    with Depot(room, folder, taken) as depot, torch.inference_mode():
         kept = state or State()
         choice = settle(job, model, calibration, tasks, reference, dtype, depot, kept) if job.guidance.open else None
         guidance = choice.guidance if choice else job.guidance

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from epmq_cli.allocator import give_back
 from epmq_cli.errors import RunError
+
+HOLES = 1 << 26  # bytes that are not worth the time to find them
 
 
 class Depot:
@@ -17,11 +20,13 @@ class Depot:
     removed when the depot is closed, as it is at the end of a with statement.
 
     What comes while there is room stays in memory, whatever has waited longest: a walk goes round through the same
-    batches, so that what was used last is what is wanted last.
+    batches, so that what was used last is what is wanted last. `taken`: the bytes that the process has; there is room
+    as long as these are no more than the budget above what they were in the beginning, holes between tensors included.
     """
 
-    def __init__(self, budget: float, folder: Path | None = None) -> None:
+    def __init__(self, budget: float, folder: Path | None = None, taken: Callable[[], int] = lambda: 0) -> None:
         self._budget, self._folder = budget, folder
+        self._taken, self._limit, self._trimmed = taken, taken() + budget, 0
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
         self.used = 0
@@ -39,15 +44,22 @@ class Depot:
     def park(self, tensors: Iterable[Tensor]) -> Parcel:
         """Keeps these tensors, which must not be touched before they are unpacked. Those that share memory with one
         another are kept once; with anything else they must not share it."""
-        parcel = Parcel(self)
+        parcel, full = Parcel(self), self._full()
         for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values():
             size = storage.nbytes()
-            if self.used + size <= self._budget:
+            if self.used + size <= self._budget and not full:
                 self.used += size
                 parcel.kept += size
             elif size:
                 parcel.spilled.append((storage, size, self._spill(storage)))
         return parcel
+
+    def _full(self) -> bool:
+        """Whether the process has more than it should, even without the holes that the system can take back."""
+        if (found := self._taken()) > max(self._limit, self._trimmed + HOLES):
+            give_back()
+            found = self._trimmed = self._taken()
+        return found > self._limit
 
     def _spill(self, storage: torch.UntypedStorage) -> Path:
         self._count += 1

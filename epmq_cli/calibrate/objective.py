@@ -106,9 +106,9 @@ class Objective:
         if delta.any():
             pushed = (delta @ moments.xx.to(delta.dtype).T).double()
             self._S.add_(pushed, alpha=s)
-            moved, both = (t[:, self._columns] for t in (delta, self.anchor.weight + expert.weight))
+            before, after, moved = (W[:, self._columns] for W in (self.anchor.weight, expert.weight, delta))
             self._constant.add_(((pushed + 2 * px) * moved).sum(1), alpha=s)
-            self._beyond.add_((pushed * both).sum(1), alpha=s)
+            self._beyond.add_((pushed * (before + after)).sum(1), alpha=s)
 
     @cached_property
     def hessian(self) -> Tensor:

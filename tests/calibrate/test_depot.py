@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.depot import Depot
+from epmq_cli.calibrate.depot import HOLES, Depot
 
 
 def rows(count: int, seed: int) -> Tensor:
@@ -51,3 +51,24 @@ def test_tensors_of_every_type_and_layout_come_back(dtype: torch.dtype, tmp_path
         assert tensor.untyped_storage().nbytes() == 0
         parcel.unpack()
     assert torch.equal(tensor, wanted)
+
+
+def test_what_the_process_has_counts_whatever_waits(tmp_path: Path) -> None:
+    """The budget above what the process had at first: the second tensor finds it used up by others, the third does
+    not."""
+    had = iter([1 << 30, 1 << 30, (1 << 30) + 2000, (1 << 30) + 2000, (1 << 30) + 1000])
+    with Depot(1000, tmp_path, lambda: next(had)) as depot:
+        tensors = [rows(10, seed) for seed in range(3)]
+        for tensor in tensors:
+            depot.park([tensor])
+        assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [40, 0, 40]
+        assert (depot.used, depot.spilled) == (80, 40)
+
+
+def test_holes_that_the_system_can_take_back_are_no_reason_to_write_files(tmp_path: Path) -> None:
+    had = iter([0, HOLES + 2000, 500, HOLES, HOLES + 600, 700])
+    with Depot(1000, tmp_path, lambda: next(had)) as depot:
+        for seed in range(3):
+            depot.park([rows(10, seed)])
+        assert (depot.used, depot.spilled) == (80, 40)  # the second one finds holes too few to look for
+    assert next(had, None) is None
