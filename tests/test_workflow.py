@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ def test_every_make_target_of_the_workflow_is_there() -> None:
     assert {"check", "test", "minimum", "audit"} <= used <= targets
 
 
+def test_pythons_tested_are_those_declared_and_the_lowest_has_the_lowest_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == declared
+    assert jobs["minimum"]["steps"][1]["with"]["python-version"] == declared[0]
+    assert project["requires-python"] == f">={declared[0]}"
+
+
 def test_the_lower_bounds_are_those_of_every_dependency() -> None:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
     found = subprocess.run(
