@@ -81,7 +81,7 @@ def tensor_problems(folder: Path) -> list[str]:
 
 def _model(folder: Path, files: SafetensorsFiles) -> nn.Module:
     """The model that config.json describes, without memory for its tensors."""
-    settings = model_config(folder)
+    settings = model_config(folder, files)
     try:
         with torch.device("meta"):
             return blank_model(folder, settings, files)

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from epmq_cli import config, verification
 from epmq_cli.checkpoint.manifest import file_problems
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.tokens import numbers
 from epmq_cli.errors import EpmqError
 from epmq_cli.inference.load import model_config
@@ -56,6 +56,10 @@ def read_folder(folder: Path) -> None:
         found.tensor(name)
 
 
+def read_config(folder: Path) -> None:
+    model_config(folder, SafetensorsFiles(folder, "checkpoint"))
+
+
 def read_suite(folder: Path) -> None:
     """As `launch` does; what PyYAML and OmegaConf raise becomes its sentences there."""
     try:
@@ -71,7 +75,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "record": ("run/checkpoint/epmq.json", lambda root: checkpoint_suite(root / "run/checkpoint", None, None)),
     "manifest": ("run/checkpoint/manifest.json", lambda root: file_problems(root / "run/checkpoint")),
     "metrics": ("run/metrics.json", lambda root: verification._run_scores(root / "run/metrics.json")),
-    "config": ("run/checkpoint/config.json", lambda root: model_config(root / "run/checkpoint")),
+    "config": ("run/checkpoint/config.json", lambda root: read_config(root / "run/checkpoint")),
     "tokenizer": (
         "run/checkpoint/tokenizer.json",
         lambda root: numbers(root / "run/checkpoint/tokenizer.json", "base"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +23,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of the files of a model folder that are read, by epmq or by transformers."""
 MOST = 1 << 63  # items that a shape can describe
+LAYERS = re.compile(r"^(?!max_).*layers?$")
+LABELS = 1 << 20  # more than any classifier has
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ class ModelFolder:
         self.config = read_json(path, "config.json", role) if config is None else config
         self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
         self.infos = self._tensors.infos
+        if config is None:
+            check_counts(path, role, self.config, len(self.infos))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this stored name, on the CPU, in the type that `infos` says."""
@@ -165,6 +170,22 @@ def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{role}: {path} holds no JSON object; give the folder that save_pretrained wrote")
     return content
+
+
+def check_counts(folder: Path, role: str, config: dict[str, Any], tensors: int) -> None:
+    """ModelError where a config.json asks for more layers than its folder has tensors, or for too many labels:
+    transformers makes an object of each before it looks at the files."""
+    rest = [config]
+    while rest:
+        for key, value in rest.pop().items():
+            most = tensors if LAYERS.search(key) else LABELS if key == "num_labels" else None
+            if isinstance(value, dict):
+                rest.append(value)
+            elif isinstance(value, int) and most is not None and value > most:
+                raise ModelError(
+                    f"{role}: {folder / 'config.json'} asks for {key}={value}, which a model of {tensors} tensors "
+                    "cannot have; fetch it again"
+                )
 
 
 def refuse_links(folder: Path, role: str) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
+from epmq_cli.inference.load import load
+from epmq_cli.verification import tensor_problems
 
 
 def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
@@ -91,6 +94,8 @@ import resource, sys
 from pathlib import Path
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
+from epmq_cli.inference.load import load
+from epmq_cli.verification import tensor_problems
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
@@ -143,6 +148,25 @@ def test_a_config_that_is_no_object_is_refused(text: str, message: str, folder: 
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=f"base: .*config.json {message}"):
         ModelFolder(folder, "base")
+
+
+HUGE: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 1 << 70}, "num_hidden_layers=1180591620717411303424"),
+    "layers of a part": ({"text_config": {"n_layers": 2}}, "n_layers=2"),
+    "labels": ({"num_labels": 1 << 40}, "num_labels=1099511627776"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+@pytest.mark.parametrize("read", [lambda folder: ModelFolder(folder, "checkpoint"), load, tensor_problems])
+def test_a_config_that_asks_for_more_than_its_files_have_is_refused(
+    read: Callable[[Path], Any], case: str, folder: Path
+) -> None:
+    """Transformers would make an object for each until the memory is full."""
+    config, asked = HUGE[case]
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"], **config}))
+    with pytest.raises(ModelError, match=f"checkpoint: .*config.json asks for {asked}, which a model of 1 tensors"):
+        read(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
