@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from yaml import YAMLError
 
 from epmq_cli import config, verification
+from epmq_cli.checkpoint.lora import Adapted
 from epmq_cli.checkpoint.manifest import file_problems
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.tokens import numbers
@@ -60,6 +61,12 @@ def read_config(folder: Path) -> None:
     model_config(folder, SafetensorsFiles(folder, "checkpoint"))
 
 
+def read_adapter(folder: Path) -> None:
+    found = Adapted(folder, "expert", ModelFolder(folder.parent / "sharded", "base"), ["q.weight"])
+    for name in found.infos:
+        found.tensor(name)
+
+
 def read_suite(folder: Path) -> None:
     """As `launch` does; what PyYAML and OmegaConf raise becomes its sentences there."""
     try:
@@ -80,23 +87,30 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "run/checkpoint/tokenizer.json",
         lambda root: numbers(root / "run/checkpoint/tokenizer.json", "base"),
     ),
+    "adapter": ("adapter/adapter_config.json", lambda root: read_adapter(root / "adapter")),
     "suite": ("suite/mini.yaml", read_suite),
 }
 """The file that is changed, and what reads it, both in a folder."""
+ADAPTER = {"peft_type": "LORA", "r": 1, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"q": 8}, "bias": "none"}
 
 
 @pytest.fixture(scope="module")
 def sound(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, a model in shards and a suite."""
+    """A run, a model in shards, an adapter for that and a suite."""
     root = tmp_path_factory.mktemp("sound")
     run_in(root / "run", bert_hub, "eval.stages=[quantized]", "eval.samples=4", "calib.samples=8")
     shutil.copytree(bert_hub / "configs" / "suite", root / "suite")
     (root / "sharded").mkdir()
     (root / "sharded" / "config.json").write_text("{}")
-    for name in ("a", "b"):
-        save_file({name: torch.ones(2)}, root / "sharded" / f"{name}.safetensors")
-    index = {"metadata": {"total_size": 16}, "weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}}
+    for name in ("a.weight", "q.weight"):
+        save_file({name: torch.ones(2, 2)}, root / "sharded" / f"{name}.safetensors")
+    names = {name: f"{name}.safetensors" for name in ("a.weight", "q.weight")}
+    index = {"metadata": {"total_size": 32}, "weight_map": names}
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    parts = {"base_model.model.q.lora_A.weight": torch.ones(1, 2), "base_model.model.q.lora_B.weight": torch.ones(2, 1)}
+    save_file(parts, root / "adapter" / "adapter_model.safetensors")
     return root
 
 
