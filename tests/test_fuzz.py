@@ -1,5 +1,5 @@
 """Oracle: valid files of a stranger with random bytes changed, or values replaced; readers take them or refuse them by
-an EpmqError of one line, and nothing else comes out. Seeds are fixed: what fails once fails again."""
+an EpmqError of one line, and nothing else comes out. Seeds are fixed; paths and times among the bytes are not."""
 
 from __future__ import annotations
 

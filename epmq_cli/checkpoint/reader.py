@@ -96,7 +96,7 @@ class SafetensorsFiles:
             path = self._folder / file
             if path.name != file or not path.is_file():
                 raise ModelError(
-                    f"{self._role}: {file}, which the index of {self._folder} names, is not in that folder"
+                    f"{self._role}: {file!r}, which the index of {self._folder} names, is not in that folder"
                 )
             try:
                 self._files[file] = safe_open(path, framework="pt")
@@ -111,7 +111,9 @@ class SafetensorsFiles:
         try:
             header = self._file_of[name].get_slice(name)
         except SafetensorError as error:
-            raise ModelError(f"{self._role}: {name}, which the index of {self._folder} names, is in no file") from error
+            raise ModelError(
+                f"{self._role}: {name!r}, which the index of {self._folder} names, is in no file"
+            ) from error
         shape = tuple(header.get_shape())
         if prod(max(size, 1) for size in shape) >= MOST:  # the library lets this pass beside a size of 0
             raise ModelError(f"{self._role}: {name} in {self._folder} has the impossible shape {list(shape)}")

@@ -123,13 +123,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "{parent}/outside.safetensors", "..", ".", "", "sub/../../outside.safetensors"]
+    "file",
+    ["../outside.safetensors", "{parent}/outside.safetensors", "..", ".", "", "a\nb", "sub/../../outside.safetensors"],
 )
 def test_an_index_leads_nowhere_else(file: str, folder: Path) -> None:
     weight_map = {"a": file.format(parent=folder.parent)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="base: .*, which the index of .* names, is not in that folder"):
+    with pytest.raises(ModelError, match="base: .*, which the index of .* names, is not in that folder") as raised:
         ModelFolder(folder, "base")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}], ids=str)
