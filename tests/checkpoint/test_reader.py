@@ -65,7 +65,7 @@ def test_missing_parts_are_named(single: Path) -> None:
     with pytest.raises(ModelError, match="'c', which the index of .* names, is in no file"):
         ModelFolder(single, "base")
     (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
-    with pytest.raises(ModelError, match=r"other.safetensors, which the index .* names, is not in that folder"):
+    with pytest.raises(ModelError, match=r"'other.safetensors', which the index .* names, is not in that folder"):
         ModelFolder(single, "base")
 
 
