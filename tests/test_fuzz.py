@@ -27,6 +27,7 @@ from epmq_cli.errors import EpmqError
 from epmq_cli.inference.load import model_config
 from epmq_cli.recorded import checkpoint_suite
 from epmq_cli.verification import tensor_problems
+from tests.counts import FUZZED, TRIED
 from tests.hubs import run_in
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [80, pytest.param(4000, marks=pytest.mark.slow)])
@@ -164,6 +165,7 @@ def test_of_files_with_odd_bytes_or_values_nothing_but_sentences_is_seen(
             whole = OmegaConf.to_container(OmegaConf.load(path)) if kind == "suite" else json.loads(content)
             path.write_text(json.dumps(with_an_odd_value(whole, generator)))  # which is YAML as well
         results.add(refused(read, tmp_path / "root"))
+        TRIED[FUZZED] += 1
         path.write_bytes(content)
     assert results == {True, False} or kind == "manifest"  # of that every change is a problem, which is no error
 
@@ -179,3 +181,4 @@ def test_of_a_checkpoint_with_an_odd_config_problems_are_found_and_nothing_else(
     for seed in range(count // 5):
         path.write_text(json.dumps(with_an_odd_value(whole, random.Random(seed))))
         refused(lambda root: tensor_problems(root / "run" / "checkpoint"), tmp_path)
+        TRIED[FUZZED] += 1

@@ -1,9 +1,13 @@
 """Oracle: what is said or done where the machine lacks something: an extra, /proc, glibc, a writable folder
-for machine code. Each is taken away in the test."""
+for machine code, locks. Each is taken away in the test."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import logging
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -20,6 +24,7 @@ from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.report import stages
+from epmq_cli.resume import key, lock
 
 
 def test_data_sets_of_the_hub_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +109,32 @@ def test_machine_code_that_cannot_be_kept_is_made_for_the_process(monkeypatch: p
     epmq_cli.compiled.compiled(twice)(values)
     assert values.tolist() == [2, 2, 2]
     assert options[1] == {"nogil": True, "error_model": "numpy"}
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING, "epmq"), lock.alone(tmp_path):
+        (tmp_path / lock.FOLDER / "key").mkdir()
+        assert not lock.in_use(tmp_path)
+    assert f"{tmp_path} cannot be locked: [Errno {errno.ENOLCK}] No locks available" in caplog.text
+    assert (tmp_path / lock.FOLDER / "key").is_dir()
+
+
+def test_without_cpuinfo_the_processor_is_what_the_system_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key, "CPU", tmp_path / "none")
+    assert key._processor() == platform.machine()
+    (tmp_path / "none").write_text("processor : 0\nmodel name\t: Some CPU @ 3 GHz\nmodel name\t: Another\n")
+    assert key._processor() == "Some CPU @ 3 GHz"
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "~nobody-of-this-name/x"])
+def test_names_that_are_no_paths_have_no_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert key._files(name) == []

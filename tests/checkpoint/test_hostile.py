@@ -20,6 +20,7 @@ from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 from epmq_cli.inference.load import load
 from epmq_cli.verification import tensor_problems
+from tests.counts import BAD, FUZZED, TRIED
 
 
 def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
@@ -77,6 +78,7 @@ def test_hostile_headers_are_refused_in_one_sentence(case: str, tmp_path: Path) 
     with pytest.raises(ModelError, match=r"base: .*(is damaged or not safetensors|impossible shape)") as raised:
         ModelFolder(written(tmp_path, *HOSTILE[case]), "base")
     assert "\n" not in str(raised.value)
+    TRIED[BAD] += 1
 
 
 def test_the_header_that_these_are_made_of_is_sound(tmp_path: Path) -> None:
@@ -238,4 +240,5 @@ def test_of_files_with_random_bytes_nothing_but_sentences_is_seen(kind: str, tmp
         except ModelError as error:
             refused += 1
             assert str(error).startswith("base: ")
+        TRIED[FUZZED] += 1
     assert 100 < refused < 400
