@@ -137,7 +137,7 @@ class ModelFolder:
         self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
         self.infos = self._tensors.infos
         if config is None:
-            check_counts(path, role, self.config, len(self.infos))
+            check_counts(path / "config.json", role, self.config, len(self.infos))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this stored name, on the CPU, in the type that `infos` says."""
@@ -174,9 +174,9 @@ def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
     return content
 
 
-def check_counts(folder: Path, role: str, config: dict[str, Any], tensors: int) -> None:
-    """ModelError where a config.json asks for more layers than its folder has tensors, or for too many labels:
-    transformers makes an object of each before it looks at the files."""
+def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) -> None:
+    """ModelError where the config in a file asks for more layers than there are tensors, or for too many labels:
+    transformers makes an object of each before it looks at the tensors."""
     rest = [config]
     while rest:
         for key, value in rest.pop().items():
@@ -185,7 +185,7 @@ def check_counts(folder: Path, role: str, config: dict[str, Any], tensors: int) 
                 rest.append(value)
             elif isinstance(value, int) and most is not None and value > most:
                 raise ModelError(
-                    f"{role}: {folder / 'config.json'} asks for {key}={value}, which a model of {tensors} tensors "
+                    f"{role}: {path} asks for {key}={value}, which a model of {tensors} tensors "
                     "cannot have; fetch it again"
                 )
 

@@ -89,7 +89,7 @@ def model_config(folder: Path, files: SafetensorsFiles) -> Any:
     """The config of a checkpoint's model as transformers has it, without how it is quantized."""
     from transformers import AutoConfig
 
-    check_counts(folder, "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
+    check_counts(folder / "config.json", "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
     config = from_folder(AutoConfig, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
