@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all minimum audit smoke wheel tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,9 @@ test: install ## the tests, but for the slow ones
 
 test-all: install ## all tests
 	$(BIN)/pytest -n 2
+
+coverage: install ## the tests, but for the slow ones, and which lines and branches of the package they do not reach
+	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 minimum: ## the tests, but for the slow ones, with the lowest versions that pyproject.toml allows, in .venv-minimum
 	$(PYTHON) -m venv .venv-minimum
@@ -70,4 +73,4 @@ bench-speed: install ## time and memory: precision of moments, merging against m
 	$(BIN)/python benchmarks/pipeline.py --samples 64 128 256
 
 clean: ## remove what the other targets made, but for runs/
-	rm -rf $(VENV) .venv-minimum .venv-audit dist build *.egg-info
+	rm -rf $(VENV) .venv-minimum .venv-audit dist build *.egg-info .coverage*

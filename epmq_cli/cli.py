@@ -82,7 +82,6 @@ def start(command: str, arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command)
         return
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin and keep ours off the cores
     overrides, flags = split(arguments)
     if command == "eval":
         overrides = [_checkpoint_override(override) for override in overrides]

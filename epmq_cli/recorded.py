@@ -97,7 +97,7 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
         raise CheckpointError(f"{checkpoint / HEADS} cannot be read ({error}); run epmq run again") from error
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        task, part = name.rsplit(".", 1)
+        task, _, part = name.rpartition(".")
         heads.setdefault(task, {})[part] = tensor
     missing = [task.name for task in suite.members if task.name not in heads]
     if missing:

@@ -68,6 +68,7 @@ class Suite:
     root: str | None = None
 
     def __post_init__(self) -> None:
+        check_types("suite", Suite, vars(self))  # once more: a _target_ among the tasks makes something else of them
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
         if not self.entries:
             raise ConfigError(

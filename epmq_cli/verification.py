@@ -81,7 +81,7 @@ def tensor_problems(folder: Path) -> list[str]:
 
 def _model(folder: Path, files: SafetensorsFiles) -> nn.Module:
     """The model that config.json describes, without memory for its tensors."""
-    settings = model_config(folder)
+    settings = model_config(folder, files)
     try:
         with torch.device("meta"):
             return blank_model(folder, settings, files)
@@ -174,7 +174,7 @@ def _run_scores(path: Path) -> tuple[dict[str, float], config.Evaluation]:
     """The scores of a run's checkpoint by task, and how they were measured."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entry = content["config"]["eval"]
+        entry = dict(content["config"]["eval"])
         scores = {task: float(stages[STAGE]) for task, stages in content["scores"]["tasks"].items() if STAGE in stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,28 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from tests.counts import TRIED
+
 os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
 atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
 
 WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
 CLASSES = ["red", "blue", "green"]
 TASKS = ("first", "second")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    before = Counter(TRIED)
+    yield
+    item.user_properties.append(("tried", dict(TRIED - before)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
+    found: Counter[str] = sum((Counter(tried) for own in passed for key, tried in own if key == "tried"), Counter())
+    for what, count in sorted(found.items()):
+        terminalreporter.write_line(f"{count} {what}")
 
 
 def drifted(model: nn.Module, seed: int, size: float = 0.05) -> nn.Module:

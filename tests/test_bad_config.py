@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from epmq_cli.commands import run as command
 from epmq_cli.config import conf_dir
 from epmq_cli.errors import EpmqError, shown
+from tests.counts import BAD, TRIED
 from tests.hubs import CHOICES
 
 WRONG: dict[str, Any] = {
@@ -187,6 +188,7 @@ def test_every_key_refuses_what_it_does_not_take(group: str, name: str, key: str
             assert found is None or group == "suite", kind  # a suite may want more
             continue
         assert found is not None, f"{key}={value} is taken"
+        TRIED[BAD] += 1
         assert key.rpartition(".")[2] in found
         if not isinstance(value, (dict, list)):
             assert shown(value) in found or (value is None and " no " in found)
@@ -204,6 +206,7 @@ def test_every_group_refuses_keys_that_it_has_not(group: str, name: str, tmp_pat
         cfg = config.copy()
         OmegaConf.update(cfg, f"{place}.densty", 1, force_add=True)
         assert f"{place} has no option 'densty', the options are" in (refusal(cfg, tmp_path) or "")
+        TRIED[BAD] += 1
 
 
 @pytest.mark.parametrize("key", [*TOP, "out"])
@@ -214,3 +217,4 @@ def test_every_key_of_the_top_must_be_there_and_no_other(key: str, tmp_path: Pat
     assert f"the config needs {key}, but only " in (refusal(cfg, tmp_path) or "")
     cfg[f"{key}s"] = 1
     assert f"the config has no option '{key}s', the options are suite, merge," in (refusal(cfg, tmp_path) or "")
+    TRIED[BAD] += 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import DataError, EpmqError, ModelError
-from tests import edited
+from tests import counts, edited
 from tests.conftest import TASKS
 from tests.hubs import run_in
 from tests.minihub import build
@@ -160,6 +160,7 @@ def test_bad_models_and_data_end_in_one_sentence(case: str, hubs: dict[str, Path
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not {"checkpoint", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
+    counts.TRIED[counts.BAD] += 1
 
 
 def every_expert_is_the_base(hub: Path) -> None:

@@ -1,5 +1,5 @@
 """Oracle: valid files of a stranger with random bytes changed, or values replaced; readers take them or refuse them by
-an EpmqError of one line, and nothing else comes out. Seeds are fixed: what fails once fails again."""
+an EpmqError of one line, and nothing else comes out. Seeds are fixed; paths and times among the bytes are not."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from yaml import YAMLError
 
 from epmq_cli import config, verification
+from epmq_cli.checkpoint.lora import Adapted
 from epmq_cli.checkpoint.manifest import file_problems
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.tokens import numbers
 from epmq_cli.errors import EpmqError
 from epmq_cli.inference.load import model_config
 from epmq_cli.recorded import checkpoint_suite
 from epmq_cli.verification import tensor_problems
+from tests.counts import FUZZED, TRIED
 from tests.hubs import run_in
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [80, pytest.param(4000, marks=pytest.mark.slow)])
@@ -56,6 +58,16 @@ def read_folder(folder: Path) -> None:
         found.tensor(name)
 
 
+def read_config(folder: Path) -> None:
+    model_config(folder, SafetensorsFiles(folder, "checkpoint"))
+
+
+def read_adapter(folder: Path) -> None:
+    found = Adapted(folder, "expert", ModelFolder(folder.parent / "sharded", "base"), ["q.weight"])
+    for name in found.infos:
+        found.tensor(name)
+
+
 def read_suite(folder: Path) -> None:
     """As `launch` does; what PyYAML and OmegaConf raise becomes its sentences there."""
     try:
@@ -71,28 +83,35 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "record": ("run/checkpoint/epmq.json", lambda root: checkpoint_suite(root / "run/checkpoint", None, None)),
     "manifest": ("run/checkpoint/manifest.json", lambda root: file_problems(root / "run/checkpoint")),
     "metrics": ("run/metrics.json", lambda root: verification._run_scores(root / "run/metrics.json")),
-    "config": ("run/checkpoint/config.json", lambda root: model_config(root / "run/checkpoint")),
+    "config": ("run/checkpoint/config.json", lambda root: read_config(root / "run/checkpoint")),
     "tokenizer": (
         "run/checkpoint/tokenizer.json",
         lambda root: numbers(root / "run/checkpoint/tokenizer.json", "base"),
     ),
+    "adapter": ("adapter/adapter_config.json", lambda root: read_adapter(root / "adapter")),
     "suite": ("suite/mini.yaml", read_suite),
 }
 """The file that is changed, and what reads it, both in a folder."""
+ADAPTER = {"peft_type": "LORA", "r": 1, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"q": 8}, "bias": "none"}
 
 
 @pytest.fixture(scope="module")
 def sound(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, a model in shards and a suite."""
+    """A run, a model in shards, an adapter for that and a suite."""
     root = tmp_path_factory.mktemp("sound")
     run_in(root / "run", bert_hub, "eval.stages=[quantized]", "eval.samples=4", "calib.samples=8")
     shutil.copytree(bert_hub / "configs" / "suite", root / "suite")
     (root / "sharded").mkdir()
     (root / "sharded" / "config.json").write_text("{}")
-    for name in ("a", "b"):
-        save_file({name: torch.ones(2)}, root / "sharded" / f"{name}.safetensors")
-    index = {"metadata": {"total_size": 16}, "weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}}
+    for name in ("a.weight", "q.weight"):
+        save_file({name: torch.ones(2, 2)}, root / "sharded" / f"{name}.safetensors")
+    names = {name: f"{name}.safetensors" for name in ("a.weight", "q.weight")}
+    index = {"metadata": {"total_size": 32}, "weight_map": names}
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    parts = {"base_model.model.q.lora_A.weight": torch.ones(1, 2), "base_model.model.q.lora_B.weight": torch.ones(2, 1)}
+    save_file(parts, root / "adapter" / "adapter_model.safetensors")
     return root
 
 
@@ -146,6 +165,7 @@ def test_of_files_with_odd_bytes_or_values_nothing_but_sentences_is_seen(
             whole = OmegaConf.to_container(OmegaConf.load(path)) if kind == "suite" else json.loads(content)
             path.write_text(json.dumps(with_an_odd_value(whole, generator)))  # which is YAML as well
         results.add(refused(read, tmp_path / "root"))
+        TRIED[FUZZED] += 1
         path.write_bytes(content)
     assert results == {True, False} or kind == "manifest"  # of that every change is a problem, which is no error
 
@@ -161,3 +181,4 @@ def test_of_a_checkpoint_with_an_odd_config_problems_are_found_and_nothing_else(
     for seed in range(count // 5):
         path.write_text(json.dumps(with_an_odd_value(whole, random.Random(seed))))
         refused(lambda root: tensor_problems(root / "run" / "checkpoint"), tmp_path)
+        TRIED[FUZZED] += 1

@@ -40,3 +40,16 @@ def test_a_process_that_does_not_come_to_its_handler_is_ended(tmp_path: Path) ->
 
     assert forked(body) == 143
     assert (tmp_path / "words").exists()
+
+
+def test_in_another_thread_nothing_is_changed() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def body() -> None:
+        with listening(lambda: None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [before]

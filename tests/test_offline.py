@@ -35,6 +35,17 @@ def test_a_run_and_its_verification_ask_nothing(clip_hub: Path, tmp_path: Path, 
     assert asked == []
 
 
+def test_transformers_asks_nothing_online_either(
+    bert_hub: Path, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    run_in(tmp_path, bert_hub, "calib.samples=8", "eval.samples=8")
+    assert asked == []
+    with pytest.raises(ModelError):
+        locate("someone/something", "base")
+    assert asked  # what asks is seen
+
+
 def test_what_is_not_there_is_not_asked_for_offline(asked: list[Any]) -> None:
     with pytest.raises(ModelError, match="someone/something is neither a folder here nor can it be had from the hub"):
         locate("someone/something", "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
 from epmq_cli.quantize.grid import BITS, GridSpec, QuantizedWeight
 from epmq_cli.quantize.rtn import rtn
+from tests.counts import CLAIMS, TRIED
 
 FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 CPU = torch.device("cpu")
@@ -38,7 +40,13 @@ def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrate
     options = settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    options(given(*strategies)(claim))()
+
+    @wraps(claim)
+    def counted(*values: Any, **named: Any) -> None:
+        claim(*values, **named)
+        TRIED[CLAIMS] += 1
+
+    options(given(*strategies)(counted))()
 
 
 @FEW_OR_MANY

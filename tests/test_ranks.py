@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from epmq_cli import ranks
+from epmq_cli.errors import RunError
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -58,3 +62,26 @@ def test_one_process_needs_no_others() -> None:
     assert ranks.added(tensor) is tensor
     assert ranks.assembled(tensor, 4) is tensor
     assert ranks.first()
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("all_reduce", lambda: ranks.added(torch.ones(1))),
+        ("broadcast_object_list", lambda: ranks.agreed(1)),
+        ("all_gather_object", lambda: ranks.gathered(1)),
+    ],
+)
+def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
+    function: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nat pair.cc:525")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, function, gone)
+    message = (
+        r"another process of this run has ended or cannot be reached \(Connection closed by peer\); start the same"
+    )
+    with pytest.raises(RunError, match=message):
+        call()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from epmq_cli.errors import CheckpointError
-from epmq_cli.recorded import checkpoint_suite, read_record
+from epmq_cli.recorded import checkpoint_suite, read_heads, read_record
 
+CPU = torch.device("cpu")
 DATA = {"_target_": "epmq_cli.data.table.Table", "train": "a.tsv", "test": "b.tsv"}
 TASKS = {"first": {"expert": "models/first", "data": DATA}}
 SUITE = {"_target_": "epmq_cli.suites.Suite", "name": "mini", "family": "bert", "base": "models/base", "tasks": TASKS}
@@ -63,3 +67,25 @@ def test_a_record_without_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "epmq.json").write_text('{"config": {"suite": 3, "quant": {}}}')
     with pytest.raises(CheckpointError, match="is not one that epmq run wrote; run epmq run again"):
         read_record(tmp_path)
+
+
+HEADED = SimpleNamespace(members=[SimpleNamespace(name="first")])
+FAMILY = SimpleNamespace(heads="classifier")
+
+
+def test_heads_are_read_by_task(tmp_path: Path) -> None:
+    save_file({"first.weight": torch.ones(2), "first.bias": torch.ones(1)}, tmp_path / "heads.safetensors")
+    assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {"weight", "bias"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["weight", "second.weight", ".weight", "first"])
+def test_heads_of_other_names_are_refused(name: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(CheckpointError, match=r"heads.safetensors has no head for task first; its tasks are"):
+        read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
+
+
+def test_heads_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
+    torch.save({"first.weight": torch.ones(2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(CheckpointError, match=r"heads.safetensors cannot be read \(.*\); run epmq run again"):
+        read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]

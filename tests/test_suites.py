@@ -50,6 +50,15 @@ def test_bad_tasks_are_refused(task: dict[str, Any], message: str) -> None:
         suite(**task)
 
 
+@pytest.mark.parametrize("place", ["tasks", "tasks.t", "each", "experts"])
+def test_a_target_where_a_mapping_belongs_is_refused(place: str) -> None:
+    source = Npz("x.npz")  # what a `_target_` there makes
+    fields: dict[str, Any] = {"tasks": {"t": {"expert": "e", "data": source}}}
+    fields |= {"tasks": {"t": source}} if place == "tasks.t" else {place: source}
+    with pytest.raises(ConfigError, match=rf"suite.{place.partition('.')[0]} must be .*a mapping.*, got "):
+        Suite(name="s", family="clip", base="b", **fields)
+
+
 def experts(pattern: Any, **task: Any) -> list[str]:
     tasks = {name: {"data": Npz("x.npz"), **task} for name in ("a", "b-c")}
     return [each.expert for each in Suite(name="s", family="clip", base="b", tasks=tasks, experts=pattern).members]

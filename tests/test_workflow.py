@@ -35,6 +35,14 @@ def test_every_make_target_of_the_workflow_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     used = {name for path in WORKFLOWS for name in re.findall(r"run: make ([a-z-]+)", path.read_text())}
     assert {"check", "test", "minimum", "audit"} <= used <= targets
+    assert sorted((ROOT / ".github" / "workflows").iterdir()) == WORKFLOWS  # none goes unread
+
+
+@pytest.mark.parametrize(("target", "run"), [("audit", "pip-audit --strict"), ("minimum", "--constraint")])
+def test_what_security_rests_on_in_ci_is_what_its_target_runs(target: str, run: str) -> None:
+    recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipe is not None
+    assert run in recipe[1]
 
 
 def test_pythons_tested_are_those_declared_and_the_lowest_has_the_lowest_dependencies() -> None:

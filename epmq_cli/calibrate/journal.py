@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,11 +93,11 @@ class Journal:
         with _opened(path) as file:
             header = _header(file)
             install(student.model, ((name, file.get_tensor(f"tensor.{name}").float()) for name in header["tensors"]))
-        stored = Stored(dict.fromkeys(header["weights"], path))
-        install(student.model, ((f"{name}.weight", weight.dequantize()) for name, weight in stored.items()))
-        self._records.extend(LayerRecord(**record) for record in header["records"])
-        if self._account is not None:
-            self._account.restore(header["account"])
+            stored = Stored(dict.fromkeys(header["weights"], path))
+            install(student.model, ((f"{name}.weight", weight.dequantize()) for name, weight in stored.items()))
+            self._records.extend(LayerRecord(**record) for record in header["records"])
+            if self._account is not None:
+                self._account.restore(header["account"])
         self._end(header["weights"], path)
         return True
 
@@ -174,15 +175,21 @@ def not_taken(path: Path, error: OSError) -> RunError:
     )
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file of an entry; RunError where it is not what was written, as the block finds."""
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); start the run anew with resume=never") from error
 
 
 def _header(file: Any) -> Any:
-    return json.loads(file.metadata()[HEADER])
+    header = (file.metadata() or {}).get(HEADER)
+    if header is None:
+        raise ValueError("epmq did not write it")
+    return json.loads(header)
 
 
 def _described(weight: Weight) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ class Adapted:
             raise ModelError(f"{role}: {path} has no {WEIGHTS}; save the adapter with save_pretrained of peft")
         self._file = SafetensorsFiles(path / WEIGHTS, role)
         files = self._sorted()
+        self._alphas = {module: self._alpha(module) for module in files.parts}
         names = self._names(files, merged)
         self._whole = {names.get(name, name): stored for name, stored in files.whole.items()}
         self._parts = {names[f"{module}.weight"]: (module, parts) for module, parts in files.parts.items()}
@@ -148,10 +149,19 @@ class Adapted:
     def _scale(self, module: str, parts: Mapping[str, Tensor]) -> float:
         """alpha / r, or alpha / sqrt(r) where it is rank-stabilised."""
         rank = len(parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"])
-        patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
-        given = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(given, self._config.get("lora_alpha", 8)))
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return self._alphas[module] / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _alpha(self, module: str) -> float:
+        """ModelError where it is no number."""
+        try:
+            patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
+            given = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+            return float(next(given, self._config.get("lora_alpha", 8)))
+        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+            raise ModelError(
+                f"{self._role}: lora_alpha or alpha_pattern of {self._path / CONFIG} cannot be used ({error}); fetch "
+                "the adapter again"
+            ) from error
 
     def _delta(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """B A in the shape of the tensor that it is added to."""

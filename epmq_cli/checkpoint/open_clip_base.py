@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from epmq_cli.cache import cache_folder
 from epmq_cli.checkpoint.open_clip import Translated
 from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, tokenizer
-from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, read_json
+from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, check_counts, read_json
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 
@@ -36,11 +36,24 @@ def converted(path: Path, role: str) -> Path:
     config = read_json(folder, CONFIG, role)
     target = cache_folder() / "open_clip" / _digest([folder / CONFIG, weights])
     if not target.is_dir():
-        found = clip_config(config, folder / CONFIG, role)
+        found, processor = _described(config, folder / CONFIG, role)
         tensors = Translated(open_file(weights, role), weights, role)
+        check_counts(folder / CONFIG, role, config, len(tensors.infos))
         _check_complete(tensors, found, weights, role)
-        _write(target, tensors, found, config)
+        _write(target, tensors, found, processor)
     return target
+
+
+def _described(config: Mapping[str, Any], path: Path, role: str) -> tuple[Any, Any]:
+    """Model and image processor of an open_clip_config.json, as transformers has them."""
+    try:
+        found = clip_config(config, path, role)
+        return found, image_processor(config, found)
+    except ModelError:
+        raise
+    except Exception as error:  # it may hold anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{role}: {path} describes no model of open_clip ({reason}); fetch it again") from error
 
 
 def weights_file(folder: Path, role: str) -> Path:
@@ -83,14 +96,14 @@ def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> 
         )
 
 
-def _write(target: Path, tensors: Translated, config: Any, open_clip: dict[str, Any]) -> None:
+def _write(target: Path, tensors: Translated, config: Any, processor: Any) -> None:
     """Writes the folder whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
         config.save_pretrained(partial)
-        image_processor(open_clip, config).save_pretrained(partial)
+        processor.save_pretrained(partial)
         tokenizer(config).save_pretrained(partial)
         if not target.is_dir():  # another process may have been faster
             partial.rename(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +23,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of the files of a model folder that are read, by epmq or by transformers."""
 MOST = 1 << 63  # items that a shape can describe
+LAYERS = re.compile(r"^(?!max_).*layers?$")
+LABELS = 1 << 20  # more than any classifier has
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class SafetensorsFiles:
             path = self._folder / file
             if path.name != file or not path.is_file():
                 raise ModelError(
-                    f"{self._role}: {file}, which the index of {self._folder} names, is not in that folder"
+                    f"{self._role}: {file!r}, which the index of {self._folder} names, is not in that folder"
                 )
             try:
                 self._files[file] = safe_open(path, framework="pt")
@@ -108,7 +111,9 @@ class SafetensorsFiles:
         try:
             header = self._file_of[name].get_slice(name)
         except SafetensorError as error:
-            raise ModelError(f"{self._role}: {name}, which the index of {self._folder} names, is in no file") from error
+            raise ModelError(
+                f"{self._role}: {name!r}, which the index of {self._folder} names, is in no file"
+            ) from error
         shape = tuple(header.get_shape())
         if prod(max(size, 1) for size in shape) >= MOST:  # the library lets this pass beside a size of 0
             raise ModelError(f"{self._role}: {name} in {self._folder} has the impossible shape {list(shape)}")
@@ -131,6 +136,8 @@ class ModelFolder:
         self.config = read_json(path, "config.json", role) if config is None else config
         self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
         self.infos = self._tensors.infos
+        if config is None:
+            check_counts(path / "config.json", role, self.config, len(self.infos))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this stored name, on the CPU, in the type that `infos` says."""
@@ -165,6 +172,22 @@ def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{role}: {path} holds no JSON object; give the folder that save_pretrained wrote")
     return content
+
+
+def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) -> None:
+    """ModelError where the config in a file asks for more layers than there are tensors, or for too many labels:
+    transformers makes an object of each before it looks at the tensors."""
+    rest = [config]
+    while rest:
+        for key, value in rest.pop().items():
+            most = tensors if LAYERS.search(key) else LABELS if key == "num_labels" else None
+            if isinstance(value, dict):
+                rest.append(value)
+            elif isinstance(value, int) and most is not None and value > most:
+                raise ModelError(
+                    f"{role}: {path} asks for {key}={value}, which a model of {tensors} tensors "
+                    "cannot have; fetch it again"
+                )
 
 
 def refuse_links(folder: Path, role: str) -> None:

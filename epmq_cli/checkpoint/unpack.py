@@ -45,8 +45,9 @@ def unpacked_linear(
         scale = files.tensor(f"{name}.weight_scale").to(device, torch.float32)
         zero = torch.zeros_like(scale)
         if not spec.symmetric:
-            points = files.tensor(f"{name}.weight_zero_point")
-            zero = unpack_from_int32(points, spec.bits, scale.shape, packed_dim=0).to(device, torch.float32)
+            # along rows: compressed-tensors 0.20 cannot view a single word of them in bytes
+            points = files.tensor(f"{name}.weight_zero_point").T.clone(memory_format=torch.contiguous_format)
+            zero = unpack_from_int32(points, spec.bits, scale.T.shape).T.to(device, torch.float32).contiguous()
         fits = values.shape == shape and scale.shape == (shape[0], shape[1] // spec.columns(shape[1])) == zero.shape
         dtype = DTYPES[files.infos[f"{name}.weight_scale"].dtype]
     except (KeyError, RuntimeError, ValueError, IndexError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
+from epmq_cli.checkpoint.reader import SafetensorsFiles, check_counts, read_json
 from epmq_cli.checkpoint.unpack import PACKED, grid_of, unpacked_linear
 from epmq_cli.config import KERNELS, device_of
 from epmq_cli.errors import CheckpointError, ConfigError, check_choice
@@ -39,8 +39,10 @@ def load(
     check_choice("kernel", kernel, KERNELS)
     folder, where = Path(checkpoint), device_of(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    config = model_config(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
+    config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
     specs = _packed_linears(folder, model, files)
@@ -83,12 +85,11 @@ def kernels(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def model_config(folder: Path) -> Any:
+def model_config(folder: Path, files: SafetensorsFiles) -> Any:
     """The config of a checkpoint's model as transformers has it, without how it is quantized."""
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+    check_counts(folder / "config.json", "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
     config = from_folder(AutoConfig, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

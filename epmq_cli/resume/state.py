@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from epmq_cli import ranks
 from epmq_cli.calibrate.journal import Account, Journal, not_taken, write_tensors
 from epmq_cli.console import say
 from epmq_cli.durable import write_text
+from epmq_cli.errors import RunError
 from epmq_cli.resume.key import differences, digest
 from epmq_cli.resume.lock import FOLDER, RESULTS, refuse_used, remove
 
@@ -73,7 +75,10 @@ class State:
             return make()
         path = self._folder / f"{name}-{ranks.number()}.safetensors"
         if path.is_file():
-            found: dict[str, Tensor] = load_file(path, device=str(device))
+            try:
+                found: dict[str, Tensor] = load_file(path, device=str(device))
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from error
             return found
         made = make()
         write_tensors(path, made, None)
@@ -82,7 +87,7 @@ class State:
     @property
     def starts(self) -> int:
         """How many processes have worked on the run before this one, or group of processes."""
-        return int(_read(self._folder / f"{STARTS}.json")) if self._folder else 0
+        return _starts(self._folder) if self._folder else 0
 
     def has(self, file: str) -> bool:
         """Whether there is a file of this name."""
@@ -102,8 +107,7 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
             for path in (folder / FOLDER).glob("*/"):
                 remove(path)
         _announce(folder, place, identity)
-        starts, again = place / f"{STARTS}.json", (place / IDENTITY).is_file()
-        _write(starts, _read(starts) + 1 if again else 0)
+        _write(place / f"{STARTS}.json", _starts(place) + 1 if (place / IDENTITY).is_file() else 0)
         _write(place / IDENTITY, identity)
     place = Path(ranks.agreed(str(place.resolve())))
     if not all(ranks.gathered(place.is_dir())):
@@ -117,7 +121,7 @@ def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
         say(f"{folder} was interrupted; it goes on from the last finished block")
         return
     for other in sorted((folder / FOLDER).glob(f"*/{IDENTITY}")):
-        named = list(differences(_read(other), identity))
+        named = list(differences(_identity(other), identity))
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         say(f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this one starts anew")
 
@@ -136,8 +140,30 @@ def refuse_results(folder: Path, state: State | None = None) -> None:
         refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
 
 
+def _identity(path: Path) -> Mapping[str, Any]:
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise _damaged(path, "no JSON object")
+    return found
+
+
+def _starts(place: Path) -> int:
+    path = place / f"{STARTS}.json"
+    found = _read(path)
+    if not isinstance(found, int):
+        raise _damaged(path, "no number")
+    return found
+
+
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> RunError:
+    return RunError(f"{path} is damaged ({reason}); start the run anew with resume=never")
 
 
 def _write(path: Path, content: Any) -> None:

@@ -151,3 +151,9 @@ def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_
         assert refs[0]() is None
         assert {float(tensor) for tensor in passage.waiting()} == {6}
         assert float(passage.finish()) == 16
+
+
+def test_a_module_that_is_never_called_is_named() -> None:
+    model = Chain()
+    with listening(model, NAMES), pytest.raises(RuntimeError, match="the forward pass never called fourth or fifth"):
+        Passage(lambda: model(torch.zeros(2))).to(["fourth", "fifth"])

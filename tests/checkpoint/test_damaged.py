@@ -18,6 +18,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.merge.apply import Merged, Models
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.suites import Suite
+from tests.counts import FUZZED, TRIED
 from tests.edited import copied
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
@@ -33,6 +34,7 @@ def merge(hub: Path) -> dict[str, torch.Tensor]:
 
 def outcome(hub: Path) -> str:
     """What comes of a merge: refused or merged."""
+    TRIED[FUZZED] += 1
     try:
         found = merge(hub)
     except ModelError as error:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
+from epmq_cli.inference.load import load
+from epmq_cli.verification import tensor_problems
+from tests.counts import BAD, FUZZED, TRIED
 
 
 def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
@@ -74,6 +78,7 @@ def test_hostile_headers_are_refused_in_one_sentence(case: str, tmp_path: Path) 
     with pytest.raises(ModelError, match=r"base: .*(is damaged or not safetensors|impossible shape)") as raised:
         ModelFolder(written(tmp_path, *HOSTILE[case]), "base")
     assert "\n" not in str(raised.value)
+    TRIED[BAD] += 1
 
 
 def test_the_header_that_these_are_made_of_is_sound(tmp_path: Path) -> None:
@@ -91,6 +96,8 @@ import resource, sys
 from pathlib import Path
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
+from epmq_cli.inference.load import load
+from epmq_cli.verification import tensor_problems
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
@@ -118,13 +125,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "{parent}/outside.safetensors", "..", ".", "", "sub/../../outside.safetensors"]
+    "file",
+    ["../outside.safetensors", "{parent}/outside.safetensors", "..", ".", "", "a\nb", "sub/../../outside.safetensors"],
 )
 def test_an_index_leads_nowhere_else(file: str, folder: Path) -> None:
     weight_map = {"a": file.format(parent=folder.parent)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="base: .*, which the index of .* names, is not in that folder"):
+    with pytest.raises(ModelError, match="base: .*, which the index of .* names, is not in that folder") as raised:
         ModelFolder(folder, "base")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}], ids=str)
@@ -143,6 +152,25 @@ def test_a_config_that_is_no_object_is_refused(text: str, message: str, folder: 
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=f"base: .*config.json {message}"):
         ModelFolder(folder, "base")
+
+
+HUGE: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 1 << 70}, "num_hidden_layers=1180591620717411303424"),
+    "layers of a part": ({"text_config": {"n_layers": 2}}, "n_layers=2"),
+    "labels": ({"num_labels": 1 << 40}, "num_labels=1099511627776"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+@pytest.mark.parametrize("read", [lambda folder: ModelFolder(folder, "checkpoint"), load, tensor_problems])
+def test_a_config_that_asks_for_more_than_its_files_have_is_refused(
+    read: Callable[[Path], Any], case: str, folder: Path
+) -> None:
+    """Transformers would make an object for each until the memory is full."""
+    config, asked = HUGE[case]
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"], **config}))
+    with pytest.raises(ModelError, match=f"checkpoint: .*config.json asks for {asked}, which a model of 1 tensors"):
+        read(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
@@ -212,4 +240,5 @@ def test_of_files_with_random_bytes_nothing_but_sentences_is_seen(kind: str, tmp
         except ModelError as error:
             refused += 1
             assert str(error).startswith("base: ")
+        TRIED[FUZZED] += 1
     assert 100 < refused < 400

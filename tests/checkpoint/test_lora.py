@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -23,7 +24,8 @@ from transformers import (
 )
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.lora import Adapted
+from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.merge.source import MergeSource
@@ -209,3 +211,19 @@ def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, Mod
     adapter(wider, tmp_path / "wide", target_modules=["q_proj"])
     with pytest.raises(ModelError, match=r"q_proj.weight is \[16, 32\] in the adapter and \[16, 16\] in the base"):
         opened(tmp_path / "wide", base)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["q.lora_A.weight", "q.lora_B.weight", "q.lora_C.weight"], "holds q.lora_C.weight, which epmq cannot merge"),
+        (["q.weight"], "holds no LoRA tensors; train or fetch it again"),
+        (["q.lora_A.weight"], "holds lora_A of q, which epmq cannot merge; merge it with merge_and_unload of peft"),
+    ],
+)
+def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "adapter_model.safetensors")
+    base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "adapter_model.safetensors", "base"))
+    with pytest.raises(ModelError, match=f"expert: .*{message}"):
+        Adapted(tmp_path, "expert", base, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from epmq_cli.checkpoint.open_clip import Translated
-from epmq_cli.checkpoint.open_clip_base import converted
+from epmq_cli.checkpoint.open_clip_base import _described, converted
 from epmq_cli.checkpoint.open_clip_config import clip_config
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
+from tests.counts import FUZZED, TRIED
+from tests.test_fuzz import with_an_odd_value
 
 MODEL: dict[str, Any] = {
     "embed_dim": 24,
@@ -220,3 +223,29 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         torch.save(tensors, tmp_path / "expert.pt")
         with pytest.raises(ModelError, match=f"expert: .*{message}"):
             Translated(open_file(tmp_path / "expert.pt", "expert"), tmp_path / "expert.pt", "expert")
+
+
+def test_whatever_stands_in_a_config_ends_in_one_sentence() -> None:
+    given = {"resize_mode": "shortest", "interpolation": "bicubic", "mean": [0.1, 0.2, 0.3], "std": [0.1, 0.2, 0.3]}
+    whole = json.loads(json.dumps({"model_cfg": MODEL, "preprocess_cfg": given}))
+    whole["model_cfg"]["vision_cfg"]["norm_kwargs"] = {"eps": 1e-5}
+    refused = 0
+    for seed in range(300):
+        config = with_an_odd_value(whole, random.Random(seed))
+        try:
+            _described(config if isinstance(config, dict) else {}, Path("x.json"), "base")
+        except ModelError as error:
+            refused += 1
+            assert str(error).startswith("base: ")
+            assert "\n" not in str(error)
+        TRIED[FUZZED] += 1
+    assert 50 < refused < 300
+
+
+def test_more_layers_than_there_are_tensors_are_refused(tmp_path: Path) -> None:
+    path = stored(tmp_path / "base", build()) / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"]["layers"] = 1 << 40
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="open_clip_config.json asks for layers=1099511627776, which a model of"):
+        converted(path.parent, "base")

@@ -62,10 +62,10 @@ def test_truncated_files_are_named(single: Path, keep: int) -> None:
 def test_missing_parts_are_named(single: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "c": "model.safetensors"}}
     (single / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="c, which the index of .* names, is in no file"):
+    with pytest.raises(ModelError, match="'c', which the index of .* names, is in no file"):
         ModelFolder(single, "base")
     (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
-    with pytest.raises(ModelError, match=r"other.safetensors, which the index .* names, is not in that folder"):
+    with pytest.raises(ModelError, match=r"'other.safetensors', which the index .* names, is not in that folder"):
         ModelFolder(single, "base")
 
 

@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 SHAPE = torch.Size((24, 48))
 
 
-def packed(folder: Path, spec: GridSpec) -> tuple[QuantizedWeight, SafetensorsFiles]:
+def packed(folder: Path, spec: GridSpec, shape: torch.Size = SHAPE) -> tuple[QuantizedWeight, SafetensorsFiles]:
     """A random weight on a grid, and the file that it was packed into."""
-    weight = rtn(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), spec, torch.float16)
+    weight = rtn(torch.randn(shape, generator=torch.Generator().manual_seed(0)), spec, torch.float16)
     save_file(
         {entry.name: entry.make().contiguous() for entry in packed_linear("it", weight)}, folder / "a.safetensors"
     )
@@ -38,6 +38,14 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, symmetric: bool, group_s
     assert torch.equal(found.scale, weight.scale)
     assert torch.equal(found.zero, weight.zero)
     assert found.dtype == weight.dtype
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_zero_points_of_few_rows_fill_one_word(bits: int, rows: int, tmp_path: Path) -> None:
+    shape = torch.Size((rows, 32))
+    weight, files = packed(tmp_path, GridSpec(bits, 16, False, "minmax"), shape)
+    assert torch.equal(unpacked_linear(files, "it", weight.spec, shape, CPU).zero, weight.zero)
 
 
 @pytest.mark.parametrize(

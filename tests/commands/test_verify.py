@@ -305,6 +305,10 @@ def test_scores_are_those_of_the_run(checkpoint: Path) -> None:
         CheckpointError, match="names tests.evil.Evaluation, which is not epmq's; if you trust it, score"
     ):
         check(checkpoint, scores=True)
+    for odd in (3, None, "x", [1]):
+        path.write_text(json.dumps(metrics | {"config": {"eval": odd}}))
+        with pytest.raises(CheckpointError, match=r"metrics.json is no readable metrics.json of epmq run; give"):
+            check(checkpoint, scores=True)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"metrics.json is no readable metrics.json of epmq run; give"):
         check(checkpoint, scores=True)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
 import epmq_cli
+from epmq_cli.data import tiny_draw
 from epmq_cli.data.tiny import CLASSES, Tiny, images
 from epmq_cli.errors import ConfigError
 
@@ -132,3 +133,17 @@ def test_each_expert_scores_90_and_more_than_the_base(task: str) -> None:
 
     assert accuracy(expert) >= 0.9
     assert accuracy(clip.vision_model) <= accuracy(expert) - 0.15
+
+
+def test_subjects_on_plain_ground_have_two_colours_far_apart_and_either_may_be_the_brighter() -> None:
+    """As on the split that the base learnt from."""
+    numbers = np.random.default_rng(0).random((64, tiny_draw.COLUMNS))
+    one, other = tiny_draw._two_colours(tiny_draw.Dice(numbers))
+    assert one.shape == other.shape == (64, 1, 3)
+    assert bool((abs(one - other) >= 0.2).all())
+    brighter = (one > other).all(-1).ravel()
+    assert 10 < brighter.sum() < 54
+    plain = tiny_draw.paint("counts", tiny_draw.Dice(numbers), np.arange(64) % 4, in_scene=False)
+    scene = tiny_draw.paint("counts", tiny_draw.Dice(numbers), np.arange(64) % 4, in_scene=True)
+    assert plain.shape == scene.shape == (64, 32, 32, 3)
+    assert not np.array_equal(plain, scene)

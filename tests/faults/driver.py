@@ -17,9 +17,14 @@ from typing import Any
 import epmq_cli.commands.run
 import epmq_cli.report.stages
 from epmq_cli import cli, console
+from tests.counts import FAULTS, KILLS, TRIED
 from tests.hubs import QUICK, run_in
 
 TOUCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+def nothing() -> None:
+    """No hook."""
 
 
 def kill() -> None:
@@ -60,7 +65,7 @@ def at_stage(number: int, act: Callable[[], None] = kill) -> Callable[[], None]:
 
 def forked(
     body: Callable[[], object],
-    hook: Callable[[], None] = lambda: None,
+    hook: Callable[[], None] = nothing,
     seconds: float | None = None,
     output: int | None = None,
 ) -> int:
@@ -89,7 +94,10 @@ def forked(
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    TRIED[KILLS] += status == -signal.SIGKILL
+    TRIED[FAULTS] += hook is not nothing and status not in (0, -signal.SIGKILL)
+    return status
 
 
 def _say_to(descriptor: int) -> None:
@@ -98,7 +106,7 @@ def _say_to(descriptor: int) -> None:
         stream.file = sys.stderr
 
 
-def command(folder: Path, *arguments: str, hook: Callable[[], None] = lambda: None) -> tuple[int, str]:
+def command(folder: Path, *arguments: str, hook: Callable[[], None] = nothing) -> tuple[int, str]:
     """The status of `epmq` as started in a folder, and what it says."""
     reading, writing = os.pipe()  # which holds 64 kB
 
@@ -126,7 +134,7 @@ def on_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Call
 
 
 def attempt(
-    folder: Path, hub: Path, *overrides: str, hook: Callable[[], None] = lambda: None, seconds: float | None = None
+    folder: Path, hub: Path, *overrides: str, hook: Callable[[], None] = nothing, seconds: float | None = None
 ) -> int:
     """`forked` for a run on a miniature hub."""
     return forked(lambda: run_in(folder, hub, *overrides), hook, seconds)

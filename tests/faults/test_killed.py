@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.counts import COMPARED, KILLS, TRIED
 from tests.faults.driver import at_file, at_stage, attempt, files, mini
 from tests.hubs import run_in
 from tests.minihub import build
@@ -45,6 +46,7 @@ def check_end(run: Path, whole: Path) -> None:
     """A run that was killed and went on, against one that was not."""
     assert files(run) == files(whole)
     assert json.dumps(measured(run)) == json.dumps(measured(whole))
+    TRIED[COMPARED] += 1
 
 
 def check_killed(run: Path, whole: Path) -> None:
@@ -132,8 +134,10 @@ def test_processes_of_the_command_killed_at_any_time(bert_hub: Path, tmp_path: P
             status = process.wait()
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
+        TRIED[KILLS] += status != 0
     subprocess.run(command, check=True, **options)  # type: ignore[call-overload]
     assert kills >= 1
     for metrics in (tmp_path / "runs").glob("*/metrics.json"):
         assert files(metrics.parent) == files(tmp_path / "whole")
+        TRIED[COMPARED] += 1
     assert not list((tmp_path / "runs").rglob(".resume"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.counts import COMPARED, KILLS, TRIED
 from tests.faults.driver import files, mini
 from tests.test_ranks import TORCHRUN
 
@@ -42,6 +43,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
     status, said = ended(start(tmp_path, *TORCHRUN, WORKER, str(rank), str(int(number)), "6", *arguments))
     assert status != 0
+    TRIED[KILLS] += 1
     assert not (tmp_path / "run" / "checkpoint").exists()
     assert list((tmp_path / "run" / ".resume").glob("*/last/*.safetensors")), said
     status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
@@ -50,6 +52,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
     status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said
     assert files(tmp_path / "run") == files(tmp_path / "one")
+    TRIED[COMPARED] += 1
 
 
 @pytest.mark.slow
@@ -63,5 +66,6 @@ def test_torchrun_that_is_stopped_stops_its_processes(number: signal.Signals, be
     process.send_signal(number)
     status, _ = ended(process)
     assert status != 0
+    TRIED[KILLS] += 1
     assert not (tmp_path / "run" / "checkpoint").exists()
     assert ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))[0] == 0
