@@ -21,12 +21,13 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.objective import Affine
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.calibrate.sweep import sweep
+from epmq_cli.checks import linear_shapes
 from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch, Family
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.pipeline import Job, linear_shapes
+from epmq_cli.pipeline import Job
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.resume.state import State
 
