@@ -26,11 +26,12 @@ from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.score import Recall, ScoredTask, anew, scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
+from epmq_cli.memory import Room
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import QuantizedWeight
@@ -152,12 +153,18 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
 
 
 def score(
-    job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path, recall: Recall = anew
+    job: Job,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    stage: str,
+    folder: Path,
+    recall: Recall = anew,
+    room: Room | None = None,
 ) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
     if stage not in job.evaluation.stages or not ranks.first():
         return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall, room)
 
 
 def stage_scores(
@@ -169,12 +176,15 @@ def stage_scores(
     stage: str,
     folder: Path,
     recall: Recall = anew,
+    room: Room | None = None,
 ) -> Scores:
-    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness."""
+    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness. `room`: how many samples go
+    through it at a time."""
+    room = room or room_of(evaluation.batch_size)
     if not isinstance(evaluation, config.Harness):
-        return scores(family, model, tasks, evaluation.batch_size, device, stage, recall=recall)
-    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
-    return {stage: harness_scores(model, folder, device, *options)}
+        return scores(family, model, tasks, room, device, stage, recall=recall)
+    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
+    return {stage: harness_scores(model, folder, device, *options, room)}
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
@@ -190,16 +200,17 @@ def score_parts(
     models: Models,
     tasks: list[ScoredTask],
     recall: Callable[[str], Recall] = lambda stage: anew,
+    room: Room | None = None,
 ) -> Scores:
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
         install(model, models.source.model(task.name))
 
-    found = score(job, model, tasks, "base", models.base.path, recall("base"))
+    room = room or room_of(job.evaluation.batch_size)
+    found = score(job, model, tasks, "base", models.base.path, recall("base"), room)
     if "experts" in job.evaluation.stages and ranks.first():
-        size, known = job.evaluation.batch_size, recall("experts")
-        found |= scores(job.family, model, tasks, size, job.device, "experts", become_expert, known)
+        found |= scores(job.family, model, tasks, room, job.device, "experts", become_expert, recall("experts"))
     return found
 
 
