@@ -63,7 +63,7 @@ def walk(
     """
     room = depot or Depot(math.inf)
     own = Student(student, family, reference, guidance, dtype)
-    return _Walk(own, batches, quantizer_of, room, journal or Journal(), samples).run()
+    return _Walk(own, batches, quantizer_of, room, journal, samples).run()
 
 
 class _Walk:
@@ -75,10 +75,11 @@ class _Walk:
         batches: Batches,
         quantizer_of: QuantizerOf,
         depot: Depot,
-        journal: Journal,
-        samples: int,
+        journal: Journal | None = None,
+        samples: int = ALL,
     ) -> None:
-        self.student, self.quantizer_of, self.depot, self.journal = student, quantizer_of, depot, journal
+        self.student, self.quantizer_of, self.depot = student, quantizer_of, depot
+        self.journal = journal or Journal()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.whole = batches
