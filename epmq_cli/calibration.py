@@ -133,12 +133,12 @@ def calibrate(
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
     for beside samples and moments go to files in the folder, the system's own unless given. `state`: where what is
     finished is kept, from which it goes on where memory did not suffice. `room`: how many samples go through the model
-    at a time."""
-    reference, dtype, kept = references(job, model, merged), merged.dtype, state or State()
+    at a time; where that is less than all of a batch, less waits in memory too."""
+    reference, dtype, kept, room = references(job, model, merged), merged.dtype, state or State(), room or room_of(job)
     budget = bytes_of("calib.memory", job.calib.memory) / ranks.count() - held(job, model, calibration)
 
     def walks(samples: int) -> Calibrated:
-        with Depot(budget, folder) as depot, torch.inference_mode(), steady(model):
+        with Depot(budget * samples / room.most, folder) as depot, torch.inference_mode(), steady(model):
             rest = (reference, dtype, depot, kept, samples)
             choice = settle(job, model, calibration, tasks, *rest) if job.guidance.open else None
             guidance = choice.guidance if choice else job.guidance
@@ -148,7 +148,7 @@ def calibrate(
                 choice,
             )
 
-    return (room or room_of(job)).attempt(walks, lambda: reference.restore(model))
+    return room.attempt(walks, lambda: reference.restore(model))
 
 
 def room_of(job: Job) -> Room:

@@ -17,8 +17,6 @@ from epmq_cli.errors import RunError
 from epmq_cli.resume import unfinished
 from epmq_cli.resume.lock import alone
 
-ALONE = ", since of several processes none tries smaller batches by itself"
-
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
 @guarded
@@ -48,8 +46,10 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             _run(cfg, folder, overrides, choices)
         except OutOfMemoryError as error:
             raise RunError(
-                f"the device has no room for calib.batch_size={cfg.calib.batch_size} samples at a time; lower it"
-                f"{ALONE if ranks.count() > 1 else ''}, or use device=cpu"
+                f"the device has no room for calib.batch_size={cfg.calib.batch_size} samples at a time; lower it, as "
+                "of several processes none tries smaller batches by itself, or use device=cpu"
+                if ranks.count() > 1
+                else "the device has no room for the model; use one with more memory, or device=cpu"
             ) from error
 
 

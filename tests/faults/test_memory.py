@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
@@ -15,11 +16,16 @@ import jsonschema
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 import epmq_cli.calibration as guide
 import epmq_cli.pipeline as steps
 from epmq_cli import ranks
+from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.journal import Journal
+from epmq_cli.calibrate.passage import Passage
+from epmq_cli.calibrate.reference import Reference
+from epmq_cli.calibrate.streams import Stream
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import RunError
 from epmq_cli.report.metrics import schema
@@ -143,6 +149,19 @@ def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, b
     assert written == ["0000-stem", "0000", "0001", "0002"]
 
 
+def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Path, tmp_path: Path) -> None:
+    left: list[int] = []
+    real = Reference.restore
+
+    def restore(self: Reference, model: nn.Module) -> None:
+        left.append(sum(type(thing) in (Stream, Passage, Depot) for thing in gc.get_objects()))
+        real(self, model)
+
+    with mock.patch.object(Reference, "restore", restore), Device(1, after=130).during((guide, "calibrate")):
+        run_in(tmp_path / "run", bert_hub, "guidance=feature", "eval.stages=[]")
+    assert left == [0, 0, 0]
+
+
 def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
@@ -240,7 +259,7 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
     status, said = ended(start(tmp_path, *TORCHRUN, str(script), *arguments))
     assert status != 0
-    assert "the device has no room for calib.batch_size=8 samples at a time; lower it, since of several " in said
+    assert "the device has no room for calib.batch_size=8 samples at a time; lower it, as of several " in said
     status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said
 
