@@ -20,13 +20,16 @@ from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.objective import Affine
 from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.steady import steady
 from epmq_cli.calibrate.sweep import sweep
+from epmq_cli.checks import linear_shapes
 from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.families.family import Batch, Family
+from epmq_cli.families.family import ALL, Batch, Family, split
+from epmq_cli.memory import Room
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.pipeline import Job, linear_shapes
+from epmq_cli.pipeline import Job
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.resume.state import State
 
@@ -67,15 +70,18 @@ def teach(
     drawn: Batches,
     state: State | None = None,
     recall: RecallTaught | None = None,
+    room: Room | None = None,
 ) -> Taught:
     """What each expert makes of the calibration batches that were drawn for its task.
 
-    The model's merged tensors may be overwritten. `state`: where what is finished is kept.
+    The model's merged tensors may be overwritten. `state`: where what is finished is kept. `room`: how many samples go
+    through the model at a time.
     """
+    attempt = (room or room_of(job)).attempt
     calibration, taught = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
-            made = partial(_asked, job, model, source, task, batches)
+            made = partial(attempt, partial(_asked, job, model, source, task, batches))
             ask = partial(recall, task, batches, solves_heads(job), made) if recall else made
             found = (state or State()).tensors(f"taught-{number}", job.device, partial(_added, batches, ask))
             calibration[task] = [{**batch, **_of(found, index)} for index, batch in enumerate(batches)]
@@ -85,10 +91,13 @@ def teach(
 
 
 @torch.inference_mode()
-def _asked(job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch]) -> OfExpert:
+def _asked(
+    job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch], samples: int
+) -> OfExpert:
     install(model, source.model(task))
-    completed = [job.family.complete(model, batch) for batch in batches]
-    return completed, features(job.family, model, completed) if solves_heads(job) else None
+    with steady(model):
+        completed = [job.family.complete(model, batch, samples) for batch in batches]
+        return completed, features(job.family, model, completed, samples) if solves_heads(job) else None
 
 
 def _added(batches: Sequence[Batch], ask: Callable[[], OfExpert]) -> dict[str, Tensor]:
@@ -106,9 +115,9 @@ def _of(found: Mapping[str, Tensor], index: int) -> Batch:
 
 
 @torch.inference_mode()
-def features(family: Family, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """The features (rows, width) of some batches."""
-    return torch.cat([family.features(model, batch) for batch in batches])
+def features(family: Family, model: nn.Module, batches: Sequence[Batch], samples: int = ALL) -> Tensor:
+    """The features (rows, width) of some batches, made of so many samples at a time."""
+    return torch.cat([family.features(model, part) for batch in batches for part in split(batch, samples)])
 
 
 def calibrate(
@@ -119,20 +128,40 @@ def calibrate(
     merged: Merged,
     folder: Path | None = None,
     state: State | None = None,
+    room: Room | None = None,
 ) -> Calibrated:
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
     for beside samples and moments go to files in the folder, the system's own unless given. `state`: where what is
-    finished is kept."""
-    reference, dtype = references(job, model, merged), merged.dtype
-    budget = bytes_of("calib.memory", job.calib.memory) / ranks.count()
-    room = budget - held(job, model, calibration)
+    finished is kept, from which it goes on where memory did not suffice. `room`: how many samples go through the model
+    at a time; where that is less than all of a batch, less waits in memory too."""
+    reference, dtype, kept, room = references(job, model, merged), merged.dtype, state or State(), room or room_of(job)
+    budget = bytes_of("calib.memory", job.calib.memory) / ranks.count() - held(job, model, calibration)
     taken = allocator.taken if job.device.type == "cpu" else lambda: 0
-    with Depot(room, folder, taken) as depot, torch.inference_mode():
-        kept = state or State()
-        choice = settle(job, model, calibration, tasks, reference, dtype, depot, kept) if job.guidance.open else None
-        guidance = choice.guidance if choice else job.guidance
-        walked = sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot, kept)
-    return Calibrated(walked, guidance, choice)
+
+    def walks(samples: int) -> Calibrated:
+        with Depot(budget * samples / room.most, folder, taken) as depot, torch.inference_mode(), steady(model):
+            rest = (reference, dtype, depot, kept, samples)
+            choice = settle(job, model, calibration, tasks, *rest) if job.guidance.open else None
+            guidance = choice.guidance if choice else job.guidance
+            return Calibrated(
+                sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot, kept, samples),
+                guidance,
+                choice,
+            )
+
+    return room.attempt(walks, lambda: reference.restore(model))
+
+
+def room_of(job: Job) -> Room:
+    """As many samples at a time as a calibration batch has; of several processes all would have to try less together,
+    which they do not."""
+    return Room(
+        min(job.calib.batch_size, job.calib.samples),
+        "calibration",
+        "lower max_length of the suite's tasks or calib.memory, use a device with more memory, or device=cpu with "
+        "calib.student=disk",
+        retries=ranks.count() == 1,
+    )
 
 
 def held(job: Job, model: nn.Module, calibration: Batches) -> int:
@@ -160,23 +189,24 @@ def settle(
     dtype: torch.dtype,
     depot: Depot | None = None,
     state: State | None = None,
+    samples: int = ALL,
 ) -> Choice:
     """Chooses the options of guidance that are `auto`; the model is left as it was. `state`: where what is finished is
-    kept."""
+    kept. `samples`: how many go through the model at a time."""
     kept = state or State()
     fitted, held = divided(calibration)
     taught = {}
     for task in tasks:
         install(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        taught[task.name] = job.family.logits(features(job.family, model, held[task.name]), task.head)
+        taught[task.name] = job.family.logits(features(job.family, model, held[task.name], samples), task.head)
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
         part = kept.part(_trial(guidance))
-        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot, part)
+        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot, part, samples)
         total = 0.0
         for task in tasks:
-            own = job.family.logits(features(job.family, model, held[task.name]), task.head)
+            own = job.family.logits(features(job.family, model, held[task.name], samples), task.head)
             total += guidance.factor(task.name) * relative_error(own, taught[task.name])
         return total / sum(guidance.factor(task.name) for task in tasks)
 
@@ -201,13 +231,22 @@ def solve_heads(
     taught: Taught,
     tasks: Sequence[ScoredTask],
     guidance: Guidance,
+    room: Room | None = None,
 ) -> list[ScoredTask]:
-    """The tasks with the heads that suit the quantized model, or as they were where heads are not solved."""
+    """The tasks with the heads that suit the quantized model, or as they were where heads are not solved. `room`: how
+    many samples go through it at a time."""
     if not solves_heads(job):
         return list(tasks)
+    return (room or room_of(job)).attempt(partial(_solved_heads, job, model, taught, tasks, guidance))
+
+
+def _solved_heads(
+    job: Job, model: nn.Module, taught: Taught, tasks: Sequence[ScoredTask], guidance: Guidance, samples: int
+) -> list[ScoredTask]:
     solved = []
     for task in tasks:
-        found = [features(job.family, model, [batch]) for batch in taught.batches[task.name]]
+        with steady(model):
+            found = [features(job.family, model, [batch], samples) for batch in taught.batches[task.name]]
         taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
         own, teacher = ([job.family.head_inputs(part, task.head) for part in parts] for parts in (found, taught_rows))
         head = Affine(task.head["weight"], task.head.get("bias"))

@@ -21,6 +21,9 @@ import difflib
 import math
 from collections.abc import Iterable
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""What CUDA, torch and cuBLAS say where there is none."""
+
 
 class EpmqError(Exception):
     """A mistake in the input; the command prints it without a traceback and exits with status 1."""
@@ -44,6 +47,12 @@ class CheckpointError(EpmqError):
 
 class RunError(EpmqError):
     """A run folder is in use or cannot be written, or a process of a run has ended."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory was wanting, of the machine or of an accelerator; torch has ways of its own to say so."""
+    said = type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in NO_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def placed(error: ConfigError, where: str) -> ConfigError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,20 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
-from epmq_cli.errors import ConfigError, DataError, ModelError, check_choice, check_keys
+from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.score import Recall, ScoredTask, anew, scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
-from epmq_cli.inference.int4 import obstacle
-from epmq_cli.inference.load import load, refuse
-from epmq_cli.linalg import is_finite
+from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
+from epmq_cli.memory import Room
 from epmq_cli.merge.apply import Models, fit_vocabulary
 from epmq_cli.merge.source import Merge
-from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
+from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.suites import Suite, Task
@@ -88,17 +88,6 @@ def make_job(cfg: DictConfig) -> Job:
     )
 
 
-def check_scoring(suite: Suite, family: Family, evaluation: config.Evaluation) -> None:
-    """ConfigError where models of the family cannot be scored as tasks or evaluation say."""
-    for task in suite.members:
-        check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
-        family.check_task(task)
-    if isinstance(evaluation, config.Harness) and not isinstance(family, LanguageModel):
-        raise ConfigError(
-            f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
-        )
-
-
 def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module, torch.dtype]:
     """The opened suite, the base model, and the type of scales and of all that is not quantized.
 
@@ -114,62 +103,8 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
-    check_kernel(model, job)
+    check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
     return models, model, dtype
-
-
-def check_described(model: nn.Module, family: Family, models: Models) -> None:
-    """ModelError where the base's config describes another model than its files hold, such as one of fewer blocks."""
-    own, read = model.state_dict(), set(models.source.names)
-    where = f"base: {models.base.path / 'config.json'} describes"
-    for name in models.source.names:
-        if name not in own:
-            raise ModelError(f"{where} a model without {name}, which its files have; fetch it again")
-    for section in (block for stack in family.stacks(model) for block in stack.blocks):
-        for name in map(section.name, section.module.state_dict()):
-            if own[name].is_floating_point() and name not in read:
-                raise ModelError(f"{where} a model with {name}, which its files have not; fetch it again")
-
-
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the base as the type has it, in float32; ModelError where it holds a NaN or an infinity then."""
-    found = tensor.to(dtype).float()
-    if not is_finite(found):
-        if is_finite(tensor):
-            kind = str(dtype).removeprefix("torch.")
-            raise ModelError(f"base: {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16")
-        raise ModelError(f"base: {name} holds a NaN or an infinity; train or fetch the model again")
-    return found
-
-
-def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> None:
-    """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
-    if spec is None:
-        return
-    for name, (_, width) in linear_shapes(student, family):
-        if width % spec.columns(width):
-            raise ConfigError(
-                f"group_size={spec.group_size} must divide the {width} inputs of {name}; "
-                "use a divisor, or group_size=-1 for one group a row"
-            )
-
-
-def check_kernel(student: nn.Module, job: Job) -> None:
-    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
-    if job.evaluation.kernel != "int4" or "quantized" not in job.evaluation.stages:
-        return
-    obstacles = {}
-    if job.quantizer.spec is not None:
-        widest = replace(job.quantizer.spec, bits=max(job.quantizer.widths))
-        obstacles = {name: obstacle(widest, shape, job.device) for name, shape in linear_shapes(student, job.family)}
-    refuse(obstacles)
-
-
-def linear_shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
-    """The linears that are to be quantized."""
-    for block in family.blocks(student):
-        for name in block.linears:
-            yield block.name(name), block.module.get_parameter(f"{name}.weight").shape
 
 
 def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
@@ -218,12 +153,18 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
 
 
 def score(
-    job: Job, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path, recall: Recall = anew
+    job: Job,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    stage: str,
+    folder: Path,
+    recall: Recall = anew,
+    room: Room | None = None,
 ) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
     if stage not in job.evaluation.stages or not ranks.first():
         return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall, room)
 
 
 def stage_scores(
@@ -235,12 +176,15 @@ def stage_scores(
     stage: str,
     folder: Path,
     recall: Recall = anew,
+    room: Room | None = None,
 ) -> Scores:
-    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness."""
+    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness. `room`: how many samples go
+    through it at a time."""
+    room = room or room_of(evaluation.batch_size)
     if not isinstance(evaluation, config.Harness):
-        return scores(family, model, tasks, evaluation.batch_size, device, stage, recall=recall)
-    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples, evaluation.batch_size)
-    return {stage: harness_scores(model, folder, device, *options)}
+        return scores(family, model, tasks, room, device, stage, recall=recall)
+    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
+    return {stage: harness_scores(model, folder, device, *options, room)}
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
@@ -256,16 +200,17 @@ def score_parts(
     models: Models,
     tasks: list[ScoredTask],
     recall: Callable[[str], Recall] = lambda stage: anew,
+    room: Room | None = None,
 ) -> Scores:
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
         install(model, models.source.model(task.name))
 
-    found = score(job, model, tasks, "base", models.base.path, recall("base"))
+    room = room or room_of(job.evaluation.batch_size)
+    found = score(job, model, tasks, "base", models.base.path, recall("base"), room)
     if "experts" in job.evaluation.stages and ranks.first():
-        size, known = job.evaluation.batch_size, recall("experts")
-        found |= scores(job.family, model, tasks, size, job.device, "experts", become_expert, known)
+        found |= scores(job.family, model, tasks, room, job.device, "experts", become_expert, recall("experts"))
     return found
 
 

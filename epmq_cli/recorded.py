@@ -16,6 +16,7 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checks import check_scoring
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
@@ -81,7 +82,7 @@ def ready(
     """All that it takes to score a checkpoint on the tasks of its suite."""
     ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
     family = suite_family(suite, checkpoint)
-    steps.check_scoring(suite, family, evaluation)
+    check_scoring(suite, family, evaluation)
     heads = read_heads(checkpoint, suite, family, device)
     tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks

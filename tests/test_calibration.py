@@ -20,7 +20,7 @@ from epmq_cli.calibrate.auto import GRID, divided
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.evaluate.score import ScoredTask, score
+from epmq_cli.evaluate.score import ScoredTask, room_of, score
 from epmq_cli.families.family import Batch, load_model
 from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
@@ -220,7 +220,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
     for task in tasks:
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])
         again = replace(task, head=solved[task.name])
-        assert score(job.family, student, again, 8, torch.device("cpu")) == scores[task.name]["quantized"]
+        assert score(job.family, student, again, room_of(8), torch.device("cpu")) == scores[task.name]["quantized"]
     result = epmq_inside("eval", str(checkpoint), "out=there")
     assert result.returncode == 0, result.stderr
     evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]

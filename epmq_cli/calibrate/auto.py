@@ -11,7 +11,7 @@ import torch
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.errors import DataError
-from epmq_cli.families.family import Batch
+from epmq_cli.families.family import Batch, size
 
 HOLD = 5  # one sample in so many is held out
 GRID: dict[str, tuple[float, ...]] = {
@@ -59,25 +59,21 @@ def divided(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batc
     """Each task's batches without every fifth sample, and those samples; DataError where there are too few."""
     parts = ({}, {})  # type: tuple[dict[str, list[Batch]], dict[str, list[Batch]]]
     for task, group in batches.items():
-        count = sum(map(_size, group))
+        count = sum(map(size, group))
         if count < 2 * HOLD:
             raise DataError(
                 f"task {task} has {count} calibration samples, of which auto holds out one in {HOLD} and needs two: "
                 f"raise calib.samples to {2 * HOLD} or more, or give lam, alpha, beta and rho as numbers"
             )
         fitted, held = zip(*_divided(group), strict=True)
-        parts[0][task], parts[1][task] = [b for b in fitted if _size(b)], [b for b in held if _size(b)]
+        parts[0][task], parts[1][task] = [b for b in fitted if size(b)], [b for b in held if size(b)]
     return parts
 
 
 def _divided(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch]]:
     seen = 0
     for batch in batches:
-        numbers = torch.arange(seen, seen + _size(batch))
+        numbers = torch.arange(seen, seen + size(batch))
         held = numbers % HOLD == HOLD - 1
         seen += len(numbers)
         yield {name: x[~held] for name, x in batch.items()}, {name: x[held] for name, x in batch.items()}
-
-
-def _size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))

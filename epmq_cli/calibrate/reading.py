@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.streams import Stream
 from epmq_cli.families.family import Linears, Norm
+from epmq_cli.memory import joined
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,22 @@ class Rows:
     student: list[Tensor]
     teacher: list[Tensor]
     weights: Tensor | None
+
+    def copied(self) -> Rows:
+        """Rows that stay when the passes they were read of go on."""
+        own = [rows.clone() for rows in self.student]
+        return replace(
+            self, student=own, teacher=own if self.teacher is self.student else [rows.clone() for rows in self.teacher]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Those of a batch that came in parts."""
+        own = [joined(rows) for rows in zip(*(part.student for part in parts), strict=True)]
+        same = parts[0].teacher is parts[0].student
+        other = own if same else [joined(rows) for rows in zip(*(part.teacher for part in parts), strict=True)]
+        weights = [part.weights for part in parts if part.weights is not None]
+        return cls(own, other, joined(weights) if weights else None)
 
 
 @dataclass(frozen=True)

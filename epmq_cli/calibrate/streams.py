@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.depot import Depot, Parcel
+from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.passage import Passage, tensors_in
 from epmq_cli.families.family import Batch, Family, Stack
 
@@ -64,6 +66,14 @@ class Stream:
             self.parcel = None
         return self.hidden
 
+    def weights(self, token: int | None, others: float) -> Tensor | None:
+        """1 for this token of each sample, a number for the others: (tokens,); None, where there is none, for all 1."""
+        if token is None:
+            return None
+        weights = torch.full_like(self.hidden[..., :1], others)
+        weights[:, token] = 1
+        return real_tokens(weights, self.mask)[:, 0]
+
     def to(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
         """Goes on through a section up to the first of these modules, of which it gives the input.
 
@@ -109,6 +119,16 @@ def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batc
         streams.append(Stream(found[0][0][0], calls, stack.mask(batch), depot, stack.memory(batch)))
         streams[-1].park()
     return streams
+
+
+def handed(
+    key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[Stream]]
+) -> dict[str, Sequence[Batch]]:
+    """Each task's batches with what came out of a stack, for the next one."""
+    return {
+        task: [{**batch, key: stream.leave()} for batch, stream in zip(batches[task], found, strict=True)]
+        for task, found in streams.items()
+    }
 
 
 def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], values: list[int]) -> list[Call]:

@@ -13,7 +13,7 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.journal import Account, Walked
 from epmq_cli.calibrate.reference import Reference
 from epmq_cli.calibrate.walk import QuantizerOf, walk
-from epmq_cli.families.family import Batch, Family, Linears
+from epmq_cli.families.family import ALL, Batch, Family, Linears
 from epmq_cli.quantize.allocate import Trial, allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
@@ -30,11 +30,13 @@ def sweep(
     dtype: torch.dtype,
     depot: Depot | None = None,
     state: State | None = None,
+    samples: int = ALL,
 ) -> Walked:
     """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
 
     Where the quantizer has two widths, what they lose is measured in the first walk, which is done twice if it is the
     only one; q, k and v get the same width, as kernels that fuse them need it. `state`: where what is finished is kept.
+    `samples`: see walk.
     """
     groups = _groups(student, family)
     trial = Trial(quantizer)
@@ -44,7 +46,7 @@ def sweep(
 
     def walked(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> Walked:
         journal = kept.journal(name, account)
-        return walk(student, family, batches, reference, guidance, quantizer_of, dtype, depot, journal)
+        return walk(student, family, batches, reference, guidance, quantizer_of, dtype, depot, journal, samples)
 
     if mixed and guidance.sweeps == 1:
         walked("widths", first, trial)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,15 @@ from epmq_cli.calibrate.objective import Affine, Objective
 from epmq_cli.calibrate.passage import listening
 from epmq_cli.calibrate.reading import Reading, Rows
 from epmq_cli.calibrate.reference import Reference, install, installed
-from epmq_cli.calibrate.streams import Stream, enter, inputs
+from epmq_cli.calibrate.streams import Stream, enter, handed, inputs
 from epmq_cli.calibrate.student import Student
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Batch, Family, Norm, Section, Stack
+from epmq_cli.families.family import ALL, Batch, Family, Norm, Section, Stack, split
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
 
+Batches = Mapping[str, Sequence[Batch]]
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """The quantizer of the linears of these names, which read the same input."""
 
@@ -44,22 +46,25 @@ QuantizerOf = Callable[[Sequence[str]], Quantizer]
 def walk(
     student: nn.Module,
     family: Family,
-    batches: Mapping[str, Sequence[Batch]],
+    batches: Batches,
     reference: Reference,
     guidance: Guidance,
     quantizer_of: QuantizerOf,
     dtype: torch.dtype,
     depot: Depot | None = None,
     journal: Journal | None = None,
+    samples: int = ALL,
 ) -> Walked:
     """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
 
     `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
     not quantized are stored in. `depot`: where activations wait; in memory unless given. `journal`: where what is
-    finished is kept; likewise.
+    finished is kept; likewise. `samples`: how many of a batch go through the model at a time, which changes nothing in
+    what comes out.
     """
     room = depot or Depot(math.inf)
-    return _Walk(Student(student, family, reference, guidance, dtype), batches, quantizer_of, room, journal).run()
+    own = Student(student, family, reference, guidance, dtype)
+    return _Walk(own, batches, quantizer_of, room, journal, samples).run()
 
 
 class _Walk:
@@ -68,16 +73,21 @@ class _Walk:
     def __init__(
         self,
         student: Student,
-        batches: Mapping[str, Sequence[Batch]],
+        batches: Batches,
         quantizer_of: QuantizerOf,
         depot: Depot,
         journal: Journal | None = None,
+        samples: int = ALL,
     ) -> None:
         self.student, self.quantizer_of, self.depot = student, quantizer_of, depot
         self.journal = journal or Journal()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
-        self.own, self.others = dict(batches), dict(batches)  # of the student and of the teachers, stack by stack
+        self.whole = batches
+        parts = {task: [split(batch, samples) for batch in group] for task, group in batches.items()}
+        self.counts = {task: [len(found) for found in group] for task, group in parts.items()}  # of each batch
+        own: Batches = {task: [part for found in group for part in found] for task, group in parts.items()}
+        self.own, self.others = own, own  # of the student and of the teachers, stack by stack
         self.streams: dict[str, list[Stream]] = {}
         self.taught: dict[str, list[Stream]] = {}
 
@@ -96,8 +106,8 @@ class _Walk:
             if not known:
                 self.journal.write(entry, self.student)
             if section is stack.readout and stack.handed is not None:
-                self.own = _handed(stack.handed, self.own, self.streams)
-                self.others = _handed(stack.handed, self.others, self.taught) if self.taught else self.own
+                self.own = handed(stack.handed, self.own, self.streams)
+                self.others = handed(stack.handed, self.others, self.taught) if self.taught else self.own
         return self.journal.walked
 
     def _enter(self, stack: Stack, entry: str) -> None:
@@ -116,7 +126,7 @@ class _Walk:
         """Solves what is in front of the first block of a stack."""
         norm = stack.first_norm
         if self.guidance.embeddings:
-            solve_stem(self.student, stack, self.own)
+            solve_stem(self.student, stack, self.whole)
         if self.guidance.norms and norm is not None:
             self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 
@@ -134,8 +144,9 @@ class _Walk:
         if self.guidance.teaches:
             with installed(self.student.model, self._stem(task)):
                 taught = self._first_inputs(stack, self.others[task], norm)
-        for mine, others in zip(own, taught, strict=True):
-            yield Rows([mine], [others], None)
+        pairs = zip(own, taught, strict=True)
+        for count in self.counts[task]:
+            yield Rows.joined([Rows([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
         """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
@@ -183,24 +194,25 @@ class _Walk:
             yield task, self._task_rows(section, teacher, task, reading)
 
     def _task_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
+        """The rows of each batch, its parts together, so that sums over batches are the same whatever the parts."""
+        parts = self._part_rows(section, teacher, task, reading)
+        for count in self.counts[task]:
+            if count == 1:
+                yield next(parts)
+            else:
+                yield Rows.joined([part.copied() for part in islice(parts, count)])
+
+    def _part_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
         taught = self.taught.get(task)
         for index, stream in enumerate(self.streams[task]):
             with stream.awake():
                 own = reading.rows(stream, section.module)
+                weights = stream.weights(reading.token, self.guidance.readout_weight)
                 if taught is None:
-                    yield Rows(own, own, self._weights(stream, reading.token))
+                    yield Rows(own, own, weights)
                 else:
                     with taught[index].awake():
-                        other = reading.rows(taught[index], teacher)
-                        yield Rows(own, other, self._weights(stream, reading.token))
-
-    def _weights(self, stream: Stream, token: int | None) -> Tensor | None:
-        """1 for the token that is read out, `readout_weight` for the others: (tokens,); None where all count 1."""
-        if token is None:
-            return None
-        weights = torch.full_like(stream.hidden[..., :1], self.guidance.readout_weight)
-        weights[:, token] = 1
-        return real_tokens(weights, stream.mask)[:, 0]
+                        yield Rows(own, reading.rows(taught[index], teacher), weights)
 
     def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[Rows]]]) -> None:
         """Solves a norm."""
@@ -253,13 +265,3 @@ class _Walk:
 def _entries(number: int, first: bool) -> list[str]:
     """What the journal calls a section and, for the first of a stack, what is in front of it."""
     return [f"{number:04}", f"{number:04}-stem"] if first else [f"{number:04}"]
-
-
-def _handed(
-    key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[Stream]]
-) -> dict[str, Sequence[Batch]]:
-    """The batches with what came out of a stack, for the next one."""
-    return {
-        task: [{**batch, key: stream.leave()} for batch, stream in zip(batches[task], found, strict=True)]
-        for task, found in streams.items()
-    }

@@ -30,7 +30,7 @@ from epmq_cli.cli import split
 from epmq_cli.commands.overrides import check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
-from epmq_cli.errors import ConfigError, EpmqError, check_keys
+from epmq_cli.errors import ConfigError, EpmqError, check_keys, lacks_memory
 from epmq_cli.interruption import GRACE
 from epmq_cli.resume import unfinished
 
@@ -91,19 +91,13 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
             raise error from None
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
             complain(explained(error))
-        sys.exit(MISTAKEN if isinstance(error, MISTAKES) or _lacks_memory(error) else DEFECT)
+        sys.exit(MISTAKEN if isinstance(error, MISTAKES) or lacks_memory(error) else DEFECT)
     except KeyboardInterrupt as signalled:
         complain(interrupted)
         sys.exit(interruption.STATUS[getattr(signalled, "number", signal.SIGINT)])
     finally:
         os.environ.pop(unfinished.VARIABLE, None)
         os.environ[FULL_ERROR] = before
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Whether memory was wanting, of the machine or of an accelerator; torch has its own ways to say so."""
-    name, text = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
 
 
 def defect(error: Exception) -> str:
@@ -137,7 +131,7 @@ def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) 
     """The error as one sentence that says what exists where the user named something that does not, and of a defect
     that it is one."""
     text = str(error)
-    if _lacks_memory(error):
+    if lacks_memory(error):
         return "there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size"
     if not isinstance(error, MISTAKES):
         return defect(error)

@@ -25,6 +25,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     quiet_libraries()
     from epmq_cli import pipeline as steps
     from epmq_cli import recorded
+    from epmq_cli.evaluate.score import room_of
     from epmq_cli.inference.load import kernels
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -37,8 +38,10 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("read"):
         family, model, tasks = recorded.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
-        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint)
+        room = room_of(evaluation.batch_size)
+        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, room=room)
     measured = {"scores": metrics.by_task(found, suite.metrics), "kernels": kernels(model), "stages": stages.records}
+    measured["events"] = {"eval_batches_halved": room.halved}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))
     table.show_eval(measured, f"{suite.name}: {checkpoint}", folder)

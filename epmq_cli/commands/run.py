@@ -46,8 +46,10 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             _run(cfg, folder, overrides, choices)
         except OutOfMemoryError as error:
             raise RunError(
-                f"the device has no room for calib.batch_size={cfg.calib.batch_size} or "
-                f"eval.batch_size={cfg.eval.batch_size} samples at a time; lower them, or use device=cpu"
+                f"the device has no room for calib.batch_size={cfg.calib.batch_size} samples at a time; lower it, as "
+                "of several processes none tries smaller batches by itself, or use device=cpu"
+                if ranks.count() > 1
+                else "the device has no room for the model; use one with more memory, or device=cpu"
             ) from error
 
 
@@ -57,6 +59,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
+    from epmq_cli.evaluate.score import room_of
     from epmq_cli.inference.load import kernels
     from epmq_cli.report import metrics, table
     from epmq_cli.report.stages import Stages
@@ -72,6 +75,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
     stages, scores, cache = Stages(job.device), metrics.Scores(), open_cache(cfg.cache)
+    room, scoring = guide.room_of(job), room_of(job.evaluation.batch_size)
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job, folder)
         shared = Shared(cache, job, models, dtype)
@@ -80,18 +84,18 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
         refuse_results(folder, state)
     scored = state.part(of_scoring(job.evaluation, tasks, [task.data for task in job.suite.members]))
     with stages.stage("score base and experts"):
-        scores |= scored.value("parts", lambda: steps.score_parts(job, model, models, tasks, shared.recall))
+        scores |= scored.value("parts", lambda: steps.score_parts(job, model, models, tasks, shared.recall, scoring))
     with stages.stage("teach"):
-        taught = guide.teach(job, model, models.source, drawn, state, shared.taught)
+        taught = guide.teach(job, model, models.source, drawn, state, shared.taught, room)
     with stages.stage("merge"):
         merged = shared.merged()
         install(model, merged)
     with stages.stage("score merged"):
-        recall = shared.recall("merged")
-        scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", models.base.path, recall))
+        known = (models.base.path, shared.recall("merged"), scoring)
+        scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
     with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder, state)
-        tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance)
+        calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder, state, room)
+        tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance, room)
     state.begin_packing()
     if not ranks.first():
         return
@@ -114,9 +118,10 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     with stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
-            scores |= steps.score(job, model, tasks, "quantized", checkpoint)
+            scores |= steps.score(job, model, tasks, "quantized", checkpoint, room=scoring)
             measured["kernels"] = kernels(model)
     measured["cache"] = shared.use
+    measured["events"] |= {"batches_halved": room.halved, "eval_batches_halved": scoring.halved}
     measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
     close(folder)

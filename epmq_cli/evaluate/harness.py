@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.errors import ConfigError
+from epmq_cli.memory import Room
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
 """The metric that is reported of a task that has several; otherwise its first one. Where the harness reads a metric out
@@ -26,7 +28,7 @@ def harness_scores(
     include_path: str | None,
     shots: int | None,
     limit: int | None,
-    batch_size: int,
+    room: Room,
 ) -> dict[str, float]:
     """The score of each task or group under the name `<task>/<metric>`; patterns (arc_*), tags (ai2_arc) and groups
     without a score of their own stand for their tasks.
@@ -55,20 +57,23 @@ def harness_scores(
             "tasks, and eval.include_path names a folder of your own"
         )
     tokenizer = from_folder(AutoTokenizer, folder)
-    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=batch_size)
-    scores: dict[str, float] = {}
-    named = dict.fromkeys(name for names in matched.values() for name in names)
-    for name in named:  # one by one, as what comes back does not say which tasks a tag stood for
-        found: Any = simple_evaluate(
-            model=wrapped,
+
+    def evaluated(name: str, samples: int) -> Any:
+        return simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=samples),
             tasks=[name],
             task_manager=manager,
             num_fewshot=shots,
             limit=limit,
-            batch_size=batch_size,
+            batch_size=samples,
             bootstrap_iters=0,
             log_samples=False,
         )
+
+    scores: dict[str, float] = {}
+    named = dict.fromkeys(name for names in matched.values() for name in names)
+    for name in named:  # one by one, as what comes back does not say which tasks a tag stood for
+        found = room.attempt(partial(evaluated, name))
         results = {**found["results"], **found.get("groups", {})}
         scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
     return scores

@@ -19,7 +19,7 @@ Window = tuple[int, int, int]
 
 
 def perplexity(
-    logits_of: Callable[[Tensor], Tensor],
+    losses_of: Callable[[Tensor], Tensor],
     ids: Tensor,
     length: int,
     stride: int,
@@ -27,16 +27,16 @@ def perplexity(
 ) -> float:
     """exp of the mean loss of the predicted tokens of `ids` (tokens,), read in windows of `length` tokens.
 
-    `logits_of`: logits (windows, tokens, vocabulary) of the token behind each of some windows (windows, tokens). A
-    window starts `stride` tokens behind the one before it, and only what is new in it counts. With a stride of
-    `length`, the protocol of GPTQ and most tables, windows do not overlap and the first token of each is not predicted;
-    with a smaller one each token but the very first counts once. The last window may be shorter, and counts; GPTQ
-    (https://github.com/IST-DASLab/gptq, `llama_eval`) drops it, whose number is that of `ids` cut to whole windows.
+    `losses_of`: what `window_losses` gives of some windows (windows, tokens). A window starts `stride` tokens behind
+    the one before it, and only what is new in it counts. With a stride of `length`, the protocol of GPTQ and most
+    tables, windows do not overlap and the first token of each is not predicted; with a smaller one each token but the
+    very first counts once. The last window may be shorter, and counts; GPTQ (https://github.com/IST-DASLab/gptq,
+    `llama_eval`) drops it, whose number is that of `ids` cut to whole windows.
     DataError where nothing can be predicted, ModelError where logits are NaN; a loss is taken as at most `LARGEST`.
     """
     total, count = 0.0, 0
     for group in batched(windows(len(ids), length, stride), batch_size):
-        losses = window_losses(logits_of, torch.stack([ids[start:end] for start, end, _ in group]))
+        losses = losses_of(torch.stack([ids[start:end] for start, end, _ in group]))
         for (_, _, fresh), row in zip(group, losses, strict=True):
             counted = row[-min(fresh, len(row)) :] if len(row) else row
             total, count = total + float(counted.sum()), count + len(counted)
@@ -71,7 +71,8 @@ def batched(found: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 
 def window_losses(logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """The loss of each predicted token, (windows, tokens - 1) in float64 on the CPU, of windows (windows, tokens)."""
+    """The loss of each predicted token, (windows, tokens - 1) in float64 on the CPU, of windows (windows, tokens);
+    `logits_of` them: (windows, tokens, vocabulary)."""
     logits, wanted = logits_of(ids)[:, :-1], ids[:, 1:]
     rows = max(1, PLACES // max(1, logits[0].numel()))
     parts = [

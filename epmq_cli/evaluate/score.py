@@ -15,8 +15,9 @@ from epmq_cli.console import bar
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
-from epmq_cli.evaluate.perplexity import perplexity
-from epmq_cli.families.family import Collate, Family, Head, LanguageModel, Predict
+from epmq_cli.evaluate.perplexity import perplexity, window_losses
+from epmq_cli.families.family import Batch, Collate, Family, Head, LanguageModel, Predict
+from epmq_cli.memory import Room
 from epmq_cli.report.metrics import Scores
 
 Recall = Callable[["ScoredTask", Callable[[], float]], float]
@@ -65,33 +66,44 @@ def score(
     family: Family,
     model: nn.Module,
     task: ScoredTask,
-    batch_size: int,
+    room: Room,
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
 ) -> float:
     """The task's metric; `advance` is called with the samples that are done."""
     with torch.inference_mode():
         if not isinstance(family, LanguageModel):
-            predictions, labels = predicted(model, task, batch_size, device, advance)
+            predictions, labels = predicted(model, task, room, device, advance)
             return MEASURES[task.metric](predictions, labels)
 
-        def logits_of(ids: Tensor) -> Tensor:
+        def losses(batch: Batch) -> Tensor:
+            return window_losses(lambda ids: family.token_logits(model, ids.to(device)), batch["ids"])
+
+        def losses_of(ids: Tensor) -> Tensor:
+            found = room.rows(losses, {"ids": ids})
             advance(len(ids))
-            return family.token_logits(model, ids.to(device))
+            return found
 
         ids: Tensor = task.samples.inputs[0]
-        return perplexity(logits_of, ids, task.length, task.length, batch_size)
+        return perplexity(losses_of, ids, task.length, task.length, room.most)
 
 
 def predicted(
-    model: nn.Module, task: ScoredTask, batch_size: int, device: torch.device, advance: Callable[[int], None]
+    model: nn.Module, task: ScoredTask, room: Room, device: torch.device, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
     """What the model says of each test sample, and the labels, both (samples,) on the CPU."""
     samples, found = task.samples.by_length(), []
-    for batch in batches(samples, task.collate, batch_size, device):
-        found.append(task.predict(model, batch, task.head).cpu())
+    for batch in batches(samples, task.collate, room.most, device):
+        found.append(room.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
         advance(len(found[-1]))
     return torch.cat(found), samples.labels
+
+
+def room_of(batch_size: int) -> Room:
+    """So many samples are scored at a time."""
+    return Room(
+        batch_size, "scoring", "lower max_length of the suite's tasks, use a device with more memory, or device=cpu"
+    )
 
 
 def anew(task: ScoredTask, make: Callable[[], float]) -> float:
@@ -103,7 +115,7 @@ def scores(
     family: Family,
     model: nn.Module,
     tasks: Sequence[ScoredTask],
-    batch_size: int,
+    room: Room,
     device: torch.device,
     stage: str,
     before: Callable[[ScoredTask], None] = lambda task: None,
@@ -113,7 +125,7 @@ def scores(
 
     def made(task: ScoredTask) -> float:
         before(task)
-        return score(family, model, task, batch_size, device, advance)
+        return score(family, model, task, room, device, advance)
 
     with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
         return {stage: {task.name: recall(task, partial(made, task)) for task in tasks}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from epmq_cli.suites import Task
 Batch = dict[str, Tensor]
 """Model inputs by keyword, the first axis being samples."""
 
+ALL = sys.maxsize  # samples of a batch
+
 Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
 Mask = Callable[[Batch], Tensor | None]
@@ -29,6 +32,19 @@ Mask = Callable[[Batch], Tensor | None]
 
 Predict = Callable[[nn.Module, Batch, Head], Tensor]
 """What a model says of each sample of a batch: a class or a number, (samples,)."""
+
+
+def size(batch: Batch) -> int:
+    """How many samples there are."""
+    return len(next(iter(batch.values())))
+
+
+def split(batch: Batch, samples: int) -> list[Batch]:
+    """The samples of a batch in parts of at most so many, padded as they are; the batch itself where it has no more."""
+    if size(batch) <= samples:
+        return [batch]
+    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -206,8 +222,9 @@ class Family(ABC):
     def collate(self, folder: Path, task: Task) -> Collate:
         """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
 
-    def complete(self, model: nn.Module, batch: Batch) -> Batch:
-        """A calibration batch with what the task's expert, which is `model`, adds to it: its own answers."""
+    def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
+        """A calibration batch with what the task's expert, which is `model`, adds to it when it is asked for so many
+        samples at a time: its own answers."""
         return batch
 
     def token_mask(self, batch: Batch) -> Tensor | None:

@@ -14,11 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, shown
-from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Predict, Section, Stack, Table
+from epmq_cli.families.family import (
+    ALL,
+    Batch,
+    Collate,
+    Family,
+    Head,
+    Linears,
+    Norm,
+    Predict,
+    Section,
+    Stack,
+    Table,
+    split,
+)
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.suites import Task
 
@@ -113,10 +127,12 @@ class T5(Family):
 
         return collate
 
-    def complete(self, model: nn.Module, batch: Batch) -> Batch:
+    def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
         """The batch with what the decoder read when the model gave its own answers: `decoder_input_ids` and
         `decoder_attention_mask`, both (samples, tokens)."""
-        given = _answers(model, batch)
+        answers = [answer for part in split(batch, samples) for answer in _answers(model, part)]
+        settings: Any = model.generation_config
+        given = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model itself does
         ended = (given == _end(model)).cumsum(1) > 0
         ended[:, 0] = False  # the token that starts an answer is no end of it, whatever it is
         read = ~ended[:, :-1]

@@ -36,6 +36,8 @@ TROUBLE = {
     "fallbacks": "were rounded to nearest",
 }
 """What events in metrics.json mean."""
+HALVED = {"batches_halved": "calibration", "eval_batches_halved": "scoring"}
+"""Likewise, where they count how often."""
 
 
 def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
@@ -59,6 +61,9 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     found = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
     if found:
         _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")
+    halved = [f"{name} {events[key]} times" for key, name in HALVED.items() if events[key]]
+    if halved:
+        _line(f"memory      did not suffice: samples at a time were halved in {' and in '.join(halved)}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
 

@@ -53,7 +53,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
             1,
-            "epmq: the device has no room for calib.batch_size=32",
+            "epmq: the device has no room for the model; use one with more memory, or device=cpu",
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),

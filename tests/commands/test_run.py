@@ -36,7 +36,8 @@ def test_a_run_leaves_a_checkpoint_and_metrics_that_fit_the_schema(
     assert set(metrics["scores"]["average"]) == {"base", "experts", "merged", "quantized"}
     assert metrics["bytes"]["linears_packed"] < metrics["bytes"]["linears_dense"] / 5
     assert metrics["bytes"]["model_packed"] < metrics["bytes"]["model_dense"]
-    assert metrics["events"] == {"linears": 12, "damping_retried": 0, "target_without_factor": 0, "fallbacks": 0}
+    assert metrics["events"].pop("linears") == 12
+    assert set(metrics["events"].values()) == {0}
     assert metrics["config"]["bits"] == 3
     printed = capsys.readouterr().out
     for by_stage in metrics["scores"]["tasks"].values():

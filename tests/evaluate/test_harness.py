@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.harness import chosen, harness_scores
+from epmq_cli.evaluate.score import room_of
 from tests.minihub import decoder_hub
 
 TASK = """task: mini
@@ -42,7 +43,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
-    found = harness_scores(model, hub / "base", CPU, ["mini"], str(hub / "tasks"), None, 6, 4)
+    found = harness_scores(model, hub / "base", CPU, ["mini"], str(hub / "tasks"), None, 6, room_of(4))
     tokenizer, right = AutoTokenizer.from_pretrained(hub / "base"), 0
     for line in (hub / "rows.jsonl").read_text().splitlines()[:6]:
         row = json.loads(line)
@@ -57,7 +58,7 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
 def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(hub / "base")
     with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):
-        harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, 4)
+        harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, room_of(4))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -71,7 +72,7 @@ def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_ta
     (tmp_path / "group.yaml").write_text("group: bare\ntask: [grouped]\n")
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
     asked = ["mini", "of_tagged", "like_*", "bare"]
-    found = harness_scores(model, hub / "base", CPU, asked, str(tmp_path), None, None, 4)
+    found = harness_scores(model, hub / "base", CPU, asked, str(tmp_path), None, None, room_of(4))
     names = [f"{name}/acc" for name in ("mini", "tagged", "like_one", "like_two", "grouped")]
     assert found == dict.fromkeys(names, found["mini/acc"])
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from epmq_cli.errors import DataError
-from epmq_cli.evaluate.perplexity import perplexity, windows
+from epmq_cli.evaluate import perplexity as of_windows
+from epmq_cli.evaluate.perplexity import window_losses, windows
 
 IDS = torch.randint(0, 7, (23,), generator=torch.Generator().manual_seed(0))
+
+
+def perplexity(logits_of: Callable[[Tensor], Tensor], *given: Any) -> float:
+    """That of a model with these logits."""
+    return of_windows.perplexity(partial(window_losses, logits_of), *given)
 
 
 @pytest.mark.parametrize("stride", [2, 5])

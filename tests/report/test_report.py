@@ -13,6 +13,7 @@ from epmq_cli.report.metrics import by_task, write_json
 from epmq_cli.report.stages import Stages
 from epmq_cli.report.table import score_table, show_run
 
+HALVED = {"batches_halved": 2, "eval_batches_halved": 0}
 SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
 
 
@@ -72,7 +73,7 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     measured = {
         "scores": by_task({}, {}),
         "bytes": {"model_dense": 8e6, "model_packed": 2e6, "linears_dense": 4e6, "linears_packed": 1e6},
-        "events": {"linears": 1, "damping_retried": 1, "fallbacks": 0, "target_without_factor": 0},
+        "events": {"linears": 1, "damping_retried": 1, "fallbacks": 0, "target_without_factor": 0, **HALVED},
         "stages": {"walk": {"seconds": 1.0}},
         "guidance": {"lam": 0.003, "beta": 1.0, "chosen": ["lam", "beta"], "trials": [{}] * 9},
         "average_bits": 3.4792,
@@ -84,6 +85,7 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     assert "8.00 MB -> 2.00 MB, calibrated linears 4.0 times smaller at 3.48 bits on average\n" in printed
     assert "trouble     of 1 linears 1 needed more damping; see layers in metrics.json\n" in printed
     assert "cache       16 results were there from earlier runs; cache=false makes all anew\n" in printed
+    assert "memory      did not suffice: samples at a time were halved in calibration 2 times\n" in printed
     measured["guidance"] = {"chosen": []}
     measured["cache"] = None
     measured["average_bits"] = 4.0

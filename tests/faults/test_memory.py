@@ -1,0 +1,331 @@
+"""Oracle: the checkpoint and the scores of the same run on a device with room for everything, byte for byte."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jsonschema
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+import epmq_cli.calibration as guide
+import epmq_cli.pipeline as steps
+from epmq_cli import ranks
+from epmq_cli.calibrate.depot import Depot
+from epmq_cli.calibrate.journal import Journal
+from epmq_cli.calibrate.passage import Passage
+from epmq_cli.calibrate.reference import Reference
+from epmq_cli.calibrate.streams import Stream
+from epmq_cli.commands.eval import evaluate
+from epmq_cli.errors import RunError
+from epmq_cli.report.metrics import schema
+from tests.faults.device import CALIBRATION, SCORING, Device, Place
+from tests.faults.driver import at_file, attempt, files
+from tests.faults.test_processes import ended, start
+from tests.hubs import config, run_in
+from tests.minihub import KINDS, build
+from tests.test_ranks import TORCHRUN
+
+OPTIONS = ("guidance=feature", "guidance.heads=always", "eval.samples=8")
+AUTO = ("guidance.rho=auto",)
+PLACES: dict[str, tuple[tuple[Place, ...], bool | None, tuple[str, ...]]] = {
+    "experts are asked": (((guide, "teach"),), None, ()),
+    "the student walks": (((guide, "calibrate"),), False, ()),
+    "the teachers walk": (((guide, "calibrate"),), True, ()),
+    "options are chosen": (((guide, "settle"),), None, AUTO),
+    "heads are solved": (((guide, "solve_heads"),), None, ()),
+    "base and experts are scored": (((steps, "score_parts"),), None, ()),
+    "merge and checkpoint are scored": (((steps, "stage_scores"),), None, ()),
+}
+
+
+def hub_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:
+    found: Path = request.getfixturevalue(f"{kind}_hub") if kind in ("bert", "clip") else build(folder / "hub", kind)
+    return found
+
+
+Undisturbed = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The folder of a run with these options on a hub, done when it is first asked for."""
+    done: dict[tuple[Any, ...], Path] = {}
+
+    def run(hub: Path, *options: str) -> Path:
+        if (hub, *options) not in done:
+            done[(hub, *options)] = tmp_path_factory.mktemp("whole")
+            run_in(done[(hub, *options)], hub, *OPTIONS, *options)
+        return done[(hub, *options)]
+
+    return run
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    jsonschema.validate(found, schema())
+    return found
+
+
+def check_same(folder: Path, whole: Path) -> dict[str, int]:
+    """That a run made what an undisturbed one did; the events of the former."""
+    found, wanted = measured(folder), measured(whole)
+    assert files(folder) == files(whole)
+    assert found["layers"] == wanted["layers"]
+    assert found["guidance"] == wanted["guidance"]
+    for task, scores in wanted["scores"]["tasks"].items():
+        assert found["scores"]["tasks"][task] == pytest.approx(scores, rel=1e-6)
+    assert not list(folder.rglob(".*"))
+    assert not any(wanted["events"][name] for name in ("batches_halved", "eval_batches_halved"))
+    events: dict[str, int] = found["events"]
+    return events
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "t5", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("clip", "llama"))]
+)
+def test_a_device_with_room_for_one_sample_at_a_time(
+    kind: str,
+    undisturbed: Undisturbed,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub, device = hub_of(kind, request, tmp_path), Device(1)
+    whole = undisturbed(hub)
+    capsys.readouterr()
+    with device.during(*CALIBRATION, *SCORING):
+        run_in(tmp_path / "run", hub, *OPTIONS)
+    events, said = check_same(tmp_path / "run", whole), capsys.readouterr()
+    assert events["batches_halved"] == 3
+    assert device.refused == events["batches_halved"] + events["eval_batches_halved"] >= 5
+    for more, less in ((8, 4), (4, 2), (2, 1)):
+        line = f"there is no room for calibration with {more} samples at a time; it goes on with {less}\n"
+        assert said.err.count(line) == 1
+    assert said.err.count("there is no room for scoring with ") == events["eval_batches_halved"]
+    assert f"halved in calibration 3 times and in scoring {events['eval_batches_halved']} times\n" in said.out
+
+
+def check_place(place: str, samples: int, hub: Path, folder: Path, undisturbed: Undisturbed) -> None:
+    places, teacher, options = PLACES[place]
+    device = Device(samples, teacher=teacher)
+    with device.during(*places):
+        run_in(folder, hub, *OPTIONS, *options)
+    events = check_same(folder, undisturbed(hub, *options))
+    assert device.refused == events["batches_halved"] + events["eval_batches_halved"]
+    assert device.refused >= 1 or not guide.solves_heads(steps.make_job(config(hub, *OPTIONS)))
+
+
+@pytest.mark.parametrize("place", ["the teachers walk", "heads are solved"])
+def test_wherever_there_is_no_room_less_is_tried(
+    place: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    check_place(place, 3, bert_hub, tmp_path / "run", undisturbed)
+
+
+def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
+    written: list[str] = []
+    real = Journal.write
+
+    def write(self: Journal, entry: str, *given: Any) -> None:
+        written.append(entry)
+        real(self, entry, *given)
+
+    whole = undisturbed(bert_hub)
+    device = Device(2, after=130)
+    with mock.patch.object(Journal, "write", write), device.during((guide, "calibrate")):
+        run_in(tmp_path / "run", bert_hub, *OPTIONS)
+    assert check_same(tmp_path / "run", whole)["batches_halved"] == 2
+    assert written == ["0000-stem", "0000", "0001", "0002"]
+
+
+def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Path, tmp_path: Path) -> None:
+    left: list[int] = []
+    real = Reference.restore
+
+    def restore(self: Reference, model: nn.Module) -> None:
+        left.append(sum(type(thing) in (Stream, Passage, Depot) for thing in gc.get_objects()))
+        real(self, model)
+
+    with mock.patch.object(Reference, "restore", restore), Device(1, after=130).during((guide, "calibrate")):
+        run_in(tmp_path / "run", bert_hub, "guidance=feature", "eval.stages=[]")
+    assert left == [0, 0, 0]
+
+
+def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
+    undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with Device(0, after=60).during((guide, "calibrate")), pytest.raises(RunError) as raised:
+        run_in(run, bert_hub, *OPTIONS)
+    assert str(raised.value) == (
+        "there is no room for calibration even with one sample at a time; lower max_length of the suite's tasks or "
+        "calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
+    )
+    assert not (run / "checkpoint").exists()
+    with Device(0).during((steps, "stage_scores")), pytest.raises(RunError, match="no room for scoring even with one"):
+        run_in(run, bert_hub, *OPTIONS)
+    run_in(run, bert_hub, *OPTIONS)
+    whole = undisturbed(bert_hub)
+    assert check_same(run, whole)["batches_halved"] == 0
+    assert measured(run)["resumed"] == 2
+
+
+def killed_in_between(whole: Path, folder: Path, hub: Path, device: Device, number: int, *options: str) -> bool:
+    """A run that is short of memory, killed in front of that opening, renaming or making of a file, and taken up again
+    where memory is still short; whether it was killed."""
+    run = folder / str(number)
+
+    def short(kills: bool) -> Any:
+        def hook() -> None:
+            device.during((guide, "calibrate")).__enter__()
+            if kills:
+                at_file(number, run)()
+
+        return hook
+
+    killed = attempt(run, hub, *OPTIONS, *options, hook=short(True)) == -signal.SIGKILL
+    if killed:
+        assert attempt(run, hub, *OPTIONS, *options, hook=short(False)) == 0
+    check_same(run, whole)
+    return killed
+
+
+def test_killed_between_halvings(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
+    assert killed_in_between(undisturbed(bert_hub), tmp_path, bert_hub, Device(1, after=100), 60)
+
+
+@pytest.mark.slow
+def test_killed_between_halvings_at_any_file(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
+    options = ("guidance.sweeps=2", "bits=3.5")
+    whole = undisturbed(bert_hub, *options)
+    kills = [killed_in_between(whole, tmp_path, bert_hub, Device(1, after=100), n, *options) for n in range(8, 200, 8)]
+    assert sum(kills) >= 10
+
+
+def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path) -> None:
+    checkpoint = run_in(tmp_path, bert_hub, "eval.samples=8")
+    cfg = DictConfig(config_of_eval(checkpoint))
+    (tmp_path / "again").mkdir()
+    with Device(3).during((steps, "stage_scores")):
+        evaluate(cfg, tmp_path / "again", [])
+    found, wanted = measured(tmp_path / "again"), measured(tmp_path)
+    assert found["events"] == {"eval_batches_halved": 2}
+    for task, scores in wanted["scores"]["tasks"].items():
+        assert found["scores"]["tasks"][task]["quantized"] == scores["quantized"]
+
+
+def config_of_eval(checkpoint: Path) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    from epmq_cli.config import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("eval", overrides=[f"checkpoint={checkpoint}", "device=cpu", "out=unused", "eval.samples=8"])
+
+
+def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = steps.make_job(config(bert_hub))
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        guide.room_of(job).attempt(lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+
+
+@pytest.mark.slow
+def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import sys\n"
+        "import epmq_cli.calibration as guide\n"
+        "from epmq_cli import cli, ranks\n"
+        "from tests.faults.device import Device\n"
+        "if ranks.number() == 1:\n"
+        "    Device(2, after=40).during((guide, 'calibrate')).__enter__()\n"
+        "sys.argv[0] = 'epmq'\n"
+        "cli.main()\n"
+    )
+    from tests.faults.driver import mini
+
+    arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
+    status, said = ended(start(tmp_path, *TORCHRUN, str(script), *arguments))
+    assert status != 0
+    assert "the device has no room for calib.batch_size=8 samples at a time; lower it, as of several " in said
+    status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
+    assert status == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "clip", *KINDS])
+def test_every_family_at_every_size(
+    kind: str, undisturbed: Undisturbed, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub = hub_of(kind, request, tmp_path)
+    for samples in range(1, 8):
+        run = tmp_path / str(samples)
+        with Device(samples).during(*CALIBRATION, *SCORING):
+            run_in(run, hub, *OPTIONS)
+        assert check_same(run, undisturbed(hub))["batches_halved"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["bert", "clip", "t5", "llama", "vit", "deberta"])
+def test_every_place_of_every_kind(
+    kind: str, place: str, undisturbed: Undisturbed, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub = hub_of(kind, request, tmp_path)
+    for samples in (1, 3):
+        check_place(place, samples, hub, tmp_path / str(samples), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("guidance=expert",),
+        ("guidance=merged", "merge=ties"),
+        ("guidance=asymmetric",),
+        ("guidance.sweeps=2", "bits=3.5"),
+        ("bits=3.5", "calib.memory=1KB"),
+        ("calib.student=disk", "resume=never"),
+        ("calib.batch_size=7", "guidance.lam=auto"),
+        ("calib.batch_size=24", "quant=none"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_calibration(
+    options: tuple[str, ...], undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    whole = undisturbed(bert_hub, *options)
+    with Device(2, after=20).during((guide, "calibrate")):
+        run_in(tmp_path / "run", bert_hub, *OPTIONS, *options)
+    assert check_same(tmp_path / "run", whole)["batches_halved"] >= 1
+
+
+@pytest.mark.slow
+def test_two_threads(tmp_path: Path) -> None:
+    """The built-in suite, whose linears are wide enough for two threads to share them."""
+    options = ["device=cpu", "calib.samples=32", "eval.stages=[]"]
+    script = (
+        "import sys\nimport epmq_cli.calibration as guide\nfrom epmq_cli import cli\n"
+        "from tests.faults.device import CALIBRATION, Device\n"
+        "Device(int(sys.argv.pop(1))).during(*CALIBRATION).__enter__()\ncli.main()\n"
+    )
+    import os
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    for samples in (32, 5, 1):
+        arguments = [sys.executable, "-c", script, str(samples), "run", *options, f"out={tmp_path / str(samples)}"]
+        subprocess.run(arguments, check=True, env=environment, capture_output=True)
+        assert files(tmp_path / str(samples)) == files(tmp_path / "32")
+        assert (measured(tmp_path / str(samples))["events"]["batches_halved"] > 0) is (samples < 32)
