@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jsonschema
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -29,67 +25,12 @@ from epmq_cli.calibrate.reference import Reference
 from epmq_cli.calibrate.streams import Stream
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import RunError
-from epmq_cli.report.metrics import schema
-from tests.faults.device import CALIBRATION, SCORING, Device, Place
-from tests.faults.driver import at_file, attempt, files, mini
+from tests.faults.device import CALIBRATION, SCORING, Device
+from tests.faults.driver import at_file, attempt, mini
+from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
 from tests.faults.test_processes import ended, start
 from tests.hubs import config, run_in
-from tests.minihub import KINDS, build
 from tests.test_ranks import TORCHRUN
-
-OPTIONS = ("guidance=feature", "guidance.heads=always", "eval.samples=8")
-AUTO = ("guidance.rho=auto",)
-PLACES: dict[str, tuple[tuple[Place, ...], bool | None, tuple[str, ...]]] = {
-    "experts are asked": (((guide, "teach"),), None, ()),
-    "the student walks": (((guide, "calibrate"),), False, ()),
-    "the teachers walk": (((guide, "calibrate"),), True, ()),
-    "options are chosen": (((guide, "settle"),), None, AUTO),
-    "heads are solved": (((guide, "solve_heads"),), None, ()),
-    "base and experts are scored": (((steps, "score_parts"),), None, ()),
-    "merge and checkpoint are scored": (((steps, "stage_scores"),), None, ()),
-}
-
-
-def hub_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:
-    found: Path = request.getfixturevalue(f"{kind}_hub") if kind in ("bert", "clip") else build(folder / "hub", kind)
-    return found
-
-
-Undisturbed = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The folder of a run with these options on a hub, done when it is first asked for."""
-    done: dict[tuple[Any, ...], Path] = {}
-
-    def run(hub: Path, *options: str) -> Path:
-        if (hub, *options) not in done:
-            done[(hub, *options)] = tmp_path_factory.mktemp("whole")
-            run_in(done[(hub, *options)], hub, *OPTIONS, *options)
-        return done[(hub, *options)]
-
-    return run
-
-
-def measured(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    jsonschema.validate(found, schema())
-    return found
-
-
-def check_same(folder: Path, whole: Path) -> dict[str, int]:
-    """That a run made what an undisturbed one did; the events of the former."""
-    found, wanted = measured(folder), measured(whole)
-    assert files(folder) == files(whole)
-    assert found["layers"] == wanted["layers"]
-    assert found["guidance"] == wanted["guidance"]
-    for task, scores in wanted["scores"]["tasks"].items():
-        assert found["scores"]["tasks"][task] == pytest.approx(scores, rel=1e-6)
-    assert not list(folder.rglob(".*"))
-    assert not any(wanted["events"][name] for name in ("batches_halved", "eval_batches_halved"))
-    events: dict[str, int] = found["events"]
-    return events
 
 
 @pytest.mark.parametrize(
@@ -115,16 +56,6 @@ def test_a_device_with_room_for_one_sample_at_a_time(
         assert said.err.count(line) == 1
     assert said.err.count("there is no room for scoring with ") == events["eval_batches_halved"]
     assert f"halved in calibration 3 times and in scoring {events['eval_batches_halved']} times\n" in said.out
-
-
-def check_place(place: str, samples: int, hub: Path, folder: Path, undisturbed: Undisturbed) -> None:
-    places, teacher, options = PLACES[place]
-    device = Device(samples, teacher=teacher)
-    with device.during(*places):
-        run_in(folder, hub, *OPTIONS, *options)
-    events = check_same(folder, undisturbed(hub, *options))
-    assert device.refused == events["batches_halved"] + events["eval_batches_halved"]
-    assert device.refused >= 1 or not guide.solves_heads(steps.make_job(config(hub, *OPTIONS)))
 
 
 @pytest.mark.parametrize("place", ["the teachers walk", "heads are solved"])
@@ -270,68 +201,3 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
     assert "the device has no room for calib.batch_size=8 samples at a time; lower it, as of several " in said
     status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "clip", *KINDS])
-def test_every_family_at_every_size(
-    kind: str, undisturbed: Undisturbed, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    hub = hub_of(kind, request, tmp_path)
-    for samples in range(1, 8):
-        run = tmp_path / str(samples)
-        with Device(samples).during(*CALIBRATION, *SCORING):
-            run_in(run, hub, *OPTIONS)
-        assert check_same(run, undisturbed(hub))["batches_halved"] >= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ["bert", "clip", "t5", "llama", "vit", "deberta"])
-def test_every_place_of_every_kind(
-    kind: str, place: str, undisturbed: Undisturbed, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    hub = hub_of(kind, request, tmp_path)
-    for samples in (1, 3):
-        check_place(place, samples, hub, tmp_path / str(samples), undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("guidance=expert",),
-        ("guidance=merged", "merge=ties"),
-        ("guidance=asymmetric",),
-        ("guidance.sweeps=2", "bits=3.5"),
-        ("bits=3.5", "calib.memory=1KB"),
-        ("calib.student=disk", "resume=never"),
-        ("calib.batch_size=7", "guidance.lam=auto"),
-        ("calib.batch_size=24", "quant=none"),
-    ],
-    ids=" ".join,
-)
-def test_every_kind_of_calibration(
-    options: tuple[str, ...], undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
-) -> None:
-    whole = undisturbed(bert_hub, *options)
-    with Device(2, after=20).during((guide, "calibrate")):
-        run_in(tmp_path / "run", bert_hub, *OPTIONS, *options)
-    assert check_same(tmp_path / "run", whole)["batches_halved"] >= 1
-
-
-@pytest.mark.slow
-def test_two_threads(tmp_path: Path) -> None:
-    """The built-in suite, whose linears are wide enough for two threads to share them."""
-    options = ["device=cpu", "calib.samples=32", "eval.stages=[]"]
-    script = (
-        "import sys\nimport epmq_cli.calibration as guide\nfrom epmq_cli import cli\n"
-        "from tests.faults.device import CALIBRATION, Device\n"
-        "Device(int(sys.argv.pop(1))).enter(*CALIBRATION)\ncli.main()\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
-    for samples in (32, 5, 1):
-        arguments = [sys.executable, "-c", script, str(samples), "run", *options, f"out={tmp_path / str(samples)}"]
-        subprocess.run(arguments, check=True, env=environment, capture_output=True)
-        assert files(tmp_path / str(samples)) == files(tmp_path / "32")
-        assert (measured(tmp_path / str(samples))["events"]["batches_halved"] > 0) is (samples < 32)
