@@ -22,7 +22,8 @@ from torch import Tensor
 
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.moments import Measure, real_tokens, task_weight
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.streams import inputs
 from epmq_cli.config import conf_dir
@@ -75,7 +76,7 @@ def target(
             measure.add_drift(convert(x), convert(e - x), None)
         moments = measure.moments(expert.weight)
         objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
-    return objective.solution().weight
+    return objective.closed().solution().weight
 
 
 def opened(arguments: argparse.Namespace) -> steps.Job:

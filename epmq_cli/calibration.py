@@ -18,7 +18,7 @@ from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.journal import Walked
-from epmq_cli.calibrate.objective import Affine
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.calibrate.steady import steady
 from epmq_cli.calibrate.sweep import sweep

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from epmq_cli.errors import RunError
 
@@ -76,15 +76,15 @@ def added(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agreed(value: Item) -> Item:
-    """What the first process has for this value."""
+def agreed(value: Item, process: int = 0) -> Item:
+    """What the first process, or another one, has for this value."""
     if count() == 1:
         return value
     from torch import distributed
 
     values = [value]
     try:
-        distributed.broadcast_object_list(values)
+        distributed.broadcast_object_list(values, process)
     except RuntimeError as error:
         raise RunError(_gone(error)) from error
     return values[0]
@@ -135,6 +135,26 @@ def assembled(part: Tensor, length: int) -> Tensor:
     whole[rows(length)] = part
     _collected(distributed.broadcast(whole[_rows_of(n, length)], n, async_op=True) for n in range(count()))
     return whole
+
+
+def shared_out(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[Tensor, Any]]:
+    """What some jobs give, a tensor and something small each: every process does its part of them, and all get all."""
+    if count() == 1:
+        return [job() for job in jobs]
+    made = {index: jobs[index]() for index in share(range(len(jobs)))}
+    return [_given(made.get(index), index % count()) for index in range(len(jobs))]
+
+
+def _given(made: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
+    """What one of the processes has made."""
+    import torch
+    from torch import distributed
+
+    described = None if made is None else (made[0].shape, made[0].dtype, made[0].device.type, made[1])
+    shape, dtype, device, rest = agreed(described, process)  # type: ignore[misc]
+    tensor = torch.empty(shape, dtype=dtype, device=device) if made is None else made[0].contiguous()
+    _collected([distributed.broadcast(tensor, process, async_op=True)])
+    return tensor, rest
 
 
 def _rows_of(process: int, length: int) -> slice:

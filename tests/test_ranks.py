@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
-    options = ("-m", "epmq_cli", "run", *SMALL)
+    options = ("-m", "epmq_cli", "run", *SMALL, "bits=3.5")
     two = start(*TORCHRUN, *options, f"out={tmp_path / 'two'}")
     assert two.returncode == 0, two.stderr
     one = start(sys.executable, *options, f"out={tmp_path / 'one'}")

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from epmq_cli.calibrate.moments import Measure, task_weight
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
 from epmq_cli.families.family import Batch, Mask, Patches, Stack, Table
@@ -90,7 +91,7 @@ def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patc
         for name in own:
             means[name] += student.guidance.factor(task) * expert[name].double()
     assert objective is not None
-    target = objective.solution().weight
+    target = objective.closed().solution().weight
     width = own[kernel][0].numel()
     places = torch.cat([means[positions][:skip] / total, target[:, width:].T])
     student.put({kernel: target[:, :width].reshape(own[kernel].shape), positions: places})

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.ranks import added
 
 
@@ -24,7 +25,7 @@ def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, 
     moments = measure.moments()
     objective = Objective(head, lam, intercepts=head.bias is not None)
     objective.add(moments, head, task_weight(moments.norm, moments.tokens, "frobenius"))
-    found = objective.solution()
+    found = objective.closed().solution()
     return Affine(found.weight.to(head.weight.dtype), None if found.bias is None else found.bias.to(head.weight.dtype))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from epmq_cli import ranks
-from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Problem
 from epmq_cli.quantize.grid import DenseWeight, QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 
@@ -47,20 +48,23 @@ class LayerRecord:
 
 
 def solve(
-    objective: Objective,
+    problem: Problem,
     names: Sequence[str],
     outs: list[int],
     tokens: int,
     quantizer: Quantizer,
     dtype: torch.dtype,
 ) -> tuple[list[Solution], list[LayerRecord]]:
-    """Targets and quantized weights of the linears of one group, stacked in the objective with so many rows each
-    (`outs`): they are quantized in one go since they share H, each process its own rows."""
-    target, solved = objective.target()
-    outcome = quantizer(target.float(), objective.hessian, dtype)
+    """Targets and quantized weights of the linears of one group, stacked in the problem with so many rows each
+    (`outs`): they are quantized in one go since they share H. One process solves while another prepares for the
+    quantizer; then each does its own rows."""
+    (target, solved), prepared = ranks.shared_out([problem.solve, partial(quantizer.prepared, problem.H)])
+    wanted = target[problem.rows]
+    outcome = quantizer(wanted.float(), problem.H, prepared, dtype)
     own = outcome.weight.dequantize()
-    columns = [objective.anchor_loss(), objective.loss(target), objective.loss(own), objective.energy()]
-    bias = objective.bias(own)
+    losses_of = partial(problem.loss, target=target, solved=solved)
+    columns = [problem.anchor_loss(), losses_of(wanted), losses_of(own), problem.energy()]
+    bias = problem.bias(own)
     found = ranks.assembled(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
     weights, rows = _split(outcome.weight, outs), torch.split(found, outs)
     losses = [_relative(part) for part in rows]

@@ -109,12 +109,20 @@ class _ReachedError(Exception):
     """Raised inside a forward pass to end it once what was wanted has been caught."""
 
 
-def enter(model: nn.Module, family: Family, stack: Stack, batches: Sequence[Batch], depot: Depot) -> list[Stream]:
+def enter(
+    model: nn.Module,
+    family: Family,
+    stack: Stack,
+    batches: Sequence[Batch],
+    depot: Depot,
+    values: list[int] | None = None,
+) -> list[Stream]:
     """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
-    blocks; they wait in the depot."""
-    blocks, streams, values = [block.module for block in stack.blocks], [], list[int]()
+    blocks; they wait in the depot. `values`: see `_arguments`; a list that is empty for the first batches of a stack
+    and handed on to the others saves a pass through a block."""
+    blocks, streams, known = [block.module for block in stack.blocks], [], [] if values is None else values
     for batch in batches:
-        found = _arguments(blocks, lambda batch=batch: family.features(model, batch), values)  # type: ignore[misc]
+        found = _arguments(blocks, lambda batch=batch: family.features(model, batch), known)  # type: ignore[misc]
         calls = [(args[1:], options) for args, options in found]
         streams.append(Stream(found[0][0][0], calls, stack.mask(batch), depot, stack.memory(batch)))
         streams[-1].park()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.objective import Affine
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.families.family import Family
 

@@ -26,8 +26,9 @@ from epmq_cli.calibrate.layer import solve
 from epmq_cli.calibrate.measured import measured
 from epmq_cli.calibrate.moments import real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.passage import listening
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reading import Reading, Rows
 from epmq_cli.calibrate.reference import Reference, install, installed
 from epmq_cli.calibrate.streams import Stream, enter, handed, inputs
@@ -116,11 +117,12 @@ class _Walk:
         if not self.journal.install(entry, self.student):
             self._solve_stem(stack)
             self.journal.write(entry, self.student)
+        values: list[int] = []
         for task in self.own:
-            self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot)
+            self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot, values)
             if self.guidance.teaches:
                 with installed(model, self._stem(task)):
-                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.depot)
+                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.depot, values)
 
     def _solve_stem(self, stack: Stack) -> None:
         """Solves what is in front of the first block of a stack."""
@@ -236,7 +238,7 @@ class _Walk:
         in_block = all(section is not stack.readout for stack in self.stacks)
         quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
-        found, records = solve(objective, names, outs, tokens, quantizer, self.student.dtype)
+        found, records = solve(objective.closed(), names, outs, tokens, quantizer, self.student.dtype)
         for name, solution in zip(names, found, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
         weights = [solution.weight for solution in found]

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from epmq_cli import ranks
 from epmq_cli.quantize.grid import GridSpec
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.result import Outcome, Quantizer
+from epmq_cli.quantize.result import Outcome, Prepared, Quantizer
 
 Group = TypeVar("Group", bound=Hashable)
 
@@ -58,15 +59,20 @@ class Trial:
         """The stand-in for linears of this group."""
         return _Account(self, group)
 
-    def note(self, group: str, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
-        """Tries every width on a weight (out, in) and adds what it loses to the group's account."""
+    def note(self, group: str, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> None:
+        """Tries every width on a weight (out, in) and adds what it loses, all processes' rows together, to the group's
+        account."""
         target = weight.double()
-        energy = float(((target @ hessian) * target).sum())
-        losses = self.losses.setdefault(group, dict.fromkeys(self.quantizer.widths, 0.0))
-        self.sizes[group] = self.sizes.get(group, 0) + weight.numel()
+        sums = [float(weight.numel()), float(((target @ hessian) * target).sum())]
         for width in self.quantizer.widths:
-            error = self.quantizer.at(width)(weight, hessian, dtype).weight.dequantize().double() - target
-            losses[width] += float(((error @ hessian) * error).sum()) / energy if energy > 0 else 0.0
+            found = self.quantizer.at(width)(weight, hessian, prepared, dtype).weight
+            error = found.dequantize().double() - target
+            sums.append(float(((error @ hessian) * error).sum()))
+        size, energy, *errors = ranks.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        losses = self.losses.setdefault(group, dict.fromkeys(self.quantizer.widths, 0.0))
+        self.sizes[group] = self.sizes.get(group, 0) + int(size)
+        for width, error in zip(self.quantizer.widths, errors, strict=True):
+            losses[width] += error / energy if energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class _Account:
     def at(self, width: int) -> Quantizer:
         return self
 
-    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
-        self.trial.note(self.group, weight, hessian, dtype)
-        return NoQuantizer()(weight, hessian, dtype)
+    def prepared(self, hessian: Tensor) -> Prepared:
+        return self.trial.quantizer.prepared(hessian)
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+        self.trial.note(self.group, weight, hessian, prepared, dtype)
+        return NoQuantizer()(weight, hessian, prepared, dtype)

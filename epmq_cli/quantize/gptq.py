@@ -20,7 +20,7 @@ from epmq_cli.errors import check_choice, check_range
 from epmq_cli.linalg import damped_cholesky, triangular_inverse
 from epmq_cli.quantize.columns import Columns, columns_of
 from epmq_cli.quantize.grid import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
-from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.search import hessian_grid
 
@@ -100,6 +100,18 @@ def _aligned(block_size: int, group_size: int, width: int) -> int:
     return max(part for part in range(1, min(block_size, group_size) + 1) if group_size % part == 0)
 
 
+def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -> Prepared:
+    """The upper factor of the inverse (in, in), in the order of quantization, and its damping and retries; nothing
+    where no damping makes the hessian positive definite.
+
+    A hessian of zeros stands for one that tells nothing of the inputs.
+    """
+    H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
+    order = column_order(hessian, group_size, act_order)
+    found = inverse_factor(H[order][:, order] if act_order else H, damping)
+    return NOTHING if found is None else (found[0], found[1:])
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -108,24 +120,24 @@ def gptq(
     damping: float,
     block_size: int,
     act_order: bool,
+    prepared: Prepared | None = None,
 ) -> Outcome:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
-    `act_order`: see `column_order`. Columns whose input is always zero are rounded to nearest, and have hardly a say in
-    the scales: nothing but the damping is on their diagonal, where the authors' code puts 1. Where no damping makes the
-    hessian positive definite, round to nearest stands in.
+    `act_order`: see `column_order`. `prepared`: what `prepare` gives, made here unless given. Columns whose input is
+    always zero are rounded to nearest, and have hardly a say in the scales: nothing but the damping is on their
+    diagonal, where the authors' code puts 1. Where no damping makes the hessian positive definite, round to nearest
+    stands in.
     """
-    H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
-    size = spec.columns(len(H))
-    order = column_order(hessian, size, act_order)
-    inverse = inverse_factor(H[order][:, order] if act_order else H, damping)
-    if inverse is None:
+    size = spec.columns(len(hessian))
+    Hinv, had = prepared or prepare(hessian, size, damping, act_order)
+    if had is None:
         return Outcome(rtn(weight, spec, dtype), fallback="rtn")
-    Hinv, used, retries = inverse
+    order = column_order(hessian, size, act_order)
     ordered, columns = weight[:, order], columns_of(weight)
     values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
     values = values[:, torch.argsort(order)].to(torch.int8)
-    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), used, retries)
+    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,11 @@ class Gptq:
         """See result.py."""
         return replace(self, bits=width)
 
-    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+    def prepared(self, hessian: Tensor) -> Prepared:
+        """See result.py."""
+        Hinv, had = prepare(hessian, self.spec.columns(len(hessian)), self.damping, self.act_order)
+        return Hinv.float(), had
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
         options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
-        return gptq(weight, hessian, *options)
+        return gptq(weight, hessian, *options, prepared)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.grid import DenseWeight, GridSpec
-from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,9 @@ class NoQuantizer:
         """Itself."""
         return self
 
-    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+    def prepared(self, hessian: Tensor) -> Prepared:
+        """Nothing."""
+        return NOTHING
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
         return Outcome(DenseWeight(weight.to(dtype).float()))

@@ -22,6 +22,11 @@ class Outcome:
     fallback: str | None = None
 
 
+Prepared = tuple[Tensor, tuple[float, int] | None]
+"""What a quantizer makes of a hessian before it sees a weight: a tensor, and how it was had; the same for all rows."""
+NOTHING: Prepared = (torch.empty(0), None)
+
+
 class Quantizer(Protocol):
     """A layer-wise quantizer: close to W in the sense of tr (Q - W) H (Q - W)', or simply close to W."""
 
@@ -40,5 +45,9 @@ class Quantizer(Protocol):
     def at(self, width: int) -> Quantizer:
         """The same quantizer with this width alone."""
 
-    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
-        """`weight` float32 (out, in), `hessian` float64 (in, in), `dtype` the type that scales are stored in."""
+    def prepared(self, hessian: Tensor) -> Prepared:
+        """What this quantizer, at any of its widths, makes of a hessian (in, in)."""
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+        """`weight` float32 (out, in), `hessian` float64 (in, in) and what was prepared of it, `dtype` the type that
+        scales are stored in. Rows do not look at each other."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.errors import check_choice
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
-from epmq_cli.quantize.result import Outcome
+from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
@@ -47,5 +47,9 @@ class Rtn:
         """See result.py."""
         return replace(self, bits=width)
 
-    def __call__(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Outcome:
+    def prepared(self, hessian: Tensor) -> Prepared:
+        """Nothing."""
+        return NOTHING
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
         return Outcome(rtn(weight, self.spec, dtype))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, Moments, task_weight
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Affine, Problem
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.grid import GridSpec
 
@@ -21,7 +22,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 @dataclass
-class Problem:
+class Given:
     """Anchor, experts, inputs of different scale and number for each task, the targets' other part, token weights."""
 
     anchor: Affine
@@ -41,11 +42,11 @@ class Problem:
     def s(self, kind: str = "frobenius") -> list[float]:
         return [task_weight(m.norm, m.tokens, kind) for m in self.moments()]
 
-    def objective(self, lam: float, intercepts: bool, kind: str = "frobenius") -> Objective:
+    def problem(self, lam: float, intercepts: bool, kind: str = "frobenius") -> Problem:
         objective = Objective(self.anchor, lam, intercepts)
         for moments, expert, s in zip(self.moments(), self.experts, self.s(kind), strict=True):
             objective.add(moments, expert, s)
-        return objective
+        return objective.closed()
 
     def written_out(self, Q: Tensor, b: Tensor | None, lam: float, kind: str = "frobenius") -> Tensor:
         """J(Q, b) as objective.py's docstring has it; without intercepts biases are no part of it."""
@@ -65,12 +66,12 @@ class Problem:
         return total
 
 
-def relative(objective: Objective, Q: Tensor) -> float:
-    energy = float(objective.energy().sum())
-    return float(objective.loss(Q).sum()) / energy if energy else 0.0
+def relative(problem: Problem, Q: Tensor) -> float:
+    energy = float(problem.energy().sum())
+    return float(problem.loss(Q, *problem.solve()).sum()) / energy if energy else 0.0
 
 
-def problem(rich: bool = False) -> Problem:
+def given_problem(rich: bool = False) -> Given:
     """With `rich`, targets have parts that are no weight times the inputs, and tokens count differently."""
     anchor = Affine(rand(OUT, IN, seed=100), rand(OUT, seed=101))
     assert anchor.bias is not None
@@ -80,7 +81,7 @@ def problem(rich: bool = False) -> Problem:
     inputs = [10**t * (rand(20 + 5 * t, IN, seed=10 + t) + 0.5) for t in range(TASKS)]
     parts = [rand(len(rows), OUT, seed=20 + t) if rich else None for t, rows in enumerate(inputs)]
     weights = [rand(len(rows), seed=30 + t).abs() if rich else None for t, rows in enumerate(inputs)]
-    return Problem(anchor, experts, inputs, parts, weights)
+    return Given(anchor, experts, inputs, parts, weights)
 
 
 @pytest.mark.parametrize("rich", [False, True])
@@ -90,12 +91,12 @@ def problem(rich: bool = False) -> Problem:
 def test_target_and_bias_minimise_the_written_out_objective(
     lam: float, kind: str, intercepts: bool, rich: bool
 ) -> None:
-    given = problem(rich)
-    objective = given.objective(lam, intercepts, kind)
-    target, factor = objective.target()
+    given = given_problem(rich)
+    problem = given.problem(lam, intercepts, kind)
+    target, factor = problem.solve()
     assert factor is not None
     Q = target.clone().requires_grad_()
-    bias = objective.bias(target) if intercepts else None
+    bias = problem.bias(target) if intercepts else None
     b = None if bias is None else bias.clone().requires_grad_()
     given.written_out(Q, b, lam, kind).backward()  # type: ignore[no-untyped-call]
     assert Q.grad is not None
@@ -108,7 +109,7 @@ def test_target_and_bias_minimise_the_written_out_objective(
 
 @pytest.mark.parametrize("intercepts", [False, True])
 def test_without_anchor_the_target_is_least_squares_of_the_stacked_inputs(intercepts: bool) -> None:
-    given = problem(rich=True)
+    given = given_problem(rich=True)
     roots = [(s * w).sqrt()[:, None] for s, w in zip(given.s(), given.weights, strict=True) if w is not None]
     ones = [torch.ones(len(X), 1, dtype=X.dtype) for X in given.inputs]
     augmented = [torch.cat([X, one], 1) if intercepts else X for X, one in zip(given.inputs, ones, strict=True)]
@@ -120,45 +121,45 @@ def test_without_anchor_the_target_is_least_squares_of_the_stacked_inputs(interc
     stacked = torch.cat([root * X for root, X in zip(roots, augmented, strict=True)])
     wanted = torch.cat([root * Y for root, Y in zip(roots, outputs, strict=True)])
     direct = torch.linalg.lstsq(stacked, wanted).solution.T
-    objective = given.objective(0.0, intercepts)
-    target = objective.target()[0]
+    problem = given.problem(0.0, intercepts)
+    target = problem.solve()[0]
     torch.testing.assert_close(target, direct[:, :IN], rtol=1e-8, atol=1e-10)
     if intercepts:
-        torch.testing.assert_close(objective.bias(target), direct[:, IN], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(problem.bias(target), direct[:, IN], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("intercepts", [False, True])
 @pytest.mark.parametrize("lam", [0.0, 0.05])
 def test_relative_loss_is_the_written_out_objective_at_the_best_bias(lam: float, intercepts: bool, rich: bool) -> None:
-    given = problem(rich)
-    objective = given.objective(lam, intercepts)
+    given = given_problem(rich)
+    problem = given.problem(lam, intercepts)
     energy = sum(
         s * ((X @ e.weight.T).square() * (1 if w is None else w[:, None])).sum()
         for s, X, e, w in zip(given.s(), given.inputs, given.experts, given.weights, strict=True)
     )
     for Q in (given.anchor.weight, given.experts[0].weight, rand(OUT, IN, seed=7)):
-        bias = objective.bias(Q) if intercepts else None
+        bias = problem.bias(Q) if intercepts else None
         expected = float(given.written_out(Q, bias, lam) / energy)
-        assert relative(objective, Q) == pytest.approx(expected, rel=1e-9)
+        assert relative(problem, Q) == pytest.approx(expected, rel=1e-9)
         if Q is given.anchor.weight:
-            assert float(objective.anchor_loss().sum() / objective.energy().sum()) == pytest.approx(expected, rel=1e-9)
+            assert float(problem.anchor_loss().sum() / problem.energy().sum()) == pytest.approx(expected, rel=1e-9)
 
 
 def test_loss_away_from_the_target_is_the_quadratic_form_that_gptq_minimises() -> None:
-    given = problem(rich=True)
-    objective = given.objective(0.05, intercepts=True)
-    target, Q = objective.target()[0], rand(OUT, IN, seed=7)
-    form = torch.trace((Q - target) @ objective.hessian @ (Q - target).T)
-    away = given.written_out(Q, objective.bias(Q), 0.05) - given.written_out(target, objective.bias(target), 0.05)
+    given = given_problem(rich=True)
+    problem = given.problem(0.05, intercepts=True)
+    target, Q = problem.solve()[0], rand(OUT, IN, seed=7)
+    form = torch.trace((Q - target) @ problem.H @ (Q - target).T)
+    away = given.written_out(Q, problem.bias(Q), 0.05) - given.written_out(target, problem.bias(target), 0.05)
     assert float(away) == pytest.approx(float(form), rel=1e-9)
 
 
 def test_the_bias_of_a_quantized_weight_makes_up_for_the_mean_of_its_error() -> None:
-    given = problem(rich=True)
-    objective = given.objective(0.0, intercepts=True)
-    coarse = objective.target()[0].round()
-    bias, surplus, total = objective.bias(coarse), torch.zeros(OUT).double(), 0.0
+    given = given_problem(rich=True)
+    problem = given.problem(0.0, intercepts=True)
+    coarse = problem.solve()[0].round()
+    bias, surplus, total = problem.bias(coarse), torch.zeros(OUT).double(), 0.0
     assert bias is not None
     for s, X, expert, part, w in zip(given.s(), given.inputs, given.experts, given.parts, given.weights, strict=True):
         assert expert.bias is not None
@@ -167,15 +168,15 @@ def test_the_bias_of_a_quantized_weight_makes_up_for_the_mean_of_its_error() -> 
         surplus += s * w @ (X @ coarse.T + bias - X @ expert.weight.T - expert.bias - part)
         total += s * float(w.sum())
     assert surplus.abs().max() < 1e-10 * total
-    assert relative(objective, coarse) > relative(objective, objective.target()[0])
+    assert relative(problem, coarse) > relative(problem, problem.solve()[0])
 
 
 @pytest.mark.parametrize("intercepts", [False, True])
 def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercepts: bool) -> None:
-    given = problem()
+    given = given_problem()
     given.experts = [given.anchor] * TASKS
-    objective = given.objective(0.0, intercepts)
-    target, bias = objective.target()[0], objective.bias(objective.target()[0])
+    problem = given.problem(0.0, intercepts)
+    target, bias = problem.solve()[0], problem.bias(problem.solve()[0])
     assert torch.equal(target, given.anchor.weight)
     assert (bias is not None) is intercepts
     assert bias is None or torch.equal(bias, given.anchor.bias)  # type: ignore[arg-type]
@@ -187,66 +188,66 @@ def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercep
     spec = GridSpec(4, 4, True, "mse")
     found, reference = (
         gptq(weight.float(), hessian, spec, torch.float32, 0.01, 128, False).weight.dequantize()
-        for weight, hessian in ((target, objective.hessian), (given.anchor.weight, H))
+        for weight, hessian in ((target, problem.H), (given.anchor.weight, H))
     )
     assert torch.equal(found, reference)
     assert not torch.equal(found, given.anchor.weight.float())
-    assert relative(objective, target) == 0
+    assert relative(problem, target) == 0
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.05])
 def test_intercepts_centre_the_inputs(lam: float) -> None:
     """Without anchor, H is that of inputs whose weighted mean is taken off; with one, of a row of zeros of weight lam
     beside them."""
-    given = problem(rich=True)
+    given = given_problem(rich=True)
     roots = [(s * w).sqrt()[:, None] for s, w in zip(given.s(), given.weights, strict=True) if w is not None]
     rows = torch.cat([*(root * X for root, X in zip(roots, given.inputs, strict=True)), torch.zeros(1, IN).double()])
     ones = torch.cat([*roots, torch.full((1, 1), lam**0.5).double()])
     centred = rows - ones @ (ones.T @ rows) / ones.square().sum()
     wanted = centred.T @ centred + lam * torch.eye(IN).double()
-    torch.testing.assert_close(given.objective(lam, intercepts=True).hessian, wanted)
+    torch.testing.assert_close(given.problem(lam, intercepts=True).H, wanted)
 
 
 def test_a_strong_anchor_gives_the_anchor() -> None:
-    given = problem(rich=True)
-    objective = given.objective(1e9, intercepts=True)
-    target = objective.target()[0]
+    given = given_problem(rich=True)
+    problem = given.problem(1e9, intercepts=True)
+    target = problem.solve()[0]
     torch.testing.assert_close(target, given.anchor.weight, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(objective.bias(target), given.anchor.bias, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(problem.bias(target), given.anchor.bias, rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("intercepts", [False, True])
 def test_one_expert_without_anchor_is_that_expert(intercepts: bool) -> None:
-    given = problem()
+    given = given_problem()
     given.inputs, given.experts = given.inputs[:1], given.experts[:1]
     given.parts, given.weights = [None], [None]
-    objective = given.objective(0.0, intercepts)
-    target = objective.target()[0]
+    problem = given.problem(0.0, intercepts)
+    target = problem.solve()[0]
     torch.testing.assert_close(target, given.experts[0].weight, rtol=1e-9, atol=1e-9)
     if intercepts:
-        torch.testing.assert_close(objective.bias(target), given.experts[0].bias, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(problem.bias(target), given.experts[0].bias, rtol=1e-8, atol=1e-8)
 
 
 def test_order_of_tasks_changes_nothing() -> None:
-    given, turned = problem(rich=True), problem(rich=True)
+    given, turned = given_problem(rich=True), given_problem(rich=True)
     for values in (turned.experts, turned.inputs, turned.parts, turned.weights):
         values.reverse()  # type: ignore[attr-defined]
-    forward, backward = (p.objective(0.05, True).target()[0] for p in (given, turned))
+    forward, backward = (p.problem(0.05, True).solve()[0] for p in (given, turned))
     torch.testing.assert_close(forward, backward, rtol=1e-10, atol=1e-12)
 
 
 def test_frobenius_weights_make_the_scale_of_a_task_irrelevant() -> None:
-    given, scaled = problem(), problem()
+    given, scaled = given_problem(), given_problem()
     scaled.inputs[0] = 100 * scaled.inputs[0]
-    plain, other = (p.objective(0.05, False).target()[0] for p in (given, scaled))
+    plain, other = (p.problem(0.05, False).solve()[0] for p in (given, scaled))
     torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-11)
 
 
 def test_dead_columns_keep_the_anchor() -> None:
-    given = problem()
+    given = given_problem()
     for rows in given.inputs:
         rows[:, 2] = 0
-    target, factor = given.objective(0.0, intercepts=False).target()
+    target, factor = given.problem(0.0, intercepts=False).solve()
     assert factor is not None
     assert factor.damping == 0
     assert torch.equal(target[:, 2], given.anchor.weight[:, 2])
@@ -255,48 +256,48 @@ def test_dead_columns_keep_the_anchor() -> None:
 
 @pytest.mark.parametrize("intercepts", [False, True])
 def test_fewer_tokens_than_inputs_still_gives_a_finite_target_and_says_the_damping(intercepts: bool) -> None:
-    given = problem()
+    given = given_problem()
     given.inputs = [rows[:1] for rows in given.inputs]
-    target, factor = given.objective(0.0, intercepts).target()
+    target, factor = given.problem(0.0, intercepts).solve()
     assert factor is not None
     assert factor.damping > 0
     assert torch.isfinite(target).all()
 
 
 def test_all_zero_inputs_keep_the_anchor() -> None:
-    given = problem()
+    given = given_problem()
     given.inputs = [0 * rows for rows in given.inputs]
-    objective = given.objective(0.0, intercepts=False)
-    assert torch.equal(objective.target()[0], given.anchor.weight)
-    assert relative(objective, given.anchor.weight) == 0
+    problem = given.problem(0.0, intercepts=False)
+    assert torch.equal(problem.solve()[0], given.anchor.weight)
+    assert relative(problem, given.anchor.weight) == 0
 
 
 def test_a_hessian_without_factor_keeps_the_anchor_as_target() -> None:
-    given = problem()
+    given = given_problem()
     objective = Objective(given.anchor, 0.0, intercepts=False)
     for moments, expert in zip(given.moments(), given.experts, strict=True):
         objective.add(moments, expert, -1.0)
-    target, factor = objective.target()
+    target, factor = objective.closed().solve()
     assert factor is None
     assert torch.equal(target, given.anchor.weight)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.05])
 def test_a_linear_without_bias_has_none_afterwards(lam: float) -> None:
-    given, biased = problem(), problem()
+    given, biased = given_problem(), given_problem()
     given.anchor = Affine(given.anchor.weight, None)
     given.experts = [Affine(expert.weight, None) for expert in given.experts]
-    objective = given.objective(lam, intercepts=False)
-    target = objective.target()[0]
-    assert objective.bias(target) is None
-    assert torch.equal(target, biased.objective(lam, intercepts=False).target()[0])
+    problem = given.problem(lam, intercepts=False)
+    target = problem.solve()[0]
+    assert problem.bias(target) is None
+    assert torch.equal(target, biased.problem(lam, intercepts=False).solve()[0])
 
 
 def test_a_task_of_weight_zero_has_no_say() -> None:
-    given, without = problem(rich=True), problem(rich=True)
+    given, without = given_problem(rich=True), given_problem(rich=True)
     for values in (without.experts, without.inputs, without.parts, without.weights):
         del values[1]  # type: ignore[attr-defined]
     objective = Objective(given.anchor, 0.05, intercepts=True)
     for moments, expert, s in zip(given.moments(), given.experts, (given.s()[0], 0.0, given.s()[2]), strict=True):
         objective.add(moments, expert, s)
-    torch.testing.assert_close(objective.target()[0], without.objective(0.05, intercepts=True).target()[0])
+    torch.testing.assert_close(objective.closed().solve()[0], without.problem(0.05, intercepts=True).solve()[0])

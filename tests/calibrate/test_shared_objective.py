@@ -12,7 +12,8 @@ from torch import Tensor, multiprocessing
 from epmq_cli import ranks
 from epmq_cli.calibrate.layer import solve
 from epmq_cli.calibrate.moments import Measure, task_weight
-from epmq_cli.calibrate.objective import Affine, Objective
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.problem import Affine
 from epmq_cli.quantize.gptq import Gptq
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
@@ -41,7 +42,8 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
                 measure.add(X, drift @ expert.weight.T, None)
         moments = measure.moments(expert.weight if by_drift else None)
         objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
-    target, (found, records) = objective.solution(), solve(objective, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32)
+    problem = objective.closed()
+    target, (found, records) = problem.solution(), solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32)
     assert target.bias is not None
     weights = torch.cat([solution.weight.dequantize() for solution in found])
     biases = torch.cat([solution.bias for solution in found if solution.bias is not None])
@@ -49,7 +51,7 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
     return {
         "target": target.weight,
         "target bias": target.bias,
-        "hessian": objective.hessian,
+        "hessian": problem.H,
         "weights": weights,
         "biases": biases,
         "records": torch.tensor(numbers, dtype=torch.float64),
