@@ -23,6 +23,7 @@ from epmq_cli.data.hub import Hub
 from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.harness import harness_scores
+from epmq_cli.evaluate.score import room_of
 from epmq_cli.report import stages
 from epmq_cli.resume import key, lock
 
@@ -42,9 +43,8 @@ def test_parquet_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_harness_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    arguments: dict[str, Any] = {"tasks": ["x"], "shots": None, "limit": 1, "batch_size": 1, "include_path": None}
     with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness; install it with pip install 'epmq-cli\[lm_e"):
-        harness_scores(model=torch.nn.Linear(1, 1), folder=tmp_path, device=torch.device("cpu"), **arguments)
+        harness_scores(torch.nn.Linear(1, 1), tmp_path, torch.device("cpu"), ["x"], None, None, 1, room_of(1))
 
 
 def test_without_proc_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

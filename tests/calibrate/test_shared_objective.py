@@ -6,6 +6,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, multiprocessing
 
@@ -68,7 +69,8 @@ def work(number: int, folder: Path, by_drift: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_has_what_one_process_would(tmp_path: Path) -> None:
+def test_every_process_has_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # the other processes import this module
     for by_drift in (False, True):
         folder = tmp_path / str(by_drift)
         folder.mkdir()
