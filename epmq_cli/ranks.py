@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,10 +70,8 @@ def added(tensor: Tensor) -> Tensor:
         return tensor
     from torch import distributed
 
-    try:
+    with _reached():
         distributed.all_reduce(tensor)
-    except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
-        raise RunError(_gone(error)) from error
     return tensor
 
 
@@ -83,10 +82,8 @@ def agreed(value: Item, process: int = 0) -> Item:
     from torch import distributed
 
     values = [value]
-    try:
+    with _reached():
         distributed.broadcast_object_list(values, process)
-    except RuntimeError as error:
-        raise RunError(_gone(error)) from error
     return values[0]
 
 
@@ -97,16 +94,9 @@ def gathered(value: Item) -> list[Item]:
     from torch import distributed
 
     values: list[Item] = [value] * count()
-    try:
+    with _reached():
         distributed.all_gather_object(values, value)
-    except RuntimeError as error:
-        raise RunError(_gone(error)) from error
     return values
-
-
-def _gone(error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
-    return f"another process of this run has ended or cannot be reached ({reason}); start the same command again"
 
 
 def rows(length: int) -> slice:
@@ -162,9 +152,19 @@ def _rows_of(process: int, length: int) -> slice:
 
 
 def _collected(started: Iterable[Work | None]) -> None:
-    try:
+    with _reached():
         for work in list(started):
             if work is not None:
                 work.wait()
-    except RuntimeError as error:
-        raise RunError(_gone(error)) from error
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """RunError where another process is not to be reached inside."""
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"another process of this run has ended or cannot be reached ({reason}); start the same command again"
+        ) from error

@@ -80,5 +80,15 @@ class Objective:
             H.addr_(self._h, self._h, alpha=-per_token)
             S.addr_(u, self._h, alpha=-per_token)
         return Problem(
-            self._anchor, H, S, self._h, u, per_token, self._intercepts, self._lam, constant, beyond, self._rows
+            anchor=self._anchor,
+            H=H,
+            S=S,
+            h=self._h,
+            u=u,
+            per_token=per_token,
+            intercepts=self._intercepts,
+            lam=self._lam,
+            constant=constant,
+            beyond=beyond,
+            rows=self._rows,
         )
