@@ -1,4 +1,4 @@
-"""The C library's own allocator, told how this program uses memory."""
+"""The C library's own allocator, told how this program uses memory, and how much the system says that is."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ def give_back() -> None:
         trim(0)
 
 
+def status(field: str) -> int | None:
+    """Bytes that the system gives for this field of the process's status; None where it does not say."""
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
 def taken() -> int:
     """Bytes that the process has from the system and that no file stands for; 0 where the system does not say."""
-    if not STATUS.exists():
-        return 0
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    return status("RssAnon") or 0

@@ -49,7 +49,7 @@ def test_the_harness_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_proc_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
-    monkeypatch.setattr(stages, "STATUS", tmp_path / "none" / "status")
+    monkeypatch.setattr(allocator, "STATUS", tmp_path / "none" / "status")
     measured = stages.Stages(torch.device("cpu"))
     with measured.stage("x"):
         pass
@@ -58,7 +58,7 @@ def test_without_proc_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatc
 
 
 def test_a_status_without_a_peak_gives_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(allocator, "STATUS", tmp_path / "status")
     (tmp_path / "status").write_text("VmRSS: 3 kB\n")
     assert stages._peak_bytes() > 1 << 20
     (tmp_path / "status").write_text("VmRSS: 3 kB\nVmHWM:\t5 kB\n")

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from epmq_cli.allocator import status
+
 CLEAR_REFS = Path("/proc/self/clear_refs")
-STATUS = Path("/proc/self/status")
 
 
 class Stages:
@@ -52,11 +53,8 @@ def _reset_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    try:
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    found = status("VmHWM")
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
