@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -28,6 +29,7 @@ KNOWN_PARTS = (
     {"lora_A", "lora_B", "lora_magnitude_vector"},
     {"lora_embedding_A", "lora_embedding_B"},
 )
+PATTERN_SECONDS = 1.0  # for one pattern of the config and one module; a stranger's pattern can take for ever
 WRAPPERS = (".modules_to_save", ".base_layer")
 REMEDY = "merge it with merge_and_unload of peft, and give the folder that save_pretrained then writes"
 UNKNOWN_OPTIONS = (
@@ -43,6 +45,10 @@ UNKNOWN_OPTIONS = (
     "use_qalora",
 )
 """Options of PEFT's LoraConfig that change what is merged in a way not known here, where they are set."""
+
+
+UNUSABLE = (AttributeError, TypeError, ValueError, OverflowError, RecursionError, TimeoutError, regex.error)
+"""What an alpha that is no number, or a pattern that is no regular expression, ends in."""
 
 
 @dataclass
@@ -155,9 +161,9 @@ class Adapted:
         """ModelError where it is no number."""
         try:
             patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
-            given = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+            given = (alpha for key, alpha in patterns.items() if _matches(key, module))
             return float(next(given, self._config.get("lora_alpha", 8)))
-        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        except UNUSABLE as error:
             raise ModelError(
                 f"{self._role}: lora_alpha or alpha_pattern of {self._path / CONFIG} cannot be used ({error}); fetch "
                 "the adapter again"
@@ -175,6 +181,11 @@ class Adapted:
         axis = 0 if self._transposed(tuple(adapted.shape)) else 1
         scale: Tensor = magnitude.flatten() / vector_norm(adapted, dim=axis)
         return adapted * scale.unsqueeze(axis)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT means a module: its name, or the end of it after a dot."""
+    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None
 
 
 def is_adapter(path: Path) -> bool:

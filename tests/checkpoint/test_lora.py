@@ -200,6 +200,26 @@ def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelF
         opened(folder, base)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("(a|a)+b", "timed out"), ("(", r"missing \)"), ("(" * 5000, "recursion"), ("q_proj", "NoneType")],
+    ids=["endless", "open", "deep", "no number"],
+)
+def test_a_pattern_that_cannot_be_used_is_named(pattern: str, reason: str, tmp_path: Path) -> None:
+    """Among them one that `re` would work on until the sun goes out."""
+    alpha = None if pattern == "q_proj" else 8
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "alpha_pattern": {pattern: alpha}}), encoding="utf-8"
+    )
+    module = "a" * 60 + ".q_proj"
+    parts = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
+    save_file(parts, tmp_path / "adapter_model.safetensors")
+    save_file({f"{module}.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "model.safetensors", "base"))
+    with pytest.raises(ModelError, match=f"expert: .*alpha_pattern of .* cannot be used .*{reason}"):
+        Adapted(tmp_path, "expert", base, [])
+
+
 def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path) -> None:
     _, base = llama
     adapter(BertModel(BERT), tmp_path / "bert", target_modules=["query"])
