@@ -28,6 +28,9 @@ class Room:
     def __init__(self, most: int, work: str, remedy: str, retries: bool = True) -> None:
         self.most, self.samples = most, most
         self.halved = 0
+        """How often, earlier processes of a run included."""
+        self.keep: Callable[[int], None] = lambda halved: None
+        """Called with the count whenever it grows."""
         self._work, self._remedy, self._retries = work, remedy, retries
 
     def attempt(
@@ -61,6 +64,7 @@ class Room:
         self.samples = samples // 2
         self.halved += 1
         say(f"there is no room for {self._work} with {samples} samples at a time; it goes on with {self.samples}")
+        self.keep(self.halved)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +17,15 @@ from epmq_cli.console import say
 from epmq_cli.errors import RunError
 from epmq_cli.resume import unfinished
 from epmq_cli.resume.lock import alone
+
+if TYPE_CHECKING:
+    from epmq_cli.evaluate.score import ScoredTask
+    from epmq_cli.memory import Room
+    from epmq_cli.pipeline import Job
+    from epmq_cli.report.metrics import Scores
+    from epmq_cli.report.stages import Stages
+
+CHECKPOINT = "checkpoint"
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
@@ -54,34 +64,62 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
+    from epmq_cli import pipeline as steps
+    from epmq_cli.evaluate.score import room_of
+    from epmq_cli.inference.load import kernels
+    from epmq_cli.report import metrics, table
+    from epmq_cli.report.stages import Stages
+    from epmq_cli.resume.state import close, refuse_results
+
+    refuse_results(folder)
+    config.check_complete(cfg, "run")
+    ranks.join(config.device_of(cfg.device))
+    job, checkpoint = steps.make_job(cfg), folder / CHECKPOINT
+    say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
+    stages, scoring = Stages(job.device), room_of(job.evaluation.batch_size)
+    tasks, scores, measured = _made(cfg, job, folder, choices, stages, scoring)
+    if not ranks.first():
+        return
+    allocator.give_back()  # what is scored is read from the disk, and needs the room of what was made
+    with stages.stage("score quantized"):
+        if "quantized" in job.evaluation.stages:
+            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
+            scores |= steps.score(job, model, tasks, "quantized", checkpoint, room=scoring)
+            measured["kernels"] = kernels(model)
+    measured["events"]["eval_batches_halved"] = scoring.halved
+    measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
+    close(folder)
+    title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
+    table.show_run(measured, title, folder)
+
+
+def _made(
+    cfg: DictConfig, job: Job, folder: Path, choices: dict[str, str], stages: Stages, scoring: Room
+) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
+    """Writes `checkpoint/`; gives the tasks with the heads that suit it, the scores of what came before, and what
+    metrics.json says of it all. Models, samples and moments end with this function."""
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
     from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
-    from epmq_cli.evaluate.score import room_of
-    from epmq_cli.inference.load import kernels
-    from epmq_cli.report import metrics, table
-    from epmq_cli.report.stages import Stages
     from epmq_cli.resume.key import identity, of_scoring
-    from epmq_cli.resume.state import close, opened, refuse_results
+    from epmq_cli.resume.state import opened, refuse_results
     from epmq_cli.shared import Shared
 
-    refuse_results(folder)
-    config.check_complete(cfg, "run")
-    ranks.join(config.device_of(cfg.device))
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    job, checkpoint = steps.make_job(cfg), folder / "checkpoint"
-    title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
-    say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
-    stages, scores, cache = Stages(job.device), metrics.Scores(), open_cache(cfg.cache)
-    room, scoring = guide.room_of(job), room_of(job.evaluation.batch_size)
+    scores: Scores = {}
+    cache, room, checkpoint = open_cache(cfg.cache), guide.room_of(job), folder / CHECKPOINT
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job, folder)
         shared = Shared(cache, job, models, dtype)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
         state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
         refuse_results(folder, state)
+    for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):
+        counted.halved, counted.keep = state.count(name), partial(state.keep_count, name)
     scored = state.part(of_scoring(job.evaluation, tasks, [task.data for task in job.suite.members]))
     with stages.stage("score base and experts"):
         scores |= scored.value("parts", lambda: steps.score_parts(job, model, models, tasks, shared.recall, scoring))
@@ -98,7 +136,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance, room)
     state.begin_packing()
     if not ranks.first():
-        return
+        return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
             model=model,
@@ -112,17 +150,6 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, config.bytes_of("pack.shard_size", job.pack.shard_size))
     measured = {"seed": job.seed, **steps.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
-    measured |= {"bytes": steps.sizes(contents, checkpoint), "resumed": state.starts}
-    del model, contents, calibrated, taught, drawn  # what is scored is read from the disk, and needs their room
-    allocator.give_back()
-    with stages.stage("score quantized"):
-        if "quantized" in job.evaluation.stages:
-            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
-            scores |= steps.score(job, model, tasks, "quantized", checkpoint, room=scoring)
-            measured["kernels"] = kernels(model)
-    measured["cache"] = shared.use
-    measured["events"] |= {"batches_halved": room.halved, "eval_batches_halved": scoring.halved}
-    measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
-    metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
-    close(folder)
-    table.show_run(measured, title, folder)
+    measured |= {"bytes": steps.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
+    measured["events"]["batches_halved"] = room.halved
+    return tasks, scores, measured

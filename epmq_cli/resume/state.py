@@ -87,7 +87,24 @@ class State:
     @property
     def starts(self) -> int:
         """How many processes have worked on the run before this one, or group of processes."""
-        return _starts(self._folder) if self._folder else 0
+        return self._counted(STARTS) if self._folder else 0
+
+    def count(self, name: str) -> int:
+        """What was counted under this name, 0 if nothing was."""
+        return self._counted(name) if self.has(f"{name}.json") else 0
+
+    def keep_count(self, name: str, count: int) -> None:
+        """Says what is counted under this name now."""
+        if self._folder is not None and ranks.first():
+            _write(self._folder / f"{name}.json", count)
+
+    def _counted(self, name: str) -> int:
+        assert self._folder is not None
+        path = self._folder / f"{name}.json"
+        found = _read(path)
+        if not isinstance(found, int):
+            raise _damaged(path, "no number")
+        return found
 
     def has(self, file: str) -> bool:
         """Whether there is a file of this name."""
@@ -107,7 +124,8 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
             for path in (folder / FOLDER).glob("*/"):
                 remove(path)
         _announce(folder, place, identity)
-        _write(place / f"{STARTS}.json", _starts(place) + 1 if (place / IDENTITY).is_file() else 0)
+        known = State(place)
+        known.keep_count(STARTS, known.starts + 1 if known.has(IDENTITY) else 0)
         _write(place / IDENTITY, identity)
     place = Path(ranks.agreed(str(place.resolve())))
     if not all(ranks.gathered(place.is_dir())):
@@ -144,14 +162,6 @@ def _identity(path: Path) -> Mapping[str, Any]:
     found = _read(path)
     if not isinstance(found, dict):
         raise _damaged(path, "no JSON object")
-    return found
-
-
-def _starts(place: Path) -> int:
-    path = place / f"{STARTS}.json"
-    found = _read(path)
-    if not isinstance(found, int):
-        raise _damaged(path, "no number")
     return found
 
 
