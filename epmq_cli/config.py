@@ -227,18 +227,21 @@ def targets(node: Any) -> list[str]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name; `auto` is the first accelerator, else the CPU."""
+    """The device of this name; `cuda` is the first accelerator, of torchrun's processes each one's own, and `auto` that
+    or the CPU where there is none."""
     import torch
 
-    if name == "auto":
-        return torch.device("cuda", ranks.local()) if torch.cuda.is_available() else torch.device("cpu")
-    kind, _, index = str(name).partition(":")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, index = str(name if name != "auto" else "cuda" if found else "cpu").partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise ConfigError(f"device must be {DEVICES}, got {shown(name)}")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        found = torch.cuda.device_count()
-        raise ConfigError(f"device={name} is not there: this machine has {found} CUDA devices; use device=cpu")
-    return torch.device(name)
+    if kind == "cpu":
+        return torch.device("cpu")
+    number = int(index or ranks.local())
+    if number >= found:
+        who = "" if index or not number else f" for process {number + 1} of torchrun"
+        raise ConfigError(f"device={name} is not there{who}: this machine has {found} CUDA devices; use device=cpu")
+    return torch.device("cuda", number)
 
 
 def seed_of(value: object) -> int:

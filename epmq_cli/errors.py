@@ -21,8 +21,8 @@ import difflib
 import math
 from collections.abc import Iterable
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-"""What CUDA, torch and cuBLAS say where there is none."""
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What CUDA, torch, cuBLAS and cuDNN say where there is none."""
 
 
 class EpmqError(Exception):

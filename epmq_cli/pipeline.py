@@ -59,8 +59,14 @@ class Job:
     resume: str
 
 
+def exact() -> None:
+    """From here on convolutions are in float32 on a GPU too, as products are; torch would let them be in TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def make_job(cfg: DictConfig) -> Job:
     """The job of a complete config; ConfigError before any model is opened."""
+    exact()
     suite: Suite = config.build("suite", cfg.suite)
     guidance: Guidance = config.build("guidance", cfg.guidance)
     names = [task.name for task in suite.members]

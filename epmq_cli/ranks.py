@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from epmq_cli.errors import RunError
+from epmq_cli.errors import RunError, lacks_memory
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +46,16 @@ def first() -> bool:
 
 
 def join(device: torch.device) -> None:
-    """Meets the other processes, once."""
-    if count() == 1:
-        return
+    """Meets the other processes, once; the device becomes this process's own."""
     import torch
     from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if count() == 1:
+        return
+    if device.type == "cuda" and device.index != local():
+        raise RunError(f"{count()} processes cannot share device={device}; with device=cuda each takes its own")
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         atexit.register(distributed.destroy_process_group)
@@ -164,6 +166,8 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
+        if lacks_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         raise RunError(
             f"another process of this run has ended or cannot be reached ({reason}); start the same command again"

@@ -80,6 +80,7 @@ def ready(
     checkpoint: Path, suite: Suite, evaluation: config.Evaluation, device: torch.device
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
     """All that it takes to score a checkpoint on the tasks of its suite."""
+    steps.exact()
     ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
     family = suite_family(suite, checkpoint)
     check_scoring(suite, family, evaluation)

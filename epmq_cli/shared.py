@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,7 +83,10 @@ class Shared:
         make, drawn = once(make), [of_tensors(batch) for batch in batches]
         key = self._key("taught", model=self._expert(task), batches=drawn, features=features)
         path = self._cache.tensors(key, lambda: _taught_entries(make(), batches))
-        return make() if path is None else _taught(load_file(path), batches, self._job.device)
+        try:
+            return make() if path is None else _taught(load_file(path), batches, self._job.device)
+        except (FileNotFoundError, SafetensorError):  # another job made room for its own
+            return make()
 
     def _score(self, stage: str, task: ScoredTask, make: Callable[[], float]) -> float:
         if task.name not in self._samples:  # read once for all stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -37,6 +38,20 @@ def test_a_group_without_target_and_a_missing_field_are_named() -> None:
 def test_devices_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="device"):
         device_of(name)
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of(name) for name in ("auto", "cuda", "cuda:1")] == [
+        torch.device("cuda", number) for number in (0, 0, 1)
+    ]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [device_of(name).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=f"device={name} is not there for process 3 of torchrun: .* 2 CUDA devic"):
+            device_of(name)
 
 
 def test_a_suite_of_the_users_takes_shipped_tasks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import distributed
 
 from epmq_cli import ranks
 from epmq_cli.errors import RunError
+from epmq_cli.resume.state import opened
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -36,7 +38,8 @@ def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
     one = start(sys.executable, *options, f"out={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert (tmp_path / "two" / "metrics.json").is_file()
+    layers = [json.loads((tmp_path / name / "metrics.json").read_text())["layers"] for name in ("two", "one")]
+    assert [layer["tokens"] for layer in layers[0]] == [layer["tokens"] for layer in layers[1]]
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
@@ -85,3 +88,38 @@ def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
     )
     with pytest.raises(RunError, match=message):
         call()
+
+
+def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(tmp_path: Path) -> None:
+    options = ("-m", "epmq_cli", "run", *SMALL, "guidance=expert", "-m", f"out={tmp_path / 'sweep'}")
+    assert start(sys.executable, *options, "merge=ties").returncode == 0
+    swept = start(*TORCHRUN, *options, "merge=ties,average")
+    assert swept.returncode == 0, swept.stderr
+    assert swept.stderr.count("merge=ties holds the results of this job already") == 1
+    one = start(sys.executable, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    assert files(next((tmp_path / "sweep").glob("*merge=average"))) == files(tmp_path / "one")
+
+
+def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "all_reduce", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        ranks.added(torch.ones(1))
+
+
+def test_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    ranks.join(torch.device("cuda", 1))  # alone it may be any
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes cannot share device=cuda:1; with device=cuda each takes its own"):
+        ranks.join(torch.device("cuda", 1))
+
+
+def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "gathered", lambda value: [value, "another"])
+    with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
+        opened(tmp_path, {"config": {"bits": 4}}, "auto")

@@ -158,6 +158,22 @@ def test_what_is_damaged_is_made_again(clip_hub: Path, tmp_path: Path, cache: Pa
     assert same(first, second)
 
 
+def test_an_entry_that_another_job_removes_meanwhile_is_made_again(
+    bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_in(tmp_path / "first", bert_hub, *KEEPING, "guidance=feature")
+    real, removed = shared.load_file, []
+
+    def load_file(path: Path) -> Any:
+        path.unlink()
+        removed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(shared, "load_file", load_file)
+    assert same(first, run_in(tmp_path / "second", bert_hub, *KEEPING, "guidance=feature"))
+    assert removed
+
+
 def test_a_model_that_changes_during_the_run_leaves_nothing(
     clip_hub: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,17 @@ class Depot:
                 parcel.spilled.append((storage, size, self._spill(storage)))
         return parcel
 
+    def hold(self, size: int) -> bool:
+        """Whether there is room for so many bytes more, which then count as used until they are released."""
+        if self.used + size > self._budget or self._full():
+            return False
+        self.used += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Gives back bytes that were held."""
+        self.used -= size
+
     def _full(self) -> bool:
         """Whether the process has more than it should, even without the holes that the system can take back."""
         if (found := self._taken()) > max(self._limit, self._trimmed + HOLES):

@@ -18,6 +18,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from epmq_cli import ranks
 from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
@@ -91,6 +92,8 @@ class _Walk:
         self.own, self.others = own, own  # of the student and of the teachers, stack by stack
         self.streams: dict[str, list[Stream]] = {}
         self.taught: dict[str, list[Stream]] = {}
+        self.blocks: dict[str, dict[str, Tensor]] = {}
+        """Tensors of the section that is at work, of those experts that there is room for."""
 
     def run(self) -> Walked:
         """Every section in order; what the journal has is installed, and batches are only sent through it."""
@@ -182,12 +185,20 @@ class _Walk:
                     for stream in streams.get(task, ()):
                         with stream.awake():
                             stream.finish(module)
+        self.depot.release(sum(map(_bytes, self.blocks.values())))
+        self.blocks.clear()
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
-        """Makes the teacher's module the expert's."""
-        if self.guidance.teaches:
-            names = teacher.state_dict()
-            install(teacher, {name: self.student.reference.expert(task, section.name(name)) for name in names})
+        """Makes the teacher's module the expert's, which is read once for all steps if there is room for it."""
+        if not self.guidance.teaches:
+            return
+        found = self.blocks.get(task)
+        if found is None:
+            own, expert = teacher.state_dict(), self.student.reference.expert
+            found = {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
+            if self.depot.hold(_bytes(found)):
+                self.blocks[task] = found
+        install(teacher, found)
 
     def _rows(self, section: Section, teacher: nn.Module, reading: Reading) -> Iterator[tuple[str, Iterator[Rows]]]:
         """For each task, what reaches a step, batch by batch."""
@@ -261,7 +272,11 @@ class _Walk:
             s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
             objective.add(moments, expert, s * self.guidance.factor(task))
             total += tokens
-        return objective, total
+        return objective, sum(ranks.gathered(total))
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _entries(number: int, first: bool) -> list[str]:

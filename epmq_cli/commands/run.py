@@ -39,10 +39,17 @@ def main(cfg: DictConfig) -> None:
     sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
     if ranks.first():
         unfinished.begin(sweep or folder)
-    if sweep is not None and unfinished.done(folder, cfg):
+    if sweep is not None and _done(folder, cfg):
         say(f"{folder} holds the results of this job already")
         return
     run(cfg, folder, unfinished.typed(overrides), choices)
+
+
+def _done(folder: Path, cfg: DictConfig) -> bool:
+    """Whether a job of a sweep is done, as the first of several processes says, in whose folder it is."""
+    if ranks.count() > 1:
+        ranks.join(config.device_of(cfg.device))
+    return ranks.agreed(ranks.first() and unfinished.done(folder, cfg))
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:

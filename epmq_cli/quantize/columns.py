@@ -6,6 +6,8 @@ this one (any type, any device), columns_numba (float32 on the CPU), columns_tri
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.grid import Grid, GridSpec, quantize
+
+log = logging.getLogger("epmq")
 
 
 class Columns(Protocol):
@@ -37,12 +41,28 @@ def columns_of(weight: Tensor) -> Columns:
         from epmq_cli.quantize.columns_numba import NumbaColumns
 
         return NumbaColumns()
-    if weight.dtype == torch.float32 and weight.device.type == "cuda" and find_spec("triton"):
+    if weight.dtype == torch.float32 and weight.device.type == "cuda" and triton_works(weight.device):
         from epmq_cli.quantize.columns_triton import TritonColumns
 
         found: Columns = TritonColumns()
         return found
     return TorchColumns()
+
+
+@cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton is there and can build kernels for the device, which takes a C compiler and Python's headers."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from epmq_cli.quantize.columns_triton import TritonColumns
+
+        one = torch.ones(1, 1, device=device)
+        TritonColumns().walk(one, one, Grid(one, one), GridSpec(4, 1, True, "minmax"))
+    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
+        log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", (str(error).splitlines() or [""])[0])
+        return False
+    return True
 
 
 class TorchColumns:

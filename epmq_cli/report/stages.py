@@ -21,6 +21,8 @@ class Stages:
     """Measures stages one after the other; `records` is what metrics.json takes over."""
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # which counts of its memory do not do by themselves
         self._device = device
         self.records: dict[str, dict[str, Any]] = {}
 

@@ -119,6 +119,8 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
     """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
     process must ask, with the identity that the first one has."""
     place = folder / FOLDER / digest(identity)
+    if len(set(ranks.gathered(digest(identity.get("config"))))) > 1:
+        raise RunError("the processes of this run have different configs; start all of them with the same command")
     if ranks.first():
         if resume == "never":
             for path in (folder / FOLDER).glob("*/"):

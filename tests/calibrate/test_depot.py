@@ -72,3 +72,14 @@ def test_holes_that_the_system_can_take_back_are_no_reason_to_write_files(tmp_pa
             depot.park([rows(10, seed)])
         assert (depot.used, depot.spilled) == (80, 40)  # the second one finds holes too few to look for
     assert next(had, None) is None
+
+
+def test_what_is_held_takes_room_until_it_is_released(tmp_path: Path) -> None:
+    with Depot(100, tmp_path) as depot:
+        assert depot.hold(70)
+        assert not depot.hold(40)
+        depot.park([rows(10, 0)])
+        assert (depot.used, depot.spilled) == (70, 40)
+        depot.release(70)
+        depot.park([rows(10, 1)])
+        assert (depot.used, depot.spilled) == (40, 40)

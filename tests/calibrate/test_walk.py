@@ -10,11 +10,12 @@ from torch import Tensor
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.reference import Reference, install
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.apply import Merged
 from tests.hubs import Walk, config, walk
 
+STEPS = 4  # of linears in a block
 LAYERS = {"clip": "vision_model.encoder.layers", "bert": "encoder.layer"}
 
 
@@ -130,3 +131,21 @@ def test_activations_in_files_change_nothing(name: str, request: pytest.FixtureR
     inside, outside = (walk(hub, "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
     for one, other in zip(inside.student.state_dict().values(), outside.student.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_experts_block_is_read_once_where_there_is_room_for_it(
+    clip_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, str]] = []
+    real = Reference.expert
+
+    def expert(self: Reference, task: str, name: str) -> Tensor:
+        read.append((task, name))
+        return real(self, task, name)
+
+    monkeypatch.setattr(Reference, "expert", expert)
+    norm = ("first", f"{LAYERS['clip']}.0.layer_norm1.weight")
+    for memory, often in (("1GB", 1), ("1KB", STEPS + 1)):  # for each step, and to finish the block
+        read.clear()
+        walk(clip_hub, "guidance=feature", "guidance.norms=false", f"calib.memory={memory}")
+        assert read.count(norm) == often

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.columns import Columns, TorchColumns, columns_of
+from epmq_cli.quantize.columns import Columns, TorchColumns, columns_of, triton_works
 from epmq_cli.quantize.columns_numba import NumbaColumns
 from epmq_cli.quantize.gptq import inverse_factor, quantize_columns
 from epmq_cli.quantize.grid import Grid, GridSpec, grid_of_range, range_of
@@ -93,6 +93,20 @@ def test_whole_weights_come_out_the_same(search: str, group_size: int, block_siz
 def test_each_type_has_its_implementation() -> None:
     assert isinstance(columns_of(torch.zeros(2, 2)), NumbaColumns)
     assert isinstance(columns_of(torch.zeros(2, 2, dtype=torch.float64)), TorchColumns)
+
+
+def test_where_triton_builds_nothing_plain_torch_does_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors on the CPU are such a place."""
+    pytest.importorskip("triton", reason="this build of torch comes without Triton")
+    triton_works.cache_clear()
+    assert not triton_works(torch.device("cpu"))
+    assert "Triton builds no kernels here, which makes GPTQ slower (" in caplog.text
+    triton_works.cache_clear()
+    monkeypatch.setattr("epmq_cli.quantize.columns.find_spec", lambda name: None)
+    assert not triton_works(torch.device("cpu"))
+    triton_works.cache_clear()
 
 
 def test_weights_stay_as_they_are() -> None:

@@ -46,6 +46,20 @@ def test_table_has_a_row_a_task_and_one_for_the_mean() -> None:
     }
 
 
+def test_stages_on_a_gpu_start_it_before_they_ask_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted there cannot be set back before anything was done there."""
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    stages = Stages(torch.device("cuda", 0))
+    with stages.stage("read"):
+        pass
+    assert called == ["init", "reset"]
+    assert stages.records["read"]["peak_device_bytes"] == 7
+
+
 def test_stages_measure_time_and_the_peak_of_each_stage_alone() -> None:
     stages = Stages(torch.device("cpu"))
     with stages.stage("large"):
