@@ -133,7 +133,6 @@ def input_type(kind: str, device: torch.device) -> torch.dtype:
 
 def compare(model: Model, stacks: dict[str, nn.Sequential], options: argparse.Namespace) -> None:
     """Prints a row of the table for each batch: of one block."""
-    sizes = " | ".join(f"{weight_bytes(stack[0]) / 1e6:.2f}" for stack in stacks.values())
     for batch in options.batches:
         rows = batch * model.tokens
         blocks = 1 if rows > MANY else options.blocks
@@ -144,25 +143,28 @@ def compare(model: Model, stacks: dict[str, nn.Sequential], options: argparse.Na
         each = [1000 * value / blocks for value in times]
         cells = " | ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in each)
         ratios = " | ".join(f"{value / times[0]:.2f}" for value in times[1:])
-        print(f"| {model.name} | {batch} | {rows} | {cells} | {ratios} | {sizes} | {turns} |", flush=True)
+        print(f"| {model.name} | {batch} | {rows} | {cells} | {ratios} | {turns} |", flush=True)
 
 
-def header(kinds: Sequence[str]) -> None:
-    """The head of a table; ratios are how many times the time of the first kind the others take."""
-    columns = ["a block of", "batch", "rows", *(f"{kind} ms" for kind in kinds)]
-    columns += [*(f"{kind} / {kinds[0]}" for kind in kinds[1:]), *(f"{kind} MB" for kind in kinds), "turns"]
+def head(columns: Sequence[str]) -> None:
+    """The first two lines of a table."""
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
 def tables(options: argparse.Namespace) -> None:
-    """A stack of each model."""
-    header(options.kinds)
+    """Times and bytes of each model; ratios are how many times the time of the first kind the others take."""
+    kinds, sizes = options.kinds, {}
+    ratios = [f"{kind} / {kinds[0]}" for kind in kinds[1:]]
+    head(["a block of", "batch", "rows", *(f"{kind}, ms" for kind in kinds), *ratios, "turns"])
     for model in (MODELS[name] for name in options.models):
         stacks = {
-            kind: nn.Sequential(*(Block(model, kind, options.device) for _ in range(options.blocks)))
-            for kind in options.kinds
+            kind: nn.Sequential(*(Block(model, kind, options.device) for _ in range(options.blocks))) for kind in kinds
         }
         compare(model, stacks, options)
+        sizes[model.name] = [f"{weight_bytes(stack[0]) / 1e6:.2f}" for stack in stacks.values()]
+    head(["weights of a block, MB", *kinds])
+    for name, found in sizes.items():
+        print(f"| {name} | {' | '.join(found)} |")
 
 
 def write_decoder(folder: Path, blocks: int) -> None:
@@ -204,8 +206,7 @@ def peaks(options: argparse.Namespace) -> None:
     """Prints what loading a decoder by each kernel takes, and the first call behind it."""
     per_block = 4 * MODELS["1b"].width ** 2 + 3 * MODELS["1b"].width * MODELS["1b"].inner
     print(f"\nlinears of {options.load} blocks as float32: {4 * options.load * per_block / 1e6:.0f} MB")
-    columns = ("kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    head(["kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB"])
     with tempfile.TemporaryDirectory() as folder:
         write_decoder(Path(folder), options.load)
         for kernel in ("int4", "dequantize"):
