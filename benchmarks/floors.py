@@ -1,8 +1,8 @@
 """The least time in which a device can have read so many bytes and done so many operations, by its data sheet.
 
 Sources, NVIDIA's data sheets: https://www.nvidia.com/en-us/data-center/h200/ and .../h100/ (SXM), .../a100/ (SXM,
-80 GB); TF32 of tensor cores without sparsity, half of what stands there. Devices are known by the exact names that
-torch gives: other variants (PCIe, NVL, 40 GB, parts of a GPU by MIG) have other rates.
+80 GB); TF32 on tensor cores at half the rate with sparsity. Devices are known by the exact names that torch gives:
+other variants (PCIe, NVL, 40 GB, parts of a GPU by MIG) have other rates.
 """
 
 from __future__ import annotations
