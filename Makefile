@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEVICE ?= cpu
+PROCESSES ?= 1 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo format check test test-all coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
@@ -66,11 +68,20 @@ bench-quality: install ## what each part of feature guidance adds, for every sui
 	if [ -n "$$EPMQ_TEXT4_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite text4 --config-dir benchmarks/text4/configs; fi
 	if [ -n "$$EPMQ_VISION3_DATA" ]; then $(BIN)/python benchmarks/quality.py --suite vision3 --config-dir benchmarks/vision3/configs; fi
 
-bench-speed: install ## time and memory: precision of moments, merging against mergekit and cp, the pipeline
-	$(BIN)/python benchmarks/precision.py
+bench-speed: install ## time and memory: all tables of "Speed" and "4-bit inference"; DEVICE=cuda PROCESSES=1 for one GPU
+	$(BIN)/python benchmarks/precision.py --device $(DEVICE)
 	$(BIN)/python benchmarks/merging.py
-	$(BIN)/python benchmarks/pipeline.py --experts 2 4 8
-	$(BIN)/python benchmarks/pipeline.py --samples 64 128 256
+	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 2 4 8 20 --samples 64
+	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 2 --samples 64 128 256 512
+	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 8 --samples 256
+	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 2 --samples 256 --processes $(PROCESSES)
+	$(BIN)/python benchmarks/gptq.py --device $(DEVICE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inference.py --device $(DEVICE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inference.py --device $(DEVICE) --load 4
+	$(BIN)/python benchmarks/sweep.py --device $(DEVICE)
+	$(BIN)/python benchmarks/sweep.py --teachers
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python benchmarks/larger.py --limit 1900; \
+	else echo "left out, since it takes root: sudo $(BIN)/python benchmarks/larger.py --limit 1900"; fi
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) .venv-minimum .venv-audit dist build *.egg-info .coverage*

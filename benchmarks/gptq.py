@@ -1,11 +1,15 @@
 """GPTQ alone, 4 bits in groups of 128, on a random Llama: epmq against llm-compressor's `oneshot` and GPTQModel.
 
-    python benchmarks/gptq.py [--repeats 3]
+    python benchmarks/gptq.py [--repeats 3] [--device cpu]
+    python benchmarks/gptq.py --device cuda
 
 Hidden 512, intermediate 1408, 8 layers, 2000 tokens; calibrated on the same 32 sequences of 256 tokens; made once in
 runs/gptq, as are the others' own environments (GPTQModel's has a newer torch, which it asks for). Whole processes, one
 side after the other in every round; `quantize` is what each spends in GPTQ itself (the stage of metrics.json; the call
 of `oneshot` or `quantize`), and peak memory is the process's. Nobody reorders columns; dampings are each one's own.
+All work on one device: for `cpu` no GPU is visible to them (llm-compressor would take it by itself), for `cuda` only
+the first, and its peak is what torch's tensors took of it.
+
 Errors are of the checkpoints that were written, on the calibration tokens, against the dense model: of the linears, all
 given the dense model's inputs, ||X (W - Q)^T||^2 / ||X W^T||^2 summed over linears; and of the logits.
 """
@@ -50,7 +54,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
 
-folder, out = sys.argv[1:]
+folder, out, _ = sys.argv[1:]  # of the devices it takes the first GPU that it sees
 ids = torch.load(f"{folder}/ids.pt").tolist()
 data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(ids[0])] * len(ids)})
 model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
@@ -58,26 +62,31 @@ recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], acto
 options = {"max_seq_length": len(ids[0]), "num_calibration_samples": len(ids), "shuffle_calibration_samples": False}
 start = time.perf_counter()
 oneshot(model=model, dataset=data, recipe=recipe, **options)
+if torch.cuda.is_available():
+    torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 model.save_pretrained(f"{out}/checkpoint", save_compressed=True)
-json.dump(seconds, open(f"{out}/seconds.json", "w"))
+device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+json.dump({"quantize": seconds, "device": device}, open(f"{out}/seconds.json", "w"))
 """
 GPTQMODEL = """
-import json, os, sys, time
-os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # of two cores it would take one, and then miss the second
+import json, sys, time
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
-folder, out = sys.argv[1:]
+folder, out, device = sys.argv[1:]
 data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in torch.load(f"{folder}/ids.pt").tolist()]
-options = {"desc_act": False, "act_group_aware": False, "offload_to_disk": False, "device": "cpu"}
+options = {"desc_act": False, "act_group_aware": False, "offload_to_disk": False, "device": device}
 config = QuantizeConfig(bits=4, group_size=128, **options)
 model = GPTQModel.load(f"{folder}/model", config, dtype=torch.float32)
 start = time.perf_counter()
 model.quantize(data, batch_size=1)
+if torch.cuda.is_available():
+    torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 model.save(f"{out}/checkpoint")
-json.dump(seconds, open(f"{out}/seconds.json", "w"))
+device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+json.dump({"quantize": seconds, "device": device}, open(f"{out}/seconds.json", "w"))
 """
 
 
@@ -115,37 +124,49 @@ def environment(folder: Path, name: str) -> str:
     return str(place / "bin" / "python")
 
 
-def sides(folder: Path) -> dict[str, list[str]]:
+def variables(device: str) -> dict[str, str]:
+    """The environment of every side, in which there is the one device alone."""
+    if device == "cpu":  # GPTQModel would take one of two cores, and then miss the second
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
+
+
+def sides(folder: Path, device: str) -> dict[str, list[str]]:
     """The command of each side; each writes `out`."""
     start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=gptq"]
     options = ["merge=none", "guidance=merged", "bits=4", "group_size=128", f"calib.samples={SAMPLES}"]
-    ours = [*start, *options, "eval.stages=[]", "cache=false", "device=cpu", f"out={folder / 'out'}"]
+    ours = [*start, *options, "eval.stages=[]", "cache=false", f"device={device}", f"out={folder / 'out'}"]
     return {
         "epmq": ours,
         "epmq quant.grid=minmax": [*ours, "quant.grid=minmax"],
         **{
-            name: [environment(folder, name), "-c", script, str(folder), str(folder / "out")]
+            name: [environment(folder, name), "-c", script, str(folder), str(folder / "out"), device]
             for name, script in (("llm-compressor", ONESHOT), ("GPTQModel", GPTQMODEL))
         },
     }
 
 
-def run(command: list[str], out: Path) -> dict[str, float]:
-    """Wall seconds, seconds of quantization, and peak MB."""
+def run(command: list[str], out: Path, environment: Mapping[str, str]) -> dict[str, float]:
+    """Wall seconds, seconds of quantization, and peak MB of the process and, where there is one, of the device."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     start = time.perf_counter()
-    with subprocess.Popen(command, cwd=out, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=out, env=environment, **quiet) as process:  # type: ignore[call-overload]
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - start
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     if (out / "seconds.json").is_file():
-        quantize = json.loads((out / "seconds.json").read_text())
+        found = json.loads((out / "seconds.json").read_text())
     else:
-        quantize = json.loads((out / "metrics.json").read_text())["stages"]["calibrate and quantize"]["seconds"]
-    return {"seconds": wall, "quantize": quantize, "peak, MB": usage.ru_maxrss * 1024 / 1e6}
+        stages = json.loads((out / "metrics.json").read_text())["stages"]
+        peaks = [record["peak_device_bytes"] for record in stages.values()]
+        device = None if None in peaks else max(peaks)
+        found = {"quantize": stages["calibrate and quantize"]["seconds"], "device": device}
+    host = {"seconds": wall, "quantize": found["quantize"], "peak, MB": usage.ru_maxrss * 1024 / 1e6}
+    return host if found["device"] is None else {**host, "device peak, MB": found["device"] / 1e6}
 
 
 @torch.inference_mode()
@@ -200,11 +221,9 @@ def hook(quantized: Tensor, sums: list[float]):  # type: ignore[no-untyped-def]
 
 def show(rounds: list[Mapping[str, dict[str, float]]], found: Mapping[str, tuple[float, float]]) -> None:
     """Medians, and ratios of each round."""
-    columns = ("seconds", "quantize", "peak, MB")
-    print(
-        f"Medians of {len(rounds)}\n\n| | seconds | quantize | peak, MB | times epmq's | error of linears | of logits |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = list(rounds[0]["epmq"])
+    titles = ["", *columns, "times epmq's", "error of linears", "of logits"]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for name, (linears, logits) in found.items():
         numbers = [f"{statistics.median(r[name][column] for r in rounds):.1f}" for column in columns]
         times = statistics.median(r[name]["quantize"] / r["epmq"]["quantize"] for r in rounds)
@@ -215,18 +234,23 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/gptq"))
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU and this machine has none; use --device cpu")
     folder = arguments.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     make(folder)
-    commands, found = sides(folder), {}
+    commands, found = sides(folder, arguments.device), {}
     rounds = []
     for _ in range(arguments.repeats):
         rounds.append({})
         for name, command in commands.items():
-            rounds[-1][name] = run(command, folder / "out")
+            rounds[-1][name] = run(command, folder / "out", variables(arguments.device))
             found[name] = errors(folder)
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    print(f"Medians of {len(rounds)}, {where}\n")
     show(rounds, found)
 
 

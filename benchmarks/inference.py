@@ -1,15 +1,22 @@
 """How fast, and in how much memory, linears run on torch's int4 kernel and as dense matrices of each type.
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py
-    OMP_NUM_THREADS=1 python benchmarks/inference.py --models b32 --rows 1 16 --repeats 3 --kinds int4 float32
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --models b32 --batches 1 16 --repeats 3 --kinds int4 float32
     python benchmarks/inference.py --device cuda
     OMP_NUM_THREADS=1 python benchmarks/inference.py --load 6
 
-Random weights of 4 bits in groups of 128. Stacks of blocks that consist of their linears and activations (attention
-itself is the same for all and left out), for some rows (tokens) at a time, and for those of one picture. Contestants
-take turns in one process, and the median is told. int4 gets float32 and gives it back, as in a model that
-epmq_cli.load gives on the CPU. `--load N`: instead of that, the peak memory of loading a decoder of N blocks from a
-checkpoint in float16 by each kernel, each in a process of its own.
+Random weights of 4 bits in groups of 128. Stacks of two blocks that consist of their linears and activations (attention
+itself is the same for all and left out); the time of one block is told. Of a batch of pictures all tokens are rows (50,
+197 or 257 for each picture), of a batch of texts that a decoder writes one token each. Contestants take turns in one
+process, and the median is told. int4 gets what it gets in a model that epmq_cli.load gives and gives it back: float32
+on the CPU, bfloat16 on a GPU.
+
+So that it takes about ten minutes on one core: batches of more than 2000 rows go through one block alone (weights that
+wait in a cache matter only where few rows share them), and a batch has no more turns once 20 seconds have passed. The
+first turn warms up and counts only where it was the last, as in batches that take longer: `turns` is what counted.
+
+`--load N`: instead of that, the peak memory of loading a decoder of N blocks from a checkpoint in float16 by each
+kernel, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -41,26 +48,27 @@ from epmq_cli.report.stages import Stages
 SPEC = GridSpec(4, 128, True, "minmax")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("int4", *DENSE)
-WARM = 1  # calls before the first that counts
+LONG = 20.0  # seconds after which a batch has no more turns
+MANY = 2000  # rows; more go through one block alone
 
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of block: `width` of the stream, `inner` of the feed-forward, whether that is gated; `tokens` of one
-    picture, None for decoders."""
+    """A kind of block: `width` of the stream, `inner` of the feed-forward, whether that is gated; `tokens` of
+    one picture, or one of a text that is being written."""
 
     name: str
     width: int
     inner: int
     gated: bool
-    tokens: int | None
+    tokens: int
 
 
 MODELS = {
     "b32": Model("CLIP ViT-B/32", 768, 3072, False, 50),
     "b16": Model("CLIP ViT-B/16", 768, 3072, False, 197),
     "l14": Model("CLIP ViT-L/14", 1024, 4096, False, 257),
-    "1b": Model("decoder of 1B", 2048, 8192, True, None),
+    "1b": Model("decoder of 1B", 2048, 8192, True, 1),
 }
 
 
@@ -101,56 +109,62 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def seconds(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """The median time of each call, all taking turns."""
+def seconds(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> tuple[list[float], int]:
+    """The median time of each call, all taking turns, and the number of turns that it is of."""
     taken: list[list[float]] = [[] for _ in calls]
-    for turn in range(WARM + repeats):
+    begin = time.perf_counter()
+    for _ in range(1 + repeats):
         for call, times in zip(calls, taken, strict=True):
             start = time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn >= WARM:
-                times.append(time.perf_counter() - start)
-    return [median(times) for times in taken]
+            times.append(time.perf_counter() - start)
+        if time.perf_counter() - begin > LONG:
+            break
+    counted = [times[1:] or times for times in taken]
+    return [median(times) for times in counted], len(counted[0])
 
 
-def compare(
-    title: str, modules: dict[str, nn.Module], width: int, rows: Sequence[int], options: argparse.Namespace
-) -> None:
-    """Prints a row of the table for each number of rows."""
-    sizes = " | ".join(f"{weight_bytes(module) / 1e6:.2f}" for module in modules.values())
-    for count in rows:
-        x = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(options.device)
-        calls = [partial(module, x.to(DENSE.get(kind, torch.float32))) for kind, module in modules.items()]
+def input_type(kind: str, device: torch.device) -> torch.dtype:
+    """What a contestant gets and gives."""
+    return DENSE.get(kind, torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def compare(model: Model, stacks: dict[str, nn.Sequential], options: argparse.Namespace) -> None:
+    """Prints a row of the table for each batch: of one block."""
+    for batch in options.batches:
+        rows = batch * model.tokens
+        blocks = 1 if rows > MANY else options.blocks
+        x = torch.randn(rows, model.width, generator=torch.Generator().manual_seed(0)).to(options.device)
+        calls = [partial(stack[:blocks], x.to(input_type(kind, options.device))) for kind, stack in stacks.items()]
         with torch.inference_mode():
-            times = seconds(calls, options.repeats, options.device)
-        cells = " | ".join(f"{1000 * value:.3f}" for value in times)
+            times, turns = seconds(calls, options.repeats, options.device)
+        each = [1000 * value / blocks for value in times]
+        cells = " | ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in each)
         ratios = " | ".join(f"{value / times[0]:.2f}" for value in times[1:])
-        print(f"| {title} | {count} | {cells} | {ratios} | {sizes} |", flush=True)
+        print(f"| {model.name} | {batch} | {rows} | {cells} | {ratios} | {turns} |", flush=True)
 
 
-def header(what: str, kinds: Sequence[str]) -> None:
-    """The head of a table; ratios are how many times the time of the first kind the others take."""
-    columns = [what, "rows", *(f"{kind} ms" for kind in kinds), *(f"{kind} / {kinds[0]}" for kind in kinds[1:])]
-    columns += [f"{kind} MB" for kind in kinds]
+def head(columns: Sequence[str]) -> None:
+    """The first two lines of a table."""
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
-def rows_of(model: Model, rows: Sequence[int]) -> list[int]:
-    """The numbers of rows, and the tokens of one picture."""
-    return sorted({*rows, *([model.tokens] if model.tokens else [])})
-
-
 def tables(options: argparse.Namespace) -> None:
-    """A stack of each model."""
-    header(f"{options.blocks} blocks", options.kinds)
+    """Times and bytes of each model; ratios are how many times the time of the first kind the others take."""
+    kinds, sizes = options.kinds, {}
+    ratios = [f"{kind} / {kinds[0]}" for kind in kinds[1:]]
+    head(["a block of", "batch", "rows", *(f"{kind}, ms" for kind in kinds), *ratios, "turns"])
     for model in (MODELS[name] for name in options.models):
-        stacks: dict[str, nn.Module] = {
-            kind: nn.Sequential(*(Block(model, kind, options.device) for _ in range(options.blocks)))
-            for kind in options.kinds
+        stacks = {
+            kind: nn.Sequential(*(Block(model, kind, options.device) for _ in range(options.blocks))) for kind in kinds
         }
-        compare(model.name, stacks, model.width, rows_of(model, options.rows), options)
+        compare(model, stacks, options)
+        sizes[model.name] = [f"{weight_bytes(stack[0]) / 1e6:.2f}" for stack in stacks.values()]
+    head(["weights of a block, MB", *kinds])
+    for name, found in sizes.items():
+        print(f"| {name} | {' | '.join(found)} |")
 
 
 def write_decoder(folder: Path, blocks: int) -> None:
@@ -192,8 +206,7 @@ def peaks(options: argparse.Namespace) -> None:
     """Prints what loading a decoder by each kernel takes, and the first call behind it."""
     per_block = 4 * MODELS["1b"].width ** 2 + 3 * MODELS["1b"].width * MODELS["1b"].inner
     print(f"\nlinears of {options.load} blocks as float32: {4 * options.load * per_block / 1e6:.0f} MB")
-    columns = ("kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    head(["kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB"])
     with tempfile.TemporaryDirectory() as folder:
         write_decoder(Path(folder), options.load)
         for kernel in ("int4", "dequantize"):
@@ -209,7 +222,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 128])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 128], help="pictures, or texts")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--load", type=int, metavar="N")
@@ -218,7 +231,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(Path(options.measure[0]), options.measure[1], options.device)))
         return
-    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {platform.machine()}")
+    where = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else platform.machine()
+    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
     if options.load:
         peaks(options)
     else:

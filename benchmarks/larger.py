@@ -62,7 +62,10 @@ def cgroup(limit: int) -> Iterator[Path]:
     """A new memory cgroup of so many bytes, without swap."""
     old = GROUPS / "memory"
     folder = (old if old.is_dir() else GROUPS) / f"epmq-{os.getpid()}"
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:
+        sys.exit(f"a memory cgroup takes root and a writable {folder.parent} ({error.strerror}); start this with sudo")
     try:
         names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if old.is_dir() else ("memory.max",)
         for name in names:

@@ -8,7 +8,9 @@
 
 Each is `epmq run` as a user starts it, with `eval.stages=[]`: scores of random weights mean nothing. Models and images
 are made once, in runs/pipeline. Peak memory is what no file stands for (watch.py), less that of as many processes which
-only import; on a GPU the two floors stand beside the times: bytes over bandwidth, operations over rate.
+only import. On a GPU it is what tensors take there at most (`peak_device_bytes` in metrics.json, of the first process),
+and three floors by the data sheet (floors.py) stand beside the times: the calibration's large products, in float32 as
+epmq makes them and in TF32, and reading base and experts once. Of several processes each has a GPU of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,17 +29,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).parent))
+from floors import RATES, floors
 from full_size import save, tokenizer
 from watch import Watched, watched
+
+from epmq_cli.config import build, conf_dir
 
 MOST = 1024
 IMPORTS = "import epmq_cli.calibration, numba; from transformers import CLIPImageProcessor, CLIPModel"
 SIZES = {"b32": (768, 3072, 12, 12, 224, 32), "tiny": (64, 128, 2, 4, 64, 32)}
+FLOORS = ["products in float32, s", "in TF32", "reading, s"]
 STAGES = {"read": "read", "merge": "merge", "calibrate and quantize": "calibrate, quantize", "pack": "pack"}
-PEAK = {"bandwidth": 4.8e12, "operations": 67e12}
-"""Of an H200 (NVIDIA's data sheet): bytes a second, and float32 operations a second outside the tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,17 @@ def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, 
     start = [sys.executable, "-m", "epmq_cli", "run"]
     if arguments.processes:
         start[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
-    options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={arguments.device}"]
+    device = "auto" if arguments.processes and arguments.device != "cpu" else arguments.device  # each process's own GPU
+    options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={device}"]
     options += [f"out={out}", "eval.stages=[]", "cache=false", f"guidance={arguments.guidance}", *arguments.overrides]
     threads = 1 if arguments.processes else arguments.threads
     found = measured([*start, "--config-dir", str(configs), *options], threads)
     metrics = json.loads((out / "metrics.json").read_text())
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((out / "checkpoint").glob("*.safetensors"))))
     described = {"device": metrics["environment"]["device_name"], "weights": weights.hexdigest()}
-    return {**vars(found), "stages": metrics["stages"], **described}
+    on_device = [record["peak_device_bytes"] for record in metrics["stages"].values()]
+    peak = max(on_device) if metrics["environment"]["device"].startswith("cuda") else None
+    return {**vars(found), "stages": metrics["stages"], "peak_device": peak, **described}
 
 
 def operations(size: str, point: Point, teaches: bool) -> float:
@@ -138,6 +145,55 @@ def exponent(points: list[Point], runs: list[dict[str, Any]], name: str) -> str:
     return f"calibration time grows with {name} to the power of {np.polyfit(xs, ys, 1)[0]:.2f}"
 
 
+def teaches(arguments: argparse.Namespace) -> bool:
+    """Whether the guidance that is asked for needs the teachers' own activations."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=["out=unused", f"guidance={arguments.guidance}", *arguments.overrides])
+    return bool(build("guidance", cfg.guidance).teaches)
+
+
+def refuse_shared(arguments: argparse.Namespace) -> None:
+    """Ends where several processes would have to share a GPU."""
+    needed, found = max(arguments.processes, default=1), torch.cuda.device_count()
+    if (
+        needed > 1
+        and (arguments.device.startswith("cuda") or (arguments.device == "auto" and found))
+        and needed > found
+    ):
+        sys.exit(f"--processes {needed} needs a GPU for each and this machine has {found}; use --device cpu")
+
+
+def cells(point: Point, found: dict[str, Any], products: float, student: int, imports: int) -> list[str]:
+    """A row of the table; `products`: their operations; `student` and `imports`: their bytes."""
+    seconds = {name: record["seconds"] for name, record in found["stages"].items()}
+    peak, students = found["peak_device"], 1
+    if peak is None:
+        peak, students = found["peak"] - point.processes * imports, point.processes
+    row = [str(part) for part in (point.experts, point.samples, point.processes)]
+    row += [f"{found['wall']:.0f}", *(f"{seconds[name]:.1f}" for name in STAGES)]
+    row += [f"{peak / 1e9:.2f}", f"{(peak - students * student) / 1e9:.2f}"]
+    row.append(f"{products / seconds['calibrate and quantize'] / 1e9:.0f}")
+    return row + floors(found["device"], point.processes, products, (point.experts + 1) * student)
+
+
+def show(points: list[Point], runs: list[dict[str, Any]], arguments: argparse.Namespace, rows: list[list[str]]) -> None:
+    """The table."""
+    on_device = runs[0]["peak_device"] is not None
+    print(f"{arguments.size}, guidance {arguments.guidance}, {runs[0]['device']}, medians of {arguments.repeats}\n")
+    columns = ["experts", "samples", "processes", "whole, s", *STAGES.values()]
+    columns += ["device peak, GB" if on_device else "peak, GB", "above the student", "Gop/s"]
+    columns += FLOORS if runs[0]["device"] in RATES else []
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    if on_device and runs[0]["device"] not in RATES:
+        print(f"\nNo floors: the rates of {runs[0]['device']} are not known (floors.py).")
+    if len(arguments.processes) > 1:
+        kinds = {(point.experts, point.samples, found["weights"]) for point, found in zip(points, runs, strict=True)}
+        same = len(kinds) * len(arguments.processes) == len(points)
+        print(f"\nAny number of processes writes the same weights to the last byte: {'yes' if same else 'no'}.")
+
+
 def main() -> None:
     """Parses the command line, runs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,6 +208,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the run")
     arguments = parser.parse_args()
+    refuse_shared(arguments)
+    teaching = teaches(arguments)
     folder = arguments.out.resolve() / arguments.size
     make(folder, arguments.size, max(arguments.experts))
     imports = measured([sys.executable, "-c", IMPORTS], 1).peak
@@ -159,40 +217,15 @@ def main() -> None:
     rounds = [[run(folder, point, arguments) for point in points] for _ in range(arguments.repeats)]
     runs = [sorted(found, key=lambda r: r["wall"])[(len(found) - 1) // 2] for found in zip(*rounds, strict=True)]
     student = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-    print(f"{arguments.size}, guidance {arguments.guidance}, {runs[0]['device']}, medians of {arguments.repeats}\n")
-    columns = (
-        "experts",
-        "samples",
-        "processes",
-        "whole, s",
-        *STAGES.values(),
-        "peak, GB",
-        "above the student",
-        "Gop/s",
-    )
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for point, found in zip(points, runs, strict=True):
-        seconds = {name: record["seconds"] for name, record in found["stages"].items()}
-        stages = [f"{seconds[name]:.1f}" for name in STAGES]
-        rate = operations(arguments.size, point, arguments.guidance == "feature") / seconds["calibrate and quantize"]
-        peak = found["peak"] / 1e9 - point.processes * imports / 1e9
-        row = [point.experts, point.samples, point.processes, f"{found['wall']:.0f}", *stages, f"{peak:.2f}"]
-        row += [f"{peak - point.processes * student / 1e9:.2f}", f"{rate / 1e9:.0f}"]
-        print("|", " | ".join(map(str, row)), "|")
+    products = [operations(arguments.size, point, teaching) for point in points]
+    rows = [cells(*row, student, imports) for row in zip(points, runs, products, strict=True)]
+    show(points, runs, arguments, rows)
     width, inner = SIZES[arguments.size][:2]
     block = 4 * (4 * width**2 + 2 * width * inner) / 1e6
-    print(f"\nStudent {student / 1e9:.2f} GB and a block {block:.1f} MB in float32, for each process; not counted are")
-    print(f"{imports / 1e9:.2f} GB of imports for each.")
-    if len(arguments.processes) > 1:
-        kinds = {(point.experts, point.samples, found["weights"]) for point, found in zip(points, runs, strict=True)}
-        same = len(kinds) * len(arguments.processes) == len(points)
-        print(f"Any number of processes writes the same weights to the last byte: {'yes' if same else 'no'}.")
+    print(f"\nStudent {student / 1e9:.2f} GB and a block {block:.1f} MB in float32, for each process", end="")
+    print("." if runs[0]["peak_device"] is not None else f"; {imports / 1e9:.2f} GB of imports for each are taken off.")
     for name in ("experts", "samples"):
         print(exponent(points, runs, name))
-    if arguments.device != "cpu" and torch.cuda.is_available():
-        floor = statistics.median(operations(arguments.size, point, True) for point in points) / PEAK["operations"]
-        print(f"Floor of the operations: {floor:.2f} s; of reading all experts once: ", end="")
-        print(f"{(max(arguments.experts) + 1) * student / PEAK['bandwidth']:.3f} s")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python benchmarks/precision.py
     python benchmarks/precision.py --suite text4 --config-dir benchmarks/text4/configs
+    python benchmarks/precision.py --device cuda
 
 For every group of linears in the blocks: inputs of the merged model and of the experts on the calibration samples, the
 objective of feature guidance, and W* from moments whose rows are float64, float32, or rounded to TF32 (10 bits of
-mantissa) or BF16 (7 bits) with products summed in float32, as tensor cores do it.
+mantissa) or BF16 (7 bits) with products summed in float32, as tensor cores do it; no tensor core is used, on a GPU
+neither.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.streams import inputs
 from epmq_cli.config import conf_dir
-from epmq_cli.families.family import Linears
-from epmq_cli.merge.apply import Merged
+from epmq_cli.families.family import Batch, Linears
+from epmq_cli.merge.apply import Merged, Models
 
 
 def rounded(bits: int) -> Callable[[Tensor], Tensor]:
@@ -50,7 +52,7 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def captured(job: steps.Job, model: torch.nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def captured(job: steps.Job, model: torch.nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
     """The rows (tokens, width) that reach the first linear of each group in the blocks."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     stack = job.family.stacks(model)[0]
@@ -81,24 +83,17 @@ def target(
 
 def opened(arguments: argparse.Namespace) -> steps.Job:
     """The job of the suite that is asked for."""
-    overrides = [f"suite={arguments.suite}", "out=runs/precision"]
+    overrides = [f"suite={arguments.suite}", f"device={arguments.device}", "out=runs/precision"]
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[{arguments.config_dir.resolve()}]")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return steps.make_job(compose("run", overrides=overrides))
 
 
-def main() -> None:
-    """Prints the median and the largest error over all linears."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="tiny")
-    parser.add_argument("--config-dir", type=Path)
-    parser.add_argument("--lam", type=float, default=0.001)
-    arguments = parser.parse_args()
-    job = opened(arguments)
-    models, model, dtype = steps.open_models(job)
-    drawn = steps.calibration_batches(job, models.base.path)
-    install(model, Merged(models.source, job.merge, dtype))
+def relative_errors(
+    job: steps.Job, model: torch.nn.Module, models: Models, drawn: dict[str, list[Batch]], lam: float
+) -> dict[str, list[float]]:
+    """The error of W* for each type of rows, group by group; the model must be the merged one."""
     own, taught = {}, {}
     with torch.inference_mode():
         for task, batches in drawn.items():
@@ -110,13 +105,30 @@ def main() -> None:
         anchor = Affine(model.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.bias"))
         rows = []
         for task in own:
-            parts = (models.source.expert(task, f"{name}.{part}") for part in ("weight", "bias"))
+            parts = (models.source.expert(task, f"{name}.{part}").to(job.device) for part in ("weight", "bias"))
             rows.append((own[task][name], taught[task][name], Affine(*parts)))
-        targets = {kind: target(anchor, rows, arguments.lam, convert) for kind, convert in TYPES.items()}
+        targets = {kind: target(anchor, rows, lam, convert) for kind, convert in TYPES.items()}
         exact = targets["float64"]
         for kind, found in targets.items():
             errors[kind].append(float((found - exact).norm() / exact.norm()))
-    print(f"{arguments.suite}, {len(errors['float64'])} groups of linears, lam {arguments.lam}, relative error of W*\n")
+    return errors
+
+
+def main() -> None:
+    """Prints the median and the largest error over all linears."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="tiny")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--lam", type=float, default=0.001)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    job = opened(arguments)
+    models, model, dtype = steps.open_models(job)
+    drawn = steps.calibration_batches(job, models.base.path)
+    install(model, Merged(models.source, job.merge, dtype))
+    errors = relative_errors(job, model, models, drawn, arguments.lam)
+    groups = len(errors["float64"])
+    print(f"{arguments.suite}, {groups} groups of linears, lam {arguments.lam}, {job.device}, relative error of W*\n")
     print("| rows | median | largest |\n|---|---|---|")
     for kind, found in errors.items():
         print(f"| {kind} | {sorted(found)[len(found) // 2]:.1e} | {max(found):.1e} |")

@@ -5,7 +5,8 @@
     python benchmarks/sweep.py --teachers           # why teachers' activations are not kept
 
 Each sweep is `epmq run -m` as a user starts it, one job after the other, with an empty cache or `cache=false` in turn;
-then the first job alone again, with the full cache. Scores and checkpoints of both sweeps are compared.
+then the first job alone, without and again with the full cache. Scores and checkpoints of both sweeps are compared.
+`--teachers` works on the CPU in any case.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def run(out: Path, cache: Path | None, arguments: argparse.Namespace, *options: 
     return time.perf_counter() - start
 
 
-def jobs(out: Path) -> dict[str, tuple[Any, str]]:
-    """The metrics of each job, and the sha256 of its weights."""
+def jobs(out: Path, name: str = "*") -> dict[str, tuple[Any, str]]:
+    """The metrics of each job, or of the one of this name, and the sha256 of its weights."""
     found = {}
-    for path in sorted(out.glob("*/metrics.json")):
+    for path in sorted(out.glob(f"{name}/metrics.json")):
         weights = (path.parent / "checkpoint" / "model.safetensors").read_bytes()
         found[path.parent.name] = (json.loads(path.read_text()), hashlib.sha256(weights).hexdigest())
     return found
@@ -60,29 +61,40 @@ def same(first: dict[str, tuple[Any, str]], second: dict[str, tuple[Any, str]]) 
     return results[0] == results[1]
 
 
+def one_round(out: Path, cache: Path, arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float], str]:
+    """Seconds of each way, whole and in the stages that jobs have in common, and the device's name."""
+    shutil.rmtree(cache, ignore_errors=True)
+    first = [option.partition(",")[0] for option in SWEEP]
+    whole = {
+        "without": run(out / "without", None, arguments, "-m", *SWEEP),
+        "with an empty cache": run(out / "with", cache, arguments, "-m", *SWEEP),
+        "one job, without": run(out / "one", None, arguments, *first),
+    }
+    alone = jobs(out, "one")
+    whole["one job, full cache"] = run(out / "one", cache, arguments, *first)
+    plain, kept, again = jobs(out / "without"), jobs(out / "with"), jobs(out, "one")
+    if len(plain) != 2 ** len(SWEEP) or not same(plain, kept) or not same(alone, again):
+        sys.exit("the cache changed a result")
+    stages = dict(zip(whole, map(stage_seconds, (plain, kept, alone, again)), strict=True))
+    return whole, stages, next(iter(again.values()))[0]["environment"]["device_name"]
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Runs the sweeps and prints the table."""
     out, cache = arguments.out.resolve(), arguments.out.resolve() / "cache"
-    times: dict[str, list[float]] = {"without": [], "with an empty cache": [], "one job, full cache": []}
-    stages: dict[str, list[float]] = {"without": [], "with an empty cache": []}
-    for _ in range(arguments.repeats):
-        shutil.rmtree(cache, ignore_errors=True)
-        times["without"].append(run(out / "without", None, arguments, "-m", *SWEEP))
-        times["with an empty cache"].append(run(out / "with", cache, arguments, "-m", *SWEEP))
-        first = [option.partition(",")[0] for option in SWEEP]
-        times["one job, full cache"].append(run(out / "one", cache, arguments, *first))
-        plain, kept = jobs(out / "without"), jobs(out / "with")
-        stages["without"].append(stage_seconds(plain))
-        stages["with an empty cache"].append(stage_seconds(kept))
-        if len(plain) != 2 ** len(SWEEP) or not same(plain, kept):
-            sys.exit("the cache changed a result")
-    print(f"medians of {arguments.repeats}, {len(plain)} jobs, {arguments.threads} threads, results the same\n")
-    print("| | whole, s | stages that jobs have in common, s |\n|---|---|---|")
-    for name, seconds in times.items():
-        common = f"{statistics.median(stages[name]):.1f}" if name in stages else ""
-        print(f"| {name} | {statistics.median(seconds):.1f} | {common} |")
+    rounds = [one_round(out, cache, arguments) for _ in range(arguments.repeats)]
+    wholes, stages = [whole for whole, _, _ in rounds], [found for _, found, _ in rounds]
+    print(f"{' '.join([*SWEEP, *arguments.overrides])}: {2 ** len(SWEEP)} jobs, {rounds[0][2]}, ", end="")
+    print(f"{arguments.threads} threads, medians of {arguments.repeats}; results the same\n")
+    print("| | whole, s | times as long as without | stages that jobs have in common, s |\n|---|---|---|---|")
+    for name in wholes[0]:
+        plain = "one job, without" if name.startswith("one") else "without"
+        seconds = statistics.median(whole[name] for whole in wholes)
+        ratio = statistics.median(whole[name] / whole[plain] for whole in wholes)
+        common = statistics.median(found[name] for found in stages)
+        print(f"| {name} | {seconds:.1f} | {ratio:.2f} | {common:.1f} |")
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    print(f"\nThe cache has {size / 1e6:.2f} MB; whole seconds of each: {json.dumps(times)}")
+    print(f"\nThe cache has {size / 1e6:.2f} MB; whole seconds of each round: {json.dumps(wholes)}")
 
 
 def teachers(folder: Path, threads: int) -> None:
