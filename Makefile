@@ -6,7 +6,7 @@ DEVICE ?= cpu
 PROCESSES ?= 1 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,9 @@ test: install ## the tests, but for the slow ones
 
 test-all: install ## all tests
 	$(BIN)/pytest -n 2
+
+test-gpu: install ## the tests that need a GPU, the slow ones too; each says so and is skipped where there is none
+	$(BIN)/pytest -m gpu
 
 coverage: install ## the tests, but for the slow ones, and which lines and branches of the package they do not reach
 	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered

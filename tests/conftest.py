@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: no test may depend on the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # models of a few thousand weights only lose by more threads
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks CUDA itself for GPUs must not fork any more
 
 import atexit
 import copy
@@ -27,6 +28,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.counts import TRIED
+from tests.gpu import lacking
 
 os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
 atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
@@ -34,6 +36,13 @@ atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
 WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
 CLASSES = ["red", "blue", "green"]
 TASKS = ("first", "second")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what has the marker gpu, before any fixture is made for it, where there is none."""
+    if item.get_closest_marker("gpu") and (reason := lacking()):
+        pytest.skip(reason)
 
 
 @pytest.hookimpl(wrapper=True)

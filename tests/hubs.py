@@ -30,6 +30,12 @@ def config(hub: Path, *overrides: str) -> DictConfig:
         return compose("run", overrides=[search, "suite=mini", "out=unused", *QUICK, *overrides])
 
 
+def eval_config(checkpoint: Path, *overrides: str) -> DictConfig:
+    """The composed config of `epmq eval`."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("eval", overrides=[f"checkpoint={checkpoint}", "device=cpu", "out=unused", *overrides])
+
+
 def run_in(folder: Path, hub: Path, *overrides: str) -> Path:
     """Runs the command's body; the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)

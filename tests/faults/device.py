@@ -41,7 +41,11 @@ class Device:
         self.after -= 1
         if self.after < 0 and len(args[0]) > self.samples:
             self.refused += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nOf which nothing is left.")
+            self.fail()
+
+    def fail(self) -> None:
+        """Raises what torch raises."""
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nOf which nothing is left.")
 
     @contextmanager
     def during(self, *places: Place) -> Iterator[None]:

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 import epmq_cli.calibration as guide
@@ -29,7 +28,7 @@ from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
 from tests.faults.test_processes import ended, start
-from tests.hubs import config, run_in
+from tests.hubs import config, eval_config, run_in
 from tests.test_ranks import TORCHRUN
 
 
@@ -156,7 +155,7 @@ def test_killed_between_halvings_at_any_file(
 
 def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, bert_hub, "eval.samples=8")
-    cfg = DictConfig(config_of_eval(checkpoint))
+    cfg = eval_config(checkpoint, "eval.samples=8")
     (tmp_path / "again").mkdir()
     with Device(3).during((steps, "stage_scores")):
         evaluate(cfg, tmp_path / "again", [])
@@ -164,15 +163,6 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
     assert found["events"] == {"eval_batches_halved": 2}
     for task, scores in wanted["scores"]["tasks"].items():
         assert found["scores"]["tasks"][task]["quantized"] == scores["quantized"]
-
-
-def config_of_eval(checkpoint: Path) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-
-    from epmq_cli.config import conf_dir
-
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint={checkpoint}", "device=cpu", "out=unused", "eval.samples=8"])
 
 
 def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from epmq_cli.inference.int4 import Int4Linear, for_cuda, kernel_group, obstacle, pairs_of
 from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
+from tests.gpu import DEVICE
 
 CPU = torch.device("cpu")
 
@@ -83,12 +84,11 @@ def test_cuda_gets_the_largest_tiles_that_fit(columns: int, tiles: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("columns", [256, 192, 96])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_on_cuda_the_kernel_gives_the_same(columns: int, symmetric: bool) -> None:
     spec, x = GridSpec(4, 32, symmetric, "minmax"), inputs(7, columns)
-    found = Int4Linear(drawn(spec, columns=columns, device="cuda"), None)(x.cuda())
+    found = Int4Linear(drawn(spec, columns=columns, device=DEVICE), None)(x.to(DEVICE))
     torch.testing.assert_close(found.cpu(), product(drawn(spec, columns=columns), x), rtol=2**-6, atol=2**-6)
 
 

@@ -38,19 +38,29 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return W, found[0].float()
 
 
-def compare(columns: Columns, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int) -> None:
-    """Asserts that losses of many grids, integers and errors are those of plain torch."""
+def compare(
+    columns: Columns, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int, device: str = "cpu"
+) -> None:
+    """Asserts that losses of many grids, integers and errors on a device are those of plain torch on the CPU."""
     W, U = problem(rows, width)
     spec, reference = GridSpec(bits, width, symmetric, "hessian"), TorchColumns()
     low, high = range_of(W, spec)
     shrinks = torch.linspace(1, 0.2, 7)[:, None]
     grids = grid_of_range(shrinks * low, shrinks * high, spec, dtype)
     grids = Grid(grids.scale * (1 - 2 * (torch.arange(7)[:, None] % 2) * symmetric), grids.zero)
-    assert torch.equal(columns.loss(W, U, grids, spec), reference.loss(W, U, grids, spec))
+    there = W.to(device), U.to(device)
+    losses = columns.loss(*there, _on(device, grids), spec)
+    assert losses.device.type == torch.device(device).type
+    assert torch.equal(losses.cpu(), reference.loss(W, U, grids, spec))
     for index in (0, 1):
         grid = Grid(grids.scale[index][:, None], grids.zero[index][:, None])
-        for one, other in zip(columns.walk(W, U, grid, spec), reference.walk(W, U, grid, spec), strict=True):
-            assert torch.equal(one, other)
+        found = columns.walk(*there, _on(device, grid), spec)
+        for one, other in zip(found, reference.walk(W, U, grid, spec), strict=True):
+            assert torch.equal(one.cpu(), other)
+
+
+def _on(device: str, grid: Grid) -> Grid:
+    return Grid(grid.scale.to(device), grid.zero.to(device))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "dtype", "rows", "width"), CASES)

@@ -1,0 +1,121 @@
+"""Oracles: the run on the same GPU that nothing happened to, byte for byte, or up to rounding where what happened
+changes the shapes of products."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmq_cli.errors import RunError
+from epmq_cli.memory import Room
+from tests.counts import COMPARED, KILLS, TRIED
+from tests.faults.device import CALIBRATION, SCORING, Device
+from tests.faults.driver import files, mini
+from tests.faults.short import OPTIONS, Undisturbed, measured
+from tests.faults.test_processes import WORKER, ended, start
+from tests.gpu import DEVICE, ON_CUDA, OWN, devices
+from tests.hubs import Scene, run_in
+from tests.test_gpu import check_near, check_place
+from tests.test_ranks import TORCHRUN
+
+pytestmark = pytest.mark.gpu
+
+MEGABYTE = 1 << 20
+SAMPLES = 8  # that OPTIONS and `mini` score
+
+
+class Full(Device):
+    """Says what the device itself says."""
+
+    def fail(self) -> None:
+        """Asks for more than any has."""
+        torch.empty(1 << 60, dtype=torch.uint8, device=DEVICE)
+
+
+def test_where_the_device_is_full_half_as_many_samples_are_tried(
+    undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    device = Full(1)
+    with device.during(*CALIBRATION, *SCORING):
+        run_in(tmp_path, bert_hub, *OPTIONS, OWN)
+    events = measured(tmp_path)["events"]
+    assert events["batches_halved"] == 3
+    assert device.refused == events["batches_halved"] + events["eval_batches_halved"] >= 5
+    check_place(tmp_path)
+    check_near(tmp_path, undisturbed(bert_hub, OWN), Scene(bert_hub, *OPTIONS), SAMPLES)
+
+
+def test_where_nothing_goes_in_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
+    undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    with Full(0, after=60).during(*CALIBRATION), pytest.raises(RunError, match="no room for calibration even with one"):
+        run_in(tmp_path, bert_hub, *OPTIONS, OWN)
+    run_in(tmp_path, bert_hub, *OPTIONS, OWN)
+    assert measured(tmp_path)["resumed"] == 1
+    assert files(tmp_path) == files(undisturbed(bert_hub, OWN))
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="the limit is that of CUDA's allocator")
+def test_a_limit_of_the_device_is_kept_to() -> None:
+    """Closed form: 8 MB a sample where there are 40, so that 4 go in and neither 16 nor 8."""
+    batch, room = {"x": torch.arange(16.0, device=DEVICE)[:, None]}, Room(16, "tests", "")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 40 * MEGABYTE) / total)
+    try:
+        found = room.rows(lambda part: part["x"].repeat(1, 2 * MEGABYTE).sum(1), batch)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.tolist() == [2.0 * MEGABYTE * number for number in range(16)]
+    assert (room.samples, room.halved) == (4, 2)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bytes(bert_hub: Path, tmp_path: Path) -> None:
+    """Killed in the first block and, when it goes on, in the second; each time a process of its own, since CUDA does
+    not outlive a fork."""
+    arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", OWN)
+    for call, entries in ((6, ["0000-stem"]), (10, ["0000", "0000-stem"])):
+        worker = (sys.executable, WORKER, "0", str(int(signal.SIGKILL)), str(call))
+        status, said = ended(start(tmp_path, *worker, *arguments, "out=run"))
+        assert status == -signal.SIGKILL, said
+        TRIED[KILLS] += 1
+        assert sorted(path.stem for path in (tmp_path / "run").glob(".resume/*/last/*.safetensors")) == entries
+    for out in ("run", "whole"):
+        status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments, f"out={out}"))
+        assert status == 0, said
+        assert ("goes on from the last finished block" in said) == (out == "run")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    run, whole = (measured(tmp_path / out) for out in ("run", "whole"))
+    assert all(run[name] == whole[name] for name in ("layers", "scores", "guidance", "events"))
+    assert (run["resumed"], whole["resumed"]) == (2, 0)
+    check_place(tmp_path / "run")
+    TRIED[COMPARED] += 1
+
+
+@pytest.mark.skipif(devices() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("device", ["auto", DEVICE])
+def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
+    """Each solves its own rows, so that products have other shapes than those of one process."""
+    arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", f"device={device}", "out=run")
+    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
+    assert status == 0, said
+    check_place(tmp_path / "run")
+    check_near(tmp_path / "run", undisturbed(bert_hub, OWN), Scene(bert_hub, *OPTIONS), SAMPLES)
+
+
+@pytest.mark.skipif(not ON_CUDA or devices() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_first_gives_the_same_bytes(
+    undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
+) -> None:
+    """On a machine of GPUs of one kind."""
+    names = [torch.cuda.get_device_name(index) for index in range(devices())]
+    last = max(index for index, name in enumerate(names) if name == names[0])
+    if last == 0:
+        pytest.skip("no other GPU is like the first")
+    run_in(tmp_path, bert_hub, *OPTIONS, f"device=cuda:{last}")
+    assert measured(tmp_path)["environment"]["device"] == f"cuda:{last}"
+    assert files(tmp_path) == files(undisturbed(bert_hub, OWN))
