@@ -56,7 +56,7 @@ class Room:
     def _halve(self, samples: int) -> None:
         """Half of so many, for which there was no room."""
         gc.collect()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
         allocator.give_back()
         if samples == 1:
