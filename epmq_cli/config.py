@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
-from epmq_cli.errors import ConfigError, check_choice, check_keys, check_range, placed, shown
+from epmq_cli.errors import ConfigError, TokenError, check_choice, check_keys, check_range, placed, shown
 from epmq_cli.fields import check_type, check_types, required
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 """A value that is that of another option, such as ${bits}."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+ASKED = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -153,10 +154,11 @@ def check_complete(cfg: DictConfig, command: str) -> None:
 
 
 def refuse_tokens(texts: Iterable[str]) -> None:
-    """ConfigError where one of these texts holds a token of the hub, since configs are stored in plain sight."""
+    """TokenError where one of these texts holds a token of the hub, or asks for one, since configs are stored in plain
+    sight."""
     known = [token for name in TOKENS if (token := os.environ.get(name))]
-    if any(TOKEN.search(text) or any(token in text for token in known) for text in texts):
-        raise ConfigError(
+    if any(TOKEN.search(text) or ASKED.search(text) or any(token in text for token in known) for text in texts):
+        raise TokenError(
             "a token of the hub must not be in the config, which goes into metrics.json and the checkpoint; leave it "
             f"to the variable {TOKENS[0]}, which the hub's own library reads"
         )

@@ -2,6 +2,7 @@
 
     EpmqError
     ├── ConfigError       an option or a config file: what was typed is not allowed
+    │   └── TokenError    it holds a token of the hub
     ├── ModelError        base or experts: files, tensor names, shapes, values
     ├── DataError         the data of a task
     ├── CheckpointError   a checkpoint that cannot be written, or was not written by epmq
@@ -31,6 +32,10 @@ class EpmqError(Exception):
 
 class ConfigError(EpmqError):
     """An option or a config file holds something that is not allowed."""
+
+
+class TokenError(ConfigError):
+    """A config holds a token of the hub, which must not be written down."""
 
 
 class ModelError(EpmqError):

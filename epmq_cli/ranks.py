@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from epmq_cli.errors import RunError, lacks_memory
+from epmq_cli.errors import ConfigError, RunError, lacks_memory, shown
 
 if TYPE_CHECKING:
     import torch
@@ -22,22 +22,46 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+PLACE = ("MASTER_ADDR", "MASTER_PORT")
+"""What torchrun says to its processes, of them and of where they meet."""
 PATIENCE = timedelta(days=7)  # the others wait while the first one scores
 
 
 def number() -> int:
     """Which of the processes this is, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _told("RANK") if count() > 1 else 0
 
 
 def count() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told("WORLD_SIZE")
 
 
 def local() -> int:
     """Which of the processes on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told("LOCAL_RANK") if count() > 1 else 0
+
+
+def _told(name: str) -> int:
+    """What a variable says; what it says of one process where it is no number, which `check` refuses."""
+    value = os.environ.get(name, "")
+    return int(value if value.isdecimal() else VARIABLES[name])
+
+
+def check(command: str) -> None:
+    """ConfigError unless the variables that torchrun sets are as it sets them, and the command is one for several
+    processes if there are any."""
+    found = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
+    told = " ".join(f"{name}={shown(value)}" for name, value in found.items())
+    size, *numbers = [int(value) if value.isdecimal() else -1 for value in found.values()]
+    if size < 1 or min(numbers) < 0 or (size > 1 and max(numbers) >= size):
+        raise ConfigError(f"torchrun never sets {told}; start the processes with it, or unset these variables")
+    missing = [name for name in PLACE if not os.environ.get(name)]
+    if size > 1 and missing:
+        raise ConfigError(f"{told} is set without {missing[0]}; start the processes with torchrun")
+    if size > 1 and command != "run":
+        raise ConfigError(f"epmq {command} is done by one process; start it without torchrun")
 
 
 def first() -> bool:
@@ -57,7 +81,11 @@ def join(device: torch.device) -> None:
     if device.type == "cuda" and device.index != local():
         raise RunError(f"{count()} processes cannot share device={device}; with device=cuda each takes its own")
     if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the processes of this run do not meet ({reason}); start them with torchrun") from error
         atexit.register(distributed.destroy_process_group)
 
 

@@ -46,6 +46,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert [device_of(name) for name in ("auto", "cuda", "cuda:1")] == [
         torch.device("cuda", number) for number in (0, 0, 1)
     ]
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [device_of(name).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -17,6 +17,7 @@ from torch import distributed
 from epmq_cli import ranks
 from epmq_cli.errors import RunError
 from epmq_cli.resume.state import opened
+from tests.conftest import Run
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -123,3 +124,42 @@ def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, m
     monkeypatch.setattr(ranks, "gathered", lambda value: [value, "another"])
     with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
         opened(tmp_path, {"config": {"bits": 4}}, "auto")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "torchrun never sets WORLD_SIZE='abc' RANK='0' LOCAL_RANK='0'; start the processes"),
+        ({"WORLD_SIZE": "0"}, "torchrun never sets"),
+        ({"RANK": ""}, "torchrun never sets"),
+        ({"RANK": "x"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2"}, "is set without MASTER_ADDR; start the processes with torchrun"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "is set without MASTER_PORT; start"),
+    ],
+    ids=str,
+)
+def test_variables_that_torchrun_does_not_set_so_are_refused(
+    variables: dict[str, str], message: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = epmq_inside("run", "out=x")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr
+
+
+def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ranks.check("merge")
+    assert ranks.first()
+    assert (ranks.number(), ranks.local()) == (0, 0)
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=r"the processes of this run do not meet \(.*\); start them with torchrun"):
+        ranks.join(torch.device("cpu"))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from epmq_cli.cli import split
+from epmq_cli.commands.overrides import check_overrides
 from epmq_cli.config import build, conf_dir
 from tests.conftest import Run
 
@@ -16,12 +18,14 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
 COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 SUITES = [text for kind, text in BLOCKS if kind == "yaml"]
+LINES = re.findall(r"^    (epmq (?:.*\\\n)*.*)$", README.read_text(encoding="utf-8"), re.M)
 QUICK = ["calib.samples=8", "eval.samples=4", "eval.stages=[quantized]"]
 
 
 def test_the_readme_has_commands_and_suites() -> None:
     assert len(COMMANDS) >= 6
     assert len(SUITES) == 2
+    assert len(LINES) >= 9
     assert all(command.startswith("epmq ") for command in COMMANDS)
 
 
@@ -36,6 +40,14 @@ def test_every_command_runs(command: str, epmq_inside: Run) -> None:
     result = epmq_inside(*arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_needs_models_or_engines_can_be_typed_so(line: str) -> None:
+    command, *arguments = shlex.split(line.replace("\\\n", ""), comments=True)[1:]
+    overrides, flags = split(arguments)
+    check_overrides(command, overrides)
+    assert set(flags) <= {"-m", "--config-dir", "my_configs"}
 
 
 @pytest.mark.parametrize("text", SUITES, ids=[text.splitlines()[1] for text in SUITES])

@@ -48,6 +48,29 @@ def test_a_token_in_the_config_is_refused_and_not_repeated(
     assert files_with_it(tmp_path) == []
 
 
+@pytest.mark.parametrize("sweep", [(), ("-m",), ("-m", "suite=tok,tiny")], ids=["a run", "a sweep", "a swept suite"])
+def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(
+    sweep: tuple[str, ...], tmp_path: Path, epmq_inside: Run
+) -> None:
+    (tmp_path / "mine" / "suite").mkdir(parents=True)
+    text = f"_target_: epmq_cli.suites.Suite\nname: {TOKEN}\nbase: b\nexperts: e\ntasks: {{}}\nfamily: clip\n"
+    (tmp_path / "mine" / "suite" / "tok.yaml").write_text(text)
+    options = ["suite=tok"] * (len(sweep) < 2) + ["eval.stages=[]", "calib.samples=8", "out=x"]
+    result = epmq_inside("run", "--config-dir", "mine", *sweep, *options)
+    assert result.returncode == 1
+    assert "epmq: a token of the hub must not be in the config" in result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    assert files_with_it(tmp_path) == [tmp_path / "mine" / "suite" / "tok.yaml"]
+
+
+@pytest.mark.parametrize("key", ["out", "hydra.run.dir"])
+def test_no_folder_is_called_like_a_token(key: str, tmp_path: Path, epmq_inside: Run) -> None:
+    result = epmq_inside("run", f"{key}='${{oc.env:HF_TOKEN}}'")
+    assert result.returncode == 1
+    assert result.stderr.startswith("epmq: a token of the hub must not be in the config")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_only_looks_like_a_token_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_tokens(["hf_models/bert", "my_hf_" + "x" * 40])
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "secret")

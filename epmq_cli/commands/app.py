@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -30,7 +31,7 @@ from epmq_cli.cli import split
 from epmq_cli.commands.overrides import check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
-from epmq_cli.errors import ConfigError, EpmqError, check_keys, lacks_memory
+from epmq_cli.errors import ConfigError, EpmqError, TokenError, check_keys, lacks_memory
 from epmq_cli.interruption import GRACE
 from epmq_cli.resume import unfinished
 
@@ -54,8 +55,10 @@ MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
 
 def launch(command: str, arguments: list[str]) -> None:
     """Runs a command with these arguments; whatever is raised ends it as `told` says."""
-    if ranks.count() > 1 and command != "run":
-        complain(f"epmq {command} is done by one process; start it without torchrun")
+    try:
+        ranks.check(command)
+    except ConfigError as error:
+        complain(str(error))
         sys.exit(MISTAKEN)
     logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
     with told(lambda error: explain(error, command, arguments), INTERRUPTED[command]):
@@ -86,7 +89,7 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
     try:
         yield
     except (Exception, Ended) as raised:
-        error = raised.error if isinstance(raised, Ended) else raised
+        error = _behind(raised.error if isinstance(raised, Ended) else raised)
         if before == "1":
             raise error from None
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
@@ -98,6 +101,12 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
     finally:
         os.environ.pop(unfinished.VARIABLE, None)
         os.environ[FULL_ERROR] = before
+
+
+def _behind(error: Exception) -> Exception:
+    """What the system said, where a library says in its own words that a file could not be opened, as logging does."""
+    cause = error.__cause__
+    return cause if isinstance(error, ValueError) and isinstance(cause, OSError) else error
 
 
 def defect(error: Exception) -> str:
@@ -176,6 +185,8 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
         try:
             command(cfg)
         except Exception as error:
+            if isinstance(error, TokenError):
+                _forget()
             if isinstance(error, EpmqError):
                 log.error("%s", plain(str(error)))
             else:
@@ -185,6 +196,14 @@ def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
             raise  # to the sweep, which goes on with its other jobs
 
     return wrapped
+
+
+def _forget() -> None:
+    """Removes what Hydra has written down of the config."""
+    hydra = HydraConfig.get()
+    shutil.rmtree(Path(hydra.runtime.output_dir) / str(hydra.output_subdir), ignore_errors=True)
+    if hydra.mode == RunMode.MULTIRUN:
+        (Path(hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString, Sweep
 from yaml import MarkedYAMLError
 
 from epmq_cli.config import conf_dir, groups_of, options_of
@@ -52,8 +52,8 @@ def _is_text(path: Path) -> bool:
 
 def _check_group(group: str, override: Override) -> None:
     value: Any = override.value()
-    if isinstance(value, Sweep) and not isinstance(value, ChoiceSweep):
-        return  # of patterns
+    if isinstance(value, (Glob, Sweep)) and not isinstance(value, ChoiceSweep):
+        return  # patterns
     for name in value.list if isinstance(value, ChoiceSweep) else [value]:
         if not isinstance(name, (str, QuotedString)) or name == "":
             options = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))

@@ -10,10 +10,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.durable import write_text
+from epmq_cli.errors import RunError
 from epmq_cli.resume.lock import RESULTS, in_use
 
 MARK = ".unfinished"
@@ -62,9 +64,26 @@ def done(folder: Path, cfg: DictConfig) -> bool:
     """Whether a folder holds the results of this very job of a sweep."""
     if not all((folder / name).exists() for name in RESULTS):
         return False
-    found = json.loads((folder / RESULTS[1]).read_text(encoding="utf-8")).get("config", {})
+    found = _config(folder / RESULTS[1])
     wanted = json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
     return all(found.get(key) == value for key, value in wanted.items() if key not in ELSEWHERE)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config in a metrics.json; RunError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return dict(found.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged; remove {path.parent}, and the same command makes it again") from error
+
+
+def _mark(path: Path) -> str | None:
+    """What stands in a mark; None where it cannot be read, as one of somebody else's may."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _asked(arguments: Sequence[str]) -> list[str]:
@@ -74,5 +93,5 @@ def _asked(arguments: Sequence[str]) -> list[str]:
 def _marked(arguments: Sequence[str]) -> list[Path]:
     """The unfinished folders of a command that are free, the last one begun at the end."""
     asked = json.dumps(_asked(arguments)) + "\n"
-    marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if mark.read_text(encoding="utf-8") == asked]
+    marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if _mark(mark) == asked]
     return [mark.parent for mark in marks if not in_use(mark.parent)]

@@ -104,3 +104,11 @@ def test_a_file_where_the_folder_should_be(out: str, bert_hub: Path, tmp_path: P
     status, said = command(tmp_path, *mini(bert_hub, f"out={out}"))
     assert (status, one_sentence(said)) == (1, True), said
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_log_that_cannot_be_written(bert_hub: Path, tmp_path: Path) -> None:
+    """Hydra says so in words of its own."""
+    (tmp_path / "run" / "run.log").mkdir(parents=True)
+    status, said = command(tmp_path, *mini(bert_hub, "out=run"))
+    assert (status, one_sentence(said)) == (1, True), said
+    assert "run.log: Is a directory" in said

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from epmq_cli.config import conf_dir
+from epmq_cli.errors import RunError
 from epmq_cli.resume import unfinished
 from epmq_cli.resume.lock import RESULTS, alone
 from epmq_cli.resume.unfinished import RUNS, VARIABLE, begin, continued, end, typed
@@ -64,3 +66,21 @@ def test_a_command_that_is_done_leaves_no_mark() -> None:
 def test_the_default_folder_lies_where_it_is_looked_for() -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         assert Path(compose("run").out).parent == RUNS
+
+
+def test_marks_that_cannot_be_read_are_nobodys() -> None:
+    started("1", "bits=3")
+    (started("2", "bits=3") / unfinished.MARK).write_bytes(b"\xff\xfe")
+    folder = started("3", "bits=3")
+    (folder / unfinished.MARK).unlink()
+    (folder / unfinished.MARK).mkdir()
+    assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": null}', b"\xff", b"[" * 100_000], ids=range(6))
+def test_a_job_whose_results_are_damaged_is_named(content: bytes) -> None:
+    folder = RUNS / "job"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "metrics.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"):
+        unfinished.done(folder, DictConfig({"bits": 4}))
