@@ -87,6 +87,11 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
         yield
     except (Exception, Ended) as raised:
         error = raised.error if isinstance(raised, Ended) else raised
+        if (number := interruption.seen()) is not None:  # what a library raises that was interrupted says nothing
+            complain(interrupted)
+            sys.exit(interruption.STATUS[number])
+        if isinstance(error, BrokenPipeError) and sys.stdout is not None:
+            sys.stdout.flush()  # raises it again where it is of what is printed, see ending.py
         if before == "1":
             raise error from None
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
