@@ -43,6 +43,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             1,
             "epmq: a/b cannot be written or read (No space left on device); make room there, or choose another out\n",
         ),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            1,
+            "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
+        ),
         (OSError(40, "Too many levels", "a/b"), 1, "epmq: the system says of a/b: Too many levels\n"),
         (OSError("odd"), 1, "epmq: odd\n"),
         (
