@@ -7,6 +7,7 @@ first signal counts: a second one would break off the cleaning up.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -52,7 +53,8 @@ def held() -> Iterator[None]:
 @contextmanager
 def answered() -> Iterator[None]:
     """Inside the block SIGINT and SIGTERM raise `Interrupted` in the main thread, the first of them alone; behind it
-    all further ones are ignored, to the end of the process. Nothing is done elsewhere than in the main thread."""
+    all further ones are ignored, to the end of the process. Where there was none, one that comes while Python exits
+    ends it without a traceback. Nothing is done elsewhere than in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,6 +65,8 @@ def answered() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if _seen else handler)
+        if not _seen:
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

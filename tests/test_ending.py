@@ -86,6 +86,15 @@ def test_verify_has_words_of_its_own(tmp_path: Path) -> None:
     assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, said)
 
 
+def test_a_signal_that_comes_while_python_exits_brings_no_traceback() -> None:
+    code = (
+        "import atexit, os, sys; from epmq_cli.cli import main; sys.argv = ['epmq', '--version']; "
+        "atexit.register(os.kill, os.getpid(), 2); main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
 def printing(arguments: str, output: int | None) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-m", "epmq_cli", *arguments.split()]
