@@ -90,9 +90,7 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
         yield
     except (Exception, Ended) as raised:
         error = raised.error if isinstance(raised, Ended) else raised
-        if isinstance(error, ValueError) and isinstance(
-            error.__cause__, OSError
-        ):  # run.log cannot be opened
+        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):  # run.log cannot be opened
             error = error.__cause__
         if (number := interruption.seen()) is not None:  # what a library raises that was interrupted says nothing
             complain(interrupted)
