@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from epmq_cli.config import bytes_of
 from epmq_cli.errors import ConfigError
+from epmq_cli.places import expanded
 
 if TYPE_CHECKING:
     from epmq_cli.checkpoint.writer import Entry
@@ -36,8 +37,8 @@ log = logging.getLogger("epmq")
 def cache_folder() -> Path:
     """Where epmq keeps what it can make again: $EPMQ_CACHE, or epmq in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("EPMQ_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "epmq"
+        return expanded(own, "EPMQ_CACHE")
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "epmq"
 
 
 def open_cache(room: object) -> Cache | None:

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from epmq_cli.ending import ending
+from epmq_cli.errors import ConfigError
 from epmq_cli.importing import importing
 
 COMMANDS = {
@@ -23,6 +25,7 @@ COMMANDS = {
 
 DEBUG = "--debug"
 """Tracebacks in place of sentences, with every command."""
+FULL_ERROR = "HYDRA_FULL_ERROR"
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
@@ -48,6 +51,11 @@ examples
 def main() -> None:
     """Entry of the console script; exits with the status of the command, 2 where there is no such command."""
     arguments = sys.argv[1:]
+    with ending(debug=DEBUG in arguments or os.environ.get(FULL_ERROR) == "1"):
+        _dispatch(arguments)
+
+
+def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["-sc"] or arguments[:1] == ["--shell-completion"]:
         complete(arguments)
     elif not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -75,7 +83,7 @@ def start(command: str, arguments: list[str]) -> None:
     """Runs a command."""
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
-        os.environ["HYDRA_FULL_ERROR"] = "1"
+        os.environ[FULL_ERROR] = "1"
     if command in ("list", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
@@ -84,7 +92,7 @@ def start(command: str, arguments: list[str]) -> None:
         return
     overrides, flags = split(arguments)
     if command == "eval":
-        overrides = [_checkpoint_override(override) for override in overrides]
+        overrides = _with_checkpoint(overrides)
     # threads that wait by spinning take the cores from those that work, on machines with other things to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
@@ -106,10 +114,28 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return overrides, flags
 
 
+def _with_checkpoint(arguments: list[str]) -> list[str]:
+    """`epmq eval FOLDER` means `epmq eval checkpoint=FOLDER`; folders of sweeps have = and commas in their names.
+
+    ConfigError where more than one is named: Hydra would take the last alone.
+    """
+    folders = [argument for argument in arguments if _is_checkpoint(argument)]
+    named = [argument for argument in arguments if argument.lstrip("+").startswith("checkpoint=")]
+    if len({*folders, *named}) > 1:
+        raise ConfigError(
+            f"epmq eval scores one checkpoint at a time, got {' and '.join([*folders, *named])}; give one, or several "
+            "as epmq eval -m checkpoint=FOLDER,FOLDER"
+        )
+    return [_checkpoint_override(argument) if argument in folders else argument for argument in arguments]
+
+
+def _is_checkpoint(argument: str) -> bool:
+    """Whether it is the path of one: no override, unless there is a folder of just that name."""
+    override = "=" in argument or argument.startswith(("~", "+"))
+    return not override or (Path(argument).is_dir())
+
+
 def _checkpoint_override(argument: str) -> str:
-    """`epmq eval FOLDER` means `epmq eval checkpoint=FOLDER`; folders of sweeps have = and commas in their names."""
-    if "=" in argument and not Path(argument).is_dir():
-        return argument
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
     return f"checkpoint='{escaped}'"
 

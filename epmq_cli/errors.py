@@ -10,7 +10,7 @@
 
 The message is one sentence that names what was given, what is allowed and what to do. The commands print it without a
 traceback and exit with 1, as they do for what the system refuses (OSError: a full disk, a folder that may not be
-written; MemoryError). Ctrl-C exits with 130.
+written; MemoryError). Ctrl-C exits with 130 and SIGTERM with 143, whatever is raised behind it; a closed pipe with 141.
 
 Anything else that is raised is a defect of epmq: the commands say so in one sentence and exit with 70. Its traceback is
 in the run folder's log, and on the screen with --debug or HYDRA_FULL_ERROR=1, which show those of mistakes as well.

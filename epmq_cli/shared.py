@@ -24,14 +24,13 @@ from torch import Tensor
 from epmq_cli import ranks
 from epmq_cli.cache import Cache, cache_folder
 from epmq_cli.calibration import OfExpert
-from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
 from epmq_cli.checkpoint.writer import Entry, of
 from epmq_cli.config import Harness
 from epmq_cli.console import bar
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew
 from epmq_cli.families.family import Batch
-from epmq_cli.fingerprint import Fingerprints, of_bytes, of_samples, of_tensors
+from epmq_cli.fingerprint import Fingerprints, of_code, of_samples, of_tensors
 from epmq_cli.merge.apply import Merged, Models
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
@@ -182,16 +181,9 @@ def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.de
 
 def _surroundings(device: torch.device) -> dict[str, Any]:
     """The machine and the software that results depend on, to the last bit."""
-    found = {**environment(device), "device": device.type, "code": _code(), "cpu": _cpu()}
+    found = {**environment(device), "device": device.type, "code": of_code(), "cpu": _cpu()}
     precision = (torch.get_float32_matmul_precision(), torch.backends.cpu.get_cpu_capability())
     return {**found, "precision": precision, "others": {name: _version(name) for name in PACKAGES}}
-
-
-@once
-def _code() -> str:
-    """Of epmq's own modules: its version does not change while somebody works on it."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return of_bytes(content(path).sha256.encode() for path in files)
 
 
 @once

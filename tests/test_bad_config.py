@@ -44,8 +44,7 @@ GIVEN = {
 """What configs with ??? in them need, by group and name."""
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
-    "guidance.lam": (*NUMBERS, "huge"),
-    **dict.fromkeys(("guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
+    **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
     **dict.fromkeys(("merge.density", "quant.damping", "guidance.readout_weight"), ("fraction",)),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),

@@ -123,6 +123,22 @@ def test_what_does_not_exist_is_answered_with_what_does(arguments: str, epmq_ins
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "given", ["none good", "none checkpoint=good", "a=b good", "none +checkpoint=good eval=default"]
+)
+def test_eval_takes_one_checkpoint(given: str, epmq_inside: Run, tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    (tmp_path / "a=b").mkdir()
+    first, second = given.split()[:2] if given[0] != "a" else ("a=b", "good")
+    said = f"epmq: epmq eval scores one checkpoint at a time, got {first} and {second}; give one, or several as "
+    assert str(epmq_inside("eval", *given.split()).returncode).startswith(said)
+
+
+def test_what_takes_away_or_adds_an_option_is_no_checkpoint() -> None:
+    given = ["x", "~suite.tasks.y", "+a.b", "~merge=ties", "+c=3", "device=cpu"]
+    assert cli._with_checkpoint(given) == ["checkpoint='x'", *given[1:]]
+
+
 def complete(line: str, epmq: Run) -> list[str]:
     result = epmq("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
     assert result.returncode == 0, result.stderr

@@ -135,7 +135,7 @@ def test_another_version_makes_all_anew(clip_hub: Path, tmp_path: Path, monkeypa
     ("name", "replacement"),
     [
         ("_version", lambda name: "0.0.0"),
-        ("_code", lambda: "edited"),
+        ("of_code", lambda: "edited"),
         ("_cpu", lambda: "another"),
         ("environment", lambda device: {"packages": {"torch": "0.0.0"}}),
         ("environment", lambda device: {"threads": 1000}),

@@ -12,7 +12,9 @@ TARGETS = ("merged", "expert")
 TASK_WEIGHTS = ("frobenius", "tokens")
 AUTO = "auto"
 Auto = Literal["auto"]
-LIMITS = {"lam": float("inf"), "alpha": 1, "beta": 1, "rho": 10}
+MOST = 10**9
+"""Of weights: nothing that is weighted less counts beside it, and sums in float32 still hold it."""
+LIMITS = {"lam": MOST, "alpha": 1, "beta": 1, "rho": 10}
 """The options that can be `auto`, with the largest value of each; the smallest is 0."""
 
 
@@ -59,7 +61,7 @@ class Guidance:
         check_range("guidance.sweeps", self.sweeps, 1, 10, integer=True)
         check_choice("guidance.task_weight", self.task_weight, TASK_WEIGHTS)
         for task, weight in (self.weights or {}).items():
-            check_range(f"guidance.weights.{task}", weight, 0, float("inf"))
+            check_range(f"guidance.weights.{task}", weight, 0, MOST)
 
     @property
     def open(self) -> list[str]:

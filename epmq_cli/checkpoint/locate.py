@@ -14,6 +14,7 @@ from pathlib import Path
 
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.errors import ModelError
+from epmq_cli.places import expanded
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 SHIPPED_SCHEME = "shipped:"
@@ -38,7 +39,7 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
         if escapes(name) or not folder.is_dir():
             raise ModelError(f"{role}: nothing called {source} is shipped with epmq")
         return folder
-    path = Path(source).expanduser()
+    path = expanded(source, role)
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
         return path
     found = HUB_ID.fullmatch(source)
@@ -47,7 +48,7 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
             f"{role}: {source} is not a folder or file ({', '.join(FILES)}) that is there; "
             "give one, or an id of the hub (owner/name, owner/name@revision, owner/name:path/in/it)"
         )
-    mirrored = _in_mirror(Path(root).expanduser(), source, found) if root else None
+    mirrored = _in_mirror(expanded(root, "suite.root"), source, found) if root else None
     return mirrored or _download(found["repo"], found["revision"], found["inside"], role, root)
 
 

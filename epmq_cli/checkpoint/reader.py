@@ -15,6 +15,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.links import leaves
 from epmq_cli.errors import ModelError
+from epmq_cli.places import check_permitted
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -98,6 +99,7 @@ class SafetensorsFiles:
                 raise ModelError(
                     f"{self._role}: {file!r}, which the index of {self._folder} names, is not in that folder"
                 )
+            check_permitted(path, ModelError, self._role)  # the library says that it is not there
             try:
                 self._files[file] = safe_open(path, framework="pt")
                 _refuse_repeated_names(path)
@@ -191,8 +193,11 @@ def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) ->
 
 
 def refuse_links(folder: Path, role: str) -> None:
-    """ModelError where one of a folder's files is a link out of it: what it leads to could end up in a checkpoint."""
+    """ModelError where one of a folder's files is a link out of it, as what it leads to could end up in a checkpoint,
+    or may not be read."""
     for path in sorted(folder.iterdir()):
+        if path.suffix in READ:
+            check_permitted(path, ModelError, role)
         if path.suffix in READ and path.is_symlink() and leaves(path):
             raise ModelError(
                 f"{role}: {path} is a link to {path.resolve()}, outside of its folder; put the file itself there"

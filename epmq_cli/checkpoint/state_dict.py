@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.reader import DTYPES, SafetensorsFiles, TensorInfo, Tensors
 from epmq_cli.errors import ModelError
+from epmq_cli.places import check_permitted
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRAPPER = "module."
@@ -55,6 +56,7 @@ def _load(path: Path, role: str) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path, role: str) -> Any:
+    check_permitted(path, ModelError, role)
     try:
         try:
             return torch.load(path, weights_only=True, map_location="cpu", mmap=True)

@@ -29,6 +29,7 @@ from yaml import YAMLError
 from epmq_cli import interruption, ranks
 from epmq_cli.cli import split
 from epmq_cli.commands.overrides import check_overrides, unreadable
+from epmq_cli.commands.readable import check_readable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, TokenError, check_keys, lacks_memory
@@ -45,6 +46,7 @@ INTERRUPTED = {
 DISK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
 PLACE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 """What a disk or a folder says, by no fault of epmq's."""
+PERMIT = "change its permissions, or choose another"
 REMEDY = "make room there, or choose another out"
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 """Of sweeps: the extra that each comes with."""
@@ -65,6 +67,7 @@ def launch(command: str, arguments: list[str]) -> None:
         os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         overrides, flags = split(arguments)
+        check_readable(overrides)
         check_overrides(command, overrides)
         try:
             with interruption.listening(lambda: complain(INTERRUPTED[command]), GRACE if ranks.count() == 1 else 1):
@@ -90,6 +93,11 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
         yield
     except (Exception, Ended) as raised:
         error = _behind(raised.error if isinstance(raised, Ended) else raised)
+        if (number := interruption.seen()) is not None:  # what a library raises that was interrupted says nothing
+            complain(interrupted)
+            sys.exit(interruption.STATUS[number])
+        if isinstance(error, BrokenPipeError) and sys.stdout is not None:
+            sys.stdout.flush()  # raises it again where it is of what is printed, see ending.py
         if before == "1":
             raise error from None
         if ranks.first() or not isinstance(error, (ConfigError, HydraException)):  # those come up in all processes
@@ -144,6 +152,8 @@ def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) 
         return "there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size"
     if not isinstance(error, MISTAKES):
         return defect(error)
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} may not be read or written ({error.strerror}); {PERMIT}"
     if isinstance(error, OSError) and error.errno in (*DISK, *PLACE):
         return f"{error.filename or 'the disk'} cannot be written or read ({error.strerror}); {REMEDY}"
     if isinstance(error, OSError) and error.strerror:

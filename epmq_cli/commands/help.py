@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from textwrap import fill
 
@@ -71,7 +70,7 @@ def show(command: str) -> None:
                 f"\n{group}={default}: override with {group}.key=value\n"
                 + _body(conf_dir() / group / f"{default}.yaml")
             )
-    sys.stdout.write("\n".join(pages) + "\n" + TAIL)
+    print("\n".join(pages) + "\n" + TAIL, end="")
 
 
 def _part(path: Path, start: str, end: str) -> str:

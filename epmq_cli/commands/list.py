@@ -10,6 +10,7 @@ from rich.table import Table
 
 from epmq_cli.config import conf_dir
 from epmq_cli.console import console
+from epmq_cli.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +40,14 @@ def options(folders: list[Path]) -> dict[str, dict[str, str]]:
 
 def summary(path: Path) -> str:
     """The second comment line of a config, which says in a sentence what it is; the first is its command line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        raise ConfigError(f"a config file cannot be read: {path} is no file; remove it")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a config file cannot be read: {path} is no text in UTF-8; save it as such") from error
+    except OSError as error:
+        raise ConfigError(f"a config file cannot be read: {path} ({error.strerror}); mend or remove it") from error
     comments = [line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")]
     return comments[1] if len(comments) > 1 else ""
 

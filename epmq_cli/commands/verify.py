@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 
 from epmq_cli.commands.app import explain, quiet_libraries, told
-from epmq_cli.console import console, plain
+from epmq_cli.console import complain, console, plain
 from epmq_cli.errors import CheckpointError
+from epmq_cli.interruption import listening
+
+INTERRUPTED = "interrupted; the checkpoint has not been checked to the end"
 
 DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
 manifest.json, names, shapes and values of all tensors by its config.json and, with --scores, that it scores as the
@@ -25,7 +28,7 @@ def main(arguments: list[str]) -> None:
         "--debug", action="store_true", help="a traceback in place of the sentence that says what is wrong"
     )
     chosen = parser.parse_args(arguments)
-    with told(explain):
+    with told(explain, INTERRUPTED), listening(lambda: complain(INTERRUPTED)):
         verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
 
 

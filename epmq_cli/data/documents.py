@@ -12,6 +12,7 @@ from torch import Tensor
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.places import check_permitted, expanded
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Documents:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """All documents of the split, or `count` of them: the first, or by a seed."""
-        path = Path(self.train if split == "train" else self.test).expanduser()
+        path = expanded(self.train if split == "train" else self.test)
+        check_permitted(path, DataError)
         if path.suffix != ".txt":
             return running([str(row[self.text]) for row in read_rows(path, (self.text,))], count, seed)
         try:

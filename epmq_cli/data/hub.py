@@ -16,6 +16,7 @@ from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.places import expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
@@ -114,7 +115,7 @@ class Hub:
     def folder(self) -> Path | None:
         """The data set's folder on this machine, in the mirror or given as such; None where there is none."""
         mirrors = [Path(self.root) / "datasets", Path(self.root)] if self.root and not escapes(self.path) else []
-        found = (place.expanduser() for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
+        found = (expanded(place) for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
         return next((place for place in found if place.is_dir()), None)
 
     def _builder(self, library: ModuleType, cache: Path | None = None) -> Any:

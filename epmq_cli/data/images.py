@@ -13,6 +13,7 @@ from PIL import Image
 
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import DataError
+from epmq_cli.places import check_permitted, expanded
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -31,6 +32,7 @@ class ImageFiles(Sequence[Image.Image]):
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
         path = self._paths[index]
+        check_permitted(path, DataError)
         try:
             with Image.open(path) as image:
                 image.load()
@@ -56,7 +58,7 @@ class ImageFolder:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Images of the split, without a seed by class, then by file name."""
-        folder = Path(self.train if split == "train" else self.test).expanduser()
+        folder = expanded(self.train if split == "train" else self.test)
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; data paths are taken from the folder that epmq was started in")
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -105,7 +107,8 @@ class Npz:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Images of the split."""
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
+        check_permitted(path, DataError)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]

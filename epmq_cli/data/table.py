@@ -12,6 +12,7 @@ from typing import Any
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.places import check_permitted, expanded
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
 LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
@@ -47,7 +48,7 @@ class Table:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Rows of the split's file; DataError names the file, and the row where there is one."""
-        path = Path(self.train if split == "train" else self.test).expanduser()
+        path = expanded(self.train if split == "train" else self.test)
         rows = read_rows(path, self.columns.names)
         labels = self.columns.targets({self.label: [row[self.label] for row in rows]}, str(path))
         return Samples([self.columns.text(row) for row in rows], labels).some(count, seed)
@@ -57,6 +58,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a file of one of the `KINDS`, each with at least these columns."""
     if not path.is_file():
         raise DataError(f"{path} is not a file; data paths are taken from the folder that epmq was started in")
+    check_permitted(path, DataError)
     try:
         rows = _READERS[path.suffix](path)
     except (UnicodeDecodeError, ValueError, OSError, RecursionError, csv.Error) as error:

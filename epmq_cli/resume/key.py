@@ -25,6 +25,7 @@ from epmq_cli.checkpoint.manifest import contents
 from epmq_cli.checkpoint.reader import READ, ModelFolder
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch
+from epmq_cli.fingerprint import of_code
 from epmq_cli.merge.apply import Models
 from epmq_cli.report.metrics import PACKAGES
 
@@ -47,11 +48,12 @@ def identity(
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON has it; every process must ask."""
     folders = {"base": models.base, **{f"expert of {task}": expert for task, expert in models.experts.items()}}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     return {
         "config": settings(resolved),
         "models": {role: _hashed(folder) for role, folder in folders.items()} if ranks.first() else {},
         "calibration data": ranks.gathered({task: of_batches(batches) for task, batches in drawn.items()}),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {**versions, "of epmq's code": of_code()},
         "machine": _machine(device),
     }
 

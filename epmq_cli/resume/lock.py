@@ -29,6 +29,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     root = folder / FOLDER
+    _refuse_strange(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = (root / LOCK).open("a")
@@ -59,10 +60,22 @@ def refuse_used(folder: Path, *results: str) -> None:
 
 def remove(path: Path) -> None:
     """Removes a file or folder, whether or not it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _refuse_strange(folder: Path) -> None:
+    """RunError where the state would not be in the run folder, or its lock is none."""
+    root, lock = folder / FOLDER, folder / FOLDER / LOCK
+    try:
+        if root.is_symlink():
+            raise RunError(f"{root} is a link to elsewhere; remove it, or choose another out")
+        if lock.exists() and not lock.is_file():
+            raise RunError(f"{lock} is no file; remove it, or choose another out")
+    except OSError as error:
+        raise RunError(f"out={folder} cannot be written ({error.strerror}); choose another out") from error
 
 
 def _lock(file: int, folder: Path) -> None:
@@ -75,6 +88,8 @@ def _lock(file: int, folder: Path) -> None:
 
 
 def _held(path: Path) -> bool:
+    if not path.is_file():  # a pipe would wait for somebody to read it
+        return False
     try:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -168,6 +168,8 @@ def _identity(path: Path) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> Any:
+    if not path.is_file():  # a pipe would wait for somebody to write it
+        raise _damaged(path, "no file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -175,6 +177,8 @@ def _read(path: Path) -> Any:
 
 
 def _damaged(path: Path, reason: object) -> RunError:
+    if isinstance(reason, PermissionError):
+        return RunError(f"{path} cannot be read ({reason.strerror}); change its permissions, or choose another out")
     return RunError(f"{path} is damaged ({reason}); start the run anew with resume=never")
 
 

@@ -32,10 +32,11 @@ PLAIN = Guidance(
     ("fields", "message"),
     [
         ({"targets": "experts"}, "guidance.targets must be one of merged, expert, got 'experts'"),
-        ({"lam": -1}, r"guidance.lam must be a number in \[0, inf\), got -1"),
-        ({"lam": float("nan")}, r"guidance.lam must be a number in \[0, inf\), got nan"),
-        ({"lam": float("inf")}, r"guidance.lam must be a number in \[0, inf\), got inf"),
-        ({"lam": "some"}, r"guidance.lam must be a number in \[0, inf\), got 'some'"),
+        ({"lam": -1}, r"guidance.lam must be a number in \[0, 1000000000\], got -1"),
+        ({"lam": float("nan")}, r"guidance.lam must be a number in \[0, 1000000000\], got nan"),
+        ({"lam": float("inf")}, r"guidance.lam must be a number in \[0, 1000000000\], got inf"),
+        ({"lam": 1e300}, r"guidance.lam must be a number in \[0, 1000000000\], got 1e\+300"),
+        ({"lam": "some"}, r"guidance.lam must be a number in \[0, 1000000000\], got 'some'"),
         ({"alpha": 1.5}, r"guidance.alpha must be a number in \[0, 1\], got 1.5"),
         ({"beta": -0.1}, r"guidance.beta must be a number in \[0, 1\], got -0.1"),
         ({"rho": 11}, r"guidance.rho must be a number in \[0, 10\], got 11"),
@@ -52,7 +53,7 @@ PLAIN = Guidance(
         ({"sweeps": "auto"}, r"guidance.sweeps must be a whole number in \[1, 10\], got 'auto'"),
         ({"readout_weight": 1.1}, r"guidance.readout_weight must be a number in \(0, 1\], got 1.1"),
         ({"task_weight": "size"}, "guidance.task_weight must be one of frobenius, tokens, got 'size'"),
-        ({"weights": {"trec": -1}}, r"guidance.weights.trec must be a number in \[0, inf\), got -1"),
+        ({"weights": {"trec": -1}}, r"guidance.weights.trec must be a number in \[0, 1000000000\], got -1"),
     ],
 )
 def test_bad_options_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -43,6 +43,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             1,
             "epmq: a/b cannot be written or read (No space left on device); make room there, or choose another out\n",
         ),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            1,
+            "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
+        ),
         (OSError(40, "Too many levels", "a/b"), 1, "epmq: the system says of a/b: Too many levels\n"),
         (OSError("odd"), 1, "epmq: odd\n"),
         (
@@ -134,3 +139,10 @@ def test_every_command_knows_debug(command: str, epmq_inside: Run, monkeypatch: 
     assert epmq_inside(command, given).returncode == 1
     with pytest.raises(Exception, match="nowhere"):
         epmq_inside(command, given, "--debug")
+
+
+def test_a_log_that_cannot_be_written_is_no_defect(epmq_inside: Run, tmp_path: Path) -> None:
+    (tmp_path / "here" / "run.log").mkdir(parents=True)
+    result = epmq_inside(*OPTIONS)
+    assert result.returncode == 1
+    assert result.stderr == f"epmq: the system says of {tmp_path}/here/run.log: Is a directory\n"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from epmq_cli.commands.readable import check_readable, quoted
 from tests.conftest import Run
 
 MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
@@ -26,6 +29,15 @@ TYPED = {
     "run out=a=b": "mismatched input '=' expecting <EOF>",
     "run out=/proc/none/x": "the system says of /proc/none: No such file or directory",
     "run --config-dir nowhere": "nowhere' not found",
+    "run out=rün✓": """out=rün✓ has characters that must be in quotes; write 'out="rün✓"'""",
+    "run out=a'b": """out=a'b has characters that must be in quotes; write 'out="a'"'"'b"'""",
+    "run out=\udcff": "out=?udcff is no text in UTF-8; give names that are, and rename files that have others",
+    "run suite.name='\udcff'": "suite.name='?udcff' is no text in UTF-8; give names",
+    "eval \udcff": "checkpoint='?udcff' is no text in UTF-8; give names",
+    "run =1": "=1 names no option; write key=value",
+    "run ~=1": "~=1 names no option; write key=value",
+    "run hydra/job_logging=none": "hydra/job_logging must be default, or one of yours with a file handler for run.log",
+    "run hydra/job_logging=stdout": "hydra/job_logging must be default, or one of yours",
     "run hydra.run.dir=[1]": "Error merging override hydra.run.dir=[1]",
 }
 WRITTEN = {
@@ -52,6 +64,14 @@ MADE = {
     ),
     "a number as a key": ("_target_: epmq_cli.suites.Suite\n1: x\n", "suite has no option '1', the options are name"),
 }
+
+
+@pytest.mark.parametrize("value", ["rün✓", "a'b", "a b(", 'say "x(', "a=b"])
+def test_hydra_takes_a_value_as_it_is_said_to_be_quoted(value: str) -> None:
+    (word,) = shlex.split(quoted(f"out={value}"))
+    check_readable([word])
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert override.value() == value
 
 
 def one_sentence(text: str, message: str) -> None:

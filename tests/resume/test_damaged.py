@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -127,3 +128,25 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "x-0.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"x-0.safetensors is damaged .*; start the run anew with resume=never"):
         State(tmp_path).tensors("x", CPU, dict)
+
+
+def test_a_pipe_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    place = tmp_path / FOLDER / "0" / "identity.json"
+    place.parent.mkdir(parents=True)
+    os.mkfifo(place)
+    signal.alarm(10)
+    with pytest.raises(RunError, match=r"identity.json is damaged \(no file\); start the run anew with resume=never"):
+        opened(tmp_path, {"config": {}}, "auto")
+    signal.alarm(0)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, encoding: str | None = None) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    place = tmp_path / FOLDER / "0" / "identity.json"
+    place.parent.mkdir(parents=True)
+    place.touch()
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(RunError, match=r"identity.json cannot be read \(Permission denied\); change its permissions"):
+        opened(tmp_path, {"config": {}}, "auto")

@@ -56,6 +56,12 @@ def test_threads_count(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(differences(one, identity_of(bert_hub))) == ["machine threads"]
 
 
+def test_the_code_counts(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = identity_of(bert_hub)
+    monkeypatch.setattr("epmq_cli.resume.key.of_code", lambda: "edited")
+    assert list(differences(one, identity_of(bert_hub))) == ["versions of epmq's code"]
+
+
 def test_models_count_by_what_their_files_hold(bert_hub: Path, tmp_path: Path) -> None:
     import shutil
 

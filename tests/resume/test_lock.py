@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from epmq_cli.errors import ConfigError, RunError
-from epmq_cli.resume.lock import FOLDER, alone, in_use, refuse_used
+from epmq_cli.resume.lock import FOLDER, LOCK, alone, in_use, refuse_used, remove
 from tests.faults.driver import forked, kill
 
 
@@ -57,3 +59,31 @@ def test_results_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(ConfigError, match="already holds checkpoint; choose another out or remove them"):
         refuse_used(tmp_path, "checkpoint", "metrics.json")
+
+
+def test_a_folder_of_state_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / FOLDER).symlink_to("elsewhere")
+    with pytest.raises(RunError, match=f"/{FOLDER} is a link to elsewhere; remove it, or choose another out"):
+        alone(tmp_path).__enter__()
+
+
+def test_what_is_removed_of_a_link_is_the_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    remove(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    os.mkfifo(tmp_path / FOLDER / LOCK)
+
+    def body() -> None:
+        assert not in_use(tmp_path)
+        with pytest.raises(RunError, match="/lock is no file; remove it, or choose another out"):
+            alone(tmp_path).__enter__()
+
+    signal.alarm(10)  # ends both processes where one waits
+    assert forked(body) == 0
+    signal.alarm(0)
