@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -19,9 +20,11 @@ from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.checkpoint.unpack import grid_of
 from epmq_cli.errors import CheckpointError
+from epmq_cli.families import AUTO, claiming, family_of
+from epmq_cli.heads import head_problems
 from epmq_cli.inference.load import blank_model, model_config
 from epmq_cli.quantize.grid import GridSpec
-from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready
+from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 
 METRICS = "metrics.json"
 STAGE = "quantized"
@@ -74,9 +77,22 @@ def tensor_problems(folder: Path) -> list[str]:
     else:
         wanted = _renamed(wanted, files, str(getattr(model, "base_model_prefix", "")))
     found += _problems(files, wanted)
-    if (folder / HEADS).is_file():
-        found += [f"{problem} ({HEADS})" for problem in _problems(SafetensorsFiles(folder / HEADS, ROLE), {})]
-    return found
+    return found + _head_problems(folder, model.config)
+
+
+def _head_problems(folder: Path, config: Any) -> list[str]:
+    """Where heads.safetensors does not hold the heads of the recorded tasks, by name and shape, or holds a NaN."""
+    if not (folder / HEADS).is_file() and not (folder / RECORD).is_file():
+        return []
+    found: list[str] = []
+    if (folder / RECORD).is_file():
+        name, tasks = recorded_tasks(folder)
+        family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
+        if not (folder / HEADS).is_file():
+            return [] if family.heads == "none" else [f"{HEADS} is missing"]
+        found += head_problems(SafetensorsFiles(folder / HEADS, ROLE).infos, tasks, family, config)
+    found += _problems(SafetensorsFiles(folder / HEADS, ROLE), {})
+    return [f"{problem} ({HEADS})" for problem in found]
 
 
 def _model(folder: Path, files: SafetensorsFiles) -> nn.Module:
