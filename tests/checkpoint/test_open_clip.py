@@ -148,8 +148,8 @@ def test_the_conversion_is_kept_by_content_and_away_from_the_users_files(tmp_pat
     folder = converted(source, "base")
     assert folder.parent == cache / "open_clip"
     assert sorted(source.iterdir()) == before
-    (folder / "mark").touch()
-    assert (converted(stored(tmp_path / "same", model), "base") / "mark").exists()
+    (folder / ".mark").touch()
+    assert (converted(stored(tmp_path / "same", model), "base") / ".mark").exists()
     torch.save(model.state_dict(), source / "open_clip_pytorch_model.bin")
     other = converted(source / "open_clip_pytorch_model.bin", "base")
     assert other != folder
