@@ -12,6 +12,7 @@ from torch import nn
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
+from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checks import check_scoring
@@ -26,7 +27,7 @@ from epmq_cli.suites import Suite
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """The settings that a checkpoint was made with; CheckpointError where there is no record of them."""
     try:
-        record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_regular(checkpoint / RECORD))
         complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(

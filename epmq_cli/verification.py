@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
+from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.checkpoint.unpack import grid_of
@@ -141,10 +142,8 @@ def _packed(rows: int, columns: int, spec: GridSpec, signed: bool) -> dict[str, 
 
 
 def _words(count: int, bits: int) -> int:
-    """How many int32 so many integers are packed into."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    return int(pack_to_int32(torch.zeros(1, count, dtype=torch.int8), bits).shape[1])
+    """How many int32 so many integers are packed into by `pack_to_int32`, which would take memory for them."""
+    return -(-count * bits // 32)
 
 
 def _renamed(wanted: Mapping[str, Wanted], files: SafetensorsFiles, prefix: str) -> dict[str, Wanted]:
@@ -189,7 +188,7 @@ def _same(old: float | None, new: float | None) -> bool:
 def _run_scores(path: Path) -> tuple[dict[str, float], config.Evaluation]:
     """The scores of a run's checkpoint by task, and how they were measured."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
         entry = dict(content["config"]["eval"])
         scores = {task: float(stages[STAGE]) for task, stages in content["scores"]["tasks"].items() if STAGE in stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -134,8 +134,9 @@ def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path)
         ('{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
         ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists what is no file of that folder"),
         ("[" * 100_000, "has no readable manifest.json; give"),
+        ('{"files": {"a\\ud800": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_bad_manifest_is_refused(content: str, message: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(content)
