@@ -19,7 +19,7 @@ console = Console(quiet=not ranks.first())  # results
 messages = Console(stderr=True, quiet=not ranks.first())  # progress
 complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are no characters, and cannot be printed
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint that `epmq run` wrote knows of itself beside the model: its suite and the heads of its tasks."""
+"""What a checkpoint that `epmq run` wrote knows of itself beside the model: its suite; for its heads see heads.py."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
-from epmq_cli.checkpoint.pack import HEADS, RECORD
+from epmq_cli.checkpoint.manifest import read_regular
+from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checks import check_scoring
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
+from epmq_cli.heads import read_heads
 from epmq_cli.suites import Suite
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """The settings that a checkpoint was made with; CheckpointError where there is no record of them."""
     try:
-        record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_regular(checkpoint / RECORD))
         complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
@@ -36,6 +36,15 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if not complete:
         raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
     return record
+
+
+def recorded_tasks(checkpoint: Path) -> tuple[str, list[str]]:
+    """The family and the names of the tasks in a checkpoint's record, nothing of which is made or looked up."""
+    suite = read_record(checkpoint)["config"]["suite"]
+    tasks = suite.get("tasks") or suite.get("experts")
+    if not isinstance(tasks, dict) or not isinstance(suite.get("family"), str):
+        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+    return suite["family"], list(tasks)
 
 
 def check_own(path: Path, node: Any, remedy: str) -> None:
@@ -87,23 +96,3 @@ def ready(
     heads = read_heads(checkpoint, suite, family, device)
     tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
-
-
-def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each task's head."""
-    if family.heads == "none":
-        return {task.name: {} for task in suite.members}
-    try:
-        tensors = load_file(checkpoint / HEADS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint / HEADS} cannot be read ({error}); run epmq run again") from error
-    heads: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        task, _, part = name.rpartition(".")
-        heads.setdefault(task, {})[part] = tensor
-    missing = [task.name for task in suite.members if task.name not in heads]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint / HEADS} has no head for task {missing[0]}; its tasks are {', '.join(heads)}"
-        )
-    return heads

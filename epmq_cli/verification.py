@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
+from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.checkpoint.unpack import grid_of
 from epmq_cli.errors import CheckpointError
+from epmq_cli.families import AUTO, claiming, family_of
+from epmq_cli.heads import head_problems
 from epmq_cli.inference.load import blank_model, model_config
 from epmq_cli.quantize.grid import GridSpec
-from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready
+from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 
 METRICS = "metrics.json"
 STAGE = "quantized"
@@ -74,9 +78,22 @@ def tensor_problems(folder: Path) -> list[str]:
     else:
         wanted = _renamed(wanted, files, str(getattr(model, "base_model_prefix", "")))
     found += _problems(files, wanted)
-    if (folder / HEADS).is_file():
-        found += [f"{problem} ({HEADS})" for problem in _problems(SafetensorsFiles(folder / HEADS, ROLE), {})]
-    return found
+    return found + _head_problems(folder, model.config)
+
+
+def _head_problems(folder: Path, config: Any) -> list[str]:
+    """Where heads.safetensors does not hold the heads of the recorded tasks, by name and shape, or holds a NaN."""
+    if not (folder / HEADS).is_file() and not (folder / RECORD).is_file():
+        return []
+    found: list[str] = []
+    if (folder / RECORD).is_file():
+        name, tasks = recorded_tasks(folder)
+        family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
+        if not (folder / HEADS).is_file():
+            return [] if family.heads == "none" else [f"{HEADS} is missing"]
+        found += head_problems(SafetensorsFiles(folder / HEADS, ROLE).infos, tasks, family, config)
+    found += _problems(SafetensorsFiles(folder / HEADS, ROLE), {})
+    return [f"{problem} ({HEADS})" for problem in found]
 
 
 def _model(folder: Path, files: SafetensorsFiles) -> nn.Module:
@@ -125,10 +142,8 @@ def _packed(rows: int, columns: int, spec: GridSpec, signed: bool) -> dict[str, 
 
 
 def _words(count: int, bits: int) -> int:
-    """How many int32 so many integers are packed into."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    return int(pack_to_int32(torch.zeros(1, count, dtype=torch.int8), bits).shape[1])
+    """How many int32 so many integers are packed into by `pack_to_int32`, which would take memory for them."""
+    return -(-count * bits // 32)
 
 
 def _renamed(wanted: Mapping[str, Wanted], files: SafetensorsFiles, prefix: str) -> dict[str, Wanted]:
@@ -173,7 +188,7 @@ def _same(old: float | None, new: float | None) -> bool:
 def _run_scores(path: Path) -> tuple[dict[str, float], config.Evaluation]:
     """The scores of a run's checkpoint by task, and how they were measured."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
         entry = dict(content["config"]["eval"])
         scores = {task: float(stages[STAGE]) for task, stages in content["scores"]["tasks"].items() if STAGE in stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

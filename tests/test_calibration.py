@@ -15,13 +15,13 @@ from transformers import BertForSequenceClassification, BertModel, CLIPModel, CL
 
 from epmq_cli import calibration as guide
 from epmq_cli import pipeline as steps
-from epmq_cli import recorded
 from epmq_cli.calibrate.auto import GRID, divided
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.score import ScoredTask, room_of, score
 from epmq_cli.families.family import Batch, load_model
+from epmq_cli.heads import read_heads
 from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.report.metrics import schema
@@ -215,7 +215,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["tasks"]
     job, models, model, _ = opened(hub)
     tasks = steps.prepare_tasks(job, model, models)
-    solved = recorded.read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
+    solved = read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
     student = load_model(job.family, checkpoint, torch.device("cpu"))
     for task in tasks:
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])

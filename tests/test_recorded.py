@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from epmq_cli.errors import CheckpointError
-from epmq_cli.recorded import checkpoint_suite, read_heads, read_record
+from epmq_cli.families import FAMILIES
+from epmq_cli.heads import read_heads
+from epmq_cli.recorded import checkpoint_suite, read_record
 
 CPU = torch.device("cpu")
 DATA = {"_target_": "epmq_cli.data.table.Table", "train": "a.tsv", "test": "b.tsv"}
@@ -70,12 +72,23 @@ def test_a_record_without_settings_is_refused(tmp_path: Path) -> None:
 
 
 HEADED = SimpleNamespace(members=[SimpleNamespace(name="first")])
-FAMILY = SimpleNamespace(heads="classifier")
+FAMILY = FAMILIES["distilbert"]
+HEAD = {"weight": (3, 2), "bias": (3,), "dense_weight": (2, 2), "dense_bias": (2,)}
+
+
+def headed(folder: Path, **parts: torch.Tensor | None) -> None:
+    """A checkpoint folder whose heads have these parts in place of their own."""
+    (folder / "config.json").write_text('{"model_type": "distilbert", "dim": 2}')
+    tensors = {part: torch.ones(shape) for part, shape in HEAD.items()} | parts
+    kept = {f"first.{part}": tensor for part, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "heads.safetensors")
 
 
 def test_heads_are_read_by_task(tmp_path: Path) -> None:
-    save_file({"first.weight": torch.ones(2), "first.bias": torch.ones(1)}, tmp_path / "heads.safetensors")
-    assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {"weight", "bias"}  # type: ignore[arg-type]
+    headed(tmp_path)
+    assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {*HEAD}  # type: ignore[arg-type]
+    headed(tmp_path, bias=None)
+    assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {*HEAD} - {"bias"}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["weight", "second.weight", ".weight", "first"])
@@ -89,3 +102,30 @@ def test_heads_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     torch.save({"first.weight": torch.ones(2)}, tmp_path / "heads.safetensors")
     with pytest.raises(CheckpointError, match=r"heads.safetensors cannot be read \(.*\); run epmq run again"):
         read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
+
+
+WRONG_HEADS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "width": ({"dense_weight": torch.ones(2, 5)}, r"first.dense_weight is \[2, 5\], config.json implies \[2, 2\]"),
+    "width of the linear": ({"weight": torch.ones(3, 5)}, r"first.weight is \[3, 5\], config.json implies \[3, 2\]"),
+    "bias": ({"bias": torch.ones(2)}, r"first.bias is \[2\], config.json implies \[3\]"),
+    "no classes": (
+        {"weight": torch.ones(0, 2), "bias": None},
+        r"first.weight is \[0, 2\], config.json implies \[1, 2\]",
+    ),
+    "one dimension": ({"weight": torch.ones(2), "bias": None}, r"first.weight is \[2\], config.json implies \[2, 2\]"),
+    "no dimension": ({"weight": torch.tensor(1.0), "bias": None}, r"first.weight is \[\], .* implies another shape"),
+    "half": ({"weight": torch.ones(3, 2).half()}, "first.weight is of type F16, epmq writes F32"),
+    "integers": ({"bias": torch.ones(3).int()}, "first.bias is of type I32, epmq writes F32"),
+    "no weight": ({"weight": None}, "first.weight is missing"),
+    "another part": ({"foo": torch.ones(1)}, "first.foo is no part of a head"),
+    "NaN": ({"weight": torch.full((3, 2), torch.nan)}, "first.weight holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HEADS)
+def test_heads_that_are_none_of_the_model_are_refused(case: str, tmp_path: Path) -> None:
+    parts, message = WRONG_HEADS[case]
+    headed(tmp_path, **parts)
+    with pytest.raises(CheckpointError, match=f"holds no heads of this model: {message}; fetch it again") as raised:
+        read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)

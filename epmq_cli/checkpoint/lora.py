@@ -17,8 +17,8 @@ import regex
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles, TensorInfo, read_json
-from epmq_cli.errors import ModelError
+from epmq_cli.checkpoint.reader import DTYPES, ModelFolder, SafetensorsFiles, TensorInfo, read_json
+from epmq_cli.errors import ModelError, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,6 +32,7 @@ KNOWN_PARTS = (
 PATTERN_SECONDS = 1.0  # for one pattern of the config and one module; a stranger's pattern can take for ever
 WRAPPERS = (".modules_to_save", ".base_layer")
 REMEDY = "merge it with merge_and_unload of peft, and give the folder that save_pretrained then writes"
+SWITCHES = ("use_rslora", "fan_in_fan_out", "use_dora")
 UNKNOWN_OPTIONS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -106,6 +107,12 @@ class Adapted:
         if not files.parts:
             raise ModelError(f"{self._role}: {self._path / WEIGHTS} holds no LoRA tensors; train or fetch it again")
         for module, parts in files.parts.items():
+            odd = [key for key in parts.values() if self._file.infos[key].dtype not in DTYPES]
+            if odd:
+                raise ModelError(
+                    f"{self._role}: {self._path} holds {odd[0]} in the type {self._file.infos[odd[0]].dtype}, epmq "
+                    f"merges {', '.join(DTYPES)}; save the adapter in one of these"
+                )
             plain = (
                 "lora_magnitude_vector" not in parts or len(self._file.infos[parts["lora_magnitude_vector"]].shape) == 1
             )
@@ -137,17 +144,31 @@ class Adapted:
     def _shape(self, name: str) -> tuple[int, ...]:
         """The shape of an adapted tensor; ModelError where the adapter's is another."""
         shape = self.infos[name].shape
-        _, stored = self._parts[name]
+        module, stored = self._parts[name]
         a, b = (self._file.infos[key].shape for part, key in sorted(stored.items()) if part[-2:] in ("_A", "_B"))
+        if not len(a) == len(b) == len(shape) > 1 or not a[0] == b[1] > 0 or any(size != 1 for size in b[2:]):
+            raise ModelError(
+                f"{self._role}: the adapter {self._path} has A {list(a)} and B {list(b)} of {module}, which are not of "
+                f"one rank above 0 for {name}, {list(shape)} in the base; train or fetch it again"
+            )
         found = (b[0], *a[1:])
         if "lora_embedding_A" in stored or self._transposed(shape):
             found = found[::-1]
-        if found != shape or a[0] != b[1]:
+        if found != shape:
             raise ModelError(
                 f"{self._role}: the adapter {self._path} was not trained on the base ({self._base.path}): "
                 f"{name} is {list(found)} in the adapter and {list(shape)} in the base"
             )
+        if "lora_magnitude_vector" in stored:
+            self._check_magnitude(module, self._file.infos[stored["lora_magnitude_vector"]].shape, b[0])
         return shape
+
+    def _check_magnitude(self, module: str, found: tuple[int, ...], outputs: int) -> None:
+        if found != (outputs,):
+            raise ModelError(
+                f"{self._role}: the adapter {self._path} has the lengths {list(found)} of {module}, which has "
+                f"{outputs} outputs; train or fetch it again"
+            )
 
     def _transposed(self, shape: tuple[int, ...]) -> bool:
         return bool(self._config.get("fan_in_fan_out")) and len(shape) == 2
@@ -162,7 +183,10 @@ class Adapted:
         try:
             patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
             given = (alpha for key, alpha in patterns.items() if _matches(key, module))
-            return float(next(given, self._config.get("lora_alpha", 8)))
+            alpha = next(given, self._config.get("lora_alpha", 8))
+            if isinstance(alpha, bool) or not math.isfinite(float(alpha)):
+                raise ValueError(f"{alpha} is no finite number")
+            return float(alpha)
         except UNUSABLE as error:
             raise ModelError(
                 f"{self._role}: lora_alpha or alpha_pattern of {self._path / CONFIG} cannot be used ({error}); fetch "
@@ -201,6 +225,12 @@ def _config(path: Path, role: str) -> dict[str, Any]:
     found = [option for option in UNKNOWN_OPTIONS if config.get(option)]
     if found:
         raise ModelError(f"{role}: {path} is a LoRA adapter with {found[0]}, which epmq cannot merge; {REMEDY}")
+    for option in SWITCHES:
+        if not isinstance(config.get(option), bool | None):
+            raise ModelError(
+                f"{role}: {option} in {path / CONFIG} must be true or false, got {shown(config[option])}; fetch the "
+                "adapter again"
+            )
     return config
 
 

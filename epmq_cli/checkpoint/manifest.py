@@ -48,8 +48,10 @@ def file_problems(folder: Path) -> list[str]:
     found += [f"{name} is not listed in {MANIFEST}" for name in there if name not in listed]
     links = [path for path in [*there.values(), folder / MANIFEST] if leaves(path)]
     found += [f"{path.name} is a link out of the folder" for path in links]
+    regular = {name for name, path in there.items() if path.is_file()}  # to open a pipe would wait for ever
+    found += [f"{name} is no regular file" for name in listed if name in there and name not in regular]
     same_size = []
-    for name in listed.keys() & there.keys():
+    for name in listed.keys() & regular:
         size = there[name].stat().st_size
         if size == listed[name].size:
             same_size.append(there[name])
@@ -79,9 +81,16 @@ def content(path: Path) -> Content:
     return Content(path.stat().st_size, digest.hexdigest())
 
 
+def read_regular(path: Path) -> str:
+    """The text of a file in UTF-8; FileNotFoundError where it is none, as a pipe, which one would wait for."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def _listed(folder: Path) -> dict[str, Content]:
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_regular(folder / MANIFEST))["files"]
         listed = {name: Content(**entry) for name, entry in files.items()}
         sound = all(_sound(name, content) for name, content in listed.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,5 +104,5 @@ def _listed(folder: Path) -> dict[str, Content]:
 
 def _sound(name: str, content: Content) -> bool:
     """Whether an entry is one that epmq can have written; names lead nowhere else."""
-    plain = Path(name).name == name and not name.startswith(".")
+    plain = Path(name).name == name and not name.startswith(".") and name.isprintable()  # half a surrogate is not
     return plain and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None

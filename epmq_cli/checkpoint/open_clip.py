@@ -75,6 +75,12 @@ class Translated:
                     f"{role}: {path} holds {stored}, for which transformers' CLIPModel has no place; "
                     "family open_clip takes plain vision transformers"
                 )
+            shape = tensors.infos[stored].shape
+            if len(targets) > 1 and (not shape or shape[0] % len(targets)):
+                raise ModelError(
+                    f"{role}: {path} holds {stored} of the shape {list(shape)}, whose rows are not those of "
+                    f"{len(targets)} linears; fetch it again"
+                )
             for index, target in enumerate(targets):
                 third = index if len(targets) > 1 else None
                 self._parts[target] = _Part(stored, third, name in TRANSPOSED)

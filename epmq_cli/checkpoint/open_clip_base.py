@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from epmq_cli.cache import cache_folder
+from epmq_cli.checkpoint.manifest import file_problems, write_manifest
 from epmq_cli.checkpoint.open_clip import Translated
 from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, tokenizer
 from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, check_counts, read_json
 from epmq_cli.checkpoint.state_dict import open_file
-from epmq_cli.errors import ModelError
+from epmq_cli.durable import sync
+from epmq_cli.errors import CheckpointError, ModelError
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -30,17 +33,17 @@ def converted(path: Path, role: str) -> Path:
     """The converted folder of an open_clip folder, or of the weights file in one.
 
     It is in `open_clip/` of $EPMQ_CACHE (left out: epmq in $XDG_CACHE_HOME or ~/.cache), named after the contents of
-    config and weights. ModelError where CLIPModel cannot express the model.
+    config and weights, and made anew where it is damaged. ModelError where CLIPModel cannot express the model.
     """
     folder, weights = (path.parent, path) if path.is_file() else (path, weights_file(path, role))
     config = read_json(folder, CONFIG, role)
     target = cache_folder() / "open_clip" / _digest([folder / CONFIG, weights])
-    if not target.is_dir():
+    if not _is_whole(target):
         found, processor = _described(config, folder / CONFIG, role)
         tensors = Translated(open_file(weights, role), weights, role)
         check_counts(folder / CONFIG, role, config, len(tensors.infos))
         _check_complete(tensors, found, weights, role)
-        _write(target, tensors, found, processor)
+        _write(target, tensors, found, processor, role)
     return target
 
 
@@ -96,16 +99,47 @@ def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> 
         )
 
 
-def _write(target: Path, tensors: Translated, config: Any, processor: Any) -> None:
-    """Writes the folder whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted folder is there with all that was written; not where a power cut left empty files."""
     try:
-        save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
-        config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        tokenizer(config).save_pretrained(partial)
-        if not target.is_dir():  # another process may have been faster
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return folder.is_dir() and not file_problems(folder)
+    except (CheckpointError, OSError):
+        return False
+
+
+def _write(target: Path, tensors: Translated, config: Any, processor: Any, role: str) -> None:
+    """Writes the folder whole or not at all; ModelError where the disk does not take it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
+            config.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            tokenizer(config).save_pretrained(partial)
+            write_manifest(partial, {})
+            for path in [*partial.iterdir(), partial]:
+                sync(path)
+            _put(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
+            raise
+        raise ModelError(
+            f"{role}: the converted model cannot be written to {target} ({error}); free some space, or set EPMQ_CACHE "
+            "to a folder that has some"
+        ) from error
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Gives a folder that is on disk its name, in place of a damaged one; another process may have been faster."""
+    if _is_whole(target):
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        partial.rename(target)
+    except OSError:
+        if not _is_whole(target):
+            raise
+    sync(target.parent)

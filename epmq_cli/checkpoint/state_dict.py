@@ -52,7 +52,19 @@ def _load(path: Path, role: str) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"{role}: {path} holds no tensors by name; save model.state_dict() with torch.save")
-    return tensors
+    odd = next((name for name, tensor in tensors.items() if not _is_plain(tensor)), None)
+    if odd is not None:
+        raise ModelError(
+            f"{role}: {path} holds {odd!r} as a sparse, nested, quantized or empty tensor, epmq reads dense ones with "
+            "their values; save model.state_dict() of the dense model with torch.save"
+        )
+    return {name: tensor.detach() for name, tensor in tensors.items()}  # of named_parameters: they require gradients
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its values in memory, one after the other; those on the meta device have none."""
+    odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    return tensor.layout == torch.strided and not odd
 
 
 def _unpickle(path: Path, role: str) -> Any:

@@ -50,7 +50,7 @@ def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -
     if scores:
         _report(checkpoint, verification.score_problems(checkpoint, device_of(device), data_root))
     checked = "files, tensors and scores are" if scores else "files and tensors are"
-    console.print(f"{checkpoint}: {checked} what epmq wrote", markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(f"{checkpoint}: {checked} what epmq wrote"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _report(checkpoint: Path, problems: list[str]) -> None:

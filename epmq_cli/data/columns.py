@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -10,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.errors import ConfigError, DataError, shown
+
+MOST = 1 << 63  # int64 has the whole numbers below
+LARGEST = torch.finfo(torch.float32).max
+CONVERSIONS = (None, "s", "r", "a")
+KINDS = ("", 0, 0.5)
+"""Of each kind of value that a table may have, one to try a prompt with."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,22 @@ class Columns:
         """Every column that is read, the label's last."""
         return self.inputs if self.label is None else (*self.inputs, self.label)
 
-    def text(self, row: Mapping[str, Any]) -> str | tuple[str, ...]:
-        """The text of a row, its pair of texts, or the prompt with the row's values in place."""
-        if self.prompt is not None:
-            return self.prompt.format(**{name: row[name] for name in self.inputs})
-        texts = tuple(str(row[name]) for name in self.inputs)
-        return texts[0] if len(texts) == 1 else texts
+    def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
+        """Of each row its text, its pair of texts, or the prompt with its values in place; DataError where that is no
+        text that a tokenizer can take."""
+        return [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+
+    def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
+        if self.prompt is None:
+            texts = tuple(check_text(str(row[name]), where) for name in self.inputs)
+            return texts[0] if len(texts) == 1 else texts
+        try:
+            return check_text(self.prompt.format(**{name: row[name] for name in self.inputs}), where)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{where}: the values do not go into data.prompt {self.prompt!r} ({error}); leave out what follows a "
+                "column's name in its place"
+            ) from error
 
     def targets(self, values: Mapping[str, Sequence[Any]], where: str) -> Tensor:
         """The labels that rows with these values by column have: int64, or float32 for a regression."""
@@ -66,34 +83,87 @@ def columns(
         if len(names) not in (1, 2):
             raise ConfigError(f"data.{option} must be one column or a list of two, got {inputs}")
         return Columns(names, None, label, labels, regression)
-    try:
-        places = tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))
-    except ValueError as error:
-        raise ConfigError(f"data.prompt must be a text with {{column}} places, got {prompt!r} ({error})") from error
+    places = _places(prompt)
     if not places or not all(name.isidentifier() for name in places):
         raise ConfigError(f"data.prompt must name columns in its places, such as {{sentence}}, got {prompt!r}")
     return Columns(places, prompt, label, labels, regression)
 
 
-def label_indices(values: Sequence[Any], labels: Sequence[str | int] | None, where: str) -> Tensor:
-    """int64 (len(values),): the position of each value in `labels`, or the value itself where that is None."""
-    if labels is not None:
-        index = {str(label): position for position, label in enumerate(labels)}
-        unknown = next((value for value in values if str(value) not in index), None)
-        if unknown is not None:
-            raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}")
-        return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
+def _places(prompt: str) -> tuple[str, ...]:
+    """The columns that a prompt names; ConfigError where no value could be put there."""
     try:
-        return torch.tensor([int(value) for value in values], dtype=torch.int64)
-    except (TypeError, ValueError) as error:
+        parsed = [place[1:] for place in Formatter().parse(prompt) if place[1] is not None]
+    except ValueError as error:
+        raise ConfigError(f"data.prompt must be a text with {{column}} places, got {prompt!r} ({error})") from error
+    for name, layout, conversion in parsed:
+        if conversion not in CONVERSIONS or not _is_layout(str(layout)):
+            raise ConfigError(
+                f"data.prompt must be a text with {{column}} places, got {prompt!r}, where {{{name}}} has a layout "
+                "that no value can have; leave it out"
+            )
+    return tuple(dict.fromkeys(str(name) for name, _, _ in parsed))
+
+
+def _is_layout(layout: str) -> bool:
+    """Whether `format` takes it for some kind of value."""
+    for value in KINDS:
+        try:
+            format(value, layout)
+            return True
+        except (ValueError, TypeError, OverflowError):
+            continue
+    return False
+
+
+def check_text(text: str, where: str) -> str:
+    """The text; DataError where it has half a surrogate pair, as "\\ud800" in JSON gives, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: labels must be whole numbers from 0; name their values in data.labels ({error})"
+            f"{where}: the text holds {text[error.start : error.end]!a}, which is no character and cannot be written "
+            "in UTF-8; take it out"
         ) from error
+    return text
+
+
+def label_indices(values: Sequence[Any], labels: Sequence[str | int] | None, where: str) -> Tensor:
+    """int64 (len(values),): the position of each value in `labels`, or the value itself where that is None; of a column
+    of nothing but true and false, as PatchCamelyon's, 1 and 0."""
+    if labels is None and all(isinstance(value, bool) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    if labels is None:
+        return torch.tensor([_whole(value, where) for value in values], dtype=torch.int64)
+    index = {str(label): position for position, label in enumerate(labels)}
+    unknown = next((value for value in values if str(value) not in index), None)
+    if unknown is not None:
+        raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}")
+    return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
+
+
+def _whole(value: Any, where: str) -> int:
+    """A label as a whole number: 1, 1.0 and "1" are one; 1.7, true among numbers and infinity are none."""
+    try:
+        number = int(value)
+        if not isinstance(value, (bool, bytes)) and abs(number) < MOST and (isinstance(value, str) or number == value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(
+        f"{where}: labels must be whole numbers from 0, got {shown(value)}; name their values in data.labels"
+    )
 
 
 def label_numbers(values: Sequence[Any], where: str) -> Tensor:
     """float32 (len(values),): the values as numbers."""
+    return torch.tensor([_number(value, where) for value in values], dtype=torch.float32)
+
+
+def _number(value: Any, where: str) -> float:
     try:
-        return torch.tensor([float(value) for value in values], dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: with data.regression every label must be a number ({error})") from error
+        number = float(value)
+        if not isinstance(value, bool) and math.isfinite(number) and abs(number) <= LARGEST:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(f"{where}: with data.regression every label must be a finite number, got {shown(value)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from epmq_cli.data.columns import check_text
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
@@ -37,7 +38,8 @@ class Documents:
         path = expanded(self.train if split == "train" else self.test)
         check_permitted(path, DataError)
         if path.suffix != ".txt":
-            return running([str(row[self.text]) for row in read_rows(path, (self.text,))], count, seed)
+            rows = enumerate(read_rows(path, (self.text,)), 1)
+            return running([check_text(str(row[self.text]), f"{path}, row {i}") for i, row in rows], count, seed)
         try:
             return running([path.read_text(encoding="utf-8")], count, seed)
         except (OSError, UnicodeDecodeError) as error:

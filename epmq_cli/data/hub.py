@@ -161,7 +161,7 @@ class Hub:
             return Samples(Pictures(first, self.path), labels)
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
-        return Samples([self.columns.text(row) for row in rows], labels)
+        return Samples(self.columns.texts(rows, f"data set {self.path}"), labels)
 
 
 def _datasets(path: str) -> ModuleType:

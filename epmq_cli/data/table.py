@@ -51,7 +51,7 @@ class Table:
         path = expanded(self.train if split == "train" else self.test)
         rows = read_rows(path, self.columns.names)
         labels = self.columns.targets({self.label: [row[self.label] for row in rows]}, str(path))
-        return Samples([self.columns.text(row) for row in rows], labels).some(count, seed)
+        return Samples(self.columns.texts(rows, str(path)), labels).some(count, seed)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -63,6 +63,10 @@ class Classifier(Family):
     activation: Callable[[Tensor], Tensor] = staticmethod(torch.tanh)
     """Between the two."""
 
+    def __init__(self) -> None:
+        linear = ("weight", "bias")
+        self.head_parts = linear if self.dense is None else (*linear, "dense_weight", "dense_bias")
+
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
         read."""

@@ -65,6 +65,8 @@ class Clip(Family):
     first_norm = PREFIX + "pre_layrnorm"
     read_token = 0
     heads = "made"
+    head_parts = ("weight",)
+    head_width = "projection_dim"
     dequantize_on_load = True  # get_image_features goes round the call of the whole model
 
     def check_task(self, task: Task) -> None:

@@ -163,6 +163,10 @@ class Family(ABC):
     heads: Literal["own", "made", "none"]
     """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
 
+    head_parts: tuple[str, ...] = ()
+    head_width = "hidden_size"
+    """The tensors of a head, of which those in `bias` need not be there, and how a config calls what it reads."""
+
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 

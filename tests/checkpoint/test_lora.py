@@ -247,3 +247,53 @@ def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str
     base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "adapter_model.safetensors", "base"))
     with pytest.raises(ModelError, match=f"expert: .*{message}"):
         Adapted(tmp_path, "expert", base, [])
+
+
+A, B, LENGTHS = "q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector"
+SOUND = {A: torch.ones(2, 4), B: torch.ones(3, 2), LENGTHS: torch.ones(3)}
+ODD: dict[str, tuple[dict[str, torch.Tensor], tuple[int, ...], str]] = {
+    "rank 0": ({A: torch.ones(0, 4), B: torch.ones(3, 0)}, (3, 4), r"A \[0, 4\] and B \[3, 0\] of q, which are not"),
+    "two ranks": ({A: torch.ones(1, 4)}, (3, 4), r"A \[1, 4\] and B \[3, 2\] of q, which are not of one rank"),
+    "no dimension": ({A: torch.tensor(1.0), B: torch.tensor(1.0)}, (3, 4), r"A \[\] and B \[\] of q, which are not"),
+    "a vector": ({A: torch.ones(2)}, (3,), r"A \[2\] and B \[3, 2\] of q, which are not of .* for q.weight, \[3\]"),
+    "a vector's A": ({}, (3,), r"which are not of one rank above 0 for q.weight, \[3\] in the base"),
+    "lengths": ({LENGTHS: torch.ones(5)}, (3, 4), r"has the lengths \[5\] of q, which has 3 outputs; train or fetch"),
+    "a kernel in B": (
+        {A: torch.ones(2, 4, 2, 2), B: torch.ones(3, 2, 2, 2)},
+        (3, 4, 2, 2),
+        r"A \[2, 4, 2, 2\] and B \[3, 2, 2, 2\] of q, which are not",
+    ),
+    "complex": ({A: torch.ones(2, 4, dtype=torch.complex64)}, (3, 4), "holds q.lora_A.weight in the type C64"),
+    "integers": ({B: torch.ones(3, 2, dtype=torch.int64)}, (3, 4), "in the type I64, epmq merges F64, F32, F16, BF16"),
+}
+
+
+def adapted(folder: Path, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], **config: Any) -> Adapted:
+    """The adapter with these tensors in place of sound ones, of a base with one tensor of such a shape."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    save_file({**SOUND, **tensors}, folder / "adapter_model.safetensors")
+    save_file({"q.weight": torch.ones(shape)}, folder / "model.safetensors")
+    base = ModelFolder(folder, "base", {}, SafetensorsFiles(folder / "model.safetensors", "base"))
+    return Adapted(folder, "expert", base, [])
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_shapes_and_types_that_cannot_be_merged_are_refused(case: str, tmp_path: Path) -> None:
+    assert adapted(tmp_path, {}, (3, 4)).tensor("q.weight").shape == (3, 4)
+    tensors, shape, message = ODD[case]
+    with pytest.raises(ModelError, match=f"expert: .*{message}"):
+        adapted(tmp_path, tensors, shape)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("use_rslora", "no", "use_rslora in .*adapter_config.json must be true or false, got 'no'; fetch"),
+        ("fan_in_fan_out", 1, "fan_in_fan_out in .* must be true or false, got 1"),
+        ("lora_alpha", True, "lora_alpha or alpha_pattern of .* cannot be used .True is no finite number"),
+        ("lora_alpha", float("nan"), "lora_alpha or alpha_pattern of .* cannot be used .nan is no finite number"),
+    ],
+)
+def test_options_of_another_type_are_refused(option: str, value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"expert: {message}"):
+        adapted(tmp_path, {}, (3, 4), **{option: value})

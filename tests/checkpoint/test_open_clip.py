@@ -148,8 +148,8 @@ def test_the_conversion_is_kept_by_content_and_away_from_the_users_files(tmp_pat
     folder = converted(source, "base")
     assert folder.parent == cache / "open_clip"
     assert sorted(source.iterdir()) == before
-    (folder / "mark").touch()
-    assert (converted(stored(tmp_path / "same", model), "base") / "mark").exists()
+    (folder / ".mark").touch()
+    assert (converted(stored(tmp_path / "same", model), "base") / ".mark").exists()
     torch.save(model.state_dict(), source / "open_clip_pytorch_model.bin")
     other = converted(source / "open_clip_pytorch_model.bin", "base")
     assert other != folder
@@ -223,6 +223,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         torch.save(tensors, tmp_path / "expert.pt")
         with pytest.raises(ModelError, match=f"expert: .*{message}"):
             Translated(open_file(tmp_path / "expert.pt", "expert"), tmp_path / "expert.pt", "expert")
+
+
+@pytest.mark.parametrize("rows", [None, 95, 97])
+def test_a_fused_projection_that_is_no_three_is_refused(rows: int | None, tmp_path: Path) -> None:
+    tensors = build().visual.state_dict()
+    name = "transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name] = torch.tensor(1.0) if rows is None else torch.ones(rows, 32)
+    torch.save(tensors, tmp_path / "expert.pt")
+    with pytest.raises(ModelError, match=f"expert: .*expert.pt holds {name} of the shape .* rows are not those of 3"):
+        Translated(open_file(tmp_path / "expert.pt", "expert"), tmp_path / "expert.pt", "expert")
 
 
 def test_whatever_stands_in_a_config_ends_in_one_sentence() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
@@ -91,3 +93,30 @@ def test_a_folder_of_pickles_alone_is_not_opened_but_says_how(tmp_path: Path) ->
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"or name the file itself, such as pytorch_model.bin"):
         ModelFolder(tmp_path, "expert")
+
+
+def test_parameters_that_require_gradients_are_tensors_like_others(tmp_path: Path) -> None:
+    """As `torch.save(dict(model.named_parameters()), FILE)` writes them."""
+    model = torch.nn.Linear(2, 3)
+    torch.save(dict(model.named_parameters()), tmp_path / "expert.pt")
+    found = open_file(tmp_path / "expert.pt", "expert")
+    for name, parameter in model.named_parameters():
+        assert not found.tensor(name).requires_grad
+        assert found.tensor(name).numpy().tolist() == parameter.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to_sparse_csr(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "rows", "meta", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_tensors_without_plain_values_are_refused(change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    torch.save({**STATE, "w": change(torch.ones(2, 2))}, tmp_path / "expert.pt")
+    with pytest.raises(ModelError, match=r"expert: .*expert.pt (holds 'w' as a sparse|cannot be read).*; save model"):
+        open_file(tmp_path / "expert.pt", "expert")

@@ -61,7 +61,7 @@ def test_what_a_run_wrote_is_sound(options: tuple[str, ...], clip_hub: Path, tmp
     check(run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8", *options))
 
 
-@pytest.mark.parametrize("kind", ["roberta", "vit", "t5", "t5-tied", "llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "vit", "t5", "t5-tied", "llama", "gemma3"])
 def test_what_a_run_and_a_merge_of_any_family_wrote_is_sound(kind: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
     check(run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8"))
@@ -134,8 +134,9 @@ def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path)
         ('{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
         ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists what is no file of that folder"),
         ("[" * 100_000, "has no readable manifest.json; give"),
+        ('{"files": {"a\\ud800": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_bad_manifest_is_refused(content: str, message: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(content)
@@ -192,6 +193,32 @@ def test_wrong_tensors_are_named(case: str, checkpoint: Path) -> None:
 def test_heads_are_finite(checkpoint: Path) -> None:
     edit(checkpoint, scaled("first.weight", float("nan")), "heads.safetensors")
     with pytest.raises(CheckpointError, match=r"first.weight holds NaN or infinity \(heads.safetensors\)"):
+        check(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("first.weight", torch.ones(3, 5)), r"first.weight is \[3, 5\], config.json implies \[3, \d+\]"),
+        (put("first.weight", torch.tensor(1.0)), r"first.weight is \[\], config.json implies another shape"),
+        (lambda tensors: tensors.update(first=tensors.pop("first.weight")), "first.weight is missing"),
+        (put("third.weight", torch.ones(1)), "third.weight is no part of a head"),
+        (lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}), "is of type F16, epmq writes F32"),
+    ],
+    ids=["width", "no dimension", "no weight", "another task", "half"],
+)
+def test_heads_are_those_of_the_tasks_and_the_model(
+    change: Callable[[dict[str, Tensor]], object], message: str, checkpoint: Path
+) -> None:
+    edit(checkpoint, change, "heads.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{message}.*\(heads.safetensors\)"):
+        check(checkpoint)
+
+
+def test_heads_that_are_not_there_are_missed(checkpoint: Path) -> None:
+    (checkpoint / "heads.safetensors").unlink()
+    write_manifest(checkpoint, {})
+    with pytest.raises(CheckpointError, match="is not what epmq wrote: heads.safetensors is missing; fetch"):
         check(checkpoint)
 
 

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from epmq_cli.data.documents import Documents
 from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
 
@@ -76,7 +77,7 @@ def test_prompts_regression_counts_and_seeds(tmp_path: Path) -> None:
     drawn = source.load("train", 3, seed=1)
     assert list(drawn.inputs) == list(source.load("train", 5, seed=1).inputs)[:3]
     assert [f"Is 'a {int(2 * label)}'" for label in drawn.labels] == [text[:8] for text in drawn.inputs]
-    with pytest.raises(DataError, match="with data.regression every label must be a number"):
+    with pytest.raises(DataError, match="with data.regression every label must be a finite number, got 'a 0'"):
         table(tmp_path / "x.csv", label="first", text="second", regression=True).load("train")
 
 
@@ -89,7 +90,7 @@ def test_prompts_regression_counts_and_seeds(tmp_path: Path) -> None:
             r"x.tsv, row 1: no value in column sentence; the columns are label, text",
         ),
         ("label\ttext\n1\tx\n0\n", {}, r"row 2: no value in column text"),
-        ("label\ttext\nspam\tx\n", {}, r"labels must be whole numbers from 0; name their values in data.labels"),
+        ("label\ttext\nspam\tx\n", {}, r"whole numbers from 0, got 'spam'; name their values in data.labels"),
         ("label\ttext\nspam\tx\n", {"labels": ["ham"]}, r"label 'spam' is not among data.labels, which are ham"),
     ],
 )
@@ -126,3 +127,49 @@ def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
         table(tmp_path / "x.xlsx")
     with pytest.raises(ConfigError, match=r"data.text must be one column or a list of two"):
         table(tmp_path / "x.tsv", text=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("label", ["1.7", "true", "Infinity", "NaN", "1e300", "null", "[1]", "9223372036854775808"])
+@pytest.mark.parametrize("regression", [False, True])
+def test_labels_that_are_no_numbers_are_refused_and_not_rounded(label: str, regression: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "a", "label": 1.0}}\n{{"text": "b", "label": {label}}}\n')
+    if regression and label in ("1.7", "9223372036854775808"):
+        assert table(path, regression=True).load("test").labels.tolist() == [1, pytest.approx(float(label))]
+        return
+    wanted = "whole numbers from 0|no value" if not regression else "a finite number, got|no value in column"
+    with pytest.raises(DataError, match=wanted):
+        table(path, regression=regression).load("test")
+
+
+def test_whole_numbers_that_are_floats_or_texts_are_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": "a", "label": label} for label in (1.0, "2", 3, -1)])
+    assert table(path).load("test").labels.tolist() == [1, 2, 3, -1]
+    write(path, [{"text": "a", "label": label} for label in (True, False)])
+    assert table(path).load("test").labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("prompt", [None, "It is {text}."])
+def test_half_a_surrogate_pair_is_no_text(prompt: str | None, tmp_path: Path) -> None:
+    """The tokenizers would end in an error of their own."""
+    path = write(tmp_path / "x.jsonl", [{"text": "a", "label": 1}, {"text": "b\ud800", "label": 1}])
+    with pytest.raises(DataError, match=r"x.jsonl, row 2: the text holds '\\ud800', which is no character") as raised:
+        table(path, prompt=prompt).load("test")
+    str(raised.value).encode()
+    with pytest.raises(DataError, match=r"x.jsonl, row 2: the text holds"):
+        Documents(str(path), str(path)).load("test")
+
+
+@pytest.mark.parametrize("prompt", ["{text:Q}", "{text!x}", "{text:{label}}", "{text:{}}", "{text", "{}", "{a.b}"])
+def test_prompts_that_no_value_goes_into_are_refused(prompt: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.prompt must "):
+        table(tmp_path / "x.jsonl", prompt=prompt)
+
+
+def test_layouts_in_prompts_are_for_the_values_that_take_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": "a", "count": 3, "label": 1}])
+    assert list(table(path, prompt="{text:>3}{count:03d}{count!r}").load("test").inputs) == ["  a0033"]
+    with pytest.raises(
+        DataError, match=r"x.jsonl, row 1: the values do not go into data.prompt '{text:d}' .*leave out"
+    ):
+        table(path, prompt="{text:d}").load("test")

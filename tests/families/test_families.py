@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
 from epmq_cli import pipeline as steps
-from epmq_cli import recorded
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES, family_of
 from epmq_cli.families.family import Batch, Linears, Norm, Table, load_model
+from epmq_cli.heads import read_heads
 from tests.hubs import config, run_in
 
 CPU = torch.device("cpu")
@@ -295,6 +295,6 @@ def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Pa
     checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]")
     job = steps.make_job(config(clip_hub))
     models, model, _ = steps.open_models(job)
-    heads = recorded.read_heads(checkpoint, job.suite, job.family, CPU)
+    heads = read_heads(checkpoint, job.suite, job.family, CPU)
     for task in steps.prepare_tasks(job, model, models):
         assert torch.equal(heads[task.name]["weight"], task.head["weight"])
