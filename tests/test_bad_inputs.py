@@ -42,6 +42,28 @@ def settings(model: str, **values: Any) -> Change:
     return edit
 
 
+def part_settings(model: str, part: str, **values: Any) -> Change:
+    """Changes a part of a model's config.json, such as text_config."""
+
+    def edit(hub: Path) -> None:
+        path = hub / model / "config.json"
+        config = json.loads(path.read_text())
+        config[part] |= values
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def without(part: str, *models: str) -> Change:
+    """Takes the tensors whose names have this part out of models."""
+
+    def edit(found: dict[str, Tensor]) -> None:
+        for name in [name for name in found if part in name]:
+            del found[name]
+
+    return lambda hub: [edited.edit_tensors(hub / model, edit) for model in models]
+
+
 def file(path: str, content: str | bytes | None) -> Change:
     """Gives a file this content, or removes it."""
 
@@ -132,6 +154,34 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     ),
     "a config of more blocks": (
         "bert", settings("base", num_hidden_layers=3), M, "describes a model with encoder.layer.2.",
+    ),
+    "no projection of texts": (
+        "clip", without("text_projection", "base"), M, "describes a model with text_projection.weight, which its files",
+    ),
+    "no projection of pictures": (
+        "clip", without("visual_projection", "base"), M, "describes a model with visual_projection.weight, which",
+    ),
+    "no table of tokens": (
+        "clip", without("token_embedding", "base"), M, "a model with text_model.embeddings.token_embedding.weight,",
+    ),
+    "a text tower of more blocks": (
+        "clip", part_settings("base", "text_config", num_hidden_layers=3), M, "with text_model.encoder.layers.2",
+    ),
+    "a text tower of fewer blocks": (
+        "clip", part_settings("base", "text_config", num_hidden_layers=1), M,
+        "a model without text_model.encoder.layers.1.",
+    ),
+    "no text tower": (
+        "clip", without("text_model", "base"), M, "describes a model with text_model.",
+    ),
+    "no output layer": ("llama", without("lm_head", *edited.MODELS), M, "a model with lm_head.weight, which its files"),
+    "no last norm": ("llama", without("model.norm", *edited.MODELS), M, "a model with model.norm.weight, which its"),
+    "no embeddings anywhere": (
+        "bert", without("word_embeddings", *edited.MODELS), M, "a model with embeddings.word_embeddings.weight, which",
+    ),
+    "no classifier's pooler": ("bert", without("pooler", *edited.MODELS), M, "has no pooler, which"),
+    "no decoder's last norm": (
+        "t5", without("decoder.final_layer_norm", *edited.MODELS), M, "with decoder.final_layer_norm.weight, which its",
     ),
     "a config of another vocabulary": ("bert", settings("base", vocab_size=3), M, "cannot be read by AutoModel"),
     "a width in words": ("bert", settings("base", hidden_size="wide"), M, "cannot be read by AutoConfig"),
