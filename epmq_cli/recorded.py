@@ -16,6 +16,7 @@ from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checks import check_scoring
+from epmq_cli.described import check_described
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
@@ -91,6 +92,7 @@ def ready(
     """All that it takes to score a checkpoint on the tasks of its suite."""
     steps.exact()
     ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
+    check_described(checkpoint)
     family = suite_family(suite, checkpoint)
     check_scoring(suite, family, evaluation)
     heads = read_heads(checkpoint, suite, family, device)

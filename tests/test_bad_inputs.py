@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,61 +14,27 @@ from torch import Tensor
 
 from epmq_cli.errors import DataError, EpmqError, ModelError
 from tests import counts, edited
+from tests.changes import (
+    GENERATION,
+    PIXELS,
+    TOKENS,
+    Change,
+    arrays,
+    both_settings,
+    content,
+    file,
+    no_tokenizer,
+    other_ids,
+    part_settings,
+    rows,
+    settings,
+    tensors,
+    with_one,
+    without,
+)
 from tests.conftest import TASKS
 from tests.hubs import run_in
 from tests.minihub import build
-
-Change = Callable[[Path], Any]
-
-
-def tensors(model: str, change: Callable[[Tensor], Tensor], part: str = "") -> Change:
-    """Replaces the tensors of a model whose names have this part."""
-
-    def edit(found: dict[str, Tensor]) -> None:
-        found.update({name: change(tensor) for name, tensor in found.items() if part in name})
-
-    return lambda hub: edited.edit_tensors(hub / model, edit)
-
-
-def settings(model: str, **values: Any) -> Change:
-    """Changes a model's config.json."""
-
-    def edit(hub: Path) -> None:
-        path = hub / model / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return edit
-
-
-def file(path: str, content: str | bytes | None) -> Change:
-    """Gives a file this content, or removes it."""
-
-    def edit(hub: Path) -> None:
-        if content is None:
-            (hub / path).unlink()
-        else:
-            (hub / path).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return edit
-
-
-def arrays(**changes: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Changes arrays of the first task's pictures."""
-
-    def edit(hub: Path) -> None:
-        found = dict(np.load(hub / "first.npz"))
-        np.savez(hub / "first.npz", **(found | {name: change(found[name]) for name, change in changes.items()}))
-
-    return edit
-
-
-def rows(split: str, text: str | bytes) -> Change:
-    return file(f"first_{split}.tsv", text)
-
-
-def with_one(value: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda labels: np.concatenate([labels[:-1], [value]])
-
 
 D, M = DataError, ModelError
 HEADS = "expert of task first: classifier"
@@ -133,11 +97,80 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "a config of more blocks": (
         "bert", settings("base", num_hidden_layers=3), M, "describes a model with encoder.layer.2.",
     ),
+    "no projection of texts": (
+        "clip", without("text_projection", "base"), M, "describes a model with text_projection.weight, which its files",
+    ),
+    "no projection of pictures": (
+        "clip", without("visual_projection", "base"), M, "describes a model with visual_projection.weight, which",
+    ),
+    "no table of tokens": (
+        "clip", without("token_embedding", "base"), M, "a model with text_model.embeddings.token_embedding.weight,",
+    ),
+    "a text tower of more blocks": (
+        "clip", part_settings("base", "text_config", num_hidden_layers=3), M, "with text_model.encoder.layers.2",
+    ),
+    "a text tower of fewer blocks": (
+        "clip", part_settings("base", "text_config", num_hidden_layers=1), M,
+        "a model without text_model.encoder.layers.1.",
+    ),
+    "no text tower": (
+        "clip", without("text_model", "base"), M, "describes a model with text_model.",
+    ),
+    "no output layer": ("llama", without("lm_head", *edited.MODELS), M, "a model with lm_head.weight, which its files"),
+    "no last norm": ("llama", without("model.norm", *edited.MODELS), M, "a model with model.norm.weight, which its"),
+    "no embeddings anywhere": (
+        "bert", without("word_embeddings", *edited.MODELS), M, "a model with embeddings.word_embeddings.weight, which",
+    ),
+    "no classifier's pooler": ("bert", without("pooler", *edited.MODELS), M, "has no pooler, which"),
+    "no decoder's last norm": (
+        "t5", without("decoder.final_layer_norm", *edited.MODELS), M, "with decoder.final_layer_norm.weight, which its",
+    ),
     "a config of another vocabulary": ("bert", settings("base", vocab_size=3), M, "cannot be read by AutoModel"),
     "a width in words": ("bert", settings("base", hidden_size="wide"), M, "cannot be read by AutoConfig"),
     "no width": ("bert", settings("first", hidden_size=None), M, "cannot be read by AutoConfig"),
     "another activation": ("bert", settings("base", hidden_act="nope"), M, "hidden_act is gelu in its config and"),
     "no tokenizer": ("clip", file("base/tokenizer.json", None), M, "cannot be read by AutoTokenizer"),
+    "no vocabulary of BERT": ("bert", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
+    "no vocabulary of T5": ("t5", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json or a vocab.txt"),
+    "no vocabulary of CLIP": ("clip", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
+    "tokens without rows, BERT": ("bert", other_ids, M, "and the model beside it has 18 of them; fetch both again"),
+    "tokens without rows, CLIP": ("clip", other_ids, M, "and the model beside it has 17 of them; fetch both again"),
+    "tokens without rows, T5": ("t5", other_ids, M, "and the model beside it has 24 of them; fetch both again"),
+    "tokens without rows, Llama": ("llama", other_ids, M, "and the model beside it has 24 of them; fetch both again"),
+    "a length in words": (
+        "clip", content(f"base/{TOKENS}", model_max_length="x"), M, "has a model_max_length of 'x', which must be a",
+    ),
+    "texts of one token": (
+        "clip", content(f"base/{TOKENS}", model_max_length=2), M, "reads all classes of task first as the same text;",
+    ),
+    "no padding": ("bert", content(f"base/{TOKENS}", pad_token=None), M, "fails on a text (Asking to pad but the"),
+    "no end of texts": (
+        "clip", part_settings("base", "text_config", eos_token_id=None), M, "a text_config.eos_token_id of null, at",
+    ),
+    "another end of texts": (
+        "clip", part_settings("base", "text_config", eos_token_id=99), M, "a text_config.eos_token_id of 99, at which",
+    ),
+    "no start of answers": (
+        "t5", both_settings(decoder_start_token_id=None), M, "has a decoder_start_token_id of null, which must be one",
+    ),
+    "a start of answers beyond": (
+        "t5", both_settings(decoder_start_token_id=99), M, "has a decoder_start_token_id of 99, which must be one of",
+    ),
+    "no end of answers": ("t5", both_settings(eos_token_id=None), M, "has a eos_token_id of null, which must be one"),
+    "odd answers": ("t5", content(f"base/{GENERATION}", repetition_penalty=-1.0), M, "lets it give no answers ("),
+    "smaller pictures": (
+        "clip", content(f"base/{PIXELS}", crop_size={"height": 8, "width": 8}), M,
+        "makes pictures of [3, 8, 8], and the model beside it reads [3, 16, 16]; set its size",
+    ),
+    "smaller pictures of ViT": (
+        "vit", content(f"base/{PIXELS}", size={"height": 8, "width": 8}), M, "makes pictures of [3, 8, 8], and the",
+    ),
+    "pictures of nothing": (
+        "clip", content(f"base/{PIXELS}", size={"shortest_edge": 0}), M, "fails on a picture (",
+    ),
+    "two means": ("clip", content(f"base/{PIXELS}", image_mean=[0.5, 0.5]), M, "fails on a picture ("),
+    "a deviation of 0": ("clip", content(f"base/{PIXELS}", image_std=[0, 0, 0]), M, "preprocessor_config.json "),
+    "no such resampling": ("clip", content(f"base/{PIXELS}", resample=99), M, "fails on a picture ("),
     "a tokenizer that is none": ("clip", file("base/tokenizer.json", "{}"), M, "cannot be read by AutoTokenizer"),
     "no processor": ("clip", file("base/preprocessor_config.json", None), M, "read by AutoImageProcessor"),
     "half a processor": ("clip", file("base/preprocessor_config.json", "{"), M, "read by AutoImageProcessor"),
@@ -146,7 +179,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
 
 @pytest.fixture(scope="module")
 def hubs(tmp_path_factory: pytest.TempPathFactory, clip_hub: Path, bert_hub: Path) -> dict[str, Path]:
-    made = {kind: build(tmp_path_factory.mktemp(kind), kind) for kind in ("t5", "llama")}
+    made = {kind: build(tmp_path_factory.mktemp(kind), kind) for kind in ("t5", "llama", "vit")}
     return {"clip": clip_hub, "bert": bert_hub, **made}
 
 

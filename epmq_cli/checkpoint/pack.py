@@ -39,6 +39,7 @@ PROCESSOR_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
     "tokenizer.model",
     "sentencepiece.bpe.model",
     "chat_template.jinja",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from epmq_cli.errors import ModelError
 
@@ -31,3 +33,23 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
             f"{folder} cannot be read by {kind.__name__} of transformers ({reason}); give the folder that "
             "save_pretrained wrote"
         ) from error
+
+
+def check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]) -> None:
+    """ModelError where a folder's files are not all of the model that its config.json describes, or more of it;
+    `info`: what from_pretrained says under `output_loading_info`.
+
+    transformers fills up what is missing with random numbers. Tensors of modules that the model does not have, as those
+    of a head, may be in the files; of tied tensors one may be missing.
+    """
+    where = f"{folder / 'config.json'} describes a model"
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{where} with {missing[0]}, which its files have not; fetch or make both again")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    parts = {name for name, _ in model.named_children()}
+    for name in sorted(info["unexpected_keys"]):
+        if name.removeprefix(prefix).partition(".")[0] in parts:
+            raise ModelError(f"{where} without {name}, which its files have; fetch or make both again")
+    for name in sorted(map(str, info["mismatched_keys"])):
+        raise ModelError(f"{where} with {name} of another shape than in its files; fetch or make both again")

@@ -19,6 +19,7 @@ from epmq_cli.places import check_permitted
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NAMED = "transformers_weights"  # of a config.json
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating types by their safetensors names."""
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
@@ -69,10 +70,10 @@ class SafetensorsFiles:
             raise ModelError(f"{self._role}: {name} in {self._folder} cannot be read ({error})") from error
 
     def _weight_map(self) -> dict[str, str]:
+        if (self._folder / SINGLE).is_file():  # before an index, as transformers does
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         if (self._folder / INDEX).is_file():
             return self._index()
-        if (self._folder / SINGLE).is_file():
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         files = sorted(path.name for path in self._folder.glob("*.safetensors"))
         if len(files) == 1:
             return dict.fromkeys(self._open(files[0]).keys(), files[0])
@@ -136,6 +137,11 @@ class ModelFolder:
         self.path = path
         self.role = role
         self.config = read_json(path, "config.json", role) if config is None else config
+        if self.config.get(NAMED) is not None:
+            raise ModelError(
+                f"{role}: {path / 'config.json'} names files of its own ({NAMED}), which transformers would read and "
+                f"epmq does not; call them {SINGLE} or {INDEX} and take {NAMED} out"
+            )
         self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
         self.infos = self._tensors.infos
         if config is None:

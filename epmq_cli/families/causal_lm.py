@@ -19,6 +19,7 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
 from epmq_cli.families.parts import LastNorm, block_settings
+from epmq_cli.families.processors import tokens
 from epmq_cli.suites import Task
 
 PREFIX = "model."
@@ -130,10 +131,7 @@ class CausalLM(LanguageModel):
 
     def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
         """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once."""
-        from transformers import AutoTokenizer
-
-        tokenizer = from_folder(AutoTokenizer, folder)
-        ids: Tensor = tokenizer(SEPARATOR.join(documents), return_tensors="pt", verbose=False)["input_ids"][0]
+        ids: Tensor = tokens(folder)(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

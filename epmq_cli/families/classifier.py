@@ -21,6 +21,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
 from epmq_cli.families.parts import block_settings
+from epmq_cli.families.processors import tokens
 from epmq_cli.suites import Task
 
 
@@ -139,7 +140,7 @@ class TextClassifier(Classifier):
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         positions = from_folder(AutoConfig, folder).max_position_embeddings - self.reserved
         if task.max_length > positions:
@@ -147,12 +148,10 @@ class TextClassifier(Classifier):
                 f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
                 f"got {task.max_length}"
             )
-        tokenizer = from_folder(AutoTokenizer, folder)
+        tokenizer = tokens(folder)
 
         def collate(texts: list[Any]) -> Batch:
-            return dict(
-                tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
-            )
+            return dict(tokenizer(texts, padding=True, truncation=True, max_length=task.max_length))
 
         return collate
 

@@ -15,10 +15,11 @@ from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.evaluate import zero_shot
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Patches, Section
-from epmq_cli.families.parts import block_settings, images
+from epmq_cli.families.parts import block_settings
+from epmq_cli.families.processors import images, tokens
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -32,6 +33,7 @@ STEPS = (
     Linears(("mlp.fc1",)),
     Linears(("mlp.fc2",), stream="layer_norm2"),
 )
+LAST = 2  # as eos_token_id: that of old configs, with which transformers takes the largest id of a text
 READOUT = (Norm(PREFIX + "post_layernorm"), Linears(("visual_projection",)))
 
 
@@ -121,17 +123,28 @@ class Clip(Family):
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """`weight` (classes, projection width): the class embeddings, each of length 1."""
-        from transformers import AutoTokenizer
-
         classes, templates = task.classes or (), task.templates or ()
-        tokenizer = from_folder(AutoTokenizer, base)
+        settings: Any = model.config
+        end = settings.text_config.eos_token_id
+        tokenizer = tokens(base, longest=settings.text_config.max_position_embeddings)
 
         def embed(texts: list[str]) -> Tensor:
-            tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-            embedding: Tensor = model.get_text_features(**tokens).pooler_output  # type: ignore[operator]
+            read = tokenizer(texts, padding=True, truncation=True)
+            if not _ends(read["input_ids"], end):
+                raise ModelError(
+                    f"{base / 'config.json'} has a text_config.eos_token_id of {shown(end)}, at which the embedding of "
+                    "a text is read, and the tokenizer beside it does not end texts with that; fetch both again"
+                )
+            embedding: Tensor = model.get_text_features(**read.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
-        return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
+        weight = zero_shot.class_embeddings(embed, classes, templates)
+        if len(set(classes)) > 1 and bool((weight == weight[0]).all()):
+            raise ModelError(
+                f"the tokenizer in {base} reads all classes of task {task.name} as the same text; check its files and "
+                "the model_max_length in them"
+            )
+        return {"weight": weight}
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """The features, each of length 1."""
@@ -140,3 +153,12 @@ class Clip(Family):
     def logits(self, features: Tensor, head: Head) -> Tensor:
         """100 x cosine; a head that was solved again is no longer of unit rows."""
         return zero_shot.logits(features, head["weight"])
+
+
+def _ends(ids: Tensor, end: object) -> bool:
+    """Whether each text (texts, tokens) has, behind its first token, the one at which transformers reads its embedding.
+    Otherwise that reads the first token, which knows nothing of the text."""
+    if not isinstance(end, int):
+        return False
+    place = ids.argmax(1) if end == LAST else (ids == end).int().argmax(1)
+    return bool((place > 0).all())

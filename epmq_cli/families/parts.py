@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.families.family import Batch, Collate, Norm, Section
+from epmq_cli.families.family import Norm, Section
 
 
 class LastNorm(nn.Module):
@@ -45,16 +44,3 @@ def block_settings(
     config = from_folder(AutoConfig, folder.path)
     config = getattr(config, part, config) if part else config
     return {name: getattr(config, name, None) for name in names}
-
-
-def images(folder: Path) -> Collate:
-    """Images through the folder's own image processor, as RGB."""
-    from transformers import AutoImageProcessor
-
-    processor = from_folder(AutoImageProcessor, folder)
-
-    def collate(pictures: list[Any]) -> Batch:
-        found = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        return {"pixel_values": found["pixel_values"]}
-
-    return collate

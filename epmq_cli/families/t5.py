@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.families.family import (
     ALL,
     Batch,
@@ -34,6 +34,7 @@ from epmq_cli.families.family import (
     split,
 )
 from epmq_cli.families.parts import LastNorm, block_settings
+from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.suites import Task
 
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -117,12 +118,10 @@ class T5(Family):
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        from transformers import AutoTokenizer
-
-        tokenizer = from_folder(AutoTokenizer, folder)
+        tokenizer = tokens(folder)
 
         def collate(texts: list[Any]) -> Batch:
-            found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+            found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length)
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
         return collate
@@ -155,9 +154,7 @@ class T5(Family):
 
     def predict(self, folder: Path, task: Task) -> Predict:
         """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
-        from transformers import AutoTokenizer
-
-        tokenizer = from_folder(AutoTokenizer, folder)
+        tokenizer = own_tokenizer(folder)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
         def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:
@@ -180,14 +177,33 @@ def _mask(key: str) -> Any:
 
 def _answers(model: Any, batch: Batch) -> Tensor:
     """What the model generates: (samples, tokens), the first of them the decoder's start."""
-    given: Tensor = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_length=ANSWER,
-        do_sample=False,
-        num_beams=1,
-    )
+    _check_answering(model)
+    try:
+        given: Tensor = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_length=ANSWER,
+            do_sample=False,
+            num_beams=1,
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may be anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the generation_config.json or config.json of the base lets it give no answers ({reason}); fetch it again"
+        ) from error
     return given
+
+
+def _check_answering(model: Any) -> None:
+    """ModelError where the tokens that answers start, end and are filled up with are none of the model's."""
+    settings = model.generation_config
+    ids = {name: getattr(settings, name) for name in ("decoder_start_token_id", "pad_token_id")}
+    for name, number in {**ids, "eos_token_id": model.config.eos_token_id}.items():
+        if not isinstance(number, int) or not 0 <= number < model.config.vocab_size:
+            raise ModelError(
+                f"the generation_config.json or config.json of the base has a {name} of {shown(number)}, which must be "
+                f"one of the model's {model.config.vocab_size} tokens; fetch it again"
+            )
 
 
 def _end(model: Any) -> int:

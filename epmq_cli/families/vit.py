@@ -13,7 +13,8 @@ from torch import nn
 
 from epmq_cli.families.classifier import Classifier
 from epmq_cli.families.family import Collate, Linears, Norm, Section
-from epmq_cli.families.parts import LastNorm, images
+from epmq_cli.families.parts import LastNorm
+from epmq_cli.families.processors import images
 from epmq_cli.suites import Task
 
 Q, K, V = (f"attention.{part}_proj" for part in "qkv")

@@ -129,6 +129,7 @@ def folder(tmp_path: Path) -> Path:
     ["../outside.safetensors", "{parent}/outside.safetensors", "..", ".", "", "a\nb", "sub/../../outside.safetensors"],
 )
 def test_an_index_leads_nowhere_else(file: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     weight_map = {"a": file.format(parent=folder.parent)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelError, match="base: .*, which the index of .* names, is not in that folder") as raised:
@@ -138,6 +139,7 @@ def test_an_index_leads_nowhere_else(file: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}], ids=str)
 def test_an_index_without_files_is_refused(index: Any, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"index.json has no weight_map from tensors to files; save the model"):
         ModelFolder(folder, "base")

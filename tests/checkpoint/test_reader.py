@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from epmq_cli.checkpoint.locate import SHIPPED, locate
@@ -51,6 +52,25 @@ def test_a_single_file_of_another_name_is_read(single: Path) -> None:
     assert set(ModelFolder(single, "base").infos) == {"a", "b"}
 
 
+def test_where_there_is_an_index_too_the_single_file_is_read_as_transformers_does(
+    clip_hub: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(clip_hub / "base", tmp_path / "base")
+    single = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: 0 * tensor for name, tensor in single.items()}, tmp_path / "base" / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(single, "other.safetensors")}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    wanted = CLIPModel.from_pretrained(tmp_path / "base").visual_projection.weight
+    assert torch.equal(ModelFolder(tmp_path / "base", "base").tensor("visual_projection.weight"), wanted)
+    assert wanted.any()
+
+
+def test_a_config_that_names_files_of_its_own_is_refused(single: Path) -> None:
+    (single / "config.json").write_text('{"model_type": "x", "transformers_weights": "other.safetensors"}')
+    with pytest.raises(ModelError, match=r"names files of its own \(transformers_weights\)"):
+        ModelFolder(single, "base")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 40, 100])
 def test_truncated_files_are_named(single: Path, keep: int) -> None:
     path = single / "model.safetensors"
@@ -60,7 +80,8 @@ def test_truncated_files_are_named(single: Path, keep: int) -> None:
 
 
 def test_missing_parts_are_named(single: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "c": "model.safetensors"}}
+    (single / "model.safetensors").rename(single / "shard.safetensors")
+    index = {"weight_map": {"a": "shard.safetensors", "c": "shard.safetensors"}}
     (single / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="'c', which the index of .* names, is in no file"):
         ModelFolder(single, "base")
@@ -72,6 +93,7 @@ def test_missing_parts_are_named(single: Path) -> None:
 def test_an_index_cannot_name_files_outside_its_folder(single: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "model.safetensors"
     save_file({"a": torch.ones(1)}, outside)
+    (single / "model.safetensors").unlink()
     (single / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": f"../{outside.parent.name}/model.safetensors"}})
     )

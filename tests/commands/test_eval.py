@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -12,7 +14,7 @@ from omegaconf import DictConfig
 
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.config import conf_dir
-from epmq_cli.errors import ConfigError
+from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.report.metrics import schema
 from tests.hubs import run_in
 
@@ -61,3 +63,35 @@ def test_a_run_that_cannot_be_scored_on_the_kernel_is_refused_before_it_starts(
 
 def test_a_kernel_that_nothing_is_scored_on_is_not_refused(clip_hub: Path, tmp_path: Path) -> None:
     assert run_in(tmp_path, clip_hub, "eval.kernel=int4", "group_size=16", "eval.stages=[]").is_dir()
+
+
+def no_quantization(config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+def other_bits(config: dict[str, Any]) -> None:
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 8
+
+
+def fewer_layers(config: dict[str, Any]) -> None:
+    config["vision_config"]["num_hidden_layers"] -= 1
+
+
+def more_layers(config: dict[str, Any]) -> None:
+    config["text_config"]["num_hidden_layers"] += 1
+
+
+@pytest.mark.parametrize("kernel", ["dequantize", "auto"])
+@pytest.mark.parametrize("change", [no_quantization, other_bits, fewer_layers, more_layers])
+def test_a_config_of_another_model_is_refused(
+    change: Callable[[dict[str, Any]], None], kernel: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = checkpoint / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"config.json describes another model than the files beside it"
+    ) as raised:
+        evaluate(config_of_eval(checkpoint, f"eval.kernel={kernel}"), tmp_path, [])
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,117 @@
+"""One thing that is wrong in the files of a miniature hub: models, their settings and tokenizers, data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tests import edited
+from tests.conftest import WORDS
+
+Change = Callable[[Path], Any]
+TOKENS, PIXELS, GENERATION = "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"
+
+
+def tensors(model: str, change: Callable[[Tensor], Tensor], part: str = "") -> Change:
+    """Replaces the tensors of a model whose names have this part."""
+
+    def edit(found: dict[str, Tensor]) -> None:
+        found.update({name: change(tensor) for name, tensor in found.items() if part in name})
+
+    return lambda hub: edited.edit_tensors(hub / model, edit)
+
+
+def settings(model: str, **values: Any) -> Change:
+    """Changes a model's config.json."""
+
+    def edit(hub: Path) -> None:
+        path = hub / model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return edit
+
+
+def part_settings(model: str, part: str, **values: Any) -> Change:
+    """Changes a part of a model's config.json, such as text_config."""
+
+    def edit(hub: Path) -> None:
+        path = hub / model / "config.json"
+        config = json.loads(path.read_text())
+        config[part] |= values
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def without(part: str, *models: str) -> Change:
+    """Takes the tensors whose names have this part out of models."""
+
+    def edit(found: dict[str, Tensor]) -> None:
+        for name in [name for name in found if part in name]:
+            del found[name]
+
+    return lambda hub: [edited.edit_tensors(hub / model, edit) for model in models]
+
+
+def content(path: str, **values: Any) -> Change:
+    """Changes entries of a JSON file."""
+
+    def edit(hub: Path) -> None:
+        found = json.loads((hub / path).read_text()) if (hub / path).is_file() else {}
+        (hub / path).write_text(json.dumps(found | values))
+
+    return edit
+
+
+def other_ids(hub: Path) -> None:
+    """Words get numbers beyond the rows of the table."""
+    path = hub / "base" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["vocab"] = {word: n + 1000 * (word in WORDS) for word, n in found["model"]["vocab"].items()}
+    path.write_text(json.dumps(found))
+
+
+def no_tokenizer(hub: Path) -> None:
+    for path in (hub / "base").glob("*token*"):
+        path.unlink()
+
+
+def file(path: str, content: str | bytes | None) -> Change:
+    """Gives a file this content, or removes it."""
+
+    def edit(hub: Path) -> None:
+        if content is None:
+            (hub / path).unlink()
+        else:
+            (hub / path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return edit
+
+
+def arrays(**changes: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Changes arrays of the first task's pictures."""
+
+    def edit(hub: Path) -> None:
+        found = dict(np.load(hub / "first.npz"))
+        np.savez(hub / "first.npz", **(found | {name: change(found[name]) for name, change in changes.items()}))
+
+    return edit
+
+
+def rows(split: str, text: str | bytes) -> Change:
+    return file(f"first_{split}.tsv", text)
+
+
+def with_one(value: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda labels: np.concatenate([labels[:-1], [value]])
+
+
+def both_settings(**values: Any) -> Change:
+    """Changes the config of a base and how it answers."""
+    changes = [content(f"base/{name}", **values) for name in ("config.json", GENERATION)]
+    return lambda hub: [change(hub) for change in changes]
