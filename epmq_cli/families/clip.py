@@ -156,7 +156,6 @@ class Clip(Family):
 def _ends(ids: Tensor, end: object) -> bool:
     """Whether each text (texts, tokens) has, behind its first token, the one at which transformers reads its embedding.
     Otherwise that reads the first token, which knows nothing of the text."""
-    if not isinstance(end, int):
-        return False
-    place = ids.argmax(1) if end == LAST else (ids == end).int().argmax(1)
-    return bool((place > 0).all())
+    if end == LAST or not isinstance(end, int):
+        return end == LAST
+    return bool(((ids == end).int().argmax(1) > 0).all())
