@@ -72,6 +72,8 @@ def done(folder: Path, cfg: DictConfig) -> bool:
 def _config(path: Path) -> dict[str, Any]:
     """The config in a metrics.json; RunError where there is none."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         found = json.loads(path.read_text(encoding="utf-8"))["config"]
         return dict(found.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -81,7 +83,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _mark(path: Path) -> str | None:
     """What stands in a mark; None where it cannot be read, as one of somebody else's may."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.is_file() else None  # to open a pipe would wait for ever
     except (OSError, ValueError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_marks_that_cannot_be_read_are_nobodys() -> None:
     (started("2", "bits=3") / unfinished.MARK).write_bytes(b"\xff\xfe")
     folder = started("3", "bits=3")
     (folder / unfinished.MARK).unlink()
-    (folder / unfinished.MARK).mkdir()
+    os.mkfifo(folder / unfinished.MARK)
     assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
 
 
@@ -82,5 +83,10 @@ def test_a_job_whose_results_are_damaged_is_named(content: bytes) -> None:
     folder = RUNS / "job"
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "metrics.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"):
+    message = r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"
+    with pytest.raises(RunError, match=message):
+        unfinished.done(folder, DictConfig({"bits": 4}))
+    (folder / "metrics.json").unlink()
+    os.mkfifo(folder / "metrics.json")
+    with pytest.raises(RunError, match=message):
         unfinished.done(folder, DictConfig({"bits": 4}))
