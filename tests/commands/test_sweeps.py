@@ -27,7 +27,7 @@ NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not inst
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", pytest.param("ray_cluster", marks=NEEDS_RAY)])
+@pytest.mark.parametrize("launcher", ["cores", "submitit_local", pytest.param("ray_cluster", marks=NEEDS_RAY)])
 def test_jobs_of_a_sweep_run_side_by_side(launcher: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "epmq_cli", "run", "-m", f"hydra/launcher={launcher}", *SWEEP, f"out={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
