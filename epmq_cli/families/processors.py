@@ -4,6 +4,7 @@ cannot read, ends in one sentence that names the file."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,8 @@ def own_tokenizer(folder: Path) -> Any:
 def tokens(folder: Path, longest: int | None = None) -> Callable[..., Any]:
     """A folder's tokenizer as a function of texts, which gives tensors; ModelError where it cannot, or where the model
     has no row for one of its ids. `longest`: as many tokens as it cuts texts to, where itself it would keep more."""
-    from transformers import AutoConfig
-
     tokenizer = own_tokenizer(folder)
-    rows = from_folder(AutoConfig, folder).get_text_config().vocab_size
+    rows = _config(folder).get_text_config().vocab_size
     most = tokenizer.model_max_length
     if not isinstance(most, int | float) or most < 1:
         raise ModelError(
@@ -71,10 +70,10 @@ def tokens(folder: Path, longest: int | None = None) -> Callable[..., Any]:
 def images(folder: Path) -> Collate:
     """Images through the folder's own image processor, as RGB; ModelError where it cannot, or where what it makes is
     not what the model beside it reads."""
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoImageProcessor
 
     processor = from_folder(AutoImageProcessor, folder)
-    config = from_folder(AutoConfig, folder)
+    config = _config(folder)
     config = getattr(config, "vision_config", config)
     side = config.image_size
     wanted = (config.num_channels, *(side if isinstance(side, list | tuple) else (side, side)))
@@ -97,6 +96,18 @@ def images(folder: Path) -> Collate:
         return {"pixel_values": pixels}
 
     return collate
+
+
+def _config(folder: Path) -> Any:
+    """A folder's config, which is read once for all tasks: transformers takes its time for that."""
+    return _config_of(folder, (folder / "config.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _config_of(folder: Path, changed: int) -> Any:
+    from transformers import AutoConfig
+
+    return from_folder(AutoConfig, folder)
 
 
 def _reason(error: Exception) -> str:
