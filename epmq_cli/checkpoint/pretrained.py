@@ -35,8 +35,8 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]) -> None:
-    """ModelError where a folder's files are not all of the model that its config.json describes, or more of it;
+def complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]) -> nn.Module:
+    """The model; ModelError where a folder's files are not all of what its config.json describes, or more of it.
     `info`: what from_pretrained says under `output_loading_info`.
 
     transformers fills up what is missing with random numbers. Tensors of modules that the model does not have, as those
@@ -53,3 +53,4 @@ def check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collection
             raise ModelError(f"{where} without {name}, which its files have; fetch or make both again")
     for name in sorted(map(str, info["mismatched_keys"])):
         raise ModelError(f"{where} with {name} of another shape than in its files; fetch or make both again")
+    return model

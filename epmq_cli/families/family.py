@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
-from epmq_cli.checkpoint.pretrained import check_complete, from_folder
+from epmq_cli.checkpoint.pretrained import complete, from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.linalg import is_finite
@@ -290,10 +290,8 @@ def load_model(family: Family, folder: Path, device: torch.device | Disk) -> nn.
     mixed = quantization is not None and len(quantization["config_groups"]) > 1
     if quantization is not None and not mixed:
         quantization["dequantize"] = True
-    options = {"config": config, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-    loaded: Any = family.load(folder, **options)
-    model, info = loaded
-    check_complete(folder, model, info)
+    loaded: Any = family.load(folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
+    model: Any = complete(folder, *loaded)
     if mixed:  # transformers dequantizes all of them with the first width
         model.hf_quantizer.compressor.decompress_model(model)
     if isinstance(device, Disk):
