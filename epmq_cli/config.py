@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli import ranks
-from epmq_cli.errors import ConfigError, TokenError, check_choice, check_keys, check_range, placed, shown
+from epmq_cli.errors import ConfigError, TokenError, check_choice, check_keys, check_range, first_line, placed, shown
 from epmq_cli.fields import check_type, check_types, required
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def check_complete(cfg: DictConfig, command: str) -> None:
             raise ConfigError(f"{', '.join(missing)} must be given, for instance {missing[0]}=...")
         resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"the config cannot be resolved: {first_line(error)}") from error
     refuse_tokens([str(resolved)])
     check_type("data_root", str | None, cfg.data_root)
     if "checkpoint" in known:
@@ -183,7 +183,7 @@ def build(group: str, node: DictConfig) -> Any:
             raise placed(cause, place[1] if place else group) from None
         if cause is not None:
             raise cause from None
-        raise ConfigError(f"{group} cannot be made: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
 
 
 def _check_parts(group: str, node: DictConfig) -> None:

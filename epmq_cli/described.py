@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.reader import SafetensorsFiles, TensorInfo, read_json
 from epmq_cli.checkpoint.unpack import grid_of
-from epmq_cli.errors import CheckpointError
+from epmq_cli.errors import CheckpointError, first_line
 from epmq_cli.inference.load import blank_model, model_config
 from epmq_cli.quantize.grid import GridSpec
 
@@ -91,7 +91,7 @@ def described_model(folder: Path, files: SafetensorsFiles) -> nn.Module:
     except CheckpointError:
         raise
     except Exception as error:  # a config may hold anything, and transformers checks little of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{folder / 'config.json'} describes no model that transformers can make ({reason}); fetch it again"
         ) from error

@@ -54,6 +54,11 @@ class RunError(EpmqError):
     """A run folder is in use or cannot be written, or a process of a run has ended."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def lacks_memory(error: Exception) -> bool:
     """Whether memory was wanting, of the machine or of an accelerator; torch has ways of its own to say so."""
     said = type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in NO_MEMORY)

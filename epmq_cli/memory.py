@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli import allocator
 from epmq_cli.console import log, say
-from epmq_cli.errors import RunError, lacks_memory
+from epmq_cli.errors import RunError, first_line, lacks_memory
 from epmq_cli.families.family import ALL, Batch, size, split
 
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ class Room:
             except (MemoryError, RuntimeError) as error:
                 if not (self._retries and lacks_memory(error)):
                     raise
-                log.info("%s, %d samples at a time: %s", self._work, samples, (str(error).splitlines() or [""])[0])
+                log.info("%s, %d samples at a time: %s", self._work, samples, first_line(error))
             self._halve(samples)  # out here, where the error no longer holds what the call had made
             restore()
 

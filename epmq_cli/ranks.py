@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from epmq_cli.errors import ConfigError, RunError, lacks_memory, shown
+from epmq_cli.errors import ConfigError, RunError, first_line, lacks_memory, shown
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def join(device: torch.device) -> None:
         try:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise RunError(f"the processes of this run do not meet ({reason}); start them with torchrun") from error
         atexit.register(distributed.destroy_process_group)
 
@@ -196,7 +196,7 @@ def _reached() -> Iterator[None]:
     except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
         if lacks_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RunError(
             f"another process of this run has ended or cannot be reached ({reason}); start the same command again"
         ) from error

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from epmq_cli.checkpoint.links import escapes
-from epmq_cli.errors import ModelError
+from epmq_cli.errors import ModelError, first_line
 from epmq_cli.places import expanded
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -68,7 +68,7 @@ def _download(repo: str, revision: str | None, inside: str | None, role: str, ro
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / (inside or "")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         places = f"here nor under {root}" if root else "here"
         raise ModelError(
             f"{role}: {repo} is neither a folder {places} nor can it be had from the hub; "

@@ -20,7 +20,7 @@ from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, t
 from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, check_counts, read_json
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.durable import sync
-from epmq_cli.errors import CheckpointError, ModelError
+from epmq_cli.errors import CheckpointError, ModelError, first_line
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -55,7 +55,7 @@ def _described(config: Mapping[str, Any], path: Path, role: str) -> tuple[Any, A
     except ModelError:
         raise
     except Exception as error:  # it may hold anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"{role}: {path} describes no model of open_clip ({reason}); fetch it again") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq_cli.errors import ModelError
+from epmq_cli.errors import ModelError, first_line
 
 
 def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
@@ -22,15 +22,13 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config may hold anything, and transformers checks little of it
-        text = str(error)
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{folder} brings code of its own (auto_map in its JSON files), which epmq never runs; give a model "
                 "and a tokenizer of a kind that transformers has"
             ) from error
-        reason = (text.strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{folder} cannot be read by {kind.__name__} of transformers ({reason}); give the folder that "
+            f"{folder} cannot be read by {kind.__name__} of transformers ({first_line(error)}); give the folder that "
             "save_pretrained wrote"
         ) from error
 

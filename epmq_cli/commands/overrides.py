@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quoted
 from yaml import MarkedYAMLError
 
 from epmq_cli.config import conf_dir, groups_of, options_of
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, first_line, shown
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def unreadable(error: Exception, flags: Sequence[str]) -> str:
     folders = [Path(folder) for flag, folder in pairwise(flags) if flag in ("--config-dir", "-cd")]
     paths = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
     found = [path for path in paths if not _is_text(path)] if isinstance(error, UnicodeDecodeError) else []
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return f"{found[0]} is no text in UTF-8" if found else reason
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.samples import Samples, Split
-from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.errors import ConfigError, DataError, first_line
 from epmq_cli.places import expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
@@ -101,13 +101,13 @@ class Hub:
                 return self._samples(self._streamed(library, stored, count, seed))
             except failures as error:
                 level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
-                log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, _first_line(error))
+                log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, first_line(error))
         try:
             found = self._whole(library, stored)
         except failures as error:
             mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
-                f"data set {self.path} cannot be had; check its id, name and split ({_first_line(error)}){mirror}"
+                f"data set {self.path} cannot be had; check its id, name and split ({first_line(error)}){mirror}"
             ) from error
         return self._samples(found).some(count, seed)
 
@@ -190,7 +190,3 @@ def _undecoded(library: ModuleType, rows: Any) -> Any:
         if isinstance(feature, library.Image):
             rows = rows.cast_column(name, library.Image(decode=False))
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.errors import ModelError, lacks_memory
+from epmq_cli.errors import ModelError, first_line, lacks_memory
 from epmq_cli.families.family import Batch, Collate
 from epmq_cli.linalg import is_finite
 
@@ -54,7 +54,7 @@ def tokens(folder: Path, longest: int | None = None) -> Callable[..., Any]:
             if lacks_memory(error):
                 raise
             raise ModelError(
-                f"the tokenizer in {folder} fails on a text ({_reason(error)}); fetch its files again"
+                f"the tokenizer in {folder} fails on a text ({first_line(error)}); fetch its files again"
             ) from error
         ids = found["input_ids"]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
@@ -85,7 +85,7 @@ def images(folder: Path) -> Collate:
         except Exception as error:
             if lacks_memory(error):
                 raise
-            raise ModelError(f"{folder / PIXELS} fails on a picture ({_reason(error)}); fetch it again") from error
+            raise ModelError(f"{folder / PIXELS} fails on a picture ({first_line(error)}); fetch it again") from error
         if pixels.shape[1:] != wanted:
             raise ModelError(
                 f"{folder / PIXELS} makes pictures of {list(pixels.shape[1:])}, and the model beside it reads "
@@ -108,7 +108,3 @@ def _config_of(folder: Path, changed: int) -> Any:
     from transformers import AutoConfig
 
     return from_folder(AutoConfig, folder)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

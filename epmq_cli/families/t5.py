@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError, ModelError, shown
+from epmq_cli.errors import ConfigError, ModelError, first_line, shown
 from epmq_cli.families.family import (
     ALL,
     Batch,
@@ -187,7 +187,7 @@ def _answers(model: Any, batch: Batch) -> Tensor:
             num_beams=1,
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may be anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"the generation_config.json or config.json of the base lets it give no answers ({reason}); fetch it again"
         ) from error

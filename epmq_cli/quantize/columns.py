@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from epmq_cli.errors import first_line
 from epmq_cli.quantize.grid import Grid, GridSpec, quantize
 
 log = logging.getLogger("epmq")
@@ -60,7 +61,7 @@ def triton_works(device: torch.device) -> bool:
         one = torch.ones(1, 1, device=device)
         TritonColumns().walk(one, one, Grid(one, one), GridSpec(4, 1, True, "minmax"))
     except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
-        log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", (str(error).splitlines() or [""])[0])
+        log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", first_line(error))
         return False
     return True
 
