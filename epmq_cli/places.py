@@ -1,4 +1,4 @@
-"""Paths that a user named: with ~ for a home folder, and perhaps of files that may not be read."""
+"""Paths that a user named: with ~ for a home folder, and perhaps of files that may not or cannot be read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def expanded(name: str | Path, where: str = "") -> Path:
             f"{where}{': ' * bool(where)}{path} is in no home folder, as there is no user {path.parts[0]} here; write "
             f"the path out, or ./{path} for a folder of that name"
         ) from error
+
+
+def read_regular(path: Path) -> str:
+    """The text of a file in UTF-8; FileNotFoundError where it is none, as a pipe, which one would wait for."""
+    if not path.is_file():
+        raise FileNotFoundError("no file")
+    return path.read_text(encoding="utf-8")
 
 
 def check_permitted(path: Path, kind: type[EpmqError], role: str = "") -> None:

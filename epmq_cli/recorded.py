@@ -12,7 +12,6 @@ from torch import nn
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
-from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checks import check_scoring
@@ -22,6 +21,7 @@ from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.heads import read_heads
+from epmq_cli.places import read_regular
 from epmq_cli.suites import Suite
 
 

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
-from epmq_cli.checkpoint.manifest import read_regular
 from epmq_cli.checkpoint.pack import HEADS, RECORD
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.described import ROLE, Wanted, described_model, finite, layout_problem, name_problems, wanted_tensors
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.heads import head_problems
+from epmq_cli.places import read_regular
 from epmq_cli.recorded import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 
 METRICS = "metrics.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from epmq_cli.checkpoint.links import leaves
 from epmq_cli.errors import CheckpointError
+from epmq_cli.places import read_regular
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
@@ -79,13 +80,6 @@ def content(path: Path) -> Content:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return Content(path.stat().st_size, digest.hexdigest())
-
-
-def read_regular(path: Path) -> str:
-    """The text of a file in UTF-8; FileNotFoundError where it is none, as a pipe, which one would wait for."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no regular file")
-    return path.read_text(encoding="utf-8")
 
 
 def _listed(folder: Path) -> dict[str, Content]:

@@ -21,6 +21,7 @@ from epmq_cli.calibrate.journal import Account, Journal, not_taken, write_tensor
 from epmq_cli.console import say
 from epmq_cli.durable import write_text
 from epmq_cli.errors import RunError
+from epmq_cli.places import read_regular
 from epmq_cli.resume.key import differences, digest
 from epmq_cli.resume.lock import FOLDER, RESULTS, refuse_used, remove
 
@@ -168,10 +169,8 @@ def _identity(path: Path) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():  # a pipe would wait for somebody to write it
-        raise _damaged(path, "no file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
 

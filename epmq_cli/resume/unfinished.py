@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.durable import write_text
 from epmq_cli.errors import RunError
+from epmq_cli.places import read_regular
 from epmq_cli.resume.lock import RESULTS, in_use
 
 MARK = ".unfinished"
@@ -72,9 +73,7 @@ def done(folder: Path, cfg: DictConfig) -> bool:
 def _config(path: Path) -> dict[str, Any]:
     """The config in a metrics.json; RunError where there is none."""
     try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        found = json.loads(path.read_text(encoding="utf-8"))["config"]
+        found = json.loads(read_regular(path))["config"]
         return dict(found.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged; remove {path.parent}, and the same command makes it again") from error
@@ -83,7 +82,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _mark(path: Path) -> str | None:
     """What stands in a mark; None where it cannot be read, as one of somebody else's may."""
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None  # to open a pipe would wait for ever
+        return read_regular(path)
     except (OSError, ValueError):
         return None
 
