@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq_cli.checkpoint.pack import HEADS
-from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.pretrained import config_of
 from epmq_cli.checkpoint.reader import SafetensorsFiles, TensorInfo
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import Family
@@ -42,7 +42,7 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
         raise CheckpointError(f"{path} has no head for task {missing[0]}; its tasks are {', '.join(sorted(there))}")
     wanted = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in heads}
     infos = SafetensorsFiles(path, "checkpoint").infos
-    problems = head_problems({name: infos[name] for name in wanted}, heads, family, _config(checkpoint))
+    problems = head_problems({name: infos[name] for name in wanted}, heads, family, config_of(checkpoint))
     problem = next(problems, None) or next(
         (f"{name} holds NaN or infinity" for name, tensor in wanted.items() if not is_finite(tensor)), None
     )
@@ -52,12 +52,6 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
         task, _, part = name.rpartition(".")
         heads[task][part] = tensor
     return heads
-
-
-def _config(checkpoint: Path) -> Any:
-    from transformers import AutoConfig
-
-    return from_folder(AutoConfig, checkpoint)
 
 
 def head_problems(

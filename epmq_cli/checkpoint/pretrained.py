@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,38 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]) -> nn.Module:
-    """The model; ModelError where a folder's files are not all of what its config.json describes, or more of it.
+def config_of(folder: Path) -> Any:
+    """A folder's config, not to be changed; it is read once for all tasks, as transformers takes its time for that."""
+    return _config_of(folder, (folder / "config.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _config_of(folder: Path, changed: int) -> Any:
+    from transformers import AutoConfig
+
+    return from_folder(AutoConfig, folder)
+
+
+def dequantized(folder: Path, load: Callable[..., Any]) -> nn.Module:
+    """The whole model of a folder, packed weights dequantized in the type that they are stored for. `load`: the
+    from_pretrained of its class, which takes the folder and options."""
+    from transformers import AutoConfig
+
+    config = from_folder(AutoConfig, folder)
+    quantization = getattr(config, "quantization_config", None)
+    mixed = quantization is not None and len(quantization["config_groups"]) > 1
+    if quantization is not None and not mixed:
+        quantization["dequantize"] = True
+    model, info = load(folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
+    _check_complete(folder, model, info)
+    if mixed:  # transformers dequantizes all of them with the first width
+        model.hf_quantizer.compressor.decompress_model(model)
+    whole: nn.Module = model
+    return whole
+
+
+def _check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]) -> None:
+    """ModelError where a folder's files are not all of the model that its config.json describes, or more of it;
     `info`: what from_pretrained says under `output_loading_info`.
 
     transformers fills up what is missing with random numbers. Tensors of modules that the model does not have, as those
@@ -51,4 +82,3 @@ def complete(folder: Path, model: nn.Module, info: Mapping[str, Collection[Any]]
             raise ModelError(f"{where} without {name}, which its files have; fetch or make both again")
     for name in sorted(map(str, info["mismatched_keys"])):
         raise ModelError(f"{where} with {name} of another shape than in its files; fetch or make both again")
-    return model

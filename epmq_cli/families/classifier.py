@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
@@ -140,9 +140,7 @@ class TextClassifier(Classifier):
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        from transformers import AutoConfig
-
-        positions = from_folder(AutoConfig, folder).max_position_embeddings - self.reserved
+        positions = config_of(folder).max_position_embeddings - self.reserved
         if task.max_length > positions:
             raise ConfigError(
                 f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "

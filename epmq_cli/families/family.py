@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
-from epmq_cli.checkpoint.pretrained import complete, from_folder
+from epmq_cli.checkpoint.pretrained import dequantized
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.linalg import is_finite
@@ -283,17 +283,7 @@ def load_model(family: Family, folder: Path, device: torch.device | Disk) -> nn.
 
     It has the very weights of the stored type, packed ones dequantized in that type, but calculates in float32.
     """
-    from transformers import AutoConfig
-
-    config = from_folder(AutoConfig, folder)
-    quantization = getattr(config, "quantization_config", None)
-    mixed = quantization is not None and len(quantization["config_groups"]) > 1
-    if quantization is not None and not mixed:
-        quantization["dequantize"] = True
-    loaded: Any = family.load(folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
-    model: Any = complete(folder, *loaded)
-    if mixed:  # transformers dequantizes all of them with the first width
-        model.hf_quantizer.compressor.decompress_model(model)
+    model = dequantized(folder, family.load)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
     found: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' own refuses what came quantized

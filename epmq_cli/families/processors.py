@@ -4,13 +4,12 @@ cannot read, ends in one sentence that names the file."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.errors import ModelError, first_line, lacks_memory
 from epmq_cli.families.family import Batch, Collate
 from epmq_cli.linalg import is_finite
@@ -37,7 +36,7 @@ def tokens(folder: Path, longest: int | None = None) -> Callable[..., Any]:
     """A folder's tokenizer as a function of texts, which gives tensors; ModelError where it cannot, or where the model
     has no row for one of its ids. `longest`: as many tokens as it cuts texts to, where itself it would keep more."""
     tokenizer = own_tokenizer(folder)
-    rows = _config(folder).get_text_config().vocab_size
+    rows = config_of(folder).get_text_config().vocab_size
     most = tokenizer.model_max_length
     if not isinstance(most, int | float) or most < 1:
         raise ModelError(
@@ -73,7 +72,7 @@ def images(folder: Path) -> Collate:
     from transformers import AutoImageProcessor
 
     processor = from_folder(AutoImageProcessor, folder)
-    config = _config(folder)
+    config = config_of(folder)
     config = getattr(config, "vision_config", config)
     side = config.image_size
     wanted = (config.num_channels, *(side if isinstance(side, list | tuple) else (side, side)))
@@ -96,15 +95,3 @@ def images(folder: Path) -> Collate:
         return {"pixel_values": pixels}
 
     return collate
-
-
-def _config(folder: Path) -> Any:
-    """A folder's config, which is read once for all tasks: transformers takes its time for that."""
-    return _config_of(folder, (folder / "config.json").stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4)
-def _config_of(folder: Path, changed: int) -> Any:
-    from transformers import AutoConfig
-
-    return from_folder(AutoConfig, folder)
