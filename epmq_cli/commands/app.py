@@ -27,9 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from epmq_cli import interruption, ranks
-from epmq_cli.cli import split
+from epmq_cli.cli import FULL_ERROR, split
 from epmq_cli.commands.overrides import check_overrides, unreadable
-from epmq_cli.commands.readable import check_readable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, TokenError, check_keys, lacks_memory
@@ -50,7 +49,6 @@ PERMIT = "change its permissions, or choose another"
 REMEDY = "make room there, or choose another out"
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 """Of sweeps: the extra that each comes with."""
-FULL_ERROR = "HYDRA_FULL_ERROR"
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
 """What is raised that is no defect of epmq."""
 
@@ -67,7 +65,6 @@ def launch(command: str, arguments: list[str]) -> None:
         os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         overrides, flags = split(arguments)
-        check_readable(overrides)
         check_overrides(command, overrides)
         try:
             with interruption.listening(lambda: complain(INTERRUPTED[command]), GRACE if ranks.count() == 1 else 1):

@@ -7,19 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString, Sweep
 from yaml import MarkedYAMLError
 
+from epmq_cli.commands.readable import parsed
 from epmq_cli.config import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, shown
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
-    """ConfigError where an override takes an option out of the config, gives a group something else than one of its
-    names, or `out` something that is no folder."""
+    """ConfigError where an override cannot be read (readable.py), takes an option out of the config, gives a group
+    something else than one of its names, or `out` something that is no folder."""
     known, groups = options_of(command), groups_of(command)
-    for override in OverridesParser.create().parse_overrides(list(texts)):
+    for override in parsed(texts):
         name = override.key_or_group
         if override.is_delete():
             if name in known:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from epmq_cli.errors import ConfigError
@@ -17,8 +18,9 @@ WITHOUT_FILE = ("disabled", "none", "stdout")
 """Hydra's options of it that do not have what epmq's configs write run.log by."""
 
 
-def check_readable(texts: Sequence[str]) -> None:
-    """ConfigError where an override is no text, needs quotes, names no option, or does away with run.log."""
+def parsed(texts: Sequence[str]) -> list[Override]:
+    """The overrides; ConfigError where one is no text, needs quotes, names no option, or does away with run.log."""
+    found = []
     for text in texts:
         if not _is_unicode(text):
             readable = text.encode(errors="backslashreplace").decode()
@@ -28,11 +30,13 @@ def check_readable(texts: Sequence[str]) -> None:
         except OverrideParseException as error:
             if str(error).startswith(LEXER):
                 raise ConfigError(f"{text} has characters that must be in quotes; write {quoted(text)}") from error
-            continue  # Hydra says what it lacks
+            raise  # Hydra says what it lacks
         if not override.key_or_group:
             raise ConfigError(f"{text} names no option; write key=value (epmq COMMAND --help shows the keys)")
         if override.key_or_group == LOGGING and override.value() in WITHOUT_FILE:
             raise ConfigError(f"{LOGGING} must be default, or one of yours with a file handler for run.log, got {text}")
+        found.append(override)
+    return found
 
 
 def quoted(text: str) -> str:

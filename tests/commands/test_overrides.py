@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from epmq_cli.commands.readable import check_readable, quoted
+from epmq_cli.commands.readable import parsed, quoted
 from tests.conftest import Run
 
 MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
@@ -69,7 +69,7 @@ MADE = {
 @pytest.mark.parametrize("value", ["rün✓", "a'b", "a b(", 'say "x(', "a=b"])
 def test_hydra_takes_a_value_as_it_is_said_to_be_quoted(value: str) -> None:
     (word,) = shlex.split(quoted(f"out={value}"))
-    check_readable([word])
+    parsed([word])
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.value() == value
 
