@@ -132,7 +132,7 @@ def _with_checkpoint(arguments: list[str]) -> list[str]:
 def _is_checkpoint(argument: str) -> bool:
     """Whether it is the path of one: no override, unless there is a folder of just that name."""
     override = "=" in argument or argument.startswith(("~", "+"))
-    return not override or (Path(argument).is_dir())
+    return not override or Path(argument).is_dir()
 
 
 def _checkpoint_override(argument: str) -> str:

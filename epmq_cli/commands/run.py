@@ -16,7 +16,7 @@ from epmq_cli.commands.app import guarded, quiet_libraries
 from epmq_cli.console import say
 from epmq_cli.errors import RunError
 from epmq_cli.resume import unfinished
-from epmq_cli.resume.lock import alone
+from epmq_cli.resume.lock import RESULTS, alone
 
 if TYPE_CHECKING:
     from epmq_cli.evaluate.score import ScoredTask
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from epmq_cli.report.metrics import Scores
     from epmq_cli.report.stages import Stages
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, METRICS = RESULTS
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
@@ -96,7 +96,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     measured["events"]["eval_batches_halved"] = scoring.halved
     measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    metrics.write_json(folder / "metrics.json", metrics.metrics("run", overrides, resolved, job.device, measured))
+    metrics.write_json(folder / METRICS, metrics.metrics("run", overrides, resolved, job.device, measured))
     close(folder)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
