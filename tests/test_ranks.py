@@ -18,6 +18,7 @@ from epmq_cli import ranks
 from epmq_cli.errors import RunError
 from epmq_cli.resume.state import opened
 from tests.conftest import Run
+from tests.faults.driver import command, files, mini
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -28,16 +29,12 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
-
-
 def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
     options = ("-m", "epmq_cli", "run", *SMALL, "bits=3.5")
     two = start(*TORCHRUN, *options, f"out={tmp_path / 'two'}")
     assert two.returncode == 0, two.stderr
-    one = start(sys.executable, *options, f"out={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
+    status, said = command(tmp_path, *options[2:], f"out={tmp_path / 'one'}")
+    assert status == 0, said
     assert files(tmp_path / "two") == files(tmp_path / "one")
     layers = [json.loads((tmp_path / name / "metrics.json").read_text())["layers"] for name in ("two", "one")]
     assert [layer["tokens"] for layer in layers[0]] == [layer["tokens"] for layer in layers[1]]
@@ -91,15 +88,14 @@ def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
         call()
 
 
-def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(tmp_path: Path) -> None:
-    options = ("-m", "epmq_cli", "run", *SMALL, "guidance=expert", "-m", f"out={tmp_path / 'sweep'}")
-    assert start(sys.executable, *options, "merge=ties").returncode == 0
-    swept = start(*TORCHRUN, *options, "merge=ties,average")
+def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
+    options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
+    assert command(tmp_path, *options, "merge=ties")[0] == 0
+    swept = start(*TORCHRUN, "-m", "epmq_cli", *options, "merge=ties,average")
     assert swept.returncode == 0, swept.stderr
-    assert swept.stderr.count("merge=ties holds the results of this job already") == 1
-    one = start(sys.executable, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    assert files(next((tmp_path / "sweep").glob("*merge=average"))) == files(tmp_path / "one")
+    assert swept.stderr.count("holds the results of this job already") == 1
+    assert command(tmp_path, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")[0] == 0
+    assert files(next((tmp_path / "sweep").glob("*merge=average,*"))) == files(tmp_path / "one")
 
 
 def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ def harness_scores(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
             "eval=lm_eval needs lm-evaluation-harness; install it with pip install 'epmq-cli[lm_eval]'"
@@ -48,7 +47,7 @@ def harness_scores(
     from transformers import AutoTokenizer
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=include_path)
+    manager = _known(include_path)
     matched = {task: manager.match_tasks([task]) for task in tasks}  # simple_evaluate takes no patterns
     unknown = [task for task, names in matched.items() if not names]
     if unknown:
@@ -77,6 +76,14 @@ def harness_scores(
         results = {**found["results"], **found.get("groups", {})}
         scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
     return scores
+
+
+@lru_cache(maxsize=1)
+def _known(include_path: str | None) -> Any:
+    """The tasks that the harness knows, which it takes seconds to read, and the user's own."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

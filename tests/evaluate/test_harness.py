@@ -25,6 +25,7 @@ doc_to_target: label
 metric_list:
   - metric: acc
 """
+NAMES = ("mini", "tagged", "like_one", "like_two", "grouped")
 CPU = torch.device("cpu")
 
 
@@ -35,7 +36,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "tasks").mkdir()
-    (folder / "tasks" / "mini.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    for name in NAMES:
+        text = TASK.format(file=folder / "rows.jsonl").replace("task: mini", f"task: {name}\ntag: of_{name}")
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
+    (folder / "tasks" / "group.yaml").write_text("group: bare\ntask: [grouped]\n")
     return folder
 
 
@@ -63,18 +67,13 @@ def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_tasks(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
-    for name in ("mini", "tagged", "like_one", "like_two", "grouped"):
-        text = TASK.format(file=hub / "rows.jsonl").replace("task: mini", f"task: {name}\ntag: of_{name}")
-        (tmp_path / f"{name}.yaml").write_text(text)
-    (tmp_path / "group.yaml").write_text("group: bare\ntask: [grouped]\n")
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
     asked = ["mini", "of_tagged", "like_*", "bare"]
-    found = harness_scores(model, hub / "base", CPU, asked, str(tmp_path), None, None, room_of(4))
-    names = [f"{name}/acc" for name in ("mini", "tagged", "like_one", "like_two", "grouped")]
-    assert found == dict.fromkeys(names, found["mini/acc"])
+    found = harness_scores(model, hub / "base", CPU, asked, str(hub / "tasks"), None, None, room_of(4))
+    assert found == dict.fromkeys([f"{name}/acc" for name in NAMES], found["mini/acc"])
 
 
 def test_of_several_metrics_the_preferred_one_is_taken() -> None:

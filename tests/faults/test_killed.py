@@ -128,7 +128,7 @@ def test_processes_of_the_command_killed_at_any_time(bert_hub: Path, tmp_path: P
     for _ in range(8):
         process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
         try:
-            status = process.wait(chance.uniform(0.6, 1) * lasts)
+            status = process.wait(chance.uniform(0.3, 1) * lasts)
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
