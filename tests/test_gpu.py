@@ -1,8 +1,10 @@
 """Oracle: the same on the CPU, to the last bit where the operations are the same, up to rounding where they are not;
 and of two ways to the same result on one GPU the bytes of the other.
 
-What rounding does was measured on the CPU with noise of 1e-6 on what each linear gives: features of the checkpoint up
-to 0.12 apart, losses by 2.5%, scores of the checkpoint by one sample of 30.
+What rounding does was measured on the CPU, with noise of 1e-6 on what each linear gives, and on the stand-in, whose
+attention takes other operations: without a quantizer features of the checkpoint up to 2.3e-5 apart and losses by 1.4e-5
+of themselves; at 4 bits, where it tips integers that later blocks answer, up to 0.44 (of a random DeBERTa) and 7.5%,
+scores of the checkpoint by one sample of 30.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.grid import GridSpec
 from tests.faults.driver import files
 from tests.faults.short import measured
-from tests.gpu import DEVICE, INTERPRETED, ON_CUDA, OWN
+from tests.gpu import DEVICE, OWN, STANDIN
 from tests.hubs import Scene, eval_config, run_in
 from tests.inference.test_load import apart, dequantized, features
 from tests.minihub import KINDS, build
@@ -79,9 +81,11 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in files(folder).items() if name.endswith(".safetensors")}
 
 
-def check_near(found: Path, wanted: Path, scene: Scene, samples: int = 30) -> None:
+def check_near(
+    found: Path, wanted: Path, scene: Scene, samples: int = 30, losses: float = 0.1, distance: float = 0.3
+) -> None:
     """That a run's checkpoint, which transformers loads, losses and scores (of so many samples) are those of another up
-    to rounding."""
+    to rounding. `losses`: how far these may be off, relatively, and `distance`: the features of the checkpoints."""
     own, other = measured(found), measured(wanted)  # which have the form of the schema
     for task, scores in other["scores"]["tasks"].items():
         for stage, score in scores.items():
@@ -92,9 +96,9 @@ def check_near(found: Path, wanted: Path, scene: Scene, samples: int = 30) -> No
     for mine, record in zip(own["layers"], other["layers"], strict=True):
         assert (mine["bits"], mine["fallback"]) == (record["bits"], record["fallback"])
         for loss in ("loss_merged", "loss_target", "loss"):
-            assert mine[loss] == pytest.approx(record[loss], rel=0.1, abs=1e-4), (mine["name"], loss)
+            assert mine[loss] == pytest.approx(record[loss], rel=losses, abs=1e-4), (mine["name"], loss)
     models = (dequantized(scene, folder / "checkpoint") for folder in (found, wanted))
-    assert apart(*(features(scene, model) for model in models)) < 0.3
+    assert apart(*(features(scene, model) for model in models)) < distance
     assert tensors(found).keys() == tensors(wanted).keys()
 
 
@@ -103,9 +107,8 @@ def check_place(folder: Path) -> None:
     found = measured(folder)
     environment, peak = found["environment"], found["stages"]["calibrate and quantize"]["peak_device_bytes"]
     assert torch.device(environment["device"]).type == DEVICE
-    if ON_CUDA:
-        assert environment["device_name"] == torch.cuda.get_device_name(environment["device"])
-    assert (peak or 0) > 0 if ON_CUDA else peak is None
+    assert environment["device_name"] == torch.cuda.get_device_name(environment["device"])
+    assert peak > 0
 
 
 def scene_of(hub: Path) -> Scene:
@@ -121,13 +124,11 @@ def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
     columns = columns_of(torch.zeros(1, 1, device=DEVICE))
     if which == "triton":
         pytest.importorskip("triton", reason="this build of torch comes without Triton")
-        if not (ON_CUDA or INTERPRETED):
-            pytest.skip("on the CPU Triton's kernels need TRITON_INTERPRET=1")
+        if STANDIN:
+            pytest.skip("Triton builds for a GPU alone; tests/quantize/test_columns.py has its kernels interpreted")
         from epmq_cli.quantize.columns_triton import TritonColumns
 
         columns = TritonColumns()
-    if INTERPRETED:  # which takes each operation of each tile by itself
-        rows = min(rows, 4)
     compare(columns, bits, symmetric, dtype, rows, width, DEVICE)
 
 
@@ -145,10 +146,14 @@ def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: 
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
+@pytest.mark.parametrize(("options", "losses", "distance"), [(("quant=none",), 1e-3, 1e-3), ((), 0.2, 1.0)])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_run_is_that_of_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
-    check_place(runs(kind, OWN))
-    check_near(runs(kind, OWN), runs(kind, "device=cpu"), scene_of(hubs(kind)))
+def test_a_run_is_that_of_the_cpu_up_to_rounding(
+    kind: str, options: tuple[str, ...], losses: float, distance: float, runs: Runs, hubs: Callable[[str], Path]
+) -> None:
+    own, other = runs(kind, OWN, *options), runs(kind, "device=cpu", *options)
+    check_place(own)
+    check_near(own, other, scene_of(hubs(kind)), losses=losses, distance=distance)
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
@@ -192,7 +197,6 @@ def test_what_is_found_in_the_cache_gives_the_same_bytes(
     assert measured(tmp_path / "2")["cache"]["found"] > 0
 
 
-@pytest.mark.skipif(not ON_CUDA, reason="says what holds for GPUs alone")
 def test_a_student_in_files_is_refused(hubs: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="calib.student=disk is for device=cpu, got cuda"):
         run_in(tmp_path / "run", hubs("bert"), *OPTIONS, OWN, "calib.student=disk")
@@ -207,7 +211,7 @@ def moved(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Te
 
 @pytest.fixture
 def capable() -> None:
-    if ON_CUDA and torch.cuda.get_device_capability() < CAPABILITY:
+    if torch.cuda.get_device_capability() < CAPABILITY:
         pytest.skip("the int4 kernel needs compute capability 8.0")
 
 
@@ -217,8 +221,7 @@ def test_epmq_load_runs_packed_on_the_device(kind: str, runs: Runs, hubs: Callab
     """Oracle: what the same linears cost on the CPU, rounded to bfloat16 there, too."""
     checkpoint, scene = runs(kind, "device=cpu") / "checkpoint", scene_of(hubs(kind))
     wanted = features(scene, dequantized(scene, checkpoint))
-    default = () if ON_CUDA else ("auto", torch.bfloat16)
-    for given, options in ((default, ("auto", torch.bfloat16)), *((own, own) for own in EXACT)):
+    for given, options in (((), ("auto", torch.bfloat16)), *((own, own) for own in EXACT)):
         found = []
         for device, own in (("cpu", options), (DEVICE, given)):
             model: Any = epmq_cli.load(checkpoint, device, *own)

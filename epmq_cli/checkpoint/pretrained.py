@@ -59,7 +59,10 @@ def dequantized(folder: Path, load: Callable[..., Any]) -> nn.Module:
     model, info = load(folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
     _check_complete(folder, model, info)
     if mixed:  # transformers dequantizes all of them with the first width
+        from compressed_tensors.offload import remove_dispatch
+
         model.hf_quantizer.compressor.decompress_model(model)
+        remove_dispatch(model)  # which would keep it on the device that it is on
     whole: nn.Module = model
     return whole
 

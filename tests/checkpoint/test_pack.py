@@ -92,6 +92,7 @@ def test_reloaded_outputs_equal_the_dequantized_models_exactly(
         plain.hf_quantizer.compressor.decompress_model(plain)  # a call of the whole model would do it too
     assert plain.dtype == dtype
     assert torch.equal(found.features(plain), found.features(found.student.to(dtype)))
+    assert {tensor.device.type for tensor in reloaded.to("meta").parameters()} == {"meta"}  # moves to other devices
 
 
 def test_only_the_blocks_linears_are_packed(clip_hub: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_whatever_is_raised_ends_in_one_sentence(
     error: BaseException, status: int, message: str, broken: Broken, epmq_inside: Run, tmp_path: Path
 ) -> None:
     broken(error)
-    result = epmq_inside(*OPTIONS)
+    result = epmq_inside(*OPTIONS, "device=cpu")
     first, rest = result.stderr.split("\n", 1)
     assert (result.returncode, first) == (status, "5 experts, on cpu, results go to here")
     assert rest.startswith(message)

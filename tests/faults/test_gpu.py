@@ -17,7 +17,7 @@ from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files, mini
 from tests.faults.short import OPTIONS, Undisturbed, measured
 from tests.faults.test_processes import WORKER, ended, start
-from tests.gpu import DEVICE, ON_CUDA, OWN, devices
+from tests.gpu import DEVICE, OWN
 from tests.hubs import Scene, run_in
 from tests.test_gpu import check_near, check_place
 from tests.test_ranks import TORCHRUN
@@ -59,7 +59,6 @@ def test_where_nothing_goes_in_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
     assert files(tmp_path) == files(undisturbed(bert_hub, OWN))
 
 
-@pytest.mark.skipif(not ON_CUDA, reason="the limit is that of CUDA's allocator")
 def test_a_limit_of_the_device_is_kept_to() -> None:
     """Closed form: 8 MB a sample where there are 40, so that 4 go in and neither 16 nor 8."""
     batch, room = {"x": torch.arange(16.0, device=DEVICE)[:, None]}, Room(16, "tests", "")
@@ -96,8 +95,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(bert_hub: Path, tmp_path
     TRIED[COMPARED] += 1
 
 
-@pytest.mark.skipif(devices() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("device", ["auto", DEVICE])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("device", ["auto", pytest.param(DEVICE, marks=pytest.mark.slow)])
 def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     """Each solves its own rows, so that products have other shapes than those of one process."""
     arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", f"device={device}", "out=run")
@@ -107,12 +106,12 @@ def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, be
     check_near(tmp_path / "run", undisturbed(bert_hub, OWN), Scene(bert_hub, *OPTIONS), SAMPLES)
 
 
-@pytest.mark.skipif(not ON_CUDA or devices() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_gpu_that_is_not_the_first_gives_the_same_bytes(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
     """On a machine of GPUs of one kind."""
-    names = [torch.cuda.get_device_name(index) for index in range(devices())]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     last = max(index for index, name in enumerate(names) if name == names[0])
     if last == 0:
         pytest.skip("no other GPU is like the first")
