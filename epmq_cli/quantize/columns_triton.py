@@ -13,7 +13,8 @@ from torch import Tensor, empty_like, zeros_like
 from epmq_cli.quantize.columns import TorchColumns
 from epmq_cli.quantize.grid import Grid, GridSpec
 
-TILE = 4096  # weights of a tile, all of them in registers
+SEARCHED = 4096  # weights of a tile of one of many candidates, all of them in registers
+WALKED = 1024  # of a tile of a weight, of which a GPU takes few at a time, with its integers and errors
 WIDEST = 512  # columns of a tile; wider groups are searched by torch
 
 
@@ -74,7 +75,7 @@ class TritonColumns:
         if width > WIDEST:
             return TorchColumns().walk(weight, U, grid, spec)
         values, errors = empty_like(weight).contiguous(), empty_like(weight).contiguous()
-        R, C = _tile(width)
+        R, C = _tile(width, WALKED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zero[:, 0])]
         _walk[(triton.cdiv(rows, R),)](
             *inputs, values, errors, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
@@ -87,7 +88,7 @@ class TritonColumns:
         if width > WIDEST:
             return TorchColumns().loss(weight, U, grid, spec)
         total = zeros_like(grid.scale).contiguous()
-        R, C = _tile(width)
+        R, C = _tile(width, SEARCHED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zero)]
         _loss[(triton.cdiv(rows, R), len(total))](
             *inputs, total, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
@@ -95,7 +96,7 @@ class TritonColumns:
         return total
 
 
-def _tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a tile, powers of two."""
+def _tile(width: int, weights: int) -> tuple[int, int]:
+    """Rows and columns of a tile of so many weights, powers of two."""
     columns = max(16, triton.next_power_of_2(width))
-    return max(1, TILE // columns), columns
+    return max(1, weights // columns), columns

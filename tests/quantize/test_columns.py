@@ -88,6 +88,34 @@ def test_triton_does_the_same_to_the_last_bit() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [64, 128, 512])
+def test_triton_builds_for_gpus_and_fuses_nothing(
+    width: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, which takes no GPU. Oracle: PTX has names of its own for products and sums in one operation and for
+    divisions that are not exact."""
+    triton = pytest.importorskip("triton", reason="this build of torch comes without Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from epmq_cli.quantize import columns_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    inputs, sizes = ("W", "U", "scale", "zero"), ("rows", "width", "low", "high")
+    for kernel, weights, outputs in (
+        (columns_triton._walk, columns_triton.WALKED, ("values", "errors")),
+        (columns_triton._loss, columns_triton.SEARCHED, ("total",)),
+    ):
+        tile = dict(zip("RC", columns_triton._tile(width, weights), strict=True))
+        kinds = dict.fromkeys((*inputs, *outputs), "*fp32") | dict.fromkeys(sizes, "i32")
+        source = ASTSource(kernel, kinds | dict.fromkeys(tile, "constexpr"), tile)
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False})
+        assert made.asm["cubin"]
+        assert {name for name in ("fma.", "div.full.", "div.approx.", "rcp.") if name in made.asm["ptx"]} == set()
+        assert "div.rn.f32" in made.asm["ptx"]
+
+
 @pytest.mark.parametrize("search", ["minmax", "mse", "hessian"])
 @pytest.mark.parametrize(("group_size", "block_size"), [(16, 128), (16, 7), (-1, 10), (48, 20)])
 def test_whole_weights_come_out_the_same(search: str, group_size: int, block_size: int) -> None:
