@@ -40,8 +40,8 @@ test-gpu: install ## the tests that need a GPU, the slow ones too; each says so 
 	$(BIN)/pytest -m gpu
 
 test-standin: install ## the tests that need a GPU, but for the slow ones, on a stand-in for it, which takes a C++ compiler
-	PYTHONPATH=tests/standin $(BIN)/python -c ""
-	PYTHONPATH=tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
+	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/python -c "import sitecustomize"
+	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
 
 coverage: install ## the tests, but for the slow ones, and which lines and branches of the package they do not reach
 	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered
