@@ -43,6 +43,8 @@ FAMILIES = (
     *("bert", "clip", "t5", "llama"),
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("t5", "llama")),
 )
+TIPPED = {"deberta": 0.6, "distilbert": 0.6}
+"""How far features may be apart where rounding tips more: 0.44 and 0.31 were found on the stand-in."""
 EXACT: tuple[Any, ...] = (("int4", torch.float32), ("dequantize", torch.float32))
 WIDE = [(4, True, torch.float16, 300, 128), (4, False, torch.bfloat16, 5, 512), (3, True, torch.float16, 4, 513)]
 Runs = Callable[..., Path]
@@ -146,14 +148,16 @@ def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: 
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-@pytest.mark.parametrize(("options", "losses", "distance"), [(("quant=none",), 1e-3, 1e-3), ((), 0.2, 1.0)])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_run_is_that_of_the_cpu_up_to_rounding(
-    kind: str, options: tuple[str, ...], losses: float, distance: float, runs: Runs, hubs: Callable[[str], Path]
-) -> None:
-    own, other = runs(kind, OWN, *options), runs(kind, "device=cpu", *options)
-    check_place(own)
-    check_near(own, other, scene_of(hubs(kind)), losses=losses, distance=distance)
+def test_a_run_is_that_of_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
+    check_place(runs(kind, OWN))
+    check_near(runs(kind, OWN), runs(kind, "device=cpu"), scene_of(hubs(kind)), distance=TIPPED.get(kind, 0.3))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_unquantized_run_is_nearer_to_that_of_the_cpu(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
+    own, other = (runs(kind, device, "quant=none") for device in (OWN, "device=cpu"))
+    check_near(own, other, scene_of(hubs(kind)), losses=1e-3, distance=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
