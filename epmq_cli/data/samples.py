@@ -44,18 +44,20 @@ class Samples:
     """One split of one task.
 
     `inputs`: images as PIL images, texts as str, pairs of texts as (str, str). `labels`: (len(inputs),), int64 indices
-    into the task's classes, or float32 where the task is a regression.
+    into the task's classes, or float32 where the task is a regression. `classes`: the names of the labels 0, 1, ...
+    as the source knows them, such as those of class folders; None where it knows none.
     """
 
     inputs: Sequence[Any]
     labels: Tensor
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, indices: list[int]) -> Samples:
         """The samples at these positions, in this order; images stay where they are until they are asked for."""
-        return Samples(View(self.inputs, indices), self.labels[indices])
+        return Samples(View(self.inputs, indices), self.labels[indices], self.classes)
 
     def some(self, count: int | None, seed: int | None) -> Samples:
         """The first `count` samples, or with a seed `count` in random order; all where there are fewer or no count.
