@@ -32,7 +32,7 @@ from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
-from epmq_cli.merge.apply import Models, fit_vocabulary
+from epmq_cli.merge.apply import Models, fit_source, written_dtype
 from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
@@ -101,10 +101,10 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = Models(job.suite, job.family)
-    stored = models.source.dtype(models.source.names[-1])
-    dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
+    dtype = written_dtype(models.source, job.pack.dtype)
     place = Disk(folder) if job.calib.student == "disk" else job.device
-    model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
+    read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
+    model = fit_source(load_model(job.family, models.base.path, place, read), models)
     check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Contents:
     `model`: the student as the walk left it. `weights`: its blocks' linears by module name, each on a grid of its own
     or dense. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`: the folder whose
     config and processor files are taken over. `texts`: further files by name. `dtype`: of all that is not packed.
+    `changes`: entries of config.json that are other than the base's.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Contents:
     base: Path
     texts: Mapping[str, str]
     dtype: torch.dtype
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def entries(contents: Contents) -> list[Entry]:
@@ -183,6 +185,7 @@ def _write_others(folder: Path, contents: Contents) -> None:
     if heads:
         save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
+    config |= contents.changes
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     if "vocab_size" in config:  # larger than the base's where vocabularies were padded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,9 +46,9 @@ def _config_of(folder: Path, changed: int) -> Any:
     return from_folder(AutoConfig, folder)
 
 
-def dequantized(folder: Path, load: Callable[..., Any]) -> nn.Module:
-    """The whole model of a folder, packed weights dequantized in the type that they are stored for. `load`: the
-    from_pretrained of its class, which takes the folder and options."""
+def dequantized(folder: Path, load: Callable[..., Any], dtype: torch.dtype | Literal["auto"] = "auto") -> nn.Module:
+    """The whole model of a folder in a type, packed weights dequantized in the type that they are stored for. `load`:
+    the from_pretrained of its class, which takes the folder and options."""
     from transformers import AutoConfig
 
     config = from_folder(AutoConfig, folder)
@@ -56,7 +56,7 @@ def dequantized(folder: Path, load: Callable[..., Any]) -> nn.Module:
     mixed = quantization is not None and len(quantization["config_groups"]) > 1
     if quantization is not None and not mixed:
         quantization["dequantize"] = True
-    model, info = load(folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
+    model, info = load(folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
     _check_complete(folder, model, info)
     if mixed:  # transformers dequantizes all of them with the first width
         from compressed_tensors.offload import remove_dispatch

@@ -43,10 +43,10 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{len(suite.members)} experts, results go to {table.near(folder)}")
     with stages.stage("read"):
-        models = Models(suite, suite_family(suite))
+        models = Models(suite, suite_family(suite), whole=True)
     with stages.stage("merge"):
         merged = Merged(models.source, method, torch.float32)
-        size = write_dense(checkpoint, models.base, merged, pack)
+        size = write_dense(checkpoint, models, merged, pack)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))

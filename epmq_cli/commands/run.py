@@ -153,6 +153,7 @@ def _made(
             base=models.base.path,
             texts=steps.texts(job, model, resolved, choices, calibrated.walked),
             dtype=dtype,
+            changes=models.ties.changes,
         )
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, config.bytes_of("pack.shard_size", job.pack.shard_size))

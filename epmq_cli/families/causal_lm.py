@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.model_class import model_class
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
@@ -24,6 +25,7 @@ from epmq_cli.suites import Task
 
 PREFIX = "model."
 LAYERS = "model.layers"
+FREQUENCIES = "rotary_emb.inv_freq"
 SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -36,7 +38,6 @@ SETTINGS = (
     "rope_parameters",
     "sliding_window",
     "layer_types",
-    "tie_word_embeddings",
 )
 
 
@@ -82,15 +83,19 @@ class CausalLM(LanguageModel):
     stem = (Table("model.embed_tokens"),)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors, but for an output layer that is tied to the table; models without one lack the prefix."""
-        tied = folder.config.get("tie_word_embeddings", False)
-        prefixed = any(name.startswith(PREFIX) for name in folder.infos)
-        names = {name if prefixed else PREFIX + name: name for name in folder.infos}
-        return {
-            name: stored
-            for name, stored in names.items()
-            if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
-        }
+        """All tensors but rotary frequencies, which transformers computes; those of an output layer that is tied to the
+        table, too, where they are stored."""
+        return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
+
+    def all_names(self, folder: ModelFolder) -> dict[str, str]:
+        """All stored tensors; files of the body alone lack its prefix."""
+        if any(name.startswith(PREFIX) for name in folder.infos):
+            return {name: name for name in folder.infos}
+        known = model_class(folder.config, folder.infos)
+        prefix = f"{known.prefix}." if known else PREFIX
+        tensors = known.tensors if known else ()
+        bare = not any(name.startswith(prefix) for name in folder.infos)
+        return {prefix + name if bare and name not in tensors else name: name for name in folder.infos}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the blocks, their positions and masks."""

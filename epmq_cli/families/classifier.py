@@ -72,10 +72,9 @@ class Classifier(Family):
         """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
         read."""
         self.check_type(folder)
-        names = {self.spelling(stored.removeprefix(self.prefix)): stored for stored in folder.infos}
         return {
             name: stored
-            for name, stored in names.items()
+            for name, stored in self.all_names(folder).items()
             if name.startswith(self.parts) and not name.endswith("position_ids")
         }
 
@@ -83,8 +82,13 @@ class Classifier(Family):
         """Those of the encoder."""
         return block_settings(folder)
 
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor belongs to the linear of a head or the dense layer in front of it."""
+        return name.startswith(tuple(f"{part}." for part in (self.dense, self.linear) if part))
+
     def spelling(self, stored: str) -> str:
         """The model's own name of a stored tensor."""
+        stored = stored.removeprefix(self.prefix)
         return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", stored))
 
     def load(self, folder: Path, **options: Any) -> nn.Module:

@@ -83,13 +83,14 @@ class Clip(Family):
         """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
         read."""
         self.check_type(folder)
+        names = self.all_names(folder)
+        tower = {name: stored for name, stored in names.items() if name.startswith(PREFIX)}
+        return {name: stored for name, stored in tower.items() if not name.endswith("position_ids")}
+
+    def all_names(self, folder: ModelFolder) -> dict[str, str]:
+        """All stored tensors, those of a vision tower alone with its prefix."""
         prefixed = any(name.startswith(PREFIX) for name in folder.infos)
-        names = {
-            name if prefixed else PREFIX + name: name
-            for name in folder.infos
-            if not prefixed or name.startswith(PREFIX)
-        }
-        return {name: stored for name, stored in names.items() if not name.endswith("position_ids")}
+        return {name if prefixed else PREFIX + name: name for name in folder.infos}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the vision tower."""

@@ -196,10 +196,23 @@ class Family(ABC):
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
+        """The tensors of base or expert that are merged, tied ones included where they are stored: name in the model
+        -> name in the folder's files.
 
         ModelError where the folder holds another architecture.
         """
+
+    def all_names(self, folder: ModelFolder) -> dict[str, str]:
+        """Likewise all stored tensors, those that `epmq run` does not merge included."""
+        return {self.spelling(name): name for name in folder.infos}
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a tensor that a class of transformers, or a file, calls so."""
+        return stored
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor of this name in the model belongs to a task's head."""
+        return False
 
     @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
@@ -278,12 +291,15 @@ class LanguageModel(Family):
         """Logits (samples, tokens, vocabulary) of the token behind each of `ids` (samples, tokens)."""
 
 
-def load_model(family: Family, folder: Path, device: torch.device | Disk) -> nn.Module:
+def load_model(
+    family: Family, folder: Path, device: torch.device | Disk, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> nn.Module:
     """The model of a base folder or of a checkpoint, ready to score, on a device or in files.
 
-    It has the very weights of the stored type, packed ones dequantized in that type, but calculates in float32.
+    It has the weights of the stored type, or of `dtype`, packed ones dequantized in that type, but calculates in
+    float32. `auto`: the type that config.json says.
     """
-    model = dequantized(folder, family.load)
+    model = dequantized(folder, family.load, dtype)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
     found: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' own refuses what came quantized

@@ -37,7 +37,6 @@ from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.suites import Task
 
-TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 ANSWER = 10  # tokens that an answer has at most, the start counted, as in the published protocol
 
 
@@ -82,14 +81,14 @@ class T5(Family):
             )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors; the table that encoder and decoder share is read once, the output layer where it is stored."""
+        """All tensors."""
         self.check_type(folder)
-        return {name: name for name in folder.infos if name not in TIED}
+        return self.all_names(folder)
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of both stacks."""
+        """Those of both stacks, and whether the decoder's output is scaled."""
         names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
-        return block_settings(folder, names=names)
+        return block_settings(folder, names=(*names, "scale_decoder_outputs"))
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A T5ForConditionalGeneration."""

@@ -50,6 +50,7 @@ class Vit(Classifier):
 
     def spelling(self, stored: str) -> str:
         """The model's own name of a stored tensor."""
+        stored = stored.removeprefix(self.prefix)
         for old, new in OLD:
             stored = re.sub(old, new, stored)
         return stored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
-from epmq_cli.console import track
+from epmq_cli.console import log, plain, say, track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.linalg import is_finite
+from epmq_cli.merge.leftovers import left_out, skip_ignored, take_common
 from epmq_cli.merge.source import PIECE, Merge, MergeSource, Read
+from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.suites import Suite
 from epmq_cli.threads import spread
 
@@ -24,23 +26,51 @@ ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "tor
 
 
 class Models:
-    """The opened models of a suite, and their tensors side by side (`source`)."""
+    """The opened models of a suite, and their tensors side by side (`source`).
 
-    def __init__(self, suite: Suite, family: Family) -> None:
+    `whole`: whether all is merged that base and experts have, as in `epmq merge`, and not only what the family names.
+    `ties`: how tied tensors come out.
+    """
+
+    def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
         root = suite.root
         self.base = _open(family, suite.base, "base", root, None)
-        base_names = family.tensor_names(self.base)
+        base = _member(family, self.base)
         self.experts = {
             task.name: _open(family, task.expert, f"expert of task {task.name}", root, self.base)
             for task in suite.members
         }
-        names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
-        self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
+        experts = {task: _member(family, expert) for task, expert in self.experts.items()}
+        self.ties = _resolve(family, base, experts, whole)
+        names = {task: expert.merged for task, expert in experts.items()}
+        self.source = MergeSource(self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written)
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
             if family.heads != "made":  # those are made by a text tower that is the base's
                 check_tokens(self.base, expert)
+
+
+def _member(family: Family, folder: ModelFolder) -> Member:
+    merged = family.tensor_names(folder)  # refuses other architectures
+    return Member(folder, family.all_names(folder), merged)
+
+
+def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:
+    """How tied tensors come out; what is left out of the experts is a warning. The members' merged tensors become those
+    of the result."""
+    if not (whole and are_plain(base, experts)):
+        ask_classes(family, [base, *experts.values()])
+        skip_ignored(base, experts)
+    if whole:
+        take_common(family, base, experts)
+    ties = resolve_ties(family, base, experts)
+    if ties.said:
+        say(ties.said)
+    if whole or family.heads != "made":
+        for sentence in left_out(family, base, experts):
+            log.warning(plain(sentence))
+    return ties
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:
@@ -67,16 +97,58 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
     return opened
 
 
-def fit_vocabulary(model: nn.Module, source: MergeSource) -> nn.Module:
-    """The base model, with room for the largest vocabulary of the suite and the base's rows of `source` in it."""
+def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:
+    """The type of a result by `pack.dtype`: under `auto` the one of most of the base's merged elements."""
+    if wanted != "auto":
+        found: torch.dtype = getattr(torch, wanted)
+        return found
+    own, wider = source.main_dtype, source.wider
+    if wider:
+        narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (own, max(wider.values(), key=_width)))
+        say(
+            f"the experts of {', '.join(wider)} are stored in {wide}, the result in {narrow} as the base is; "
+            f"pack.dtype={wide} keeps their precision"
+        )
+    return own
+
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def fit_source(model: nn.Module, models: Models) -> nn.Module:
+    """The base model as the result is built: copies that are tensors of their own there have their own memory, and
+    there is room for the largest vocabulary of the suite, with the base's rows of `source` in it."""
+    listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
+    own = [copy for copy, source in listed(all_submodels=True).items() if not _shared(model, copy, source)]
+    own += [copy for copy in models.ties.untied if copy not in own and copy in model.state_dict()]
+    _untie(model, own)
+    source = models.source
     if source.vocabulary_size is not None:
         resized: Any = model
         resized.resize_token_embeddings(source.vocabulary_size, mean_resizing=False)
-        own = model.state_dict()
+        _untie(model, own)  # resizing ties them again
+        tensors = model.state_dict()
         with torch.no_grad():
             for name in source.padded:
-                own[name].copy_(source.base(name))
+                tensors[name].copy_(source.base(name))
     return model
+
+
+def _shared(model: nn.Module, one: str, other: str) -> bool:
+    return model.get_parameter(one).data_ptr() == model.get_parameter(other).data_ptr()
+
+
+def _untie(model: nn.Module, names: list[str]) -> None:
+    """Gives each of these tensors memory of its own."""
+    ties: Any = getattr(model, "all_tied_weights_keys", None)
+    for name in names:
+        module, _, local = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        parameter = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        setattr(model.get_submodule(module), local, parameter)
+        if ties is not None:
+            ties.pop(name, None)
 
 
 class Merged:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from math import prod
 from typing import Protocol
 
 import torch
@@ -42,6 +44,14 @@ def _check_readable(base: ModelFolder, name: str, stored: str) -> None:
         )
 
 
+def _most(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The type of most elements; of two that have as many, the wider one."""
+    counts: Counter[str] = Counter()
+    for info in infos:
+        counts[info.dtype] += prod(info.shape)
+    return DTYPES[max(counts, key=lambda name: (counts[name], DTYPES[name].itemsize))]
+
+
 class MergeSource:
     """Base and experts of one suite under common tensor names.
 
@@ -50,7 +60,8 @@ class MergeSource:
 
     `vocabulary`: `same`, or `pad`, with which tensors over the vocabulary (see `vocabulary.py`) may differ in rows. All
     models then have the most rows that any has: an expert gets those of the base that it lacks, the base the mean of
-    those experts' that have them.
+    those experts' that have them. `written`: the names in the result's files of tensors that get another one than the
+    base's.
     """
 
     def __init__(
@@ -60,12 +71,14 @@ class MergeSource:
         experts: dict[str, ModelFolder],
         expert_names: dict[str, dict[str, str]],
         vocabulary: str = "same",
+        written: Mapping[str, str] | None = None,
     ) -> None:
         self._base = base
         self._base_names = base_names
         self._experts = experts
         self._expert_names = expert_names
         self._vocabulary = vocabulary
+        self._written = written or {}
         self._added: dict[str, Tensor] = {}
         self.padded: dict[str, int] = {}
         """The tensors over the vocabulary that not all models have alike, and the rows that they get."""
@@ -107,12 +120,30 @@ class MergeSource:
         return (self.padded[name], *shape[1:]) if name in self.padded else shape
 
     def stored_name(self, name: str) -> str:
-        """What the base's files call a tensor."""
+        """What the result's files call a tensor: what the base's do, unless it gets another name."""
+        return self._written.get(name, self._base_names[name])
+
+    def read_name(self, name: str) -> str:
+        """What the base's files call the tensor that has its values."""
         return self._base_names[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that the base stores a tensor in."""
-        return DTYPES[self._base.infos[self._base_names[name]].dtype]
+        return DTYPES[self._base_info(name).dtype]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The type in which the base stores most of the merged elements."""
+        return _most([self._base_info(name) for name in self.names])
+
+    @property
+    def wider(self) -> dict[str, torch.dtype]:
+        """The tasks whose experts store most of their elements in a wider type than the base, and these types."""
+        mains = {
+            task: _most([folder.infos[self._expert_names[task][name]] for name in self.names])
+            for task, folder in self._experts.items()
+        }
+        return {task: dtype for task, dtype in mains.items() if dtype.itemsize > self.main_dtype.itemsize}
 
     @property
     def tasks(self) -> list[str]:

@@ -20,14 +20,23 @@ def is_over_vocabulary(
     """
     return (
         base.shape[1:] == expert.shape[1:]
-        and base.shape[:1] == (_size(base_config),)
-        and (expert_config is base_config or expert.shape[:1] == (_size(expert_config),))
+        and base.shape[:1] == (vocabulary_of(base_config),)
+        and (expert_config is base_config or expert.shape[:1] == (vocabulary_of(expert_config),))
     )
 
 
-def _size(config: Mapping[str, Any]) -> int | None:
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """The `vocab_size` of a config, or of its text model's."""
     size: int | None = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size
+
+
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The config with another size of the vocabulary, at the place where it has one."""
+    text = config.get("text_config")
+    if "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text:
+        return {**config, "text_config": {**text, "vocab_size": size}}
+    return {**config, "vocab_size": size}
 
 
 def mean_rows(tables: Sequence[Tensor]) -> Tensor:
