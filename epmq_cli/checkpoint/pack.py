@@ -20,13 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.manifest import Content, write_manifest
+from epmq_cli.checkpoint.manifest import Content, files_within, write_manifest
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
-HEADS = "heads.safetensors"
+HEADS = "heads/heads.safetensors"
+"""In a folder of its own: vLLM takes every .safetensors file beside config.json for a part of the model."""
+OLD_HEADS = "heads.safetensors"
+"""Where earlier versions of epmq wrote it."""
 RECORD = "epmq.json"
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -154,7 +157,7 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
         temporary.mkdir(parents=True)
         yield temporary, known
         write_manifest(temporary, known)
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
@@ -181,6 +184,7 @@ def _write_others(folder: Path, contents: Contents) -> None:
     for name, tensor in heads.items():
         check_finite(name, tensor)
     if heads:
+        (folder / HEADS).parent.mkdir()
         save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
@@ -197,8 +201,14 @@ def _write_others(folder: Path, contents: Contents) -> None:
         if (contents.base / name).is_file():
             shutil.copyfile(contents.base / name, folder / name)
     mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+    for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)
+
+
+def heads_file(folder: Path) -> Path:
+    """Where a checkpoint keeps the heads of its tasks: `HEADS`, or `OLD_HEADS` where only that is there."""
+    old = folder / OLD_HEADS
+    return old if old.is_file() and not (folder / HEADS).is_file() else folder / HEADS
 
 
 def linear_bytes(contents: Contents) -> int:
@@ -213,4 +223,4 @@ def linear_bytes(contents: Contents) -> int:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the model's safetensors files in a folder, task heads not counted."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != HEADS)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != OLD_HEADS)
