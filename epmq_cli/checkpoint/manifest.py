@@ -59,7 +59,9 @@ def file_problems(folder: Path) -> list[str]:
         else:
             found.append(f"{name} has {size} bytes instead of {listed[name].size}")
     read = contents([path for name, path in same_size.items() if name not in links])
-    found += [f"{name} has other bytes" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]]
+    found += [
+        f"{name} has other bytes" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]
+    ]
     return sorted(found)
 
 
@@ -112,4 +114,6 @@ def _sound(name: str, content: Content) -> bool:
     """Whether an entry is one that epmq can have written; names lead nowhere else."""
     parts = name.split("/")
     plain = all(part and Path(part).name == part and not part.startswith(".") for part in parts)
-    return plain and name.isprintable() and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None
+    return (
+        plain and name.isprintable() and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None
+    )

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.manifest import Content, files_within, write_manifest
+from epmq_cli.checkpoint.processor_files import Processors
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
@@ -31,23 +32,6 @@ HEADS = "heads/heads.safetensors"
 OLD_HEADS = "heads.safetensors"
 """Where earlier versions of epmq wrote it."""
 RECORD = "epmq.json"
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def packed_linear(name: str, weight: QuantizedWeight) -> list[Entry]:
@@ -197,9 +181,7 @@ def _write_others(folder: Path, contents: Contents) -> None:
         config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name in PROCESSOR_FILES:
-        if (contents.base / name).is_file():
-            shutil.copyfile(contents.base / name, folder / name)
+    Processors(contents.base).copy(folder)
     mode = (folder / "config.json").stat().st_mode
     for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)
