@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from epmq_cli.checkpoint.formats import refuse_other_formats
 from epmq_cli.checkpoint.links import leaves
 from epmq_cli.errors import ModelError
 from epmq_cli.places import check_permitted
@@ -108,11 +109,9 @@ class SafetensorsFiles:
         files = sorted(path.name for path in self._folder.glob("*.safetensors"))
         if len(files) == 1:
             return dict.fromkeys(self._open(files[0]).keys(), files[0])
-        pickles = sorted(path.name for path in self._folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        hint = f", or name the file itself, such as {pickles[0]}" if pickles else ""
         raise ModelError(
             f"{self._role}: {self._folder} has no {SINGLE} and no {INDEX}; "
-            f"save the model with save_pretrained of transformers{hint}"
+            "save the model with save_pretrained of transformers"
         )
 
     def _index(self) -> dict[str, str]:
@@ -167,6 +166,8 @@ class ModelFolder:
     ) -> None:
         self.path = path
         self.role = role
+        if config is None:
+            refuse_other_formats(path, role)
         self.config = read_json(path, "config.json", role) if config is None else config
         if self.config.get(NAMED) is not None:
             raise ModelError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
+from epmq_cli.checkpoint.wrappers import misfit, refuse_wrapped, unwrapped
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
@@ -29,13 +30,24 @@ class Models:
     def __init__(self, suite: Suite, family: Family) -> None:
         root = suite.root
         self.base = _open(family, suite.base, "base", root, None)
+        refuse_wrapped(self.base)
         base_names = family.tensor_names(self.base)
         self.experts = {
-            task.name: _open(family, task.expert, f"expert of task {task.name}", root, self.base)
+            task.name: unwrapped(
+                _open(family, task.expert, f"expert of task {task.name}", root, self.base),
+                self.base,
+                base_names,
+                family.tensor_names,
+            )
             for task in suite.members
         }
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
-        self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
+        misfits = {
+            task: misfit(expert, self.base, base_names, family.tensor_names)
+            for task, expert in self.experts.items()
+            if not {*base_names} <= {*names[task]}
+        }
+        self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary, misfits)
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
