@@ -26,7 +26,7 @@ from torch import Tensor
 
 from epmq_cli.cache import new_file
 from epmq_cli.checkpoint.manifest import content
-from epmq_cli.checkpoint.reader import READ
+from epmq_cli.checkpoint.reader import read_files
 from epmq_cli.data.samples import Samples, raw
 
 SETTLED = 2_000_000_000  # nanoseconds
@@ -40,8 +40,10 @@ class Fingerprints:
 
     def model(self, path: Path) -> dict[str, str]:
         """The sha256 of a model's file, or by name of the files of its folder that are read."""
-        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _is_read(file))
-        return {file.name: self.file(file) for file in files}
+        files = (
+            {path.name: path} if path.is_file() else {str(file.relative_to(path)): file for file in read_files(path)}
+        )
+        return {name: self.file(file) for name, file in files.items() if file.is_file()}
 
     def file(self, path: Path) -> str:
         """The sha256 of a file."""
@@ -55,10 +57,6 @@ class Fingerprints:
         if _state(path) == state and time.time_ns() - max(state["modified"], state["changed"]) > SETTLED:
             _remember(memory, {"path": str(path), "state": state, "sha256": found})
         return found
-
-
-def _is_read(path: Path) -> bool:
-    return path.suffix in READ and not path.name.startswith(".") and path.is_file()
 
 
 def _state(path: Path) -> dict[str, int]:

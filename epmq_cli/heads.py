@@ -1,4 +1,4 @@
-"""The heads of a checkpoint's tasks as heads.safetensors has them: `<task>.<part>`, in float32."""
+"""The heads of a checkpoint's tasks as heads/heads.safetensors has them: `<task>.<part>`, in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from epmq_cli.checkpoint.pack import HEADS
+from epmq_cli.checkpoint.pack import heads_file
 from epmq_cli.checkpoint.pretrained import config_of
 from epmq_cli.checkpoint.reader import SafetensorsFiles, TensorInfo
 from epmq_cli.errors import CheckpointError
@@ -28,7 +28,7 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
     """The tensors of each task's head; CheckpointError where they are not those of the suite's tasks and the model."""
     if family.heads == "none":
         return {task.name: {} for task in suite.members}
-    path = checkpoint / HEADS
+    path = heads_file(checkpoint)
     try:
         if not path.is_file():
             raise FileNotFoundError("it is no file")

@@ -21,6 +21,7 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.checkpoint.processor_files import Processors
 from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
@@ -101,6 +102,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = Models(job.suite, job.family)
+    Processors(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.pack.dtype)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from epmq_cli import config
 from epmq_cli import pipeline as steps
-from epmq_cli.checkpoint.pack import HEADS, RECORD
+from epmq_cli.checkpoint.pack import RECORD, heads_file
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
 from epmq_cli.described import ROLE, Wanted, described_model, finite, layout_problem, name_problems, wanted_tensors
 from epmq_cli.errors import CheckpointError
@@ -45,18 +45,20 @@ def tensor_problems(folder: Path) -> list[str]:
 
 
 def _head_problems(folder: Path, config: Any) -> list[str]:
-    """Where heads.safetensors does not hold the heads of the recorded tasks, by name and shape, or holds a NaN."""
-    if not (folder / HEADS).is_file() and not (folder / RECORD).is_file():
+    """Where the file of the heads does not hold those of the recorded tasks, by name and shape, or holds a NaN."""
+    path = heads_file(folder)
+    if not path.is_file() and not (folder / RECORD).is_file():
         return []
     found: list[str] = []
+    where = path.relative_to(folder).as_posix()
     if (folder / RECORD).is_file():
         name, tasks = recorded_tasks(folder)
         family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
-        if not (folder / HEADS).is_file():
-            return [] if family.heads == "none" else [f"{HEADS} is missing"]
-        found += head_problems(SafetensorsFiles(folder / HEADS, ROLE).infos, tasks, family, config)
-    found += _problems(SafetensorsFiles(folder / HEADS, ROLE), {})
-    return [f"{problem} ({HEADS})" for problem in found]
+        if not path.is_file():
+            return [] if family.heads == "none" else [f"{where} is missing"]
+        found += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, config)
+    found += _problems(SafetensorsFiles(path, ROLE), {})
+    return [f"{problem} ({where})" for problem in found]
 
 
 def _signed(folder: Path) -> bool:

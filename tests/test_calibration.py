@@ -171,7 +171,7 @@ def test_what_was_chosen_is_in_metrics_json_and_is_what_was_done(
     assert found["lam"] == min(found["trials"], key=lambda trial: trial["error"])["lam"]
     assert found["heads_solved"] is (name == "bert")
     given = run_in(tmp_path / "given", hub, "guidance=feature", f"guidance.lam={found['lam']}", "eval.samples=5")
-    for file in ("model.safetensors", "heads.safetensors"):
+    for file in ("model.safetensors", "heads/heads.safetensors"):
         assert (checkpoint / file).read_bytes() == (given / file).read_bytes()
 
 
@@ -180,7 +180,7 @@ def test_solved_heads_are_in_the_checkpoint_and_suit_its_features(bert_hub: Path
         run_in(tmp_path / heads, bert_hub, "guidance=feature", f"guidance.heads={heads}", "guidance.lam=0.001")
         for heads in ("never", "own")
     )
-    before, after = (load_file(folder / "heads.safetensors") for folder in (own, again))
+    before, after = (load_file(folder / "heads/heads.safetensors") for folder in (own, again))
     classifier = load_file(bert_hub / "first" / "model.safetensors")["classifier.weight"]
     assert torch.equal(before["first.weight"], classifier)
     assert not torch.equal(after["first.weight"], classifier)
@@ -226,7 +226,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
     evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]
     assert evaluated == scores
     flipped = {f"{task}.{part}": -x for task, head in solved.items() for part, x in head.items()}
-    save_file(flipped, checkpoint / "heads.safetensors")
+    save_file(flipped, checkpoint / "heads/heads.safetensors")
     assert epmq_inside("eval", str(checkpoint), "out=other").returncode == 0
     assert json.loads((tmp_path / "other" / "metrics.json").read_text())["scores"]["tasks"] != scores
 

@@ -30,7 +30,7 @@ from transformers import $architecture
 model = $architecture.from_pretrained("path/of/this/folder")
 ```
 
-Heads of the tasks (class embeddings or classifiers), where they have some, are in `heads.safetensors`, as
+Heads of the tasks (class embeddings or classifiers), where they have some, are in `heads/heads.safetensors`, as
 `<task>.weight`, `<task>.bias` and the like.
 `epmq eval path/of/this/folder` scores the model on every task; `epmq.json` holds the settings it was made with.
 """)

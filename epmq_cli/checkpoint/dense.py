@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epmq_cli.checkpoint.pack import PROCESSOR_FILES, whole
+from epmq_cli.checkpoint.pack import whole
+from epmq_cli.checkpoint.processor_files import Processors
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.writer import NAMES, Entry, write_model
 from epmq_cli.config import Pack, bytes_of
@@ -42,9 +42,7 @@ def write_dense(folder: Path, models: Models, merged: Merged, pack: Pack) -> int
         known |= write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
         config = _config(models, written_dtype(merged.source, pack.dtype))
         (partly / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in PROCESSOR_FILES:
-            if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, partly / name)
+        Processors(base.path).copy(partly)
     return sum(entry.size for entry in entries)
 
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from epmq_cli.checkpoint.links import escapes
+from epmq_cli.checkpoint.reader import READ
 from epmq_cli.errors import ModelError, first_line
 from epmq_cli.places import expanded
 
@@ -22,8 +23,6 @@ HUB_ID = re.compile(
     r"(?P<repo>\w[\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<inside>\w(?:[\w.-]|/(?!\.\.))*))?"
 )
 FILES = (".safetensors", ".pt", ".pth", ".bin")
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-"""What is downloaded of a folder; the pickles that some repositories also have only where they are named."""
 
 
 def locate(source: str, role: str, root: str | None = None) -> Path:
@@ -61,10 +60,10 @@ def _download(repo: str, revision: str | None, inside: str | None, role: str, ro
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(PATTERNS)
+    patterns = list(READ)  # the pickles that some repositories also have only where they are named
     if inside:  # a file, and the configs beside it; or a folder
         file = inside.endswith(FILES)
-        patterns = [inside, str(Path(inside).parent / "*.json")] if file else [f"{inside}/{p}" for p in PATTERNS]
+        patterns = [inside, str(Path(inside).parent / "*.json")] if file else [f"{inside}/{p}" for p in READ]
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / (inside or "")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

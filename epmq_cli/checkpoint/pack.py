@@ -20,31 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.manifest import Content, write_manifest
+from epmq_cli.checkpoint.manifest import Content, files_within, write_manifest
+from epmq_cli.checkpoint.processor_files import Processors
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.grid import DenseWeight, GridSpec, QuantizedWeight
 
-HEADS = "heads.safetensors"
+HEADS = "heads/heads.safetensors"
+"""In a folder of its own: vLLM takes every .safetensors file beside config.json for a part of the model."""
+OLD_HEADS = "heads.safetensors"
+"""Where earlier versions of epmq wrote it."""
 RECORD = "epmq.json"
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def packed_linear(name: str, weight: QuantizedWeight) -> list[Entry]:
@@ -156,7 +143,7 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
         temporary.mkdir(parents=True)
         yield temporary, known
         write_manifest(temporary, known)
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
@@ -183,6 +170,7 @@ def _write_others(folder: Path, contents: Contents) -> None:
     for name, tensor in heads.items():
         check_finite(name, tensor)
     if heads:
+        (folder / HEADS).parent.mkdir()
         save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= contents.changes
@@ -196,12 +184,16 @@ def _write_others(folder: Path, contents: Contents) -> None:
         config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name in PROCESSOR_FILES:
-        if (contents.base / name).is_file():
-            shutil.copyfile(contents.base / name, folder / name)
+    Processors(contents.base).copy(folder)
     mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+    for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)
+
+
+def heads_file(folder: Path) -> Path:
+    """Where a checkpoint keeps the heads of its tasks: `HEADS`, or `OLD_HEADS` where only that is there."""
+    old = folder / OLD_HEADS
+    return old if old.is_file() and not (folder / HEADS).is_file() else folder / HEADS
 
 
 def linear_bytes(contents: Contents) -> int:
@@ -216,4 +208,4 @@ def linear_bytes(contents: Contents) -> int:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the model's safetensors files in a folder, task heads not counted."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != HEADS)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != OLD_HEADS)

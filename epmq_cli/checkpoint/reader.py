@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from epmq_cli.checkpoint.formats import refuse_other_formats
 from epmq_cli.checkpoint.links import leaves
 from epmq_cli.errors import ModelError
 from epmq_cli.places import check_permitted
@@ -22,8 +24,38 @@ SINGLE = "model.safetensors"
 NAMED = "transformers_weights"  # of a config.json
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating types by their safetensors names."""
-READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Endings of the files of a model folder that are read, by epmq or by transformers."""
+READ = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.model.v*",
+    "*.jinja",
+    "*.codes",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+)
+"""Names of the files of a model folder that epmq or transformers read: no pickles among them."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in a model folder that is read too."""
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+WEIGHTS = (
+    *PICKLES,
+    ".distcp",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".npy",
+    ".npz",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".safetensors",
+    ".tflite",
+)
+CODE = (".ipynb", ".py", ".sh")
+"""Endings of files that hold neither settings nor words."""
 MOST = 1 << 63  # items that a shape can describe
 LAYERS = re.compile(r"^(?!max_).*layers?$")
 LABELS = 1 << 20  # more than any classifier has
@@ -77,11 +109,9 @@ class SafetensorsFiles:
         files = sorted(path.name for path in self._folder.glob("*.safetensors"))
         if len(files) == 1:
             return dict.fromkeys(self._open(files[0]).keys(), files[0])
-        pickles = sorted(path.name for path in self._folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        hint = f", or name the file itself, such as {pickles[0]}" if pickles else ""
         raise ModelError(
             f"{self._role}: {self._folder} has no {SINGLE} and no {INDEX}; "
-            f"save the model with save_pretrained of transformers{hint}"
+            "save the model with save_pretrained of transformers"
         )
 
     def _index(self) -> dict[str, str]:
@@ -136,6 +166,8 @@ class ModelFolder:
     ) -> None:
         self.path = path
         self.role = role
+        if config is None:
+            refuse_other_formats(path, role)
         self.config = read_json(path, "config.json", role) if config is None else config
         if self.config.get(NAMED) is not None:
             raise ModelError(
@@ -198,13 +230,20 @@ def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) ->
                 )
 
 
+def read_files(folder: Path) -> list[Path]:
+    """The files of a model folder that epmq or transformers read, in order; hidden ones are not."""
+    inner = folder / TEMPLATES
+    paths = [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]
+    found = [path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in READ) and not path.is_dir()]
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
 def refuse_links(folder: Path, role: str) -> None:
     """ModelError where one of a folder's files is a link out of it, as what it leads to could end up in a checkpoint,
     or may not be read."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ:
-            check_permitted(path, ModelError, role)
-        if path.suffix in READ and path.is_symlink() and leaves(path):
+    for path in read_files(folder):
+        check_permitted(path, ModelError, role)
+        if leaves(path, folder):
             raise ModelError(
                 f"{role}: {path} is a link to {path.resolve()}, outside of its folder; put the file itself there"
             )

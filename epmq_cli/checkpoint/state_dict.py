@@ -15,17 +15,17 @@ from epmq_cli.errors import ModelError
 from epmq_cli.places import check_permitted
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WRAPPER = "module."
-"""What DistributedDataParallel puts before every name."""
+OPTIMIZER = "param_groups"
+"""A key that the state of every optimizer of torch has."""
+DEPTH = 3  # entries in entries
 
 
 class StateDict:
-    """The tensors of a state dict, or of `{"state_dict": ...}`, mapped from the file where it allows that."""
+    """The tensors of a state dict, or of the one state dict in what a trainer saved, such as `{"model": ...}`,
+    `{"state_dict": ...}` or `{"module": ..., "optimizer": ...}`, mapped from the file where it allows that."""
 
     def __init__(self, path: Path, role: str) -> None:
-        tensors = _load(path, role)
-        wrapped = all(name.startswith(WRAPPER) for name in tensors)
-        self._tensors = {name.removeprefix(WRAPPER) if wrapped else name: t for name, t in tensors.items()}
+        self._tensors = _load(path, role)
         self.infos = {
             name: TensorInfo(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)))
             for name, tensor in self._tensors.items()
@@ -43,13 +43,18 @@ def open_file(path: Path, role: str) -> Tensors:
 
 def _load(path: Path, role: str) -> dict[str, Tensor]:
     content = _unpickle(path, role)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise ModelError(
             f"{role}: {path} holds a {type(content).__name__}, no state dict; save model.state_dict() with torch.save"
         )
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    found = dict(_state_dicts(content, "", DEPTH))
+    if len(found) > 1:
+        keys = list(found)
+        raise ModelError(
+            f"{role}: {path} holds several state dicts, {', '.join(keys)}; save one of them alone, such as "
+            f"torch.save(torch.load({str(path)!r}){_indexed(keys[0])}, 'one.pt')"
+        )
+    tensors = next(iter(found.values()), {str(name): value for name, value in content.items() if _is_tensor(value)})
     if not tensors:
         raise ModelError(f"{role}: {path} holds no tensors by name; save model.state_dict() with torch.save")
     odd = next((name for name, tensor in tensors.items() if not _is_plain(tensor)), None)
@@ -59,6 +64,29 @@ def _load(path: Path, role: str) -> dict[str, Tensor]:
             "their values; save model.state_dict() of the dense model with torch.save"
         )
     return {name: tensor.detach() for name, tensor in tensors.items()}  # of named_parameters: they require gradients
+
+
+def _state_dicts(content: Mapping[Any, Any], where: str, depth: int) -> list[tuple[str, dict[str, Tensor]]]:
+    """The state dicts in what was saved, by where they are: those in its entries where one of them has more tensors
+    than `content` itself, else `content`. A state dict has a tensor of floats with a dimension; states of optimizers
+    are none, nor those of random generators."""
+    if OPTIMIZER in content:
+        return []
+    tensors = {str(name): value for name, value in content.items() if _is_tensor(value)}
+    entries = [(str(key), entry) for key, entry in content.items() if isinstance(entry, Mapping)] if depth else []
+    inner = [found for key, entry in entries for found in _state_dicts(entry, f"{where}.{key}".strip("."), depth - 1)]
+    if any(len(found) > len(tensors) for _, found in inner):
+        return inner
+    own = any(tensor.is_floating_point() and tensor.ndim for tensor in tensors.values())
+    return [(where, tensors)] if own else inner
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _indexed(where: str) -> str:
+    return "".join(f"[{key!r}]" for key in where.split("."))
 
 
 def _is_plain(tensor: Tensor) -> bool:

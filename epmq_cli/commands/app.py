@@ -33,7 +33,7 @@ from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, TokenError, check_keys, lacks_memory
 from epmq_cli.interruption import GRACE
-from epmq_cli.resume import unfinished
+from epmq_cli.resume import folder_names, unfinished
 
 MISTAKEN, DEFECT = 1, 70
 NOTHING = "interrupted; nothing of this run is complete"
@@ -51,6 +51,8 @@ LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "s
 """Of sweeps: the extra that each comes with."""
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
 """What is raised that is no defect of epmq."""
+
+folder_names.register()  # here: the processes of a sweep's jobs import this, too
 
 
 def launch(command: str, arguments: list[str]) -> None:

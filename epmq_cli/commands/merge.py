@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hydra
@@ -29,12 +30,15 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         import torch
 
         from epmq_cli.checkpoint.dense import write_dense
+        from epmq_cli.checkpoint.processor_files import Processors
         from epmq_cli.console import say
         from epmq_cli.families import suite_family
         from epmq_cli.merge.apply import Merged, Models
         from epmq_cli.report import metrics, table
         from epmq_cli.report.stages import Stages
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where there is a tokenizer to check
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_used(folder, "checkpoint", "metrics.json")
     config.check_complete(cfg, "merge")
     suite, method = config.build("suite", cfg.suite), config.build("merge", cfg.merge)
@@ -44,6 +48,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     say(f"{len(suite.members)} experts, results go to {table.near(folder)}")
     with stages.stage("read"):
         models = Models(suite, suite_family(suite), whole=True)
+        Processors(models.base.path)  # what transformers cannot load is refused before anything is merged
     with stages.stage("merge"):
         merged = Merged(models.source, method, torch.float32)
         size = write_dense(checkpoint, models, merged, pack)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.locate import locate
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
+from epmq_cli.checkpoint.wrappers import merged_names, misfit, refuse_wrapped, unwrapped
 from epmq_cli.console import log, plain, say, track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
@@ -35,15 +36,23 @@ class Models:
     def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
         root = suite.root
         self.base = _open(family, suite.base, "base", root, None)
+        refuse_wrapped(self.base)
         base = _member(family, self.base)
         self.experts = {
-            task.name: _open(family, task.expert, f"expert of task {task.name}", root, self.base)
+            task.name: _fitted(family, _open(family, task.expert, f"expert of task {task.name}", root, self.base), base)
             for task in suite.members
         }
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
         self.ties = _resolve(family, base, experts, whole)
         names = {task: expert.merged for task, expert in experts.items()}
-        self.source = MergeSource(self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written)
+        misfits = {
+            task: misfit(expert.folder, self.base, base.merged, family.tensor_names)
+            for task, expert in experts.items()
+            if not {*base.merged} <= {*expert.merged}
+        }
+        self.source = MergeSource(
+            self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written, misfits
+        )
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
@@ -54,6 +63,15 @@ class Models:
 def _member(family: Family, folder: ModelFolder) -> Member:
     merged = family.tensor_names(folder)  # refuses other architectures
     return Member(folder, family.all_names(folder), merged)
+
+
+def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
+    """The expert under the base's names: without what a wrapper added. Tables that may be tied may lack."""
+    wanted = {*base.merged}
+    if not wanted <= {*merged_names(expert, family.tensor_names)}:
+        ask_classes(family, [base])
+        wanted -= {*base.tieable, *base.tieable.values()}
+    return unwrapped(expert, base.folder, wanted, family.tensor_names)
 
 
 def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:

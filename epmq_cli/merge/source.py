@@ -61,7 +61,7 @@ class MergeSource:
     `vocabulary`: `same`, or `pad`, with which tensors over the vocabulary (see `vocabulary.py`) may differ in rows. All
     models then have the most rows that any has: an expert gets those of the base that it lacks, the base the mean of
     those experts' that have them. `written`: the names in the result's files of tensors that get another one than the
-    base's.
+    base's. `misfits`: what the names of an expert tell that lacks tensors, by task.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class MergeSource:
         expert_names: dict[str, dict[str, str]],
         vocabulary: str = "same",
         written: Mapping[str, str] | None = None,
+        misfits: Mapping[str, str] | None = None,
     ) -> None:
         self._base = base
         self._base_names = base_names
@@ -79,6 +80,7 @@ class MergeSource:
         self._expert_names = expert_names
         self._vocabulary = vocabulary
         self._written = written or {}
+        self._misfits = misfits or {}
         self._added: dict[str, Tensor] = {}
         self.padded: dict[str, int] = {}
         """The tensors over the vocabulary that not all models have alike, and the rows that they get."""
@@ -205,7 +207,8 @@ class MergeSource:
         found += [f"{name} is missing from the base" for name in names if name not in self._base_names]
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            told = f"{self._misfits[task]}; " if task in self._misfits else ""
             raise ModelError(
-                f"expert of task {task} ({folder.path}) was not fine-tuned from "
-                f"the base ({self._base.path}): {'; '.join(found[:SHOWN])}{more}"
+                f"expert of task {task} ({folder.path}) does not fit the base ({self._base.path}): "
+                f"{told}{'; '.join(found[:SHOWN])}{more}; give an expert that was fine-tuned from this base"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from epmq_cli import ranks
 from epmq_cli.checkpoint.manifest import contents
-from epmq_cli.checkpoint.reader import READ, ModelFolder
+from epmq_cli.checkpoint.reader import ModelFolder, read_files
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Batch
 from epmq_cli.fingerprint import of_code
@@ -92,8 +92,8 @@ def of_scoring(evaluation: Any, tasks: Sequence[ScoredTask], sources: Sequence[A
 
 def _hashed(folder: ModelFolder) -> dict[str, str]:
     path = folder.path
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in READ)
-    return {file.name: content.sha256 for file, content in contents(files).items()}
+    root, files = (path.parent, [path]) if path.is_file() else (path, read_files(path))
+    return {file.relative_to(root).as_posix(): content.sha256 for file, content in contents(files).items()}
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -128,7 +128,9 @@ def test_the_same_run_gives_the_same_bytes(bert_hub: Path, tmp_path: Path) -> No
     digests = []
     for name in ("one", "two"):
         folder = run_in(tmp_path / name, bert_hub, "seed=3")
-        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()})
+        digests.append(
+            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+        )
     assert digests[0] == digests[1]
     other = run_in(tmp_path / "three", bert_hub, "seed=4", "calib.samples=10")
     assert hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest() != digests[0]["model.safetensors"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.driver import attempt, files
 
-TENSORS = ("model.safetensors", "heads.safetensors")  # epmq.json has the options themselves
+TENSORS = ("model.safetensors", "heads/heads.safetensors")  # epmq.json has the options themselves
 
 
 def test_where_things_are_kept_changes_nothing(bert_hub: Path, tmp_path: Path) -> None:

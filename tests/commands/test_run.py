@@ -23,7 +23,7 @@ def test_a_run_leaves_a_checkpoint_and_metrics_that_fit_the_schema(
     assert {
         "config.json",
         "model.safetensors",
-        "heads.safetensors",
+        "heads",
         "epmq.json",
         "README.md",
         "tokenizer.json",
@@ -204,7 +204,7 @@ def test_errors_of_the_command_have_no_traceback(arguments: tuple[str, ...], mes
 
 def test_a_damaged_checkpoint_is_refused(bert_hub: Path, epmq_inside: Run, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", bert_hub, "eval.stages=[]")
-    heads = checkpoint / "heads.safetensors"
+    heads = checkpoint / "heads" / "heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-10])
     result = epmq_inside("eval", str(checkpoint))
     assert result.returncode == 1

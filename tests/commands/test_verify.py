@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_cli.checkpoint.manifest import MANIFEST, write_manifest
+from epmq_cli.checkpoint.manifest import MANIFEST, file_problems, write_manifest
 from epmq_cli.commands.merge import merge
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError
+from epmq_cli.verification import tensor_problems
 from tests.commands.test_merge import config_of_merge
 from tests.conftest import Run
 from tests.hubs import run_in
@@ -39,7 +40,9 @@ def edit(checkpoint: Path, change: Callable[[dict[str, Tensor]], object], file: 
 
 def test_the_manifest_has_size_and_sha256_of_every_file(checkpoint: Path) -> None:
     files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    assert files.keys() == {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert files.keys() == there - {MANIFEST}
+    assert "heads/heads.safetensors" in files
     for name, entry in files.items():
         content = (checkpoint / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -81,12 +84,13 @@ def truncate(path: Path) -> None:
 
 
 def link_away(path: Path) -> None:
-    elsewhere = path.parent.parent / "elsewhere"
+    checkpoint = next(folder for folder in path.parents if (folder / MANIFEST).exists())
+    elsewhere = checkpoint.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
 
 
-@pytest.mark.parametrize("name", [MODEL, "heads.safetensors", "config.json", "README.md"])
+@pytest.mark.parametrize("name", [MODEL, "heads/heads.safetensors", "config.json", "README.md"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -102,6 +106,36 @@ def test_damaged_files_are_named(damage: Callable[[Path], None], message: str, n
     with pytest.raises(CheckpointError, match=f"is not what epmq wrote: {message.format(name)}") as raised:
         check(checkpoint)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["heads/more.safetensors", "processors/first/manifest.json", "prompts"])
+def test_what_was_added_in_a_sub_folder_is_named(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    if name == "prompts":
+        (checkpoint / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (checkpoint / name).write_text("")
+    assert f"{name} is not listed in manifest.json" in file_problems(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "heads/../x", "heads//x", "heads/.x", "./x", ""])
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, checkpoint: Path) -> None:
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    content["files"][name] = content["files"]["config.json"]
+    (checkpoint / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lists what is no file of that folder"):
+        check(checkpoint)
+
+
+def test_heads_at_the_place_of_earlier_versions_are_read(checkpoint: Path) -> None:
+    """Oracle: the same checkpoint with its heads in the folder of their own."""
+    before = tensor_problems(checkpoint)
+    (checkpoint / "heads" / "heads.safetensors").rename(checkpoint / "heads.safetensors")
+    (checkpoint / "heads").rmdir()
+    write_manifest(checkpoint, {})
+    assert tensor_problems(checkpoint) == before == []
+    check(checkpoint)
 
 
 def test_files_beside_the_manifest_are_named_but_for_hidden_ones(checkpoint: Path) -> None:
@@ -191,8 +225,8 @@ def test_wrong_tensors_are_named(case: str, checkpoint: Path) -> None:
 
 
 def test_heads_are_finite(checkpoint: Path) -> None:
-    edit(checkpoint, scaled("first.weight", float("nan")), "heads.safetensors")
-    with pytest.raises(CheckpointError, match=r"first.weight holds NaN or infinity \(heads.safetensors\)"):
+    edit(checkpoint, scaled("first.weight", float("nan")), "heads/heads.safetensors")
+    with pytest.raises(CheckpointError, match=r"first.weight holds NaN or infinity \(heads/heads.safetensors\)"):
         check(checkpoint)
 
 
@@ -210,15 +244,15 @@ def test_heads_are_finite(checkpoint: Path) -> None:
 def test_heads_are_those_of_the_tasks_and_the_model(
     change: Callable[[dict[str, Tensor]], object], message: str, checkpoint: Path
 ) -> None:
-    edit(checkpoint, change, "heads.safetensors")
-    with pytest.raises(CheckpointError, match=rf"{message}.*\(heads.safetensors\)"):
+    edit(checkpoint, change, "heads/heads.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{message}.*\(heads/heads.safetensors\)"):
         check(checkpoint)
 
 
 def test_heads_that_are_not_there_are_missed(checkpoint: Path) -> None:
-    (checkpoint / "heads.safetensors").unlink()
+    (checkpoint / "heads/heads.safetensors").unlink()
     write_manifest(checkpoint, {})
-    with pytest.raises(CheckpointError, match="is not what epmq wrote: heads.safetensors is missing; fetch"):
+    with pytest.raises(CheckpointError, match="is not what epmq wrote: heads/heads.safetensors is missing; fetch"):
         check(checkpoint)
 
 

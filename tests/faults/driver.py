@@ -142,7 +142,9 @@ def attempt(
 
 def files(folder: Path) -> dict[str, bytes]:
     """The checkpoint of a run."""
-    return {path.name: path.read_bytes() for path in sorted((folder / "checkpoint").iterdir())}
+    checkpoint = folder / "checkpoint"
+    found = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items()}
 
 
 def mini(hub: Path, *overrides: str) -> tuple[str, ...]:
