@@ -193,7 +193,9 @@ class _Check:
         norm = self.section.module.get_submodule(step.name)
         if not has_gain(norm):
             return
-        read, given = (tensor.flatten(0, -2) for tensor in (self.plain.inputs[step.name], self.plain.outputs[step.name]))
+        read, given = (
+            tensor.flatten(0, -2) for tensor in (self.plain.inputs[step.name], self.plain.outputs[step.name])
+        )
         wanted = normalised(norm, read) * (norm.get_parameter("weight") + unit(norm))
         bias = getattr(norm, "bias", None)
         wanted = wanted if bias is None else wanted + bias
@@ -283,9 +285,7 @@ def _traced(section: Section, change: Change | None) -> Iterator[_Trace]:
             handle.remove()
 
 
-def _check_around(
-    model: nn.Module, family: Family, stack: Stack, batch: Batch, hidden: Tensor, values: int
-) -> Batch:
+def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, hidden: Tensor, values: int) -> Batch:
     """Checks what the model does in front of its blocks, between and behind them, these with blocks that give back
     their input; the batch with what the readout hands on."""
     for part in stack.stem:

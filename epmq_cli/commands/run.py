@@ -125,6 +125,10 @@ def _made(
         shared = Shared(cache, job, models, dtype)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
         check_blocks(model, job.family, drawn)
+        if (kind := models.base.config.get("model_type")) not in job.family.model_types:
+            say(
+                f"base: epmq is not tested with models of type {kind}; the self-check of its blocks found nothing unknown"
+            )
         state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):

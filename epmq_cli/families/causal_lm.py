@@ -60,7 +60,12 @@ SETTINGS = (
 class CausalLM(LanguageModel):
     """`family: causal_lm`."""
 
-    model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
+    model_types = (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3"),
+        *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense"),
+        *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
+        *("starcoder2", "vaultgemma"),
+    )
     heads = "none"
     stem = (Table(TABLE),)
     kept = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")

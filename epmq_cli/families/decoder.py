@@ -40,6 +40,7 @@ class Layout:
 LAYOUTS = (
     Layout("input_layernorm", None, "post_attention_layernorm", None),  # Llama
     Layout("attention_layernorm", None, "feedforward_layernorm", None),  # Apertus
+    Layout("input_layernorm", None, "pre_feedforward_layernorm", None),  # VaultGemma
     Layout(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2
     Layout(
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -69,7 +70,8 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     in errors."""
     names = {name for name, _ in block.named_modules()}
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    layout = max((l for l in LAYOUTS if names.issuperset(l.norms)), key=lambda l: len(l.norms), default=None)
+    fitting = [layout for layout in LAYOUTS if names.issuperset(layout.norms)]
+    layout = max(fitting, key=lambda layout: len(layout.norms), default=None)
     attention = next((part for part in ATTENTION if linears.issuperset((*part[0], part[1]))), None)
     mlp = next((part for part in FEED_FORWARD if linears.issuperset((*part[0], part[1]))), None)
     if layout is None or attention is None or mlp is None:
