@@ -2,8 +2,8 @@
 
 A few calibration samples go through one block of each kind. Every step must read, give and add what the walk assumes.
 Then the fixed point of calibration is tried without solving anything: the block gets another input than the expert's
-(r_X for r_E), each step is made to give its target exactly, W_t e + b_t + beta (r_E - r_X) / scale with alpha = beta = 1
-and g z_E + b for norms, and the block must give what the expert's block gives. It does so only if every path from the
+(r_X for r_E), each step is made to give its target exactly, W_t e + b_t + (r_E - r_X) / scale (alpha = beta = 1) or
+g z_E + b, and the block must give what the expert's block gives. It does so only if every path from the
 block's input to its output leads through the steps: a norm, a branch or a factor that no step knows breaks it. With
 r_X = r_E all targets are the expert's own outputs, so that a student equal to the expert stays as it is.
 
@@ -15,9 +15,9 @@ that is not known shows in the first digits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain, normalised, unit
 from epmq_cli.calibrate.streams import Stream, calls, enter
+from epmq_cli.calibrate.trace import Change, Trace, bypassed, traced
 from epmq_cli.errors import EpmqError, first_line, lacks_memory
 from epmq_cli.families.family import Batch, Family, Linears, Norm, Section, Stack, Table, split
 from epmq_cli.families.refusal import refused
@@ -96,21 +97,6 @@ def _kind(block: Section, call: Any) -> tuple[Any, ...]:
     return (block.steps, tuple(settings), tuple(shapes), tuple(map(str, given)))
 
 
-@dataclass
-class _Trace:
-    """What the modules of a section did in one pass: `calls` in order, input and output of the first call of each, and
-    what the section gave."""
-
-    calls: list[str] = field(default_factory=list)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    given: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-
-Change = Callable[[str, Tensor, _Trace], Tensor]
-"""What a module gives instead of its own output, by its name and what the pass did so far."""
-
-
 class _Check:
     """The check of one section, block or readout, with the stream that has reached it; `repeated`: see Family."""
 
@@ -135,10 +121,10 @@ class _Check:
             for step in self.section.steps:
                 self._check_mixing(step, self.stack.read_token)
 
-    def _pass(self, hidden: Tensor, change: Change | None = None) -> _Trace:
+    def _pass(self, hidden: Tensor, change: Change | None = None) -> Trace:
         """One pass through the section from this input, in which modules give something else where it is said."""
         fresh = replace(self.stream, hidden=hidden, passage=None, parcel=None)
-        with _traced(self.section, change) as trace:
+        with traced(self.section, change) as trace:
             fresh.finish(self.section.module)
         trace.given = fresh.hidden
         return trace
@@ -153,7 +139,7 @@ class _Check:
                 raise _FoundError(f"{self._name(name)} is called {calls.count(name)} times, not once")
         number = {name: index for index, step in enumerate(self.section.steps) for name in _names(step)}
         met = list(dict.fromkeys(calls))
-        for before, after in zip(met, met[1:], strict=False):
+        for before, after in pairwise(met):
             if number[after] < number[before]:
                 raise _FoundError(f"{self._name(after)} is called after {self._name(before)}, not before it")
 
@@ -211,7 +197,7 @@ class _Check:
         said = f"{self._name('')} has a path from its input to its output that is not in its steps"
         self._compare(found.given, wanted, said, self.hidden if self.is_block else None)
 
-    def _target(self, name: str, given: Tensor, trace: _Trace) -> Tensor:
+    def _target(self, name: str, given: Tensor, trace: Trace) -> Tensor:
         """What calibration would have this module give, with the plain pass for the expert's."""
         step = next(step for step in self.section.steps if name in _names(step))
         target = self.plain.outputs[name]
@@ -225,7 +211,7 @@ class _Check:
         mixing = step.mixing if isinstance(step, Linears) else (step.name,) if step.mixing else ()
         alone = [name for name in _names(step) if name not in mixing]
 
-        def change(name: str, given: Tensor, trace: _Trace) -> Tensor:
+        def change(name: str, given: Tensor, trace: Trace) -> Tensor:
             if name not in alone or given.ndim < 3:
                 return given
             other = 1 - given
@@ -257,34 +243,6 @@ def _names(step: Linears | Norm) -> tuple[str, ...]:
     return step.names if isinstance(step, Linears) else (step.name,)
 
 
-@contextmanager
-def _traced(section: Section, change: Change | None) -> Iterator[_Trace]:
-    """Inside, what the step's modules do is noted, and their first outputs are replaced by what `change` says."""
-    trace, handles = _Trace(), []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            trace.calls.append(name)
-            trace.inputs.setdefault(name, args[0].clone())
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if name in trace.outputs:
-                return None
-            given = output if change is None else change(name, output, trace)
-            trace.outputs[name] = given.clone()
-            return given
-
-        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
-
-    for name in section.modules:
-        watch(name, section.module.get_submodule(name))
-    try:
-        yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, hidden: Tensor, values: int) -> Batch:
     """Checks what the model does in front of its blocks, between and behind them, these with blocks that give back
     their input; the batch with what the readout hands on."""
@@ -292,7 +250,7 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
         if isinstance(part, Table):
             calls([model.get_submodule(part.reader or part.name)], lambda: family.features(model, batch))
     own = stack.readout.module(hidden)
-    with _bypassed(stack.blocks, values) as met:
+    with bypassed(stack.blocks, values) as met:
         features = family.features(model, batch)
     for index, tensor in enumerate(met):
         if not torch.equal(tensor, hidden):
@@ -309,25 +267,3 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
 
 def _readout_names(stack: Stack) -> list[str]:
     return [stack.readout.name(name) for name in stack.readout.modules] or ["its first token"]
-
-
-@contextmanager
-def _bypassed(blocks: Sequence[Section], values: int) -> Iterator[list[Tensor]]:
-    """Inside, blocks give back their first argument, as the first of so many values, or alone where that is 0; what
-    each was given."""
-    met: list[Tensor] = []
-
-    def bypass(*args: Any, **options: Any) -> Any:
-        met.append(args[0])
-        return (args[0], *[None] * (values - 1)) if values else args[0]
-
-    kept = [block.module.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.module.forward = bypass
-    try:
-        yield met
-    finally:
-        for block, own in zip(blocks, kept, strict=True):
-            del block.module.forward
-            if own is not None:
-                block.module.forward = own

@@ -54,13 +54,9 @@ def _way_out(text: str, said: str) -> str | None:
         return None
     if NESTED.match(value):
         example = shlex.quote(f'{key}=["a text with {{}}", "another"]')
-        return (
-            f"{text} is a list or a dict that cannot be read; give each text in it that has one of {' '.join(sorted(MARKS))} "
-            f"or a comma quotes of its own, as in {example}, and close every bracket"
-        )
-    return (
-        f"{text} has {' '.join(sorted(MARKS & set(value)))} in its value, which must be in quotes; write {quoted(text)}"
-    )
+        return f"{text} cannot be read as a list or dict; put quotes around each text in it, as in {example}"
+    marks = " ".join(sorted(MARKS & set(value)))
+    return f"{text} has {marks} in its value, which must be in quotes; write {quoted(text)}"
 
 
 def quoted(text: str) -> str:

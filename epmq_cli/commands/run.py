@@ -126,9 +126,7 @@ def _made(
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
         check_blocks(model, job.family, drawn)
         if (kind := models.base.config.get("model_type")) not in job.family.model_types:
-            say(
-                f"base: epmq is not tested with models of type {kind}; the self-check of its blocks found nothing unknown"
-            )
+            say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
         state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):

@@ -51,8 +51,8 @@ def claiming(config: Mapping[str, Any]) -> Family:
             return family
     known = sorted({kind for family in FAMILIES.values() for kind in family.model_types})
     raise ModelError(
-        f"base: no family takes a model of type {found}, they take {', '.join(known)}; suite.family=causal_lm tries any "
-        f"other decoder, {MERGES}, and a new family is a module in epmq_cli/families with a subclass of Family"
+        f"base: no family takes a model of type {found}, they take {', '.join(known)}; suite.family=causal_lm tries "
+        f"other decoders, {MERGES}, and a new family is a module in epmq_cli/families with a subclass of Family"
     )
 
 
