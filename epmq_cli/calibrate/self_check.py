@@ -47,12 +47,14 @@ class _FoundError(Exception):
 @torch.inference_mode()
 def check_blocks(model: nn.Module, family: Family, batches: Mapping[str, Sequence[Batch]]) -> None:
     """ModelError where the model's blocks, or what is around them, do not compute what the family's steps say."""
-    batch = split(next(iter(batches.values()))[0], SAMPLES)[0]
-    where = type(model).__name__
+    batch, where = next(iter(batches.values()))[0], type(model).__name__
     try:
-        batch = family.complete(model, batch, SAMPLES)
-        for stack in family.stacks(model):
-            batch = _check_stack(model, family, stack, batch)
+        try:
+            _check_model(model, family, split(batch, SAMPLES)[0])
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            _check_model(model, family, split(batch, 1)[0])
     except EpmqError:
         raise
     except _FoundError as found:
@@ -61,6 +63,12 @@ def check_blocks(model: nn.Module, family: Family, batches: Mapping[str, Sequenc
         if lacks_memory(error):
             raise
         raise refused(family, f"the self-check cannot follow the blocks of {where} ({first_line(error)})") from error
+
+
+def _check_model(model: nn.Module, family: Family, batch: Batch) -> None:
+    batch = family.complete(model, batch)
+    for stack in family.stacks(model):
+        batch = _check_stack(model, family, stack, batch)
 
 
 def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -> Batch:
@@ -182,20 +190,25 @@ class _Check:
         read, given = (
             tensor.flatten(0, -2) for tensor in (self.plain.inputs[step.name], self.plain.outputs[step.name])
         )
-        wanted = normalised(norm, read) * (norm.get_parameter("weight") + unit(norm))
+        scaled = normalised(norm, read) * (norm.get_parameter("weight") + unit(norm))
         bias = getattr(norm, "bias", None)
-        wanted = wanted if bias is None else wanted + bias
-        self._compare(given, wanted, f"{self._name(step.name)} does not give a gain times its normalized input")
+        said = f"{self._name(step.name)} does not give a gain times its normalized input"
+        self._compare(given, scaled if bias is None else scaled + bias, said, scaled)
 
     def _check_fixed_point(self) -> None:
         """That a section whose steps meet their targets gives what the expert's gives, whatever its input."""
         drift = DRIFT * self.hidden.roll(1, -1)
         found = self._pass(self.hidden + drift, self._target)
-        streams = any(isinstance(step, Linears) and step.stream for step in self.section.steps)
-        stays = self.is_block and not streams  # what is normed before it is added makes up for no drift
-        wanted = self.plain.given + drift if stays else self.plain.given
+        streams = [step.stream for step in self.section.steps if isinstance(step, Linears) and step.stream]
         said = f"{self._name('')} has a path from its input to its output that is not in its steps"
-        self._compare(found.given, wanted, said, self.hidden if self.is_block else None)
+        if not self.is_block:
+            self._compare(found.given, self.plain.given, said)
+            return
+        terms = self.hidden.abs() + drift.abs()
+        for name in streams:
+            terms = terms + self.plain.inputs[name].abs()
+        # what is normed before it is added makes up for no drift
+        self._compare(found.given, self.plain.given + (0 if streams else drift), said, terms)
 
     def _target(self, name: str, given: Tensor, trace: Trace) -> Tensor:
         """What calibration would have this module give, with the plain pass for the expert's."""
