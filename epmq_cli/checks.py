@@ -3,7 +3,9 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,14 +13,17 @@ from torch import Tensor, nn
 
 from epmq_cli.config import Evaluation, Harness
 from epmq_cli.errors import ConfigError, ModelError, check_choice
-from epmq_cli.families.family import Family, LanguageModel
-from epmq_cli.inference.int4 import obstacle
+from epmq_cli.families.family import Family, LanguageModel, Table
+from epmq_cli.families.refusal import refused
+from epmq_cli.inference.int4 import GROUPS, kernel_group, obstacle
 from epmq_cli.inference.load import refuse
 from epmq_cli.linalg import is_finite
 from epmq_cli.merge.apply import Models
 from epmq_cli.quantize.grid import GridSpec
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.suites import Suite
+
+SMALLEST_GROUP = 8  # that a message offers
 
 
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation) -> None:
@@ -45,6 +50,24 @@ def check_described(model: nn.Module, family: Family, models: Models) -> None:
                 raise ModelError(f"{where} a model with {name}, which its files have not; fetch it again")
 
 
+def check_parts(model: nn.Module, family: Family) -> None:
+    """ModelError where the model has a tensor that the family neither solves nor knows to be right as merged."""
+    affine, known = set[str](), set[str]()
+    for stack in family.stacks(model):
+        affine |= {section.name(name) for section in stack.sections for name in section.modules}
+        affine |= {stack.first_norm} if stack.first_norm else set()
+        for part in stack.stem:
+            if isinstance(part, Table):
+                known |= {f"{name}.weight" for name in (part.name, part.reader) if name}
+            else:
+                known |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
+    known |= {f"{name}.{tensor}" for name in affine for tensor in ("weight", "bias")}
+    kept = re.compile("|".join(family.kept) or "(?!)")
+    for name in model.state_dict():
+        if name not in known and not kept.fullmatch(name):
+            raise refused(family, f"{type(model).__name__} has {name}, which no step of the family knows")
+
+
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of the base as the type has it, in float32; ModelError where it holds a NaN or an infinity then."""
     found = tensor.to(dtype).float()
@@ -60,12 +83,30 @@ def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> N
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
     if spec is None:
         return
-    for name, (_, width) in linear_shapes(student, family):
+    widths = {name: width for name, (_, width) in linear_shapes(student, family)}
+    for name, width in widths.items():
         if width % spec.columns(width):
             raise ConfigError(
-                f"group_size={spec.group_size} must divide the {width} inputs of {name}; "
-                "use a divisor, or group_size=-1 for one group a row"
+                f"group_size={spec.group_size} must divide the {width} inputs of {name}; {_possible(widths.values())}"
             )
+
+
+def _possible(widths: Iterable[int]) -> str:
+    """The group sizes that divide all these numbers of inputs, and which of them the kernels take."""
+    common = math.gcd(*widths)
+    sizes = [size for size in range(SMALLEST_GROUP, common + 1) if common % size == 0]
+    fast = [size for size in sizes if kernel_group(size) is not None]
+    row = "-1 (one group a row)"
+    if not sizes:
+        return f"no group size divides the inputs of all linears of this model; use {row}"
+    kernels = (
+        f"the int4 kernels take {_listed(fast)}" if fast else f"the int4 kernels take multiples of {GROUPS[-1]} alone"
+    )
+    return f"use one that divides the inputs of all linears of this model, {_listed(sizes)}, or {row}; {kernels}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, sizes[:-1])), str(sizes[-1]))))
 
 
 def check_kernel(

@@ -22,7 +22,7 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.checkpoint.processor_files import Processors
-from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
+from epmq_cli.checks import check_described, check_groups, check_kernel, check_parts, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
@@ -107,6 +107,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     place = Disk(folder) if job.calib.student == "disk" else job.device
     read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
     model = fit_source(load_model(job.family, models.base.path, place, read), models)
+    check_parts(model, job.family)
     check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))

@@ -11,20 +11,21 @@ from epmq_cli.calibrate.moments import Measure, Moments
 from epmq_cli.calibrate.reading import Rows
 
 
-def measured(batches: Iterable[Rows], expert: Tensor, residual: bool, guidance: Guidance) -> tuple[Moments, int]:
+def measured(batches: Iterable[Rows], expert: Tensor, scale: float | None, guidance: Guidance) -> tuple[Moments, int]:
     """The moments of one task, and the tokens of this process.
 
-    `expert`: the weights (out, in) of all linears of the step. `residual`: whether they write into the residual stream,
-    whose drift their targets then make up for too.
+    `expert`: the weights (out, in) of all linears of the step. `scale`: what their outputs are multiplied with
+    before they are added to the residual stream, whose drift their targets then make up for too; None where they write
+    into no stream.
     """
     measure, tokens, (out, width) = Measure(), 0, expert.shape
     # the multiplications of a token: 2 out width by way of the part, 3 / 2 width^2 by way of the drift
-    by_drift = guidance.teaches and not residual and 4 * out > 3 * width
+    by_drift = guidance.teaches and scale is None and 4 * out > 3 * width
     for rows in batches:
         if by_drift:
             measure.add_drift(rows.student[0], _drift(rows, guidance), rows.weights)
         else:
-            measure.add(rows.student[0], _part(rows, expert, guidance), rows.weights)
+            measure.add(rows.student[0], _part(rows, expert, scale, guidance), rows.weights)
         tokens += len(rows.student[0])
     return measure.moments(expert if by_drift else None), tokens
 
@@ -35,12 +36,12 @@ def _drift(rows: Rows, guidance: Guidance) -> Tensor:
     return drift
 
 
-def _part(rows: Rows, expert: Tensor, guidance: Guidance) -> Tensor | None:
+def _part(rows: Rows, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
     """The part of the linears' targets (tokens, out) that is no weight times the student's inputs."""
     if not guidance.teaches:
         return None
     part = _drift(rows, guidance) @ expert.T
-    if len(rows.student) > 1:
-        stream = float(guidance.beta) * (rows.teacher[1] - rows.student[1])
+    if scale is not None:
+        stream = float(guidance.beta) / scale * (rows.teacher[1] - rows.student[1])
         part.view(len(part), -1, stream.shape[1]).add_(stream[:, None])  # once for each linear
     return part

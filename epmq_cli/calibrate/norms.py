@@ -3,7 +3,7 @@
     J(g, b) = sum_t 1/n_t sum (g z + b - y)^2 + lam (g - g_A)^2 + lam (b - b_A)^2        y = g_t z_T + b_t
 
 with z_T = (1 - alpha) z_X + alpha z_E between the student's and the teacher's. A norm without bias is solved for its
-gain alone.
+gain alone; one without gain is not solved.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from epmq_cli.ranks import added
+
+
+def has_gain(norm: nn.Module) -> bool:
+    """Whether a norm has a gain to solve; those of OLMo 1 have none."""
+    return isinstance(getattr(norm, "weight", None), nn.Parameter)
 
 
 def normalised(norm: nn.Module, rows: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class Reading:
     """Where passes shall wait: in front of that one of `names` which is called first.
 
     `stream`: the module before it whose input is asked for too; `wanted`: those whose input still will be. `token`: the
-    one whose rows count in full, or None where all do; `memory`: whether the output of another stack is read.
+    one whose rows count in full, or None where all do; `memory`: whether the output of another stack is read; `scale`:
+    see Linears.
     """
 
     names: tuple[str, ...]
@@ -52,6 +53,7 @@ class Reading:
     wanted: frozenset[str]
     token: int | None
     memory: bool
+    scale: float = 1.0
 
     @classmethod
     def of(cls, steps: Sequence[Linears | Norm], token: int | None) -> Reading:
@@ -59,7 +61,7 @@ class Reading:
         step, wanted = steps[0], frozenset(s.stream for s in steps if isinstance(s, Linears) and s.stream)
         if isinstance(step, Norm):
             return cls((step.name,), None, wanted, None if step.mixing else token, False)
-        return cls(step.names, step.stream, wanted, token, step.memory)
+        return cls(step.names, step.stream, wanted, token, step.memory, step.scale)
 
     def rows(self, stream: Stream, module: nn.Module) -> list[Tensor]:
         """The rows of real tokens (tokens, width) of a stream in a section."""

@@ -26,7 +26,7 @@ from epmq_cli.calibrate.journal import Journal, Walked
 from epmq_cli.calibrate.layer import solve
 from epmq_cli.calibrate.measured import measured
 from epmq_cli.calibrate.moments import real_tokens, task_weight
-from epmq_cli.calibrate.norms import NormObjective, normalised, unit
+from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.passage import listening
 from epmq_cli.calibrate.problem import Affine
@@ -132,7 +132,7 @@ class _Walk:
         norm = stack.first_norm
         if self.guidance.embeddings:
             solve_stem(self.student, stack, self.whole)
-        if self.guidance.norms and norm is not None:
+        if self.guidance.norms and norm is not None and has_gain(self.student.model.get_submodule(norm)):
             self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 
     def _stem(self, task: str) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class _Walk:
             for index, step in enumerate(section.steps):
                 reading = Reading.of(section.steps[index:], token)
                 if isinstance(step, Norm):
-                    if self.guidance.norms:
+                    if self.guidance.norms and has_gain(section.module.get_submodule(step.name)):
                         self._norm(section.name(step.name), self._rows(section, teacher, reading))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
@@ -263,7 +263,7 @@ class _Walk:
         objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
         for task, batches in self._rows(section, teacher, reading):
             expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])
-            moments, tokens = measured(batches, expert.weight, reading.stream is not None, self.guidance)
+            moments, tokens = measured(batches, expert.weight, reading.scale if reading.stream else None, self.guidance)
             if not math.isfinite(moments.norm):
                 raise ModelError(
                     f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "

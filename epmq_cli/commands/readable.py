@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -13,6 +14,11 @@ from epmq_cli.errors import ConfigError
 
 LEXER = "LexerNoViableAltException"
 """What Hydra says of characters that its grammar does not have outside of quotes."""
+MARKS = frozenset("{}[]()=")
+"""What has a meaning in Hydra's grammar; a comma has one too, but a list without quotes is a sweep."""
+NESTED = re.compile(r"\s*(\[|\{(?!\w*\}))")
+"""How a list or a dict begins; `{task}` is a placeholder."""
+FUNCTION = re.compile(r"(bool|choice|float|glob|int|interval|range|shuffle|sort|str|tag)\(")
 LOGGING = "hydra/job_logging"
 WITHOUT_FILE = ("disabled", "none", "stdout")
 """Hydra's options of it that do not have what epmq's configs write run.log by."""
@@ -28,8 +34,8 @@ def parsed(texts: Sequence[str]) -> list[Override]:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except OverrideParseException as error:
-            if str(error).startswith(LEXER):
-                raise ConfigError(f"{text} has characters that must be in quotes; write {quoted(text)}") from error
+            if (way_out := _way_out(text, str(error))) is not None:
+                raise ConfigError(way_out) from error
             raise  # Hydra says what it lacks
         if not override.key_or_group:
             raise ConfigError(f"{text} names no option; write key=value (epmq COMMAND --help shows the keys)")
@@ -37,6 +43,20 @@ def parsed(texts: Sequence[str]) -> list[Override]:
             raise ConfigError(f"{LOGGING} must be default, or one of yours with a file handler for run.log, got {text}")
         found.append(override)
     return found
+
+
+def _way_out(text: str, said: str) -> str | None:
+    """What to type instead of an override that Hydra cannot read; None where quotes would not help."""
+    key, equals, value = text.partition("=")
+    if said.startswith(LEXER) and not NESTED.match(value):
+        return f"{text} has characters that must be in quotes; write {quoted(text)}"
+    if not equals or FUNCTION.match(value) or not (MARKS & set(value) or said.startswith(LEXER)):
+        return None
+    if NESTED.match(value):
+        example = shlex.quote(f'{key}=["a text with {{}}", "another"]')
+        return f"{text} cannot be read as a list or dict; put quotes around each text in it, as in {example}"
+    marks = " ".join(sorted(MARKS & set(value)))
+    return f"{text} has {marks} in its value, which must be in quotes; write {quoted(text)}"
 
 
 def quoted(text: str) -> str:

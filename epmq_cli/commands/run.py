@@ -111,6 +111,7 @@ def _made(
     from epmq_cli import pipeline as steps
     from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
+    from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.resume.key import identity, of_scoring
     from epmq_cli.resume.state import opened, refuse_results
@@ -123,6 +124,9 @@ def _made(
         models, model, dtype = steps.open_models(job, folder)
         shared = Shared(cache, job, models, dtype)
         tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
+        check_blocks(model, job.family, drawn)
+        if (kind := models.base.config.get("model_type")) not in job.family.model_types:
+            say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
         state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):

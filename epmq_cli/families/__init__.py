@@ -16,6 +16,7 @@ from epmq_cli.families.deberta import Deberta
 from epmq_cli.families.distilbert import DistilBert
 from epmq_cli.families.family import Family
 from epmq_cli.families.open_clip import OpenClip
+from epmq_cli.families.refusal import MERGES
 from epmq_cli.families.roberta import Roberta
 from epmq_cli.families.t5 import T5
 from epmq_cli.families.vit import Vit
@@ -50,8 +51,8 @@ def claiming(config: Mapping[str, Any]) -> Family:
             return family
     known = sorted({kind for family in FAMILIES.values() for kind in family.model_types})
     raise ModelError(
-        f"base: no family takes a model of type {found}, they take {', '.join(known)}; a new family is a module in "
-        "epmq_cli/families with a subclass of Family, see its docstring"
+        f"base: no family takes a model of type {found}, they take {', '.join(known)}; suite.family=causal_lm tries "
+        f"other decoders, {MERGES}, and a new family is a module in epmq_cli/families with a subclass of Family"
     )
 
 

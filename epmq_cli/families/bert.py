@@ -37,6 +37,7 @@ class Bert(TextClassifier):
     steps = STEPS
     stem = tuple(Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position", "token_type"))
     first_norm = "embeddings.LayerNorm"
+    kept = (r"embeddings\.(position|token_type)_ids",)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """Everything but task heads."""

@@ -1,8 +1,9 @@
 """Decoder-only language models built of attention and a feed-forward, such as Llama, Qwen, Mistral, Gemma and Phi.
 
-Base and experts: whatever `AutoModelForCausalLM` loads, of one architecture, whose blocks consist of the linears named
-below. The model's own blocks are called with its own masks and positions, so rotary embeddings, grouped queries and
-sliding windows are what they are there. Tables and the output layer stay dense.
+Base and experts: whatever `AutoModelForCausalLM` loads, of one architecture, whose blocks are built as decoder.py says.
+Model types that are not listed here are taken too where the checks before calibration find nothing unknown. The model's
+own blocks are called with its own masks and positions, so rotary embeddings, grouped queries and sliding windows are
+what they are there. Tables and the output layer stay dense.
 """
 
 from __future__ import annotations
@@ -18,73 +19,75 @@ from epmq_cli.checkpoint.model_class import model_class
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
+from epmq_cli.families.decoder import KEPT, block_steps
+from epmq_cli.families.family import Batch, Collate, LanguageModel, Section, Table
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.processors import tokens
+from epmq_cli.families.refusal import refused
 from epmq_cli.suites import Task
 
 PREFIX = "model."
 LAYERS = "model.layers"
 FREQUENCIES = "rotary_emb.inv_freq"
 SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")
+NORM = "model.norm"
+TABLE = "model.embed_tokens"
 SETTINGS = (
     "model_type",
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",
+    "hidden_activation",
     "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "norm_epsilon",
     "rope_parameters",
+    "no_rope_layers",
     "sliding_window",
     "layer_types",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
 )
-
-
-def block_steps(block: nn.Module, where: str) -> tuple[Linears | Norm, ...]:
-    """The steps of a block in the order of its forward pass, from the names of its modules.
-
-    Gemma 2 and 3 norm what attention and feed-forward give before it is added to the stream: there the linears write
-    into no stream. ModelError where a block has other linears, such as the experts of a mixture.
-    """
-    names = {name for name, _ in block.named_modules()}
-    sandwich = "pre_feedforward_layernorm" in names
-    fused = "self_attn.qkv_proj" in names
-    reading = ("self_attn.qkv_proj",) if fused else QKV
-    before = next((name for name in BEFORE_MLP if name in names), BEFORE_MLP[-1])
-    inner = ("mlp.gate_up_proj",) if "mlp.gate_up_proj" in names else ("mlp.gate_proj", "mlp.up_proj")
-    steps: list[Linears | Norm] = [
-        Norm("input_layernorm"),
-        Linears(reading),
-        Linears(("self_attn.o_proj",), stream=None if sandwich else "input_layernorm"),
-        *([Norm("post_attention_layernorm")] if sandwich else []),
-        Norm(before),
-        Linears(inner),
-        Linears(("mlp.down_proj",), stream=None if sandwich else before),
-        *([Norm("post_feedforward_layernorm")] if sandwich else []),
-    ]
-    known = {name for step in steps for name in (step.names if isinstance(step, Linears) else (step.name,))}
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    odd = sorted((known - names) | (linears - known))
-    if odd:
-        raise ModelError(
-            f"base: {where} is not built of attention and one feed-forward as family causal_lm knows them ("
-            f"{odd[0]} is {'missing' if odd[0] not in names else 'not known'}); write a family of its own, a module in "
-            "epmq_cli/families"
-        )
-    return tuple(steps)
 
 
 class CausalLM(LanguageModel):
     """`family: causal_lm`."""
 
-    model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
+    model_types = (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3"),
+        *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense"),
+        *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
+        *("starcoder2", "vaultgemma"),
+    )
     heads = "none"
-    stem = (Table("model.embed_tokens"),)
+    stem = (Table(TABLE),)
+    kept = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
+
+    def check_type(self, folder: ModelFolder) -> None:
+        """ModelError where another family takes models of this type. Those that no family lists are tensors to merge;
+        before `epmq run` calibrates one, its parts are checked."""
+        from epmq_cli.families import FAMILIES
+
+        found = folder.config.get("model_type")
+        for name, family in FAMILIES.items():
+            if family is not self and found in family.model_types:
+                raise ModelError(
+                    f"{folder.role}: {folder.path} holds a model of type {found}, which family {name} takes; "
+                    f"set suite.family={name}"
+                )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors but rotary frequencies, which transformers computes; those of an output layer that is tied to the
         table, too, where they are stored."""
+        self.check_type(folder)
         return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -110,21 +113,20 @@ class CausalLM(LanguageModel):
 
     def blocks(self, model: nn.Module) -> list[Section]:
         """The layers; ModelError where they are not what this family knows."""
+        kind = type(model).__name__
+        modules = dict(model.named_modules())
+        for name in (LAYERS, NORM, TABLE):
+            if name not in modules:
+                raise refused(self, f"{kind} has no {name}")
+        layers = {f"{LAYERS}.{index}": layer for index, layer in modules[LAYERS].named_children()}
         try:
-            layers = model.get_submodule(LAYERS)
-        except AttributeError:
-            raise ModelError(
-                f"base: {type(model).__name__} has no {LAYERS}, which family causal_lm walks; a family of its own is a "
-                "module in epmq_cli/families"
-            ) from None
-        return [
-            Section(f"{LAYERS}.{index}", layer, block_steps(layer, f"{LAYERS}.{index} of {type(model).__name__}"))
-            for index, layer in layers.named_children()
-        ]
+            return [Section(name, layer, block_steps(layer, f"{name} of {kind}")) for name, layer in layers.items()]
+        except ModelError as error:
+            raise refused(self, str(error)) from None
 
     def readout(self, model: nn.Module) -> Section:
         """The last norm."""
-        return LastNorm.section(model, "model.norm")
+        return LastNorm.section(model, NORM)
 
     def collate(self, folder: Path, task: Task) -> Collate:
         """Sequences of one length."""

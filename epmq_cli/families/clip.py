@@ -65,6 +65,7 @@ class Clip(Family):
         ),
     )
     first_norm = PREFIX + "pre_layrnorm"
+    kept = (r"text_model\..*", r"text_projection\.weight", "logit_scale", r".*\.position_ids")  # the base's
     read_token = 0
     heads = "made"
     head_parts = ("weight",)

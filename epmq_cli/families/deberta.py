@@ -37,6 +37,12 @@ class Deberta(TextClassifier):
     )
     stem = (Table("embeddings.word_embeddings"),)
     first_norm = "embeddings.LayerNorm"
+    kept = (
+        r"embeddings\.(position_ids|(position|token_type)_embeddings\.weight|embed_proj\.weight)",
+        r"encoder\.(rel_embeddings\.weight|LayerNorm\.(weight|bias))",
+        r"encoder\.layer\.\d+\.attention\.self\.pos_(key|query)_proj\.(weight|bias)",
+    )
+    repeated = (QUERY, KEY)  # for the relative positions too
     dense = "pooler.dense"
     activation = staticmethod(gelu)
 

@@ -35,6 +35,7 @@ class DistilBert(TextClassifier):
     )
     stem = tuple(Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position"))
     first_norm = "embeddings.LayerNorm"
+    kept = (r"embeddings\.position_ids",)
     dense = "pre_classifier"
     activation = staticmethod(relu)
 

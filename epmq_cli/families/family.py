@@ -53,18 +53,20 @@ class Linears:
 
     `stream`: the module whose input is the residual stream that their outputs are added to, if they are. `mixing`:
     those whose outputs reach the other tokens, as keys and values do. `memory`: whether they read the output of
-    another stack, as keys and values of cross-attention do.
+    another stack, as keys and values of cross-attention do. `scale`: what their outputs are multiplied with before they
+    are added to the stream.
     """
 
     names: tuple[str, ...]
     stream: str | None = None
     mixing: tuple[str, ...] = ()
     memory: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm with a gain. `mixing`: whether its output reaches the other tokens."""
+    """A norm, which is solved where it has a gain. `mixing`: whether its output reaches the other tokens."""
 
     name: str
     mixing: bool = False
@@ -166,6 +168,12 @@ class Family(ABC):
     head_parts: tuple[str, ...] = ()
     head_width = "hidden_size"
     """The tensors of a head, of which those in `bias` need not be there, and how a config calls what it reads."""
+
+    kept: tuple[str, ...] = ()
+    """Patterns for the tensors that no step solves and that are right as merged."""
+
+    repeated: tuple[str, ...] = ()
+    """The modules of a block that it calls more than once; the first call reads the stream."""
 
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""

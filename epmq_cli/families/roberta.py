@@ -21,6 +21,7 @@ class Roberta(TextClassifier):
     steps = STEPS
     stem = tuple(Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position", "token_type"))
     first_norm = "embeddings.LayerNorm"
+    kept = (r"embeddings\.(position|token_type)_ids",)
     dense, linear = "classifier.dense", "classifier.out_proj"
     reserved = 2  # positions start behind that of the padding
     options = {"add_pooling_layer": False}  # noqa: RUF012 - never changed

@@ -67,6 +67,10 @@ class T5(Family):
     """`family: t5`."""
 
     model_types = ("t5",)
+    kept = (
+        r"(encoder|decoder)\.block\.\d+\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        r"(decoder\.embed_tokens|lm_head)\.weight",
+    )
     heads = "none"
     answers = True
     metrics = ("accuracy", "matthews", "spearman")

@@ -38,6 +38,10 @@ class Vit(Classifier):
     options = {"add_pooling_layer": False}  # noqa: RUF012 - never changed
     prefix = "vit."
     parts = ("embeddings.", "layers.", "layernorm.")
+    kept = (
+        r"embeddings\.(cls_token|mask_token|position_embeddings)",
+        r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
+    )
     layers = "layers"
     steps = (
         Norm("layernorm_before", mixing=True),

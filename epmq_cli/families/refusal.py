@@ -1,0 +1,21 @@
+"""The error for models that `epmq run` cannot calibrate."""
+
+from __future__ import annotations
+
+from epmq_cli.errors import ModelError
+from epmq_cli.families.family import Family
+
+MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
+"""What is left to the user whose model `epmq run` refuses."""
+
+
+def family_name(family: Family) -> str:
+    """What `suite.family` calls a family."""
+    return type(family).__module__.rpartition(".")[2]
+
+
+def refused(family: Family, reason: str) -> ModelError:
+    """The error for a base that this family cannot calibrate; `reason` names the part of the model and what is unknown
+    of it."""
+    types = ", ".join(family.model_types)
+    return ModelError(f"base: {reason}; epmq run with family {family_name(family)} takes {types}; {MERGES}")
