@@ -110,7 +110,7 @@ def of_samples(samples: Samples) -> str | None:
     """Of inputs and labels, images as they are stored; None where an input is of a kind that is not known here."""
 
     def parts() -> Iterator[bytes]:
-        yield of_tensors({"labels": samples.labels}).encode()
+        yield of_tensors({} if samples.labels is None else {"labels": samples.labels}).encode()
         for position in range(len(samples.inputs)):
             yield _bytes(raw(samples.inputs, position))
 

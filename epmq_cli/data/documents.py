@@ -19,9 +19,7 @@ from epmq_cli.places import check_permitted, expanded
 @dataclass(frozen=True)
 class Documents:
     """Local files `train` and `test`: .txt, one document; or .jsonl, .parquet, .csv or .tsv, a document a row in the
-    column `text`.
-
-    Labels are 0 throughout.
+    column `text`. They have no labels.
     """
 
     train: str
@@ -48,7 +46,7 @@ class Documents:
 
 def running(texts: Sequence[str], count: int | None, seed: int | None) -> Samples:
     """Documents as samples."""
-    return Samples(texts, torch.zeros(len(texts), dtype=torch.int64)).some(count, seed)
+    return Samples(texts).some(count, seed)
 
 
 def token_blocks(ids: Tensor, length: int, count: int, seed: int) -> Tensor:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
 from epmq_cli.places import expanded
@@ -25,6 +26,7 @@ log = logging.getLogger("epmq")
 
 Values = Mapping[str, Sequence[Any]]
 """Column -> its values, images as {bytes, path}."""
+Names = tuple[str, ...] | None
 
 
 class Pictures(Sequence[Image.Image]):
@@ -61,8 +63,9 @@ class Hub:
 
     `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
     or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the
-    classes; null where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
+    `label`: the column of the label, which the train split need not have; null where there is none. `labels`: the
+    values of that column, or the names that the data set gives them, in the order of the classes; null where the values
+    are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
     `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
     """
 
@@ -72,10 +75,13 @@ class Hub:
     test: str = "test"
     input: str | Sequence[str] = "image"
     label: str | None = "label"
-    labels: Sequence[str | int] | None = None
+    labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
     root: str | None = None
+
+    streams: ClassVar[bool] = True
+    """Whether a count of samples is drawn without all of the split being read."""
 
     def __post_init__(self) -> None:
         if self.name is not None and escapes(self.name):
@@ -98,18 +104,20 @@ class Hub:
         failures = (OSError, ValueError, NotImplementedError, library.exceptions.DatasetsError)
         if count is not None:
             try:
-                return self._samples(self._streamed(library, stored, count, seed))
+                drawn = self._samples(*self._streamed(library, split, stored, count, seed), split)
+                return _share(drawn, count, seed) if split == "test" else drawn
             except failures as error:
                 level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
                 log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, first_line(error))
         try:
-            found = self._whole(library, stored)
+            found, names = self._whole(library, split, stored)
         except failures as error:
             mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
                 f"data set {self.path} cannot be had; check its id, name and split ({first_line(error)}){mirror}"
             ) from error
-        return self._samples(found).some(count, seed)
+        samples = self._samples(found, names, split)
+        return _share(samples, count, seed) if split == "test" else samples.some(count, seed)
 
     @property
     def folder(self) -> Path | None:
@@ -126,42 +134,73 @@ class Hub:
             return library.load_dataset_builder(place, data_dir=name, **options)
         return library.load_dataset_builder(place, name, **options)
 
-    def _streamed(self, library: ModuleType, stored: str, count: int, seed: int | None) -> Values:
-        """`count` rows of the split, images undecoded, without writing anything to disk."""
+    def _streamed(
+        self, library: ModuleType, split: Split, stored: str, count: int, seed: int | None
+    ) -> tuple[Values, Names]:
+        """`count` rows of the split, images undecoded, without writing anything to disk; some more of the test split
+        where these are had for little, as texts and local files are, so that classes can get their shares."""
         rows = self._builder(library).as_streaming_dataset(split=stored)
-        self._check(rows.column_names or list(next(iter(rows), {})))
-        rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
+        columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))
+        names, pictures = _names(rows, self.label), _has_pictures(library, rows, self.columns.inputs)
+        rows = _undecoded(library, rows.select_columns(list(columns)))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
+            count += BUFFER if split == "test" and (self.folder is not None or not pictures) else 0
         taken = list(islice(rows, count))  # rows.take(count) would read a batch further
-        return {name: [row[name] for row in taken] for name in self.columns.names}
+        return {name: [row[name] for row in taken] for name in columns}, names
 
-    def _whole(self, library: ModuleType, stored: str) -> Values:
+    def _whole(self, library: ModuleType, split: Split, stored: str) -> tuple[Values, Names]:
         """The split from the cache; there it has a folder of its own, so that no other split is downloaded with it."""
-        split = stored.partition("[")[0]
+        part = stored.partition("[")[0]
         try:
-            builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / split), split)
+            builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / part), part)
         except OSError:  # offline: what was cached whole, by whatever program
             builder = self._builder(library)
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
-        self._check(rows.column_names)
+        columns, names = self._columns(split, rows.column_names), _names(rows, self.label)
         rows = _undecoded(library, rows)
-        return {name: rows[name] for name in self.columns.names}
+        return {name: rows[name] for name in columns}, names
 
-    def _check(self, names: Sequence[str]) -> None:
-        missing = [column for column in self.columns.names if column not in names]
+    def _columns(self, split: Split, found: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read of those that a split has."""
+        missing = [column for column in self.columns.required(split) if column not in found]
         if missing:
-            raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(names)}")
+            hint = f"; {WITHOUT}" if missing[0] == self.label else ""
+            raise DataError(
+                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(found)}{hint}"
+            )
+        return self.columns.read(split, found)
 
-    def _samples(self, values: Values) -> Samples:
-        labels = self.columns.targets(values, self.path)
+    def _samples(self, values: Values, names: Names, split: Split) -> Samples:
+        """The rows as samples; of the test split those that have a label."""
+        labels, classes = self.columns.targets(values, f"data set {self.path}", split, names)
+        samples = Samples(self._inputs(values), labels, classes)
+        return self._labelled(samples) if split == "test" and names is not None else samples
+
+    def _labelled(self, samples: Samples) -> Samples:
+        """The samples with a label; all where none has one, which is said where they are scored."""
+        assert samples.labels is not None
+        kept = (samples.labels != UNLABELLED).nonzero()[:, 0].tolist()
+        if len(kept) in (0, len(samples)):
+            return samples
+        log.warning(
+            "data set %s: %d of %d samples of the split %s have no label (-1) and are left out",
+            self.path,
+            len(samples) - len(kept),
+            len(samples),
+            self.test,
+        )
+        return samples.take(kept)
+
+    def _inputs(self, values: Values) -> Sequence[Any]:
+        """Pictures, or texts."""
         first = values[self.columns.inputs[0]]
         if self.prompt is None and len(first) and isinstance(first[0], dict):
-            return Samples(Pictures(first, self.path), labels)
+            return Pictures(first, self.path)
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
-        return Samples(self.columns.texts(rows, f"data set {self.path}"), labels)
+        return self.columns.texts(rows, f"data set {self.path}")
 
 
 def _datasets(path: str) -> ModuleType:
@@ -190,3 +229,20 @@ def _undecoded(library: ModuleType, rows: Any) -> Any:
         if isinstance(feature, library.Image):
             rows = rows.cast_column(name, library.Image(decode=False))
     return rows
+
+
+def _names(rows: Any, label: str | None) -> Names:
+    """The names of the values 0, 1, ... of the label's column, where the data set declares them."""
+    found = getattr((rows.features or {}).get(label), "names", None)
+    return None if found is None else tuple(map(str, found))
+
+
+def _has_pictures(library: ModuleType, rows: Any, inputs: Sequence[str]) -> bool:
+    """Whether an input is a picture, or may be one as nothing is declared."""
+    features = rows.features
+    return features is None or any(isinstance(features.get(name), library.Image) for name in inputs)
+
+
+def _share(samples: Samples, count: int | None, seed: int | None) -> Samples:
+    """`count` samples: the first ones, or drawn by the seed, of each class its share."""
+    return samples.some(count, None) if seed is None else samples.stratified(count, seed)

@@ -47,7 +47,8 @@ class ImageFiles(Sequence[Image.Image]):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Folders `train` and `test` with one sub-folder of images a class.
+    """Folders `train` and `test` with one sub-folder of images a class; images of `train`, whose labels are not used,
+    may lie in the folder itself.
 
     `labels`: the names of the sub-folders in the order of the classes; null for their sorted names.
     """
@@ -62,6 +63,9 @@ class ImageFolder:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; data paths are taken from the folder that epmq was started in")
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        flat = [] if found else sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if split == "train" and flat:  # calibration needs no labels
+            return Samples(ImageFiles(flat)).some(count, seed)
         names = found if self.labels is None else [str(label) for label in self.labels]
         if not found or set(found) - set(names):
             raise DataError(
@@ -98,7 +102,7 @@ class ArrayImages(Sequence[Image.Image]):
 
 @dataclass(frozen=True)
 class Npz:
-    """One npz file with arrays train_images, train_labels, test_images and test_labels.
+    """One npz file with arrays train_images, test_images and test_labels; train_labels are not used.
 
     Images: uint8, (n, height, width) grey or (n, height, width, 3) RGB. Labels: whole numbers (n,).
     """
@@ -111,17 +115,22 @@ class Npz:
         check_permitted(path, DataError)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+                images = arrays[f"{split}_images"]
+                known = split == "test" or f"{split}_labels" in arrays  # calibration needs no labels
+                labels = arrays[f"{split}_labels"] if known else None
         except Exception as error:  # numpy has no common one; pickled objects are never loaded
             raise DataError(
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
             ) from error
         grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
         pictures = images.dtype == np.uint8 and grey_or_rgb and 0 not in images.shape[1:]
-        if not pictures or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        usable = labels is not None and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+        if not pictures or (split == "test" and not usable):
+            found = "none" if labels is None else f"{labels.dtype} {labels.shape}"
             raise DataError(
                 f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
-                f"whole numbers, got {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}"
+                f"whole numbers, got {images.dtype} {images.shape} and labels {found}"
             )
-        chosen = Samples(range(len(images)), torch.from_numpy(labels.astype(np.int64))).some(count, seed)
+        targets = torch.from_numpy(np.asarray(labels, dtype=np.int64)) if usable else None
+        chosen = Samples(range(len(images)), targets).some(count, seed)
         return Samples(ArrayImages(images[list(chosen.inputs)]), chosen.labels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.labels import WITHOUT
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.places import check_permitted, expanded
@@ -23,15 +24,16 @@ class Table:
     """A table with one sample a row, in the file `train` or `test`.
 
     `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} places, instead
-    of `text`. `label`: the column of the label. `labels`: the values of that column in the order of the classes; null
-    where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
+    of `text`. `label`: the column of the label, which the train file need not have; null where there is none.
+    `labels`: the values of that column in the order of the classes; null where they are the whole numbers 0, 1, ...
+    themselves. `regression`: labels are numbers, not classes.
     """
 
     train: str
     test: str
     text: str | Sequence[str] = "text"
-    label: str = "label"
-    labels: Sequence[str | int] | None = None
+    label: str | None = "label"
+    labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
 
@@ -49,9 +51,20 @@ class Table:
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Rows of the split's file; DataError names the file, and the row where there is one."""
         path = expanded(self.train if split == "train" else self.test)
-        rows = read_rows(path, self.columns.names)
-        labels = self.columns.targets({self.label: [row[self.label] for row in rows]}, str(path))
-        return Samples(self.columns.texts(rows, str(path)), labels).some(count, seed)
+        rows = read_rows(path, self.columns.inputs)
+        labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
+        return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
+
+    def _label_values(self, rows: Sequence[Mapping[str, Any]], path: Path, split: Split) -> dict[str, list[Any]]:
+        """The values of the label's column, by its name; DataError where the test file has no such column."""
+        if self.label is None or (rows and not any(self.label in row for row in rows)):
+            if self.label is not None and split == "test":
+                found = ", ".join(str(column) for column in rows[0] if column is not None)
+                raise DataError(
+                    f"{path} has no column {self.label}, which data.label names; its columns are {found}; {WITHOUT}"
+                )
+            return {}
+        return {self.label: [row.get(self.label) for row in rows]}
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import tokens
-from epmq_cli.suites import Task
+from epmq_cli.suites import POSITION, Task
 
 
 class FirstToken(nn.Module):
@@ -67,6 +67,10 @@ class Classifier(Family):
     def __init__(self) -> None:
         linear = ("weight", "bias")
         self.head_parts = linear if self.dense is None else (*linear, "dense_weight", "dense_bias")
+
+    def check_expert(self, task: Task, expert: ModelFolder) -> None:
+        """ModelError for multi-label heads."""
+        classifier.check_single_label(expert, task.name)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
@@ -119,6 +123,12 @@ class Classifier(Family):
         else:
             head = classifier.read_head(expert, self.linear, width)
         return {name: tensor.to(device) for name, tensor in head.items()}
+
+    def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
+        """Those of the expert's config; an adapter has no config of its own, only the base's."""
+        if expert.config is base.config or task.match_labels == POSITION:
+            return None
+        return classifier.read_names(expert, len(head["weight"]))
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """What the dense layer makes of the features, where there is one."""

@@ -194,6 +194,9 @@ class Family(ABC):
     def check_task(self, task: Task) -> None:  # noqa: B027 - most families need nothing
         """ConfigError where a task lacks what models of this family need of it."""
 
+    def check_expert(self, task: Task, expert: ModelFolder) -> None:  # noqa: B027 - most families need nothing
+        """ModelError where what an expert says cannot be scored by one label a sample."""
+
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
@@ -242,6 +245,10 @@ class Family(ABC):
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
         """The tensors of a task's own head. `model` is the base."""
         return {}
+
+    def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
+        """The names of the classes of a task's head, or of its answers, in order; None where they are not known."""
+        return task.classes
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """What a head's weight is multiplied with: (samples, width)."""
