@@ -15,21 +15,19 @@ from omegaconf import DictConfig
 from torch import nn
 
 from epmq_cli import __version__, config, ranks
-from epmq_cli.calibrate.draw import batches, draw, sequences, task_seed
+from epmq_cli.calibrate.draw import batches, draw, sequences
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
-from epmq_cli.console import say, track
-from epmq_cli.data.samples import Samples
-from epmq_cli.errors import ConfigError, DataError, ModelError, check_choice, check_keys
-from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
+from epmq_cli.console import track
+from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
 from epmq_cli.evaluate.harness import harness_scores
-from epmq_cli.evaluate.score import UNSCORED, Recall, ScoredTask, anew, room_of, scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
-from epmq_cli.families.family import Batch, Family, Head, LanguageModel, load_model
+from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
@@ -38,7 +36,8 @@ from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
-from epmq_cli.suites import Suite, Task
+from epmq_cli.scored_tasks import head_names, scored_task, scores_samples
+from epmq_cli.suites import Suite
 
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
 
@@ -114,11 +113,6 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     return models, model, dtype
 
 
-def scores_samples(evaluation: config.Evaluation) -> bool:
-    """Whether a run scores the suite's tasks on their test samples."""
-    return bool(evaluation.stages) and not isinstance(evaluation, config.Harness)
-
-
 def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
     """The tasks with their test samples and their heads, made by the base model or read from the experts."""
     prepared, family = [], job.family
@@ -129,59 +123,11 @@ def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[Score
             head = family.head(base_model, models.base.path, task, expert, job.device)
         if scored:
             family.check_expert(task, expert)
-        names = class_names(job, models, task, head, scored)
+        names = head_names(family, models, task, head, scored)
         prepared.append(
             scored_task(family, models.base.path, task, head, names, job.evaluation.samples if scored else 0, job.seed)
         )
     return prepared
-
-
-def class_names(job: Job, models: Models, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
-    """The names of the classes of a task's head; ModelError where they cannot be, unless the task is not scored."""
-    try:
-        return job.family.class_names(task, models.experts[task.name], models.base, head)
-    except ModelError:
-        if scored:
-            raise
-        return None
-
-
-def scored_task(
-    family: Family,
-    folder: Path,
-    task: Task,
-    head: Head,
-    names: tuple[str, ...] | None,
-    count: int | None,
-    seed: int,
-) -> ScoredTask:
-    """One task with `count` of its test samples, drawn by the seed, each class with its share; None for all of them, 0
-    for a task that is not scored. `folder` has the processor; `names`: those of the head's classes.
-
-    Labels are in the order of the head: they are translated by name where the data has them in another one.
-    """
-    samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
-    if isinstance(family, LanguageModel) and samples is not UNSCORED:
-        samples = Samples([family.tokens(folder, samples.inputs)])
-    if samples.labels is not None and not samples.labels.is_floating_point():
-        heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")
-        found = in_order_of_head(samples, heading, task)
-        if found.said:
-            say(f"task {task.name}: {found.said}")
-        samples = translated(samples, found.order, heading)
-    collate, predict = family.collate(folder, task), family.predict(folder, task)
-    classes = len(task.classes) if task.classes else None
-    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes, names)
-
-
-def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
-    """`count` test samples of a task, the same ones for a seed, or all of them."""
-    if count is None:
-        return task.data.load("test")
-    own = task_seed(seed, task.name, "test")
-    if getattr(task.data, "streams", False):
-        return task.data.load("test", count, own)
-    return task.data.load("test").stratified(count, own)
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:

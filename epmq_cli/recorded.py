@@ -23,6 +23,7 @@ from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family, Head
 from epmq_cli.heads import read_heads
 from epmq_cli.places import read_regular
+from epmq_cli.scored_tasks import scored_task
 from epmq_cli.suites import Suite, Task
 
 
@@ -100,7 +101,7 @@ def ready(
     heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
     count, seed = evaluation.samples if scored else 0, recorded_seed(record)
     tasks = [
-        steps.scored_task(family, checkpoint, task, head, recorded_classes(record, task, family, head), count, seed)
+        scored_task(family, checkpoint, task, head, recorded_classes(record, task, family, head), count, seed)
         for task in suite.members
         for head in [heads[task.name]]
     ]

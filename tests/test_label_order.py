@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from epmq_cli import pipeline as steps
+from epmq_cli import scored_tasks
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
 from epmq_cli.report.metrics import schema
@@ -162,19 +163,19 @@ def test_run_and_eval_draw_the_same_test_samples(hub: Path, tmp_path: Path) -> N
     """Shares of a file sorted by label, and the samples that the seed of the run draws."""
     job = steps.make_job(config(hub, "seed=5"))
     task = job.suite.members[0]
-    whole, drawn = task.data.load("test"), steps.evaluation_samples(task, 30, 5)
+    whole, drawn = task.data.load("test"), scored_tasks.evaluation_samples(task, 30, 5)
     shares = [samples.labels.bincount() / len(samples) for samples in (whole, drawn) if samples.labels is not None]
     torch.testing.assert_close(*shares, atol=1 / 30, rtol=0)
-    assert list(drawn.inputs) != list(steps.evaluation_samples(task, 30, 6).inputs)
+    assert list(drawn.inputs) != list(scored_tasks.evaluation_samples(task, 30, 6).inputs)
     seen: list[list[str]] = []
-    real = steps.evaluation_samples
+    real = scored_tasks.evaluation_samples
 
     def recorded(*given: Any) -> Any:
         seen.append(list(real(*given).inputs))
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "evaluation_samples", recorded)
+        patch.setattr(scored_tasks, "evaluation_samples", recorded)
         checkpoint = run_in(tmp_path / "run", hub, *PLAIN, "seed=5", "eval.samples=30", "eval.stages=[quantized]")
         (tmp_path / "eval").mkdir()
         evaluate(eval_config(checkpoint, "eval.samples=30"), tmp_path / "eval", [])

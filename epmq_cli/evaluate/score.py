@@ -59,6 +59,15 @@ class ScoredTask:
         return math.ceil(len(self.samples.inputs[0]) / self.length) if self.metric == PERPLEXITY else len(self.samples)
 
 
+def check_labelled(task: str, labels: Tensor) -> None:
+    """DataError where samples have no labels, which data sets of the hub write as -1."""
+    if len(labels) and bool((labels == UNLABELLED).all()):
+        raise DataError(
+            f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; choose a split "
+            f"with labels, such as suite.tasks.{task}.data.test: validation"
+        )
+
+
 def check_samples(task: ScoredTask) -> None:
     """DataError where a task's metric cannot compare what its head says with its labels."""
     labels, where = task.samples.labels, f"task {task.name}"
@@ -76,11 +85,6 @@ def check_samples(task: ScoredTask) -> None:
         raise DataError(
             f"{where}: spearman ranks numbers, and the labels of the data are classes; set data.regression: true where "
             "the source has that option, or metric: accuracy"
-        )
-    if bool((labels == UNLABELLED).all()):
-        raise DataError(
-            f"{where}: its test samples have no labels, all are -1, as in the test splits of GLUE; choose a split with "
-            f"labels, such as suite.tasks.{task.name}.data.test: validation"
         )
     if outputs == 1:
         raise DataError(
