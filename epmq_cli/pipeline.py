@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
-from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
+from epmq_cli.checks import check_described, check_groups, check_kernel, check_lengths, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
@@ -29,6 +29,7 @@ from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
+from epmq_cli.families.inputs import check_inputs
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
@@ -103,6 +104,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     models = Models(job.suite, job.family)
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
+    check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
     check_described(model, job.family, models)
@@ -132,6 +134,7 @@ def scored_task(
 ) -> ScoredTask:
     """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
     samples = task.data.load("test", evaluation.samples)
+    check_inputs(family, task.name, samples.inputs)
     if isinstance(family, LanguageModel):
         samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
     collate, predict = family.collate(folder, task), family.predict(folder, task)
@@ -144,9 +147,10 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         if isinstance(job.family, LanguageModel):
-            samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
+            samples = sequences(task, partial(_tokens, job.family, base, task), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
+            check_inputs(job.family, task.name, samples.inputs)
         size = job.calib.batch_size
         starts = ranks.share(range(0, len(samples), size))
         if not starts:
@@ -156,6 +160,11 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
     return drawn
+
+
+def _tokens(family: LanguageModel, folder: Path, task: Task, documents: Sequence[Any]) -> Tensor:
+    check_inputs(family, task.name, documents)
+    return family.tokens(folder, documents)
 
 
 def score(

@@ -14,7 +14,7 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.checks import check_scoring
+from epmq_cli.checks import check_lengths, check_scoring
 from epmq_cli.described import check_described
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
@@ -95,6 +95,7 @@ def ready(
     check_described(checkpoint)
     family = suite_family(suite, checkpoint)
     check_scoring(suite, family, evaluation)
+    check_lengths(suite, family, checkpoint)
     heads = read_heads(checkpoint, suite, family, device)
     tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks

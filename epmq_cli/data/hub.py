@@ -14,9 +14,11 @@ from PIL import Image
 
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.folders import is_hidden, listed
+from epmq_cli.data.pictures import Decoder, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
-from epmq_cli.places import expanded
+from epmq_cli.places import check_permitted, expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
@@ -28,11 +30,11 @@ Values = Mapping[str, Sequence[Any]]
 
 
 class Pictures(Sequence[Image.Image]):
-    """Images that are decoded when they are asked for, as `datasets` does it (turned as their EXIF data says)."""
+    """Images that are decoded when they are asked for."""
 
-    def __init__(self, stored: Sequence[Any], where: str) -> None:
-        """`stored`: {bytes, path} of each image."""
-        self._stored, self._where = stored, where
+    def __init__(self, stored: Sequence[Any], where: str, decoder: Decoder | None = None) -> None:
+        """`stored`: of each image {bytes, path}, or the bytes alone."""
+        self._stored, self._where, self._decoder = stored, where, decoder or Decoder()
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -41,29 +43,50 @@ class Pictures(Sequence[Image.Image]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        where, content = f"{self._where}: image {index}", self._content(index)
+        if content is None:
+            return self._decoder.convert(self._fetched(index), where)
+        return self._decoder.decode(content, where)
+
+    def raw(self, index: int) -> bytes | Image.Image:
+        """The encoded image, and how it is decoded; the image itself where it is somewhere on the network."""
+        content = self._content(index)
+        return self[index] if content is None else self._decoder.key + content
+
+    def _content(self, index: int) -> bytes | None:
+        """The encoded image, which the data set holds or a file on this machine."""
+        stored = self._stored[index]
+        if isinstance(stored, bytes):
+            return stored
+        if not isinstance(stored, Mapping) or (stored.get("bytes") is None and stored.get("path") is None):
+            raise DataError(f"{self._where}: image {index} is missing (null); leave its row out")
+        if stored.get("bytes") is not None:
+            return bytes(stored["bytes"])
+        path = Path(stored["path"])
+        check_permitted(path, DataError)
+        return path.read_bytes() if path.is_file() else None
+
+    def _fetched(self, index: int) -> Image.Image:
         import datasets
 
         try:
-            image: Image.Image = datasets.Image().decode_example(self._stored[index])
-        except Exception as error:  # Pillow has no common one, and images come from anywhere
-            raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
+            image: Image.Image = datasets.Image().decode_example(dict(self._stored[index]))
+        except Exception as error:  # Pillow and the network have no common one
+            raise DataError(f"{self._where}: image {index} cannot be read ({first_line(error)})") from error
         return image
-
-    def raw(self, index: int) -> bytes | Image.Image:
-        """The encoded image where the data set holds it, elsewhere the image itself."""
-        stored = self._stored[index]["bytes"]
-        return self[index] if stored is None else bytes(stored)
 
 
 @dataclass(frozen=True)
 class Hub:
     """A data set by its id, or by the folder of a copy of it.
 
-    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
-    or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the
-    classes; null where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
-    `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image,
+    text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
+    {column} places, instead of `input`. `label`: the column of the label, null for running text. `labels`: the values
+    of that column in the order of the classes; null where they are the whole numbers 0, 1, ... themselves.
+    `regression`: labels are numbers, not classes.
+    `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first. `background`
+    and `white_level` of images: see `Decoder`.
     """
 
     path: str
@@ -76,10 +99,13 @@ class Hub:
     prompt: str | None = None
     regression: bool = False
     root: str | None = None
+    background: str | None = "white"
+    white_level: float | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None and escapes(self.name):
             raise ConfigError(f"data.name must be a configuration of the data set, got {self.name!r}")
+        check_decoding(self.background, self.white_level)
         _ = self.columns
 
     @property
@@ -128,8 +154,10 @@ class Hub:
 
     def _streamed(self, library: ModuleType, stored: str, count: int, seed: int | None) -> Values:
         """`count` rows of the split, images undecoded, without writing anything to disk."""
-        rows = self._builder(library).as_streaming_dataset(split=stored)
+        builder = self._builder(library)
+        rows = builder.as_streaming_dataset(split=stored)
         self._check(rows.column_names or list(next(iter(rows), {})))
+        _check_folders(self.path, builder, rows)
         rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
@@ -146,6 +174,7 @@ class Hub:
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
         self._check(rows.column_names)
+        _check_folders(self.path, builder, rows)
         rows = _undecoded(library, rows)
         return {name: rows[name] for name in self.columns.names}
 
@@ -157,8 +186,8 @@ class Hub:
     def _samples(self, values: Values) -> Samples:
         labels = self.columns.targets(values, self.path)
         first = values[self.columns.inputs[0]]
-        if self.prompt is None and len(first) and isinstance(first[0], dict):
-            return Samples(Pictures(first, self.path), labels)
+        if self.prompt is None and _are_images(first):
+            return Samples(Pictures(first, self.path, Decoder(self.background, self.white_level)), labels)
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
         return Samples(self.columns.texts(rows, f"data set {self.path}"), labels)
@@ -174,14 +203,37 @@ def _datasets(path: str) -> ModuleType:
     return datasets  # type: ignore[no-any-return, unused-ignore]
 
 
+def _are_images(values: Sequence[Any]) -> bool:
+    """Whether a column holds images as `datasets` stores them, or files of them."""
+    value = next((value for value in values if value is not None), None)
+    return isinstance(value, bytes) or (isinstance(value, Mapping) and {"bytes", "path"} == value.keys())
+
+
 def _only(builder: Any, split: str) -> Any:
     """The builder without the files of other splits; ValueError where there is no such split."""
     files = builder.config.data_files
     if files is not None and split.isidentifier():
         if split not in files:
             raise ValueError(f"its splits are {', '.join(map(str, files))}")
-        builder.config.data_files = type(files)({split: files[split]})
+        if not _has_folders(builder):  # which numbers its classes by the folders of all splits
+            builder.config.data_files = type(files)({split: files[split]})
     return builder
+
+
+def _has_folders(builder: Any) -> bool:
+    """Whether the data set is a folder of files, whose sub-folders are classes."""
+    return hasattr(builder, "BASE_COLUMN_NAME")
+
+
+def _check_folders(path: str, builder: Any, rows: Any) -> None:
+    """DataError where a class of such a data set is a folder that a system or a tool left behind."""
+    names = getattr((rows.features or {}).get("label"), "names", ()) if _has_folders(builder) else ()
+    hidden = [name for name in names if is_hidden(name)]
+    if hidden:
+        raise DataError(
+            f"data set {path} has folders that are not classes, {listed(hidden)}, which the datasets library counts as "
+            "such; remove them, or read it with epmq_cli.data.images.ImageFolder, which leaves them out"
+        )
 
 
 def _undecoded(library: ModuleType, rows: Any) -> Any:

@@ -170,6 +170,9 @@ class Family(ABC):
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 
+    reads: tuple[type, ...] = (object,)
+    """The types of the inputs that `collate` takes."""
+
     metrics: tuple[str, ...] = ("accuracy", "matthews")
     """What its tasks can be scored by; the first is the usual one."""
 
@@ -190,6 +193,10 @@ class Family(ABC):
             name, *others, last = type(self).__module__.rpartition(".")[2], *self.model_types
             known = f"{', '.join(others)} and {last}" if others else last
             raise ModelError(f"{folder.role}: {folder.path} holds a model of type {found}, family {name} takes {known}")
+
+    def positions(self, folder: Path) -> int | None:
+        """How many tokens of a task's `max_length` the model in a folder can read; None where nothing limits them."""
+        return None
 
     def check_task(self, task: Task) -> None:  # noqa: B027 - most families need nothing
         """ConfigError where a task lacks what models of this family need of it."""
@@ -268,10 +275,12 @@ class LanguageModel(Family):
     """A family that is calibrated on running text and scored by perplexity."""
 
     metrics = ("perplexity",)
+    reads: tuple[type, ...] = (str,)
 
     @abstractmethod
     def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The token ids (tokens,) of running text; `folder` has the tokenizer."""
+        """The token ids (tokens,) of running text, or of the conversations of those that read them; `folder` has the
+        tokenizer."""
 
     @abstractmethod
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
