@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,17 @@ def check_metric(task: Task, scored: bool) -> None:
             f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
             "merge and calibrate without scoring"
         )
+
+
+def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
+    """ConfigError where a task's texts or sequences may be longer than the model in the folder can read."""
+    most = family.positions(folder)
+    for task in suite.members:
+        if most is not None and task.max_length > most:
+            raise ConfigError(
+                f"suite.tasks.{task.name}.max_length must be at most {most}, the positions of the model in {folder}, "
+                f"got {task.max_length}"
+            )
 
 
 def check_described(model: nn.Module, family: Family, models: Models) -> None:

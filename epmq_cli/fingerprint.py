@@ -27,6 +27,7 @@ from torch import Tensor
 from epmq_cli.cache import new_file
 from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import READ
+from epmq_cli.data.chats import Chat
 from epmq_cli.data.samples import Samples, raw
 
 SETTLED = 2_000_000_000  # nanoseconds
@@ -124,6 +125,8 @@ def _bytes(item: Any) -> bytes:
     """What an input holds; TypeError where that is not known."""
     if isinstance(item, bytes):
         return item
+    if isinstance(item, Chat):
+        return json.dumps(item.messages).encode()
     if isinstance(item, str) or (isinstance(item, Sequence) and all(isinstance(part, str) for part in item)):
         return json.dumps(item).encode()
     if isinstance(item, Image):

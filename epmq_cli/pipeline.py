@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from epmq_cli import __version__, config, ranks
 from epmq_cli.calibrate.draw import batches, draw, sequences
@@ -21,13 +21,15 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
-from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
+from epmq_cli.checks import check_described, check_groups, check_kernel, check_lengths, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
+from epmq_cli.evaluate.classifier import check_single_label
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
+from epmq_cli.families.inputs import check_inputs
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
@@ -37,7 +39,7 @@ from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.scored_tasks import head_names, scored_task, scores_samples
-from epmq_cli.suites import Suite
+from epmq_cli.suites import Suite, Task
 
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
 
@@ -103,6 +105,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     models = Models(job.suite, job.family)
     stored = models.source.dtype(models.source.names[-1])
     dtype: torch.dtype = stored if job.pack.dtype == "auto" else getattr(torch, job.pack.dtype)
+    check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     model = fit_vocabulary(load_model(job.family, models.base.path, place), models.source)
     check_described(model, job.family, models)
@@ -121,8 +124,8 @@ def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[Score
         expert = models.experts[task.name]
         with torch.inference_mode():
             head = family.head(base_model, models.base.path, task, expert, job.device)
-        if scored:
-            family.check_expert(task, expert)
+        if scored and family.heads == "own":
+            check_single_label(expert, task.name)
         names = head_names(family, models, task, head, scored)
         prepared.append(
             scored_task(family, models.base.path, task, head, names, job.evaluation.samples if scored else 0, job.seed)
@@ -135,9 +138,10 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         if isinstance(job.family, LanguageModel):
-            samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
+            samples = sequences(task, partial(_tokens, job.family, base, task), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
+            check_inputs(job.family, task.name, samples.inputs)
         size = job.calib.batch_size
         starts = ranks.share(range(0, len(samples), size))
         if not starts:
@@ -147,6 +151,11 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
     return drawn
+
+
+def _tokens(family: LanguageModel, folder: Path, task: Task, documents: Sequence[Any]) -> Tensor:
+    check_inputs(family, task.name, documents)
+    return family.tokens(folder, documents)
 
 
 def score(

@@ -15,7 +15,7 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.checks import check_scoring
+from epmq_cli.checks import check_lengths, check_scoring
 from epmq_cli.described import check_described
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
@@ -98,6 +98,7 @@ def ready(
     family = suite_family(suite, checkpoint)
     scored = not isinstance(evaluation, config.Harness)
     check_scoring(suite, family, evaluation, scored)
+    check_lengths(suite, family, checkpoint)
     heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
     count, seed = evaluation.samples if scored else 0, recorded_seed(record)
     tasks = [

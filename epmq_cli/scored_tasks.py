@@ -12,6 +12,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
 from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
 from epmq_cli.families.family import Family, Head, LanguageModel
+from epmq_cli.families.inputs import check_inputs
 from epmq_cli.merge.apply import Models
 from epmq_cli.suites import Task
 
@@ -46,6 +47,7 @@ def scored_task(
     Labels are in the order of the head: they are translated by name where the data has them in another one.
     """
     samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
+    check_inputs(family, task.name, samples.inputs)
     if isinstance(family, LanguageModel) and samples is not UNSCORED:
         samples = Samples([family.tokens(folder, samples.inputs)])
     if samples.labels is not None and not samples.labels.is_floating_point():

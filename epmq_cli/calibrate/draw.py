@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def task_seed(seed: int, task: str, split: Split = "train") -> int:
     return zlib.crc32(f"{seed} {task}{' test' if split == 'test' else ''}".encode())
 
 
-def sequences(task: Task, tokens_of: Callable[[Sequence[str]], Tensor], count: int, seed: int) -> Samples:
+def sequences(task: Task, tokens_of: Callable[[Sequence[Any]], Tensor], count: int, seed: int) -> Samples:
     """`count` sequences of the task's `max_length` tokens, cut out of the tokens of its training documents; of these at
     most `documents` are read. `tokens_of`: the tokens (tokens,) of some documents."""
     documents = task.data.load("train", task.documents, task_seed(seed, task.name)).inputs

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from epmq_cli.data.chats import Chat, chat_of
 from epmq_cli.data.labels import read_labels
 from epmq_cli.data.samples import Split
+from epmq_cli.data.texts import check_text, prompt_value, text_of
 from epmq_cli.errors import ConfigError, DataError
 
 CONVERSIONS = (None, "s", "r", "a")
@@ -43,16 +45,29 @@ class Columns:
         return tuple(dict.fromkeys([*self.required(split), *optional]))
 
     def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
-        """Of each row its text, its pair of texts, or the prompt with its values in place; DataError where that is no
-        text that a tokenizer can take."""
-        return [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        """Of each row its text, its pair of texts, its conversation, or the prompt with its values in place; DataError
+        where it holds none that a tokenizer can take, or one row a conversation and another a text."""
+        found = [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        chat = next((each for each in found if isinstance(each, Chat)), None)
+        if chat is not None and not all(isinstance(each, Chat) for each in found):
+            raise DataError(
+                f"{chat.where}: column {self.inputs[0]} holds a conversation, and others of its rows hold texts; put "
+                "them into two data sets"
+            )
+        return found
 
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
-        if self.prompt is None:
-            texts = tuple(check_text(str(row[name]), where) for name in self.inputs)
-            return texts[0] if len(texts) == 1 else texts
+        if self.prompt is not None:
+            return self._prompted(row, where)
+        if len(self.inputs) == 1 and isinstance(row[self.inputs[0]], list | tuple):
+            return chat_of(row[self.inputs[0]], self.inputs[0], where)
+        texts = tuple(text_of(row[name], name, where) for name in self.inputs)
+        return texts[0] if len(texts) == 1 else texts
+
+    def _prompted(self, row: Mapping[str, Any], where: str) -> str:
+        values = {name: prompt_value(row[name], name, where) for name in self.inputs}
         try:
-            return check_text(self.prompt.format(**{name: row[name] for name in self.inputs}), where)
+            return check_text(str(self.prompt).format(**values), where)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{where}: the values do not go into data.prompt {self.prompt!r} ({error}); leave out what follows a "
@@ -124,15 +139,3 @@ def _is_layout(layout: str) -> bool:
         except (ValueError, TypeError, OverflowError):
             continue
     return False
-
-
-def check_text(text: str, where: str) -> str:
-    """The text; DataError where it has half a surrogate pair, as "\\ud800" in JSON gives, which is no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: the text holds {text[error.start : error.end]!a}, which is no character and cannot be written "
-            "in UTF-8; take it out"
-        ) from error
-    return text

@@ -14,10 +14,12 @@ from PIL import Image
 
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.folders import is_hidden, listed
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
+from epmq_cli.data.pictures import Decoder, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
-from epmq_cli.places import expanded
+from epmq_cli.places import check_permitted, expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
@@ -30,11 +32,11 @@ Names = tuple[str, ...] | None
 
 
 class Pictures(Sequence[Image.Image]):
-    """Images that are decoded when they are asked for, as `datasets` does it (turned as their EXIF data says)."""
+    """Images that are decoded when they are asked for."""
 
-    def __init__(self, stored: Sequence[Any], where: str) -> None:
-        """`stored`: {bytes, path} of each image."""
-        self._stored, self._where = stored, where
+    def __init__(self, stored: Sequence[Any], where: str, decoder: Decoder | None = None) -> None:
+        """`stored`: of each image {bytes, path}, or the bytes alone."""
+        self._stored, self._where, self._decoder = stored, where, decoder or Decoder()
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -43,30 +45,50 @@ class Pictures(Sequence[Image.Image]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        where, content = f"{self._where}: image {index}", self._content(index)
+        if content is None:
+            return self._decoder.convert(self._fetched(index), where)
+        return self._decoder.decode(content, where)
+
+    def raw(self, index: int) -> bytes | Image.Image:
+        """The encoded image, and how it is decoded; the image itself where it is somewhere on the network."""
+        content = self._content(index)
+        return self[index] if content is None else self._decoder.key + content
+
+    def _content(self, index: int) -> bytes | None:
+        """The encoded image, which the data set holds or a file on this machine."""
+        stored = self._stored[index]
+        if isinstance(stored, bytes):
+            return stored
+        if not isinstance(stored, Mapping) or (stored.get("bytes") is None and stored.get("path") is None):
+            raise DataError(f"{self._where}: image {index} is missing (null); leave its row out")
+        if stored.get("bytes") is not None:
+            return bytes(stored["bytes"])
+        path = Path(stored["path"])
+        check_permitted(path, DataError)
+        return path.read_bytes() if path.is_file() else None
+
+    def _fetched(self, index: int) -> Image.Image:
         import datasets
 
         try:
-            image: Image.Image = datasets.Image().decode_example(self._stored[index])
-        except Exception as error:  # Pillow has no common one, and images come from anywhere
-            raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
+            image: Image.Image = datasets.Image().decode_example(dict(self._stored[index]))
+        except Exception as error:  # Pillow and the network have no common one
+            raise DataError(f"{self._where}: image {index} cannot be read ({first_line(error)})") from error
         return image
-
-    def raw(self, index: int) -> bytes | Image.Image:
-        """The encoded image where the data set holds it, elsewhere the image itself."""
-        stored = self._stored[index]["bytes"]
-        return self[index] if stored is None else bytes(stored)
 
 
 @dataclass(frozen=True)
 class Hub:
     """A data set by its id, or by the folder of a copy of it.
 
-    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
-    or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label, which the train split need not have; null where there is none. `labels`: the
-    values of that column, or the names that the data set gives them, in the order of the classes; null where the values
-    are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
-    `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image,
+    text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
+    {column} places, instead of `input`. `label`: the column of the label, which the train split need not have; null
+    where there is none. `labels`: the values of that column, or the names that the data set gives them, in the order of
+    the classes; null where the values are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not
+    classes. `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `background` and `white_level` of images: see `Decoder`.
     """
 
     path: str
@@ -79,6 +101,8 @@ class Hub:
     prompt: str | None = None
     regression: bool = False
     root: str | None = None
+    background: str | None = "white"
+    white_level: float | None = None
 
     streams: ClassVar[bool] = True
     """Whether a count of samples is drawn without all of the split being read."""
@@ -86,6 +110,7 @@ class Hub:
     def __post_init__(self) -> None:
         if self.name is not None and escapes(self.name):
             raise ConfigError(f"data.name must be a configuration of the data set, got {self.name!r}")
+        check_decoding(self.background, self.white_level)
         _ = self.columns
 
     @property
@@ -139,8 +164,10 @@ class Hub:
     ) -> tuple[Values, Names]:
         """`count` rows of the split, images undecoded, without writing anything to disk; some more of the test split
         where these are had for little, as texts and local files are, so that classes can get their shares."""
-        rows = self._builder(library).as_streaming_dataset(split=stored)
+        builder = self._builder(library)
+        rows = builder.as_streaming_dataset(split=stored)
         columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))
+        _check_folders(self.path, builder, rows)
         names, pictures = _names(rows, self.label), _has_pictures(library, rows, self.columns.inputs)
         rows = _undecoded(library, rows.select_columns(list(columns)))
         if seed is not None:
@@ -159,6 +186,7 @@ class Hub:
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
         columns, names = self._columns(split, rows.column_names), _names(rows, self.label)
+        _check_folders(self.path, builder, rows)
         rows = _undecoded(library, rows)
         return {name: rows[name] for name in columns}, names
 
@@ -196,8 +224,8 @@ class Hub:
     def _inputs(self, values: Values) -> Sequence[Any]:
         """Pictures, or texts."""
         first = values[self.columns.inputs[0]]
-        if self.prompt is None and len(first) and isinstance(first[0], dict):
-            return Pictures(first, self.path)
+        if self.prompt is None and _are_images(first):
+            return Pictures(first, self.path, Decoder(self.background, self.white_level))
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
         return self.columns.texts(rows, f"data set {self.path}")
@@ -213,14 +241,37 @@ def _datasets(path: str) -> ModuleType:
     return datasets  # type: ignore[no-any-return, unused-ignore]
 
 
+def _are_images(values: Sequence[Any]) -> bool:
+    """Whether a column holds images as `datasets` stores them, or files of them."""
+    value = next((value for value in values if value is not None), None)
+    return isinstance(value, bytes) or (isinstance(value, Mapping) and {"bytes", "path"} == value.keys())
+
+
 def _only(builder: Any, split: str) -> Any:
     """The builder without the files of other splits; ValueError where there is no such split."""
     files = builder.config.data_files
     if files is not None and split.isidentifier():
         if split not in files:
             raise ValueError(f"its splits are {', '.join(map(str, files))}")
-        builder.config.data_files = type(files)({split: files[split]})
+        if not _has_folders(builder):  # which numbers its classes by the folders of all splits
+            builder.config.data_files = type(files)({split: files[split]})
     return builder
+
+
+def _has_folders(builder: Any) -> bool:
+    """Whether the data set is a folder of files, whose sub-folders are classes."""
+    return hasattr(builder, "BASE_COLUMN_NAME")
+
+
+def _check_folders(path: str, builder: Any, rows: Any) -> None:
+    """DataError where a class of such a data set is a folder that a system or a tool left behind."""
+    names = getattr((rows.features or {}).get("label"), "names", ()) if _has_folders(builder) else ()
+    hidden = [name for name in names if is_hidden(name)]
+    if hidden:
+        raise DataError(
+            f"data set {path} has folders that are not classes, {listed(hidden)}, which the datasets library counts as "
+            "such; remove them, or read it with epmq_cli.data.images.ImageFolder, which leaves them out"
+        )
 
 
 def _undecoded(library: ModuleType, rows: Any) -> Any:

@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.chats import Chat
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
 from epmq_cli.families.parts import LastNorm, block_settings
-from epmq_cli.families.processors import tokens
+from epmq_cli.families.positions import decoder_positions
+from epmq_cli.families.processors import own_tokenizer, tokens
+from epmq_cli.families.rendering import rendered
 from epmq_cli.suites import Task
 
 PREFIX = "model."
 LAYERS = "model.layers"
 SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
+AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # a chat template writes them itself
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")
 SETTINGS = (
@@ -79,6 +83,7 @@ class CausalLM(LanguageModel):
 
     model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
     heads = "none"
+    reads = (str, Chat)
     stem = (Table("model.embed_tokens"),)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -102,6 +107,10 @@ class CausalLM(LanguageModel):
 
         model: nn.Module = from_folder(AutoModelForCausalLM, folder, **options)
         return model
+
+    def positions(self, folder: Path) -> int | None:
+        """Those that the base was trained for."""
+        return decoder_positions(config_of(folder).get_text_config())
 
     def blocks(self, model: nn.Module) -> list[Section]:
         """The layers; ModelError where they are not what this family knows."""
@@ -130,7 +139,15 @@ class CausalLM(LanguageModel):
         return collate
 
     def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once."""
+        """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once.
+
+        Of conversations the tokens that the chat template writes, one conversation behind the other.
+        """
+        chats = [document for document in documents if isinstance(document, Chat)]
+        if chats:
+            texts = rendered(own_tokenizer(folder), folder, chats)
+            encode = tokens(folder)
+            return torch.cat([encode(text, **AS_RENDERED)["input_ids"][0] for text in texts])
         ids: Tensor = tokens(folder)(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
         return ids
 

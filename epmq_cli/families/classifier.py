@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
 from epmq_cli.families.parts import block_settings
@@ -67,10 +66,6 @@ class Classifier(Family):
     def __init__(self) -> None:
         linear = ("weight", "bias")
         self.head_parts = linear if self.dense is None else (*linear, "dense_weight", "dense_bias")
-
-    def check_expert(self, task: Task, expert: ModelFolder) -> None:
-        """ModelError for multi-label heads."""
-        classifier.check_single_label(expert, task.name)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """Everything but task heads. Layer norms of old checkpoints are called gamma and beta: both spellings are
@@ -145,17 +140,17 @@ class Classifier(Family):
 class TextClassifier(Classifier):
     """Those that read texts, or pairs of texts."""
 
+    reads = (str, tuple)
     reserved = 0
     """Positions that no token can have."""
 
+    def positions(self, folder: Path) -> int | None:
+        """Those of the table of positions."""
+        found: int = config_of(folder).max_position_embeddings
+        return found - self.reserved
+
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        positions = config_of(folder).max_position_embeddings - self.reserved
-        if task.max_length > positions:
-            raise ConfigError(
-                f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
-                f"got {task.max_length}"
-            )
         tokenizer = tokens(folder)
 
         def collate(texts: list[Any]) -> Batch:

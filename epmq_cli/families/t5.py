@@ -70,6 +70,7 @@ class T5(Family):
     model_types = ("t5",)
     heads = "none"
     answers = True
+    reads = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
     dequantize_on_load = True  # its feed-forward reads wo.weight
 
