@@ -11,13 +11,17 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from epmq_cli import pipeline as steps
 from epmq_cli import scored_tasks
 from epmq_cli.commands.eval import evaluate
+from epmq_cli.data.images import ImageFolder
 from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
+from epmq_cli.families import family_of
 from epmq_cli.report.metrics import schema
+from epmq_cli.suites import Task
 from tests.conftest import WORDS, write_suite
 from tests.hubs import config, eval_config, run_in
 
@@ -180,3 +184,20 @@ def test_run_and_eval_draw_the_same_test_samples(hub: Path, tmp_path: Path) -> N
         (tmp_path / "eval").mkdir()
         evaluate(eval_config(checkpoint, "eval.samples=30"), tmp_path / "eval", [])
     assert seen == [list(drawn.inputs)] * 2
+
+
+def test_classes_of_prompts_are_matched_with_class_folders(clip_hub: Path, tmp_path: Path) -> None:
+    """Each picture has the shade of its class's position in the suite."""
+    classes = ("red", "blue", "green")
+    for split in ("train", "test"):
+        for position, name in enumerate(classes):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4), (position, 0, 0)).save(tmp_path / split / name / "a.png")
+    for labels in (None, ["green", "red", "blue"]):
+        data = ImageFolder(str(tmp_path / "train"), str(tmp_path / "test"), labels)
+        task = Task("t", "expert", data, classes=classes, templates=("a {}",))
+        head = {"weight": torch.eye(3)}
+        found = scored_tasks.scored_task(family_of("clip"), clip_hub / "base", task, head, classes, None, 0).samples
+        assert found.labels is not None
+        assert found.labels.tolist() == [image.getpixel((0, 0))[0] for image in found.inputs]
+        assert found.classes == classes

@@ -23,6 +23,7 @@ DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
 """The names that transformers gives to classes that have none."""
 NUMBER = re.compile(r"-?\d+")
 SHOWN = 8  # names of a long list
+SHORT = 3  # letters that an abbreviation has at least
 
 Order = tuple[int | None, ...]
 """The class of the head that each label of the data is, by label; None where the head has no such class."""
@@ -103,7 +104,8 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
         return _numbered_data(heading, data, data_numbers, listed)
     if head_numbers is not None and data_numbers is None:
         return _incomparable(heading, data, "the classes of the head are numbers")
-    return _by_order(heading, data, tuple(head_keys.index(key) if key in head_keys else None for key in data_keys))
+    order = tuple(head_keys.index(key) if key in head_keys else None for key in data_keys)
+    return _by_order(heading, data, _with_abbreviations(order, head_keys, data_keys))
 
 
 def numbers_first(numbers: Sequence[int]) -> Order:
@@ -129,6 +131,24 @@ def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
     return Match(None, f"labels are taken by position: {shown(data)} as {shown(head)}, which share no name")
 
 
+def _with_abbreviations(order: Order, head: Sequence[str], data: Sequence[str]) -> Order:
+    """The order with the names that begin alike, as neg and negative, where that gives each of the rest one of its own;
+    the order itself elsewhere."""
+    rest = {place: head[place] for place in range(len(head)) if place not in order}
+    found = dict(enumerate(order))
+    for label in (label for label, place in enumerate(order) if place is None):
+        alike = [place for place, name in rest.items() if _alike(name, data[label])]
+        if len(alike) != 1:
+            return order
+        found[label] = alike[0]
+    return tuple(found.values()) if len(set(found.values())) == len(found) else order
+
+
+def _alike(one: str, other: str) -> bool:
+    short, long = sorted((one, other), key=len)
+    return len(short) >= SHORT and long.startswith(short)
+
+
 def _unnamed_head(heading: Heading, data: tuple[str, ...]) -> Match:
     """For heads without names of their own: those of transformers, where the data has these; else by position."""
     if heading.count is not None and all(map(DEFAULT.fullmatch, data)):
@@ -149,8 +169,7 @@ def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[in
     if list(numbers) != sorted(numbers) and not listed:
         raise DataError(
             f"task {heading.task}: the labels of the data are numbers in another order, {shown(data)}, and its classes "
-            f"are {shown(head)}; list the data's values in the order of these in data.labels, and set "
-            f"suite.tasks.{heading.task}.match_labels: position"
+            f"are {shown(head)}; list the data's values in the order of these in data.labels"
         )
     return _incomparable(heading, data, "the labels of the data are numbers")
 
@@ -170,11 +189,7 @@ def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
 
 def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
     of = "the expert's config.json has the classes" if heading.own else "the suite has the classes"
-    much = (
-        f"{common} of these names are the same, at other positions or beside others"
-        if common
-        else "no name is the same"
-    )
+    much = f"only {common} of the names are in both" if common else "no name is in both"
     return (
         f"task {heading.task}: {of} {shown(heading.names or ())} and the data {shown(data)}, where {much}; list the "
         f"data's values in the order of the classes in data.labels and set suite.tasks.{heading.task}.match_labels: "

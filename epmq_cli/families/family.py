@@ -202,10 +202,8 @@ class Family(ABC):
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The tensors of base or expert that are merged: name in the model -> name in the folder's files.
-
-        ModelError where the folder holds another architecture.
-        """
+        """The tensors of base or expert that are merged: name in the model -> name in the folder's files; ModelError
+        where the folder holds another architecture."""
 
     @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
