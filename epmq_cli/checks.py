@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from epmq_cli.config import Evaluation, Harness
 from epmq_cli.errors import ConfigError, ModelError, check_choice
+from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.families.family import Family, LanguageModel, Table
 from epmq_cli.families.refusal import refused
 from epmq_cli.inference.int4 import GROUPS, kernel_group, obstacle
@@ -21,20 +23,55 @@ from epmq_cli.linalg import is_finite
 from epmq_cli.merge.apply import Models
 from epmq_cli.quantize.grid import GridSpec
 from epmq_cli.quantize.result import Quantizer
-from epmq_cli.suites import Suite
+from epmq_cli.suites import Suite, Task
 
 SMALLEST_GROUP = 8  # that a message offers
 
 
-def check_scoring(suite: Suite, family: Family, evaluation: Evaluation) -> None:
-    """ConfigError where models of the family cannot be scored as tasks or evaluation say."""
+def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
+    """ConfigError where models of the family cannot be scored as tasks or evaluation say. `scored`: whether tasks are
+    scored on their test samples."""
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
+        check_metric(task, scored)
     if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )
+
+
+def check_metric(task: Task, scored: bool) -> None:
+    """ConfigError where a task's metric is not one of the kind of labels that its data says to have."""
+    where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
+    if task.metric == PERPLEXITY:
+        return
+    if regression is True and task.metric != "spearman":
+        raise ConfigError(
+            f"{where}.metric must be spearman where data.regression is true, got {task.metric}, which compares "
+            "classes; for labels that are classes set data.regression: false"
+        )
+    if regression is False and task.metric == "spearman":
+        raise ConfigError(
+            f"{where}.metric is spearman, which ranks numbers, and data.regression is false, which makes labels "
+            "classes; set data.regression: true, or metric: accuracy"
+        )
+    if scored and getattr(task.data, "label", "") is None:
+        raise ConfigError(
+            f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
+            "merge and calibrate without scoring"
+        )
+
+
+def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
+    """ConfigError where a task's texts or sequences may be longer than the model in the folder can read."""
+    most = family.positions(folder)
+    for task in suite.members:
+        if most is not None and task.max_length > most:
+            raise ConfigError(
+                f"suite.tasks.{task.name}.max_length must be at most {most}, the positions of the model in {folder}, "
+                f"got {task.max_length}"
+            )
 
 
 def check_described(model: nn.Module, family: Family, models: Models) -> None:

@@ -35,9 +35,16 @@ def check_types(where: str, kind: type, given: Mapping[str, Any], names: Mapping
 def check_type(name: str, hint: Any, value: Any) -> None:
     """ConfigError where a value is not of an annotated type."""
     if not fits(value, hint):
-        unquoted = isinstance(value, (bool, int, float)) and fits("text", hint)
-        remedy = "; put it in quotes if it is a name" if unquoted else ""
-        raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}{remedy}")
+        raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}{_remedy(value, hint)}")
+
+
+def _remedy(value: Any, hint: Any) -> str:
+    """What to do about names that YAML reads as something else than text; nothing where there are none."""
+    if isinstance(value, (bool, int, float)) and fits("text", hint):
+        return "; put it in quotes if it is a name"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, bool) for item in value) and fits(["text"], hint):
+        return "; YAML reads the words yes, no, on and off as true and false, put them in quotes"
+    return ""
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from epmq_cli.cache import new_file
 from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import read_files
+from epmq_cli.data.chats import Chat
 from epmq_cli.data.samples import Samples, raw
 
 SETTLED = 2_000_000_000  # nanoseconds
@@ -108,7 +109,7 @@ def of_samples(samples: Samples) -> str | None:
     """Of inputs and labels, images as they are stored; None where an input is of a kind that is not known here."""
 
     def parts() -> Iterator[bytes]:
-        yield of_tensors({"labels": samples.labels}).encode()
+        yield of_tensors({} if samples.labels is None else {"labels": samples.labels}).encode()
         for position in range(len(samples.inputs)):
             yield _bytes(raw(samples.inputs, position))
 
@@ -122,6 +123,8 @@ def _bytes(item: Any) -> bytes:
     """What an input holds; TypeError where that is not known."""
     if isinstance(item, bytes):
         return item
+    if isinstance(item, Chat):
+        return json.dumps(item.messages).encode()
     if isinstance(item, str) or (isinstance(item, Sequence) and all(isinstance(part, str) for part in item)):
         return json.dumps(item).encode()
     if isinstance(item, Image):

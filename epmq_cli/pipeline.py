@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,23 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.checkpoint.processor_files import Processors
-from epmq_cli.checks import check_described, check_groups, check_kernel, check_parts, check_scoring, rounded
+from epmq_cli.checks import (
+    check_described,
+    check_groups,
+    check_kernel,
+    check_lengths,
+    check_parts,
+    check_scoring,
+    rounded,
+)
 from epmq_cli.console import track
-from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError, check_choice, check_keys
+from epmq_cli.evaluate.classifier import check_single_label
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
+from epmq_cli.families.inputs import check_inputs
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
@@ -38,6 +47,7 @@ from epmq_cli.merge.source import Merge
 from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
+from epmq_cli.scored_tasks import head_names, scored_task, scores_samples
 from epmq_cli.suites import Suite, Task
 
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
@@ -73,7 +83,7 @@ def make_job(cfg: DictConfig) -> Job:
     names = [task.name for task in suite.members]
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), config.build("eval", cfg.eval)
-    check_scoring(suite, family, evaluation)
+    check_scoring(suite, family, evaluation, scores_samples(evaluation))
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     check_choice("resume", cfg.resume, ("auto", "never"))
@@ -104,6 +114,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     models = Models(job.suite, job.family)
     Processors(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.pack.dtype)
+    check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
     model = fit_source(load_model(job.family, models.base.path, place, read), models)
@@ -118,28 +129,19 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
 
 def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
     """The tasks with their test samples and their heads, made by the base model or read from the experts."""
-    prepared = []
+    prepared, family = [], job.family
+    scored = scores_samples(job.evaluation)
     for task in track(job.suite.members, "read tasks"):
+        expert = models.experts[task.name]
         with torch.inference_mode():
-            head = job.family.head(base_model, models.base.path, task, models.experts[task.name], job.device)
-        prepared.append(scored_task(job.family, models.base.path, task, head, job.evaluation))
+            head = family.head(base_model, models.base.path, task, expert, job.device)
+        if scored and family.heads == "own":
+            check_single_label(expert, task.name)
+        names = head_names(family, models, task, head, scored)
+        prepared.append(
+            scored_task(family, models.base.path, task, head, names, job.evaluation.samples if scored else 0, job.seed)
+        )
     return prepared
-
-
-def scored_task(
-    family: Family,
-    folder: Path,
-    task: Task,
-    head: Mapping[str, Tensor],
-    evaluation: config.Evaluation,
-) -> ScoredTask:
-    """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
-    samples = task.data.load("test", evaluation.samples)
-    if isinstance(family, LanguageModel):
-        samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
-    collate, predict = family.collate(folder, task), family.predict(folder, task)
-    classes = len(task.classes) if task.classes else None
-    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes)
 
 
 def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
@@ -147,9 +149,10 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         if isinstance(job.family, LanguageModel):
-            samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
+            samples = sequences(task, partial(_tokens, job.family, base, task), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
+            check_inputs(job.family, task.name, samples.inputs)
         size = job.calib.batch_size
         starts = ranks.share(range(0, len(samples), size))
         if not starts:
@@ -159,6 +162,11 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
     return drawn
+
+
+def _tokens(family: LanguageModel, folder: Path, task: Task, documents: Sequence[Any]) -> Tensor:
+    check_inputs(family, task.name, documents)
+    return family.tokens(folder, documents)
 
 
 def score(
@@ -230,12 +238,24 @@ def average_bits(walked: Walked) -> float | None:
     return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
 
 
-def texts(job: Job, model: nn.Module, resolved: Any, choices: Mapping[str, str], walked: Walked) -> dict[str, str]:
-    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks.
+def texts(
+    job: Job,
+    model: nn.Module,
+    resolved: Any,
+    choices: Mapping[str, str],
+    walked: Walked,
+    tasks: Sequence[ScoredTask],
+) -> dict[str, str]:
+    """The checkpoint's model card, and the record from which `epmq eval` knows tasks and the classes of their heads.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
     """
-    record = {"epmq": __version__, "choices": dict(choices), "config": {key: resolved[key] for key in RECORDED}}
+    record = {
+        "epmq": __version__,
+        "choices": dict(choices),
+        "config": {key: resolved[key] for key in RECORDED},
+        "classes": {task.name: task.names for task in tasks},
+    }
     names = (choices["merge"], choices["guidance"], choices["quant"])
     spec, widths = job.quantizer.spec, job.quantizer.widths
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import RECORD
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.checks import check_scoring
+from epmq_cli.checks import check_lengths, check_scoring
 from epmq_cli.described import check_described
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
-from epmq_cli.families.family import Family
+from epmq_cli.families.family import Family, Head
 from epmq_cli.heads import read_heads
 from epmq_cli.places import read_regular
-from epmq_cli.suites import Suite
+from epmq_cli.scored_tasks import scored_task
+from epmq_cli.suites import Suite, Task
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -94,7 +96,30 @@ def ready(
     ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
     check_described(checkpoint)
     family = suite_family(suite, checkpoint)
-    check_scoring(suite, family, evaluation)
-    heads = read_heads(checkpoint, suite, family, device)
-    tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
+    scored = not isinstance(evaluation, config.Harness)
+    check_scoring(suite, family, evaluation, scored)
+    check_lengths(suite, family, checkpoint)
+    heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
+    count, seed = evaluation.samples if scored else 0, recorded_seed(record)
+    tasks = [
+        scored_task(family, checkpoint, task, head, recorded_classes(record, task, family, head), count, seed)
+        for task in suite.members
+        for head in [heads[task.name]]
+    ]
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
+
+
+def recorded_seed(record: Mapping[str, Any]) -> int:
+    """The seed of the run, by which test samples are drawn again as they were there."""
+    found = record["config"].get("seed", 0)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else 0
+
+
+def recorded_classes(record: Mapping[str, Any], task: Task, family: Family, head: Head) -> tuple[str, ...] | None:
+    """The names of the classes of a task's head in a checkpoint; None where its record has none, as those of epmq 0.1
+    do. What a task without a head is answered with is in its suite."""
+    classes = record.get("classes")
+    found = classes.get(task.name) if isinstance(classes, dict) else None
+    if family.heads != "none" and isinstance(found, list) and len(found) == len(head["weight"]):
+        return tuple(map(str, found))
+    return None if family.heads == "own" else task.classes

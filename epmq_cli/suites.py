@@ -14,6 +14,7 @@ from epmq_cli.fields import check_types
 MAX_LENGTH = 128
 METRICS = ("accuracy", "matthews", "spearman", "perplexity")
 VOCABULARIES = ("same", "pad")
+NAME, POSITION = "name", "position"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Task:
     `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order; for
     tasks that are answered in words the answers. `templates`: prompts with {} for the class name. `max_length`: of
     texts, in tokens. `metric`: one of METRICS. `documents`: how many are read at most to calibrate on running text.
+    `match_labels`: whether labels of the data are classes of the head by `name`, where both have names, or by
+    `position`.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Task:
     max_length: int = MAX_LENGTH
     metric: str = "accuracy"
     documents: int | None = None
+    match_labels: str = NAME
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
@@ -40,6 +44,7 @@ class Task:
         if self.documents is not None:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)
+        check_choice(f"{where}.match_labels", self.match_labels, (NAME, POSITION))
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
         for template in self.templates or ():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from epmq_cli.data.documents import token_blocks
-from epmq_cli.data.samples import Samples
+from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import DataError
 from epmq_cli.families.family import Batch, Collate
 from epmq_cli.suites import Task
@@ -31,17 +32,17 @@ def draw(task: Task, count: int, seed: int) -> Samples:
     return samples
 
 
-def task_seed(seed: int, task: str) -> int:
-    """The seed of one task's samples: torch's generator uses 32 bits of it."""
-    return zlib.crc32(f"{seed} {task}".encode())
+def task_seed(seed: int, task: str, split: Split = "train") -> int:
+    """The seed of one task's samples of a split: torch's generator uses 32 bits of it."""
+    return zlib.crc32(f"{seed} {task}{' test' if split == 'test' else ''}".encode())
 
 
-def sequences(task: Task, tokens_of: Callable[[Sequence[str]], Tensor], count: int, seed: int) -> Samples:
+def sequences(task: Task, tokens_of: Callable[[Sequence[Any]], Tensor], count: int, seed: int) -> Samples:
     """`count` sequences of the task's `max_length` tokens, cut out of the tokens of its training documents; of these at
     most `documents` are read. `tokens_of`: the tokens (tokens,) of some documents."""
     documents = task.data.load("train", task.documents, task_seed(seed, task.name)).inputs
     blocks = token_blocks(tokens_of(documents), task.max_length, count, task_seed(seed, task.name))
-    return Samples(list(blocks), torch.zeros(len(blocks), dtype=torch.int64))
+    return Samples(list(blocks))
 
 
 def batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ def _made(
     from epmq_cli.calibrate.reference import install
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
+    from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.resume.key import identity, of_scoring
     from epmq_cli.resume.state import opened, refuse_results
     from epmq_cli.shared import Shared
@@ -134,6 +136,7 @@ def _made(
     scored = state.part(of_scoring(job.evaluation, tasks, [task.data for task in job.suite.members]))
     with stages.stage("score base and experts"):
         scores |= scored.value("parts", lambda: steps.score_parts(job, model, models, tasks, shared.recall, scoring))
+    checks = check_experts(tasks, scores, model)
     with stages.stage("teach"):
         taught = guide.teach(job, model, models.source, drawn, state, shared.taught, room)
     with stages.stage("merge"):
@@ -155,7 +158,7 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, model, resolved, choices, calibrated.walked),
+            texts=steps.texts(job, model, resolved, choices, calibrated.walked, tasks),
             dtype=dtype,
             changes=models.ties.changes,
         )
@@ -164,4 +167,5 @@ def _made(
     measured = {"seed": job.seed, **steps.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": steps.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = room.halved
+    measured["expert_checks"] = {task: asdict(found) for task, found in checks.items()}
     return tasks, scores, measured

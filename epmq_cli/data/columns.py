@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from epmq_cli.errors import ConfigError, DataError, shown
+from epmq_cli.data.chats import Chat, chat_of
+from epmq_cli.data.labels import read_labels
+from epmq_cli.data.samples import Split
+from epmq_cli.data.texts import check_text, prompt_value, text_of
+from epmq_cli.errors import ConfigError, DataError
 
-MOST = 1 << 63  # int64 has the whole numbers below
-LARGEST = torch.finfo(torch.float32).max
 CONVERSIONS = (None, "s", "r", "a")
 KINDS = ("", 0, 0.5)
 """Of each kind of value that a table may have, one to try a prompt with."""
@@ -25,46 +25,72 @@ class Columns:
     """Which columns make up a sample.
 
     `inputs`: one column, or two for pairs of texts. `prompt`: a text with {column} places instead. `label`: the column
-    of the label, None for running text, whose labels are 0; `labels` its values in the order of the classes, or None
-    where they are the whole numbers 0, 1, ... themselves; `regression`: labels are numbers of any size.
+    of the label, None where there is none; `labels` its values in the order of the classes, or None where they are the
+    whole numbers 0, 1, ... themselves; `regression`: labels are numbers of any size.
     """
 
     inputs: tuple[str, ...]
     prompt: str | None
     label: str | None
-    labels: Sequence[str | int] | None
+    labels: Sequence[str | int | bool] | None
     regression: bool
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every column that is read, the label's last."""
-        return self.inputs if self.label is None else (*self.inputs, self.label)
+    def required(self, split: Split) -> tuple[str, ...]:
+        """The columns that a split must have, the label's last; the train split needs no labels."""
+        return self.inputs if self.label is None or split == "train" else (*self.inputs, self.label)
+
+    def read(self, split: Split, found: Collection[str]) -> tuple[str, ...]:
+        """The columns to read of those that a split has: the required ones, and the label's where it is there."""
+        optional = [self.label] if self.label is not None and self.label in found else []
+        return tuple(dict.fromkeys([*self.required(split), *optional]))
 
     def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
-        """Of each row its text, its pair of texts, or the prompt with its values in place; DataError where that is no
-        text that a tokenizer can take."""
-        return [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        """Of each row its text, its pair of texts, its conversation, or the prompt with its values in place; DataError
+        where it holds none that a tokenizer can take, or one row a conversation and another a text."""
+        found = [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        chat = next((each for each in found if isinstance(each, Chat)), None)
+        if chat is not None and not all(isinstance(each, Chat) for each in found):
+            raise DataError(
+                f"{chat.where}: column {self.inputs[0]} holds a conversation, and others of its rows hold texts; put "
+                "them into two data sets"
+            )
+        return found
 
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
-        if self.prompt is None:
-            texts = tuple(check_text(str(row[name]), where) for name in self.inputs)
-            return texts[0] if len(texts) == 1 else texts
+        if self.prompt is not None:
+            return self._prompted(row, where)
+        if len(self.inputs) == 1 and isinstance(row[self.inputs[0]], list | tuple):
+            return chat_of(row[self.inputs[0]], self.inputs[0], where)
+        texts = tuple(text_of(row[name], name, where) for name in self.inputs)
+        return texts[0] if len(texts) == 1 else texts
+
+    def _prompted(self, row: Mapping[str, Any], where: str) -> str:
+        values = {name: prompt_value(row[name], name, where) for name in self.inputs}
         try:
-            return check_text(self.prompt.format(**{name: row[name] for name in self.inputs}), where)
+            return check_text(str(self.prompt).format(**values), where)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{where}: the values do not go into data.prompt {self.prompt!r} ({error}); leave out what follows a "
                 "column's name in its place"
             ) from error
 
-    def targets(self, values: Mapping[str, Sequence[Any]], where: str) -> Tensor:
-        """The labels that rows with these values by column have: int64, or float32 for a regression."""
-        if self.label is None:
-            return torch.zeros(len(values[self.inputs[0]]), dtype=torch.int64)
-        return self._numbers(values[self.label][:], where)
+    def targets(
+        self, values: Mapping[str, Sequence[Any]], where: str, split: Split, names: Sequence[str] | None = None
+    ) -> tuple[Tensor | None, tuple[str, ...] | None]:
+        """The labels that rows with these values by column have, int64, or float32 for a regression, and the names of
+        their classes; None where there are none.
 
-    def _numbers(self, values: Sequence[Any], where: str) -> Tensor:
-        return label_numbers(values, where) if self.regression else label_indices(values, self.labels, where)
+        `names`: those that the source itself gives to the values 0, 1, ... of the column. The train split needs no
+        labels, and what cannot be read as labels there is passed over.
+        """
+        if self.label is None or (split == "train" and self.label not in values):
+            return None, None
+        try:
+            return read_labels(values[self.label][:], self.labels, names, self.regression, where)
+        except DataError:
+            if split == "test":
+                raise
+            return None, None
 
 
 def columns(
@@ -72,7 +98,7 @@ def columns(
     inputs: str | Sequence[str],
     prompt: str | None,
     label: str | None,
-    labels: Sequence[str | int] | None,
+    labels: Sequence[str | int | bool] | None,
     regression: bool,
 ) -> Columns:
     """The columns that a source names; `option` is what it calls the input's. ConfigError where they make no sample."""
@@ -113,57 +139,3 @@ def _is_layout(layout: str) -> bool:
         except (ValueError, TypeError, OverflowError):
             continue
     return False
-
-
-def check_text(text: str, where: str) -> str:
-    """The text; DataError where it has half a surrogate pair, as "\\ud800" in JSON gives, which is no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: the text holds {text[error.start : error.end]!a}, which is no character and cannot be written "
-            "in UTF-8; take it out"
-        ) from error
-    return text
-
-
-def label_indices(values: Sequence[Any], labels: Sequence[str | int] | None, where: str) -> Tensor:
-    """int64 (len(values),): the position of each value in `labels`, or the value itself where that is None; of a column
-    of nothing but true and false, as PatchCamelyon's, 1 and 0."""
-    if labels is None and all(isinstance(value, bool) for value in values):
-        return torch.tensor(values, dtype=torch.int64)
-    if labels is None:
-        return torch.tensor([_whole(value, where) for value in values], dtype=torch.int64)
-    index = {str(label): position for position, label in enumerate(labels)}
-    unknown = next((value for value in values if str(value) not in index), None)
-    if unknown is not None:
-        raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}")
-    return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
-
-
-def _whole(value: Any, where: str) -> int:
-    """A label as a whole number: 1, 1.0 and "1" are one; 1.7, true among numbers and infinity are none."""
-    try:
-        number = int(value)
-        if not isinstance(value, (bool, bytes)) and abs(number) < MOST and (isinstance(value, str) or number == value):
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise DataError(
-        f"{where}: labels must be whole numbers from 0, got {shown(value)}; name their values in data.labels"
-    )
-
-
-def label_numbers(values: Sequence[Any], where: str) -> Tensor:
-    """float32 (len(values),): the values as numbers."""
-    return torch.tensor([_number(value, where) for value in values], dtype=torch.float32)
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-        if not isinstance(value, bool) and math.isfinite(number) and abs(number) <= LARGEST:
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise DataError(f"{where}: with data.regression every label must be a finite number, got {shown(value)}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq_cli.data.columns import check_text
+from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.rows import decoded
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
@@ -18,37 +20,49 @@ from epmq_cli.places import check_permitted, expanded
 
 @dataclass(frozen=True)
 class Documents:
-    """Local files `train` and `test`: .txt, one document; or .jsonl, .parquet, .csv or .tsv, a document a row in the
-    column `text`.
+    """Local files `train` and `test`: .txt, one document; or .jsonl, .json, .parquet, .csv or .tsv, a document a row.
 
-    Labels are 0 throughout.
+    `text`: the column of the document, a text or a conversation: a list of messages {role, content} or {from, value},
+    which the tokenizer's chat template makes a text of. `prompt`: a text with {column} places, instead of `text`.
+    They have no labels.
     """
 
     train: str
     test: str
     text: str = "text"
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         for path in (self.train, self.test):
-            if Path(path).suffix not in (".txt", *KINDS):
+            if Path(path).suffix.lower() not in (".txt", *KINDS):
                 raise ConfigError(f"data.train and data.test must end in .txt, {', '.join(KINDS)}, got {path}")
+        _ = self.columns
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a document; ConfigError where they make none."""
+        return columns("text", self.text, self.prompt, None, None, False)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """All documents of the split, or `count` of them: the first, or by a seed."""
         path = expanded(self.train if split == "train" else self.test)
-        if path.suffix != ".txt":
-            rows = enumerate(read_rows(path, (self.text,)), 1)
-            return running([check_text(str(row[self.text]), f"{path}, row {i}") for i, row in rows], count, seed)
-        check_permitted(path, DataError)
-        try:
-            return running([path.read_text(encoding="utf-8")], count, seed)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as text in UTF-8 ({error})") from error
+        if path.suffix.lower() == ".txt":
+            return running([_read_text(path)], count, seed)
+        return running(self.columns.texts(read_rows(path, self.columns.inputs), str(path)), count, seed)
 
 
-def running(texts: Sequence[str], count: int | None, seed: int | None) -> Samples:
+def _read_text(path: Path) -> str:
+    check_permitted(path, DataError)
+    try:
+        text = decoded(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as text in UTF-8 ({error})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def running(texts: Sequence[Any], count: int | None, seed: int | None) -> Samples:
     """Documents as samples."""
-    return Samples(texts, torch.zeros(len(texts), dtype=torch.int64)).some(count, seed)
+    return Samples(texts).some(count, seed)
 
 
 def token_blocks(ids: Tensor, length: int, count: int, seed: int) -> Tensor:

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
 from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.folders import is_hidden, listed
+from epmq_cli.data.labels import UNLABELLED, WITHOUT
+from epmq_cli.data.pictures import Decoder, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
-from epmq_cli.places import expanded
+from epmq_cli.places import check_permitted, expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
@@ -25,14 +28,15 @@ log = logging.getLogger("epmq")
 
 Values = Mapping[str, Sequence[Any]]
 """Column -> its values, images as {bytes, path}."""
+Names = tuple[str, ...] | None
 
 
 class Pictures(Sequence[Image.Image]):
-    """Images that are decoded when they are asked for, as `datasets` does it (turned as their EXIF data says)."""
+    """Images that are decoded when they are asked for."""
 
-    def __init__(self, stored: Sequence[Any], where: str) -> None:
-        """`stored`: {bytes, path} of each image."""
-        self._stored, self._where = stored, where
+    def __init__(self, stored: Sequence[Any], where: str, decoder: Decoder | None = None) -> None:
+        """`stored`: of each image {bytes, path}, or the bytes alone."""
+        self._stored, self._where, self._decoder = stored, where, decoder or Decoder()
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -41,29 +45,50 @@ class Pictures(Sequence[Image.Image]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        where, content = f"{self._where}: image {index}", self._content(index)
+        if content is None:
+            return self._decoder.convert(self._fetched(index), where)
+        return self._decoder.decode(content, where)
+
+    def raw(self, index: int) -> bytes | Image.Image:
+        """The encoded image, and how it is decoded; the image itself where it is somewhere on the network."""
+        content = self._content(index)
+        return self[index] if content is None else self._decoder.key + content
+
+    def _content(self, index: int) -> bytes | None:
+        """The encoded image, which the data set holds or a file on this machine."""
+        stored = self._stored[index]
+        if isinstance(stored, bytes):
+            return stored
+        if not isinstance(stored, Mapping) or (stored.get("bytes") is None and stored.get("path") is None):
+            raise DataError(f"{self._where}: image {index} is missing (null); leave its row out")
+        if stored.get("bytes") is not None:
+            return bytes(stored["bytes"])
+        path = Path(stored["path"])
+        check_permitted(path, DataError)
+        return path.read_bytes() if path.is_file() else None
+
+    def _fetched(self, index: int) -> Image.Image:
         import datasets
 
         try:
-            image: Image.Image = datasets.Image().decode_example(self._stored[index])
-        except Exception as error:  # Pillow has no common one, and images come from anywhere
-            raise DataError(f"{self._where}: image {index} cannot be read by Pillow ({error})") from error
+            image: Image.Image = datasets.Image().decode_example(dict(self._stored[index]))
+        except Exception as error:  # Pillow and the network have no common one
+            raise DataError(f"{self._where}: image {index} cannot be read ({first_line(error)})") from error
         return image
-
-    def raw(self, index: int) -> bytes | Image.Image:
-        """The encoded image where the data set holds it, elsewhere the image itself."""
-        stored = self._stored[index]["bytes"]
-        return self[index] if stored is None else bytes(stored)
 
 
 @dataclass(frozen=True)
 class Hub:
     """A data set by its id, or by the folder of a copy of it.
 
-    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image
-    or text, or a list of two columns for pairs of texts. `prompt`: a text with {column} places, instead of `input`.
-    `label`: the column of the label, null for running text. `labels`: the values of that column in the order of the
-    classes; null where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
-    `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image,
+    text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
+    {column} places, instead of `input`. `label`: the column of the label, which the train split need not have; null
+    where there is none. `labels`: the values of that column, or the names that the data set gives them, in the order of
+    the classes; null where the values are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not
+    classes. `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
+    `background` and `white_level` of images: see `Decoder`.
     """
 
     path: str
@@ -72,14 +97,20 @@ class Hub:
     test: str = "test"
     input: str | Sequence[str] = "image"
     label: str | None = "label"
-    labels: Sequence[str | int] | None = None
+    labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
     root: str | None = None
+    background: str | None = "white"
+    white_level: float | None = None
+
+    streams: ClassVar[bool] = True
+    """Whether a count of samples is drawn without all of the split being read."""
 
     def __post_init__(self) -> None:
         if self.name is not None and escapes(self.name):
             raise ConfigError(f"data.name must be a configuration of the data set, got {self.name!r}")
+        check_decoding(self.background, self.white_level)
         _ = self.columns
 
     @property
@@ -98,18 +129,20 @@ class Hub:
         failures = (OSError, ValueError, NotImplementedError, library.exceptions.DatasetsError)
         if count is not None:
             try:
-                return self._samples(self._streamed(library, stored, count, seed))
+                drawn = self._samples(*self._streamed(library, split, stored, count, seed), split)
+                return _share(drawn, count, seed) if split == "test" else drawn
             except failures as error:
                 level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
                 log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, first_line(error))
         try:
-            found = self._whole(library, stored)
+            found, names = self._whole(library, split, stored)
         except failures as error:
             mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
                 f"data set {self.path} cannot be had; check its id, name and split ({first_line(error)}){mirror}"
             ) from error
-        return self._samples(found).some(count, seed)
+        samples = self._samples(found, names, split)
+        return _share(samples, count, seed) if split == "test" else samples.some(count, seed)
 
     @property
     def folder(self) -> Path | None:
@@ -126,42 +159,76 @@ class Hub:
             return library.load_dataset_builder(place, data_dir=name, **options)
         return library.load_dataset_builder(place, name, **options)
 
-    def _streamed(self, library: ModuleType, stored: str, count: int, seed: int | None) -> Values:
-        """`count` rows of the split, images undecoded, without writing anything to disk."""
-        rows = self._builder(library).as_streaming_dataset(split=stored)
-        self._check(rows.column_names or list(next(iter(rows), {})))
-        rows = _undecoded(library, rows.select_columns(list(dict.fromkeys(self.columns.names))))
+    def _streamed(
+        self, library: ModuleType, split: Split, stored: str, count: int, seed: int | None
+    ) -> tuple[Values, Names]:
+        """`count` rows of the split, images undecoded, without writing anything to disk; some more of the test split
+        where these are had for little, as texts and local files are, so that classes can get their shares."""
+        builder = self._builder(library)
+        rows = builder.as_streaming_dataset(split=stored)
+        columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))
+        _check_folders(self.path, builder, rows)
+        names, pictures = _names(rows, self.label), _has_pictures(library, rows, self.columns.inputs)
+        rows = _undecoded(library, rows.select_columns(list(columns)))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
+            count += BUFFER if split == "test" and (self.folder is not None or not pictures) else 0
         taken = list(islice(rows, count))  # rows.take(count) would read a batch further
-        return {name: [row[name] for row in taken] for name in self.columns.names}
+        return {name: [row[name] for row in taken] for name in columns}, names
 
-    def _whole(self, library: ModuleType, stored: str) -> Values:
+    def _whole(self, library: ModuleType, split: Split, stored: str) -> tuple[Values, Names]:
         """The split from the cache; there it has a folder of its own, so that no other split is downloaded with it."""
-        split = stored.partition("[")[0]
+        part = stored.partition("[")[0]
         try:
-            builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / split), split)
+            builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / part), part)
         except OSError:  # offline: what was cached whole, by whatever program
             builder = self._builder(library)
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
-        self._check(rows.column_names)
+        columns, names = self._columns(split, rows.column_names), _names(rows, self.label)
+        _check_folders(self.path, builder, rows)
         rows = _undecoded(library, rows)
-        return {name: rows[name] for name in self.columns.names}
+        return {name: rows[name] for name in columns}, names
 
-    def _check(self, names: Sequence[str]) -> None:
-        missing = [column for column in self.columns.names if column not in names]
+    def _columns(self, split: Split, found: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read of those that a split has."""
+        missing = [column for column in self.columns.required(split) if column not in found]
         if missing:
-            raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(names)}")
+            hint = f"; {WITHOUT}" if missing[0] == self.label else ""
+            raise DataError(
+                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(found)}{hint}"
+            )
+        return self.columns.read(split, found)
 
-    def _samples(self, values: Values) -> Samples:
-        labels = self.columns.targets(values, self.path)
+    def _samples(self, values: Values, names: Names, split: Split) -> Samples:
+        """The rows as samples; of the test split those that have a label."""
+        labels, classes = self.columns.targets(values, f"data set {self.path}", split, names)
+        samples = Samples(self._inputs(values), labels, classes)
+        return self._labelled(samples) if split == "test" and names is not None else samples
+
+    def _labelled(self, samples: Samples) -> Samples:
+        """The samples with a label; all where none has one, which is said where they are scored."""
+        assert samples.labels is not None
+        kept = (samples.labels != UNLABELLED).nonzero()[:, 0].tolist()
+        if len(kept) in (0, len(samples)):
+            return samples
+        log.warning(
+            "data set %s: %d of %d samples of the split %s have no label (-1) and are left out",
+            self.path,
+            len(samples) - len(kept),
+            len(samples),
+            self.test,
+        )
+        return samples.take(kept)
+
+    def _inputs(self, values: Values) -> Sequence[Any]:
+        """Pictures, or texts."""
         first = values[self.columns.inputs[0]]
-        if self.prompt is None and len(first) and isinstance(first[0], dict):
-            return Samples(Pictures(first, self.path), labels)
+        if self.prompt is None and _are_images(first):
+            return Pictures(first, self.path, Decoder(self.background, self.white_level))
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
-        return Samples(self.columns.texts(rows, f"data set {self.path}"), labels)
+        return self.columns.texts(rows, f"data set {self.path}")
 
 
 def _datasets(path: str) -> ModuleType:
@@ -174,14 +241,37 @@ def _datasets(path: str) -> ModuleType:
     return datasets  # type: ignore[no-any-return, unused-ignore]
 
 
+def _are_images(values: Sequence[Any]) -> bool:
+    """Whether a column holds images as `datasets` stores them, or files of them."""
+    value = next((value for value in values if value is not None), None)
+    return isinstance(value, bytes) or (isinstance(value, Mapping) and {"bytes", "path"} == value.keys())
+
+
 def _only(builder: Any, split: str) -> Any:
     """The builder without the files of other splits; ValueError where there is no such split."""
     files = builder.config.data_files
     if files is not None and split.isidentifier():
         if split not in files:
             raise ValueError(f"its splits are {', '.join(map(str, files))}")
-        builder.config.data_files = type(files)({split: files[split]})
+        if not _has_folders(builder):  # which numbers its classes by the folders of all splits
+            builder.config.data_files = type(files)({split: files[split]})
     return builder
+
+
+def _has_folders(builder: Any) -> bool:
+    """Whether the data set is a folder of files, whose sub-folders are classes."""
+    return hasattr(builder, "BASE_COLUMN_NAME")
+
+
+def _check_folders(path: str, builder: Any, rows: Any) -> None:
+    """DataError where a class of such a data set is a folder that a system or a tool left behind."""
+    names = getattr((rows.features or {}).get("label"), "names", ()) if _has_folders(builder) else ()
+    hidden = [name for name in names if is_hidden(name)]
+    if hidden:
+        raise DataError(
+            f"data set {path} has folders that are not classes, {listed(hidden)}, which the datasets library counts as "
+            "such; remove them, or read it with epmq_cli.data.images.ImageFolder, which leaves them out"
+        )
 
 
 def _undecoded(library: ModuleType, rows: Any) -> Any:
@@ -190,3 +280,20 @@ def _undecoded(library: ModuleType, rows: Any) -> Any:
         if isinstance(feature, library.Image):
             rows = rows.cast_column(name, library.Image(decode=False))
     return rows
+
+
+def _names(rows: Any, label: str | None) -> Names:
+    """The names of the values 0, 1, ... of the label's column, where the data set declares them."""
+    found = getattr((rows.features or {}).get(label), "names", None)
+    return None if found is None else tuple(map(str, found))
+
+
+def _has_pictures(library: ModuleType, rows: Any, inputs: Sequence[str]) -> bool:
+    """Whether an input is a picture, or may be one as nothing is declared."""
+    features = rows.features
+    return features is None or any(isinstance(features.get(name), library.Image) for name in inputs)
+
+
+def _share(samples: Samples, count: int | None, seed: int | None) -> Samples:
+    """`count` samples: the first ones, or drawn by the seed, of each class its share."""
+    return samples.some(count, None) if seed is None else samples.stratified(count, seed)

@@ -1,21 +1,21 @@
-"""Text tasks from local files: tsv, csv, jsonl or parquet."""
+"""Text tasks from local files: tsv, csv, jsonl, json or parquet."""
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.data.columns import Columns, columns
+from epmq_cli.data.labels import WITHOUT
+from epmq_cli.data.rows import READERS, Repeated
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.places import check_permitted, expanded
 
-KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
-LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
+KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,22 @@ class Table:
     """A table with one sample a row, in the file `train` or `test`.
 
     `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} places, instead
-    of `text`. `label`: the column of the label. `labels`: the values of that column in the order of the classes; null
-    where they are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not classes.
+    of `text`. `label`: the column of the label, which the train file need not have; null where there is none.
+    `labels`: the values of that column in the order of the classes; null where they are the whole numbers 0, 1, ...
+    themselves. `regression`: labels are numbers, not classes.
     """
 
     train: str
     test: str
     text: str | Sequence[str] = "text"
-    label: str = "label"
-    labels: Sequence[str | int] | None = None
+    label: str | None = "label"
+    labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
 
     def __post_init__(self) -> None:
         for path in (self.train, self.test):
-            if Path(path).suffix not in KINDS:
+            if Path(path).suffix.lower() not in KINDS:
                 raise ConfigError(f"data.train and data.test must be files ending in {', '.join(KINDS)}, got {path}")
         _ = self.columns
 
@@ -49,9 +50,24 @@ class Table:
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Rows of the split's file; DataError names the file, and the row where there is one."""
         path = expanded(self.train if split == "train" else self.test)
-        rows = read_rows(path, self.columns.names)
-        labels = self.columns.targets({self.label: [row[self.label] for row in rows]}, str(path))
-        return Samples(self.columns.texts(rows, str(path)), labels).some(count, seed)
+        rows = read_rows(path, self.columns.inputs)
+        labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
+        return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
+
+    def _label_values(self, rows: Sequence[Mapping[str, Any]], path: Path, split: Split) -> dict[str, list[Any]]:
+        """The values of the label's column, by its name; DataError where the test file has no such column."""
+        if self.label is None or (rows and not any(self.label in row for row in rows)):
+            if self.label is not None and split == "test":
+                found = ", ".join(str(column) for column in rows[0] if column is not None)
+                raise DataError(
+                    f"{path} has no column {self.label}, which data.label names; its columns are {found}; {WITHOUT}"
+                )
+            return {}
+        values = [row.get(self.label) for row in rows]
+        for number, value in enumerate(values, 1):
+            if split == "test" and isinstance(value, Repeated):
+                raise DataError(f"{path}, row {number} has the column {self.label} twice; rename one of them")
+        return {self.label: values}
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -59,40 +75,16 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path} is not a file; data paths are taken from the folder that epmq was started in")
     check_permitted(path, DataError)
+    kind = path.suffix.lower()
     try:
-        rows = _READERS[path.suffix](path)
+        rows = READERS[kind](path)
     except (UnicodeDecodeError, ValueError, OSError, RecursionError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]} in UTF-8 ({error})") from error
+        raise DataError(f"{path} cannot be read as {kind[1:]} in UTF-8 ({error})") from error
     for number, row in enumerate(rows, 1):
-        missing = [column for column in columns if row.get(column) is None]
-        if missing:
-            found = ", ".join(str(column) for column in row if column is not None)
-            raise DataError(f"{path}, row {number}: no value in column {missing[0]}; the columns are {found}")
+        for column in columns:
+            if row.get(column) is None:
+                found = ", ".join(map(str, row))
+                raise DataError(f"{path}, row {number}: no value in column {column}; the columns are {found}")
+            if isinstance(row[column], Repeated):
+                raise DataError(f"{path}, row {number} has the column {column} twice; rename one of them")
     return rows
-
-
-def _read_delimited(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(LONGEST)
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file, strict=True))
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every line must be a JSON object")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path} needs pyarrow; install it with pip install 'epmq-cli[tables]'") from error
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
-
-
-_READERS = {".tsv": _read_delimited, ".csv": _read_delimited, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

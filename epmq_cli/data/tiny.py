@@ -57,7 +57,8 @@ class Tiny:
         size = self.train if split == "train" else self.test
         drawn = size if seed is not None or count is None else min(count, size)
         pixels, labels = images(self.task, split, drawn)
-        return Samples([Image.fromarray(each) for each in pixels], torch.from_numpy(labels)).some(count, seed)
+        pictures = [Image.fromarray(each) for each in pixels]
+        return Samples(pictures, torch.from_numpy(labels), CLASSES[self.task]).some(count, seed)
 
 
 def images(task: str, split: str, count: int) -> tuple[npt.NDArray[np.uint8], Labels]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.draw import batches
 from epmq_cli.console import bar
+from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
@@ -24,13 +25,17 @@ Recall = Callable[["ScoredTask", Callable[[], float]], float]
 """Gives a task's score, which the function makes if it is not known."""
 
 
+UNSCORED = Samples(())
+"""The samples of a task that is not scored."""
+
+
 @dataclass(frozen=True)
 class ScoredTask:
     """A task ready to be scored: its test samples, how they become batches, its head on the device, what the model says
     of a sample, and what is made of that.
 
-    `classes`: how many there are, where the head does not say it. For perplexity `samples` has one input, the tokens of
-    all documents (tokens,), which are read `length` at a time.
+    `classes`: how many there are, where the head does not say it; `names`: what the head's are called. For perplexity
+    `samples` has one input, the tokens of all documents (tokens,), which are read `length` at a time.
     """
 
     name: str
@@ -42,24 +47,69 @@ class ScoredTask:
     length: int = 0
     classes: int | None = None
 
+    names: tuple[str, ...] | None = None
+
     def __post_init__(self) -> None:
-        if len(self.samples) == 0:
-            raise DataError(f"task {self.name} has no test samples to score on")
-        classes = len(self.head["weight"]) if "weight" in self.head else self.classes
-        if classes is None or self.samples.labels.is_floating_point():
-            return
-        highest, lowest = int(self.samples.labels.max()), int(self.samples.labels.min())
-        if highest >= classes or lowest < 0:
-            who = "its head has" if "weight" in self.head else "there are"
-            raise DataError(
-                f"task {self.name}: labels must lie in 0..{classes - 1} as {who} {classes} classes, "
-                f"got {lowest}..{highest}"
-            )
+        if self.samples is not UNSCORED:
+            check_samples(self)
 
     @property
     def steps(self) -> int:
         """How much there is to do, in samples or windows of tokens."""
         return math.ceil(len(self.samples.inputs[0]) / self.length) if self.metric == PERPLEXITY else len(self.samples)
+
+
+def check_labelled(task: str, labels: Tensor) -> None:
+    """DataError where samples have no labels, which data sets of the hub write as -1."""
+    if len(labels) and bool((labels == UNLABELLED).all()):
+        raise DataError(
+            f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; choose a split "
+            f"with labels, such as suite.tasks.{task}.data.test: validation"
+        )
+
+
+def check_samples(task: ScoredTask) -> None:
+    """DataError where a task's metric cannot compare what its head says with its labels."""
+    labels, where = task.samples.labels, f"task {task.name}"
+    if len(task.samples) == 0:
+        raise DataError(f"{where} has no test samples to score on")
+    if task.metric == PERPLEXITY:
+        return
+    if labels is None:
+        raise DataError(f"{where} has no labels to score its test samples by; {WITHOUT}")
+    outputs = len(task.head["weight"]) if "weight" in task.head else None
+    if labels.is_floating_point():
+        _check_numbers(where, task.metric, outputs)
+        return
+    if task.metric == "spearman":
+        raise DataError(
+            f"{where}: spearman ranks numbers, and the labels of the data are classes; set data.regression: true where "
+            "the source has that option, or metric: accuracy"
+        )
+    if outputs == 1:
+        raise DataError(
+            f"{where}: the expert's head has one output, a number, and the labels of the data are classes; set "
+            "data.regression: true and metric: spearman to compare ranks, or use an expert with one output a class"
+        )
+    classes = outputs or task.classes
+    highest, lowest = int(labels.max()), int(labels.min())
+    if classes is not None and (highest >= classes or lowest < 0):
+        who = "its head has" if outputs else "there are"
+        raise DataError(
+            f"{where}: labels must lie in 0..{classes - 1} as {who} {classes} classes, got {lowest}..{highest}; name "
+            "the values of the classes in data.labels, in their order"
+        )
+
+
+def _check_numbers(where: str, metric: str, outputs: int | None) -> None:
+    """DataError where labels that are numbers meet a metric or a head of classes."""
+    if metric != "spearman":
+        raise DataError(f"{where}: {metric} compares classes, and the labels of the data are numbers; use spearman")
+    if outputs not in (None, 1):
+        raise DataError(
+            f"{where}: the labels of the data are numbers, and the expert's head has {outputs} outputs, one a class; "
+            "use an expert with one output, or labels that are classes"
+        )
 
 
 def score(
@@ -96,6 +146,7 @@ def predicted(
     for batch in batches(samples, task.collate, room.most, device):
         found.append(room.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
         advance(len(found[-1]))
+    assert samples.labels is not None
     return torch.cat(found), samples.labels
 
 

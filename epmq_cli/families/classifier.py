@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import tokens
-from epmq_cli.suites import Task
+from epmq_cli.suites import POSITION, Task
 
 
 class FirstToken(nn.Module):
@@ -124,6 +123,12 @@ class Classifier(Family):
             head = classifier.read_head(expert, self.linear, width)
         return {name: tensor.to(device) for name, tensor in head.items()}
 
+    def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
+        """Those of the expert's config; an adapter has no config of its own, only the base's."""
+        if expert.config is base.config or task.match_labels == POSITION:
+            return None
+        return classifier.read_names(expert, len(head["weight"]))
+
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """What the dense layer makes of the features, where there is one."""
         if self.dense is None:
@@ -139,17 +144,17 @@ class Classifier(Family):
 class TextClassifier(Classifier):
     """Those that read texts, or pairs of texts."""
 
+    reads = (str, tuple)
     reserved = 0
     """Positions that no token can have."""
 
+    def positions(self, folder: Path) -> int | None:
+        """Those of the table of positions."""
+        found: int = config_of(folder).max_position_embeddings
+        return found - self.reserved
+
     def collate(self, folder: Path, task: Task) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        positions = config_of(folder).max_position_embeddings - self.reserved
-        if task.max_length > positions:
-            raise ConfigError(
-                f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
-                f"got {task.max_length}"
-            )
         tokenizer = tokens(folder)
 
         def collate(texts: list[Any]) -> Batch:

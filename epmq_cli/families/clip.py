@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -56,6 +57,7 @@ class _Readout(nn.Module):
 class Clip(Family):
     """`family: clip`."""
 
+    reads = (Image,)
     model_types = ("clip", "clip_vision_model")
     stem = (
         Patches(
@@ -128,9 +130,11 @@ class Clip(Family):
         classes, templates = task.classes or (), task.templates or ()
         settings: Any = model.config
         end = settings.text_config.eos_token_id
-        tokenizer = tokens(base, longest=settings.text_config.max_position_embeddings)
+        longest = settings.text_config.max_position_embeddings
+        tokenizer = tokens(base, longest=longest)
 
         def embed(texts: list[str]) -> Tensor:
+            _check_fits(tokenizer(texts, padding=True, verbose=False), texts, longest, task.name)
             read = tokenizer(texts, padding=True, truncation=True)
             if not _ends(read["input_ids"], end):
                 raise ModelError(
@@ -149,6 +153,17 @@ class Clip(Family):
     def logits(self, features: Tensor, head: Head) -> Tensor:
         """100 x cosine; a head that was solved again is no longer of unit rows."""
         return zero_shot.logits(features, head["weight"])
+
+
+def _check_fits(read: Any, texts: list[str], longest: int, task: str) -> None:
+    """ConfigError where a text has more tokens than the text tower reads: what is cut off may be the class."""
+    lengths = read["attention_mask"].sum(1).tolist()
+    long = next((index for index, length in enumerate(lengths) if length > longest), None)
+    if long is not None:
+        raise ConfigError(
+            f"suite.tasks.{task}: {texts[long]!r}, made of a class and a template, has {lengths[long]} tokens, and the "
+            f"base's text tower reads at most {longest}; shorten one of them"
+        )
 
 
 def _ends(ids: Tensor, end: object) -> bool:

@@ -150,9 +150,8 @@ class Stack:
 class Family(ABC):
     """One architecture. Names of tensors and modules are those of the model that `load` returns.
 
-    A new one is a module with a subclass and a line in `FAMILIES`. It has the abstract methods below, and either
-    `blocks` and `readout`, as most do, whose models are a single stack, or `stacks`.
-    """
+    A new one is a module with a subclass that has the abstract methods, and `stacks`, or `blocks` and `readout` where
+    there is one stack; and a line in `FAMILIES`."""
 
     model_types: tuple[str, ...]
     """`model_type` in config.json of the models it takes, as base or expert."""
@@ -178,6 +177,9 @@ class Family(ABC):
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 
+    reads: tuple[type, ...] = (object,)
+    """The types of the inputs that `collate` takes."""
+
     metrics: tuple[str, ...] = ("accuracy", "matthews")
     """What its tasks can be scored by; the first is the usual one."""
 
@@ -199,16 +201,17 @@ class Family(ABC):
             known = f"{', '.join(others)} and {last}" if others else last
             raise ModelError(f"{folder.role}: {folder.path} holds a model of type {found}, family {name} takes {known}")
 
+    def positions(self, folder: Path) -> int | None:
+        """How many tokens of a task's `max_length` the model in a folder can read; None where nothing limits them."""
+        return None
+
     def check_task(self, task: Task) -> None:  # noqa: B027 - most families need nothing
         """ConfigError where a task lacks what models of this family need of it."""
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The tensors of base or expert that are merged, tied ones included where they are stored: name in the model
-        -> name in the folder's files.
-
-        ModelError where the folder holds another architecture.
-        """
+        """The tensors of base or expert that are merged, stored copies of tied ones included: name in the model -> name
+        in the folder's files; ModelError where the folder holds another architecture."""
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
         """Likewise all stored tensors, those that `epmq run` does not merge included."""
@@ -264,6 +267,10 @@ class Family(ABC):
         """The tensors of a task's own head. `model` is the base."""
         return {}
 
+    def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
+        """The names of the classes of a task's head, or of its answers, in order; None where they are not known."""
+        return task.classes
+
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """What a head's weight is multiplied with: (samples, width)."""
         return features
@@ -289,10 +296,11 @@ class LanguageModel(Family):
     """A family that is calibrated on running text and scored by perplexity."""
 
     metrics = ("perplexity",)
+    reads: tuple[type, ...] = (str,)
 
     @abstractmethod
     def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The token ids (tokens,) of running text; `folder` has the tokenizer."""
+        """The token ids (tokens,) of running text, or of conversations; `folder` has the tokenizer."""
 
     @abstractmethod
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class T5(Family):
     )
     heads = "none"
     answers = True
+    reads = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
     dequantize_on_load = True  # its feed-forward reads wo.weight
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from PIL.Image import Image
 from torch import nn
 
 from epmq_cli.families.classifier import Classifier
@@ -34,6 +35,7 @@ OLD = (
 class Vit(Classifier):
     """`family: vit`."""
 
+    reads = (Image,)
     model_types = ("vit",)
     options = {"add_pooling_layer": False}  # noqa: RUF012 - never changed
     prefix = "vit."

@@ -86,8 +86,9 @@ def of_batches(batches: Sequence[Batch]) -> str:
 def of_scoring(evaluation: Any, tasks: Sequence[ScoredTask], sources: Sequence[Any]) -> str:
     """A name for the scores that an evaluation gives on the test data as they are now: their labels, and the sizes and
     dates of local files."""
-    labels = [hashlib.sha256(_bytes(task.samples.labels)).hexdigest() for task in tasks]
-    return digest([type(evaluation).__name__, asdict(evaluation), labels, [_stamps(source) for source in sources]])
+    found = [task.samples.labels for task in tasks]
+    hashes = [None if labels is None else hashlib.sha256(_bytes(labels)).hexdigest() for labels in found]
+    return digest([type(evaluation).__name__, asdict(evaluation), hashes, [_stamps(source) for source in sources]])
 
 
 def _hashed(folder: ModelFolder) -> dict[str, str]:

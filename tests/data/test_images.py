@@ -50,7 +50,8 @@ def test_folders_that_do_not_fit_are_named(folders: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder"):
         load(folders / "nowhere")
     with pytest.raises(DataError, match="must have one sub-folder for each of the classes, it has none"):
-        load(folders / "cat")
+        (folders / "empty").mkdir()
+        load(folders / "empty")
 
 
 def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
@@ -72,22 +73,22 @@ def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         (
-            {"train_images": np.zeros((2, 4, 4), np.uint8)},
-            "cannot be read as npz with arrays train_images and train_labels",
+            {"test_images": np.zeros((2, 4, 4), np.uint8)},
+            "cannot be read as npz with arrays test_images and test_labels",
         ),
         (
-            {"train_images": np.zeros((2, 4, 4)), "train_labels": np.zeros(2)},
+            {"test_images": np.zeros((2, 4, 4)), "test_labels": np.zeros(2)},
             r"must be uint8 .* got float64 \(2, 4, 4\)",
         ),
-        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(3)}, r"labels float64 \(3,\)"),
-        ({"train_images": np.zeros((2, 4, 4, 4), np.uint8), "train_labels": np.zeros(2)}, r"got uint8 \(2, 4, 4, 4\)"),
-        ({"train_images": np.array([{}], dtype=object), "train_labels": np.zeros(1)}, "cannot be read as npz"),
+        ({"test_images": np.zeros((2, 4, 4), np.uint8), "test_labels": np.zeros(3)}, r"labels float64 \(3,\)"),
+        ({"test_images": np.zeros((2, 4, 4, 4), np.uint8), "test_labels": np.zeros(2)}, r"got uint8 \(2, 4, 4, 4\)"),
+        ({"test_images": np.array([{}], dtype=object), "test_labels": np.zeros(1)}, "cannot be read as npz"),
     ],
 )
 def test_bad_npz_files_are_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=message):
-        Npz(str(tmp_path / "x.npz")).load("train")
+        Npz(str(tmp_path / "x.npz")).load("test")
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:

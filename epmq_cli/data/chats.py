@@ -1,0 +1,128 @@
+"""Conversations of training data, as two conventions store them: `messages`, a list of {role, content}
+(https://huggingface.co/docs/transformers/chat_templating), and `conversations`, a list of {from, value} (ShareGPT)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from epmq_cli.data.texts import check_text, kind_of
+from epmq_cli.errors import DataError, shown
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""Who speaks in ShareGPT's `from` -> the role that chat templates know."""
+
+LINES = "\n"  # between the texts of one message, as inference servers join them
+EXTRAS = ("name", "tool_call_id", "reasoning_content")
+"""What else a message may have that templates read, beside its tool calls."""
+
+
+class Chat(str):
+    """A conversation, from which a tokenizer's chat template makes a text. As a string it is what its messages say, a
+    line each, for what counts and compares texts.
+
+    `messages`: {role, content, ...}, each content a text. `where`: the row that it was read from.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    where: str
+
+    def __new__(cls, messages: Sequence[dict[str, Any]], where: str) -> Chat:
+        """The conversation of these messages."""
+        chat = super().__new__(cls, LINES.join(message["content"] for message in messages))
+        chat.messages, chat.where = tuple(messages), where
+        return chat
+
+    def __getnewargs__(self) -> tuple[Sequence[dict[str, Any]], str]:  # type: ignore[override]
+        """For copies."""
+        return self.messages, self.where
+
+
+def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:
+    """The conversation that a list holds; DataError where it holds none."""
+    if not value or not all(isinstance(message, Mapping) for message in value):
+        raise DataError(
+            f"{where}: column {column} holds {kind_of(value)}, and of lists only conversations are read: messages with "
+            "role and content, or from and value; choose the column that holds the text"
+        )
+    return Chat([_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)], where)
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {key: each for key, each in message.items() if each is not None}  # parquet fills up with null
+    if not {"role", "from"} & fields.keys():
+        names = ", ".join(map(str, message)) or "nothing"
+        raise DataError(f"{where} must have role and content, or from and value, and has {names}")
+    role = fields["role"] if "role" in fields else ROLES.get(str(fields["from"]).lower())
+    content = fields.get("content", fields.get("value"))
+    if not isinstance(role, str):
+        raise DataError(
+            f"{where} is from {shown(fields.get('from', role))}, which is none of {', '.join(ROLES)}; rename it, or "
+            "store messages with role and content"
+        )
+    calls = _tool_calls(fields.get("tool_calls") or (), where)
+    if content is None and not calls:
+        raise DataError(f"{where} has no content; leave its row out")
+    kept = {key: check_text(str(fields[key]), where) for key in EXTRAS if key in fields}
+    text = _content(content, where) if content is not None else ""
+    return {"role": check_text(role, where), "content": text, **kept, **({"tool_calls": calls} if calls else {})}
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return check_text(content, where)
+    if not isinstance(content, list | tuple) or not content:
+        raise DataError(f"{where} has {kind_of(content)} as its content, which must be text; leave its row out")
+    return LINES.join(_part(part, where) for part in content)
+
+
+def _part(part: Any, where: str) -> str:
+    """One part of a content that is a list: {type: text, text}, or a text."""
+    if isinstance(part, str):
+        return check_text(part, where)
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return check_text(part["text"], where)
+    kind = f"a part of type {part['type']}" if isinstance(part, Mapping) and part.get("type") else kind_of(part)
+    raise DataError(f"{where} has {kind} in its content, and language models read text; leave its row out")
+
+
+def _tool_calls(calls: Iterable[Any], where: str) -> list[dict[str, Any]]:
+    """Tool calls as chat templates take them, with arguments that are objects: OpenAI stores those as JSON."""
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where} has a tool call without the name of a function; leave its row out")
+        arguments = function.get("arguments")
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError as error:
+            raise DataError(
+                f"{where} has a tool call whose arguments are not JSON ({error}); leave its row out"
+            ) from error
+        found.append(
+            {"type": "function", "function": {"name": function["name"], "arguments": _filled(arguments or {})}}
+        )
+    return found
+
+
+def _filled(value: Any) -> Any:
+    """The value without the null fields that parquet fills objects up with."""
+    if isinstance(value, Mapping):
+        return {key: _filled(each) for key, each in value.items() if each is not None}
+    return [_filled(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,147 @@
+"""From the values of a label column to labels: positions of classes, or numbers, and the names of the classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import DataError, shown
+
+MOST = 1 << 63  # int64 has the whole numbers below
+LARGEST = torch.finfo(torch.float32).max
+WITHOUT = "eval.stages=[] merges and calibrates without scoring"
+YAML_WORDS = (("no", "yes"), ("off", "on"), ("false", "true"))
+"""What YAML reads as false and true where it is not in quotes."""
+UNLABELLED = -1
+"""The label that data sets of the hub give to samples without one."""
+
+Classes = tuple[str, ...] | None
+
+
+def read_labels(
+    values: Sequence[Any],
+    labels: Sequence[str | int | bool] | None,
+    names: Sequence[str] | None,
+    regression: bool,
+    where: str,
+) -> tuple[Tensor, Classes]:
+    """The labels (len(values),) and the names of their classes in order, None where these are not known.
+
+    `labels`: the values in the order of the classes. `names`: those that the source gives to the values 0, 1, ...
+    """
+    _check_single(values, where)
+    if regression:
+        return torch.tensor([_number(value, where) for value in values], dtype=torch.float32), None
+    if names is not None:
+        return _named(values, labels, names, where)
+    if labels is None:
+        return _indices(values, where), None
+    spelled = _spelled(labels, values)
+    return _positions(values, spelled, where), tuple(spelled)
+
+
+def _check_single(values: Sequence[Any], where: str) -> None:
+    """DataError where a row has no label, or several of them."""
+    for number, value in enumerate(values, 1):
+        if isinstance(value, (list, tuple, dict)):
+            raise DataError(
+                f"{where}, row {number}: the label {shown(value)} is a list; epmq scores tasks with one label a "
+                f"sample, which multi-label tasks do not have; {WITHOUT}"
+            )
+    empty = [number for number, value in enumerate(values, 1) if _is_empty(value)]
+    if empty:
+        raise DataError(
+            f"{where}, row {empty[0]}: the row has no label, like {len(empty)} of {len(values)} rows; remove them or "
+            f"fill them in; {WITHOUT}"
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _named(
+    values: Sequence[Any], labels: Sequence[str | int | bool] | None, names: Sequence[str], where: str
+) -> tuple[Tensor, Classes]:
+    """Labels whose values 0, 1, ... have names, by which `labels` may call them; -1 is a sample without a label."""
+    indices = _indices(values, where)
+    if len(indices) and not UNLABELLED <= int(indices.min()) <= int(indices.max()) < len(names):
+        raise DataError(
+            f"{where}: its labels are {int(indices.min())}..{int(indices.max())}, and it names {len(names)} classes, "
+            f"{', '.join(names)}; fetch it again"
+        )
+    if labels is None:
+        return indices, tuple(names)
+    spelled = _spelled(labels, names)
+    if not set(spelled) & set(names):  # the values themselves
+        return _positions(values, spelled, where), tuple(spelled)
+    called = ["-1" if index == UNLABELLED else names[index] for index in indices.tolist()]
+    found = _positions([name for name in called if name != "-1"], spelled, where)
+    indices[indices != UNLABELLED] = found
+    return indices, tuple(spelled)
+
+
+def _spelled(labels: Sequence[str | int | bool], values: Collection[Any]) -> list[str]:
+    """The values of classes as texts; those that YAML took for true and false as the data spells them."""
+    texts = {value.casefold(): value for value in values if isinstance(value, str)}
+    words = next((pair for pair in YAML_WORDS if texts and set(texts) <= {*pair}), None)
+    if words is None or not all(isinstance(label, bool) for label in labels):
+        return [_text(label) for label in labels]
+    return [texts.get(words[int(label)], words[int(label)]) for label in labels]
+
+
+def _text(value: Any) -> str:
+    """A value as the text by which it is found: whole numbers alike, whatever their type."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> Tensor:
+    """int64 (len(values),): the position of each value in `labels`."""
+    index = {label: position for position, label in enumerate(labels)}
+    unknown = next((value for value in values if _text(value) not in index), None)
+    if unknown is not None:
+        quotes = "; YAML reads the words yes, no, on and off as true and false, put them in quotes"
+        hint = quotes if {"True", "False"} & set(index) else ""
+        raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}{hint}")
+    return torch.tensor([index[_text(value)] for value in values], dtype=torch.int64)
+
+
+def _indices(values: Sequence[Any], where: str) -> Tensor:
+    """int64 (len(values),): the values themselves; of a column of nothing but true and false, as PatchCamelyon's, 1 and
+    0."""
+    if all(isinstance(value, bool) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor([_whole(value, where) for value in values], dtype=torch.int64)
+
+
+def _whole(value: Any, where: str) -> int:
+    """A label as a whole number: 1, 1.0, "1" and "1.0" are one; 1.7, true among numbers and infinity are none."""
+    try:
+        read = (float(value) if "." in value else int(value)) if isinstance(value, str) else value
+        number = int(read)
+        if not isinstance(value, (bool, bytes)) and abs(number) < MOST and number == read:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(
+        f"{where}: labels must be whole numbers from 0, got {shown(value)}; name their values in data.labels, or set "
+        "data.regression: true and metric: spearman for numbers"
+    )
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+        if not isinstance(value, bool) and math.isfinite(number) and abs(number) <= LARGEST:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(f"{where}: with data.regression every label must be a finite number, got {shown(value)}")

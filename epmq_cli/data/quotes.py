@@ -1,0 +1,95 @@
+"""Whether the quotes of a tsv file are its syntax or part of its text.
+
+Both are usual. In GLUE's files they are text, and a field may begin with a quote that nothing closes. pandas, Excel and
+others put a field into quotes where it holds a tab, a line end or a quote, which they double.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from epmq_cli.console import log, say
+
+Rows = Sequence[Sequence[str]]
+
+STARTS = re.compile('(?:^|[\t\n\r])"')  # a field that begins with a quote
+ENDS = re.compile("\r\n|\r")
+
+WRITERS: tuple[Callable[[str], bool], ...] = (
+    lambda field: any(mark in field for mark in '\t\n\r"'),  # Python's csv and pandas
+    lambda field: any(mark in field for mark in '\t\n\r",'),  # Excel
+    lambda field: not _is_number(field),  # R, LibreOffice
+    lambda field: field != "" and not _is_number(field),
+    lambda field: True,
+    lambda field: field != "",
+)
+"""Which fields a program puts into quotes."""
+
+
+def are_syntax(text: str, path: Path) -> bool:
+    """Whether fields of a table with tabs are in quotes that are not part of them; says so where it matters.
+
+    They are where only this gives each row as many fields as the header, or where the text is, to the letter, what a
+    program writes for these fields. `path`: the table's, for messages.
+    """
+    if not STARTS.search(text):
+        return False
+    lines = [line for line in _lines(text).split("\n") if line]
+    plain, quoted = [line.split("\t") for line in lines], _quoted(text)
+    if quoted is None:
+        return False
+    written = any(_written(quoted, needs) == "\n".join(lines) for needs in WRITERS)
+    if not _is_even(plain) or (written and len(plain) == len(quoted)):
+        say(f"{path}: the quotes around fields are read as syntax, as pandas writes them, not as part of the text")
+        return True
+    if written or all(_is_wrapped(field) for row in plain for field in row if '"' in field):
+        log.warning(
+            "%s: the quotes around fields are read as part of the text; save the file as csv or jsonl if they are not",
+            path,
+        )
+    return False
+
+
+def _quoted(text: str) -> Rows | None:
+    """The rows where quotes are syntax; None where the file cannot be read so."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if row]
+    except csv.Error:
+        return None
+    return rows if _is_even(rows) else None
+
+
+def _is_even(rows: Rows) -> bool:
+    """Whether each row has as many fields as the first."""
+    return len({len(row) for row in rows}) == 1
+
+
+def _is_wrapped(field: str) -> bool:
+    return len(field) > 1 and field[0] == field[-1] == '"'
+
+
+def _lines(text: str) -> str:
+    return ENDS.sub("\n", text)
+
+
+def _written(rows: Rows, needs: Callable[[str], bool]) -> str:
+    """The table as a program writes it that puts these fields into quotes."""
+    fields = (("\t".join(_field(field) if needs(field) else field for field in row)) for row in rows)
+    return "\n".join(map(_lines, fields))
+
+
+def _field(field: str) -> str:
+    doubled = field.replace('"', '""')
+    return f'"{doubled}"'
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+        return True
+    except ValueError:
+        return False

@@ -1,0 +1,114 @@
+"""The rows of a table file: tsv, csv, json, jsonl or parquet. Of a row each column is read as it is stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from epmq_cli.data.quotes import are_syntax
+from epmq_cli.errors import DataError
+
+Row = dict[str, Any]
+LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
+WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""How files in another encoding begin."""
+
+BETWEEN = re.compile("[ \t\r\n,\ufeff]*")
+"""What may lie between two JSON values: line ends, commas, and the marks that files begin with, if they were joined."""
+
+
+class Repeated:
+    """Stands for the value of a column that a row has more than once."""
+
+
+def decoded(content: bytes) -> str:
+    """A file's content as text in UTF-8, without the mark that some programs begin it with; ValueError where it is in
+    another encoding or not text."""
+    wide = next((name for mark, name in WIDE.items() if content.startswith(mark)), None)
+    if wide:
+        raise ValueError(f"it is in {wide}; save it in UTF-8")
+    position = content.find(b"\0")
+    if position >= 0:
+        line = content.count(b"\n", 0, position) + 1
+        raise ValueError(f"line {line} holds a NUL byte, as files that are binary or in UTF-16 do")
+    return content.decode("utf-8-sig")
+
+
+def read_tsv(path: Path) -> list[Row]:
+    """The rows of a table with tabs, whose fields may be in quotes; see `quotes`."""
+    text = decoded(path.read_bytes())
+    if are_syntax(text, path):
+        return _delimited(text, delimiter="\t", strict=True)
+    return _delimited(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a table with commas."""
+    return _delimited(decoded(path.read_bytes()), strict=True)
+
+
+def _delimited(text: str, **options: Any) -> list[Row]:
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    filled = (fields for fields in reader if fields)
+    header, rows = next(filled, []), []
+    for number, fields in enumerate(filled, 1):
+        if len(fields) > len(header):
+            raise ValueError(f"row {number} has {len(fields)} fields, and the header names {len(header)} columns")
+        rows.append(dict(zip_longest(header, fields)))
+    twice = {name: Repeated() for name in header if header.count(name) > 1}
+    return [row | twice for row in rows] if twice else rows
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows of JSON lines, of an array of objects, or of several of either."""
+    return list(_objects(decoded(path.read_bytes())))
+
+
+def _objects(text: str) -> Iterator[Row]:
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    position = BETWEEN.match(text, 0).end()  # type: ignore[union-attr]
+    while position < len(text):
+        value, end = decoder.raw_decode(text, position)
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                line = text.count("\n", 0, position) + 1
+                raise ValueError(f"every line must be a JSON object, and line {line} holds {json.dumps(row)[:40]}")
+            yield row
+        position = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        found |= {name: Repeated() for name in found if names.count(name) > 1}
+    return found
+
+
+def read_parquet(path: Path) -> list[Row]:
+    """The rows of a parquet file, nested columns as lists and dicts."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow; install it with pip install 'epmq-cli[tables]'") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        table = file.read()
+    rows: list[Row] = table.to_pylist()
+    twice = {name: Repeated() for name in table.column_names if table.column_names.count(name) > 1}
+    return [row | twice for row in rows] if twice else rows
+
+
+READERS: Mapping[str, Callable[[Path], list[Row]]] = {
+    ".tsv": read_tsv,
+    ".csv": read_csv,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".parquet": read_parquet,
+}

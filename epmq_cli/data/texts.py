@@ -1,0 +1,82 @@
+"""Which values of a column are text. Python turns any value into some text, such as a list into brackets and quotes; no
+model was trained on that, and it is refused."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from typing import Any
+
+from epmq_cli.errors import DataError
+
+SHOWN = 40  # characters of a value in a message
+
+
+def text_of(value: Any, column: str, where: str) -> str:
+    """The value of a column of texts; DataError where it is not text."""
+    if isinstance(value, str):
+        return check_text(value, where)
+    remedy = "choose the column that holds the text"
+    if _is_number(value):
+        remedy += f", or set data.prompt to '{{{column}}}' if these numbers are the text"
+    if isinstance(value, bytes):
+        remedy += ", or store it as strings"
+    if isinstance(value, dict):
+        remedy += ", such as one with the values of one of these keys"
+    raise DataError(f"{where}: column {column} holds {kind_of(value)}, not text; {remedy}")
+
+
+def prompt_value(value: Any, column: str, where: str) -> Any:
+    """The value of a column that has a place in a prompt, a text or a number; DataError where it is neither."""
+    if isinstance(value, str) or _is_number(value):
+        return value
+    raise DataError(
+        f"{where}: column {column} holds {kind_of(value)}, and data.prompt takes texts and numbers; store it as text "
+        "or leave its place out of data.prompt"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a sentence."""
+    if value is None:
+        return "no value (null)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, float) and math.isnan(value):
+        return "no value (NaN)"
+    if isinstance(value, int | float | Decimal):
+        return f"a number ({_short(value)})"
+    if isinstance(value, list | tuple):
+        return f"a list ({_short(value)})"
+    if isinstance(value, dict):
+        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"[: 4 * SHOWN]
+    if isinstance(value, bytes | bytearray):
+        return f"bytes ({_short(value)})"
+    return f"a value of type {type(value).__name__} ({_short(value)})"
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def check_text(text: str, where: str) -> str:
+    """The text; DataError where it holds NUL, or half a surrogate pair, as "\\ud800" in JSON gives, which is not a
+    character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: the text holds {text[error.start : error.end]!a}, which is not a character and cannot be "
+            "written in UTF-8; take it out"
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{where}: the text holds a NUL character, as files that are binary or in UTF-16 do; take it out, or save "
+            "the file as text in UTF-8"
+        )
+    return text

@@ -1,0 +1,234 @@
+"""The labels of a task's data against the classes of its head, by name.
+
+A head has its classes in the order in which it was trained, or in which a suite lists them; a data source has its own,
+such as that of sorted class folders. Where both are known by name, labels are translated into the order of the head.
+Where they are not, labels are taken by position, and that is said; where names contradict each other, the task is
+refused, since every position could be wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from epmq_cli.data.samples import Samples
+from epmq_cli.errors import DataError
+from epmq_cli.suites import POSITION, Task
+
+DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
+"""The names that transformers gives to classes that have none."""
+NUMBER = re.compile(r"-?\d+")
+SHOWN = 8  # names of a long list
+SHORT = 3  # letters that an abbreviation has at least
+
+Order = tuple[int | None, ...]
+"""The class of the head that each label of the data is, by label; None where the head has no such class."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What is known of the classes of a task's head.
+
+    `names`: in order; None where it has none, as an adapter or a head with transformers' own LABEL_0, LABEL_1, ...
+    `count`: how many there are; None where that is not known. `own`: whether the head was trained with the expert, so
+    that its names are those of the data it was trained on; others are prompts or answers, which need not be spelled
+    as the data does it.
+    """
+
+    task: str
+    names: tuple[str, ...] | None
+    count: int | None
+    own: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """How labels of the data are those of the head: None for by position. `said`: what the user should know of it."""
+
+    order: Order | None
+    said: str | None = None
+
+
+def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
+    """How the labels of a task's test samples are translated; DataError where names contradict each other.
+
+    Where the source knows no names, the classes that the suite lists in label order are those of the data.
+    """
+    data = samples.classes or task.classes
+    if task.match_labels == POSITION or (data == heading.names and data is not None):
+        return Match(None)
+    return match(heading, data, getattr(task.data, "labels", None) is not None)
+
+
+def translated(samples: Samples, order: Order | None, heading: Heading) -> Samples:
+    """The samples with labels in the order of the head; DataError where one of them is not a class of it."""
+    if order is None or samples.labels is None:
+        return samples
+    there = set(samples.labels.tolist())
+    beyond = [label for label in sorted(there) if not 0 <= label < len(order)]
+    unknown = [label for label, place in enumerate(order) if place is None and label in there]
+    if beyond or unknown:
+        name = beyond[0] if beyond else (samples.classes or ())[unknown[0]]
+        raise DataError(
+            f"task {heading.task}: the test samples have the label {name}, which is none of the classes "
+            f"{shown(heading.names or ())}"
+        )
+    table = torch.tensor([-1 if place is None else place for place in order], dtype=torch.int64)
+    return replace(samples, labels=table[samples.labels], classes=heading.names)
+
+
+def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) -> Match:
+    """How labels with these names (None for unnamed ones) are classes of the head; DataError where names contradict
+    each other. `listed`: whether the suite gives the data's names, and so their order."""
+    head = heading.names
+    if data is None:
+        numbers = _numbers(head or ())
+        if numbers is not None and sorted(numbers) == list(range(len(numbers))):
+            return _by_order(heading, tuple(map(str, range(len(numbers)))), numbers_first(numbers))
+        if head is None or not heading.own:
+            return Match(None)
+        return Match(
+            None, f"labels 0 to {len(head) - 1} are taken as {shown(head)}, in the order of the expert's config"
+        )
+    if head is None:
+        return _unnamed_head(heading, data)
+    head_keys, data_keys = _keys(head, data)
+    if head_keys is None or data_keys is None:
+        return _incomparable(heading, data, "a name is there twice")
+    head_numbers, data_numbers = _numbers(head), _numbers(data)
+    if data_numbers is not None and head_numbers is None:
+        return _numbered_data(heading, data, data_numbers, listed)
+    if head_numbers is not None and data_numbers is None:
+        return _incomparable(heading, data, "the classes of the head are numbers")
+    order = tuple(head_keys.index(key) if key in head_keys else None for key in data_keys)
+    return _by_order(heading, data, _with_abbreviations(order, head_keys, data_keys))
+
+
+def numbers_first(numbers: Sequence[int]) -> Order:
+    """Where each of the numbers 0, 1, ... is in a list of all of them."""
+    return tuple(numbers.index(number) for number in range(len(numbers)))
+
+
+def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
+    """The match by name of data whose labels were found at these classes of the head."""
+    head = heading.names or ()
+    found = [label for label, place in enumerate(order) if place is not None]
+    placed = all(order[label] == label for label in found)
+    if len(found) == len(data) and placed:
+        extra = head[len(data) :]
+        return Match(None, f"the head also has {shown(extra)}, which the data does not have" if extra else None)
+    if len(found) == len(data) or (len(found) == len(head) and not heading.own):
+        return Match(order, f"classes are matched by name: the data has {shown(data)}, the head {shown(head)}")
+    if heading.own or len(data) != len(head) or not placed:
+        raise DataError(_contradiction(heading, data, len(found)))
+    if found:
+        differ = [f"{data[label]} as {head[label]}" for label, place in enumerate(order) if place is None]
+        return Match(None, f"labels are taken by position, {shown(differ)}; the other names are the same")
+    return Match(None, f"labels are taken by position: {shown(data)} as {shown(head)}, which share no name")
+
+
+def _with_abbreviations(order: Order, head: Sequence[str], data: Sequence[str]) -> Order:
+    """The order with the names that begin alike, as neg and negative, where that gives each of the rest one of its own;
+    the order itself elsewhere."""
+    rest = {place: head[place] for place in range(len(head)) if place not in order}
+    found = dict(enumerate(order))
+    for label in (label for label, place in enumerate(order) if place is None):
+        alike = [place for place, name in rest.items() if _alike(name, data[label])]
+        if len(alike) != 1:
+            return order
+        found[label] = alike[0]
+    return tuple(found.values()) if len(set(found.values())) == len(found) else order
+
+
+def _alike(one: str, other: str) -> bool:
+    short, long = sorted((one, other), key=len)
+    return len(short) >= SHORT and long.startswith(short)
+
+
+def _unnamed_head(heading: Heading, data: tuple[str, ...]) -> Match:
+    """For heads without names of their own: those of transformers, where the data has these; else by position."""
+    if heading.count is not None and all(map(DEFAULT.fullmatch, data)):
+        names = tuple(f"LABEL_{index}" for index in range(heading.count))
+        order = tuple(names.index(name.upper()) if name.upper() in names else None for name in data)
+        return _by_order(replace(heading, names=names), data, order)
+    return _incomparable(heading, data, "the names of the head's classes are not known")
+
+
+def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[int], listed: bool) -> Match:
+    """For data whose names are numbers: by the numbers in the names of the head, as of "1 star"; else by position."""
+    head = heading.names or ()
+    parts = [NUMBER.findall(name) for name in head]
+    if all(len(part) == 1 for part in parts):
+        held = [int(part[0]) for part in parts]
+        if len(set(held)) == len(held) and set(numbers) <= set(held):
+            return _by_order(heading, data, tuple(held.index(number) for number in numbers))
+    if list(numbers) != sorted(numbers) and not listed:
+        raise DataError(
+            f"task {heading.task}: the labels of the data are numbers in another order, {shown(data)}, and its classes "
+            f"are {shown(head)}; list the data's values in the order of these in data.labels"
+        )
+    return _incomparable(heading, data, "the labels of the data are numbers")
+
+
+def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
+    """By position, where names say nothing; DataError where a trained head has more classes than the data, or fewer."""
+    if heading.own and heading.count is not None and heading.count != len(data):
+        raise DataError(
+            f"task {heading.task}: its head has {heading.count} classes and the data {len(data)}, {shown(data)}; name "
+            f"them in data.labels in the order of the head, or set suite.tasks.{heading.task}.match_labels: position "
+            "if the first labels are the first classes"
+        )
+    if heading.names is None:
+        return Match(None, f"labels are taken by position, {shown(data)}, and could not be compared, as {why}")
+    return Match(None, f"labels are taken by position, {shown(data)} as {shown(heading.names)}, as {why}")
+
+
+def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
+    of = "the expert's config.json has the classes" if heading.own else "the suite has the classes"
+    much = f"only {common} of the names are in both" if common else "no name is in both"
+    return (
+        f"task {heading.task}: {of} {shown(heading.names or ())} and the data {shown(data)}, where {much}; list the "
+        f"data's values in the order of the classes in data.labels and set suite.tasks.{heading.task}.match_labels: "
+        "position, or use the same names"
+    )
+
+
+def _keys(head: tuple[str, ...], data: tuple[str, ...]) -> tuple[list[str] | None, list[str] | None]:
+    """Both lists as they are compared: folded, or as they are where folding makes two names one; None where a name is
+    there twice even so."""
+    for key in (fold, str.strip):
+        both = [[key(name) for name in names] for names in (head, data)]
+        if all(len(set(keys)) == len(keys) for keys in both):
+            return both[0], both[1]
+    return None, None
+
+
+def fold(name: str) -> str:
+    """A name without case, spaces, `_` and `-`; a whole number as it is usually written."""
+    name = unicodedata.normalize("NFKC", name).strip()
+    if NUMBER.fullmatch(name):
+        return str(int(name))
+    default = DEFAULT.fullmatch(name)
+    return f"label{int(default[1])}" if default else re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _numbers(names: Sequence[str]) -> list[int] | None:
+    """The numbers that all names are, as those of transformers' LABEL_1, LABEL_0; None where they are not."""
+    found = [DEFAULT.fullmatch(name.strip()) for name in names]
+    texts = [part[1] if part else name.strip() for part, name in zip(found, names, strict=True)]
+    return [int(text) for text in texts] if texts and all(map(NUMBER.fullmatch, texts)) else None
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names in a sentence, a long list cut short."""
+    rest = len(names) - SHOWN
+    return ", ".join([*names[:SHOWN], *([f"... ({rest} more)"] if rest > 0 else [])])
+
+
+def unnamed(names: Sequence[str]) -> bool:
+    """Whether names are those that transformers gives to classes without one, in order."""
+    return all((part := DEFAULT.fullmatch(name)) is not None and int(part[1]) == i for i, name in enumerate(names))

@@ -1,0 +1,31 @@
+"""Whether the inputs of a task are of a kind that its family reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from epmq_cli.data.chats import Chat
+from epmq_cli.errors import DataError
+from epmq_cli.families.family import Family
+
+KINDS = {Chat: "conversations", str: "texts", tuple: "pairs of texts", Image.Image: "images"}
+
+
+def _reads(family: Family, first: Any) -> bool:
+    return Chat in family.reads if isinstance(first, Chat) else isinstance(first, family.reads)
+
+
+def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
+    """DataError where the first input is none that models of the family read."""
+    if not len(inputs) or _reads(family, first := inputs[0]):
+        return
+    name = type(family).__module__.rpartition(".")[2]
+    found = next((kind for each, kind in KINDS.items() if isinstance(first, each)), type(first).__name__)
+    where = f"{first.where} holds" if isinstance(first, Chat) else "its data are"
+    wanted = " or ".join(KINDS.get(each, each.__name__) for each in family.reads)
+    raise DataError(
+        f"task {task}: {where} {found}, and family {name} reads {wanted}; choose other columns or another data source"
+    )

@@ -1,0 +1,73 @@
+"""What a tokenizer's chat template makes of conversations (https://huggingface.co/docs/transformers/chat_templating)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from epmq_cli.console import log
+from epmq_cli.data.chats import Chat
+from epmq_cli.errors import DataError, first_line, lacks_memory
+
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
+"""Of templates that write the date into a conversation, so that a run gives the same bytes on every day; the one that
+Llama's template falls back to."""
+CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{part}', '{value}')" for part, value in DATE.items())
+    + " }}{% endmacro %}\n"
+)
+THOUGHT = "</think>"  # templates leave out what earlier answers have in front of it
+
+
+def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
+    """The text of each conversation, with all the special tokens that the template writes; DataError where there is no
+    template or it refuses a conversation. `folder`: the tokenizer's, for messages.
+
+    Templates run in the sandbox of transformers. Messages that they leave out are a warning, tool calls an error.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{chats[0].where} holds a conversation, and the tokenizer in {folder} has no chat template to write it "
+            "with; put a chat_template.jinja there, such as that of the experts, or choose a column of texts"
+        )
+    texts = [_text(tokenizer, folder, chat) for chat in chats]
+    lost = [(chat, message) for chat, text in zip(chats, texts, strict=True) for message in _lost(chat, text)]
+    if lost:
+        chat, message = lost[0]
+        log.warning(
+            "the chat template in %s leaves out %d of %d messages, such as one with the role %s of %s",
+            folder,
+            len(lost),
+            sum(len(chat.messages) for chat in chats),
+            message["role"],
+            chat.where,
+        )
+    return texts
+
+
+def _text(tokenizer: Any, folder: Path, chat: Chat) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+        template = CLOCK + template if "strftime_now" in template else template
+        text: str = tokenizer.apply_chat_template(list(chat.messages), chat_template=template, tokenize=False)
+    except Exception as error:  # a template may raise anything
+        if lacks_memory(error):
+            raise
+        raise DataError(
+            f"{chat.where}: the chat template in {folder} does not take the conversation ({first_line(error)}); leave "
+            "the row out or change it"
+        ) from error
+    for message in chat.messages:
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise DataError(
+                    f"{chat.where} has tool calls, which the chat template in {folder} leaves out; leave the row out, "
+                    "or use a template that writes them"
+                )
+    return text
+
+
+def _lost(chat: Chat, text: str) -> list[dict[str, Any]]:
+    return [message for message in chat.messages if message["content"].rpartition(THOUGHT)[2].strip() not in text]
