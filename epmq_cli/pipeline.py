@@ -21,6 +21,7 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checks import check_described, check_groups, check_kernel, check_scoring, rounded
 from epmq_cli.console import track
 from epmq_cli.data.samples import Samples
@@ -38,6 +39,7 @@ from epmq_cli.quantize.grid import QuantizedWeight
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.suites import Suite, Task
+from epmq_cli.task_processors import PROCESSORS, Processors, place
 
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
 
@@ -113,13 +115,17 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     return models, model, dtype
 
 
-def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
-    """The tasks with their test samples and their heads, made by the base model or read from the experts."""
+def prepare_tasks(
+    job: Job, base_model: nn.Module, models: Models, processors: Processors | None = None
+) -> list[ScoredTask]:
+    """The tasks with their test samples and their heads, made by the base model or read from the experts.
+    `processors`: what `task_processors` gives."""
     prepared = []
     for task in track(job.suite.members, "read tasks"):
         with torch.inference_mode():
             head = job.family.head(base_model, models.base.path, task, models.experts[task.name], job.device)
-        prepared.append(scored_task(job.family, models.base.path, task, head, job.evaluation))
+        own = (processors or {}).get(task.name)
+        prepared.append(scored_task(job.family, models.base.path, task, head, job.evaluation, own))
     return prepared
 
 
@@ -129,22 +135,27 @@ def scored_task(
     task: Task,
     head: Mapping[str, Tensor],
     evaluation: config.Evaluation,
+    processor: Processor | None = None,
 ) -> ScoredTask:
-    """One task with the test samples that `eval.samples` leaves of it; `folder` has the processor."""
+    """One task with the test samples that `eval.samples` leaves of it. `folder` has the model's config and, unless
+    `processor` says where it is, the tokenizer or image processor."""
     samples = task.data.load("test", evaluation.samples)
     if isinstance(family, LanguageModel):
-        samples = Samples([family.tokens(folder, samples.inputs)], samples.labels[:1])
-    collate, predict = family.collate(folder, task), family.predict(folder, task)
+        samples = Samples([family.tokens(folder, samples.inputs, processor)], samples.labels[:1])
+    collate, predict = family.collate(folder, task, processor), family.predict(folder, task, processor)
     classes = len(task.classes) if task.classes else None
-    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes)
+    own = processor.folder if processor else None
+    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes, own)
 
 
-def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
-    """Each task's calibration batches, on the device: of all of them those that are this process's part."""
+def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
+    """Each task's calibration batches, on the device: of all of them those that are this process's part. `processors`:
+    what `task_processors` gives."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
+        own = (processors or {}).get(task.name)
         if isinstance(job.family, LanguageModel):
-            samples = sequences(task, partial(job.family.tokens, base), job.calib.samples, job.seed)
+            samples = sequences(task, partial(job.family.tokens, base, processor=own), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
         size = job.calib.batch_size
@@ -154,7 +165,7 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
                 f"task {task.name} has too few batches of calibration samples for {ranks.count()} processes: "
                 f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
             )
-        drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
     return drawn
 
 
@@ -227,18 +238,29 @@ def average_bits(walked: Walked) -> float | None:
     return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
 
 
-def texts(job: Job, model: nn.Module, resolved: Any, choices: Mapping[str, str], walked: Walked) -> dict[str, str]:
-    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks.
+def texts(
+    job: Job, model: nn.Module, resolved: Any, choices: Mapping[str, str], walked: Walked, processors: Processors
+) -> dict[str, str]:
+    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks and their `processors`.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
     """
     record = {"epmq": __version__, "choices": dict(choices), "config": {key: resolved[key] for key in RECORDED}}
+    if processors:
+        record[PROCESSORS] = list(processors)
     names = (choices["merge"], choices["guidance"], choices["quant"])
     spec, widths = job.quantizer.spec, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(
-            job.suite, names, spec, widths, average_bits(walked), type(model).__name__, __version__
+            job.suite,
+            names,
+            spec,
+            widths,
+            average_bits(walked),
+            type(model).__name__,
+            __version__,
+            {task: place(task) for task in processors},
         ),
     }
 

@@ -23,6 +23,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.heads import read_heads
 from epmq_cli.places import read_regular
 from epmq_cli.suites import Suite
+from epmq_cli.task_processors import saved_processors
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -96,5 +97,9 @@ def ready(
     family = suite_family(suite, checkpoint)
     check_scoring(suite, family, evaluation)
     heads = read_heads(checkpoint, suite, family, device)
-    tasks = [steps.scored_task(family, checkpoint, task, heads[task.name], evaluation) for task in suite.members]
+    processors = saved_processors(checkpoint, read_record(checkpoint), list(heads))
+    tasks = [
+        steps.scored_task(family, checkpoint, task, heads[task.name], evaluation, processors.get(task.name))
+        for task in suite.members
+    ]
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks

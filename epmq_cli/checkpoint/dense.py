@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,16 @@ from epmq_cli.errors import ModelError
 from epmq_cli.merge.apply import Merged
 
 
-def write_dense(folder: Path, base: ModelFolder, merged: Merged, pack: Pack) -> int:
+def write_dense(
+    folder: Path,
+    base: ModelFolder,
+    merged: Merged,
+    pack: Pack,
+    save_others: Callable[[Path], None] = lambda folder: None,
+) -> int:
     """Writes the base's tensors under the base's names, those that are merged merged, in the base's types or in
-    `pack.dtype`; with its config and processor files. Returns the bytes of the tensors.
+    `pack.dtype`; with its config and processor files. `save_others`: writes further files and folders into the
+    checkpoint's. Returns the bytes of the tensors.
 
     CheckpointError where the disk does not take it; then there is no folder.
     """
@@ -45,6 +53,7 @@ def write_dense(folder: Path, base: ModelFolder, merged: Merged, pack: Pack) -> 
         for name in PROCESSOR_FILES:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, partly / name)
+        save_others(partly)
     return sum(entry.size for entry in entries)
 
 

@@ -12,12 +12,12 @@ def escapes(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def leaves(path: Path) -> bool:
-    """Whether a file is a link out of its folder.
+def leaves(path: Path, root: Path | None = None) -> bool:
+    """Whether a file leads out of its folder, or out of `root`, which that folder is in, by a link.
 
     The snapshots of the hub's cache consist of links to the `blobs` beside them, which count as inside.
     """
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (root or path.parent).resolve(), path.resolve()
     inside = [folder]
     for parent in (folder, *folder.parents):
         if parent.parent.name == SNAPSHOTS:

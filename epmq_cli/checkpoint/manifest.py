@@ -1,11 +1,12 @@
-"""manifest.json: size and sha256 of every file of a checkpoint folder, written when all of them are there."""
+"""manifest.json: size and sha256 of every file of a checkpoint folder and its sub-folders, by the path in the folder,
+written when all of them are there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +31,9 @@ class Content:
 def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
     """Lists every file of the folder; nothing in it depends on time or place. `known`: what some of them were written
     with, which need not be read again."""
-    there = _files(folder)
-    found = {path.name: content for path, content in contents([p for p in there if p.name not in known]).items()}
-    files = {path.name: asdict({**found, **known}[path.name]) for path in there}
+    there = files_within(folder)
+    read = contents([path for name, path in there.items() if name not in known])
+    files = {name: asdict(known[name] if name in known else read[path]) for name, path in there.items()}
     text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -41,30 +42,43 @@ def file_problems(folder: Path) -> list[str]:
     """Where a folder is not what its manifest says, a phrase for each file; CheckpointError where it has no manifest
     that epmq can have written.
 
-    Files whose names begin with a dot are not counted: hubs and file managers add such.
+    Files and folders whose names begin with a dot are not counted: hubs and file managers add such.
     """
-    listed = _listed(folder)
-    there = {path.name: path for path in _files(folder)}
+    listed, there = _listed(folder), files_within(folder)
     found = [f"{name} is missing" for name in listed if name not in there]
     found += [f"{name} is not listed in {MANIFEST}" for name in there if name not in listed]
-    links = [path for path in [*there.values(), folder / MANIFEST] if leaves(path)]
-    found += [f"{path.name} is a link out of the folder" for path in links]
-    regular = {name for name, path in there.items() if path.is_file()}  # to open a pipe would wait for ever
+    links = {name for name, path in {**there, MANIFEST: folder / MANIFEST}.items() if leaves(path, folder)}
+    found += [f"{name} is a link out of the folder" for name in links]
+    regular = {name for name, path in there.items() if path.is_file()}  # opening a pipe would block
     found += [f"{name} is no regular file" for name in listed if name in there and name not in regular]
-    same_size = []
+    same_size = {}
     for name in listed.keys() & regular:
         size = there[name].stat().st_size
         if size == listed[name].size:
-            same_size.append(there[name])
+            same_size[name] = there[name]
         else:
             found.append(f"{name} has {size} bytes instead of {listed[name].size}")
-    read = contents([path for path in same_size if path not in links])
-    return sorted(found + [f"{path.name} has other bytes" for path in read if read[path] != listed[path.name]])
+    read = contents([path for name, path in same_size.items() if name not in links])
+    found += [
+        f"{name} has other bytes" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]
+    ]
+    return sorted(found)
 
 
-def _files(folder: Path) -> list[Path]:
-    names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return [path for path in names if path.name != MANIFEST]
+def files_within(folder: Path) -> dict[str, Path]:
+    """All files of a folder and its sub-folders but the manifest, in the order of their paths in it; a link to a folder
+    counts as a file."""
+    found = dict(_walked(folder))
+    found.pop(MANIFEST, None)
+    return found
+
+
+def _walked(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_dir() and not path.is_symlink():
+            yield from ((f"{path.name}/{name}", inner) for name, inner in _walked(path))
+        else:
+            yield path.name, path
 
 
 def contents(paths: list[Path]) -> dict[Path, Content]:
@@ -98,5 +112,8 @@ def _listed(folder: Path) -> dict[str, Content]:
 
 def _sound(name: str, content: Content) -> bool:
     """Whether an entry is one that epmq can have written; names lead nowhere else."""
-    plain = Path(name).name == name and not name.startswith(".") and name.isprintable()  # half a surrogate is not
-    return plain and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None
+    parts = name.split("/")
+    plain = all(part and Path(part).name == part and not part.startswith(".") for part in parts)
+    return (
+        plain and name.isprintable() and isinstance(content.size, int) and SHA256.fullmatch(content.sha256) is not None
+    )

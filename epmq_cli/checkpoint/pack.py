@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.manifest import Content, write_manifest
+from epmq_cli.checkpoint.manifest import Content, files_within, write_manifest
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
@@ -72,6 +72,7 @@ class Contents:
     `model`: the student as the walk left it. `weights`: its blocks' linears by module name, each on a grid of its own
     or dense. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`: the folder whose
     config and processor files are taken over. `texts`: further files by name. `dtype`: of all that is not packed.
+    `save_others`: writes further files and folders into the checkpoint's.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Contents:
     base: Path
     texts: Mapping[str, str]
     dtype: torch.dtype
+    save_others: Callable[[Path], None] = lambda folder: None
 
 
 def entries(contents: Contents) -> list[Entry]:
@@ -154,7 +156,7 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
         temporary.mkdir(parents=True)
         yield temporary, known
         write_manifest(temporary, known)
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
@@ -196,8 +198,9 @@ def _write_others(folder: Path, contents: Contents) -> None:
     for name in PROCESSOR_FILES:
         if (contents.base / name).is_file():
             shutil.copyfile(contents.base / name, folder / name)
+    contents.save_others(folder)
     mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+    for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)
 
 

@@ -115,6 +115,7 @@ def _made(
     from epmq_cli.resume.key import identity, of_scoring
     from epmq_cli.resume.state import opened, refuse_results
     from epmq_cli.shared import Shared
+    from epmq_cli.task_processors import calibration_samples, save_processors, task_processors
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
@@ -122,7 +123,10 @@ def _made(
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job, folder)
         shared = Shared(cache, job, models, dtype)
-        tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
+        samples_of = calibration_samples(job.seed, job.family)
+        processors = task_processors(job.family, models, job.suite.members, samples_of)
+        tasks = steps.prepare_tasks(job, model, models, processors)
+        drawn = steps.calibration_batches(job, models.base.path, processors)
         state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):
@@ -151,7 +155,8 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, model, resolved, choices, calibrated.walked),
+            texts=steps.texts(job, model, resolved, choices, calibrated.walked, processors),
+            save_others=partial(save_processors, models.base.path, processors, job.family.reads),
             dtype=dtype,
         )
         if not checkpoint.exists():

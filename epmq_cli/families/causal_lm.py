@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Collate, LanguageModel, Linears, Norm, Section, Table
@@ -121,7 +122,7 @@ class CausalLM(LanguageModel):
         """The last norm."""
         return LastNorm.section(model, "model.norm")
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Sequences of one length."""
 
         def collate(sequences: list[Any]) -> Batch:
@@ -129,9 +130,10 @@ class CausalLM(LanguageModel):
 
         return collate
 
-    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
+    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
         """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once."""
-        ids: Tensor = tokens(folder)(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
+        tokenizer = tokens(folder, processor=processor)
+        ids: Tensor = tokenizer(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate import classifier
@@ -138,7 +139,7 @@ class TextClassifier(Classifier):
     reserved = 0
     """Positions that no token can have."""
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
         positions = config_of(folder).max_position_embeddings - self.reserved
         if task.max_length > positions:
@@ -146,7 +147,7 @@ class TextClassifier(Classifier):
                 f"suite.tasks.{task.name}.max_length must be at most {positions}, the positions that the base has, "
                 f"got {task.max_length}"
             )
-        tokenizer = tokens(folder)
+        tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
             return dict(tokenizer(texts, padding=True, truncation=True, max_length=task.max_length))

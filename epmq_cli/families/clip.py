@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.evaluate import zero_shot
@@ -66,6 +67,7 @@ class Clip(Family):
     )
     first_norm = PREFIX + "pre_layrnorm"
     read_token = 0
+    reads = "pictures"
     heads = "made"
     head_parts = ("weight",)
     head_width = "projection_dim"
@@ -111,9 +113,9 @@ class Clip(Family):
         """The last layer norm and the projection of the class token."""
         return Section("", _Readout(model), READOUT)
 
-    def collate(self, folder: Path, task: Task) -> Collate:
-        """Images through the base's own image processor, as RGB."""
-        return images(folder)
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Pictures through the image processor, as RGB."""
+        return images(folder, processor)
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Image embeddings after the projection: (samples, projection width), not normalised."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.pretrained import dequantized
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.linalg import is_finite
@@ -160,6 +161,9 @@ class Family(ABC):
     read_token: int | None = None
     """See Stack."""
 
+    reads: Literal["texts", "pictures"] = "texts"
+    """What the samples of its tasks are, and so whether a tokenizer or an image processor makes batches of them."""
+
     heads: Literal["own", "made", "none"]
     """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
 
@@ -182,6 +186,10 @@ class Family(ABC):
         return (
             open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
         )
+
+    def processor_folder(self, expert: ModelFolder) -> Path | None:
+        """The folder in which an expert may have a tokenizer or an image processor of its own."""
+        return expert.path if expert.path.is_dir() else None
 
     def check_type(self, folder: ModelFolder) -> None:
         """ModelError where a folder holds a model that is none of `model_types`."""
@@ -223,8 +231,9 @@ class Family(ABC):
         return self.stacks(model)[-1].readout
 
     @abstractmethod
-    def collate(self, folder: Path, task: Task) -> Collate:
-        """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Makes batches out of samples as the protocol of the task says. `folder` has the model's config and, unless
+        `processor` says where it is, the tokenizer or image processor."""
 
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
         """A calibration batch with what the task's expert, which is `model`, adds to it when it is asked for so many
@@ -251,9 +260,9 @@ class Family(ABC):
         """(samples, classes); the features themselves for families without heads."""
         return features
 
-    def predict(self, folder: Path, task: Task) -> Predict:
-        """How the samples of a task are judged; `folder` has the processor. A head with a single output, as those of
-        regressions have, gives a number, others the class of the largest logit."""
+    def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
+        """How the samples of a task are judged; `folder` and `processor` as for `collate`. A head with a single output,
+        as those of regressions have, gives a number, others the class of the largest logit."""
 
         def judged(model: nn.Module, batch: Batch, head: Head) -> Tensor:
             logits = self.logits(self.features(model, batch), head)
@@ -270,8 +279,8 @@ class LanguageModel(Family):
     metrics = ("perplexity",)
 
     @abstractmethod
-    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The token ids (tokens,) of running text; `folder` has the tokenizer."""
+    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
+        """The token ids (tokens,) of running text; `folder` and `processor` as for `collate`."""
 
     @abstractmethod
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

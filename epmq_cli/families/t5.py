@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, first_line, shown
 from epmq_cli.families.family import (
@@ -116,9 +117,9 @@ class T5(Family):
             ),
         ]
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        tokenizer = tokens(folder)
+        tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
             found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length)
@@ -152,9 +153,9 @@ class T5(Family):
         ).last_hidden_state
         return hidden[batch["decoder_attention_mask"].bool()]
 
-    def predict(self, folder: Path, task: Task) -> Predict:
+    def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
         """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
-        tokenizer = own_tokenizer(folder)
+        tokenizer = own_tokenizer(folder, processor)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
         def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:

@@ -36,11 +36,11 @@ class Models:
         }
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
         self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
+        if family.reads == "texts":
+            check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
-            if family.heads != "made":  # those are made by a text tower that is the base's
-                check_tokens(self.base, expert)
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:
