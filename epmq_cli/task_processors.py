@@ -10,6 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from epmq_cli.calibrate.draw import task_seed
+from epmq_cli.checkpoint.open_clip_base import own_processor
+from epmq_cli.checkpoint.pretrained import config_of
 from epmq_cli.checkpoint.processor_folder import Processor, processor_files, same_files
 from epmq_cli.checkpoint.reader import ModelFolder, refuse_links
 from epmq_cli.console import say
@@ -62,10 +64,12 @@ def calibration_samples(seed: int, family: Family) -> SamplesOf:
 def _chosen(family: Family, models: Models, task: Task, samples_of: SamplesOf) -> Processor | None:
     """The expert's own processor where the task is read with it."""
     base, expert = models.base, models.experts[task.name]
-    folder = family.processor_folder(expert)
-    files = processor_files(folder, family.reads) if folder else {}
     bases = processor_files(base.path, family.reads)
-    if not files or folder is None or same_files(files, bases):
+    folder = expert.path
+    if family.reads == "pictures" and not processor_files(folder, family.reads):
+        folder = own_processor(folder, config_of(base.path), expert.role) or folder
+    files = processor_files(folder, family.reads)
+    if not files or same_files(files, bases):
         return None
     own, what = Processor(folder, models.source.vocabulary_size), KINDS[family.reads]
     if not bases:

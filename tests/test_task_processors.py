@@ -194,9 +194,7 @@ def test_an_expert_with_its_own_image_processor_scores_as_transformers_alone(
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(
-    kind: str, hub: Hub, tmp_path: Path
-) -> None:
+def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(kind: str, hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     found = copied(hub(kind), tmp_path / "hub")

@@ -1,11 +1,13 @@
 """CLIP (https://arxiv.org/abs/2103.00020) as transformers has it: the vision tower is merged and quantized.
 
-Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`; of the latter only the vision tower is read. Text
-tower and projections stay the base's. A head is the class embeddings of the base's text tower.
+Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`, whose visual projection is merged too where one of them
+has trained it. The text tower stays the base's. A head is the class embeddings of the base's text tower, or under
+`heads: expert` of the expert's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.checkpoint.processor_folder import Processor
+from epmq_cli.checkpoint.processor_folder import Processor, processor_files
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Patches, Section
+from epmq_cli.families.family import Batch, Collate, Experts, Family, Head, Linears, Norm, Patches, Section
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import images, tokens
+from epmq_cli.families.text_tower import PROJECTION, drifts, own_text_tower, swapped, tell
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -93,6 +96,14 @@ class Clip(Family):
         }
         return {name: stored for name, stored in names.items() if not name.endswith("position_ids")}
 
+    def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
+        """The visual projection, where an expert has trained it."""
+        found = {task.name: drifts(base, experts[task.name]) for task in tasks}
+        merged = any("visual_projection" in parts for parts in found.values())
+        for task in tasks:
+            tell(experts[task.name], task, found[task.name], merged)
+        return [PROJECTION] if merged else []
+
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the vision tower."""
         return block_settings(folder, "vision_config")
@@ -124,11 +135,14 @@ class Clip(Family):
         return features
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
-        """`weight` (classes, projection width): the class embeddings, each of length 1."""
+        """`weight` (classes, projection width): the class embeddings, each of length 1, made by the text tower of the
+        base or, where the task says so, of the expert."""
         classes, templates = task.classes or (), task.templates or ()
         settings: Any = model.config
         end = settings.text_config.eos_token_id
-        tokenizer = tokens(base, longest=settings.text_config.max_position_embeddings)
+        own = own_text_tower(expert, model.state_dict()) if task.heads == "expert" else {}
+        reader = Processor(expert.path) if own and processor_files(expert.path, "texts") else None
+        tokenizer = tokens(base, settings.text_config.max_position_embeddings, reader)
 
         def embed(texts: list[str]) -> Tensor:
             read = tokenizer(texts, padding=True, truncation=True)
@@ -140,7 +154,8 @@ class Clip(Family):
             embedding: Tensor = model.get_text_features(**read.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
-        return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
+        with swapped(model, own):
+            return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """The features, each of length 1."""

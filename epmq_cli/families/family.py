@@ -26,6 +26,7 @@ Batch = dict[str, Tensor]
 
 ALL = sys.maxsize  # samples of a batch
 
+Experts = Mapping[str, ModelFolder]
 Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
 Mask = Callable[[Batch], Tensor | None]
@@ -187,10 +188,6 @@ class Family(ABC):
             open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
         )
 
-    def processor_folder(self, expert: ModelFolder) -> Path | None:
-        """The folder in which an expert may have a tokenizer or an image processor of its own."""
-        return expert.path if expert.path.is_dir() else None
-
     def check_type(self, folder: ModelFolder) -> None:
         """ModelError where a folder holds a model that is none of `model_types`."""
         found = folder.config.get("model_type")
@@ -208,6 +205,10 @@ class Family(ABC):
 
         ModelError where the folder holds another architecture.
         """
+
+    def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
+        """Further tensors to merge, by stored name; says what experts have trained that is not merged."""
+        return []
 
     @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:

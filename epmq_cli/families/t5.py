@@ -88,9 +88,13 @@ class T5(Family):
         return {name: name for name in folder.infos if name not in TIED}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of both stacks."""
+        """Those of both stacks, and the tokens that answers start and end with."""
         names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
-        return block_settings(folder, names=names)
+        answers = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+        found = block_settings(folder, names=(*names, *answers))
+        if found["decoder_start_token_id"] is None:  # as T5 was trained
+            found["decoder_start_token_id"] = found["pad_token_id"]
+        return found
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A T5ForConditionalGeneration."""

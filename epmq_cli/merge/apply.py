@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.locate import locate
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.reader import Completed, ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
@@ -35,6 +35,10 @@ class Models:
             for task in suite.members
         }
         names = {task: family.tensor_names(expert) for task, expert in self.experts.items()}
+        if further := family.trained_beside(self.base, self.experts, suite.members):
+            self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
+            for known in (base_names, *names.values()):
+                known.update({name: name for name in further})
         self.source = MergeSource(self.base, base_names, self.experts, names, suite.vocabulary)
         if family.reads == "texts":
             check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
@@ -65,6 +69,11 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
         raise ModelError(f"{role}: {path} is quantized already; give the model it was made from")
     return opened
+
+
+def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
+    """An expert with the base's tensors in place of those of these names that it does not have."""
+    return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
 
 
 def fit_vocabulary(model: nn.Module, source: MergeSource) -> nn.Module:
