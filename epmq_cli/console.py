@@ -22,6 +22,22 @@ log = logging.getLogger("epmq")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are no characters, and cannot be printed
 
 
+class Warnings(logging.Handler):
+    """Shows the person the warnings that go to run.log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; errors are told by `complain`."""
+        if record.levelno == logging.WARNING:
+            line = plain(f"warning: {record.getMessage()}")
+            messages.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+log.addHandler(Warnings())
+
+
 def plain(text: str) -> str:
     """The text on one line and without what moves a terminal, as names of tensors and files may hold anything."""
     return CONTROL.sub("?", text)

@@ -21,7 +21,8 @@ from epmq_cli.calibrate.journal import Walked
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.card import model_card
 from epmq_cli.checkpoint.pack import RECORD, Contents, linear_bytes, untied, weight_bytes
-from epmq_cli.checkpoint.processor_files import Processors
+from epmq_cli.checkpoint.processor_files import ProcessorFiles
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checks import (
     check_described,
     check_groups,
@@ -49,6 +50,7 @@ from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.scored_tasks import head_names, scored_task, scores_samples
 from epmq_cli.suites import Suite, Task
+from epmq_cli.task_processors import PROCESSORS, Processors, place
 
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
 
@@ -112,7 +114,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = Models(job.suite, job.family)
-    Processors(models.base.path)  # what transformers cannot load is refused before anything is computed
+    ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.pack.dtype)
     check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
@@ -127,8 +129,11 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     return models, model, dtype
 
 
-def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[ScoredTask]:
-    """The tasks with their test samples and their heads, made by the base model or read from the experts."""
+def prepare_tasks(
+    job: Job, base_model: nn.Module, models: Models, processors: Processors | None = None
+) -> list[ScoredTask]:
+    """The tasks with their test samples and their heads, made by the base model or read from the experts.
+    `processors`: what `task_processors` gives."""
     prepared, family = [], job.family
     scored = scores_samples(job.evaluation)
     for task in track(job.suite.members, "read tasks"):
@@ -137,19 +142,20 @@ def prepare_tasks(job: Job, base_model: nn.Module, models: Models) -> list[Score
             head = family.head(base_model, models.base.path, task, expert, job.device)
         if scored and family.heads == "own":
             check_single_label(expert, task.name)
-        names = head_names(family, models, task, head, scored)
-        prepared.append(
-            scored_task(family, models.base.path, task, head, names, job.evaluation.samples if scored else 0, job.seed)
-        )
+        names, own = head_names(family, models, task, head, scored), (processors or {}).get(task.name)
+        count = job.evaluation.samples if scored else 0
+        prepared.append(scored_task(family, models.base.path, task, head, names, count, job.seed, own))
     return prepared
 
 
-def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
-    """Each task's calibration batches, on the device: of all of them those that are this process's part."""
+def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
+    """Each task's calibration batches, on the device: of all of them those that are this process's part. `processors`:
+    what `task_processors` gives."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
+        own = (processors or {}).get(task.name)
         if isinstance(job.family, LanguageModel):
-            samples = sequences(task, partial(_tokens, job.family, base, task), job.calib.samples, job.seed)
+            samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
             check_inputs(job.family, task.name, samples.inputs)
@@ -160,13 +166,15 @@ def calibration_batches(job: Job, base: Path) -> dict[str, list[Batch]]:
                 f"task {task.name} has too few batches of calibration samples for {ranks.count()} processes: "
                 f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
             )
-        drawn[task.name] = list(batches(samples, job.family.collate(base, task), size, job.device, starts))
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
     return drawn
 
 
-def _tokens(family: LanguageModel, folder: Path, task: Task, documents: Sequence[Any]) -> Tensor:
+def _tokens(
+    family: LanguageModel, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
+) -> Tensor:
     check_inputs(family, task.name, documents)
-    return family.tokens(folder, documents)
+    return family.tokens(folder, documents, processor)
 
 
 def score(
@@ -245,8 +253,10 @@ def texts(
     choices: Mapping[str, str],
     walked: Walked,
     tasks: Sequence[ScoredTask],
+    processors: Processors,
 ) -> dict[str, str]:
-    """The checkpoint's model card, and the record from which `epmq eval` knows tasks and the classes of their heads.
+    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks, the classes of their heads
+    and their `processors`.
 
     Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
     """
@@ -256,12 +266,21 @@ def texts(
         "config": {key: resolved[key] for key in RECORDED},
         "classes": {task.name: task.names for task in tasks},
     }
+    if processors:
+        record[PROCESSORS] = list(processors)
     names = (choices["merge"], choices["guidance"], choices["quant"])
     spec, widths = job.quantizer.spec, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(
-            job.suite, names, spec, widths, average_bits(walked), type(model).__name__, __version__
+            job.suite,
+            names,
+            spec,
+            widths,
+            average_bits(walked),
+            type(model).__name__,
+            __version__,
+            {task: place(task) for task in processors},
         ),
     }
 

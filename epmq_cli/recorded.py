@@ -25,6 +25,7 @@ from epmq_cli.heads import read_heads
 from epmq_cli.places import read_regular
 from epmq_cli.scored_tasks import scored_task
 from epmq_cli.suites import Suite, Task
+from epmq_cli.task_processors import saved_processors
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -101,11 +102,13 @@ def ready(
     check_lengths(suite, family, checkpoint)
     heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
     count, seed = evaluation.samples if scored else 0, recorded_seed(record)
-    tasks = [
-        scored_task(family, checkpoint, task, head, recorded_classes(record, task, family, head), count, seed)
-        for task in suite.members
-        for head in [heads[task.name]]
-    ]
+    processors = saved_processors(checkpoint, record, list(heads))
+    tasks = []
+    for task in suite.members:
+        head = heads[task.name]
+        names = recorded_classes(record, task, family, head)
+        own = processors.get(task.name)
+        tasks.append(scored_task(family, checkpoint, task, head, names, count, seed, own))
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from epmq_cli import config
 from epmq_cli.calibrate.draw import task_seed
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.console import say
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ModelError
@@ -40,16 +41,18 @@ def scored_task(
     names: tuple[str, ...] | None,
     count: int | None,
     seed: int,
+    processor: Processor | None = None,
 ) -> ScoredTask:
     """One task with `count` of its test samples, drawn by the seed, each class with its share; None for all of them, 0
-    for a task that is not scored. `folder` has the processor; `names`: those of the head's classes.
+    for a task that is not scored. `folder` has the model's config and, unless `processor` says where it is, the
+    tokenizer or image processor; `names`: those of the head's classes.
 
     Labels are in the order of the head: they are translated by name where the data has them in another one.
     """
     samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
     check_inputs(family, task.name, samples.inputs)
     if isinstance(family, LanguageModel) and samples is not UNSCORED:
-        samples = Samples([family.tokens(folder, samples.inputs)])
+        samples = Samples([family.tokens(folder, samples.inputs, processor)])
     if samples.labels is not None and not samples.labels.is_floating_point():
         check_labelled(task.name, samples.labels)
         heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")
@@ -57,9 +60,19 @@ def scored_task(
         if found.said:
             say(f"task {task.name}: {found.said}")
         samples = translated(samples, found.order, heading)
-    collate, predict = family.collate(folder, task), family.predict(folder, task)
-    classes = len(task.classes) if task.classes else None
-    return ScoredTask(task.name, samples, collate, head, predict, task.metric, task.max_length, classes, names)
+    collate, predict = family.collate(folder, task, processor), family.predict(folder, task, processor)
+    return ScoredTask(
+        name=task.name,
+        samples=samples,
+        collate=collate,
+        head=head,
+        predict=predict,
+        metric=task.metric,
+        length=task.max_length,
+        classes=len(task.classes) if task.classes else None,
+        processor=processor.folder if processor else None,
+        names=names,
+    )
 
 
 def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:

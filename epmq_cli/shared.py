@@ -40,6 +40,8 @@ from epmq_cli.report.metrics import environment
 PACKAGES = ("pillow", "tokenizers", "torchvision", "open_clip_torch", "datasets", "numba", "scikit-learn")
 """That results depend on, beside those in metrics.json."""
 CPU = Path("/proc/cpuinfo")
+KNOWN_BY_CONTENTS = ("data", "expert", "heads", "name", "processor")
+"""Fields of a task that are in keys as samples, files and heads, or that say nothing of a result."""
 
 
 class Shared:
@@ -94,6 +96,8 @@ class Shared:
         if self._cache is None or samples is None:
             return make()
         fed = {"samples": samples, "head": of_tensors(task.head), "batch_size": self._job.evaluation.batch_size}
+        if task.processor is not None:
+            fed["processor"] = self._fingerprints.model(task.processor)
         key = self._key("score", stage=stage, model=self._model(stage, task.name), task=self._fields(task.name), **fed)
         return float(self._cache.value(key, make))
 
@@ -132,9 +136,9 @@ class Shared:
         return {task: self._fingerprints.model(model.path) for task, model in models}
 
     def _fields(self, name: str) -> dict[str, Any]:
-        """All that a task says of itself, but for its data, which are known by their contents."""
+        """All that a task says of itself, but for what is known by its contents."""
         task = next(task for task in self._job.suite.members if task.name == name)
-        return {key: value for key, value in vars(task).items() if key not in ("data", "expert", "name")}
+        return {key: value for key, value in vars(task).items() if key not in KNOWN_BY_CONTENTS}
 
 
 class KeptMerge(Merged):

@@ -15,6 +15,8 @@ MAX_LENGTH = 128
 METRICS = ("accuracy", "matthews", "spearman", "perplexity")
 VOCABULARIES = ("same", "pad")
 NAME, POSITION = "name", "position"
+PROCESSORS = ("expert", "base", "same")
+HEADS = ("base", "expert")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Task:
     tasks that are answered in words the answers. `templates`: prompts with {} for the class name. `max_length`: of
     texts, in tokens. `metric`: one of METRICS. `documents`: how many are read at most to calibrate on running text.
     `match_labels`: whether labels of the data are classes of the head by `name`, where both have names, or by
-    `position`.
+    `position`. `processor` and `heads`: see Suite.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Task:
     metric: str = "accuracy"
     documents: int | None = None
     match_labels: str = NAME
+    processor: str = PROCESSORS[0]
+    heads: str = HEADS[0]
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
@@ -45,6 +49,8 @@ class Task:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)
         check_choice(f"{where}.match_labels", self.match_labels, (NAME, POSITION))
+        check_choice(f"{where}.processor", self.processor, PROCESSORS)
+        check_choice(f"{where}.heads", self.heads, HEADS)
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
         for template in self.templates or ():
@@ -60,7 +66,10 @@ class Suite:
     the fields of Task, by task name; those that are the same for all can be in `each`. `experts`: the experts of tasks
     that name none, as a pattern with {task} or by task name; where there are no `tasks`, each is one. `root`: a mirror
     of the hub, where models are looked for first, at `<root>/<id>`. `vocabulary`: `same` for all models, or `pad` where
-    some have more tokens than others.
+    some have more tokens than others. `processor`: what counts where an expert's own tokenizer or image processor makes
+    other inputs of its task's samples than the base's: the `expert`'s, for its task, or the `base`'s; `same` refuses
+    the difference. `heads`: whose text tower makes the heads of families that make them, the `base`'s or each
+    `expert`'s own, whose projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
     """
 
     name: str
@@ -71,10 +80,14 @@ class Suite:
     each: Mapping[str, Any] | None = None
     vocabulary: str = "same"
     root: str | None = None
+    processor: str = PROCESSORS[0]
+    heads: str = HEADS[0]
 
     def __post_init__(self) -> None:
         check_types("suite", Suite, vars(self))  # once more: a _target_ among the tasks makes something else of them
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
+        check_choice("suite.processor", self.processor, PROCESSORS)
+        check_choice("suite.heads", self.heads, HEADS)
         if not self.entries:
             raise ConfigError(
                 "suite.tasks must name at least one task, or suite.experts the experts by task name, got "
@@ -92,7 +105,8 @@ class Suite:
     @property
     def members(self) -> list[Task]:
         """The tasks in order; ConfigError where one cannot be."""
-        return [_task(name, entry, self._expert(name, entry)) for name, entry in self.entries.items()]
+        shared, entries = {"processor": self.processor, "heads": self.heads}, self.entries
+        return [_task(name, entry, {**shared, "expert": self._expert(name, entry)}) for name, entry in entries.items()]
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -136,8 +150,10 @@ def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dic
     return filled
 
 
-def _task(name: str, entry: Mapping[str, Any], expert: str) -> Task:
-    where, fields = f"suite.tasks.{name}", {**entry, "expert": expert}
+def _task(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
+    """`shared`: what counts where the entry says nothing of it."""
+    where = f"suite.tasks.{name}"
+    fields = {**entry, **{key: value for key, value in shared.items() if entry.get(key) is None}}
     check_keys(where, entry, TASK_FIELDS, required=("data",))
     fields |= {key: _texts(entry[key]) for key in ("classes", "templates") if key in entry}
     check_types(where, Task, fields)

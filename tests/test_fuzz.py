@@ -22,7 +22,7 @@ from epmq_cli import config, verification
 from epmq_cli.checkpoint.lora import Adapted
 from epmq_cli.checkpoint.manifest import file_problems
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
-from epmq_cli.checkpoint.tokens import numbers
+from epmq_cli.checkpoint.tokens import vocabulary
 from epmq_cli.errors import EpmqError
 from epmq_cli.inference.load import model_config
 from epmq_cli.recorded import checkpoint_suite
@@ -86,7 +86,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "config": ("run/checkpoint/config.json", lambda root: read_config(root / "run/checkpoint")),
     "tokenizer": (
         "run/checkpoint/tokenizer.json",
-        lambda root: numbers(root / "run/checkpoint/tokenizer.json", "base"),
+        lambda root: vocabulary(root / "run/checkpoint", root / "run/checkpoint"),
     ),
     "adapter": ("adapter/adapter_config.json", lambda root: read_adapter(root / "adapter")),
     "suite": ("suite/mini.yaml", read_suite),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import Template
 
 from epmq_cli.quantize.grid import GridSpec
@@ -32,7 +32,8 @@ model = $architecture.from_pretrained("path/of/this/folder")
 
 Heads of the tasks (class embeddings or classifiers), where they have some, are in `heads/heads.safetensors`, as
 `<task>.weight`, `<task>.bias` and the like.
-`epmq eval path/of/this/folder` scores the model on every task; `epmq.json` holds the settings it was made with.
+$processors`epmq eval path/of/this/folder` scores the model on every task; \
+`epmq.json` holds the settings it was made with.
 """)
 
 
@@ -44,9 +45,11 @@ def model_card(
     bits: float | None,
     architecture: str,
     version: str,
+    processors: Mapping[str, str] | None = None,
 ) -> str:
     """The text of README.md; `choices`: the names of merge, guidance and quantizer; `widths`: those that a linear could
-    get; `bits`: on average; `architecture`: the model's class in transformers."""
+    get; `bits`: on average; `architecture`: the model's class in transformers;
+    `processors`: where in the checkpoint tasks have a tokenizer or an image processor of their own."""
     merge, guidance, quantizer = choices
     grid = (
         "dense"
@@ -67,6 +70,18 @@ def model_card(
         base=_code(suite.base),
         experts=_experts(suite),
         weights=grid,
+        processors=_processors(processors or {}),
+    )
+
+
+def _processors(places: Mapping[str, str]) -> str:
+    """The lines on tasks that are read with their expert's own tokenizer or image processor."""
+    if not places:
+        return ""
+    lines = "\n".join(f"- {_plain(task)}: {_code(place)}" for task, place in places.items())
+    return (
+        "\nThe tokenizer or image processor beside the model is the base's. These tasks have their expert's own, which "
+        f"makes other inputs; load it from its folder:\n\n{lines}\n"
     )
 
 

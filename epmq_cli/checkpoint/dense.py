@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from epmq_cli.checkpoint.pack import whole
-from epmq_cli.checkpoint.processor_files import Processors
+from epmq_cli.checkpoint.processor_files import ProcessorFiles
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.writer import NAMES, Entry, write_model
 from epmq_cli.config import Pack, bytes_of
@@ -21,9 +22,16 @@ from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
 
 
-def write_dense(folder: Path, models: Models, merged: Merged, pack: Pack) -> int:
+def write_dense(
+    folder: Path,
+    models: Models,
+    merged: Merged,
+    pack: Pack,
+    save_others: Callable[[Path], None] = lambda folder: None,
+) -> int:
     """Writes the base's tensors under the base's names, those that are merged merged, in the base's types or in
-    `pack.dtype`; with its config and processor files. Returns the bytes of the tensors.
+    `pack.dtype`; with its config and processor files. `save_others`: writes further files and folders into the
+    checkpoint's. Returns the bytes of the tensors.
 
     A copy that is tied to another tensor is not written, and one that is tied in the base but not in the result is;
     config.json says which, and the type of most elements. CheckpointError where the disk does not take it; then there
@@ -42,7 +50,8 @@ def write_dense(folder: Path, models: Models, merged: Merged, pack: Pack) -> int
         known |= write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
         config = _config(models, written_dtype(merged.source, pack.dtype))
         (partly / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        Processors(base.path).copy(partly)
+        ProcessorFiles(base.path).copy(partly)
+        save_others(partly)
     return sum(entry.size for entry in entries)
 
 

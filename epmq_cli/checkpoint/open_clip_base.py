@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from epmq_cli.cache import cache_folder
 from epmq_cli.checkpoint.manifest import file_problems, write_manifest
 from epmq_cli.checkpoint.open_clip import Translated
-from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, tokenizer
+from epmq_cli.checkpoint.open_clip_config import clip_config, image_processor, refused_preprocess, tokenizer
 from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, check_counts, read_json
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.durable import sync
@@ -57,6 +57,37 @@ def _described(config: Mapping[str, Any], path: Path, role: str) -> tuple[Any, A
     except Exception as error:  # it may hold anything
         reason = first_line(error)
         raise ModelError(f"{role}: {path} describes no model of open_clip ({reason}); fetch it again") from error
+
+
+def own_processor(path: Path, clip: Any, role: str) -> Path | None:
+    """A folder with the image processor that the open_clip_config.json of an expert's folder describes, made once in
+    the cache; None where there is none. `clip`: the base's config."""
+    if not path.is_dir() or not (path / CONFIG).is_file():
+        return None
+    config = read_json(path, CONFIG, role)
+    if not config.get("preprocess_cfg"):
+        return None
+    side = clip.vision_config.image_size
+    target = cache_folder() / "open_clip" / f"{_digest([path / CONFIG])}-processor-{side}"
+    if not _is_whole(target):
+        try:
+            if refused := refused_preprocess(config["preprocess_cfg"]):
+                raise ValueError(refused)
+            found = image_processor(config, clip)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # it may hold anything
+            raise ModelError(
+                f"{role}: preprocess_cfg in {path / CONFIG} describes no image processor of transformers ({error}); "
+                "fetch it again"
+            ) from error
+        try:
+            found.save_pretrained(partial)
+            write_manifest(partial, {})
+            _put(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
 
 
 def weights_file(folder: Path, role: str) -> Path:

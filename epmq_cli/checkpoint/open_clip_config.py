@@ -103,6 +103,11 @@ def _refused(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str | N
     for name in ("image_size", "patch_size"):
         if _square(vision.get(name, 16)) is None:
             return f"model_cfg.vision_cfg.{name} is {vision[name]!r}"
+    return refused_preprocess(preprocess)
+
+
+def refused_preprocess(preprocess: Mapping[str, Any]) -> str | None:
+    """The first option of preprocess_cfg that CLIPImageProcessor has no counterpart of, as a phrase."""
     if preprocess.get("resize_mode", "shortest") not in ("shortest", "squash"):
         return f"preprocess_cfg.resize_mode is {preprocess['resize_mode']!r}"
     if preprocess.get("interpolation", "bicubic") not in RESAMPLE:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.manifest import Content, files_within, write_manifest
-from epmq_cli.checkpoint.processor_files import Processors
+from epmq_cli.checkpoint.processor_files import ProcessorFiles
 from epmq_cli.checkpoint.writer import Entry, check_finite, of, write_model
 from epmq_cli.durable import PARTIAL, sync
 from epmq_cli.errors import CheckpointError
@@ -59,7 +59,8 @@ class Contents:
     `model`: the student as the walk left it. `weights`: its blocks' linears by module name, each on a grid of its own
     or dense. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`: the folder whose
     config and processor files are taken over. `texts`: further files by name. `dtype`: of all that is not packed.
-    `changes`: entries of config.json that are other than the base's.
+    `changes`: entries of config.json that are other than the base's. `save_others`: writes further files and folders
+    into the checkpoint's.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Contents:
     texts: Mapping[str, str]
     dtype: torch.dtype
     changes: Mapping[str, Any] = field(default_factory=dict)
+    save_others: Callable[[Path], None] = lambda folder: None
 
 
 def entries(contents: Contents) -> list[Entry]:
@@ -184,7 +186,8 @@ def _write_others(folder: Path, contents: Contents) -> None:
         config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    Processors(contents.base).copy(folder)
+    ProcessorFiles(contents.base).copy(folder)
+    contents.save_others(folder)
     mode = (folder / "config.json").stat().st_mode
     for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)

@@ -45,7 +45,7 @@ PROBE = "The quick brown fox, 12345 jumps!\n  \u00c4\u00f6\u00fc \u4f60\u597d  O
 """A text of letters in both cases, digits, spaces, accents and another script."""
 
 
-class Processors:
+class ProcessorFiles:
     """The tokenizer and the image processor or feature extractor of a base, and the files that they are made from.
 
     ModelError where the base has files of one of them and transformers cannot load it: a checkpoint could not, either.

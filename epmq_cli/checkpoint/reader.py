@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -182,6 +183,18 @@ class ModelFolder:
     def tensor(self, name: str) -> Tensor:
         """The tensor of this stored name, on the CPU, in the type that `infos` says."""
         return self._tensors.tensor(name)
+
+
+class Completed:
+    """An expert's tensors, and the base's in place of those that it does not have."""
+
+    def __init__(self, expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> None:
+        self._expert, self._base = expert, base
+        self.infos: dict[str, TensorInfo] = {name: base.infos[name] for name in names} | expert.infos
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this stored name."""
+        return (self._expert if name in self._expert.infos else self._base).tensor(name)
 
 
 def _refuse_repeated_names(path: Path) -> None:

@@ -28,7 +28,7 @@ from yaml import YAMLError
 
 from epmq_cli import interruption, ranks
 from epmq_cli.cli import FULL_ERROR, split
-from epmq_cli.commands.overrides import check_overrides, unreadable
+from epmq_cli.commands.overrides import addable, check_overrides, unreadable
 from epmq_cli.config import conf_dir, refuse_tokens
 from epmq_cli.console import complain, log, plain
 from epmq_cli.errors import ConfigError, EpmqError, TokenError, check_keys, lacks_memory
@@ -70,7 +70,7 @@ def launch(command: str, arguments: list[str]) -> None:
         check_overrides(command, overrides)
         try:
             with interruption.listening(lambda: complain(INTERRUPTED[command]), GRACE if ranks.count() == 1 else 1):
-                _start(command, arguments)
+                _start(command, addable(arguments))
         except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
             raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -13,6 +15,8 @@ from epmq_cli import config
 from epmq_cli.commands.app import guarded
 from epmq_cli.importing import importing
 from epmq_cli.resume.lock import alone, refuse_used
+
+PROBE = 8  # tokens of the texts on which tokenizers are compared, as a merge reads no data
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="merge")
@@ -30,12 +34,13 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         import torch
 
         from epmq_cli.checkpoint.dense import write_dense
-        from epmq_cli.checkpoint.processor_files import Processors
+        from epmq_cli.checkpoint.processor_files import ProcessorFiles
         from epmq_cli.console import say
         from epmq_cli.families import suite_family
         from epmq_cli.merge.apply import Merged, Models
         from epmq_cli.report import metrics, table
         from epmq_cli.report.stages import Stages
+        from epmq_cli.task_processors import probes, save_processors, task_processors
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where there is a tokenizer to check
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,11 +52,15 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{len(suite.members)} experts, results go to {table.near(folder)}")
     with stages.stage("read"):
-        models = Models(suite, suite_family(suite), whole=True)
-        Processors(models.base.path)  # what transformers cannot load is refused before anything is merged
+        family = suite_family(suite)
+        models = Models(suite, family, whole=True)
+        ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
+        tasks = [replace(task, max_length=PROBE) for task in suite.members]
+        processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         merged = Merged(models.source, method, torch.float32)
-        size = write_dense(checkpoint, models, merged, pack)
+        others = partial(save_processors, models.base.path, processors, family.reads)
+        size = write_dense(checkpoint, models, merged, pack, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))

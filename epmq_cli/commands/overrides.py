@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ from yaml import MarkedYAMLError
 from epmq_cli.commands.readable import parsed
 from epmq_cli.config import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, shown
+
+OPTIONAL = re.compile(r"suite\.(each\.|tasks\.[^=]+\.)?(processor|heads)=")
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
@@ -28,6 +31,11 @@ def check_overrides(command: str, texts: Sequence[str]) -> None:
             _check_group(name, override)
         elif name == "out" and (override.value() in ("", None) or isinstance(override.value(), (list, dict))):
             raise ConfigError(f"out must be a folder, got {shown(override.value())}")
+
+
+def addable(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with options of a suite that its file may leave out marked as such for Hydra (++)."""
+    return [f"++{argument}" if OPTIONAL.match(argument) else argument for argument in arguments]
 
 
 def unreadable(error: Exception, flags: Sequence[str]) -> str:

@@ -118,6 +118,7 @@ def _made(
     from epmq_cli.resume.key import identity, of_scoring
     from epmq_cli.resume.state import opened, refuse_results
     from epmq_cli.shared import Shared
+    from epmq_cli.task_processors import calibration_samples, save_processors, task_processors
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
@@ -125,7 +126,10 @@ def _made(
     with stages.stage("read"):
         models, model, dtype = steps.open_models(job, folder)
         shared = Shared(cache, job, models, dtype)
-        tasks, drawn = steps.prepare_tasks(job, model, models), steps.calibration_batches(job, models.base.path)
+        samples_of = calibration_samples(job.seed, job.family)
+        processors = task_processors(job.family, models, job.suite.members, samples_of)
+        tasks = steps.prepare_tasks(job, model, models, processors)
+        drawn = steps.calibration_batches(job, models.base.path, processors)
         check_blocks(model, job.family, drawn)
         if (kind := models.base.config.get("model_type")) not in job.family.model_types:
             say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
@@ -158,7 +162,8 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, model, resolved, choices, calibrated.walked, tasks),
+            texts=steps.texts(job, model, resolved, choices, calibrated.walked, tasks, processors),
+            save_others=partial(save_processors, models.base.path, processors, job.family.reads),
             dtype=dtype,
             changes=models.ties.changes,
         )

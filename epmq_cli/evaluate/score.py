@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,9 @@ class ScoredTask:
     """A task ready to be scored: its test samples, how they become batches, its head on the device, what the model says
     of a sample, and what is made of that.
 
-    `classes`: how many there are, where the head does not say it; `names`: what the head's are called. For perplexity
-    `samples` has one input, the tokens of all documents (tokens,), which are read `length` at a time.
+    `classes`: how many there are, where the head does not say it; `names`: what the head's are called. `processor`: the
+    folder of the tokenizer or image processor where that is not the base's. For perplexity `samples` has one input, the
+    tokens of all documents (tokens,), which are read `length` at a time.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ScoredTask:
     metric: str = "accuracy"
     length: int = 0
     classes: int | None = None
+    processor: Path | None = None
 
     names: tuple[str, ...] | None = None
 

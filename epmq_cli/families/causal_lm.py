@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.model_class import model_class
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import ModelError
@@ -24,9 +25,9 @@ from epmq_cli.families.decoder import KEPT, block_steps
 from epmq_cli.families.family import Batch, Collate, LanguageModel, Section, Table
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
-from epmq_cli.families.processors import own_tokenizer, tokens
+from epmq_cli.families.processors import tokens
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.rendering import rendered
+from epmq_cli.families.rendering import chat_ids
 from epmq_cli.suites import Task
 
 PREFIX = "model."
@@ -35,7 +36,6 @@ FREQUENCIES = "rotary_emb.inv_freq"
 SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
 NORM = "model.norm"
 TABLE = "model.embed_tokens"
-AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # a chat template writes them itself
 SETTINGS = (
     "model_type",
     "num_attention_heads",
@@ -72,7 +72,7 @@ class CausalLM(LanguageModel):
         *("starcoder2", "vaultgemma"),
     )
     heads = "none"
-    reads = (str, Chat)
+    sample_types = (str, Chat)
     stem = (Table(TABLE),)
     kept = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
 
@@ -137,7 +137,7 @@ class CausalLM(LanguageModel):
         """The last norm."""
         return LastNorm.section(model, NORM)
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Sequences of one length."""
 
         def collate(sequences: list[Any]) -> Batch:
@@ -145,17 +145,16 @@ class CausalLM(LanguageModel):
 
         return collate
 
-    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
+    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
         """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once.
 
         Of conversations the tokens that the chat template writes, one conversation behind the other.
         """
         chats = [document for document in documents if isinstance(document, Chat)]
         if chats:
-            texts = rendered(own_tokenizer(folder), folder, chats)
-            encode = tokens(folder)
-            return torch.cat([encode(text, **AS_RENDERED)["input_ids"][0] for text in texts])
-        ids: Tensor = tokens(folder)(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
+            return torch.cat(chat_ids(folder, chats, processor))
+        encode = tokens(folder, processor=processor)
+        ids: Tensor = encode(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

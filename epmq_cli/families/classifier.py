@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.evaluate import classifier
 from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
@@ -144,7 +145,7 @@ class Classifier(Family):
 class TextClassifier(Classifier):
     """Those that read texts, or pairs of texts."""
 
-    reads = (str, tuple)
+    sample_types = (str, tuple)
     reserved = 0
     """Positions that no token can have."""
 
@@ -153,9 +154,9 @@ class TextClassifier(Classifier):
         found: int = config_of(folder).max_position_embeddings
         return found - self.reserved
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Texts, or pairs of texts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        tokenizer = tokens(folder)
+        tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
             return dict(tokenizer(texts, padding=True, truncation=True, max_length=task.max_length))

@@ -1,11 +1,13 @@
 """CLIP (https://arxiv.org/abs/2103.00020) as transformers has it: the vision tower is merged and quantized.
 
-Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`; of the latter only the vision tower is read. Text
-tower and projections stay the base's. A head is the class embeddings of the base's text tower.
+Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`, whose visual projection is merged too where one of them
+has trained it. The text tower stays the base's. A head is the class embeddings of the base's text tower, or under
+`heads: expert` of the expert's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.processor_folder import Processor, processor_files
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Patches, Section
+from epmq_cli.families.family import Batch, Collate, Experts, Family, Head, Linears, Norm, Patches, Section
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import images, tokens
+from epmq_cli.families.text_tower import PROJECTION, drifts, own_text_tower, swapped, tell
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -57,7 +61,7 @@ class _Readout(nn.Module):
 class Clip(Family):
     """`family: clip`."""
 
-    reads = (Image,)
+    sample_types = (Image,)
     model_types = ("clip", "clip_vision_model")
     stem = (
         Patches(
@@ -69,6 +73,7 @@ class Clip(Family):
     first_norm = PREFIX + "pre_layrnorm"
     kept = (r"text_model\..*", r"text_projection\.weight", "logit_scale", r".*\.position_ids")  # the base's
     read_token = 0
+    reads = "pictures"
     heads = "made"
     head_parts = ("weight",)
     head_width = "projection_dim"
@@ -95,6 +100,14 @@ class Clip(Family):
         prefixed = any(name.startswith(PREFIX) for name in folder.infos)
         return {name if prefixed else PREFIX + name: name for name in folder.infos}
 
+    def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
+        """The visual projection, where an expert has trained it."""
+        found = {task.name: drifts(base, experts[task.name]) for task in tasks}
+        merged = any("visual_projection" in parts for parts in found.values())
+        for task in tasks:
+            tell(experts[task.name], task, found[task.name], merged)
+        return [PROJECTION] if merged else []
+
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the vision tower."""
         return block_settings(folder, "vision_config")
@@ -115,9 +128,9 @@ class Clip(Family):
         """The last layer norm and the projection of the class token."""
         return Section("", _Readout(model), READOUT)
 
-    def collate(self, folder: Path, task: Task) -> Collate:
-        """Images through the base's own image processor, as RGB."""
-        return images(folder)
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Pictures through the image processor, as RGB."""
+        return images(folder, processor)
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Image embeddings after the projection: (samples, projection width), not normalised."""
@@ -126,12 +139,15 @@ class Clip(Family):
         return features
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
-        """`weight` (classes, projection width): the class embeddings, each of length 1."""
+        """`weight` (classes, projection width): the class embeddings, each of length 1, made by the text tower of the
+        base or, where the task says so, of the expert."""
         classes, templates = task.classes or (), task.templates or ()
         settings: Any = model.config
         end = settings.text_config.eos_token_id
         longest = settings.text_config.max_position_embeddings
-        tokenizer = tokens(base, longest=longest)
+        own = own_text_tower(expert, model.state_dict()) if task.heads == "expert" else {}
+        reader = Processor(expert.path) if own and processor_files(expert.path, "texts") else None
+        tokenizer = tokens(base, longest, reader)
 
         def embed(texts: list[str]) -> Tensor:
             _check_fits(tokenizer(texts, padding=True, verbose=False), texts, longest, task.name)
@@ -144,7 +160,8 @@ class Clip(Family):
             embedding: Tensor = model.get_text_features(**read.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
-        return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
+        with swapped(model, own):
+            return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
 
     def head_inputs(self, features: Tensor, head: Head) -> Tensor:
         """The features, each of length 1."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.pretrained import dequantized
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.linalg import is_finite
@@ -25,6 +26,7 @@ Batch = dict[str, Tensor]
 
 ALL = sys.maxsize  # samples of a batch
 
+Experts = Mapping[str, ModelFolder]
 Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
 Mask = Callable[[Batch], Tensor | None]
@@ -161,6 +163,9 @@ class Family(ABC):
     read_token: int | None = None
     """See Stack."""
 
+    reads: Literal["texts", "pictures"] = "texts"
+    """What the samples of its tasks are, and so whether a tokenizer or an image processor makes batches of them."""
+
     heads: Literal["own", "made", "none"]
     """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
 
@@ -177,7 +182,7 @@ class Family(ABC):
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 
-    reads: tuple[type, ...] = (object,)
+    sample_types: tuple[type, ...] = (object,)
     """The types of the inputs that `collate` takes."""
 
     metrics: tuple[str, ...] = ("accuracy", "matthews")
@@ -225,6 +230,10 @@ class Family(ABC):
         """Whether a tensor of this name in the model belongs to a task's head."""
         return False
 
+    def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
+        """Further tensors to merge, by stored name; says what experts have trained that is not merged."""
+        return []
+
     @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """What base and experts must have in common and tensor shapes do not show, such as the number of heads."""
@@ -247,8 +256,9 @@ class Family(ABC):
         return self.stacks(model)[-1].readout
 
     @abstractmethod
-    def collate(self, folder: Path, task: Task) -> Collate:
-        """Makes batches out of samples as the protocol of the task says, with the processor found in the folder."""
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Makes batches out of samples as the protocol of the task says. `folder` has the model's config and, unless
+        `processor` says where it is, the tokenizer or image processor."""
 
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
         """A calibration batch with what the task's expert, which is `model`, adds to it when it is asked for so many
@@ -279,9 +289,9 @@ class Family(ABC):
         """(samples, classes); the features themselves for families without heads."""
         return features
 
-    def predict(self, folder: Path, task: Task) -> Predict:
-        """How the samples of a task are judged; `folder` has the processor. A head with a single output, as those of
-        regressions have, gives a number, others the class of the largest logit."""
+    def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
+        """How the samples of a task are judged; `folder` and `processor` as for `collate`. A head with a single output,
+        as those of regressions have, gives a number, others the class of the largest logit."""
 
         def judged(model: nn.Module, batch: Batch, head: Head) -> Tensor:
             logits = self.logits(self.features(model, batch), head)
@@ -296,11 +306,11 @@ class LanguageModel(Family):
     """A family that is calibrated on running text and scored by perplexity."""
 
     metrics = ("perplexity",)
-    reads: tuple[type, ...] = (str,)
+    sample_types: tuple[type, ...] = (str,)
 
     @abstractmethod
-    def tokens(self, folder: Path, documents: Sequence[str]) -> Tensor:
-        """The token ids (tokens,) of running text, or of conversations; `folder` has the tokenizer."""
+    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
+        """The token ids (tokens,) of running text, or of conversations; `folder` and `processor` as for `collate`."""
 
     @abstractmethod
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ KINDS = {Chat: "conversations", str: "texts", tuple: "pairs of texts", Image.Ima
 
 
 def _reads(family: Family, first: Any) -> bool:
-    return Chat in family.reads if isinstance(first, Chat) else isinstance(first, family.reads)
+    return Chat in family.sample_types if isinstance(first, Chat) else isinstance(first, family.sample_types)
 
 
 def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
@@ -25,7 +25,7 @@ def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
     name = type(family).__module__.rpartition(".")[2]
     found = next((kind for each, kind in KINDS.items() if isinstance(first, each)), type(first).__name__)
     where = f"{first.where} holds" if isinstance(first, Chat) else "its data are"
-    wanted = " or ".join(KINDS.get(each, each.__name__) for each in family.reads)
+    wanted = " or ".join(KINDS.get(each, each.__name__) for each in family.sample_types)
     raise DataError(
         f"task {task}: {where} {found}, and family {name} reads {wanted}; choose other columns or another data source"
     )

@@ -13,8 +13,7 @@ from epmq_cli.checkpoint.kinds import open_expert
 from epmq_cli.checkpoint.open_clip_base import CONFIG, WEIGHTS, converted, expert_tensors
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.clip import Clip
-
-PROJECTION = "visual_projection.weight"
+from epmq_cli.families.text_tower import PROJECTION
 
 
 class OpenClip(Clip):

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.console import log
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError, first_line, lacks_memory
+from epmq_cli.families.processors import own_tokenizer, tokens
 
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
 """Of templates that write the date into a conversation, so that a run gives the same bytes on every day; the one that
@@ -18,7 +22,16 @@ CLOCK = (
     + "".join(f" | replace('{part}', '{value}')" for part, value in DATE.items())
     + " }}{% endmacro %}\n"
 )
+AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # a chat template writes them itself
 THOUGHT = "</think>"  # templates leave out what earlier answers have in front of it
+
+
+def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
+    """The token ids (tokens,) of each conversation, as the chat template writes it; `folder` and `processor` as for
+    Family.collate."""
+    encode = tokens(folder, processor=processor)
+    texts = rendered(own_tokenizer(folder, processor), processor.folder if processor else folder, chats)
+    return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
 
 
 def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.checkpoint.pretrained import from_folder
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, first_line, shown
 from epmq_cli.families.family import (
@@ -73,7 +74,7 @@ class T5(Family):
     )
     heads = "none"
     answers = True
-    reads = (str, tuple)
+    sample_types = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
     dequantize_on_load = True  # its feed-forward reads wo.weight
 
@@ -91,9 +92,13 @@ class T5(Family):
         return self.all_names(folder)
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of both stacks, and whether the decoder's output is scaled."""
+        """Those of both stacks, the scale of the output, and the tokens that answers start and end with."""
         names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
-        return block_settings(folder, names=(*names, "scale_decoder_outputs"))
+        answers = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+        found = block_settings(folder, names=(*names, "scale_decoder_outputs", *answers))
+        if found["decoder_start_token_id"] is None:  # as T5 was trained
+            found["decoder_start_token_id"] = found["pad_token_id"]
+        return found
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A T5ForConditionalGeneration."""
@@ -120,9 +125,9 @@ class T5(Family):
             ),
         ]
 
-    def collate(self, folder: Path, task: Task) -> Collate:
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
-        tokenizer = tokens(folder)
+        tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
             found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length)
@@ -156,9 +161,9 @@ class T5(Family):
         ).last_hidden_state
         return hidden[batch["decoder_attention_mask"].bool()]
 
-    def predict(self, folder: Path, task: Task) -> Predict:
+    def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
         """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
-        tokenizer = own_tokenizer(folder)
+        tokenizer = own_tokenizer(folder, processor)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
         def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL.Image import Image
 from torch import nn
 
+from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.families.classifier import Classifier
 from epmq_cli.families.family import Collate, Linears, Norm, Section
 from epmq_cli.families.parts import LastNorm
@@ -35,8 +36,9 @@ OLD = (
 class Vit(Classifier):
     """`family: vit`."""
 
-    reads = (Image,)
+    sample_types = (Image,)
     model_types = ("vit",)
+    reads = "pictures"
     options = {"add_pooling_layer": False}  # noqa: RUF012 - never changed
     prefix = "vit."
     parts = ("embeddings.", "layers.", "layernorm.")
@@ -65,6 +67,6 @@ class Vit(Classifier):
         """The last layer norm, whose first token is read."""
         return LastNorm.section(model, "layernorm", token=0)
 
-    def collate(self, folder: Path, task: Task) -> Collate:
-        """Images through the base's own image processor, as RGB."""
-        return images(folder)
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Pictures through the image processor, as RGB."""
+        return images(folder, processor)

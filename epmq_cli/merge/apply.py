@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.locate import locate
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.reader import Completed, ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
 from epmq_cli.checkpoint.wrappers import merged_names, misfit, refuse_wrapped, unwrapped
 from epmq_cli.console import log, plain, say, track
@@ -43,6 +43,11 @@ class Models:
             for task in suite.members
         }
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
+        if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
+            self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
+            experts = {task: _member(family, expert) for task, expert in self.experts.items()}
+            for member in (base, *experts.values()):
+                member.merged |= {name: name for name in further}
         self.ties = _resolve(family, base, experts, whole)
         names = {task: expert.merged for task, expert in experts.items()}
         misfits = {
@@ -53,11 +58,11 @@ class Models:
         self.source = MergeSource(
             self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written, misfits
         )
+        if family.reads == "texts":
+            check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
-            if family.heads != "made":  # those are made by a text tower that is the base's
-                check_tokens(self.base, expert)
 
 
 def _member(family: Family, folder: ModelFolder) -> Member:
@@ -113,6 +118,11 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
         raise ModelError(f"{role}: {path} is quantized already; give the model it was made from")
     return opened
+
+
+def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
+    """An expert with the base's tensors in place of those of these names that it does not have."""
+    return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
 
 
 def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:

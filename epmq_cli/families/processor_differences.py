@@ -1,0 +1,136 @@
+"""How two tokenizers or two image processors differ, by what they make of the same samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_cli.checkpoint.processor_folder import Processor
+from epmq_cli.data.chats import Chat
+from epmq_cli.families.family import Batch, Collate, Family, LanguageModel
+from epmq_cli.families.processors import image_file, own_images, tokens
+from epmq_cli.families.rendering import chat_ids
+from epmq_cli.suites import Task
+
+TOLERANCE = 0.005
+"""The mean difference of pixels, in their standard deviations, up to which two image processors are taken as one. What
+Pillow and torchvision make of a picture differs by 0.0001, bicubic and bilinear resampling by 0.02."""
+CHUNK = 16  # samples at a time
+LETTERS = 50  # of a document, for each token of a sequence, that are compared
+SHOWN_IDS, SHOWN_TEXT, SHOWN_SETTINGS = 12, 60, 4
+FIRST = ("image_mean", "image_std", "size", "crop_size", "resample", "do_rescale", "rescale_factor", "do_normalize")
+ASIDE = (
+    "feature_extractor_type",
+    "image_processor_type",
+    "processor_class",
+    "_processor_class",
+    "_valid_processor_keys",
+)
+"""Settings of image processors that are told first, and those that say nothing of what they do."""
+
+
+def difference(
+    family: Family, base: Path, task: Task, expert: Processor, samples: Sequence[Any], own: Processor | None = None
+) -> str | None:
+    """What an expert's processor makes of a task's samples that the base's does not, as a phrase that goes on behind
+    "its tokenizer" or "its image processor"; None where both make the same. `base` has the base's config, and its
+    processor unless `own` says where it is. ModelError where the expert's cannot read them."""
+    theirs, bases = _read(family, base, task, expert), _read(family, base, task, own)
+    for start in range(0, len(samples), CHUNK):
+        chunk = [samples[i] for i in range(start, min(start + CHUNK, len(samples)))]
+        if not _same(family, theirs(chunk), bases(chunk)):
+            if family.reads == "pictures":
+                return _settings(base, expert, own)
+            return _first_text(theirs, bases, chunk)
+    return None
+
+
+def _read(family: Family, folder: Path, task: Task, processor: Processor | None) -> Collate:
+    """Samples -> batch, as the family feeds them."""
+    if not isinstance(family, LanguageModel):
+        return family.collate(folder, task, processor)
+    encode = tokens(folder, processor=processor)
+
+    def read(documents: list[Any]) -> Batch:
+        if isinstance(documents[0], Chat):
+            return {str(i): ids for i, ids in enumerate(chat_ids(folder, documents, processor))}
+        texts = [document[: task.max_length * LETTERS] for document in documents]
+        return {str(i): encode(text, verbose=False)["input_ids"] for i, text in enumerate(texts)}
+
+    return read
+
+
+def _same(family: Family, one: Batch, other: Batch) -> bool:
+    if family.reads == "pictures":
+        return pixels_agree(one["pixel_values"], other["pixel_values"])
+    one, other = _filled(one), _filled(other)
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def _filled(batch: Batch) -> Batch:
+    """A batch with token types, which are 0 where they are left out."""
+    ids = batch.get("input_ids")
+    return batch if ids is None else {"token_type_ids": torch.zeros_like(ids), **batch}
+
+
+def pixels_agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two batches of pixels are the same up to how libraries round when they resample."""
+    if one.shape != other.shape:
+        return False
+    return float((one - other).abs().mean()) <= TOLERANCE * float(other.std())
+
+
+def _first_text(theirs: Collate, bases: Collate, chunk: Sequence[Any]) -> str:
+    """The first text that is read in two ways, and both."""
+    for sample in chunk:
+        one, other = theirs([sample]), bases([sample])
+        for name in [*one, *(name for name in other if name not in one)]:
+            mine, others = one.get(name), other.get(name)
+            if mine is None or others is None or not torch.equal(mine, others):
+                what = "" if name in ("input_ids", "0") else f" ({name})"
+                return f"reads {_text(sample)} as {_ids(mine)}{what}, and the base's as {_ids(others)}"
+    one, other = theirs(list(chunk)), bases(list(chunk))
+    for name, tensor in one.items():
+        rows = zip(tensor, other.get(name, tensor), chunk, strict=False)
+        for row, base_row, sample in rows:
+            if not torch.equal(row, base_row):
+                return f"pads {_text(sample)} to {_ids(row[None])}, and the base's to {_ids(base_row[None])}"
+    return "pads texts to another length than the base's"
+
+
+def _text(sample: Any) -> str:
+    if isinstance(sample, Chat):
+        return sample.where
+    text = sample if isinstance(sample, str) else " | ".join(sample)
+    return repr(text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "...")
+
+
+def _ids(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    ids = tensor.flatten().tolist()
+    return f"[{', '.join(map(str, ids[:SHOWN_IDS]))}{', ...' if len(ids) > SHOWN_IDS else ''}]"
+
+
+def _settings(base: Path, expert: Processor, own: Processor | None) -> str:
+    """The settings in which two image processors differ, with both values."""
+    one, other = (_plain(own_images(base, processor).to_dict()) for processor in (expert, own))
+    file = image_file(expert.folder).name
+    names = [name for name in dict.fromkeys([*FIRST, *sorted({*one, *other})]) if name not in ASIDE]
+    found = [name for name in names if one.get(name) != other.get(name)]
+    phrases = [f"{name} {one.get(name)} where the base's has {other.get(name)}" for name in found[:SHOWN_SETTINGS]]
+    if not phrases:
+        kinds = [type(own_images(base, processor)).__name__ for processor in (expert, own)]
+        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which make other pixels of the task's pictures"
+    more = f" and {len(found) - SHOWN_SETTINGS} more" if len(found) > SHOWN_SETTINGS else ""
+    return f"({file}) has {', '.join(phrases)}{more}"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as JSON has them, so that a tuple is a list and an enumeration its number."""
+    return {name: json.dumps(value, default=str) for name, value in settings.items() if value is not None}

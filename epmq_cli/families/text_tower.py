@@ -1,0 +1,105 @@
+"""What a CLIP expert may have trained beside its vision tower: text tower, projections and logit scale."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.checkpoint.reader import DTYPES, ModelFolder
+from epmq_cli.console import say
+from epmq_cli.errors import ModelError
+from epmq_cli.suites import Task
+
+TEXT = ("text_model", "text_projection")
+PROJECTION = "visual_projection.weight"
+PARTS = (*TEXT, "visual_projection", "logit_scale")
+PIECE = 1 << 22  # elements that are compared at a time: 32 MB in float64
+
+log = logging.getLogger("epmq")
+
+
+def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
+    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by its name; infinite where a tensor
+    has another shape. Tensors are read one by one; what a smaller type rounds away does not count."""
+    found = {}
+    for part in PARTS:
+        names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
+        names = [name for name in names if {base.infos[name].dtype, expert.infos[name].dtype} <= set(DTYPES)]
+        moved, norm, changed = 0.0, 0.0, False
+        for name in names:
+            if base.infos[name].shape != expert.infos[name].shape:
+                moved, changed = math.inf, True
+                continue
+            one, other = expert.tensor(name), base.tensor(name)
+            changed = changed or _differ(one, other)
+            for pair in zip(*(torch.split(tensor.flatten(), PIECE) for tensor in (one, other)), strict=True):
+                mine, bases = (piece.double() for piece in pair)
+                moved += float((mine - bases).square().sum())
+                norm += float(bases.square().sum())
+        if changed:
+            found[part] = math.sqrt(moved / norm) if norm else math.inf
+    return found
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ in the type of the two that has fewer digits."""
+    coarse = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return not torch.equal(one.to(coarse), other.to(coarse))
+
+
+def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bool) -> None:
+    """Says what an expert has trained beside its vision tower, by how much, and what becomes of it. `merged`: whether
+    visual projections are merged."""
+    if not found:
+        return
+    sizes = ", ".join(f"{part} by {size:.3g}" for part, size in found.items())
+    what = f"{expert.role}: beside its vision tower it has trained {sizes} (norm of the change over the base's)"
+    head = "its own text tower makes its head"
+    lost = [part for part in found if part in TEXT and task.heads != "expert"]
+    if lost:
+        head = (
+            "the base's text tower makes its head, so its text tower is not used; suite.heads=expert makes its head of "
+            "its own"
+        )
+    projection = "; visual projections are merged" if merged and "visual_projection" in found else ""
+    line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
+    if lost:
+        log.warning("%s", line)
+    else:
+        say(line)
+
+
+def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an expert's own text tower and its projection, under the names of the model; none where it has
+    none, which is the base's then. `own`: the model's. ModelError where a shape is another."""
+    names = [name for name in own if name.partition(".")[0] in TEXT and name in expert.infos]
+    found = {}
+    for name in names:
+        shape = expert.infos[name].shape
+        if shape != tuple(own[name].shape):
+            raise ModelError(
+                f"{expert.role}: {name} is {list(shape)} in the expert and {list(own[name].shape)} in the base, so its "
+                "text tower cannot make its head; set suite.heads=base"
+            )
+        if own[name].is_floating_point():
+            found[name] = expert.tensor(name).float().to(own[name].device)
+    return found
+
+
+@contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these tensors inside the block, with its own after it."""
+    own = model.state_dict()
+    kept = {name: own[name].clone() for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+        yield
+    finally:
+        for name, tensor in kept.items():
+            own[name].copy_(tensor)
