@@ -53,20 +53,20 @@ class ProcessorFiles:
 
     def __init__(self, base: Path) -> None:
         self._base = base
-        known = [name for name in _names(base) if _matches(name, TOKENIZER)]
+        known = [name for name in own_files(base) if matches(name, TOKENIZER)]
         self._tokenizer = _tokenizer(base) if known or _other_names(base) else None
         if known and self._tokenizer is None:
             raise ModelError(
                 f"base: {base} has files of a tokenizer ({', '.join(known[:3])}) in which transformers finds no words; "
                 f"{_REMEDY}"
             )
-        self._pictures = _pictures(base) if {PICTURES, COMBINED} & {*_names(base)} else None
+        self._pictures = _pictures(base) if {PICTURES, COMBINED} & {*own_files(base)} else None
 
     @property
     def files(self) -> list[str]:
         """The files by their paths in the base's folder, in order. ModelError where one is a link out of it."""
         read = _vocabulary_files(self._tokenizer, self._base)
-        found = [name for name in _names(self._base) if name in read or _matches(name, (*TOKENIZER, *OTHERS))]
+        found = [name for name in own_files(self._base) if name in read or matches(name, (*TOKENIZER, *OTHERS))]
         for name in found:
             if leaves(self._base / name, self._base):
                 raise ModelError(f"base: {self._base / name} is a link out of its folder; put the file itself there")
@@ -94,7 +94,7 @@ class ProcessorFiles:
 _REMEDY = "put its files there, or take all of them out to merge the weights alone"
 
 
-def _names(folder: Path) -> Iterator[str]:
+def own_files(folder: Path) -> Iterator[str]:
     """The files of a folder and of its chat templates that are neither weights nor code, hidden ones left out."""
     paths = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
     for path in sorted(paths):
@@ -102,21 +102,21 @@ def _names(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return not name.endswith(".safetensors") and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _other_names(folder: Path) -> list[str]:
     """Files of no known purpose, one of which a tokenizer may be made of."""
     known = (*OTHERS, "config.json", "*.safetensors", "*.index.json", "*.md", "LICENSE*", "NOTICE*", "*_state.json")
-    return [name for name in _names(folder) if not any(fnmatch(name, pattern) for pattern in known)]
+    return [name for name in own_files(folder) if not any(fnmatch(name, pattern) for pattern in known)]
 
 
 def _tokenizer(folder: Path) -> Any | None:
     """The tokenizer; None where the folder has none or one without words. ModelError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    marked = any(_matches(name, TOKENIZER) for name in _names(folder))
+    marked = any(matches(name, TOKENIZER) for name in own_files(folder))
     try:
         found = from_folder(AutoTokenizer, folder)
     except ModelError as error:

@@ -6,13 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from epmq_cli.checkpoint.processor_files import TOKENIZER, matches, own_files
+
 PIXELS = "preprocessor_config.json"
 WHOLE = "processor_config.json"  # of a processor for pictures and texts, with the image processor inside
-VOCABULARY = ("tokenizer.json", "vocab", "merges", "bpe.", "dict.txt", "tekken.json")
-"""How the names of files with tokens begin; without one of them there is no tokenizer."""
-VOCABULARY_ENDS = (".model", ".bpe", ".codes", ".tiktoken")
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""What else says how a tokenizer works."""
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What says how a tokenizer works, and is none by itself."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ def processor_files(path: Path, reads: str) -> dict[str, Path]:
     it has none, as a state dict or an adapter may be."""
     if not path.is_dir():
         return {}
-    files = {file.name: file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")}
+    files = {name: path / name for name in own_files(path)}
     if reads == "pictures":
         return {name: file for name, file in files.items() if name == PIXELS or (name == WHOLE and _sees(file))}
-    found = {name: file for name, file in files.items() if _has_tokens(name)}
-    return found | {name: file for name, file in files.items() if name in BESIDE} if found else {}
+    found = {name: file for name, file in files.items() if name in SETTINGS or matches(name, TOKENIZER)}
+    return found if {*found} - {*SETTINGS} else {}
 
 
 def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:
@@ -41,10 +40,6 @@ def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:
     return one.keys() == other.keys() and all(
         path.read_bytes() == other[name].read_bytes() for name, path in one.items()
     )
-
-
-def _has_tokens(name: str) -> bool:
-    return name.startswith(VOCABULARY) or name.endswith(VOCABULARY_ENDS)
 
 
 def _sees(file: Path) -> bool:
