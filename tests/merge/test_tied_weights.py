@@ -13,6 +13,7 @@ import transformers as t
 from safetensors.torch import load_file
 from torch import Tensor
 
+from epmq_cli.checkpoint.manifest import write_manifest
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.families import FAMILIES
@@ -40,7 +41,7 @@ def noise(name: str, seed: int = 7) -> Any:
     """Puts values of its own under a name."""
 
     def change(tensors: dict[str, Tensor]) -> None:
-        like = tensors[TABLE if name == HEAD else "shared.weight"]
+        like = tensors[TABLE if TABLE in tensors else "shared.weight"]
         tensors[name] = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
 
     return change
@@ -180,8 +181,6 @@ def test_verify_names_copies_that_differ_and_layers_that_are_missing(tmp_path: P
     differing = store(llama(True), tmp_path / "differing", change=noise(HEAD))
     missing = store(llama(True), tmp_path / "missing")
     set_tie(missing, False)
-    from epmq_cli.checkpoint.manifest import write_manifest
-
     for folder, message in (
         (differing, f"{HEAD} has other values than {TABLE}, to which config.json ties it"),
         (missing, f"{HEAD} is missing, which config.json does not tie to {TABLE}"),
