@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.model_class import ModelClass, equal, model_class, untied_config
 from epmq_cli.checkpoint.reader import SafetensorsFiles, TensorInfo, read_json
 from epmq_cli.checkpoint.unpack import grid_of
 from epmq_cli.errors import CheckpointError, first_line
@@ -70,6 +71,30 @@ def name_problems(model: nn.Module, files: SafetensorsFiles, wanted: Mapping[str
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     found = [f"{name} is missing" for name in wanted if name not in files.infos and name not in tied]
     return found + [f"{name} is no tensor of the model" for name in files.infos if name not in wanted]
+
+
+def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
+    """Where the tied tensors in the files of a checkpoint are not those of its config.json, a phrase for each.
+
+    A copy that config.json ties has its source's values if it is stored; but for output layers of classes that no
+    setting unties, such as T5's, which transformers takes as they are stored. One that it does not tie is there.
+    """
+    config, found = read_json(folder, "config.json", ROLE), []
+    known = model_class(config, files.infos)
+    for copy, source in known.tieable.items() if known is not None else ():
+        stored, origin = (_stored(name, known, files) for name in (copy, source))
+        if copy not in known.tied and stored is None and origin is not None:
+            found.append(f"{copy} is missing, which config.json does not tie to {source}")
+        settled = copy in known.tied and stored is not None and origin is not None
+        settled = settled and (copy not in known.outputs or untied_config(config, files.infos, [copy]) is not None)
+        if settled and not equal((files, str(stored)), (files, str(origin))):
+            found.append(f"{stored} has other values than {origin}, to which config.json ties it")
+    return found
+
+
+def _stored(name: str, known: ModelClass, files: SafetensorsFiles) -> str | None:
+    """What the files call a tensor of the class, with or without the prefix of its body."""
+    return next((own for own in (name, name.removeprefix(f"{known.prefix}.")) if own in files.infos), None)
 
 
 def layout_problem(name: str, info: TensorInfo, wanted: Mapping[str, Wanted]) -> str | None:

@@ -15,7 +15,16 @@ from epmq_cli import config
 from epmq_cli import pipeline as steps
 from epmq_cli.checkpoint.pack import RECORD, heads_file
 from epmq_cli.checkpoint.reader import SafetensorsFiles, read_json
-from epmq_cli.described import ROLE, Wanted, described_model, finite, layout_problem, name_problems, wanted_tensors
+from epmq_cli.described import (
+    ROLE,
+    Wanted,
+    described_model,
+    finite,
+    layout_problem,
+    name_problems,
+    tie_problems,
+    wanted_tensors,
+)
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.heads import head_problems
@@ -40,6 +49,8 @@ def tensor_problems(folder: Path) -> list[str]:
         found += name_problems(model, files, wanted)
     else:
         wanted = _renamed(wanted, files, str(getattr(model, "base_model_prefix", "")))
+    ties = [problem for problem in tie_problems(folder, files) if not any(known in problem for known in found)]
+    found += ties
     found += _problems(files, wanted)
     return found + _head_problems(folder, model.config)
 

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from epmq_cli.checkpoint.reader import Tensors
+
 TIE = "tie_word_embeddings"
+PIECE = 1 << 22  # elements that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -171,3 +174,13 @@ def _without_ties(content: Any) -> Any:
     if isinstance(entries, dict):
         return {key: _without_ties(value) for key, value in entries.items() if key != TIE}
     return entries
+
+
+def equal(one: tuple[Tensors, str], other: tuple[Tensors, str]) -> bool:
+    """Whether two stored tensors have equal values, as the narrower of their types has them."""
+    if len({tensors.infos[name].shape for tensors, name in (one, other)}) > 1:
+        return False
+    first, second = (tensors.tensor(name).flatten() for tensors, name in (one, other))
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    pieces = zip(torch.split(first, PIECE), torch.split(second, PIECE), strict=True)
+    return all(torch.equal(a.to(narrow), b.to(narrow)) for a, b in pieces)

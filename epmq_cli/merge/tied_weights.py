@@ -12,15 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from epmq_cli.checkpoint.model_class import TIE, ModelClass, model_class, untied_config
+from epmq_cli.checkpoint.model_class import TIE, ModelClass, equal, model_class, untied_config
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.merge.vocabulary import vocabulary_of
-
-PIECE = 1 << 22  # elements that are compared at a time
 
 
 @dataclass
@@ -68,16 +64,6 @@ class Ties:
     said: str | None = None
 
 
-def equal(one: tuple[ModelFolder, str], other: tuple[ModelFolder, str]) -> bool:
-    """Whether two stored tensors have equal values, as the narrower of their types has them."""
-    if len({folder.infos[name].shape for folder, name in (one, other)}) > 1:
-        return False
-    first, second = (folder.tensor(name).flatten() for folder, name in (one, other))
-    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    pieces = zip(torch.split(first, PIECE), torch.split(second, PIECE), strict=True)
-    return all(torch.equal(a.to(narrow), b.to(narrow)) for a, b in pieces)
-
-
 def are_plain(base: Member, experts: Mapping[str, Member]) -> bool:
     """Whether nothing can be tied or copied differently in these models, as far as names, shapes and configs say: then
     transformers, which takes seconds to import, need not be asked."""
@@ -119,15 +105,19 @@ def resolve_ties(family: Family, base: Member, experts: Mapping[str, Member]) ->
     """How the ties come out; the members' merged tensors become those of the result. ModelError where they cannot be as
     the models have them."""
     members = [base, *experts.values()]
-    spelled = {name: own for member in members for name, own in member.spelled.items()}
+    spelled = {name: own for member in reversed(members) for name, own in member.spelled.items()}
     pairs = {copy: source for member in members for copy, source in member.tieable.items()}
+    for member in members if family.heads == "none" else ():  # the others have none of these tensors in their models
+        for copy, source in member.tieable.items():
+            _check_there(member, copy, source)
     wanted = {copy for copy in pairs if any(copy in member.merged for member in members)}
     own = {copy: _differing(base, experts, copy, source) for copy, source in pairs.items() if copy in wanted}
     untied = [copy for copy, owner in own.items() if owner is not None]
     changes = _changes(base, [copy for copy in untied if copy in base.tied], spelled, own, pairs)
     if changes:
         loose = _tied_by(family, {**base.folder.config, **changes}, base)
-        untied += [copy for copy in wanted if copy in base.tied and copy not in loose and copy not in untied]
+        others = [copy for copy in base.tied if copy not in loose and copy not in untied]
+        untied += [copy for copy in others if any(pairs[copy] in member.merged for member in members)]
     for copy, source in pairs.items():
         _place(members, copy, source, copy in untied)
     written = {source: spelled[source] for source in base.sources if source in base.merged}
@@ -146,8 +136,6 @@ def _tied_by(family: Family, config: Mapping[str, Any], base: Member) -> set[str
 def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: str) -> ModelFolder | None:
     """The first model that has a tensor of its own in place of a copy; None where it is tied in all, or in none of the
     models that have it stored."""
-    for member in (base, *experts.values()):
-        _check_there(member, copy, source)
     if copy not in base.tied:
         return base.folder if copy in base.stored else None
     for member in (base, *experts.values()):
@@ -161,8 +149,8 @@ def _check_there(member: Member, copy: str, source: str) -> None:
     loose = copy in member.tieable and copy not in member.tied
     if loose and copy not in member.stored and source in member.stored:
         raise ModelError(
-            f"{member.folder.role}: {member.folder.path} has no {copy}, and its config.json says that it is not tied "
-            f"({TIE} is false); save the model again with {copy}, or set {TIE} to true if it is tied to {source}"
+            f"{member.folder.role}: {member.folder.path} has no {copy}, which its config does not tie to {source}; "
+            f"save the model again with {copy}, or set {TIE} to true in config.json if the two are tied"
         )
 
 
@@ -194,13 +182,13 @@ def _changes(
 def _place(members: list[Member], copy: str, source: str, own: bool) -> None:
     """Puts a copy among the merged tensors of each model where it is a tensor of its own, else takes it out; and the
     stored name that has the source's values."""
-    scope = any(copy in member.merged for member in members)
+    scope = own or any(copy in member.merged for member in members)
     for member in members:
         stored, origin = member.stored.get(copy), member.value(source)
         if source in member.sources and scope:
             member.merged[source] = member.sources[source]
         member.merged.pop(copy, None)
-        if own and scope:
+        if own:
             value = origin if copy in member.tied and (stored is None or stored == origin) else stored
             if value is not None:
                 member.merged[copy] = value

@@ -1,0 +1,190 @@
+"""Oracles: transformers, which loads the results, and values put together by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file
+from torch import Tensor
+
+from epmq_cli.checkpoint.manifest import write_manifest
+from epmq_cli.commands.verify import verify
+from epmq_cli.errors import CheckpointError, ModelError
+from epmq_cli.families import FAMILIES
+from epmq_cli.merge.apply import Models
+from tests.conftest import drifted
+from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
+from tests.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
+
+PAIR = ("merge", "run")
+
+
+def llama(tied: bool, seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    base = t.LlamaForCausalLM(t.LlamaConfig(**{**DECODER, **changes}, tie_word_embeddings=tied)).eval()
+    return drifted(base, seed) if seed else base
+
+
+def t5(seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    base = t.T5ForConditionalGeneration(t.T5Config(**T5, **changes)).eval()
+    return drifted(base, seed) if seed else base
+
+
+def noise(name: str, seed: int = 7) -> Any:
+    """Puts values of its own under a name."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        like = tensors[TABLE if TABLE in tensors else "shared.weight"]
+        tensors[name] = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+    return change
+
+
+@pytest.mark.parametrize("command", PAIR)
+def test_models_in_which_an_output_layer_is_tied_give_their_table_for_it(command: str, tmp_path: Path) -> None:
+    """The mean of the untied expert's layer and the tied expert's table, by hand; verify is content."""
+    base = store(llama(True), tmp_path / "base")
+    own = store(llama(True, 1), tmp_path / "own", change=noise(HEAD))
+    tied = store(llama(True, 2), tmp_path / "tied", {HEAD: TABLE})
+    set_tie(own, False)
+    made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"own": own, "tied": tied}))
+    one, two, found = (load_file(folder / "model.safetensors") for folder in (own, tied, made))
+    assert torch.equal(found[HEAD], (one[HEAD] + two[TABLE]) / 2)
+    assert torch.equal(found[TABLE], (one[TABLE] + two[TABLE]) / 2)
+    assert settings_of(made)["tie_word_embeddings"] is False
+    if command == "merge":
+        verify(made, False, "cpu", None)
+
+
+def test_a_config_that_does_not_say_what_its_class_does_by_default(tmp_path: Path) -> None:
+    """Gemma ties, and configs of transformers 4 do not say so."""
+    torch.manual_seed(0)
+    base = t.GemmaForCausalLM(t.GemmaConfig(**DECODER, head_dim=8)).eval()
+    folders = [store(base, tmp_path / "base", {HEAD: TABLE}), store(drifted(base, 1), tmp_path / "x")]
+    for folder in folders:
+        settings = settings_of(folder)
+        del settings["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(settings))
+    made = merged_folder(tmp_path / "made", suite_of("causal_lm", folders[0], {"x": folders[1]}))
+    assert HEAD not in load_file(made / "model.safetensors")
+    assert_same(*(t.GemmaForCausalLM.from_pretrained(folder) for folder in (made, folders[1])))
+
+
+@pytest.mark.parametrize("command", PAIR)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_scale_of_t5s_outputs_stays_when_its_output_layer_is_its_own(
+    command: str, scaled: bool, tmp_path: Path
+) -> None:
+    """transformers scales them by another setting of the same name: t5-small with a layer of its own, and FLAN-T5."""
+    changes = {} if scaled else {"tie_word_embeddings": False}
+    base = store(t5(**changes), tmp_path / "base", change=None if scaled else noise("lm_head.weight", 6))
+    own = store(t5(1, **changes), tmp_path / "own", SHARED, change=noise("lm_head.weight"))
+    made = WRITERS[command](tmp_path / "made", suite_of("t5", base, {"own": own}))
+    found, wanted = (t.T5ForConditionalGeneration.from_pretrained(folder) for folder in (made, own))
+    assert found.config.scale_decoder_outputs is scaled
+    assert_same(found, wanted, {"input_ids": torch.tensor([[5, 2]]), "decoder_input_ids": torch.tensor([[0, 4]])})
+
+
+@pytest.mark.parametrize("command", PAIR)
+def test_tables_that_are_always_tied_are_refused_where_they_differ(command: str, tmp_path: Path) -> None:
+    name = "decoder.embed_tokens.weight"
+    base, own = store(t5(), tmp_path / "base"), store(t5(1), tmp_path / "own", change=noise(name))
+    with pytest.raises(ModelError, match=f"expert of task x: .* stores {name} with other values than shared.weight"):
+        WRITERS[command](tmp_path / "made", suite_of("t5", base, {"x": own}))
+
+
+def test_experts_whose_outputs_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
+    base, other = store(t5(), tmp_path / "base"), store(t5(1, tie_word_embeddings=False), tmp_path / "other")
+    with pytest.raises(ModelError, match="scale_decoder_outputs is False in its config and True in the base's"):
+        Models(suite_of("t5", base, {"x": other}), FAMILIES["t5"])
+
+
+def test_a_layer_that_is_neither_tied_nor_stored_is_refused(tmp_path: Path) -> None:
+    base, broken = store(llama(True), tmp_path / "base"), store(llama(True, 1), tmp_path / "broken")
+    set_tie(broken, False)
+    with pytest.raises(ModelError, match=f"expert of task x: .* has no {HEAD}, which its config does not tie"):
+        Models(suite_of("causal_lm", base, {"x": broken}), FAMILIES["causal_lm"], whole=True)
+
+
+@pytest.mark.parametrize("command", PAIR)
+@pytest.mark.parametrize("owner", ["nobody", "base", "expert"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_larger_vocabulary_reaches_the_copies(kind: str, owner: str, command: str, tmp_path: Path) -> None:
+    """The larger expert is itself, tied or not, under vocabulary=pad, in transformers."""
+    make, table, head = (llama, TABLE, HEAD) if kind == "llama" else (t5, "shared.weight", "lm_head.weight")
+    base, expert = (make(True), make(True, 1)) if kind == "llama" else (make(), make(1))
+    expert.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    folders = [
+        store(model, tmp_path / own, {head: table}, change=noise(head) if own == owner else None)
+        for own, model in (("base", base), ("expert", expert))
+    ]
+    family = "causal_lm" if kind == "llama" else "t5"
+    suite = suite_of(family, folders[0], {"x": folders[1]}, vocabulary="pad")
+    made = WRITERS[command](tmp_path / "made", suite)
+    found, wanted = (type(base).from_pretrained(folder) for folder in (made, folders[1]))
+    assert_same(found, wanted)
+
+
+def test_a_masked_language_model_is_merged_with_its_head_where_all_have_it(tmp_path: Path) -> None:
+    """Beside a classifier the base's head stays, tied to the merged table; the classifier is the expert's own."""
+    torch.manual_seed(0)
+    base = t.BertForPreTraining(t.BertConfig(**ENCODER)).eval()
+    copies = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    classifier = drifted(t.BertForSequenceClassification(t.BertConfig(**ENCODER, num_labels=3)), 2)
+    folders = [store(base, tmp_path / "base", copies), store(classifier, tmp_path / "x")]
+    made = merged_folder(tmp_path / "made", suite_of("bert", folders[0], {"x": folders[1]}))
+    found, expert = load_file(made / "model.safetensors"), load_file(folders[1] / "model.safetensors")
+    assert not {*copies, "classifier.weight"} & found.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expert.get(name, base.state_dict()[name]))
+
+
+@pytest.mark.parametrize("command", PAIR)
+def test_what_no_result_can_have_is_named(command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The value head that TRL stores beside a language model."""
+    caplog.set_level(logging.WARNING, "epmq")
+
+    def value_head(tensors: dict[str, Tensor]) -> None:
+        tensors["v_head.summary.weight"] = torch.ones(1, 32)
+
+    folders = [store(llama(True), tmp_path / "base"), store(llama(True, 1), tmp_path / "x", change=value_head)]
+    made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", folders[0], {"x": folders[1]}))
+    assert "expert of task x: v_head.summary.weight is left out" in caplog.text
+    assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, folders[1])))
+
+
+def test_what_a_block_of_the_base_has_not_is_refused(tmp_path: Path) -> None:
+    base, other = store(llama(True), tmp_path / "base"), store(llama(True, attention_bias=True), tmp_path / "x")
+    with pytest.raises(ModelError, match=r"self_attn.q_proj.bias is missing from the base"):
+        Models(suite_of("causal_lm", base, {"x": other}), FAMILIES["causal_lm"], whole=True)
+
+
+@pytest.mark.parametrize("command", PAIR)
+def test_tensors_that_a_class_does_not_load_on_purpose_count_for_nothing(command: str, tmp_path: Path) -> None:
+    """Old T5 files have a position bias in cross-attention, which no version reads."""
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    base = store(t5(), tmp_path / "base", change=lambda tensors: tensors.update({name: torch.ones(32, 4)}))
+    expert = store(t5(1), tmp_path / "x")
+    made = WRITERS[command](tmp_path / "made", suite_of("t5", base, {"x": expert}))
+    assert_same(*(t.T5ForConditionalGeneration.from_pretrained(folder) for folder in (made, expert)))
+
+
+def test_verify_names_copies_that_differ_and_layers_that_are_missing(tmp_path: Path) -> None:
+    """A folder as epmq merge once wrote it, and one without its untied layer."""
+    differing = store(llama(True), tmp_path / "differing", change=noise(HEAD))
+    missing = store(llama(True), tmp_path / "missing")
+    set_tie(missing, False)
+    for folder, message in (
+        (differing, f"{HEAD} has other values than {TABLE}, to which config.json ties it"),
+        (missing, f"{HEAD} is missing, which config.json does not tie to {TABLE}"),
+    ):
+        write_manifest(folder, {})
+        with pytest.raises(CheckpointError, match=message):
+            verify(folder, False, "cpu", None)
