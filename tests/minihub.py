@@ -170,7 +170,12 @@ def decoder_hub(folder: Path, kind: str) -> Path:
         "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**sizes)),
     }
     torch.manual_seed(0)
-    models(folder, made[kind]().eval())
+    return decoder_files(folder, made[kind]().eval())
+
+
+def decoder_files(folder: Path, base: Any) -> Path:
+    """Language models around this base, their tokenizer, documents and suite."""
+    models(folder, base)
     tokenizer(folder / "base", end=False)
     generator, entries = np.random.default_rng(0), {}
     for task in TASKS:

@@ -1,0 +1,103 @@
+"""Tiny random models of many architectures: those that family causal_lm calibrates, and those that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as t
+
+from tests.minihub import IDS, SIZE
+
+GROUPED: dict[str, Any] = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+HEADS = {**GROUPED, "head_dim": 8}
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": IDS["vocab_size"]}
+GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3}
+MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
+
+Build = Callable[[], Any]
+
+TAKEN: dict[str, Build] = {
+    "apertus": lambda: t.ApertusForCausalLM(t.ApertusConfig(**GROUPED)),
+    "arcee": lambda: t.ArceeForCausalLM(t.ArceeConfig(**GROUPED)),
+    "cwm": lambda: t.CwmForCausalLM(t.CwmConfig(**HEADS)),
+    "ernie4_5": lambda: t.Ernie4_5ForCausalLM(t.Ernie4_5Config(**HEADS)),
+    "exaone4": lambda: t.Exaone4ForCausalLM(t.Exaone4Config(**GROUPED)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**HEADS)),
+    "glm": lambda: t.GlmForCausalLM(t.GlmConfig(**HEADS)),
+    "glm4": lambda: t.Glm4ForCausalLM(t.Glm4Config(**HEADS)),
+    "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**MULTIPLIED)),
+    "helium": lambda: t.HeliumForCausalLM(t.HeliumConfig(**HEADS)),
+    "hunyuan_v1_dense": lambda: t.HunYuanDenseV1ForCausalLM(t.HunYuanDenseV1Config(**HEADS)),
+    "jais2": lambda: t.Jais2ForCausalLM(t.Jais2Config(**GROUPED)),
+    "ministral": lambda: t.MinistralForCausalLM(t.MinistralConfig(**HEADS)),
+    "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**HEADS)),
+    "nemotron": lambda: t.NemotronForCausalLM(t.NemotronConfig(**GROUPED)),
+    "olmo": lambda: t.OlmoForCausalLM(t.OlmoConfig(**GROUPED)),
+    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**GROUPED)),
+    "olmo3": lambda: t.Olmo3ForCausalLM(t.Olmo3Config(**GROUPED)),
+    "seed_oss": lambda: t.SeedOssForCausalLM(t.SeedOssConfig(**HEADS)),
+    "smollm3": lambda: t.SmolLM3ForCausalLM(t.SmolLM3Config(**GROUPED)),
+    "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, qk_layernorm=True)),
+    "starcoder2": lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**GROUPED)),
+    "vaultgemma": lambda: t.VaultGemmaForCausalLM(t.VaultGemmaConfig(**HEADS)),
+}
+"""By model type."""
+
+REFUSED: dict[str, tuple[Build, str]] = {
+    "bloom": (lambda: t.BloomForCausalLM(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **IDS)), "no model.layers"),
+    "cohere": (lambda: t.CohereForCausalLM(t.CohereConfig(**GROUPED)), "no norms that the family knows"),
+    "diffllama": (lambda: t.DiffLlamaForCausalLM(t.DiffLlamaConfig(**GROUPED)), "self_attn.lambda_q1"),
+    "falcon": (
+        lambda: t.FalconForCausalLM(t.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **IDS)),
+        "no model.layers",
+    ),
+    "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)), "no model.layers"),
+    "gpt_neox": (lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS)), "no model.layers"),
+    "lfm2": (lambda: t.Lfm2ForCausalLM(t.Lfm2Config(**GROUPED)), "no model.norm"),
+    "mamba": (
+        lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)),
+        "no model.layers",
+    ),
+    "mixtral": (
+        lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=2)),
+        "no feed-forward that the family knows",
+    ),
+    "opt": (
+        lambda: t.OPTForCausalLM(
+            t.OPTConfig(
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=32,
+                max_position_embeddings=64,
+                **IDS,
+            )
+        ),
+        "no model.layers",
+    ),
+    "phi": (lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, **IDS)), "no model.norm"),
+    "qwen3_moe": (
+        lambda: t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(**HEADS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
+        ),
+        "no feed-forward that the family knows",
+    ),
+    "stablelm": (
+        lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, use_parallel_residual=True)),
+        "no norms that the family knows",
+    ),
+}
+"""With what is said of them."""
+
+
+def built(build: Build) -> Any:
+    """The model, ready to score, with gains, biases and other tensors that start as constants moved away from them."""
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model

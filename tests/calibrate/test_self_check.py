@@ -1,0 +1,238 @@
+"""Oracles: models whose blocks do one thing otherwise than their steps say, each of which must be named; and
+transformers' models of all families, which pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from epmq_cli.calibrate import self_check
+from epmq_cli.calibrate.self_check import check_blocks
+from epmq_cli.errors import ModelError
+from epmq_cli.families.causal_lm import CausalLM
+from epmq_cli.families.family import Family, Linears, Norm, Section
+from tests.architectures import GROUPED, TAKEN, built
+from tests.hubs import Scene, run_in
+from tests.minihub import KINDS, build, decoder_files
+
+IDS = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 9, 8, 4, 6, 5]])
+Blocks = Callable[[Any], list[Section]]
+
+
+def llama() -> Any:
+    return built(lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)))
+
+
+def check(model: Any, family: Family | None = None) -> None:
+    check_blocks(model, family or CausalLM(), {"first": [{"input_ids": IDS}]})
+
+
+def claimed(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> CausalLM:
+    """A family that says something else of the steps of its blocks."""
+
+    class Claimed(CausalLM):
+        def blocks(self, model: nn.Module) -> list[Section]:
+            return [replace(block, steps=change(block.steps)) for block in super().blocks(model)]
+
+    return Claimed()
+
+
+def with_step(number: int, **changes: Any) -> CausalLM:
+    return claimed(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
+
+
+FAST = ("gemma3", "roberta", "t5", "vit")
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_every_family_passes_without_a_random_number(kind: str, tmp_path: Path) -> None:
+    """transformers' own models, and torch's generator before and after."""
+    scene, state = Scene(build(tmp_path, kind)), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in scene.model.state_dict().items()}
+    check_blocks(scene.model, scene.family, {"first": scene.batches})
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scene.model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in scene.model.modules())
+    assert not any("forward" in vars(module) for module in scene.model.modules())
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_every_decoder_that_auto_takes_passes(kind: str) -> None:
+    """transformers' own models."""
+    check(built(TAKEN[kind]))
+
+
+CLAIMS: dict[str, tuple[CausalLM, str]] = {
+    "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read what .*o_proj gives"),
+    "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to what"),
+    "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to what .*input_layernorm reads"),
+    "another order": (claimed(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
+    "linears of two inputs": (
+        claimed(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
+        "down_proj reads another tensor than .*gate_proj",
+    ),
+    "a norm left out": (claimed(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to what"),
+    "a module that is not there": (with_step(2, names=("self_attn.out",)), "cannot follow the blocks"),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_steps_that_are_not_what_llama_computes_are_named(claim: str) -> None:
+    """Llama itself, with one wrong claim."""
+    family, said = CLAIMS[claim]
+    with pytest.raises(ModelError, match=f"^base: the self-check .*{said}.*; epmq merge "):
+        check(llama(), family)
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives a module another forward pass, which gets its own."""
+    real = module.forward
+    module.forward = lambda *args, **options: forward(real, *args, **options)
+
+
+def of_block(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda model: [change(layer) for layer in model.model.layers] and None
+
+
+def parallel(layer: Any) -> None:
+    def forward(hidden: Tensor, **options: Any) -> Tensor:
+        normed = layer.input_layernorm(hidden)
+        attended, _ = layer.self_attn(hidden_states=normed, **options)
+        given: Tensor = hidden + attended + layer.mlp(layer.post_attention_layernorm(hidden))
+        return given
+
+    layer.forward = forward
+
+
+def between(model: Any) -> None:
+    """The second block reads more than what the first one gives."""
+    layers, first = model.model.layers, []
+    layers[0].register_forward_pre_hook(lambda _, args: first.append(args[0]))
+    layers[1].register_forward_pre_hook(lambda _, args: (args[0] + first[-1], *args[1:]))
+
+
+def behind(model: Any) -> None:
+    """The model gives something else than what its last norm gives."""
+
+    def forward(real: Callable[..., Any], **options: Any) -> Any:
+        output = real(**options)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    with_forward(model.model, forward)
+
+
+CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "scaled residual": (
+        of_block(lambda layer: with_forward(layer.mlp, lambda real, x: 0.9 * real(x))),
+        "down_proj is not added to what .*post_attention_layernorm reads",
+    ),
+    "parallel residual": (of_block(parallel), "o_proj is not added to what .*input_layernorm reads"),
+    "a linear that clamps": (
+        of_block(lambda layer: with_forward(layer.mlp.up_proj, lambda real, x: real(x).clamp(-0.1, 0.1))),
+        "up_proj does not give W x . b",
+    ),
+    "a norm whose gain is squared": (
+        of_block(
+            lambda layer: with_forward(layer.input_layernorm, lambda real, x: real(x) * layer.input_layernorm.weight)
+        ),
+        "input_layernorm does not give a gain times its normalized input",
+    ),
+    "a linear that is called twice": (
+        of_block(lambda layer: with_forward(layer.mlp, lambda real, x: 0.5 * (real(x) + real(x)))),
+        "gate_proj is called 2 times, not once",
+    ),
+    "something behind the last norm": (behind, "does not read its last block through model.norm alone"),
+    "a skip between blocks": (between, "the model changes what model.layers.1 reads of the blocks before it"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_blocks_that_compute_something_else_than_llama_are_named(change: str) -> None:
+    """Llama with one part that does something else, and without new tensors: nothing in its files shows it."""
+    model, (apply, said) = llama(), CHANGED[change]
+    check(model)
+    apply(model)
+    with pytest.raises(ModelError, match=said):
+        check(model)
+
+
+def test_a_block_of_another_kind_is_looked_at_wherever_it_is() -> None:
+    """Only the last of four blocks is changed; the first, which is like the others by its tensors, is not."""
+    model = built(lambda: LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 4})))
+    model.model.layers[3].mlp.factor = 0.5
+    with_forward(model.model.layers[3].mlp, lambda real, x: 0.5 * real(x))
+    with pytest.raises(ModelError, match=r"model.layers.3.mlp.down_proj is not added"):
+        check(model)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "glm4"])
+def test_a_branch_beside_normed_parts_is_found(kind: str) -> None:
+    """Blocks whose linears write into no stream, with a branch around all of their steps."""
+    model = built(TAKEN[kind])
+    with_forward(model.model.layers[1], lambda real, hidden, **options: real(hidden, **options) + hidden.tanh())
+    model.model.layers[1].gated = True
+    with pytest.raises(ModelError, match=r"layers.1 has a path from its input to its output that is not in its steps"):
+        check(model)
+
+
+def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
+    """The norms that the steps of Llama leave out, whatever they are called."""
+    first, *rest = CausalLM().blocks(llama())
+    family = claimed(lambda steps: first.steps)
+    model = built(TAKEN["glm4"])
+    for layer in model.model.layers:
+        layer.mlp.gate_proj = layer.mlp.up_proj = nn.Linear(32, 64, bias=False)
+        with_forward(layer.mlp, lambda real, x, m=layer.mlp: m.down_proj(m.gate_proj(x) + m.up_proj(x)))
+    assert rest
+    with pytest.raises(ModelError, match="o_proj is not added to what|is called 2 times"):
+        check(model, family)
+
+
+@pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1 gives for a token"), (1, "self_attn.q_proj gives")])
+def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: Path) -> None:
+    """CLIP's keys, values and first norm, claimed to stay with their token."""
+    from epmq_cli.families.clip import Clip
+
+    class Claimed(Clip):
+        def blocks(self, model: nn.Module) -> list[Section]:
+            return [
+                replace(b, steps=(*b.steps[:step], replace(b.steps[step], mixing=()), *b.steps[step + 1 :]))
+                for b in super().blocks(model)
+            ]
+
+    scene = Scene(clip_hub)
+    with pytest.raises(ModelError, match=f"{said}.* for a token reaches other tokens|{said}.* reaches other tokens"):
+        check_blocks(scene.model, Claimed(), {"first": scene.batches})
+
+
+def test_one_sample_is_enough_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that has room for one sample alone."""
+    model, seen = llama(), []
+
+    def forward(real: Any, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        given: Tensor = real(x)
+        return given
+
+    with_forward(model.model.layers[0].mlp.down_proj, forward)
+    check(model)
+    assert set(seen) == {1, 2}
+
+
+def test_a_run_refuses_before_anything_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that the check does not accept, and an empty run folder."""
+    hub = decoder_files(tmp_path / "hub", llama())
+    monkeypatch.setattr(self_check, "_close", lambda *_: False)
+    with pytest.raises(ModelError, match="self-check"):
+        run_in(tmp_path / "run", hub)
+    assert not (tmp_path / "run" / "checkpoint").exists()
