@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from epmq_cli import config
 from epmq_cli.calibrate.draw import task_seed
@@ -11,6 +13,7 @@ from epmq_cli.console import say
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ModelError
 from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
+from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
 from epmq_cli.families.family import Family, Head, LanguageModel
 from epmq_cli.families.inputs import check_inputs
@@ -76,10 +79,14 @@ def scored_task(
 
 
 def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
-    """`count` test samples of a task, the same ones for a seed, or all of them."""
-    if count is None:
-        return task.data.load("test")
-    own = task_seed(seed, task.name, "test")
-    if getattr(task.data, "streams", False):
-        return task.data.load("test", count, own)
-    return task.data.load("test").stratified(count, own)
+    """`count` test samples of a task, the same ones for a seed, or all of them; without labels where the metric is
+    perplexity, which uses none."""
+    data: Any = task.data
+    if task.metric == PERPLEXITY and getattr(data, "label", None) is not None and is_dataclass(data):
+        data = replace(data, label=None)  # type: ignore[type-var]
+    found: Samples
+    if count is None or not getattr(data, "streams", False):
+        found = data.load("test")
+        return found if count is None else found.stratified(count, task_seed(seed, task.name, "test"))
+    found = data.load("test", count, task_seed(seed, task.name, "test"))
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from tests import edited
@@ -105,6 +106,18 @@ def arrays(**changes: Callable[[np.ndarray], np.ndarray]) -> Change:
 
 def rows(split: str, text: str | bytes) -> Change:
     return file(f"first_{split}.tsv", text)
+
+
+def entry(**values: Any) -> Change:
+    """Changes the first task's entry in the suite."""
+
+    def edit(hub: Path) -> None:
+        path = hub / "configs" / "suite" / "mini.yaml"
+        suite = OmegaConf.load(path)
+        suite.tasks.first = OmegaConf.merge(suite.tasks.first, values)
+        OmegaConf.save(suite, path)
+
+    return edit
 
 
 def with_one(value: int) -> Callable[[np.ndarray], np.ndarray]:

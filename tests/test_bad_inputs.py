@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import DataError, EpmqError, ModelError
+from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
 from tests import counts, edited
 from tests.changes import (
     GENERATION,
@@ -22,6 +22,7 @@ from tests.changes import (
     arrays,
     both_settings,
     content,
+    entry,
     file,
     no_tokenizer,
     other_ids,
@@ -37,6 +38,15 @@ from tests.hubs import run_in
 from tests.minihub import build
 
 D, M = DataError, ModelError
+
+
+def conversations(hub: Path) -> None:
+    """The first task is scored on conversations."""
+    path = hub / "first_test.jsonl"
+    path.write_text('{"text": [{"role": "user", "content": "red"}], "label": 1}\n')
+    entry(data={"test": str(path)})(hub)
+
+
 HEADS = "expert of task first: classifier"
 BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "no rows to calibrate on": ("bert", rows("train", "label\ttext\n"), D, "task first has no training samples"),
@@ -67,6 +77,23 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "answers beyond the classes": ("t5", rows("test", "label\ttext\n9\tred\n"), D, "in 0..2 as there are 3 classes"),
     "no text": ("llama", file("first_train.jsonl", ""), D, "at least max_length=12 tokens of text, got 1"),
     "too little text": ("llama", file("first_train.jsonl", '{"text": "red"}\n'), D, "tokens of text, got 2"),
+    "text that is a number": (
+        "llama", file("first_train.jsonl", '{"text": 3}\n' * 30), D, "row 1: column text holds a number (3), not text",
+    ),
+    "conversations without a template": (
+        "llama", file("first_test.jsonl", '{"text": [{"role": "user", "content": "red"}]}\n'), D,
+        "row 1 holds a conversation, and the tokenizer in",
+    ),
+    "conversations for a classifier": (
+        "bert", conversations, D, "row 1 holds conversations, and family bert reads texts or pairs of texts; choose",
+    ),
+    "sequences longer than the positions": (
+        "llama", entry(max_length=65), ConfigError, "max_length must be at most 64, the positions of the model in",
+    ),
+    "prompts longer than the text tower": (
+        "clip", entry(templates=["a photo of " * 40 + "a {}"]), ConfigError,
+        "tokens, and the base's text tower reads at most",
+    ),
     "a single token": ("llama", file("first_test.jsonl", '{"text": ""}\n'), D, "at least two tokens of text, got 1"),
     "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "no value in column text"),
     "an expert of integers": (
@@ -200,6 +227,17 @@ def every_expert_is_the_base(hub: Path) -> None:
         shutil.copyfile(hub / "base" / "config.json", hub / task / "config.json")
 
 
+def chats(hub: Path) -> None:
+    """The first task has conversations, for which the base has a template."""
+    template = "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    (hub / "base" / "chat_template.jinja").write_text(template)
+    for split in ("train", "test"):
+        path = hub / f"first_{split}.jsonl"
+        lines = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        messages = [[{"from": "human", "value": line}, {"from": "gpt", "value": line}] for line in lines]
+        path.write_text("".join(json.dumps({"text": each}) + "\n" for each in messages))
+
+
 FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
     "experts of float64": ("clip", (), tensors("first", Tensor.double)),
     "a base of float64": ("clip", (), tensors("base", Tensor.double)),
@@ -219,8 +257,8 @@ FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
     "texts of nothing but their ends": ("bert", ("suite.tasks.first.max_length=2",), lambda hub: None),
     "prompts of one token": ("t5", ("suite.tasks.first.max_length=1",), lambda hub: None),
     "one sample": ("clip", ("calib.samples=1",), lambda hub: None),
+    "conversations with a template": ("llama", (), chats),
     "samples one by one": ("clip", ("calib.batch_size=1", "eval.batch_size=1"), lambda hub: None),
-    "text that is a number": ("llama", (), file("first_train.jsonl", '{"text": 3}\n' * 30)),
 }  # fmt: skip
 
 

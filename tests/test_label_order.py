@@ -18,6 +18,7 @@ from epmq_cli import pipeline as steps
 from epmq_cli import scored_tasks
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.data.images import ImageFolder
+from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
 from epmq_cli.families import family_of
 from epmq_cli.report.metrics import schema
@@ -201,3 +202,12 @@ def test_classes_of_prompts_are_matched_with_class_folders(clip_hub: Path, tmp_p
         assert found.labels is not None
         assert found.labels.tolist() == [image.getpixel((0, 0))[0] for image in found.inputs]
         assert found.classes == classes
+
+
+def test_perplexity_needs_no_labels(tmp_path: Path) -> None:
+    """The texts of a table whose column of labels, which is named by default, is not there."""
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
+    task = Task("t", "expert", Table(*[str(tmp_path / "x.jsonl")] * 2), metric="perplexity")
+    assert len(scored_tasks.evaluation_samples(task, None, 0)) == 9
+    drawn = [list(scored_tasks.evaluation_samples(task, 4, seed).inputs) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0]) != drawn[2]

@@ -57,8 +57,9 @@ def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:
     """The conversation that a list holds; DataError where it holds none."""
     if not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(
-            f"{where}: column {column} holds {kind_of(value)}, and of lists only conversations are read: messages with "
-            "role and content, or from and value; choose the column that holds the text"
+            f"{where}: column {column} holds {kind_of(value)}, not text; the only lists that epmq reads are "
+            "conversations, whose messages have role and content, or from and value; choose the column that holds the "
+            "text"
         )
     return Chat([_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)], where)
 

@@ -23,6 +23,7 @@ DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
 """The names that transformers gives to classes that have none."""
 NUMBER = re.compile(r"-?\d+")
 SHOWN = 8  # names of a long list
+QUIRKS = 0.1  # of the names that prompts share with the data, how many may be at other positions
 SHORT = 3  # letters that an abbreviation has at least
 
 Order = tuple[int | None, ...]
@@ -117,16 +118,16 @@ def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
     """The match by name of data whose labels were found at these classes of the head."""
     head = heading.names or ()
     found = [label for label, place in enumerate(order) if place is not None]
-    placed = all(order[label] == label for label in found)
-    if len(found) == len(data) and placed:
+    moved = [label for label in found if order[label] != label]
+    if len(found) == len(data) and not moved:
         extra = head[len(data) :]
         return Match(None, f"the head also has {shown(extra)}, which the data does not have" if extra else None)
     if len(found) == len(data) or (len(found) == len(head) and not heading.own):
         return Match(order, f"classes are matched by name: the data has {shown(data)}, the head {shown(head)}")
-    if heading.own or len(data) != len(head) or not placed:
+    if heading.own or len(data) != len(head) or len(moved) > QUIRKS * len(found):
         raise DataError(_contradiction(heading, data, len(found)))
     if found:
-        differ = [f"{data[label]} as {head[label]}" for label, place in enumerate(order) if place is None]
+        differ = [f"{data[label]} as {head[label]}" for label, place in enumerate(order) if place != label]
         return Match(None, f"labels are taken by position, {shown(differ)}; the other names are the same")
     return Match(None, f"labels are taken by position: {shown(data)} as {shown(head)}, which share no name")
 

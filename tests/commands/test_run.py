@@ -124,7 +124,7 @@ def test_models_of_another_family_are_refused(clip_hub: Path, bert_hub: Path, tm
 
 def test_texts_longer_than_the_model_are_refused(bert_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="suite.tasks.first.max_length must be at most 32, the positions that the base"
+        ConfigError, match="suite.tasks.first.max_length must be at most 32, the positions of the model in"
     ):
         run_in(tmp_path, bert_hub, "suite.tasks.first.max_length=33")
 

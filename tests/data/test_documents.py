@@ -39,7 +39,7 @@ def test_a_count_takes_the_first_or_a_draw_that_the_seed_decides(tmp_path: Path)
 def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.txt cannot be read as text"):
         source(tmp_path, ".txt").load("test")
-    with pytest.raises(ConfigError, match=r"must end in .txt, .tsv, .csv, .jsonl, .parquet, got a.pdf"):
+    with pytest.raises(ConfigError, match=r"must end in .txt, .tsv, .csv, .jsonl, .json, .parquet, got a.pdf"):
         Documents("a.pdf", "a.txt")
 
 

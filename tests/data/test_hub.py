@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from epmq_cli.config import build, conf_dir
 from epmq_cli.data.hub import Hub
+from epmq_cli.data.pictures import Decoder
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.suites import Task
@@ -106,8 +109,8 @@ def test_a_count_reads_no_further_than_it_must_and_writes_nothing(mirror: Path, 
 
 
 def test_images_are_decoded_when_they_are_asked_for(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded, decode = [], datasets.Image.decode_example
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a: decoded.append(a) or decode(*a))
+    decoded, decode = [], Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda *a: decoded.append(a) or decode(*a))
     for samples in (tasks["food101"].data.load("test"), tasks["food101"].data.load("test", 6, seed=0)):
         taken = samples.take([2, 1])
         assert not decoded
@@ -151,6 +154,54 @@ def test_what_is_cached_is_read_offline(place: str, tmp_path: Path, cache: Path)
     source = Hub(path="someone/set", test="validation", input="a", label="y")
     assert list(source.load("train").inputs) == ["a0", "a1", "a2", "a3"]
     assert set(source.load("train", 2, seed=1).inputs) < {"a0", "a1", "a2", "a3"}
+
+
+def picture_folders(place: Path, **splits: tuple[str, ...]) -> Hub:
+    """A data set of folders, each with pictures of its own shade."""
+    for split, names in splits.items():
+        for name in names:
+            (place / split / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (4, 4), (ord(name[0]),) * 3).save(place / split / name / f"{index}.png")
+    return Hub(path=str(place))
+
+
+@pytest.mark.parametrize("count", [None, 6])
+def test_a_class_folder_has_the_same_number_in_all_splits(count: int | None, tmp_path: Path) -> None:
+    source = picture_folders(tmp_path / "set", train=("ant", "bee", "cat"), test=("bee", "cat"))
+    for split in ("train", "test"):
+        samples = source.load(split, count)
+        shown = [image.getpixel((0, 0))[0] for image in samples.inputs]
+        assert [97 + label for label in samples.labels.tolist()] == shown
+
+
+def test_hidden_folders_that_became_classes_are_refused(tmp_path: Path) -> None:
+    source = picture_folders(tmp_path / "set", train=("@eaDir", "cat"), test=("cat", "dog"))
+    for count in (None, 2):
+        with pytest.raises(DataError, match=r"has folders that are not classes, @eaDir, which the datasets library"):
+            source.load("train", count)
+
+
+def test_conversations_and_nested_columns_are_told_apart(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": messages, "pair": {"en": "a", "de": "b"}, "tokens": ["a", "b"], "n": 3}] * 2
+    (tmp_path / "set").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "test"):
+        (tmp_path / "set" / f"{split}.jsonl").write_text(lines)
+
+    def load(column: str, **fields: Any) -> list[Any]:
+        return list(Hub(path=str(tmp_path / "set"), input=column, label=None, **fields).load("train").inputs)
+
+    assert [chat.messages for chat in load("messages")] == [tuple(messages)] * 2
+    assert load("n", prompt="{n}!") == ["3!", "3!"]
+    for column, kind in (
+        ("pair", "an object with the keys en, de"),
+        ("tokens", r"a list \("),
+        ("n", r"a number \(3\)"),
+    ):
+        with pytest.raises(DataError, match=f"row 1: column {column} holds {kind}"):
+            load(column)
 
 
 def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:

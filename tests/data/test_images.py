@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from epmq_cli.data.images import ImageFolder, Npz
-from epmq_cli.errors import DataError
+from epmq_cli.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -45,13 +47,99 @@ def test_classes_without_samples_are_allowed_when_named(folders: Path) -> None:
 
 
 def test_folders_that_do_not_fit_are_named(folders: Path) -> None:
-    with pytest.raises(DataError, match="must have one sub-folder for each of cat, it has cat, dog"):
+    with pytest.raises(DataError, match="has the sub-folders dog, which are not among data.labels, cat; add them"):
         load(folders, ["cat"])
     with pytest.raises(DataError, match="nowhere is not a folder"):
         load(folders / "nowhere")
-    with pytest.raises(DataError, match="must have one sub-folder for each of the classes, it has none"):
-        (folders / "empty").mkdir()
+    (folders / "empty").mkdir()
+    with pytest.raises(DataError, match="must have one sub-folder of images for each class, such as cat, dog, and has"):
         load(folders / "empty")
+    with pytest.raises(ConfigError, match=r"data.labels must be different names of sub-folders, got \['a', 'a'\]"):
+        load(folders, ["a", "a"])
+
+
+LEFT = (".DS_Store", "cat/Thumbs.db", "cat/.hidden.png", "cat/._0.png", "dog/desktop.ini")
+LEFT_FOLDERS = (".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "cat/.ipynb_checkpoints")
+
+
+def test_hidden_files_and_folders_are_no_classes_and_no_images(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = load(folders)
+    for name in LEFT_FOLDERS:
+        (folders / name).mkdir()
+        Image.new("RGB", (4, 4)).save(folders / name / "0.png")
+    for name in LEFT:
+        Image.new("RGB", (4, 4)).save(folders / name, "PNG")
+    with caplog.at_level(logging.INFO, "epmq"):
+        assert load(folders) == load(folders, ["cat", "dog"]) == wanted
+    said = f"{folders}: left out hidden: 10 ($RECYCLE.BIN, .DS_Store, .ipynb_checkpoints, @eaDir, __MACOSX, ...); files"
+    assert caplog.messages[0].startswith(said)
+    assert caplog.messages[0].endswith("files whose ending is not that of an image: 1 (cat/notes.txt)")
+
+
+def test_a_folder_that_labels_name_or_of_one_character_is_a_class(folders: Path) -> None:
+    for name in ("@home", "@"):
+        (folders / "cat").rename(folders / name)
+        wanted = ["@home", "dog"] if name == "@home" else None
+        samples = ImageFolder(str(folders), str(folders), wanted).load("train")
+        assert samples.classes == (name, "dog")
+        assert samples.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        (folders / name).rename(folders / "cat")
+
+
+def test_images_have_any_ending_that_pillow_reads(folders: Path) -> None:
+    for name, kind in (
+        ("3.jfif", "JPEG"),
+        ("4.JPG", "JPEG"),
+        ("5.webp", "WEBP"),
+        ("6.Tiff", "TIFF"),
+        ("7.jp2", "JPEG2000"),
+    ):
+        Image.new("RGB", (4, 4)).save(folders / "dog" / name, kind)
+    assert [label for label, _ in load(folders)] == [0] * 3 + [1] * 8
+
+
+def test_what_is_left_out_is_counted_and_said(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folders / "dog" / "sub").mkdir()
+    Image.new("RGB", (4, 4)).save(folders / "dog" / "sub" / "0.png")
+    Image.new("RGB", (4, 4)).save(folders / "stray.png")
+    with caplog.at_level(logging.INFO, "epmq"):
+        assert len(load(folders)) == 6
+    assert caplog.messages == [
+        f"{folders}: left out folders inside class folders: 1 (dog/sub); files beside the class folders: 1 (stray.png)"
+        "; files whose ending is not that of an image: 1 (cat/notes.txt)"
+    ]
+
+
+def test_a_class_has_the_same_number_in_both_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, names in (("train", ("ant", "cat")), ("test", ("bee", "cat", "e\u0301mu"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / split / name / "0.png")
+    source = ImageFolder(str(tmp_path / "train"), str(tmp_path / "test"))
+    with caplog.at_level(logging.WARNING, "epmq"):
+        train, test = source.load("train"), source.load("test")
+    assert train.classes == test.classes == ("ant", "bee", "cat", "\xe9mu")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 2], [1, 2, 3])
+    assert caplog.messages == [
+        f"{tmp_path / 'train'} has no images of 2 of the 4 classes: bee, \xe9mu",
+        f"{tmp_path / 'test'} has no images of 1 of the 4 classes: ant",
+    ]
+    shutil.rmtree(tmp_path / "train")
+    with caplog.at_level(logging.INFO, "epmq"):
+        assert source.load("test").labels.tolist() == [0, 1, 2]
+    assert f"{tmp_path / 'train'} is not a folder, so that the classes are the sub-folders of" in caplog.text
+
+
+def test_a_split_without_images_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    for name in ("test/cat", "test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"test has no images .*ending is not that of an image: 2 \(cat/0.heic, dog/0"):
+        load(tmp_path / "test")
+    with pytest.raises(
+        DataError, match=r"has no images .*folders inside class folders: 2 \(test/cat, test/dog\)\); put"
+    ):
+        load(tmp_path)
 
 
 def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
@@ -65,7 +153,8 @@ def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", test_images=images, test_labels=np.arange(5, dtype=np.uint8))
     samples = Npz(str(tmp_path / "x.npz")).load("test")
-    assert np.array_equal(np.stack([np.asarray(image) for image in samples.inputs]), images)
+    wanted = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
+    assert np.array_equal(np.stack([np.asarray(image) for image in samples.inputs]), wanted)
     assert samples.labels.tolist() == [0, 1, 2, 3, 4]
 
 

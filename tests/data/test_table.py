@@ -123,7 +123,7 @@ def test_json_lines_must_be_objects(tmp_path: Path) -> None:
 def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.tsv is not a file"):
         table(tmp_path / "gone.tsv").load("train")
-    with pytest.raises(ConfigError, match=r"must be files ending in .tsv, .csv, .jsonl, .parquet, got .*x.xlsx"):
+    with pytest.raises(ConfigError, match=r"must be files ending in .tsv, .csv, .jsonl, .json, .parquet, got .*x.xlsx"):
         table(tmp_path / "x.xlsx")
     with pytest.raises(ConfigError, match=r"data.text must be one column or a list of two"):
         table(tmp_path / "x.tsv", text=["a", "b", "c"])
@@ -154,7 +154,9 @@ def test_whole_numbers_that_are_floats_or_texts_are_labels(tmp_path: Path) -> No
 def test_half_a_surrogate_pair_is_no_text(prompt: str | None, tmp_path: Path) -> None:
     """The tokenizers would end in an error of their own."""
     path = write(tmp_path / "x.jsonl", [{"text": "a", "label": 1}, {"text": "b\ud800", "label": 1}])
-    with pytest.raises(DataError, match=r"x.jsonl, row 2: the text holds '\\ud800', which is no character") as raised:
+    with pytest.raises(
+        DataError, match=r"x.jsonl, row 2: the text holds '\\ud800', which is not a character"
+    ) as raised:
         table(path, prompt=prompt).load("test")
     str(raised.value).encode()
     with pytest.raises(DataError, match=r"x.jsonl, row 2: the text holds"):

@@ -59,6 +59,12 @@ def prompts(*names: str) -> Heading:
             "AnnualCrop as crop land",
         ),
         (prompts("T - shirt / top", "Bag"), ("T-shirt/top", "Bag"), POSITIONS, None),
+        (
+            prompts(*"abcdefghijkl", "crane", "sunglasses", "lens"),
+            (*"abcdefghijkl", "crane", "sunglass", "sunglasses"),
+            POSITIONS,
+            "labels are taken by position, sunglass as sunglasses, sunglasses as lens; the other names are the same",
+        ),
         (prompts("a", "b"), ("b", "a", "unused"), (1, 0, None), "matched by name"),
         (prompts("zero", "one"), ("0", "1"), POSITIONS, "the labels of the data are numbers"),
         (prompts("A", "B"), tuple(map(str, range(37))), POSITIONS, "the labels of the data are numbers"),
