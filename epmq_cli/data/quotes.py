@@ -40,10 +40,8 @@ def are_syntax(text: str, path: Path) -> bool:
         return False
     lines = [line for line in _lines(text).split("\n") if line]
     plain, quoted = [line.split("\t") for line in lines], _quoted(text)
-    if quoted is None:
-        return False
-    written = any(_written(quoted, needs) == "\n".join(lines) for needs in WRITERS)
-    if not _is_even(plain) or (written and len(plain) == len(quoted)):
+    written = quoted is not None and any(_written(quoted, needs) == "\n".join(lines) for needs in WRITERS)
+    if quoted is not None and (not _is_even(plain) or (written and len(plain) == len(quoted))):
         say(f"{path}: the quotes around fields are read as syntax, as pandas writes them, not as part of the text")
         return True
     if written or all(_is_wrapped(field) for row in plain for field in row if '"' in field):
