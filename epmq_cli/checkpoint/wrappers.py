@@ -74,7 +74,7 @@ def unwrapped(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], n
     sources: dict[tuple[str, ...], Renaming] = {}
     for renaming in renamings(expert.infos, {*base.infos, *wanted}):
         under = _renamed(expert, renaming)
-        found = _merged(under, names)
+        found = _merged(under.folder, names)
         if {*wanted} <= {*found}:
             taken = tuple(under.tensors.stored[found[name]] for name in wanted)
             sources[taken] = max(sources.get(taken, renaming), renaming, key=lambda r: _changed(expert, r))
