@@ -9,9 +9,9 @@ from pathlib import Path
 
 from epmq_cli.errors import ModelError
 
-CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
+CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors*"
 STATES = ("optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "trainer_state.json", "global_step*")
-BESIDE = ("*token*", "*vocab*", "*merges*", "*.model", "*.codes", "*processor*", "*template*")
+BESIDE = "*token* *vocab* *merges* *.model *.codes *processor* *template*"
 """What a tokenizer and processors are made of, for the command that converts a model."""
 SHOWN = 5  # sub-folders that are named
 
@@ -30,13 +30,23 @@ def refuse_other_formats(folder: Path, role: str) -> None:
 def conversion(folder: Path, options: str = "") -> str:
     """The command that makes a model folder in safetensors of one that transformers reads; `options`: further
     arguments of from_pretrained."""
-    source, target = str(folder.resolve()), f"{folder.resolve()}-safetensors"
     code = (
-        f"import pathlib, shutil, transformers as t; s, d = {source!r}, {target!r}; "
-        f"t.{_class_of(folder)}.from_pretrained(s, dtype='auto'{options}).save_pretrained(d); "
-        f"[shutil.copy(f, d) for p in {BESIDE} for f in pathlib.Path(s).glob(p)]"
+        f"import pathlib, shutil, transformers as t; {_places(folder)}; "
+        f't.{_class_of(folder)}.from_pretrained(s, dtype="auto"{options}).save_pretrained(d); '
+        f'[shutil.copy(f, d) for p in "{BESIDE}".split() for f in pathlib.Path(s).glob(p)]'
     )
     return f"python -c {shlex.quote(code)}"
+
+
+def _places(folder: Path) -> str:
+    """Code for the source `s` and the destination `d` of a conversion."""
+    source = str(folder.resolve())
+    return f"s, d = {_literal(source)}, {_literal(f'{source}-safetensors')}"
+
+
+def _literal(text: str) -> str:
+    """A text as Python has it, in double quotes, since the shell has single ones around the code."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _class_of(folder: Path) -> str:
@@ -80,12 +90,10 @@ def _gguf(folder: Path, role: str) -> str | None:
     name = _named(folder, "*.gguf")
     if name is None:
         return None
-    target = f"{folder.resolve()}-safetensors"
-    source = str(folder.resolve())
     code = (
-        f"import transformers as t; o = dict(gguf_file={name!r}); "
-        f"t.AutoModelForCausalLM.from_pretrained({source!r}, **o).save_pretrained({target!r}); "
-        f"t.AutoTokenizer.from_pretrained({source!r}, **o).save_pretrained({target!r})"
+        f"import transformers as t; {_places(folder)}; o = dict(gguf_file={_literal(name)}); "
+        "t.AutoModelForCausalLM.from_pretrained(s, **o).save_pretrained(d); "
+        "t.AutoTokenizer.from_pretrained(s, **o).save_pretrained(d)"
     )
     return (
         f"holds weights of llama.cpp ({name}), usually quantized; give the model that they were made from, or convert "

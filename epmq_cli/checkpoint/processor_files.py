@@ -152,21 +152,35 @@ def _vocabulary_files(tokenizer: Any | None, folder: Path) -> set[str]:
     """What the classes of a tokenizer read: of the one that was loaded, and of the one that its settings name."""
     if tokenizer is None:
         return set()
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
     path = folder / "tokenizer_config.json"
     named = str(read_json(folder, path.name, "base").get("tokenizer_class")) if path.is_file() else ""
-    kinds = [type(tokenizer), tokenizer_class_from_name(named), tokenizer_class_from_name(f"{named}Fast")]
+    kinds = [type(tokenizer), *map(_class, (named, f"{named}Fast"))]
     bases = [base for kind in kinds if kind is not None for base in kind.__mro__]
     return {str(file) for base in bases for file in vars(base).get("vocab_files_names", {}).values()}
 
 
+def _class(name: str) -> type | None:
+    """The class of a tokenizer; None where transformers has none of this name, or not what it needs."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    try:
+        found: type | None = tokenizer_class_from_name(name)
+        return found if found is not None and found.__mro__ else None
+    except ImportError:
+        return None
+
+
 def _read(tokenizer: Any | None) -> Any:
-    """What tells two tokenizers apart: their class, their words, their template and the tokens of a text."""
+    """What tells two tokenizers apart: their class and template, and their rules, or their words and the tokens of a
+    text where those are in Python."""
     if tokenizer is None:
         return None
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    found: list[Any] = [type(tokenizer), tokenizer.chat_template]
+    if rules is not None:
+        return [*found, rules.to_str()]
     try:
         ids = tokenizer(PROBE)["input_ids"]
     except Exception as error:  # one that reads no plain text, such as that of a table
         ids = [type(error).__name__]
-    return type(tokenizer), tokenizer.get_vocab(), tokenizer.chat_template, ids
+    return [*found, tokenizer.get_vocab(), ids]

@@ -102,9 +102,10 @@ def test_an_index_cannot_name_files_outside_its_folder(single: Path, tmp_path_fa
 
 
 def test_folders_without_weights_or_config_say_what_to_do(single: Path, tmp_path: Path) -> None:
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="has no model.safetensors .* save the model with save_pretrained"):
+    (single / "model.safetensors").rename(single / "weights.zip")
+    with pytest.raises(ModelError, match="has no .*safetensors; give the folder that save_pretrained"):
         ModelFolder(single, "base")
+    (single / "weights.zip").rename(single / "model.safetensors")
     (single / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json is not valid JSON"):
         ModelFolder(single, "base")

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 
@@ -21,8 +20,14 @@ STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=t
 
 @pytest.mark.parametrize(
     "content",
-    [STATE, {"state_dict": STATE, "epoch": 3}, {"state_dict": {f"module.{k}": t for k, t in STATE.items()}}],
-    ids=["plain", "in a checkpoint", "of DistributedDataParallel"],
+    [
+        STATE,
+        {"state_dict": STATE, "epoch": 3},
+        {"model": STATE, "optimizer": {"state": {"a": {"exp_avg": torch.ones(2, 3)}}, "param_groups": []}},
+        {"module": STATE, "optimizer": None, "global_steps": 7, "rng": {"cpu": torch.zeros(9, dtype=torch.uint8)}},
+        {"state": {"model": STATE}, "loss": torch.tensor([0.5]), "best": torch.tensor(0.5)},
+    ],
+    ids=["plain", "Lightning", "a trainer", "DeepSpeed", "nested"],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_state_dicts_are_read_in_all_their_wrappings(content: dict[str, Any], zipped: bool, tmp_path: Path) -> None:
@@ -35,6 +40,17 @@ def test_state_dicts_are_read_in_all_their_wrappings(content: dict[str, Any], zi
         "n": "torch.int64",
     }
     assert all(found.infos[name].shape == t.shape and torch.equal(found.tensor(name), t) for name, t in STATE.items())
+
+
+def test_a_file_with_several_state_dicts_names_them(tmp_path: Path) -> None:
+    """Oracle: the command that the message prints, which makes a file of one of them."""
+    path = tmp_path / "both.pt"
+    torch.save({"model": STATE, "model_ema": STATE, "epoch": 3}, path)
+    with pytest.raises(ModelError, match="holds several state dicts, model, model_ema; save one of them") as raised:
+        open_file(path, "expert")
+    command = str(raised.value).partition("such as ")[2].replace("'one.pt'", repr(str(tmp_path / "one.pt")))
+    exec(command, {"torch": torch})
+    assert torch.equal(open_file(tmp_path / "one.pt", "expert").tensor("a.weight"), STATE["a.weight"])
 
 
 class Marker:
@@ -86,13 +102,6 @@ def test_a_file_is_an_expert_with_the_bases_config_and_no_base(tmp_path: Path) -
         assert torch.equal(expert.tensor("a.weight"), STATE["a.weight"])
     with pytest.raises(ModelError, match=r"base: .*expert.pt is a file; give the model folder"):
         open_base(tmp_path / "expert.pt", "base")
-
-
-def test_a_folder_of_pickles_alone_is_not_opened_but_says_how(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    torch.save(STATE, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"or name the file itself, such as pytorch_model.bin"):
-        ModelFolder(tmp_path, "expert")
 
 
 def test_parameters_that_require_gradients_are_tensors_like_others(tmp_path: Path) -> None:
