@@ -35,6 +35,16 @@ def _tied(kind: Kind) -> bool:
     return kind.tied
 
 
+def _one_headed(kind: Kind) -> bool:
+    """PEFT refuses to adapt a linear of the head that it saves whole, as it does with two of them."""
+    return _not_gpt2(kind) and kind.name != "distilbert"
+
+
+def _tied_decoder(kind: Kind) -> bool:
+    """In PEFT, T5's stacks do not read the adapter of the table that they share."""
+    return kind.tied and kind.is_decoder
+
+
 def _with_table(kind: Kind) -> bool:
     return bool(kind.table) and not kind.tied and kind.family != "t5"
 
@@ -95,7 +105,7 @@ ADAPTERS = {
     "rslora": Adapter(lambda kind: {"use_rslora": True}),
     "dora": Adapter(lambda kind: {"use_dora": True}),
     "ranks": Adapter(_ranks, applies=lambda kind: len(kind.trained) == 2),
-    "all-linear": Adapter(_everything),
+    "all-linear": Adapter(_everything, applies=_one_headed),
     "bias-all": Adapter(lambda kind: {"bias": "all"}),
     "bias-lora_only": Adapter(lambda kind: {"bias": "lora_only"}),
     "head": Adapter(_own_head, applies=_untied),
@@ -110,7 +120,7 @@ ADAPTERS = {
     "tied-head": Adapter(_own_head, applies=_tied, may_be_refused=UNTIES),
     "tied-table": Adapter(_saves(""), applies=_tied, may_be_refused=UNTIES),
     "tied-both": Adapter(_saves("", "lm_head"), applies=_tied, may_be_refused=UNTIES),
-    "tied-lora-table": Adapter(_table_too, applies=_tied, may_be_refused=UNTIES),
+    "tied-lora-table": Adapter(_table_too, applies=_tied_decoder, may_be_refused=UNTIES),
     "tied-ensured": Adapter(
         lambda kind: {**_saves("", "lm_head")(kind), "ensure_weight_tying": True}, applies=_tied, may_be_refused=UNTIES
     ),
