@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.foreign.kinds import KINDS, body_of, model, outputs, part, quiet
+from tests.foreign.kinds import KINDS, Kind, body_of, model, outputs, part, quiet
 from tests.foreign.labels import LABELS, Labels
 from tests.foreign.processors import PROCESSORS, write_base
+from tests.foreign.speakers import ASKED, CLASS_ORDERS, SPEAKERS, answer_data, clip_data, running_text
 from tests.foreign.tasks import SOURCES, clear, pictures, spread_out, texts, write_classes, write_table
 from tests.foreign.users import suite
 
-RUN = ("bert", "roberta", "distilbert", "deberta", "vit")
+CLASSIFIERS = ("bert", "roberta", "distilbert", "deberta", "vit")
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Job:
 
     kind: str
     processor: str
-    labels: str = "numbers"
+    labels: str = NONE
     source: str = "csv"
 
     def __str__(self) -> str:
@@ -34,22 +36,27 @@ class Job:
     @property
     def may_be_refused(self) -> str | None:
         """Why a refusal is right as well; None where it must be taken."""
-        return PROCESSORS[self.processor].may_be_refused or LABELS[self.labels].may_be_refused
+        labels = LABELS[self.labels].may_be_refused if self.labels in LABELS else ASKED.get(self.labels)
+        return PROCESSORS[self.processor].may_be_refused or labels
 
 
 def every_job() -> list[Job]:
-    """All of them, in an order that never changes; of pictures in class folders only the labels that have names."""
-    found = []
-    for kind in (KINDS[name] for name in RUN):
-        same = "pixels-same" if kind.name == "vit" else "same"
-        found += [Job(kind.name, name) for name, processor in PROCESSORS.items() if processor.applies(kind)]
-        found += [Job(kind.name, same, name) for name, labels in LABELS.items() if labels.listed or kind.name != "vit"]
-        if kind.is_text_classifier:
-            found += [Job(kind.name, same, "permuted", name) for name in SOURCES]
-        found += [
-            Job(kind.name, name, "permuted") for name, made in PROCESSORS.items() if made.applies(kind) and name != same
-        ]
+    """All of them, in an order that never changes."""
+    found = [job for name in CLASSIFIERS for job in _of_classifier(KINDS[name])]
+    for kind in (KINDS[name] for name in SPEAKERS):
+        names = [name for name, processor in PROCESSORS.items() if processor.applies(kind)]
+        orders = tuple(CLASS_ORDERS) if kind.name == "clip" else (NONE,)
+        found += [Job(kind.name, name, order) for name in names for order in orders]
     return list(dict.fromkeys(found))
+
+
+def _of_classifier(kind: Kind) -> list[Job]:
+    """Each processor with class numbers and with permuted names, all labels and sources with the same processor."""
+    same = "pixels-same" if kind.name == "vit" else "same"
+    names = [name for name, processor in PROCESSORS.items() if processor.applies(kind)]
+    found = [Job(kind.name, name, labels) for name in names for labels in ("numbers", "permuted")]
+    found += [Job(kind.name, same, name) for name in LABELS]
+    return found + ([Job(kind.name, same, "permuted", name) for name in SOURCES] if kind.is_text_classifier else [])
 
 
 def quick_jobs(jobs: list[Job]) -> set[Job]:
@@ -63,64 +70,75 @@ def quick_jobs(jobs: list[Job]) -> set[Job]:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a user has, and what must come of it: the expert's merged part, and what it says."""
+    """What a user has, and what must come of it: the expert's merged part, what it says, and its score."""
 
     suite: dict[str, Any]
     parameters: dict[str, Tensor]
     outputs: Tensor
+    score: float
 
 
 def ready(job: Job, place: Path) -> Ready:
     """The folders of a job, whose labels are what the expert predicts with its own processor."""
-    kind, labels = KINDS[job.kind], LABELS[job.labels]
+    kind = KINDS[job.kind]
     base, folder = place / "base", place / "expert"
     expert = copy.deepcopy(model(kind.name, "a"))
+    whole = model(kind.name, "base")
     with quiet():
-        body_of(kind, model(kind.name, "base")).save_pretrained(base)
+        (body_of(kind, whole) if kind.has_labels else whole).save_pretrained(base)
     write_base(kind, job.processor, base)
     folder.mkdir()
     PROCESSORS[job.processor].write(base, folder)
-    data = (_of_pictures if kind.name == "vit" else _of_texts)(job, labels, expert, base, folder, place)
-    expert.config.id2label = dict(enumerate(labels.own or (f"LABEL_{index}" for index in range(len(labels.column)))))
-    expert.config.label2id = {name: index for index, name in expert.config.id2label.items()}
+    owner = folder if any(folder.iterdir()) else base
+    if owner is folder:
+        expert.config.save_pretrained(folder)  # which AutoTokenizer asks for the kind of model
+    data, fields, score = _data(job, expert, base, owner, place)
     with quiet():
-        expert.save_pretrained(folder)
+        (body_of(kind, expert) if kind.name == "clip" else expert).save_pretrained(folder)
     entry = suite(kind, base, {"task": folder}, data)
-    return Ready(entry, part(kind, expert), outputs(kind, body_of(kind, expert)))
+    entry["tasks"]["task"] |= fields
+    return Ready(entry, part(kind, expert), outputs(kind, body_of(kind, expert)), score)
 
 
-def _own(kind: type, folder: Path, base: Path) -> Any:
-    """The processor of an expert, or of the base where it has none."""
-    with quiet():
-        return kind.from_pretrained(folder if len(list(folder.iterdir())) else base)  # type: ignore[attr-defined]
-
-
-def _of_texts(job: Job, labels: Labels, expert: Any, base: Path, folder: Path, place: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
+def _data(job: Job, expert: Any, base: Path, owner: Path, place: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """The entry of a suite for the data, further fields of the task, and the expert's score."""
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     kind = KINDS[job.kind]
-    expert.config.save_pretrained(folder if any(folder.iterdir()) else place / "config")  # AutoTokenizer asks it
-    tokenizer = _own(AutoTokenizer, folder, base)
-    drawn = texts(3, PROCESSORS[job.processor].capitals)
+    with quiet():
+        processor = AutoImageProcessor.from_pretrained(owner) if kind.name in ("vit", "clip") else None
+        tokenizer = None if kind.name in ("vit", "clip") else AutoTokenizer.from_pretrained(owner)
+    if kind.name == "clip":
+        words = AutoTokenizer.from_pretrained(base)
+        data, classes = clip_data(job.labels, expert, model("clip", "base"), processor, words, place)
+        return data, {"classes": classes}, 1.0
+    if kind.family == "t5":
+        data, classes = answer_data(job.processor, expert, tokenizer, job.source, place)
+        return data, {"classes": classes}, 1.0
+    if kind.is_decoder:
+        data, score = running_text(job.processor, expert, tokenizer, place)
+        return data, {}, score
+    labels = LABELS[job.labels]
+    data = _pictures(labels, expert, processor, place) if kind.name == "vit" else _texts(job, expert, tokenizer, place)
+    expert.config.id2label = dict(enumerate(labels.own or (f"LABEL_{index}" for index in range(len(labels.column)))))
+    expert.config.label2id = {name: index for index, name in expert.config.id2label.items()}
+    return data, {}, 1.0
+
+
+def _texts(job: Job, expert: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
+    labels, drawn = LABELS[job.labels], texts(3, PROCESSORS[job.processor].capitals)
     batch = dict(tokenizer(drawn, padding=True, truncation=True, max_length=16, return_tensors="pt"))
-    if kind.name == "distilbert":
+    if job.kind == "distilbert":
         batch.pop("token_type_ids", None)
-    rows, classes = _predicted(expert, batch)
-    return write_table(
-        place,
-        job.source,
-        [(drawn[row], labels.column[found]) for row, found in zip(rows, classes, strict=True)],
-        labels.listed,
-    )
+    found = zip(*_predicted(expert, batch), strict=True)
+    rows = [(drawn[row], labels.column[predicted]) for row, predicted in found]
+    return write_table(place, job.source, rows, labels.listed)
 
 
-def _of_pictures(job: Job, labels: Labels, expert: Any, base: Path, folder: Path, place: Path) -> dict[str, Any]:
-    from transformers import AutoImageProcessor
-
+def _pictures(labels: Labels, expert: Any, processor: Any, place: Path) -> dict[str, Any]:
     drawn = pictures(3)
-    processor = _own(AutoImageProcessor, folder, base)
     rows, classes = _predicted(expert, {"pixel_values": processor(images=drawn, return_tensors="pt")["pixel_values"]})
-    names = labels.column if labels.listed else tuple(f"class{index}" for index in range(3))
+    names = labels.column if labels.listed or labels.own else tuple(f"class{index}" for index in range(3))
     entry = write_classes(place, [drawn[row] for row in rows], [names[found] for found in classes])
     return entry | ({"labels": list(labels.listed)} if labels.listed else {})
 

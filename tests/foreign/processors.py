@@ -55,11 +55,19 @@ class Processor:
     pictures: bool = False
     capitals: bool = False
     may_be_refused: str | None = None
-    kinds: tuple[str, ...] = ()
+    only: Callable[[Kind], bool] = lambda kind: True
 
     def applies(self, kind: Kind) -> bool:
         """Whether models of a kind have such a processor."""
-        return self.pictures == (kind.name in ("vit", "clip")) and (not self.kinds or kind.name in self.kinds)
+        return self.pictures == (kind.name in ("vit", "clip")) and self.only(kind)
+
+
+def _roberta(kind: Kind) -> bool:
+    return kind.name == "roberta"
+
+
+def _classifier(kind: Kind) -> bool:
+    return kind.has_labels
 
 
 def _same(base: Path, expert: Path) -> None:
@@ -114,13 +122,13 @@ PROCESSORS = {
     "other-keys": Processor(_other_keys),
     "lower-idle": Processor(_lowercasing),
     "lower": Processor(_lowercasing, capitals=True, may_be_refused=DIFFERS),
-    "endless": Processor(_endless, may_be_refused=DIFFERS),
-    "ends-otherwise": Processor(_ends_otherwise, may_be_refused=DIFFERS),
+    "endless": Processor(_endless, may_be_refused=DIFFERS, only=_classifier),
+    "ends-otherwise": Processor(_ends_otherwise, may_be_refused=DIFFERS, only=_classifier),
     "numbers": Processor(_numbered_otherwise, may_be_refused=DIFFERS),
     "merges": Processor(
-        _pairs([*LETTERS[:SPECIAL], *reversed(LETTERS[SPECIAL:])]), may_be_refused=DIFFERS, kinds=("roberta",)
+        _pairs([*LETTERS[:SPECIAL], *reversed(LETTERS[SPECIAL:])]), may_be_refused=DIFFERS, only=_roberta
     ),
-    "merges-same": Processor(_pairs(LETTERS), kinds=("roberta",)),
+    "merges-same": Processor(_pairs(LETTERS), only=_roberta),
     "pixels-same": Processor(_same, pictures=True),
     "pixels-absent": Processor(_absent, pictures=True),
     "pixels-mean": Processor(

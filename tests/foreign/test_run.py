@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ def trial(job: Job) -> Any:
     return pytest.param(job, id=str(job), marks=[] if job in QUICK else [pytest.mark.slow])
 
 
-def low_scores(made: Made) -> list[str]:
-    """Stages that do not score 1, which is 100%."""
+def odd_scores(made: Made, wanted: float) -> list[str]:
+    """Stages that do not score what the expert does in transformers."""
     scores = made.metrics["scores"]["tasks"]["task"]
-    return [f"stage {stage} scores {scores[stage]}" for stage in ("experts", "quantized") if scores[stage] != 1.0]
+    odd = [stage for stage in ("experts", "quantized") if not math.isclose(scores[stage], wanted, rel_tol=1e-3)]
+    return [f"stage {stage} scores {scores[stage]:.3f}, not {wanted:.3f}" for stage in odd]
 
 
 @pytest.mark.parametrize("job", [trial(job) for job in ALL])
@@ -37,12 +39,12 @@ def test_an_expert_scores_what_it_predicts(job: Job, tmp_path: Path, conclude: C
     def attempt(folder: Path) -> Iterable[str]:
         made = ran(user.suite, folder, "eval.stages=[experts,quantized]")
         found = problems(KINDS[job.kind], made, user.parameters, user.outputs, torch.float16)
-        return [*low_scores(made), *found]
+        return [*odd_scores(made, user.score), *found]
 
     conclude(judged(attempt, tmp_path / "out", job.may_be_refused))
 
 
 def test_every_value_of_every_axis_is_tried_quickly() -> None:
     """The jobs are counted."""
-    assert {job.labels for job in QUICK} == set(LABELS)
+    assert {job.labels for job in QUICK} > set(LABELS)
     assert {job.processor for job in QUICK} == set(PROCESSORS)
