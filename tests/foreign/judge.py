@@ -163,11 +163,11 @@ def _odd_answers(own: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[str]:
 
 
 def _torn(kind: Kind, checkpoint: Path) -> list[str]:
-    """Copies of tied tensors that the files of a checkpoint have, and that are not their source."""
+    """Copies of the table that the files of a checkpoint have beside the merged part, in the head that an encoder was
+    trained with, and that are not the table."""
     tensors = read(checkpoint)
     spelled = {name if name.startswith(kind.body) else kind.body + name: tensor for name, tensor in tensors.items()}
-    tied = json.loads((checkpoint / "config.json").read_text()).get("tie_word_embeddings", True)
-    pairs = copies(kind, tensors).items() if tied else ()
+    pairs = copies(kind, tensors).items() if kind.has_labels else ()
     return [
         f"{copy} is no copy of {source}"
         for copy, source in pairs
