@@ -29,6 +29,7 @@ from torch import nn
 
 from tests.counts import TRIED
 from tests.gpu import lacking
+from tests.outcomes import foreign_line
 
 os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
 atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
@@ -57,6 +58,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     found: Counter[str] = sum((Counter(tried) for own in passed for key, tried in own if key == "tried"), Counter())
     for what, count in sorted(found.items()):
         terminalreporter.write_line(f"{count} {what}")
+    ended = (terminalreporter.stats.get(outcome, []) for outcome in ("passed", "failed"))
+    if line := foreign_line(report for reports in ended for report in reports):
+        terminalreporter.write_line(line)
 
 
 def drifted(model: nn.Module, seed: int, size: float = 0.05) -> nn.Module:

@@ -1,0 +1,21 @@
+"""What became of the folders of users that tests/foreign makes, for the last lines of pytest's report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+FOREIGN = "foreign"
+"""The property of a test under which its outcome is, so that it reaches pytest's report from other processes too."""
+ALWAYS = ("taken", "refused", "silently wrong")
+
+
+def foreign_line(reports: Iterable[Any]) -> str | None:
+    """How many combinations were tried and how they came out; None where none was."""
+    found = Counter(value for report in reports for key, value in report.user_properties if key == FOREIGN)
+    if not found:
+        return None
+    rest = [name for name in sorted(found) if name not in ALWAYS]
+    parts = [f"{found[name]} {name}" for name in (*ALWAYS, *rest)]
+    return f"{FOREIGN}: {sum(found.values())} combinations, {', '.join(parts)}"
