@@ -25,6 +25,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from epmq_cli.cache import new_file
+from epmq_cli.checkpoint.lora_config import CONFIG
+from epmq_cli.checkpoint.lora_folder import is_adapter_file
 from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import READ
 from epmq_cli.data.samples import Samples, raw
@@ -40,7 +42,8 @@ class Fingerprints:
 
     def model(self, path: Path) -> dict[str, str]:
         """The sha256 of a model's file, or by name of the files of its folder that are read."""
-        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _is_read(file))
+        beside = [path.parent / CONFIG] if is_adapter_file(path) else []
+        files = [path, *beside] if path.is_file() else sorted(file for file in path.iterdir() if _is_read(file))
         return {file.name: self.file(file) for file in files}
 
     def file(self, path: Path) -> str:

@@ -66,6 +66,7 @@ class Classifier(Family):
 
     def __init__(self) -> None:
         linear = ("weight", "bias")
+        self.head_modules = (self.linear,) if self.dense is None else (self.linear, self.dense)
         self.head_parts = linear if self.dense is None else (*linear, "dense_weight", "dense_bias")
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.kinds import open_base, open_expert
+from epmq_cli.checkpoint.kinds import check_read, open_base, open_expert
 from epmq_cli.checkpoint.pretrained import dequantized
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
@@ -164,8 +164,10 @@ class Family(ABC):
     """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
 
     head_parts: tuple[str, ...] = ()
+    head_modules: tuple[str, ...] = ()
     head_width = "hidden_size"
-    """The tensors of a head, of which those in `bias` need not be there, and how a config calls what it reads."""
+    """The tensors of a head, of which those in `bias` need not be there, the modules of experts that hold them, and how
+    a config calls what it reads."""
 
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
@@ -179,9 +181,19 @@ class Family(ABC):
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """A base (where `base` is None), or an expert of that base, in whatever form it is kept."""
-        return (
-            open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
-        )
+        if base is None:
+            return open_base(path, role)
+        return self.expert(path, role, base)
+
+    def expert(self, path: Path, role: str, base: ModelFolder) -> ModelFolder:
+        """An expert; ModelError where it is an adapter that changes tensors that nothing reads."""
+        found = open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
+        check_read(found, base, self.tensor_names(found).values(), self.head_modules)
+        return found
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a stored tensor, where files of other versions spell it otherwise."""
+        return stored
 
     def check_type(self, folder: ModelFolder) -> None:
         """ModelError where a folder holds a model that is none of `model_types`."""
