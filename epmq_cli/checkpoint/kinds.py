@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from epmq_cli.checkpoint.lora import Adapted
@@ -12,7 +12,6 @@ from epmq_cli.checkpoint.lora_folder import adapters_inside, has_adapter, has_mo
 from epmq_cli.checkpoint.lora_names import Spelling
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.state_dict import open_file
-from epmq_cli.console import log
 from epmq_cli.errors import ModelError
 
 SHOWN = 3  # tensors named in a message
@@ -52,33 +51,21 @@ def open_expert(
     return ModelFolder(path, role, base.config, adapted)
 
 
-def check_read(expert: ModelFolder, base: ModelFolder, read: Collection[str], heads: Collection[str]) -> None:
-    """ModelError where an adapter changes tensors that the base does not have and nothing reads; a warning where it
-    changes tensors of the base that are not merged. `read`: the expert's tensors that are merged. `heads`: the modules
-    of its head."""
-    if not isinstance(expert.source, Adapted):
+def refuse_unread(
+    expert: ModelFolder, base: ModelFolder, read: Collection[str], in_head: Callable[[str], bool], tied: bool
+) -> None:
+    """ModelError where an adapter changes tensors that the base does not have and that are not read. `read`: the
+    expert's tensors that are merged. `in_head`: whether a tensor belongs to its head. `tied`: whether the family's
+    models have the output layers that the base may tie to a table."""
+    adapted = expert.source
+    if not isinstance(adapted, Adapted):
         return
-    left = sorted(name for name in expert.source.changed - set(read) if not _is_inside(name, heads))
-    unknown = [name for name in left if name not in base.infos]
+    known = {*read, *base.infos, *(() if tied else adapted.tied)}
+    unknown = sorted(name for name in adapted.changed - known if not in_head(name))
     if unknown:
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise ModelError(
-            f"{expert.role}: the adapter {expert.path} holds {_listed(unknown)}, which the base ({base.path}) does not "
-            "have and which cannot be merged; give the model that merge_and_unload of PEFT makes, or train the adapter "
-            "without it"
+            f"{expert.role}: the adapter {expert.path} holds {', '.join(unknown[:SHOWN])}{more}, which the base "
+            f"({base.path}) does not have and which cannot be merged; train the adapter without it, or give an expert "
+            "of the base's architecture"
         )
-    if left:
-        log.warning(
-            "%s: the adapter %s changes %s, which are not merged: they stay the base's",
-            expert.role,
-            expert.path,
-            _listed(left),
-        )
-
-
-def _is_inside(name: str, modules: Collection[str]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"

@@ -69,6 +69,11 @@ class Adapted:
             tensor = tensor.float() + self._scales[weight] * self._file.tensor(stored).float()
         return tensor
 
+    @property
+    def tied(self) -> Collection[str]:
+        """The names of the base's tied copies."""
+        return self._ties.pairs.keys()
+
     def copy(self, name: str) -> Tensor:
         """The base's tensor of this name as the adapter's file has it."""
         return self._file.tensor(self.copies[name])

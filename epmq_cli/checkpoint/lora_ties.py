@@ -20,14 +20,18 @@ CLOSE = 1e-5  # relative; LoRAs of table and output layer that are tied are mult
 
 class Ties:
     """The tied tensors of a base: `pairs` maps the name of each copy to that of its source, both as the base's files
-    have or would have them. Empty where the adapter cannot touch them: asking transformers takes seconds."""
+    have or would have them. Empty where the adapter cannot touch them, as asking transformers takes seconds, or has a
+    head of a task, whose models have no output layer that is tied."""
 
     def __init__(self, base: ModelFolder, config: AdapterConfig, files: AdapterFile) -> None:
         self._base, self._config = base, config
         names = [*files.adapted, *files.whole]
         outside = any(not any(part.isdigit() for part in name.split(".")) for name in names)
         headless = config.values.get("task_type") in HEADLESS
-        self.pairs = tied_names(base) if outside and not headless else {}
+        pairs = tied_names(base) if outside and not headless else {}
+        known = [*base.infos, *pairs]
+        other_head = any(not any(_same_end(name, own) for own in known) for name in files.whole)
+        self.pairs = {} if other_head else pairs
 
     def settled(
         self, own: Collection[str], reached: Collection[str], tensor: Callable[[str], Tensor]
@@ -68,6 +72,10 @@ class Ties:
         if name not in infos or source not in infos:
             return False
         return infos[name] != infos[source] or not torch.equal(self._base.tensor(name), self._base.tensor(source))
+
+
+def _same_end(one: str, other: str) -> bool:
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

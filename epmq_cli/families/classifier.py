@@ -66,7 +66,6 @@ class Classifier(Family):
 
     def __init__(self) -> None:
         linear = ("weight", "bias")
-        self.head_modules = (self.linear,) if self.dense is None else (self.linear, self.dense)
         self.head_parts = linear if self.dense is None else (*linear, "dense_weight", "dense_bias")
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -83,6 +82,10 @@ class Classifier(Family):
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the encoder."""
         return block_settings(folder)
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor belongs to the linear of a head or the dense layer in front of it."""
+        return name.startswith(tuple(f"{part}." for part in (self.dense, self.linear) if part))
 
     def spelling(self, stored: str) -> str:
         """The model's own name of a stored tensor."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.kinds import check_read, open_base, open_expert
+from epmq_cli.checkpoint.kinds import open_base, open_expert, refuse_unread
 from epmq_cli.checkpoint.pretrained import dequantized
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
@@ -164,10 +164,8 @@ class Family(ABC):
     """Whether each task has a head of its own, trained with its expert, or one made by the base, or none."""
 
     head_parts: tuple[str, ...] = ()
-    head_modules: tuple[str, ...] = ()
     head_width = "hidden_size"
-    """The tensors of a head, of which those in `bias` need not be there, the modules of experts that hold them, and how
-    a config calls what it reads."""
+    """The tensors of a head, of which those in `bias` need not be there, and how a config calls what it reads."""
 
     answers: bool = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
@@ -188,12 +186,8 @@ class Family(ABC):
     def expert(self, path: Path, role: str, base: ModelFolder) -> ModelFolder:
         """An expert; ModelError where it is an adapter that changes tensors that nothing reads."""
         found = open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
-        check_read(found, base, self.tensor_names(found).values(), self.head_modules)
+        refuse_unread(found, base, self.tensor_names(found).values(), self.in_head, tied=self.heads == "none")
         return found
-
-    def spelling(self, stored: str) -> str:
-        """The model's own name of a stored tensor, where files of other versions spell it otherwise."""
-        return stored
 
     def check_type(self, folder: ModelFolder) -> None:
         """ModelError where a folder holds a model that is none of `model_types`."""
@@ -212,6 +206,14 @@ class Family(ABC):
 
         ModelError where the folder holds another architecture.
         """
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a tensor that a class of transformers, or a file, calls so."""
+        return stored
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor of this name in the model belongs to a task's head."""
+        return False
 
     @abstractmethod
     def settings(self, folder: ModelFolder) -> dict[str, Any]:

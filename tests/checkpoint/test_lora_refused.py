@@ -14,7 +14,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 
-from epmq_cli.checkpoint.kinds import check_read, open_base, open_expert
+from epmq_cli.checkpoint.kinds import open_base, open_expert, refuse_unread
 from epmq_cli.checkpoint.lora import Adapted
 from epmq_cli.checkpoint.lora_config import PROMPTS, read_config
 from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles
@@ -186,20 +186,14 @@ def test_a_weight_whose_singular_values_are_equal_has_no_pissa(tmp_path: Path) -
         Adapted(path, "expert", base, []).tensor("q.weight")
 
 
-def test_what_nothing_reads_is_refused_or_said(
-    base: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_nothing_reads_is_refused(base: ModelFolder, tmp_path: Path) -> None:
     path = adapter(tmp_path, {**PARTS, "base_model.model.score.weight": (3, 4)}, modules_to_save=["score"])
     expert = opened(path, base)
-    check_read(expert, base, [*base.infos], ["score"])
-    assert not caplog.records
+    refuse_unread(expert, base, base.infos, lambda name: name.startswith("score."), tied=True)
     with pytest.raises(
         ModelError, match=r"holds score.weight, which the base .* does not have and which cannot be merged"
     ):
-        check_read(expert, base, [*base.infos], [])
-    with caplog.at_level(logging.WARNING, "epmq"):
-        check_read(expert, base, ["model.layers.0.q.weight", "score.weight"], [])
-    assert "changes model.layers.1.q.weight, which are not merged: they stay the base's" in caplog.text
+        refuse_unread(expert, base, base.infos, lambda name: False, tied=True)
 
 
 def test_a_file_is_an_adapter_where_its_config_is_beside(base: ModelFolder, tmp_path: Path) -> None:
