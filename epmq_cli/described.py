@@ -81,7 +81,9 @@ def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
     """
     config, found = read_json(folder, "config.json", ROLE), []
     known = model_class(config, files.infos)
-    for copy, source in known.tieable.items() if known is not None else ():
+    if known is None:
+        return found
+    for copy, source in known.tieable.items():
         stored, origin = (_stored(name, known, files) for name in (copy, source))
         if copy not in known.tied and stored is None and origin is not None:
             found.append(f"{copy} is missing, which config.json does not tie to {source}")

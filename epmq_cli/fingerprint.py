@@ -25,6 +25,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from epmq_cli.cache import new_file
+from epmq_cli.checkpoint.lora_config import CONFIG
+from epmq_cli.checkpoint.lora_folder import is_adapter_file
 from epmq_cli.checkpoint.manifest import content
 from epmq_cli.checkpoint.reader import read_files
 from epmq_cli.data.chats import Chat
@@ -41,9 +43,10 @@ class Fingerprints:
 
     def model(self, path: Path) -> dict[str, str]:
         """The sha256 of a model's file, or by name of the files of its folder that are read."""
-        files = (
-            {path.name: path} if path.is_file() else {str(file.relative_to(path)): file for file in read_files(path)}
-        )
+        if path.is_file():
+            files = {each.name: each for each in (path, *([path.parent / CONFIG] if is_adapter_file(path) else []))}
+        else:
+            files = {str(file.relative_to(path)): file for file in read_files(path)}
         return {name: self.file(file) for name, file in files.items() if file.is_file()}
 
     def file(self, path: Path) -> str:

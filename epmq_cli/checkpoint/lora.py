@@ -1,246 +1,218 @@
 """LoRA adapters (https://arxiv.org/abs/2106.09685) in folders of PEFT: merged into the base tensor by tensor.
 
-Also DoRA (https://arxiv.org/abs/2402.09353, equation 5), rank-stabilised scales (https://arxiv.org/abs/2312.03732),
-adapted embeddings and convolutions, and whole tensors that were trained beside (`modules_to_save`, biases).
+Also DoRA, rank-stabilised scales (https://arxiv.org/abs/2312.03732), adapted embeddings and convolutions, the residuals
+of PiSSA, OLoRA and KaSA (see `lora_delta.py`), and what was trained beside: whole tensors, biases, rows of embeddings.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import regex
+import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from epmq_cli.checkpoint.reader import DTYPES, ModelFolder, SafetensorsFiles, TensorInfo, read_json
-from epmq_cli.errors import ModelError, shown
+from epmq_cli.checkpoint.lora_config import REMEDY, read_config
+from epmq_cli.checkpoint.lora_delta import product, residual, with_lengths
+from epmq_cli.checkpoint.lora_files import AdapterFile, sorted_file
+from epmq_cli.checkpoint.lora_names import Spelling, lacking, matched
+from epmq_cli.checkpoint.lora_shapes import LowRank, rows_problem
+from epmq_cli.checkpoint.lora_ties import Ties
+from epmq_cli.checkpoint.reader import ModelFolder, SafetensorsFiles, TensorInfo, Tensors
+from epmq_cli.checkpoint.state_dict import open_file
+from epmq_cli.errors import ModelError, first_line
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
-KNOWN_PARTS = (
-    {"lora_A", "lora_B"},
-    {"lora_A", "lora_B", "lora_magnitude_vector"},
-    {"lora_embedding_A", "lora_embedding_B"},
-)
-PATTERN_SECONDS = 1.0  # for one pattern of the config and one module; a stranger's pattern can take for ever
-WRAPPERS = (".modules_to_save", ".base_layer")
-REMEDY = "merge it with merge_and_unload of peft, and give the folder that save_pretrained then writes"
-SWITCHES = ("use_rslora", "fan_in_fan_out", "use_dora")
-UNKNOWN_OPTIONS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
-"""Options of PEFT's LoraConfig that change what is merged in a way not known here, where they are set."""
-
-
-UNUSABLE = (AttributeError, TypeError, ValueError, OverflowError, RecursionError, TimeoutError, regex.error)
-"""What an alpha that is no number, or a pattern that is no regular expression, ends in."""
-
-
-@dataclass
-class _Files:
-    """What an adapter's file holds: `parts[module][part]` and `whole[tensor name]` are names in the file."""
-
-    parts: dict[str, dict[str, str]] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
+PICKLE = "adapter_model.bin"
 
 
 class Adapted:
     """The base's tensors with an adapter merged in, under the names that they have in the base.
 
     Tensors that the base does not have, such as a classifier, keep the adapter's name for them. What is adapted comes
-    in float32, the rest in the type it is stored in. `merged`: the base's tensors that the family merges.
+    in float32, the rest in the type it is stored in. `path`: the adapter's folder, or the file in it that the suite
+    names. `merged`: the base's tensors that the family merges. `spelling`: the family's.
+
+    On a tied base, a copy that the adapter takes apart from its source is a tensor of its own: these are the tensors
+    that were trained and that PeftModel.from_pretrained loads. (PEFT's merge_and_unload adds what a LoRA of one of them
+    learned to both.) `changed`: the names of all tensors that are not the base's. `copies`: the base's tensors that the
+    adapter's file holds, too.
     """
 
-    def __init__(self, path: Path, role: str, base: ModelFolder, merged: Collection[str]) -> None:
-        self._config, self._role, self._base, self._path = _config(path, role), role, base, path
-        if not (path / WEIGHTS).is_file():
-            raise ModelError(f"{role}: {path} has no {WEIGHTS}; save the adapter with save_pretrained of peft")
-        self._file = SafetensorsFiles(path / WEIGHTS, role)
-        files = self._sorted()
-        self._alphas = {module: self._alpha(module) for module in files.parts}
-        names = self._names(files, merged)
-        self._whole = {names.get(name, name): stored for name, stored in files.whole.items()}
-        self._parts = {names[f"{module}.weight"]: (module, parts) for module, parts in files.parts.items()}
-        self.infos = base.infos | {name: self._file.infos[stored] for name, stored in self._whole.items()}
-        self.infos |= {name: TensorInfo(self._shape(name), "F32") for name in self._parts}
+    def __init__(
+        self, path: Path, role: str, base: ModelFolder, merged: Collection[str], spelling: Spelling = str
+    ) -> None:
+        self.path, self._role, self._base = (path.parent if path.is_file() else path), role, base
+        self.config = read_config(self.path, role)
+        self._file = _open(path, role)
+        files = sorted_file(self.path, role, self._file.infos)
+        self._ties = Ties(base, self.config, files)
+        places = self._places(files, merged, spelling)
+        self._place(files, places)
+        own = {*self._whole, *self._parts, *self._rows, *self._biases}
+        self.infos = base.infos | {name: self._changed_info(name) for name in own}
+        self._follows, apart = self._settled(own)
+        self.changed = frozenset(self.infos) & (own | apart | set(self._follows))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
-        tensor = self._file.tensor(self._whole[name]) if name in self._whole else self._base.tensor(name)
-        if name not in self._parts:
-            return tensor
-        module, stored = self._parts[name]
+        name = self._follows.get(name, name)
+        tensor = self._unadapted(name)
+        if name in self._rows:
+            module, stored = self._rows[name]
+            index = torch.tensor(self.config.token_rows(module), dtype=torch.long)
+            tensor = tensor.float().index_copy(0, index, self._file.tensor(stored).float())
+        if name in self._parts:
+            tensor = self._with_lora(name, tensor.float())
+        if name in self._biases:
+            stored, weight = self._biases[name]
+            tensor = tensor.float() + self._scales[weight] * self._file.tensor(stored).float()
+        return tensor
+
+    @property
+    def tied(self) -> Collection[str]:
+        """The names of the base's tied copies."""
+        return self._ties.pairs.keys()
+
+    def copy(self, name: str) -> Tensor:
+        """The base's tensor of this name as the adapter's file has it."""
+        return self._file.tensor(self.copies[name])
+
+    def _places(self, files: AdapterFile, merged: Collection[str], spelling: Spelling) -> dict[str, str]:
+        """The base's names of the adapter's tensors; ModelError where the base lacks those that are adapted, or has two
+        places for them."""
+        adapted, names = files.adapted, [*files.adapted, *files.whole, *files.copies, *files.originals]
+        stored = [*self._base.infos, *self._ties.pairs]
+
+        def fits(name: str, place: str) -> bool:
+            module, _, kind = name.rpartition(".")
+            parts = files.parts.get(module)
+            return parts is None or kind == "bias" or self._low_rank(parts).fits(self._base_info(place).shape)
+
+        found = matched(adapted, names, stored, spelling, fits, merged)
+        found = found or matched(adapted, names, stored, spelling, lambda name, place: True, merged)
+        if not found:
+            raise ModelError(
+                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}), which lacks "
+                f"{lacking(adapted, stored, spelling)}; give the model that the adapter was trained on as the base"
+            )
+        if len(found) > 1:
+            one, other = (places[adapted[0]] for places in found[:2])
+            raise ModelError(
+                f"{self._role}: the adapter {self.path} fits both {one} and {other} of the base ({self._base.path}); "
+                "save it from the whole model, so that its names say which"
+            )
+        return found[0]
+
+    def _place(self, files: AdapterFile, places: Mapping[str, str]) -> None:
+        """Keeps what the file holds under the base's names."""
+        self._whole = {places[name]: stored for name, stored in files.whole.items()}
+        self.copies = {places[name]: stored for name, stored in (files.originals | files.copies).items()}
+        self._replaced = {places[name]: stored for name, stored in files.copies.items()} | self._whole
+        self._parts = {places[f"{module}.weight"]: (module, parts) for module, parts in files.parts.items()}
+        self._scales = {
+            name: self.config.scale(module, max(self._low_rank(parts).rank, 1))
+            for name, (module, parts) in self._parts.items()
+        }
+        self._rows = {places[f"{module}.weight"]: (module, stored) for module, stored in files.rows.items()}
+        self._biases = {
+            places[f"{module}.bias"]: (stored, places[f"{module}.weight"]) for module, stored in files.biases.items()
+        }
+
+    def _settled(self, own: set[str]) -> tuple[dict[str, str], set[str]]:
+        """Decides which tied copies follow their source and which are tensors of their own, and shows them so."""
+        self._ties.refuse_residuals(self._parts)
+        self._follows = {}
+        saved = {name for name in self._whole if self.config.saves(name.rpartition(".")[0])}
+        follows, apart = self._ties.settled(own, {*self._rows, *self._whole} - saved, self.tensor)
+        for name in apart:
+            self.infos.setdefault(name, self._base_info(name))
+        for name, source in follows.items():
+            if name in self._base.infos:
+                self.infos[name] = self.infos[source]
+            else:
+                self.infos.pop(name, None)
+        return follows, apart
+
+    def _base_info(self, name: str) -> TensorInfo:
+        return self._base.infos[self._base_name(name)]
+
+    def _base_name(self, name: str) -> str:
+        return name if name in self._base.infos else self._ties.pairs[name]
+
+    def _unadapted(self, name: str) -> Tensor:
+        """What the adapter's tensors are added to: the base's tensor, unless the file has one in its place."""
+        stored = self._replaced.get(name)
+        return self._base.tensor(self._base_name(name)) if stored is None else self._file.tensor(stored)
+
+    def _changed_info(self, name: str) -> TensorInfo:
+        """Shape and type of a changed tensor; ModelError where the adapter's shapes do not fit it."""
+        stored = self._replaced.get(name)
+        info = self._base_info(name) if stored is None else self._file.infos[stored]
+        if name in self._rows:
+            module, rows = self._rows[name]
+            problem = rows_problem(self._file.infos[rows].shape, info.shape, self.config.token_rows(module))
+            self._refuse(problem, name)
+        if name in self._parts:
+            _, parts = self._parts[name]
+            low_rank = self._low_rank(parts)
+            self._refuse(low_rank.problem(info.shape), name)
+            self._check_same(name, low_rank.weight(info.shape), info.shape)
+        if name in self._biases:
+            self._check_same(name, self._file.infos[self._biases[name][0]].shape, info.shape)
+        added = name in self._rows or name in self._parts or name in self._biases
+        return TensorInfo(info.shape, "F32") if added else info
+
+    def _refuse(self, problem: str | None, name: str) -> None:
+        if problem is not None:
+            raise ModelError(f"{self._role}: the adapter {self.path} has for {name} {problem}; train or fetch it again")
+
+    def _check_same(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise ModelError(
+                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}): "
+                f"{name} is {list(found)} in the adapter and {list(expected)} in the base"
+            )
+
+    def _low_rank(self, parts: Mapping[str, str]) -> LowRank:
+        shapes = {part: self._file.infos[stored].shape for part, stored in parts.items()}
+        return LowRank(shapes, self.config.is_set("fan_in_fan_out"))
+
+    def _with_lora(self, name: str, weight: Tensor) -> Tensor:
+        """A weight in float32 with the LoRA of its module added."""
+        _, stored = self._parts[name]
         parts = {part: self._file.tensor(key).float() for part, key in stored.items()}
-        adapted = tensor.float() + self._scale(module, parts) * self._delta(parts, tuple(tensor.shape))
+        shape, low_rank, scale = tuple(weight.shape), self._low_rank(stored), self._scales[name]
+        turned = low_rank.turned(shape)
+        linear = len(shape) == 2 and not low_rank.is_embedding
+        if self.config.init is not None and linear and name not in self._replaced:
+            weight = self._residual(name, weight, scale, turned)
+        adapted = weight + scale * product(parts, shape, turned)
         if "lora_magnitude_vector" in parts:
-            adapted = self._with_magnitude(adapted, parts["lora_magnitude_vector"])
+            adapted = with_lengths(adapted, parts["lora_magnitude_vector"], columns=turned or low_rank.is_embedding)
         return adapted
 
-    def _sorted(self) -> _Files:
-        files = _Files()
-        for stored in self._file.infos:
-            name = stored.removeprefix(PREFIX)
-            if found := PART.fullmatch(name):
-                files.parts.setdefault(found[1], {})[found[2]] = stored
-            elif "lora_" in name or "token_adapter" in name or "trainable_tokens" in name:
-                raise ModelError(f"{self._role}: {self._path} holds {name}, which epmq cannot merge; {REMEDY}")
-            else:
-                for wrapper in WRAPPERS:
-                    name = name.replace(f"{wrapper}.", ".")
-                files.whole[name] = stored
-        if not files.parts:
-            raise ModelError(f"{self._role}: {self._path / WEIGHTS} holds no LoRA tensors; train or fetch it again")
-        for module, parts in files.parts.items():
-            odd = [key for key in parts.values() if self._file.infos[key].dtype not in DTYPES]
-            if odd:
-                raise ModelError(
-                    f"{self._role}: {self._path} holds {odd[0]} in the type {self._file.infos[odd[0]].dtype}, epmq "
-                    f"merges {', '.join(DTYPES)}; save the adapter in one of these"
-                )
-            plain = (
-                "lora_magnitude_vector" not in parts or len(self._file.infos[parts["lora_magnitude_vector"]].shape) == 1
-            )
-            if set(parts) not in KNOWN_PARTS or not plain:
-                raise ModelError(
-                    f"{self._role}: {self._path} holds {', '.join(sorted(parts))} of {module}, "
-                    f"which epmq cannot merge; {REMEDY}"
-                )
-        return files
-
-    def _names(self, files: _Files, merged: Collection[str]) -> dict[str, str]:
-        """The base's names of the adapter's tensors that the base has.
-
-        The adapter may have been trained on a model that wraps the base's, or on a part of it: then its names have a
-        prefix more, or less. Where several parts fit, as the two towers of CLIP may, it is the one that is merged.
-        """
-        adapted = [f"{module}.weight" for module in files.parts]
-        stored = self._base.infos
-        candidates = [_renamed([*adapted, *files.whole], strip, add) for strip, add in _prefixes(adapted[0], stored)]
-        fitting = [names for names in candidates if all(names[name] in stored for name in adapted)]
-        if not fitting:
-            raise ModelError(
-                f"{self._role}: the adapter {self._path} was not trained on the base ({self._base.path}), "
-                f"which has no tensors for all of its modules such as {next(iter(files.parts))}"
-            )
-        best = max(fitting, key=lambda names: sum(names[name] in merged for name in adapted))
-        return {name: own for name, own in best.items() if own in stored}
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an adapted tensor; ModelError where the adapter's is another."""
-        shape = self.infos[name].shape
-        module, stored = self._parts[name]
-        a, b = (self._file.infos[key].shape for part, key in sorted(stored.items()) if part[-2:] in ("_A", "_B"))
-        if not len(a) == len(b) == len(shape) > 1 or not a[0] == b[1] > 0 or any(size != 1 for size in b[2:]):
-            raise ModelError(
-                f"{self._role}: the adapter {self._path} has A {list(a)} and B {list(b)} of {module}, which are not of "
-                f"one rank above 0 for {name}, {list(shape)} in the base; train or fetch it again"
-            )
-        found = (b[0], *a[1:])
-        if "lora_embedding_A" in stored or self._transposed(shape):
-            found = found[::-1]
-        if found != shape:
-            raise ModelError(
-                f"{self._role}: the adapter {self._path} was not trained on the base ({self._base.path}): "
-                f"{name} is {list(found)} in the adapter and {list(shape)} in the base"
-            )
-        if "lora_magnitude_vector" in stored:
-            self._check_magnitude(module, self._file.infos[stored["lora_magnitude_vector"]].shape, b[0])
-        return shape
-
-    def _check_magnitude(self, module: str, found: tuple[int, ...], outputs: int) -> None:
-        if found != (outputs,):
-            raise ModelError(
-                f"{self._role}: the adapter {self._path} has the lengths {list(found)} of {module}, which has "
-                f"{outputs} outputs; train or fetch it again"
-            )
-
-    def _transposed(self, shape: tuple[int, ...]) -> bool:
-        return bool(self._config.get("fan_in_fan_out")) and len(shape) == 2
-
-    def _scale(self, module: str, parts: Mapping[str, Tensor]) -> float:
-        """alpha / r, or alpha / sqrt(r) where it is rank-stabilised."""
-        rank = len(parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"])
-        return self._alphas[module] / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-
-    def _alpha(self, module: str) -> float:
-        """ModelError where it is no number."""
+    def _residual(self, name: str, weight: Tensor, scale: float, turned: bool) -> Tensor:
+        _, stored = self._parts[name]
         try:
-            patterns: dict[str, float] = self._config.get("alpha_pattern") or {}
-            given = (alpha for key, alpha in patterns.items() if _matches(key, module))
-            alpha = next(given, self._config.get("lora_alpha", 8))
-            if isinstance(alpha, bool) or not math.isfinite(float(alpha)):
-                raise ValueError(f"{alpha} is no finite number")
-            return float(alpha)
-        except UNUSABLE as error:
+            return residual(weight, str(self.config.init), self._low_rank(stored).rank, scale, turned)
+        except (ValueError, RuntimeError) as error:  # torch's error where a decomposition fails
             raise ModelError(
-                f"{self._role}: lora_alpha or alpha_pattern of {self._path / CONFIG} cannot be used ({error}); fetch "
-                "the adapter again"
+                f"{self._role}: {self.path} is a LoRA adapter whose initialisation ({self.config.init}) cannot be "
+                f"computed again for {name} ({first_line(error)}); {REMEDY}"
             ) from error
 
-    def _delta(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """B A in the shape of the tensor that it is added to."""
-        if "lora_embedding_A" in parts:
-            return (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
-        product = parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
-        return product.T if self._transposed(shape) else product.reshape(shape)
 
-    def _with_magnitude(self, adapted: Tensor, magnitude: Tensor) -> Tensor:
-        """DoRA: the outputs' rows scaled to these lengths."""
-        axis = 0 if self._transposed(tuple(adapted.shape)) else 1
-        scale: Tensor = magnitude.flatten() / vector_norm(adapted, dim=axis)
-        return adapted * scale.unsqueeze(axis)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of PEFT means a module: its name, or the end of it after a dot."""
-    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
-
-
-def _config(path: Path, role: str) -> dict[str, Any]:
-    config = read_json(path, CONFIG, role)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{role}: {path} is an adapter of type {kind}, epmq merges only LORA on the fly; {REMEDY}")
-    found = [option for option in UNKNOWN_OPTIONS if config.get(option)]
-    if found:
-        raise ModelError(f"{role}: {path} is a LoRA adapter with {found[0]}, which epmq cannot merge; {REMEDY}")
-    for option in SWITCHES:
-        if not isinstance(config.get(option), bool | None):
-            raise ModelError(
-                f"{role}: {option} in {path / CONFIG} must be true or false, got {shown(config[option])}; fetch the "
-                "adapter again"
-            )
-    return config
-
-
-def _prefixes(name: str, stored: Collection[str]) -> list[tuple[str, str]]:
-    """All (prefix to take off, prefix to put on) that make a stored name of this one."""
-    found = [("", "")] if name in stored else []
-    found += [("", own[: -len(name)]) for own in stored if own.endswith(f".{name}")]
-    found += [(name[: -len(own)], "") for own in stored if name.endswith(f".{own}")]
-    return found
-
-
-def _renamed(names: Collection[str], strip: str, add: str) -> dict[str, str]:
-    return {name: add + name.removeprefix(strip) for name in names}
+def _open(path: Path, role: str) -> Tensors:
+    """The tensors of an adapter's folder, or of the file in it that the suite names, which may be a pickle."""
+    if path.is_file():
+        return open_file(path, role)
+    if not (path / WEIGHTS).is_file():
+        pickle = path / PICKLE
+        way = (
+            f"name the file itself, {pickle}, or save the adapter with save_pretrained of PEFT"
+            if pickle.is_file()
+            else "save the adapter with save_pretrained of PEFT"
+        )
+        raise ModelError(f"{role}: {path} has no {WEIGHTS}; {way}")
+    return SafetensorsFiles(path / WEIGHTS, role)

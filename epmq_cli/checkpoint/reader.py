@@ -180,6 +180,11 @@ class ModelFolder:
         if config is None:
             check_counts(path / "config.json", role, self.config, len(self.infos))
 
+    @property
+    def source(self) -> Tensors:
+        """What the tensors are read from."""
+        return self._tensors
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of this stored name, on the CPU, in the type that `infos` says."""
         return self._tensors.tensor(name)

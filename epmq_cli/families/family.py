@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.kinds import open_base, open_expert
+from epmq_cli.checkpoint.kinds import open_base, open_expert, refuse_unread
 from epmq_cli.checkpoint.pretrained import dequantized
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
@@ -194,9 +194,15 @@ class Family(ABC):
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """A base (where `base` is None), or an expert of that base, in whatever form it is kept."""
-        return (
-            open_base(path, role) if base is None else open_expert(path, role, base, self.tensor_names(base).values())
-        )
+        if base is None:
+            return open_base(path, role)
+        return self.expert(path, role, base)
+
+    def expert(self, path: Path, role: str, base: ModelFolder) -> ModelFolder:
+        """An expert; ModelError where it is an adapter that changes tensors that nothing reads."""
+        found = open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
+        refuse_unread(found, base, self.tensor_names(found).values(), self.in_head, tied=self.heads == "none")
+        return found
 
     def check_type(self, folder: ModelFolder) -> None:
         """ModelError where a folder holds a model that is none of `model_types`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epmq_cli.checkpoint.kinds import open_expert
 from epmq_cli.checkpoint.open_clip_base import CONFIG, WEIGHTS, converted, expert_tensors
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.clip import Clip
@@ -28,7 +27,7 @@ class OpenClip(Clip):
             ready = path.is_dir() and (path / "config.json").is_file() and not (path / WEIGHTS).is_file()
             return ModelFolder(path if ready else converted(path, role), role)
         if path.is_dir() and not (path / CONFIG).is_file():
-            return open_expert(path, role, base, self.tensor_names(base).values())
+            return self.expert(path, role, base)
         return ModelFolder(path, role, base.config, expert_tensors(path, role))
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:

@@ -21,11 +21,11 @@ from epmq_cli.suites import Task
 
 Q, K, V = (f"attention.{part}_proj" for part in "qkv")
 OLD = (
-    (r"^encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"layers.\1.attention.\2."),
-    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"layers.\1.attention.o_proj."),
-    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.mlp.fc1."),
-    (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.mlp.fc2."),
-    (r"^encoder\.layer\.", "layers."),
+    (r"(?<![^.])encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"layers.\1.attention.\2."),
+    (r"(?<![^.])encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"layers.\1.attention.o_proj."),
+    (r"(?<![^.])encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.mlp.fc1."),
+    (r"(?<![^.])encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.mlp.fc2."),
+    (r"(?<![^.])encoder\.layer\.", "layers."),
     (r"\.attention\.query\.", ".attention.q_proj."),
     (r"\.attention\.key\.", ".attention.k_proj."),
     (r"\.attention\.value\.", ".attention.v_proj."),

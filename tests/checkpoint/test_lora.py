@@ -189,14 +189,16 @@ def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelF
     with pytest.raises(ModelError, match=r"base: .* is an adapter .*give the model that it was trained on"):
         open_base(folder, "base")
     edited(folder, layer_replication=[[0, 2]])
-    with pytest.raises(ModelError, match=r"adapter with layer_replication, .* merge_and_unload of peft"):
+    with pytest.raises(ModelError, match=r"adapter with layer_replication, .* merge_and_unload of PEFT"):
         opened(folder, base)
     edited(folder, layer_replication=None, peft_type="IA3")
-    with pytest.raises(ModelError, match=r"expert of task x: .* is an adapter of type IA3, .* merge_and_unload"):
+    with pytest.raises(ModelError, match=r"expert of task x: .* is an adapter of type 'IA3', .* merge_and_unload"):
         opened(folder, base)
     edited(folder, peft_type="LORA")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ModelError, match=r"has no adapter_model.safetensors; save the adapter with save_pretrained"):
+    with pytest.raises(
+        ModelError, match=r"has no adapter_model.safetensors; name the file itself, .*adapter_model.bin, or save"
+    ):
         opened(folder, base)
 
 
@@ -224,7 +226,7 @@ def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, Mod
     _, base = llama
     adapter(BertModel(BERT), tmp_path / "bert", target_modules=["query"])
     with pytest.raises(
-        ModelError, match=r"was not trained on the base .* such as encoder.layer.0.attention.self.query"
+        ModelError, match=r"was not trained on the base .*, which lacks encoder.layer.0.attention.self.query, .*; its"
     ):
         opened(tmp_path / "bert", base)
     wider = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 32}))
@@ -238,7 +240,7 @@ def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, Mod
     [
         (["q.lora_A.weight", "q.lora_B.weight", "q.lora_C.weight"], "holds q.lora_C.weight, which epmq cannot merge"),
         (["q.weight"], "holds no LoRA tensors; train or fetch it again"),
-        (["q.lora_A.weight"], "holds lora_A of q, which epmq cannot merge; merge it with merge_and_unload of peft"),
+        (["q.lora_A.weight"], "holds lora_A of q, which epmq cannot merge; merge it with merge_and_unload of PEFT"),
     ],
 )
 def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
@@ -252,16 +254,24 @@ def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str
 A, B, LENGTHS = "q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector"
 SOUND = {A: torch.ones(2, 4), B: torch.ones(3, 2), LENGTHS: torch.ones(3)}
 ODD: dict[str, tuple[dict[str, torch.Tensor], tuple[int, ...], str]] = {
-    "rank 0": ({A: torch.ones(0, 4), B: torch.ones(3, 0)}, (3, 4), r"A \[0, 4\] and B \[3, 0\] of q, which are not"),
-    "two ranks": ({A: torch.ones(1, 4)}, (3, 4), r"A \[1, 4\] and B \[3, 2\] of q, which are not of one rank"),
-    "no dimension": ({A: torch.tensor(1.0), B: torch.tensor(1.0)}, (3, 4), r"A \[\] and B \[\] of q, which are not"),
-    "a vector": ({A: torch.ones(2)}, (3,), r"A \[2\] and B \[3, 2\] of q, which are not of .* for q.weight, \[3\]"),
-    "a vector's A": ({}, (3,), r"which are not of one rank above 0 for q.weight, \[3\] in the base"),
-    "lengths": ({LENGTHS: torch.ones(5)}, (3, 4), r"has the lengths \[5\] of q, which has 3 outputs; train or fetch"),
+    "rank 0": (
+        {A: torch.ones(0, 4), B: torch.ones(3, 0)},
+        (3, 4),
+        r"has for q.weight A \[0, 4\] and B \[3, 0\], which do not have one rank above 0",
+    ),
+    "two ranks": ({A: torch.ones(1, 4)}, (3, 4), r"A \[1, 4\] and B \[3, 2\], which do not have one rank"),
+    "no dimension": ({A: torch.tensor(1.0), B: torch.tensor(1.0)}, (3, 4), r"A \[\] and B \[\], which do not"),
+    "a vector": ({A: torch.ones(2)}, (3,), r"for q.weight A \[2\] and B \[3, 2\], which do not have .* axes of \[3\]"),
+    "a vector's A": ({}, (3,), r"which do not have one rank above 0 and the axes of \[3\]; train or fetch it again"),
+    "lengths": (
+        {LENGTHS: torch.ones(5)},
+        (3, 4),
+        r"for q.weight the lengths \[5\], while the module has 3 outputs; train or fetch",
+    ),
     "a kernel in B": (
         {A: torch.ones(2, 4, 2, 2), B: torch.ones(3, 2, 2, 2)},
         (3, 4, 2, 2),
-        r"A \[2, 4, 2, 2\] and B \[3, 2, 2, 2\] of q, which are not",
+        r"A \[2, 4, 2, 2\] and B \[3, 2, 2, 2\], which do not",
     ),
     "complex": ({A: torch.ones(2, 4, dtype=torch.complex64)}, (3, 4), "holds q.lora_A.weight in the type C64"),
     "integers": ({B: torch.ones(3, 2, dtype=torch.int64)}, (3, 4), "in the type I64, epmq merges F64, F32, F16, BF16"),
@@ -290,8 +300,8 @@ def test_shapes_and_types_that_cannot_be_merged_are_refused(case: str, tmp_path:
     [
         ("use_rslora", "no", "use_rslora in .*adapter_config.json must be true or false, got 'no'; fetch"),
         ("fan_in_fan_out", 1, "fan_in_fan_out in .* must be true or false, got 1"),
-        ("lora_alpha", True, "lora_alpha or alpha_pattern of .* cannot be used .True is no finite number"),
-        ("lora_alpha", float("nan"), "lora_alpha or alpha_pattern of .* cannot be used .nan is no finite number"),
+        ("lora_alpha", True, "lora_alpha or alpha_pattern of .* cannot be used .True is not a finite number"),
+        ("lora_alpha", float("nan"), "lora_alpha or alpha_pattern of .* cannot be used .nan is not a finite number"),
     ],
 )
 def test_options_of_another_type_are_refused(option: str, value: Any, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""LoRA as functions of tensors: what is added to a weight, what was taken from it before, and the lengths of DoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+GAP = 1e-6  # relative; with less between two singular values, their vectors are not determined
+
+
+def product(parts: dict[str, Tensor], shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """B A, or B diag(d) A, in the shape of the weight that it is added to. `transposed`: the weight is (in, out)."""
+    if "lora_embedding_A" in parts:
+        return (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
+    b = parts["lora_B"].flatten(1)
+    found = (b * parts["lora_diag"] if "lora_diag" in parts else b) @ parts["lora_A"].flatten(1)
+    return found.T if transposed else found.reshape(shape)
+
+
+def residual(weight: Tensor, init: str, rank: int, scale: float, transposed: bool) -> Tensor:
+    """What an initialisation leaves of the base's weight (2 axes) before training.
+
+    `pissa`: without its `rank` largest singular values (https://arxiv.org/abs/2404.02948). `olora`: without the first
+    `rank` columns of its QR decomposition, times `scale` (https://arxiv.org/abs/2406.01775; PEFT decomposes a
+    transposed weight as it is stored). `kasa`: without its `rank` smallest singular values
+    (https://arxiv.org/abs/2412.06071). All are products that do not depend on the signs of the vectors.
+
+    ValueError: the weight does not determine it, as two singular values are equal.
+    """
+    if init == "olora":
+        q, r = torch.linalg.qr(weight)
+        rest: Tensor = weight - scale * q[:, :rank] @ r[:rank]
+        return rest
+    matrix = weight.T if transposed else weight
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    cut = rank if init == "pissa" else max(len(s) - rank, 0)
+    if 0 < cut < len(s) and not s[cut - 1] - s[cut] > GAP * s[0]:
+        raise ValueError(f"singular values {cut} and {cut + 1} are equal")
+    largest: Tensor = (u[:, :cut] * s[:cut]) @ vh[:cut]
+    kept = matrix - largest if init == "pissa" else largest
+    return kept.T if transposed else kept
+
+
+def with_lengths(adapted: Tensor, lengths: Tensor, columns: bool) -> Tensor:
+    """DoRA (https://arxiv.org/abs/2402.09353, equation 5): the rows scaled to these lengths, or the columns."""
+    if columns:
+        column: Tensor = lengths.flatten() / vector_norm(adapted, dim=0)
+        return adapted * column
+    scale: Tensor = lengths.flatten() / vector_norm(adapted.flatten(1), dim=1)
+    return adapted * scale.view(-1, *[1] * (adapted.ndim - 1))
