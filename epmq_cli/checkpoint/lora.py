@@ -121,7 +121,7 @@ class Adapted:
 
     def _settled(self, own: set[str]) -> tuple[dict[str, str], set[str]]:
         """Decides which tied copies follow their source and which are tensors of their own, and shows them so."""
-        self._ties.refuse_residuals(self._parts)
+        self._ties.refuse_residuals(name for name, (_, parts) in self._parts.items() if "lora_A" in parts)
         self._follows = {}
         saved = {name for name in self._whole if self.config.saves(name.rpartition(".")[0])}
         follows, apart = self._ties.settled(own, {*self._rows, *self._whole} - saved, self.tensor)

@@ -45,11 +45,8 @@ class Ties:
         for name, source in self.pairs.items():
             if (name not in own and source not in own) or self._differs(name, source):
                 continue
-            if name in own:
-                same = source in own and _close(tensor(name), tensor(source))
-            else:
-                same = source in reached or self._config.is_set("ensure_weight_tying")
-            if same:
+            follow = name not in own and source in reached
+            if follow or (source in own and _close(tensor(name), tensor(source))):
                 follows[name] = source
             else:
                 apart.add(name)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 
 pytestmark = [  # of PEFT, about what it was asked for
@@ -279,3 +280,30 @@ def test_names_that_other_trainers_write_are_read(before: str, after: str, tmp_p
     file = folder / "adapter_model.safetensors"
     save_file({name.replace(before, after): tensor for name, tensor in load_file(file).items()}, file)
     check("llama", base, folder, expected, changed=2)
+
+
+def test_a_tied_table_of_which_training_moved_nothing_stays_tied(tmp_path: Path) -> None:
+    """PEFT adapts T5's `shared`, which neither encoder nor decoder calls: its LoRA stays what it was at first."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["shared", "q"]))
+    peft.save_pretrained(tmp_path / "adapter")
+    base = open_base(tmp_path / "base", "base")
+    expert = open_lora(tmp_path / "adapter", base)
+    assert expert.infos.keys() == base.infos.keys()
+    assert torch.equal(expert.tensor("shared.weight"), model.shared.weight)
+
+
+def test_a_residual_of_a_tied_tensor_is_refused(tmp_path: Path) -> None:
+    """PiSSA on a tied output layer changes the table, too; on a table it changes nothing but the LoRA."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, "tie_word_embeddings": True}))
+    model.save_pretrained(tmp_path / "base")
+    base = open_base(tmp_path / "base", "base")
+    for module in ("lm_head", "embed_tokens"):
+        trained(model, tmp_path / module, target_modules=["q_proj", module], init_lora_weights="pissa")
+    assert "lm_head.weight" in open_lora(tmp_path / "embed_tokens", base).infos
+    with pytest.raises(ModelError, match=r"changes the base's weights \(pissa\) on lm_head.weight, which is tied"):
+        open_lora(tmp_path / "lm_head", base)
