@@ -4,7 +4,6 @@ model."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from epmq_cli.config import Evaluation, Harness
 from epmq_cli.errors import ConfigError, ModelError, check_choice
 from epmq_cli.evaluate.measures import PERPLEXITY
 from epmq_cli.families.family import Family, LanguageModel, Table
-from epmq_cli.families.refusal import refused
+from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.inference.int4 import GROUPS, kernel_group, obstacle
 from epmq_cli.inference.load import refuse
 from epmq_cli.linalg import is_finite
@@ -89,20 +88,18 @@ def check_described(model: nn.Module, family: Family, models: Models) -> None:
 
 def check_parts(model: nn.Module, family: Family) -> None:
     """ModelError where the model has a tensor that the family neither solves nor knows to be right as merged."""
-    affine, known = set[str](), set[str]()
+    modules, tables = set[str](), set[str]()
     for stack in family.stacks(model):
-        affine |= {section.name(name) for section in stack.sections for name in section.modules}
-        affine |= {stack.first_norm} if stack.first_norm else set()
+        modules |= {section.name(name) for section in stack.sections for name in section.modules}
+        modules |= {stack.first_norm} if stack.first_norm else set()
         for part in stack.stem:
             if isinstance(part, Table):
-                known |= {f"{name}.weight" for name in (part.name, part.reader) if name}
+                tables |= {f"{name}.weight" for name in (part.name, part.reader) if name}
             else:
-                known |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
-    known |= {f"{name}.{tensor}" for name in affine for tensor in ("weight", "bias")}
-    kept = re.compile("|".join(family.kept) or "(?!)")
-    for name in model.state_dict():
-        if name not in known and not kept.fullmatch(name):
-            raise refused(family, f"{type(model).__name__} has {name}, which no step of the family knows")
+                tables |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
+    rest = [name for name in model.state_dict() if name not in tables]
+    if (name := unknown_tensor(rest, modules, family.kept)) is not None:
+        raise refused(family, f"{type(model).__name__} has {name}, which no step of the family knows")
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -92,6 +92,18 @@ REFUSED: dict[str, tuple[Build, str]] = {
 }
 """With what is said of them."""
 
+TEXTS = {**SIZE, "vocab_size": IDS["vocab_size"], "max_position_embeddings": 64}
+PICTURES = {**SIZE, "image_size": 16, "patch_size": 8}
+
+ENCODERS: dict[str, Build] = {
+    "albert": lambda: t.AlbertModel(t.AlbertConfig(**TEXTS, embedding_size=16)),
+    "deit": lambda: t.DeiTModel(t.DeiTConfig(**PICTURES)),
+    "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**PICTURES)),
+    "electra": lambda: t.ElectraModel(t.ElectraConfig(**TEXTS, embedding_size=32)),
+    "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**TEXTS)),
+}
+"""That no family takes."""
+
 
 def built(build: Build) -> Any:
     """The model, ready to score, with gains, biases and other tensors that start as constants moved away from them."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Linears, Norm
+from epmq_cli.families.refusal import unknown_tensor
 
 Step = Linears | Norm
 
@@ -81,10 +82,14 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     scale = float(getattr(block, "residual_multiplier", 1.0))  # Granite
     if scale == 0:
         raise ModelError(f"{where} has a residual_multiplier of 0")
-    return (
+    steps = (
         *_part(attention, layout.before_attention, layout.behind_attention, scale),
         *_part(mlp, layout.before_mlp, layout.behind_mlp, scale),
     )
+    modules = [name for step in steps for name in (step.names if isinstance(step, Linears) else (step.name,))]
+    if (name := unknown_tensor(block.state_dict(), modules, KEPT)) is not None:
+        raise ModelError(f"{where} has {name}, which no step of the family knows")
+    return steps
 
 
 def _part(linears: tuple[tuple[str, ...], str], before: str | None, behind: str | None, scale: float) -> Iterator[Step]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
+
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 
@@ -12,6 +15,17 @@ MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
 def family_name(family: Family) -> str:
     """What `suite.family` calls a family."""
     return type(family).__module__.rpartition(".")[2]
+
+
+def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Iterable[str]) -> str | None:
+    """The first tensor that is neither weight nor bias of these modules nor matches a pattern of what stays as
+    merged."""
+    patterns = re.compile("|".join(kept) or "(?!)")
+    for name in tensors:
+        module, _, tensor = name.rpartition(".")
+        if not (module in modules and tensor in ("weight", "bias")) and not patterns.fullmatch(name):
+            return name
+    return None
 
 
 def refused(family: Family, reason: str) -> ModelError:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import torch
+import transformers as t
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel
 
 from epmq_cli import pipeline as steps
@@ -20,8 +23,9 @@ from epmq_cli.config import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.apply import Merged, Models
 from epmq_cli.report.metrics import schema
+from tests.architectures import ENCODERS, REFUSED, built
 from tests.hubs import config
-from tests.minihub import build
+from tests.minihub import IDS, SIZE, build
 
 
 def config_of_merge(hub: Path, *overrides: str) -> DictConfig:
@@ -76,3 +80,49 @@ def test_a_used_folder_is_refused(clip_hub: Path, tmp_path: Path) -> None:
     merged(clip_hub, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"already holds checkpoint and metrics.json"):
         merge(config_of_merge(clip_hub), tmp_path / "run", [])
+
+
+def files(folder: Path, model: Any) -> None:
+    """What save_pretrained writes of a base, and beside it two experts of the same tensors, moved."""
+    model.save_pretrained(folder / "base")
+    stored = load_file(folder / "base" / "model.safetensors")
+    for seed, name in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        (folder / name).mkdir()
+        shutil.copy(folder / "base" / "config.json", folder / name)
+        moved = {
+            key: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+            for key, tensor in stored.items()
+        }
+        save_file(moved, folder / name / "model.safetensors", metadata={"format": "pt"})
+
+
+def merged_folders(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    """The tensors of `epmq merge suite=causal_lm` of experts a and b."""
+    experts = f"suite.experts={{a: {folder}/a, b: {folder}/b}}"
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        given = ["suite=causal_lm", f"suite.base={folder}/base", experts, "out=unused", *overrides]
+        cfg = compose("merge", overrides=given)
+    out = folder / "out"
+    out.mkdir()
+    merge(cfg, out, given)
+    return load_file(out / "checkpoint" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", [*REFUSED, *sorted(ENCODERS)])
+def test_models_that_run_refuses_merge_exactly(kind: str, tmp_path: Path) -> None:
+    """The mean of the experts' files, tensor by tensor, of models that no family calibrates."""
+    files(tmp_path, built(REFUSED[kind][0] if kind in REFUSED else ENCODERS[kind]))
+    found = merged_folders(tmp_path, "merge=average")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert found.keys() == first.keys()
+    for name, tensor in found.items():
+        wanted = (first[name] + second[name]) / 2 if tensor.is_floating_point() else first[name]
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_model_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
+    """BERT, which family bert takes."""
+    files(tmp_path, built(lambda: t.BertModel(t.BertConfig(**SIZE, vocab_size=IDS["vocab_size"]))))
+    with pytest.raises(ModelError, match="holds a model of type bert, which family bert takes; set suite.family=bert"):
+        merged_folders(tmp_path, "merge=average")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 
 from epmq_cli.commands.readable import parsed, quoted
+from epmq_cli.errors import ConfigError
 from tests.conftest import Run
 
 MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
@@ -26,7 +28,8 @@ TYPED = {
     "run out=": "out must be a folder, got ''",
     "run out=[a,b]": "out must be a folder, got ['a', 'b']",
     "run out={a:1}": "out must be a folder, got {a: 1}",
-    "run out=a=b": "mismatched input '=' expecting <EOF>",
+    "run out=a=b": """out=a=b has = in its value, which must be in quotes; write 'out="a=b"'""",
+    "merge suite.experts=/x/{task}": """{ } in its value, which must be in quotes; write 'suite.experts="/x/{task}"'""",
     "run out=/proc/none/x": "the system says of /proc/none: No such file or directory",
     "run --config-dir nowhere": "nowhere' not found",
     "run out=rün✓": """out=rün✓ has characters that must be in quotes; write 'out="rün✓"'""",
@@ -72,6 +75,36 @@ def test_hydra_takes_a_value_as_it_is_said_to_be_quoted(value: str) -> None:
     parsed([word])
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.value() == value
+
+
+QUOTED = {
+    "suite.experts=/path/{task}": """write 'suite.experts="/path/{task}"'""",
+    "suite.experts={task}/best": """write 'suite.experts="{task}/best"'""",
+    "suite.base=/models/llama(old)": """has ( ) in its value, which must be in quotes""",
+    "suite.base=/models/[1]": """write 'suite.base="/models/[1]"'""",
+    "suite.experts={a: /x (1), b: /y}": """cannot be read as a list or dict; put quotes around each text in it""",
+    "suite.each.templates=[a photo of a {}.]": "as in 'suite.each.templates=[",
+}
+
+
+@pytest.mark.parametrize("typed", QUOTED)
+def test_an_override_with_marks_of_the_grammar_says_how_to_quote_it(typed: str) -> None:
+    """Hydra's own parser refuses it as typed; what the error says to type gives the text that was meant."""
+    with pytest.raises(OverrideParseException):
+        OverridesParser.create().parse_overrides([typed])
+    with pytest.raises(ConfigError) as found:
+        parsed([typed])
+    assert QUOTED[typed] in str(found.value)
+    _, written, way_out = str(found.value).partition("; write ")
+    if written:
+        assert parsed(shlex.split(way_out))[0].value() == typed.partition("=")[2]
+
+
+def test_what_quotes_do_not_help_is_left_to_hydra() -> None:
+    """Hydra's own sentence."""
+    for typed in ("merge=ties,", "bits=choice(3,4", "suite.experts"):
+        with pytest.raises(OverrideParseException):
+            parsed([typed])
 
 
 def one_sentence(text: str, message: str) -> None:
