@@ -53,6 +53,18 @@ class Chat(str):
         return self.messages, self.where
 
 
+def stored(value: Any) -> Any:
+    """The list of messages of a conversation that is stored as JSON in a text; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_chat = all(isinstance(each, dict) and ({"role", "content"} <= each.keys() or "from" in each) for each in found)
+    return found if is_chat else value
+
+
 def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:
     """The conversation that a list holds; DataError where it holds none."""
     if not value or not all(isinstance(message, Mapping) for message in value):

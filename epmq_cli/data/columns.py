@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq_cli.data.chats import Chat, chat_of
+from epmq_cli.data.chats import Chat, chat_of, stored
 from epmq_cli.data.labels import read_labels
 from epmq_cli.data.samples import Split
 from epmq_cli.data.texts import check_text, prompt_value, text_of
@@ -59,8 +59,8 @@ class Columns:
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
         if self.prompt is not None:
             return self._prompted(row, where)
-        if len(self.inputs) == 1 and isinstance(row[self.inputs[0]], list | tuple):
-            return chat_of(row[self.inputs[0]], self.inputs[0], where)
+        if len(self.inputs) == 1 and isinstance(value := stored(row[self.inputs[0]]), list | tuple):
+            return chat_of(value, self.inputs[0], where)
         texts = tuple(text_of(row[name], name, where) for name in self.inputs)
         return texts[0] if len(texts) == 1 else texts
 

@@ -7,6 +7,8 @@ import math
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
 from epmq_cli.errors import DataError
 
 SHOWN = 40  # characters of a value in a message
@@ -28,12 +30,21 @@ def text_of(value: Any, column: str, where: str) -> str:
 
 def prompt_value(value: Any, column: str, where: str) -> Any:
     """The value of a column that has a place in a prompt, a text or a number; DataError where it is neither."""
+    if isinstance(value, float) and math.isfinite(value):
+        return _shortest(value)
     if isinstance(value, str) or _is_number(value):
         return value
     raise DataError(
         f"{where}: column {column} holds {kind_of(value)}, and data.prompt takes texts and numbers; store it as text "
         "or leave its place out of data.prompt"
     )
+
+
+def _shortest(value: float) -> float:
+    """The number with the digits that it was stored with: 3.8 in float32 is 3.799999952316284 to Python."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return float(str(single)) if float(single) == value else value
 
 
 def _is_number(value: Any) -> bool:

@@ -44,9 +44,10 @@ def load(folder: Path, rows: list[Any], name: str = "a.jsonl") -> list[Chat]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-@pytest.mark.parametrize("stored", [MESSAGES, SHARED, PARTS])
+@pytest.mark.parametrize("stored", [MESSAGES, SHARED, PARTS, json.dumps(SHARED)])
 def test_conventions_give_the_same_conversation(stored: list[Any], name: str, tmp_path: Path) -> None:
-    chats = load(tmp_path, [stored, stored[:2]], name)
+    shorter = json.dumps(SHARED[:2]) if isinstance(stored, str) else stored[:2]
+    chats = load(tmp_path, [stored, shorter], name)
     assert [list(chat.messages) for chat in chats] == [MESSAGES, MESSAGES[:2]]
     assert chats[1].where == f"{tmp_path / name}, row 2"
     assert str(chats[1]) == "be kind\nhello\nthere"

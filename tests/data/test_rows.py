@@ -142,10 +142,13 @@ def test_quotes_of_a_file_like_those_of_glue_are_text(texts: list[str], tmp_path
     assert [row["text"] for row in read(tmp_path / "a.tsv", content)] == texts
 
 
-def test_quotes_that_may_be_either_are_text_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("text", ['"A fine film."', '"so \\"fine\\" a film"'])
+def test_quotes_that_may_be_either_are_text_with_a_warning(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "epmq"):
-        (row,) = read(tmp_path / "a.tsv", 'text\tlabel\n"A fine film."\t1\n')
-    assert row["text"] == '"A fine film."'
+        (row,) = read(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n")
+    assert row["text"] == text
     (message,) = caplog.messages
     assert message.endswith("are read as part of the text; save the file as csv or jsonl if they are not")
 
@@ -178,6 +181,21 @@ def test_bytes_are_not_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"one"], "label": [1]}), path)
     with pytest.raises(DataError, match=r"column text holds bytes \(b'one'\), not text; .*, or store it as strings"):
         Table(str(path), str(path)).load("train")
+
+
+def test_numbers_in_prompts_have_the_digits_that_were_stored(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for kind in (pyarrow.float32(), pyarrow.float64()):
+        scores = pyarrow.array([3.8, 0.1, 2.0, 1e-9], kind)
+        pyarrow.parquet.write_table(pyarrow.table({"score": scores, "label": [0] * 4}), path)
+        samples = Table(str(path), str(path), prompt="{score}").load("train")
+        assert list(samples.inputs) == ["3.8", "0.1", "2.0", "1e-09"]
+
+
+def test_texts_that_look_like_json_are_texts(tmp_path: Path) -> None:
+    texts = ["[{", '[{"a": 1}]', "[1]", '{"role": "user", "content": "a"}']
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert list(Documents(str(tmp_path / "a.jsonl"), "b.txt").load("train").inputs) == texts
 
 
 def test_prompts_take_texts_and_numbers_and_nothing_else(tmp_path: Path) -> None:
