@@ -250,9 +250,6 @@ FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
     "one class, Matthews' correlation": (
         "bert", ("+suite.tasks.first.metric=matthews",), rows("test", "label\ttext\n0\tred\n0\tblue\n"),
     ),
-    "one label, Spearman's correlation": (
-        "bert", ("+suite.tasks.first.metric=spearman",), rows("test", "label\ttext\n0\tred\n0\tblue\n"),
-    ),
     "texts of one token": ("bert", ("suite.tasks.first.max_length=1",), lambda hub: None),
     "texts of nothing but their ends": ("bert", ("suite.tasks.first.max_length=2",), lambda hub: None),
     "prompts of one token": ("t5", ("suite.tasks.first.max_length=1",), lambda hub: None),

@@ -40,7 +40,7 @@ def are_syntax(text: str, path: Path) -> bool:
         return False
     lines = [line for line in _lines(text).split("\n") if line]
     plain, quoted = [line.split("\t") for line in lines], _quoted(text)
-    written = quoted is not None and any(_written(quoted, needs) == "\n".join(lines) for needs in WRITERS)
+    written = quoted is not None and any(_is_written(quoted, needs, "\n".join([*lines, ""])) for needs in WRITERS)
     if quoted is not None and (not _is_even(plain) or (written and len(plain) == len(quoted))):
         say(f"{path}: the quotes around fields are read as syntax, as pandas writes them, not as part of the text")
         return True
@@ -74,10 +74,15 @@ def _lines(text: str) -> str:
     return ENDS.sub("\n", text)
 
 
-def _written(rows: Rows, needs: Callable[[str], bool]) -> str:
-    """The table as a program writes it that puts these fields into quotes."""
-    fields = (("\t".join(_field(field) if needs(field) else field for field in row)) for row in rows)
-    return "\n".join(map(_lines, fields))
+def _is_written(rows: Rows, needs: Callable[[str], bool], text: str) -> bool:
+    """Whether the text is that of a program that puts these fields into quotes."""
+    position = 0
+    for row in rows:
+        line = _lines("\t".join(_field(field) if needs(field) else field for field in row)) + "\n"
+        if not text.startswith(line, position):
+            return False
+        position += len(line)
+    return position == len(text)
 
 
 def _field(field: str) -> str:
