@@ -79,6 +79,7 @@ class CausalLM(LanguageModel):
 
     model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
     heads = "none"
+    dequantize_on_load = True  # exporters such as that of ONNX read linears before the model is first called
     stem = (Table("model.embed_tokens"),)
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
