@@ -115,7 +115,10 @@ def test_adapters_that_are_not_merged_are_refused() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (tuple(n.removeprefix("model.") for n in LLAMA[:-1]), "6 of the base's 7 tensors are in it; it was saved without its output layer"),
+        (
+            tuple(n.removeprefix("model.") for n in LLAMA[:-1]),
+            "6 of .* 7 tensors are in it; it was saved without its output",
+        ),
         (
             tuple(f"net.{n}" for n in LLAMA[:-1]),
             "0 of .* 7 tensors are in it, and 6 when its names are read without 'net.'",
