@@ -1,5 +1,6 @@
-"""Writes a checkpoint that transformers and vLLM load with nothing of ours installed: compressed-tensors,
-pack-quantized.
+"""Writes a checkpoint that transformers loads with nothing of ours installed: compressed-tensors, pack-quantized.
+
+vLLM loads the kinds that it has kernels for: 4 and 8 bits, in groups of 32, 64 or 128 inputs or with one scale a row.
 
 The folder appears under its name in one step, when all of its files are on disk.
 """
@@ -94,8 +95,8 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def quantization_config(model: nn.Module, specs: Mapping[str, GridSpec], dequantize: bool) -> dict[str, Any]:
-    """The entry of config.json from which transformers and vLLM know how to read the packed linears, given the grid of
-    each by name.
+    """The entry of config.json from which readers of compressed-tensors know how the linears are packed, given the grid
+    of each by name.
 
     One group where all have the same grid, else one for each. `dequantize` makes transformers do so while it loads;
     asymmetric grids need that in any case. With several widths it must not, since it would take the first for all.

@@ -20,6 +20,7 @@ INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapp
 """Segments that wrappers put anywhere in a name."""
 BEFORE = ("module.", "base_model.model.", "student.", "teacher.", "net.", "network.", "model.model.")
 """What no model of transformers has before all of its names."""
+OUTPUT = "lm_head.weight"
 TRIED = 16  # renamings, the most frequent first
 
 Names = Callable[[ModelFolder], Mapping[str, str]]
@@ -102,17 +103,19 @@ def misfit(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], name
     said = f"{own} of the base's {len(wanted)} tensors are in it"
     if counts.get(best, 0) > own:
         return f"{said}, and {counts[best]} when its names are read {best}"
+    if {*wanted} - {*_merged(expert, names)} == {OUTPUT}:
+        return f"{said}; it was saved without its output layer, so save the whole model, with its head"
     return said if own else f"{said}, so it is of another architecture or saved by another library"
 
 
 def refuse_wrapped(base: ModelFolder) -> None:
     """ModelError where the names of a base are those of a wrapper: transformers would not find its tensors."""
-    inside = next((f"{segment}." for segment in INSIDE if _has(base.infos, segment)), None)
-    before = next((prefix for prefix in BEFORE if all(name.startswith(prefix) for name in base.infos)), None)
-    if base.infos and (found := inside or before):
-        example = next(name for name in base.infos if found in name)
+    known = [f"{segment}." for segment in INSIDE if _has(base.infos, segment)]
+    known += [prefix for prefix in BEFORE if base.infos and all(name.startswith(prefix) for name in base.infos)]
+    if known:
+        example = next(name for name in base.infos if known[0] in name)
         raise ModelError(
-            f"{base.role}: {base.path} has {found!r}, which a wrapper adds, in the names of its tensors, such as "
+            f"{base.role}: {base.path} has {known[0]!r}, which a wrapper adds, in the names of its tensors, such as "
             f"{example}, so transformers cannot load it; unwrap the model and save it again with save_pretrained"
         )
 

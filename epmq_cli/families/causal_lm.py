@@ -72,6 +72,7 @@ class CausalLM(LanguageModel):
         *("starcoder2", "vaultgemma"),
     )
     heads = "none"
+    dequantize_on_load = True  # exporters such as that of ONNX read linears before the model is first called
     sample_types = (str, Chat)
     stem = (Table(TABLE),)
     kept = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")

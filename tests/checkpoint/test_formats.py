@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from epmq_cli.checkpoint.kinds import open_base, open_expert
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.state_dict import open_file
 from epmq_cli.errors import ModelError
 from tests.minihub import IDS, SIZE, tokenizer
 
@@ -30,8 +32,6 @@ def saved(folder: Path, shards: bool = False) -> LlamaForCausalLM:
     for file, part in zip(files, (names[::2], names[1::2]), strict=True):
         torch.save({name: state[name] for name in part}, folder / file)
     weight_map = {name: files[index % 2] for index, name in enumerate(names)}
-    import json
-
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return model
@@ -66,8 +66,6 @@ def test_an_expert_may_be_given_as_the_file_and_a_base_may_not(tmp_path: Path) -
 
 
 def open_expert_tensors(folder: Path) -> ModelFolder:
-    from epmq_cli.checkpoint.state_dict import open_file
-
     return ModelFolder(folder, "base", {}, open_file(folder / "pytorch_model.bin", "base"))
 
 

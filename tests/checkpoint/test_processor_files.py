@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import AutoTokenizer, CLIPImageProcessor, WhisperFeatureExtractor
+from transformers import AutoTokenizer, CLIPImageProcessor, PhobertTokenizer, WhisperFeatureExtractor
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from epmq_cli.checkpoint.processor_files import ProcessorFiles
@@ -61,8 +61,6 @@ def test_a_name_that_nobody_foresaw_is_copied_where_a_class_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next tokenizer: the same one under other names."""
-    from transformers import PhobertTokenizer
-
     monkeypatch.setattr(PhobertTokenizer, "vocab_files_names", {"vocab_file": "words.lst", "merges_file": "pairs.lst"})
     source = phobert(tmp_path / "base")
     (source / "vocab.txt").rename(source / "words.lst")

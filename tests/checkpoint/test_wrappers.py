@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def test_adapters_that_are_not_merged_are_refused() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (tuple(n.removeprefix("model.") for n in LLAMA[:-1]), "6 of the base's 7 tensors are in it"),
+        (
+            tuple(n.removeprefix("model.") for n in LLAMA[:-1]),
+            "6 of .* 7 tensors are in it; it was saved without its output",
+        ),
         (
             tuple(f"net.{n}" for n in LLAMA[:-1]),
             "0 of .* 7 tensors are in it, and 6 when its names are read without 'net.'",
@@ -127,8 +131,6 @@ def test_what_does_not_fit_is_told(names: tuple[str, ...], message: str) -> None
     base, family = folder("llama", LLAMA, "base"), FAMILIES["causal_lm"]
     expert, wanted = folder("llama", names), family.tensor_names(base)
     assert unwrapped(expert, base, wanted, family.tensor_names) is expert
-    import re
-
     assert re.search(message, misfit(expert, base, wanted, family.tensor_names))
 
 
