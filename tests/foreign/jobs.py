@@ -109,8 +109,9 @@ def _data(job: Job, expert: Any, base: Path, owner: Path, place: Path) -> tuple[
         processor = AutoImageProcessor.from_pretrained(owner) if kind.name in ("vit", "clip") else None
         tokenizer = None if kind.name in ("vit", "clip") else AutoTokenizer.from_pretrained(owner)
     if kind.name == "clip":
-        words = AutoTokenizer.from_pretrained(base)
-        data, classes = clip_data(job.labels, expert, model("clip", "base"), processor, words, place)
+        words, reader = AutoTokenizer.from_pretrained(base), copy.deepcopy(model("clip", "base"))
+        reader.vision_model.load_state_dict(expert.vision_model.state_dict())  # what is saved of the expert
+        data, classes = clip_data(job.labels, reader, processor, words, place)
         return data, {"classes": classes}, 1.0
     if kind.family == "t5":
         data, classes = answer_data(job.processor, expert, tokenizer, job.source, place)

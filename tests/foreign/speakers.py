@@ -29,18 +29,16 @@ ASKED = {"given": "classes in another order than the folders' names are matched 
 
 
 @torch.inference_mode()
-def clip_data(
-    order: str, expert: Any, base: Any, processor: Any, tokenizer: Any, place: Path
-) -> tuple[dict[str, Any], list[str]]:
+def clip_data(order: str, expert: Any, processor: Any, tokenizer: Any, place: Path) -> tuple[dict[str, Any], list[str]]:
     """Class folders of pictures as the expert sees them, and the classes in the order that the suite has them.
 
-    `expert`: a CLIPModel with the expert's tower; `base`: that with the base's, which reads the texts.
+    `expert`: the base with the expert's tower.
     """
     drawn = pictures(3)
     with quiet():
         read = tokenizer([TEMPLATE.format(word) for word in WORDS], return_tensors="pt", padding=True)
         seen = expert.get_image_features(**processor(images=drawn, return_tensors="pt")).pooler_output
-        known = base.get_text_features(**read).pooler_output
+        known = expert.get_text_features(**read).pooler_output
     logits = 100 * normalize(seen, dim=-1) @ normalize(known, dim=-1).T
     names, rows = _balanced(logits)
     if order == "sorted":

@@ -24,7 +24,7 @@ WRAPPERS = {
     "none": Wrapper(),
     "ddp": _before("module."),
     "compile": _before("_orig_mod."),
-    "ddp-compile": _before("module._orig_mod."),
+    "ddp-compile": Wrapper(prefixed("module._orig_mod."), "_orig_mod"),
     "fsdp": _before("_fsdp_wrapped_module."),
     "peft": _before("base_model.model."),
     "lightning": _before("model."),
