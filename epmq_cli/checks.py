@@ -26,6 +26,10 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation) -> None:
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
+        if task.heads == "expert" and family.heads == "none":
+            raise ConfigError(
+                f"suite.tasks.{task.name}.heads must be base, as models of this family have no heads, got {task.heads!r}"
+            )
     if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
