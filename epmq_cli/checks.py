@@ -28,7 +28,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation) -> None:
         family.check_task(task)
         if task.heads == "expert" and family.heads == "none":
             raise ConfigError(
-                f"suite.tasks.{task.name}.heads must be base, as models of this family have no heads, got {task.heads!r}"
+                f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
             )
     if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
