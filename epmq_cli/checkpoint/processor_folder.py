@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 PIXELS = "preprocessor_config.json"
 WHOLE = "processor_config.json"  # of a processor for pictures and texts, with the image processor inside
-VOCABULARY = ("tokenizer.json", "vocab", "merges", "bpe.", "dict.txt", "tekken.json")
-"""How the names of files with tokens begin; without one of them there is no tokenizer."""
-VOCABULARY_ENDS = (".model", ".bpe", ".codes", ".tiktoken")
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = (
+    "tokenizer.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+)
+"""Files with tokens; without one of them there is no tokenizer."""
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "dict.txt", "*.codes")
 """What else says how a tokenizer works."""
 
 
@@ -32,8 +42,8 @@ def processor_files(path: Path, reads: str) -> dict[str, Path]:
     files = {file.name: file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")}
     if reads == "pictures":
         return {name: file for name, file in files.items() if name == PIXELS or (name == WHOLE and _sees(file))}
-    found = {name: file for name, file in files.items() if _has_tokens(name)}
-    return found | {name: file for name, file in files.items() if name in BESIDE} if found else {}
+    found = {name: file for name, file in files.items() if _matches(name, (*VOCABULARY, *BESIDE))}
+    return found if any(_matches(name, VOCABULARY) for name in found) else {}
 
 
 def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:
@@ -43,8 +53,8 @@ def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:
     )
 
 
-def _has_tokens(name: str) -> bool:
-    return name.startswith(VOCABULARY) or name.endswith(VOCABULARY_ENDS)
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _sees(file: Path) -> bool:
