@@ -34,6 +34,10 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
         check_metric(task, scored)
+        if task.heads == "expert" and family.heads == "none":
+            raise ConfigError(
+                f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
+            )
     if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"

@@ -44,3 +44,12 @@ def test_messages_cannot_move_the_terminal_or_forge_lines_of_the_log(
     console.complain("tensor \x1b[2Ja\nERROR b\x9b")
     assert screen.getvalue() == "tensor ?[2Ja?ERROR b?\nepmq: tensor ?[2Ja?ERROR b?\n"
     assert [record.message for record in caplog.records] == ["tensor ?[2Ja?ERROR b?"]
+
+
+def test_warnings_are_shown_to_the_person_and_facts_of_the_log_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "messages", Console(file=screen, width=200))
+    logging.getLogger("epmq").warning("the tokenizer of %s\x1b[2J differs", "x")
+    console.log.info("a fact")
+    console.log.error("an error, which `complain` tells")
+    assert screen.getvalue() == "warning: the tokenizer of x?[2J differs\n"

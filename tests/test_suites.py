@@ -91,6 +91,19 @@ def test_suites_without_tasks_or_with_half_a_task_are_refused() -> None:
         Suite(name="s", family="clip", base="b", tasks={"t": {"expert": "e"}})
 
 
+def test_processor_and_heads_are_the_suites_unless_each_or_the_task_says_otherwise() -> None:
+    entry = {"expert": "e", "data": Npz("x.npz")}
+    tasks = {"a": entry, "b": {**entry, "processor": "same", "heads": None}}
+    made = Suite(name="s", family="clip", base="b", tasks=tasks, processor="base", heads="expert").members
+    assert [(task.processor, task.heads) for task in made] == [("base", "expert"), ("same", "expert")]
+    made = Suite(name="s", family="clip", base="b", tasks=tasks, each={"processor": "base"}).members
+    assert [(task.processor, task.heads) for task in made] == [("base", "base"), ("same", "base")]
+    with pytest.raises(ConfigError, match="suite.processor must be one of expert, base, same, got 'own'"):
+        Suite(name="s", family="clip", base="b", tasks=tasks, processor="own")
+    with pytest.raises(ConfigError, match="suite.tasks.t.heads must be one of base, expert, got 'own'"):
+        suite(heads="own")
+
+
 def test_what_tasks_have_in_common_is_said_once_and_a_task_may_differ() -> None:
     each = {"max_length": 7, "data": Table("a.tsv", "b.tsv", text="body")}
     tasks = {"x": {}, "y": {"max_length": 9, "data": {"text": ["one", "two"]}}}

@@ -317,6 +317,86 @@ def test_an_image_processor_that_the_model_cannot_read_is_refused_with_the_way_o
     assert chosen(found, "++suite.processor=base") == {}
 
 
+def test_a_base_whose_own_processor_fails_leaves_the_task_to_the_expert(hub: Hub, tmp_path: Path) -> None:
+    found = picture_hub(hub("vit"), tmp_path / "hub", lambda _, pictures: torch.zeros(len(pictures)).long())
+    path = found / "base" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 32, "width": 32}}))
+    assert list(chosen(found)) == ["first"]
+    with pytest.raises(ModelError, match=r"reads the task's samples, which the base's does not \(.*\[3, 32, 32\]"):
+        chosen(found, "++suite.processor=same")
+
+
 @pytest.mark.parametrize(("task", "name"), [("a", "a"), ("glue/cola", "glue%2Fcola"), ("..", "%2E."), (".x", "%2Ex")])
 def test_the_folder_of_a_task_is_inside_the_checkpoint_and_not_hidden(task: str, name: str) -> None:
     assert own.place(task) == f"processors/{name}"
+
+
+def test_scores_with_another_processor_are_not_taken_from_the_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
+    found = text_hub(hub("distilbert"), tmp_path / "hub")
+    options = ("cache=1MB", "guidance=merged", "quant=rtn", "calib.samples=8", "eval.stages=[base,experts]")
+    run_in(tmp_path / "base", found, *options, "++suite.processor=base")
+    run_in(tmp_path / "own", found, *options)
+    base, expert = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["scores"]["tasks"] for name in ("base", "own")
+    )
+    assert base["first"]["experts"] < expert["first"]["experts"] == 1
+    assert base["second"] == expert["second"]
+
+
+def test_an_experts_added_tokens_are_rows_of_the_padded_tables(hub: Hub, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    found = copied(hub("llama"), tmp_path / "hub")
+    tokenizer_of(found / "base", found / "first", lambda tokenizer: tokenizer.add_tokens(["purple"]))
+    model = AutoModelForCausalLM.from_pretrained(found / "first")
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    model.save_pretrained(found / "first")
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": f"a purple {text.lower()}"}) + "\n" for text in texts(0)]
+        (found / f"first_{split}.jsonl").write_text("".join(lines))
+    job = steps.make_job(config(found, "++suite.vocabulary=pad"))
+    models, base, _ = steps.open_models(job)
+    processors = chosen(found, "++suite.vocabulary=pad")
+    task = steps.prepare_tasks(job, base, models, processors)[0]
+    assert int(task.samples.inputs[0].max()) == rows
+    assert score(job.family, base, task, room_of(8), CPU) > 0
+
+
+def test_an_adapters_folder_has_a_tokenizer_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    found = copied(hub("llama"), tmp_path / "hub")
+    adapter = tmp_path / "adapter"
+    tokenizer_of(found / "base", adapter, lower)
+    options = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(options))
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    parts = {f"{where}.lora_A.weight": torch.ones(1, 32), f"{where}.lora_B.weight": torch.ones(32, 1)}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    (found / "first_train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0)))
+    processors = chosen(found, f"suite.tasks.first.expert={adapter}")
+    assert processors["first"].folder == adapter
+
+
+def test_an_open_clip_folder_says_how_its_pictures_are_made(clip_hub: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoImageProcessor
+
+    from epmq_cli.checkpoint.open_clip_base import own_processor
+
+    clip, folder = AutoConfig.from_pretrained(clip_hub / "base"), tmp_path / "expert"
+    folder.mkdir()
+    path = folder / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}))
+    made = own_processor(folder, clip, "expert")
+    assert made is not None
+    assert list(AutoImageProcessor.from_pretrained(made).image_mean) == [0.1, 0.2, 0.3]
+    assert own_processor(folder, clip, "expert") == made
+    path.write_text(json.dumps({"model_cfg": {}}))
+    assert own_processor(folder, clip, "expert") is None
+    path.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"resize_mode": "longest"}}))
+    with pytest.raises(ModelError, match="describes no image processor of transformers .*resize_mode is 'longest'"):
+        own_processor(folder, clip, "expert")

@@ -10,7 +10,7 @@ from epmq_cli.checkpoint.processor_files import TOKENIZER, matches, own_files
 
 PIXELS = "preprocessor_config.json"
 WHOLE = "processor_config.json"  # of a processor for pictures and texts, with the image processor inside
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "dict.txt")
 """What says how a tokenizer works, and is none by itself."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.data.chats import Chat
+from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Batch, Collate, Family, LanguageModel
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
@@ -21,7 +22,7 @@ TOLERANCE = 0.005
 """The mean difference of pixels, in their standard deviations, up to which two image processors are taken as one. What
 Pillow and torchvision make of a picture differs by 0.0001, bicubic and bilinear resampling by 0.02."""
 CHUNK = 16  # samples at a time
-LETTERS = 50  # of a document, for each token of a sequence, that are compared
+LONGEST = 4000  # characters of a document
 SHOWN_IDS, SHOWN_TEXT, SHOWN_SETTINGS = 12, 60, 4
 FIRST = ("image_mean", "image_std", "size", "crop_size", "resample", "do_rescale", "rescale_factor", "do_normalize")
 ASIDE = (
@@ -40,10 +41,16 @@ def difference(
     """What an expert's processor makes of a task's samples that the base's does not, as a phrase that goes on behind
     "its tokenizer" or "its image processor"; None where both make the same. `base` has the base's config, and its
     processor unless `own` says where it is. ModelError where the expert's cannot read them."""
-    theirs, bases = _read(family, base, task, expert), _read(family, base, task, own)
+    theirs, bases = _read(family, base, task, expert), None
     for start in range(0, len(samples), CHUNK):
         chunk = [samples[i] for i in range(start, min(start + CHUNK, len(samples)))]
-        if not _same(family, theirs(chunk), bases(chunk)):
+        found = theirs(chunk)
+        try:
+            bases = bases or _read(family, base, task, own)
+            wanted = bases(chunk)
+        except ModelError as error:
+            return f"reads the task's samples, which the base's does not ({error})"
+        if not _same(family, found, wanted):
             if family.reads == "pictures":
                 return _settings(base, expert, own)
             return _first_text(theirs, bases, chunk)
@@ -59,7 +66,7 @@ def _read(family: Family, folder: Path, task: Task, processor: Processor | None)
     def read(documents: list[Any]) -> Batch:
         if isinstance(documents[0], Chat):
             return {str(i): ids for i, ids in enumerate(chat_ids(folder, documents, processor))}
-        texts = [document[: task.max_length * LETTERS] for document in documents]
+        texts = [document[:LONGEST] for document in documents]
         return {str(i): encode(text, verbose=False)["input_ids"] for i, text in enumerate(texts)}
 
     return read

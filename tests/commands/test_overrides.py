@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
+from epmq_cli.commands.overrides import addable
 from epmq_cli.commands.readable import parsed, quoted
 from epmq_cli.errors import ConfigError
 from tests.conftest import Run
@@ -147,3 +148,10 @@ def test_a_config_file_that_describes_no_suite_is_refused(case: str, epmq_inside
 def test_out_may_be_called_like_a_number(epmq_inside: Run, tmp_path: Path) -> None:
     assert epmq_inside("merge", "out=7").returncode == 0
     assert (tmp_path / "7" / "checkpoint").is_dir()
+
+
+def test_what_a_suite_may_leave_out_can_be_set_without_a_plus() -> None:
+    given = ["suite.processor=base", "suite.each.heads=expert", "suite.tasks.a.b.processor=same"]
+    assert addable(given) == [f"++{text}" for text in given]
+    others = ["suite.name=x", "+suite.processor=base", "guidance.heads=own", "suite.tasks.a.data.processor.x=1", "-m"]
+    assert addable(others) == others

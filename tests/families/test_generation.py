@@ -11,11 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import T5ForConditionalGeneration
 
+from epmq_cli import pipeline as steps
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.config import conf_dir
-from epmq_cli.errors import ConfigError
+from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.t5 import _number
-from tests.hubs import Scene, run_in
+from tests.edited import copied
+from tests.hubs import Scene, config, run_in
 from tests.minihub import Hub
 
 
@@ -82,6 +84,17 @@ def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -
             mean = scene.model(input_ids=window[None], labels=window[None]).loss
             losses += [mean] * (len(window) - 1)
     assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_an_expert_whose_answers_start_otherwise_is_refused(hub: Hub, tmp_path: Path) -> None:
+    source = copied(hub("t5"), tmp_path / "hub")
+    path = source / "first" / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "decoder_start_token_id": 1}))
+    with pytest.raises(ModelError, match="decoder_start_token_id is 1 in its config and 0 in the base's"):
+        steps.open_models(steps.make_job(config(source)))
+    path.write_text(json.dumps({name: value for name, value in settings.items() if "decoder_start" not in name}))
+    steps.open_models(steps.make_job(config(source)))  # which is the token that pads, as T5 was trained
 
 
 def test_answers_in_words_need_their_classes(hub: Hub, tmp_path: Path) -> None:
