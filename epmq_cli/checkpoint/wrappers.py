@@ -103,7 +103,7 @@ def misfit(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], name
     said = f"{own} of the base's {len(wanted)} tensors are in it"
     if counts.get(best, 0) > own:
         return f"{said}, and {counts[best]} when its names are read {best}"
-    if {*wanted} - {*_merged(expert, names)} == {OUTPUT}:
+    if {*wanted} - {*merged_names(expert, names)} == {OUTPUT}:
         return f"{said}; it was saved without its output layer, so save the whole model, with its head"
     return said if own else f"{said}, so it is of another architecture or saved by another library"
 
