@@ -69,8 +69,8 @@ class Calib:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the base's; `shard_size` such as
-    5GB."""
+    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the type of most elements
+    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB."""
 
     dtype: str
     shard_size: object

@@ -79,11 +79,10 @@ def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
     A copy that config.json ties has its source's values if it is stored; but for output layers of classes that no
     setting unties, such as T5's, which transformers takes as they are stored. One that it does not tie is there.
     """
-    config = read_json(folder, "config.json", ROLE)
-    found: list[str] = []
+    config, found = read_json(folder, "config.json", ROLE), list[str]()
     known = model_class(config, files.infos)
     if known is None:
-        return found
+        return []
     for copy, source in known.tieable.items():
         stored, origin = (_stored(name, known, files) for name in (copy, source))
         if copy not in known.tied and stored is None and origin is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from epmq_cli.checkpoint.manifest import write_manifest
@@ -19,7 +19,9 @@ from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.merge.apply import Models
 from tests.conftest import drifted
+from tests.hubs import run_in
 from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
+from tests.minihub import build
 from tests.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
 
 PAIR = ("merge", "run")
@@ -174,6 +176,30 @@ def test_tensors_that_a_class_does_not_load_on_purpose_count_for_nothing(command
     expert = store(t5(1), tmp_path / "x")
     made = WRITERS[command](tmp_path / "made", suite_of("t5", base, {"x": expert}))
     assert_same(*(t.T5ForConditionalGeneration.from_pretrained(folder) for folder in (made, expert)))
+
+
+def test_a_whole_run_walks_and_writes_an_untied_output_layer(tmp_path: Path) -> None:
+    """The expert's own layer, to the last bit, in files that verify and transformers take; the table is walked alone."""
+    hub = build(tmp_path / "hub", "gemma3")
+    expert = hub / "first"
+    store(t.Gemma3ForCausalLM.from_pretrained(expert), expert, change=noise(HEAD))
+    options = ["~suite.tasks.second", "merge=average", "guidance=feature", "quant=none", "eval.stages=[]"]
+    checkpoint = run_in(tmp_path / "run", hub, *options)
+    found, own = (load_file(folder / "model.safetensors") for folder in (checkpoint, expert))
+    assert torch.equal(found[HEAD], own[HEAD])
+    assert not torch.equal(found[TABLE], found[HEAD])
+    assert settings_of(checkpoint)["tie_word_embeddings"] is False
+    verify(checkpoint, False, "cpu", None)
+
+
+def test_files_of_the_body_alone_can_be_untied(tmp_path: Path) -> None:
+    """A base without the prefix model., which gets an output layer of its own, in transformers."""
+    base = store(llama(True), tmp_path / "base")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    own = store(llama(True, 1), tmp_path / "own", change=noise(HEAD))
+    made = merged_folder(tmp_path / "made", suite_of("causal_lm", base, {"x": own}))
+    assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, own)))
 
 
 def test_verify_names_copies_that_differ_and_layers_that_are_missing(tmp_path: Path) -> None:
