@@ -131,9 +131,10 @@ def renamings(names: Iterable[str], wanted: Collection[str]) -> list[Renaming]:
             tails.setdefault(tail, []).append(name)
     counted: Counter[tuple[str, str]] = Counter()
     for name in map(Renaming(inside), stored):
-        for tail in [tail for tail in _tails(name) if tail in tails][:1]:
-            old = name[: -len(tail)]
-            counted.update({(old, new[: -len(tail)]) for new in tails[tail]})
+        common = next((tail for tail in _tails(name) if tail in tails), None)
+        if common is not None:
+            old = name[: -len(common)]
+            counted.update({(old, new[: -len(common)]) for new in tails[common]})
             counted.update({(old[: -len(rest)] if rest else old, "") for rest in ["", *_tails(old)]})
     pairs = dict.fromkeys([("", ""), *(pair for pair, _ in counted.most_common(TRIED))])
     found = [Renaming(inside, old, new) for old, new in pairs]
