@@ -13,6 +13,7 @@ import torch
 import transformers as t
 from torch import Tensor
 
+from epmq_cli.families import FAMILIES
 from tests.conftest import drifted
 from tests.lone import WRITERS, assert_same, store, suite_of
 
@@ -147,6 +148,29 @@ def test_a_lone_expert_is_itself_whichever_tied_tensors_its_files_store(
     found, wanted = (type(base).from_pretrained(folder) for folder in (made, folders[1]))
     assert_same(found, wanted, kind.inputs)
     assert_same(wanted, expert)  # the files hold the expert
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.commands == MERGE and name != "gpt2"])
+def test_the_encoder_of_a_lone_expert_is_itself_in_a_run(
+    name: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
+) -> None:
+    """Against transformers' own reading of the expert without its head; of CLIP the vision tower."""
+    kind, (base, expert) = KINDS[name], models(name)
+    folders = [store(model, tmp_path / own, kind.copies) for own, model in (("base", base), ("expert", expert))]
+    made = WRITERS["run"](tmp_path / "made", suite_of(kind.family, folders[0], {"x": folders[1]}))
+    options = getattr(FAMILIES[kind.family], "options", {})
+    found, wanted = (t.AutoModel.from_pretrained(folder, **options) for folder in (made, folders[1]))
+    if name == "clip":
+        found, wanted = found.vision_model, wanted.vision_model
+    assert_same(
+        found,
+        wanted,
+        {
+            key: kind.inputs[key]
+            for key in ("input_ids", "pixel_values")
+            if key in kind.inputs and not (name == "clip" and key == "input_ids")
+        },
+    )
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

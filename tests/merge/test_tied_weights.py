@@ -179,7 +179,7 @@ def test_tensors_that_a_class_does_not_load_on_purpose_count_for_nothing(command
 
 
 def test_a_whole_run_walks_and_writes_an_untied_output_layer(tmp_path: Path) -> None:
-    """The expert's own layer, to the last bit, in files that verify and transformers take; the table walks alone."""
+    """The expert's own layer, to the last bit, in files that verify takes; the table alone is walked."""
     hub = build(tmp_path / "hub", "gemma3")
     expert = hub / "first"
     store(t.Gemma3ForCausalLM.from_pretrained(expert), expert, change=noise(HEAD))
