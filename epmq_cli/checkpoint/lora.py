@@ -105,7 +105,13 @@ class Adapted:
         return found[0]
 
     def _place(self, files: AdapterFile, places: Mapping[str, str]) -> None:
-        """Keeps what the file holds under the base's names."""
+        """Keeps what the file holds under the base's names; ModelError where it holds one tensor with two values."""
+        for name, stored in files.doubles.items():
+            if not torch.equal(self._file.tensor(stored), self._file.tensor(files.whole[name])):
+                raise ModelError(
+                    f"{self._role}: {self.path} holds {stored} and {files.whole[name]} with different values, which "
+                    "are one tensor; save the adapter again with save_pretrained of PEFT"
+                )
         self._whole = {places[name]: stored for name, stored in files.whole.items()}
         self.copies = {places[name]: stored for name, stored in (files.originals | files.copies).items()}
         self._replaced = {places[name]: stored for name, stored in files.copies.items()} | self._whole

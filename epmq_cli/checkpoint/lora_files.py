@@ -40,7 +40,8 @@ OTHERS = ("lora_", "token_adapter", "trainable_tokens")
 class AdapterFile:
     """Names in an adapter's file. `parts[module][part]`, `biases[module]` of lora_B, `rows[module]` of a table that was
     trained in part, `whole[tensor]`; `copies[tensor]`: the base's own weight of an adapted module; `originals[tensor]`:
-    the base's weight of a module that is saved whole."""
+    the base's weight of a module that is saved whole; `doubles[tensor]`: a whole tensor once more, as PEFT stores
+    biases of saved modules."""
 
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class AdapterFile:
     whole: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
+    doubles: dict[str, str] = field(default_factory=dict)
 
     @property
     def adapted(self) -> list[str]:
@@ -103,11 +105,14 @@ def _add(file: AdapterFile, stored: str, name: str, path: Path, role: str) -> se
     elif found := ORIGINAL.fullmatch(name):
         _put(file.originals, f"{found['module']}.{found['rest']}", stored, path, role)
     elif found := SAVED.fullmatch(name):
-        _put(file.whole, f"{found['module']}.{found['rest']}", stored, path, role)
+        key = f"{found['module']}.{found['rest']}"
+        _put(file.doubles if key in file.whole else file.whole, key, stored, path, role)
         return set()
     elif any(other in name for other in OTHERS):
         raise ModelError(f"{role}: {path} holds {name}, which epmq cannot merge; {REMEDY}")
     else:
+        if ".modules_to_save." in file.whole.get(name, ""):
+            file.doubles[name] = file.whole.pop(name)
         _put(file.whole, name, stored, path, role)
         return set()
     named = found.groupdict().get("adapter")

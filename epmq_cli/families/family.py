@@ -196,10 +196,6 @@ class Family(ABC):
         """A base (where `base` is None), or an expert of that base, in whatever form it is kept."""
         if base is None:
             return open_base(path, role)
-        return self.expert(path, role, base)
-
-    def expert(self, path: Path, role: str, base: ModelFolder) -> ModelFolder:
-        """An expert; ModelError where it is an adapter that changes tensors that nothing reads."""
         found = open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
         refuse_unread(found, base, self.tensor_names(found).values(), self.in_head, tied=self.heads == "none")
         return found

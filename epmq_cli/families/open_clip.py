@@ -27,7 +27,7 @@ class OpenClip(Clip):
             ready = path.is_dir() and (path / "config.json").is_file() and not (path / WEIGHTS).is_file()
             return ModelFolder(path if ready else converted(path, role), role)
         if path.is_dir() and not (path / CONFIG).is_file():
-            return self.expert(path, role, base)
+            return super().open(path, role, base)
         return ModelFolder(path, role, base.config, expert_tensors(path, role))
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:

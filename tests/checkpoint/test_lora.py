@@ -113,20 +113,6 @@ def test_tables_of_a_larger_vocabulary_are_the_adapters(
         assert torch.equal(source.base(name)[:20], model.state_dict()[name])
 
 
-def test_weights_stored_as_inputs_by_outputs_are_read_as_such(tmp_path: Path) -> None:
-    """fan_in_fan_out, with GPT-2's transposed linears."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2))
-    model.save_pretrained(tmp_path / "base")
-    for index, dora in enumerate((False, True)):
-        folder = tmp_path / f"adapter{index}"
-        expected = adapter(model, folder, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=dora)
-        expert = opened(folder, open_base(tmp_path / "base", "base"))
-        name = "transformer.h.0.attn.c_attn.weight"
-        torch.testing.assert_close(expert.tensor(name), expected[name], rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_classifier_on_a_base_of_other_names_keeps_its_head(wrapped: bool, tmp_path: Path) -> None:
     """The adapter's names are bert.encoder..., the base's encoder... or, wrapped, bert.encoder... too."""
