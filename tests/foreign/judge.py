@@ -26,7 +26,8 @@ from tests.foreign.forms import copies, read
 from tests.foreign.kinds import Kind, model, outputs, quiet
 
 TAKEN, REFUSED, WRONG = "taken", "refused", "silently wrong"
-BARRED, CRASHED = "refused though legitimate", "ended as a defect"
+BARRED, CRASHED, UNSAID = "refused though legitimate", "ended as a defect", "right without a word"
+NOTHING_SAID = "nothing was said"
 CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1e-2, 2e-3)}
 """Relative and absolute, by the coarsest type that was given."""
 CHOICES = {"suite": "foreign", "merge": "average", "guidance": "merged", "quant": "none"}
@@ -94,7 +95,10 @@ def judged(attempt: Callable[[Path], Iterable[str]], folder: Path, may_be_refuse
     except Exception as error:  # whatever else is raised is what a user sees as a defect of epmq
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Verdict(CRASHED, f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})")
-    return Verdict(WRONG, "; ".join(problems)) if problems else Verdict(TAKEN)
+    if not problems:
+        return Verdict(TAKEN)
+    only_unsaid = all(problem.startswith(NOTHING_SAID) for problem in problems)
+    return Verdict(UNSAID if only_unsaid else WRONG, "; ".join(problems))
 
 
 def _refusal(sentence: str, folder: Path, may_be_refused: str | None) -> Verdict:
@@ -139,7 +143,7 @@ def problems(
     found += _odd_answers(outputs(kind, own), answers, dtype) + _torn(kind, made.checkpoint)
     found += [f"verify: {problem}" for problem in _unverified(made.checkpoint)]
     if said is not None and said not in made.said:
-        found.append(f"nothing was said of {said}")
+        found.append(f"{NOTHING_SAID} of {said}")
     return found
 
 
