@@ -144,7 +144,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "no text tower": (
         "clip", without("text_model", "base"), M, "describes a model with text_model.",
     ),
-    "no output layer": ("llama", without("lm_head", *edited.MODELS), M, "a model with lm_head.weight, which its files"),
+    "no output layer": ("llama", without("lm_head", *edited.MODELS), M, "has no lm_head.weight, which its config"),
     "no last norm": ("llama", without("model.norm", *edited.MODELS), M, "a model with model.norm.weight, which its"),
     "no embeddings anywhere": (
         "bert", without("word_embeddings", *edited.MODELS), M, "a model with embeddings.word_embeddings.weight, which",

@@ -102,13 +102,20 @@ KINDS = {
     "clip": Kind("clip", clip, {**WORDS, **PICTURES}, {}, MERGE),
 }
 FILES = ["as saved", "copies", "copies of the base", "copies of the expert", "copies alone"]
-CASES = [
+CASES: list[Any] = [
     (name, command, files)
     for name, kind in KINDS.items()
     for command in kind.commands
     for files in (FILES if kind.copies else FILES[:1])
 ]
-UNTIED = [(name, command) for name, kind in KINDS.items() for command in kind.commands if kind.copies]
+FAST = ("llama tied", "t5 tied", "bert", "clip")
+CASES = [case if case[0] in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+UNTIED = [
+    pytest.param(name, command, marks=[] if name in FAST else [pytest.mark.slow])
+    for name, kind in KINDS.items()
+    for command in kind.commands
+    if kind.copies
+]
 
 
 def saved(kind: Kind, model: Any, folder: Path, files: str, owner: str) -> Path:

@@ -217,8 +217,8 @@ class Family(ABC):
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The tensors of base or expert that are merged, stored copies of tied ones included: name in the model -> name
-        in the folder's files; ModelError where the folder holds another architecture."""
+        """The tensors of base or expert that are merged, stored copies of tied ones included: name in the model ->
+        name in the folder's files. ModelError where the folder holds another architecture."""
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
         """Likewise all stored tensors, those that `epmq run` does not merge included."""
@@ -263,8 +263,7 @@ class Family(ABC):
         `processor` says where it is, the tokenizer or image processor."""
 
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
-        """A calibration batch with what the task's expert, which is `model`, adds to it when it is asked for so many
-        samples at a time: its own answers."""
+        """A calibration batch with the answers of the task's expert, `model`, given so many samples at a time."""
         return batch
 
     def token_mask(self, batch: Batch) -> Tensor | None:
@@ -322,11 +321,8 @@ class LanguageModel(Family):
 def load_model(
     family: Family, folder: Path, device: torch.device | Disk, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> nn.Module:
-    """The model of a base folder or of a checkpoint, ready to score, on a device or in files.
-
-    It has the weights of the stored type, or of `dtype`, packed ones dequantized in that type, but calculates in
-    float32. `auto`: the type that config.json says.
-    """
+    """The model of a base folder or of a checkpoint, ready to score, on a device or in files: with weights of `dtype`
+    (`auto`: as config.json says), packed ones dequantized in the stored type. It calculates in float32."""
     model = dequantized(folder, family.load, dtype)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
