@@ -157,7 +157,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "a width in words": ("bert", settings("base", hidden_size="wide"), M, "cannot be read by AutoConfig"),
     "no width": ("bert", settings("first", hidden_size=None), M, "cannot be read by AutoConfig"),
     "another activation": ("bert", settings("base", hidden_act="nope"), M, "hidden_act is gelu in its config and"),
-    "no tokenizer": ("clip", file("base/tokenizer.json", None), M, "cannot be read by AutoTokenizer"),
+    "no tokenizer": ("clip", file("base/tokenizer.json", None), M, "does not load in transformers"),
     "no vocabulary of BERT": ("bert", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
     "no vocabulary of T5": ("t5", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json or a vocab.txt"),
     "no vocabulary of CLIP": ("clip", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
@@ -196,7 +196,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "two means": ("clip", content(f"base/{PIXELS}", image_mean=[0.5, 0.5]), M, "fails on a picture ("),
     "a deviation of 0": ("clip", content(f"base/{PIXELS}", image_std=[0, 0, 0]), M, "preprocessor_config.json "),
     "no such resampling": ("clip", content(f"base/{PIXELS}", resample=99), M, "fails on a picture ("),
-    "a tokenizer that is none": ("clip", file("base/tokenizer.json", "{}"), M, "cannot be read by AutoTokenizer"),
+    "a tokenizer that is none": ("clip", file("base/tokenizer.json", "{}"), M, "does not load in transformers"),
     "no processor": ("clip", file("base/preprocessor_config.json", None), M, "read by AutoImageProcessor"),
     "half a processor": ("clip", file("base/preprocessor_config.json", "{"), M, "read by AutoImageProcessor"),
 }  # fmt: skip

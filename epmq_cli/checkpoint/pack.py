@@ -1,6 +1,6 @@
 """Writes a checkpoint that transformers loads with nothing of ours installed: compressed-tensors, pack-quantized.
 
-vLLM loads the kinds that it has kernels for: 4 and 8 bits, in groups of 32, 64 or 128 inputs or with one scale a row.
+vLLM loads 4 bits in groups of 32, 64 or 128 inputs; for other kinds see conf/pack/default.yaml.
 
 The folder appears under its name in one step, when all of its files are on disk.
 """
