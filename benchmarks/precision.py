@@ -29,7 +29,7 @@ from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.streams import inputs
 from epmq_cli.config import conf_dir
-from epmq_cli.families.family import Batch, Linears
+from epmq_cli.families.structure import Batch, Linears
 from epmq_cli.merge.apply import Merged, Models
 
 

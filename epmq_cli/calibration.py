@@ -25,7 +25,8 @@ from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.checks import linear_shapes
 from epmq_cli.config import bytes_of
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.families.family import ALL, Batch, Family, split
+from epmq_cli.families.family import ALL, Family, split
+from epmq_cli.families.structure import Batch
 from epmq_cli.memory import Room
 from epmq_cli.merge.apply import Merged
 from epmq_cli.merge.source import MergeSource

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from epmq_cli.config import Evaluation, Harness
 from epmq_cli.errors import ConfigError, ModelError, check_choice
 from epmq_cli.evaluate.measures import PERPLEXITY
-from epmq_cli.families.family import Family, LanguageModel, Table
+from epmq_cli.families.family import Family, LanguageModel
 from epmq_cli.families.refusal import refused, unknown_tensor
+from epmq_cli.families.structure import Table
 from epmq_cli.inference.int4 import GROUPS, kernel_group, obstacle
 from epmq_cli.inference.load import refuse
 from epmq_cli.linalg import is_finite

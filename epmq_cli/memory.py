@@ -12,7 +12,8 @@ from torch import Tensor
 from epmq_cli import allocator
 from epmq_cli.console import log, say
 from epmq_cli.errors import RunError, first_line, lacks_memory
-from epmq_cli.families.family import ALL, Batch, size, split
+from epmq_cli.families.family import ALL, size, split
+from epmq_cli.families.structure import Batch
 
 Result = TypeVar("Result")
 

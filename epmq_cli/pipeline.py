@@ -38,8 +38,9 @@ from epmq_cli.evaluate.classifier import check_single_label
 from epmq_cli.evaluate.harness import harness_scores
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew, room_of, scores
 from epmq_cli.families import suite_family
-from epmq_cli.families.family import Batch, Family, LanguageModel, load_model
+from epmq_cli.families.family import Family, LanguageModel, load_model
 from epmq_cli.families.inputs import check_inputs
+from epmq_cli.families.structure import Batch
 from epmq_cli.inference.load import load
 from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room

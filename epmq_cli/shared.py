@@ -29,7 +29,7 @@ from epmq_cli.checkpoint.writer import Entry, of
 from epmq_cli.config import Harness
 from epmq_cli.console import bar
 from epmq_cli.evaluate.score import Recall, ScoredTask, anew
-from epmq_cli.families.family import Batch
+from epmq_cli.families.structure import Batch
 from epmq_cli.fingerprint import Fingerprints, of_code, of_samples, of_tensors
 from epmq_cli.merge.apply import Merged, Models
 from epmq_cli.merge.none import NoMerge

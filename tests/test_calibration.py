@@ -20,7 +20,8 @@ from epmq_cli.calibrate.reference import install, installed
 from epmq_cli.calibrate.sweep import sweep
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.score import ScoredTask, room_of, score
-from epmq_cli.families.family import Batch, load_model
+from epmq_cli.families.family import load_model
+from epmq_cli.families.structure import Batch
 from epmq_cli.heads import read_heads
 from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer

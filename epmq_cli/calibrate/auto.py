@@ -11,7 +11,8 @@ import torch
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.errors import DataError
-from epmq_cli.families.family import Batch, size
+from epmq_cli.families.family import size
+from epmq_cli.families.structure import Batch
 
 HOLD = 5  # one sample in so many is held out
 GRID: dict[str, tuple[float, ...]] = {

@@ -13,7 +13,8 @@ from torch import Tensor
 from epmq_cli.data.documents import token_blocks
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import DataError
-from epmq_cli.families.family import Batch, Collate
+from epmq_cli.families.family import Collate
+from epmq_cli.families.structure import Batch
 from epmq_cli.suites import Task
 
 log = logging.getLogger("epmq")

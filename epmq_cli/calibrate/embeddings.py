@@ -19,7 +19,7 @@ from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.problem import Affine
 from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
-from epmq_cli.families.family import Batch, Mask, Patches, Stack, Table
+from epmq_cli.families.structure import Batch, Mask, Patches, Stack, Table
 from epmq_cli.ranks import added
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.streams import Stream
-from epmq_cli.families.family import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.memory import joined
 
 

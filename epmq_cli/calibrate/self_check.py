@@ -30,8 +30,9 @@ from epmq_cli.calibrate.norms import has_gain, normalised, unit
 from epmq_cli.calibrate.streams import Stream, calls, enter
 from epmq_cli.calibrate.trace import Change, Trace, bypassed, traced
 from epmq_cli.errors import EpmqError, first_line, lacks_memory
-from epmq_cli.families.family import Batch, Family, Linears, Norm, Section, Stack, Table, split
+from epmq_cli.families.family import Family, split
 from epmq_cli.families.refusal import refused
+from epmq_cli.families.structure import Batch, Linears, Norm, Section, Stack, Table
 from epmq_cli.linalg import is_finite
 
 SAMPLES = 2  # that are looked at

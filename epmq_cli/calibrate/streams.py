@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.depot import Depot, Parcel
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.passage import Passage, tensors_in
-from epmq_cli.families.family import Batch, Family, Stack
+from epmq_cli.families.family import Family
+from epmq_cli.families.structure import Batch, Stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of a module, by position and by name."""

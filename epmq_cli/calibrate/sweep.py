@@ -13,7 +13,8 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.journal import Account, Walked
 from epmq_cli.calibrate.reference import Reference
 from epmq_cli.calibrate.walk import QuantizerOf, walk
-from epmq_cli.families.family import ALL, Batch, Family, Linears
+from epmq_cli.families.family import ALL, Family
+from epmq_cli.families.structure import Batch, Linears
 from epmq_cli.quantize.allocate import Trial, allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer

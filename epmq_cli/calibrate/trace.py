@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.families.family import Section
+from epmq_cli.families.structure import Section
 
 
 @dataclass

@@ -36,7 +36,8 @@ from epmq_cli.calibrate.streams import Stream, enter, handed, inputs
 from epmq_cli.calibrate.student import Student
 from epmq_cli.console import track
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import ALL, Batch, Family, Norm, Section, Stack, split
+from epmq_cli.families.family import ALL, Family, split
+from epmq_cli.families.structure import Batch, Norm, Section, Stack
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.result import Quantizer
 

@@ -18,7 +18,8 @@ from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
-from epmq_cli.families.family import Batch, Collate, Family, Head, LanguageModel, Predict
+from epmq_cli.families.family import Collate, Family, Head, LanguageModel, Predict
+from epmq_cli.families.structure import Batch
 from epmq_cli.memory import Room
 from epmq_cli.report.metrics import Scores
 

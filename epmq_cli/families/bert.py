@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.family import Batch, Linears, Norm, Section, Table
+from epmq_cli.families.structure import Batch, Linears, Norm, Section, Table
 
 STEPS = (
     Linears(

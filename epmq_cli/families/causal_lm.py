@@ -22,12 +22,13 @@ from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import ModelError
 from epmq_cli.families.decoder import KEPT, block_steps
-from epmq_cli.families.family import Batch, Collate, LanguageModel, Section, Table
+from epmq_cli.families.family import Collate, LanguageModel
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.processors import tokens
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.structure import Batch, Section, Table
 from epmq_cli.suites import Task
 
 PREFIX = "model."

@@ -19,9 +19,10 @@ from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.evaluate import classifier
-from epmq_cli.families.family import Batch, Collate, Family, Head, Linears, Norm, Section
+from epmq_cli.families.family import Collate, Family, Head
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import tokens
+from epmq_cli.families.structure import Batch, Linears, Norm, Section
 from epmq_cli.suites import POSITION, Task
 
 

@@ -21,9 +21,10 @@ from epmq_cli.checkpoint.processor_folder import Processor, processor_files
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Batch, Collate, Experts, Family, Head, Linears, Norm, Patches, Section
+from epmq_cli.families.family import Collate, Experts, Family, Head
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import images, tokens
+from epmq_cli.families.structure import Batch, Linears, Norm, Patches, Section
 from epmq_cli.families.text_tower import PROJECTION, drifts, own_text_tower, swapped, tell
 from epmq_cli.suites import Task
 

@@ -14,8 +14,8 @@ from torch.nn.functional import gelu
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.family import Linears, Norm, Table
 from epmq_cli.families.parts import block_settings
+from epmq_cli.families.structure import Linears, Norm, Table
 
 QUERY, KEY, VALUE = (f"attention.self.{part}_proj" for part in ("query", "key", "value"))
 

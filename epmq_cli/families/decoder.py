@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Linears, Norm
 from epmq_cli.families.refusal import unknown_tensor
+from epmq_cli.families.structure import Linears, Norm
 
 Step = Linears | Norm
 

@@ -12,8 +12,8 @@ from torch import relu
 
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.family import Linears, Norm, Table
 from epmq_cli.families.parts import block_settings
+from epmq_cli.families.structure import Linears, Norm, Table
 
 Q, K, V = (f"attention.{part}_lin" for part in "qkv")
 

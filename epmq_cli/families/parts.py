@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.families.family import Norm, Section
+from epmq_cli.families.structure import Norm, Section
 
 
 class LastNorm(nn.Module):

@@ -13,9 +13,10 @@ from torch import Tensor
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Batch, Collate, Family, LanguageModel
+from epmq_cli.families.family import Collate, Family, LanguageModel
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.structure import Batch
 from epmq_cli.suites import Task
 
 TOLERANCE = 0.005

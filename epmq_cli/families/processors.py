@@ -12,7 +12,8 @@ import torch
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
 from epmq_cli.checkpoint.processor_folder import PIXELS, WHOLE, Processor
 from epmq_cli.errors import ModelError, first_line, lacks_memory
-from epmq_cli.families.family import Batch, Collate
+from epmq_cli.families.family import Collate
+from epmq_cli.families.structure import Batch
 from epmq_cli.linalg import is_finite
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from epmq_cli.families.bert import STEPS
 from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.family import Table
+from epmq_cli.families.structure import Table
 
 
 class Roberta(TextClassifier):

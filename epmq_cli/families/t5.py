@@ -20,22 +20,10 @@ from epmq_cli.checkpoint.pretrained import from_folder
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError, first_line, shown
-from epmq_cli.families.family import (
-    ALL,
-    Batch,
-    Collate,
-    Family,
-    Head,
-    Linears,
-    Norm,
-    Predict,
-    Section,
-    Stack,
-    Table,
-    split,
-)
+from epmq_cli.families.family import ALL, Collate, Family, Head, Predict, split
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.processors import own_tokenizer, tokens
+from epmq_cli.families.structure import Batch, Linears, Norm, Section, Stack, Table
 from epmq_cli.suites import Task
 
 ANSWER = 10  # tokens that an answer has at most, the start counted, as in the published protocol

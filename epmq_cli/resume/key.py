@@ -24,7 +24,7 @@ from epmq_cli import ranks
 from epmq_cli.checkpoint.manifest import contents
 from epmq_cli.checkpoint.reader import ModelFolder, read_files
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.families.family import Batch
+from epmq_cli.families.structure import Batch
 from epmq_cli.fingerprint import of_code
 from epmq_cli.merge.apply import Models
 from epmq_cli.report.metrics import PACKAGES

@@ -15,7 +15,7 @@ from epmq_cli.calibrate.depot import Depot
 from epmq_cli.calibrate.reference import install
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
-from epmq_cli.families.family import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.merge.apply import Merged
 from epmq_cli.quantize.none import NoQuantizer
 from tests.hubs import Walk, config, walk

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.reference import install
-from epmq_cli.families.family import Batch, Family, Linears, Norm
+from epmq_cli.families.family import Family
+from epmq_cli.families.structure import Batch, Linears, Norm
 from epmq_cli.merge.apply import Merged
 from tests.hubs import Walk, config, walk
 

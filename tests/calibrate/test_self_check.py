@@ -17,7 +17,8 @@ from epmq_cli.calibrate import self_check
 from epmq_cli.calibrate.self_check import check_blocks
 from epmq_cli.errors import ModelError
 from epmq_cli.families.causal_lm import CausalLM
-from epmq_cli.families.family import Family, Linears, Norm, Section
+from epmq_cli.families.family import Family
+from epmq_cli.families.structure import Linears, Norm, Section
 from tests.architectures import GROUPED, TAKEN, built
 from tests.hubs import Scene, run_in
 from tests.minihub import KINDS, build, decoder_files

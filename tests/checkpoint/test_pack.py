@@ -15,7 +15,8 @@ from transformers import AutoModel
 
 from epmq_cli.checkpoint import pack
 from epmq_cli.errors import CheckpointError
-from epmq_cli.families.family import Linears, load_model
+from epmq_cli.families.family import load_model
+from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.grid import BITS, GridSpec, QuantizedWeight
 from epmq_cli.quantize.rtn import rtn
 from tests.hubs import Walk, run_in, walk

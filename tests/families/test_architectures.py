@@ -21,7 +21,7 @@ from epmq_cli.calibrate.streams import enter
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
-from epmq_cli.families.family import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm
 from tests.hubs import Scene, config, run_in, walk
 from tests.minihub import DECODERS, KINDS, T5S, Hub
 

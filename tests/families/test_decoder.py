@@ -16,7 +16,7 @@ from epmq_cli.checks import check_parts
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.decoder import block_steps
-from epmq_cli.families.family import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm
 from tests.architectures import GROUPED, REFUSED, TAKEN, built
 from tests.hubs import config, run_in, walk
 from tests.minihub import decoder_files

@@ -19,7 +19,8 @@ from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES, family_of
-from epmq_cli.families.family import Batch, Linears, Norm, Table, load_model
+from epmq_cli.families.family import load_model
+from epmq_cli.families.structure import Batch, Linears, Norm, Table
 from epmq_cli.heads import read_heads
 from tests.hubs import config, run_in
 
