@@ -110,6 +110,7 @@ def _made(
     metrics.json says of it all. Models, samples and moments end with this function."""
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
+    from epmq_cli import run_record
     from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
     from epmq_cli.calibrate.self_check import check_blocks
@@ -162,15 +163,15 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=steps.texts(job, model, resolved, choices, calibrated.walked, tasks, processors),
+            texts=run_record.texts(job, model, resolved, choices, calibrated.walked, tasks, processors),
             save_others=partial(save_processors, models.base.path, processors, job.family.reads),
             dtype=dtype,
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, config.bytes_of("pack.shard_size", job.pack.shard_size))
-    measured = {"seed": job.seed, **steps.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
-    measured |= {"bytes": steps.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
+    measured = {"seed": job.seed, **run_record.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
+    measured |= {"bytes": run_record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = room.halved
     measured["expert_checks"] = {task: asdict(found) for task, found in checks.items()}
     return tasks, scores, measured
