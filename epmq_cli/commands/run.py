@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,19 @@ from epmq_cli.resume import unfinished
 from epmq_cli.resume.lock import RESULTS, alone
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from epmq_cli.cache import Cache
     from epmq_cli.evaluate.score import ScoredTask
+    from epmq_cli.families.structure import Batch
     from epmq_cli.memory import Room
+    from epmq_cli.merge.apply import Models
     from epmq_cli.pipeline import Job
     from epmq_cli.report.metrics import Scores
     from epmq_cli.report.stages import Stages
+    from epmq_cli.shared import Shared
+    from epmq_cli.task_processors import Processors
 
 CHECKPOINT, METRICS = RESULTS
 
@@ -103,6 +111,38 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     table.show_run(measured, title, folder)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run starts from: the opened suite, the base model and its type, what is cached, and each task's test
+    samples, calibration batches and, where it is not the base's, tokenizer or image processor."""
+
+    models: Models
+    model: nn.Module
+    dtype: torch.dtype
+    shared: Shared
+    processors: Processors
+    tasks: list[ScoredTask]
+    drawn: dict[str, list[Batch]]
+
+
+def _read(job: Job, folder: Path, cache: Cache | None) -> _Inputs:
+    """Opens models and data; all that can be refused is refused here, before anything is computed."""
+    from epmq_cli import pipeline as steps
+    from epmq_cli.calibrate.self_check import check_blocks
+    from epmq_cli.shared import Shared
+    from epmq_cli.task_processors import calibration_samples, task_processors
+
+    models, model, dtype = steps.open_models(job, folder)
+    shared = Shared(cache, job, models, dtype)
+    processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
+    tasks = steps.prepare_tasks(job, model, models, processors)
+    drawn = steps.calibration_batches(job, models.base.path, processors)
+    check_blocks(model, job.family, drawn)
+    if (kind := models.base.config.get("model_type")) not in job.family.model_types:
+        say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
+    return _Inputs(models, model, dtype, shared, processors, tasks, drawn)
+
+
 def _made(
     cfg: DictConfig, job: Job, folder: Path, choices: dict[str, str], stages: Stages, scoring: Room
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
@@ -113,28 +153,19 @@ def _made(
     from epmq_cli import run_record
     from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
-    from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.resume.key import identity, of_scoring
     from epmq_cli.resume.state import opened, refuse_results
-    from epmq_cli.shared import Shared
-    from epmq_cli.task_processors import calibration_samples, save_processors, task_processors
+    from epmq_cli.task_processors import save_processors
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
     cache, room, checkpoint = open_cache(cfg.cache), guide.room_of(job), folder / CHECKPOINT
     with stages.stage("read"):
-        models, model, dtype = steps.open_models(job, folder)
-        shared = Shared(cache, job, models, dtype)
-        samples_of = calibration_samples(job.seed, job.family)
-        processors = task_processors(job.family, models, job.suite.members, samples_of)
-        tasks = steps.prepare_tasks(job, model, models, processors)
-        drawn = steps.calibration_batches(job, models.base.path, processors)
-        check_blocks(model, job.family, drawn)
-        if (kind := models.base.config.get("model_type")) not in job.family.model_types:
-            say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
-        state = opened(folder, identity(resolved, models, drawn, job.device), job.resume)
+        read = _read(job, folder, cache)
+        models, model, shared, tasks = read.models, read.model, read.shared, read.tasks
+        state = opened(folder, identity(resolved, models, read.drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", room), ("eval_batches_halved", scoring)):
         counted.halved, counted.keep = state.count(name), partial(state.keep_count, name)
@@ -143,10 +174,9 @@ def _made(
         scores |= scored.value("parts", lambda: steps.score_parts(job, model, models, tasks, shared.recall, scoring))
     checks = check_experts(tasks, scores, model)
     with stages.stage("teach"):
-        taught = guide.teach(job, model, models.source, drawn, state, shared.taught, room)
+        taught = guide.teach(job, model, models.source, read.drawn, state, shared.taught, room)
     with stages.stage("merge"):
-        merged = shared.merged()
-        install(model, merged)
+        install(model, merged := shared.merged())
     with stages.stage("score merged"):
         known = (models.base.path, shared.recall("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
@@ -163,9 +193,9 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=run_record.texts(job, model, resolved, choices, calibrated.walked, tasks, processors),
-            save_others=partial(save_processors, models.base.path, processors, job.family.reads),
-            dtype=dtype,
+            texts=run_record.texts(job, model, resolved, choices, calibrated.walked, tasks, read.processors),
+            save_others=partial(save_processors, models.base.path, read.processors, job.family.reads),
+            dtype=read.dtype,
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
@@ -173,5 +203,4 @@ def _made(
     measured = {"seed": job.seed, **run_record.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": run_record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = room.halved
-    measured["expert_checks"] = {task: asdict(found) for task, found in checks.items()}
-    return tasks, scores, measured
+    return tasks, scores, measured | {"expert_checks": {task: asdict(found) for task, found in checks.items()}}
