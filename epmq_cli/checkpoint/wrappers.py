@@ -79,6 +79,8 @@ def unwrapped(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], n
         if {*wanted} <= {*found}:
             taken = tuple(under.tensors.stored[found[name]] for name in wanted)
             sources[taken] = max(sources.get(taken, renaming), renaming, key=lambda r: _changed(expert, r))
+            if not renaming.old and not renaming.new:  # a prefix need not be replaced: any that fits does so by chance
+                break
     if len(sources) > 1:
         first, second, *_ = map(str, sources.values())
         raise ModelError(

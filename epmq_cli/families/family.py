@@ -15,6 +15,7 @@ from epmq_cli.checkpoint.kinds import open_base, open_expert, refuse_unread
 from epmq_cli.checkpoint.pretrained import dequantized
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.checkpoint.wrappers import merged_names
 from epmq_cli.errors import ModelError
 from epmq_cli.families.structure import Batch, Patches, Section, Stack, Table
 from epmq_cli.linalg import is_finite
@@ -91,7 +92,8 @@ class Family(ABC):
         if base is None:
             return open_base(path, role)
         found = open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
-        refuse_unread(found, base, self.tensor_names(found).values(), self.in_head, tied=self.heads == "none")
+        read = merged_names(found, self.tensor_names).values()  # none of an expert whose names a wrapper changed
+        refuse_unread(found, base, read, self.in_head, tied=self.heads == "none")
         return found
 
     def check_type(self, folder: ModelFolder) -> None:
