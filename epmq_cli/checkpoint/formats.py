@@ -124,9 +124,7 @@ def _other_libraries(folder: Path, role: str) -> str | None:
 
 def _onnx(folder: Path, role: str) -> str | None:
     name = _named(folder, "*.onnx", "onnx/*.onnx")
-    return (
-        name and f"holds an exported graph ({name}), of which no weights can be merged; give the model it was made of"
-    )
+    return name and f"holds an exported graph ({name}), whose weights cannot be merged; give the model it comes from"
 
 
 def _distributed(folder: Path, role: str) -> str | None:

@@ -85,7 +85,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = fields.get("content", fields.get("value"))
     if not isinstance(role, str):
         raise DataError(
-            f"{where} is from {shown(fields.get('from', role))}, which is none of {', '.join(ROLES)}; rename it, or "
+            f"{where} is from {shown(fields.get('from', role))}, which is not one of {', '.join(ROLES)}; rename it, or "
             "store messages with role and content"
         )
     calls = _tool_calls(fields.get("tool_calls") or (), where)

@@ -75,7 +75,7 @@ def translated(samples: Samples, order: Order | None, heading: Heading) -> Sampl
     if beyond or unknown:
         name = beyond[0] if beyond else (samples.classes or ())[unknown[0]]
         raise DataError(
-            f"task {heading.task}: the test samples have the label {name}, which is none of the classes "
+            f"task {heading.task}: the test samples have the label {name}, which is not among the classes "
             f"{shown(heading.names or ())}"
         )
     table = torch.tensor([-1 if place is None else place for place in order], dtype=torch.int64)

@@ -43,7 +43,7 @@ def perplexity(
     if count == 0:
         raise DataError(f"perplexity needs at least two tokens of text, got {len(ids)}")
     if math.isnan(total):
-        raise ModelError("what the model says of the text is no number; check its weights")
+        raise ModelError("the logits of the model contain NaN; check its weights")
     return math.exp(min(total / count, LARGEST))
 
 

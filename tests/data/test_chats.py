@@ -76,8 +76,8 @@ def test_tool_calls_have_arguments_that_are_objects(name: str, tmp_path: Path) -
             "message 2 has a part of type image_url",
         ),
         ({"role": "user", "content": "a\ud800"}, "message 2: the text holds"),
-        ({"role": 3, "content": "a"}, "message 2 is from 3, which is none of human, user"),
-        ({"from": "alien", "value": "a"}, "message 2 is from 'alien', which is none of human, user"),
+        ({"role": 3, "content": "a"}, "message 2 is from 3, which is not one of human, user"),
+        ({"from": "alien", "value": "a"}, "message 2 is from 'alien', which is not one of human, user"),
         (
             {"speaker": "a", "text": "b"},
             "message 2 must have role and content, or from and value, and has speaker, text",

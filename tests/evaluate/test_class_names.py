@@ -114,7 +114,7 @@ def test_labels_are_translated_into_the_order_of_the_head() -> None:
     assert found.labels.tolist() == [1, 0, 1]
     assert samples.labels.tolist() == [0, 1, 0]
     assert in_order_of_head(samples, heading, task(match_labels="position")).order is None
-    with pytest.raises(DataError, match="have the label pos, which is none of the classes POS"):
+    with pytest.raises(DataError, match="have the label pos, which is not among the classes POS"):
         translated(samples, (0, None), heading)
 
 
