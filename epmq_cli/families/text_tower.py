@@ -58,7 +58,9 @@ def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bo
     if not found:
         return
     sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
-    what = f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
+    what = (
+        f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
+    )
     head = "its head is made by its own text tower"
     lost = [part for part in found if part in TEXT and task.heads != "expert"]
     if lost:
