@@ -104,7 +104,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
 
 
 WRONG = {
-    "run merge=nope": "merge=nope is not there, the options are average, none, task_arithmetic, ties (see ",
+    "run merge=nope": "merge=nope does not exist; the options are average, none, task_arithmetic, ties (see ",
     "run merge.nope=1": "merge has no option 'nope', the options are scale\n",
     "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine; did you ",
     "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",

@@ -28,7 +28,10 @@ def draw(task: Task, count: int, seed: int) -> Samples:
         raise DataError(f"task {task.name} has no training samples to calibrate on")
     if len(samples) < count:
         log.warning(
-            "task %s: calibrating on all %d training samples, %d were asked for", task.name, len(samples), count
+            "task %s: calibrating on all %d training samples, as there are fewer than calib.samples=%d",
+            task.name,
+            len(samples),
+            count,
         )
     return samples
 

@@ -57,12 +57,12 @@ def model_or_adapter(
     named = adapted.config.values.get("base_model_name_or_path")
     if isinstance(named, str) and named and Path(named).is_dir() and Path(named).resolve() == path.resolve():
         return ModelFolder(path, role, whole.config, Adapted(path, role, whole, merged, spelling))
+    if _is_base(whole, base):  # first: what a small adapter adds may be less than a type rounds
+        warn_of_another_base(adapted, role, base)
+        return ModelFolder(path, role, base.config, adapted)
     if _is_merged(whole, adapted, base):
         say(f"{role}: the model in {path} has its adapter merged in already; the adapter is not added again")
         return whole
-    if _is_base(whole, base):
-        warn_of_another_base(adapted, role, base)
-        return ModelFolder(path, role, base.config, adapted)
     raise ModelError(
         f"{role}: {path} holds a whole model and an adapter, and the model is neither the base nor the base with the "
         f"adapter merged in; give a folder with the model alone, or one with the adapter ({WEIGHTS}, {CONFIG}) alone"
@@ -82,7 +82,9 @@ def _is_sum(whole: ModelFolder, adapted: Adapted, base: ModelFolder, name: str) 
     if base.infos[name].shape != expected.shape:
         return bool(torch.equal(whole.tensor(name).float(), expected))
     added = vector_norm(expected - base.tensor(name).float())
-    return bool(vector_norm(whole.tensor(name).float() - expected) <= NEAR * added) and bool(added > 0)
+    stored = whole.tensor(name)
+    rounded = torch.finfo(stored.dtype).eps / 2 * vector_norm(expected) if stored.is_floating_point() else 0.0
+    return bool(vector_norm(stored.float() - expected) <= NEAR * added + rounded) and bool(added > 0)
 
 
 def _is_base(whole: ModelFolder, base: ModelFolder) -> bool:

@@ -1,6 +1,8 @@
 """Writes a checkpoint that transformers loads with nothing of ours installed: compressed-tensors, pack-quantized.
 
-vLLM loads 4 bits in groups of 32, 64 or 128 inputs; for other kinds see conf/pack/default.yaml.
+vLLM 0.32 was tried on a CPU with decoders, BERT and CLIP. It loads unquantized checkpoints and 4 bits, in groups of 32,
+64 or 128 inputs or with one scale a row, symmetric or not. It refuses 3, 8 and mixed bits there: no kernel takes them.
+Its sources have kernels for 8 bits (Marlin) and for all widths (Humming) on CUDA only.
 
 The folder appears under its name in one step, when all of its files are on disk.
 """

@@ -162,7 +162,9 @@ def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) 
             extra = LAUNCHERS[option[2]]
             return f"hydra/launcher={option[2]} is not installed; get it with pip install 'epmq-cli[{extra}]'"
         known = ", ".join(re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M))
-        return f"{option[1]}={option[2]} is not there, the options are {known} (see epmq list {option[1]})"
+        given = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
+        own = "" if given else "; to use one of your own, add --config-dir FOLDER"
+        return f"{option[1]}={option[2]} does not exist; the options are {known} (see epmq list {option[1]}){own}"
     if key := re.match(r"Could not override '([^']+)'", text):
         try:
             _check_key(key[1], command, arguments)

@@ -50,7 +50,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     pack: config.Pack = config.build("pack", cfg.pack)
     device = torch.device("cpu")
     stages, checkpoint = Stages(device), folder / "checkpoint"
-    say(f"{len(suite.members)} experts, results go to {table.near(folder)}")
+    say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
         models = Models(suite, family, whole=True)
@@ -64,4 +64,4 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))
-    say(f"{size / 1e6:.2f} MB in {stages.records['merge']['seconds']:.1f} s: {table.near(checkpoint)}")
+    table.show_merge(measured, folder)

@@ -91,7 +91,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     config.check_complete(cfg, "run")
     ranks.join(config.device_of(cfg.device))
     job, checkpoint = steps.make_job(cfg), folder / CHECKPOINT
-    say(f"{len(job.suite.members)} experts, on {job.device}, results go to {table.near(folder)}")
+    say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     stages, scoring = Stages(job.device), room_of(job.evaluation.batch_size)
     tasks, scores, measured = _made(cfg, job, folder, choices, stages, scoring)
     if not ranks.first():

@@ -104,19 +104,19 @@ def _tell(folder: Path, top: _Entries, contents: Mapping[str, _Entries]) -> None
     """Says what is left out, and which classes have no images; DataError where none has."""
     parts = [*contents.values()]
     left = {
-        "hidden": [*top.hidden, *(path for part in parts for path in part.hidden)],
+        "hidden files and folders": [*top.hidden, *(path for part in parts for path in part.hidden)],
         "folders inside class folders": [path for part in parts for path in part.folders],
         "files beside the class folders": [*top.images, *top.others],
         "files whose ending is not that of an image": [path for part in parts for path in part.others],
     }
-    said = "; ".join(f"{kind}: {len(paths)} ({_examples(folder, paths)})" for kind, paths in left.items() if paths)
+    said = "; ".join(f"{kind} ({len(paths)}): {_examples(folder, paths)}" for kind, paths in left.items() if paths)
     if not any(part.images for part in parts):
         raise DataError(
             f"{folder} has no images that Pillow reads in its sub-folders ({said or 'they are empty'}); put images "
             "into one sub-folder for each class"
         )
     if said:
-        say(f"{folder}: left out {said}")
+        say(f"{folder}: epmq does not read {said}")
     empty = [name for name, part in contents.items() if not part.images]
     if empty:
         log.warning("%s has no images of %d of the %d classes: %s", folder, len(empty), len(contents), listed(empty))

@@ -156,7 +156,7 @@ def _unnamed_head(heading: Heading, data: tuple[str, ...]) -> Match:
         names = tuple(f"LABEL_{index}" for index in range(heading.count))
         order = tuple(names.index(name.upper()) if name.upper() in names else None for name in data)
         return _by_order(replace(heading, names=names), data, order)
-    return _incomparable(heading, data, "the names of the head's classes are not known")
+    return _incomparable(heading, data, "the expert does not name its classes")
 
 
 def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[int], listed: bool) -> Match:
@@ -184,7 +184,7 @@ def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
             "if the first labels are the first classes"
         )
     if heading.names is None:
-        return Match(None, f"labels are taken by position, {shown(data)}, and could not be compared, as {why}")
+        return Match(None, f"labels are taken by position ({shown(data)}) and could not be compared, as {why}")
     return Match(None, f"labels are taken by position, {shown(data)} as {shown(heading.names)}, as {why}")
 
 

@@ -25,7 +25,7 @@ from epmq_cli.families.family import Collate, Experts, Family, Head
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import images, tokens
 from epmq_cli.families.structure import Batch, Linears, Norm, Patches, Section
-from epmq_cli.families.text_tower import PROJECTION, drifts, own_text_tower, swapped, tell
+from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, own_text_tower, swapped, tell
 from epmq_cli.suites import Task
 
 PREFIX = "vision_model."
@@ -99,7 +99,8 @@ class Clip(Family):
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
         """All stored tensors, those of a vision tower alone with its prefix."""
         prefixed = any(name.startswith(PREFIX) for name in folder.infos)
-        return {name if prefixed else PREFIX + name: name for name in folder.infos}
+        beside = {name for name in folder.infos if prefixed or name.partition(".")[0] in PARTS}
+        return {name if name in beside else PREFIX + name: name for name in folder.infos}
 
     def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
         """The visual projection, where an expert has trained it."""

@@ -57,16 +57,15 @@ def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bo
     visual projections are merged."""
     if not found:
         return
-    sizes = ", ".join(f"{part} by {size:.3g}" for part, size in found.items())
-    what = f"{expert.role}: beside its vision tower it has trained {sizes} (norm of the change over the base's)"
-    head = "its own text tower makes its head"
+    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
+    what = (
+        f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
+    )
+    head = "its head is made by its own text tower"
     lost = [part for part in found if part in TEXT and task.heads != "expert"]
     if lost:
-        head = (
-            "the base's text tower makes its head, so its text tower is not used; suite.heads=expert makes its head of "
-            "its own"
-        )
-    projection = "; visual projections are merged" if merged and "visual_projection" in found else ""
+        head = "its head is made by the base's text tower; set suite.heads=expert to use its own"
+    projection = "; its visual projection is merged" if merged and "visual_projection" in found else ""
     line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
     if lost:
         log.warning("%s", line)

@@ -12,6 +12,11 @@ from epmq_cli.console import console, log
 from epmq_cli.evaluate.measures import PERPLEXITY
 
 
+def counted(number: int, noun: str) -> str:
+    """The number and the noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def score_table(scores: Mapping[str, Any]) -> Table:
     """One row a task and one for the mean, one column a stage; in %, but for perplexities."""
     stages, metrics = list(scores["average"]), scores["metrics"]
@@ -55,9 +60,8 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller{mixed}")
     _line(f"time        {_times(measured['stages'])}")
     if measured["cache"] and measured["cache"]["found"]:
-        _line(
-            f"cache       {measured['cache']['found']} results were there from earlier runs; cache=false makes all anew"
-        )
+        reused = counted(measured["cache"]["found"], "result")
+        _line(f"cache       reused {reused} of earlier runs; cache=false recomputes them")
     found = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
     if found:
         _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")
@@ -73,6 +77,14 @@ def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     _line(title)
     console.print(score_table(measured["scores"]))
     _line(f"time        {_times(measured['stages'])}")
+    _line(f"metrics     {near(folder / 'metrics.json')}")
+
+
+def show_merge(measured: Mapping[str, Any], folder: Path) -> None:
+    """Size, times and where the results are."""
+    _line(f"weights     {_megabytes(measured['bytes']['model_dense'])}")
+    _line(f"time        {_times(measured['stages'])}")
+    _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
 
 

@@ -242,6 +242,23 @@ def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder,
     assert torch.equal(opened(path, base).tensor(name), other[name])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_model_merged_in_a_smaller_type_has_its_adapter_in_it(scale: float, tmp_path: Path) -> None:
+    """The merged model and the base in bfloat16; the smaller adapter adds about as much as that rounds."""
+    place = folder(tmp_path / "half", SHAPES, "model.safetensors", hidden_size=4)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(place / "model.safetensors").items()}
+    save_file(tensors, place / "model.safetensors")
+    small, path = ModelFolder(place, "base"), adapter(tmp_path)
+    parts = {name: part * scale for name, part in load_file(path / "adapter_model.safetensors").items()}
+    save_file(parts, path / "adapter_model.safetensors")
+    (path / "config.json").write_text('{"hidden_size": 4}')
+    merged = {name: opened(path, small).tensor(name) for name in small.infos}
+    save_file({name: tensor.bfloat16() for name, tensor in merged.items()}, path / "model.safetensors")
+    assert not isinstance(opened(path, small).source, Adapted)
+    save_file({name: small.tensor(name) for name in small.infos}, path / "model.safetensors")
+    assert isinstance(opened(path, small).source, Adapted)
+
+
 def test_another_base_is_a_warning(
     base: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

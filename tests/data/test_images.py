@@ -71,9 +71,10 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(folders: Path, ca
         Image.new("RGB", (4, 4)).save(folders / name, "PNG")
     with caplog.at_level(logging.INFO, "epmq"):
         assert load(folders) == load(folders, ["cat", "dog"]) == wanted
-    said = f"{folders}: left out hidden: 10 ($RECYCLE.BIN, .DS_Store, .ipynb_checkpoints, @eaDir, __MACOSX, ...); files"
+    said = f"{folders}: epmq does not read hidden files and folders (10): $RECYCLE.BIN, .DS_Store, "
+    said += ".ipynb_checkpoints, @eaDir, __MACOSX, ...; files"
     assert caplog.messages[0].startswith(said)
-    assert caplog.messages[0].endswith("files whose ending is not that of an image: 1 (cat/notes.txt)")
+    assert caplog.messages[0].endswith("files whose ending is not that of an image (1): cat/notes.txt")
 
 
 def test_a_folder_that_labels_name_or_of_one_character_is_a_class(folders: Path) -> None:
@@ -105,8 +106,8 @@ def test_what_is_left_out_is_counted_and_said(folders: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO, "epmq"):
         assert len(load(folders)) == 6
     assert caplog.messages == [
-        f"{folders}: left out folders inside class folders: 1 (dog/sub); files beside the class folders: 1 (stray.png)"
-        "; files whose ending is not that of an image: 1 (cat/notes.txt)"
+        f"{folders}: epmq does not read folders inside class folders (1): dog/sub; files beside the class folders (1): "
+        "stray.png; files whose ending is not that of an image (1): cat/notes.txt"
     ]
 
 
@@ -134,10 +135,12 @@ def test_a_split_without_images_is_refused_with_what_it_has(tmp_path: Path) -> N
     for name in ("test/cat", "test/dog"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.heic").write_bytes(b"")
-    with pytest.raises(DataError, match=r"test has no images .*ending is not that of an image: 2 \(cat/0.heic, dog/0"):
+    with pytest.raises(
+        DataError, match=r"test has no images .*ending is not that of an image \(2\): cat/0.heic, dog/0"
+    ):
         load(tmp_path / "test")
     with pytest.raises(
-        DataError, match=r"has no images .*folders inside class folders: 2 \(test/cat, test/dog\)\); put"
+        DataError, match=r"has no images .*folders inside class folders \(2\): test/cat, test/dog\); put"
     ):
         load(tmp_path)
 

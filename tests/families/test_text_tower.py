@@ -69,19 +69,19 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
 ) -> None:
     with caplog.at_level(logging.INFO, "epmq"):
         steps.open_models(steps.make_job(config(trained)))
-    (line,) = (record for record in caplog.records if "beside its vision tower" in record.getMessage())
+    (line,) = (record for record in caplog.records if "outside its vision tower" in record.getMessage())
     assert line.levelname == "WARNING"
     base, first = (load_file(trained / name / "model.safetensors") for name in ("base", "first"))
     names = [name for name in base if name.startswith("text_model.") and "position_ids" not in name]
     moved = sum(float((first[name] - base[name]).square().sum()) for name in names) ** 0.5
     size = moved / sum(float(base[name].square().sum()) for name in names) ** 0.5
-    assert f"text_model by {size:.3g}, text_projection by" in line.getMessage()
-    assert "suite.heads=expert makes its head of its own; visual projections are merged" in line.getMessage()
+    assert f"text_model {size:.1%}, text_projection " in line.getMessage()
+    assert "set suite.heads=expert to use its own; its visual projection is merged" in line.getMessage()
     caplog.clear()
     with caplog.at_level(logging.INFO, "epmq"):
         steps.open_models(steps.make_job(config(trained, "++suite.heads=expert")))
-    (line,) = (record for record in caplog.records if "beside its vision tower" in record.getMessage())
-    assert (line.levelname, "its own text tower makes its head" in line.getMessage()) == ("INFO", True)
+    (line,) = (record for record in caplog.records if "outside its vision tower" in record.getMessage())
+    assert (line.levelname, "its head is made by its own text tower" in line.getMessage()) == ("INFO", True)
 
 
 def test_a_projection_is_merged_where_an_expert_trained_it_and_is_the_bases_where_one_has_none(

@@ -11,7 +11,7 @@ import torch
 
 from epmq_cli.report.metrics import by_task, write_json
 from epmq_cli.report.stages import Stages
-from epmq_cli.report.table import score_table, show_run
+from epmq_cli.report.table import counted, score_table, show_merge, show_run
 
 HALVED = {"batches_halved": 2, "eval_batches_halved": 0}
 SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
@@ -98,7 +98,7 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     assert "chosen      lam 0.003, beta 1, of 9 tried without labels\n" in printed
     assert "8.00 MB -> 2.00 MB, calibrated linears 4.0 times smaller at 3.48 bits on average\n" in printed
     assert "trouble     of 1 linears 1 needed more damping; see layers in metrics.json\n" in printed
-    assert "cache       16 results were there from earlier runs; cache=false makes all anew\n" in printed
+    assert "cache       reused 16 results of earlier runs; cache=false recomputes them\n" in printed
     assert "memory      did not suffice: samples at a time were halved in calibration 2 times\n" in printed
     measured["guidance"] = {"chosen": []}
     measured["cache"] = None
@@ -108,3 +108,16 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     assert "tried without labels" not in printed
     assert "cache" not in printed
     assert "4.0 times smaller\n" in printed
+
+
+def test_a_merge_is_said_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand."""
+    stages = {"read": {"seconds": 1.0}, "merge": {"seconds": 2.0}}
+    show_merge({"bytes": {"model_dense": 8e6}, "stages": stages}, tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "weights     8.00 MB",
+        "time        3.0 s: read 1.0, merge 2.0",
+        f"checkpoint  {tmp_path / 'checkpoint'}",
+        f"metrics     {tmp_path / 'metrics.json'}",
+    ]
+    assert (counted(1, "expert"), counted(2, "expert")) == ("1 expert", "2 experts")
