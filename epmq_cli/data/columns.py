@@ -134,7 +134,7 @@ def _places(prompt: str) -> tuple[str, ...]:
         if conversion not in CONVERSIONS or not _is_layout(str(layout)):
             raise ConfigError(
                 f"data.prompt must be a text with {{column}} places, got {prompt!r}, where {{{name}}} has a layout "
-                "that no value can have; leave it out"
+                "that no value can have; leave it out, or write {{ and }} for braces of the text itself"
             )
     return tuple(dict.fromkeys(str(name) for name, _, _ in parsed))
 

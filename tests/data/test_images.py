@@ -15,6 +15,7 @@ from PIL import Image
 
 from epmq_cli.data.images import ImageFolder, Npz
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.fields import check_types
 
 
 @pytest.fixture
@@ -247,3 +248,16 @@ def test_an_image_that_would_fill_the_memory_is_named(folders: Path, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # twice that is an error, and these have 16
     with pytest.raises(DataError, match=r"0.png is not an image that Pillow can read .*; remove or replace it"):
         load(folders)
+
+
+def test_labels_may_be_numbers_that_folders_are_called(tmp_path: Path) -> None:
+    """In the order that is given, as a config has them without quotes."""
+    for split in ("train", "test"):
+        for name in (0, 1, 10, 2):
+            (tmp_path / split / str(name)).mkdir(parents=True)
+            Image.new("RGB", (2, 2), (name, 0, 0)).save(tmp_path / split / str(name) / "a.png")
+    fields = {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "labels": [0, 1, 2, 10]}
+    check_types("data", ImageFolder, fields)
+    samples = ImageFolder(**fields).load("test")
+    assert [image.getpixel((0, 0))[0] for image in samples.inputs] == [0, 1, 2, 10]
+    assert samples.classes == ("0", "1", "2", "10")
