@@ -44,7 +44,8 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
-        check_range(f"{where}.max_length", self.max_length, 1, 1 << 20, integer=True)
+        shortest = 2 if self.metric == "perplexity" else 1  # which predicts each token from those before it
+        check_range(f"{where}.max_length", self.max_length, shortest, 1 << 20, integer=True)
         if self.documents is not None:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)

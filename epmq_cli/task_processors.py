@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from PIL import Image
+
 from epmq_cli.calibrate.draw import task_seed
 from epmq_cli.checkpoint.open_clip_base import own_processor
 from epmq_cli.checkpoint.pretrained import config_of
+from epmq_cli.checkpoint.processor_files import PROBE
 from epmq_cli.checkpoint.processor_folder import Processor, processor_files, same_files
 from epmq_cli.checkpoint.reader import ModelFolder, refuse_links
 from epmq_cli.console import say
-from epmq_cli.errors import CheckpointError, ModelError
+from epmq_cli.data.chats import Chat
+from epmq_cli.errors import CheckpointError, DataError, ModelError
 from epmq_cli.families.family import Family, LanguageModel
-from epmq_cli.families.processor_differences import difference
+from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
 from epmq_cli.merge.apply import Models
 from epmq_cli.suites import Task
@@ -26,6 +30,16 @@ PROCESSORS = "processors"
 """The folder of a checkpoint in which tasks have processors of their own."""
 SAMPLES = {"texts": 256, "pictures": 32}
 """How many of a task's calibration samples are compared at most."""
+VARIED = 32  # of them that are compared in other forms, too
+SIZES = ((320, 320), (480, 320), (300, 400))
+FORMS: tuple[Callable[[str], str], ...] = (
+    str.upper,
+    str.lower,
+    str.title,
+    lambda text: text.replace(" ", "  "),
+    lambda text: text.replace("e", "\u00e9"),
+    lambda text: f"{PROBE} {text}",
+)
 
 log = logging.getLogger("epmq")
 
@@ -74,8 +88,9 @@ def _chosen(family: Family, models: Models, task: Task, samples_of: SamplesOf) -
     own, what = Processor(folder, models.source.vocabulary_size), KINDS[family.reads]
     if not bases:
         return _instead(base, expert, task, own, what)
+    samples = samples_of(task)
     try:
-        found = difference(family, base.path, task, own, samples_of(task))
+        found = difference(family, base.path, task, own, samples) or _elsewhere(family, base.path, task, own, samples)
     except ModelError as error:
         if task.processor != "base":
             raise ModelError(
@@ -85,6 +100,31 @@ def _chosen(family: Family, models: Models, task: Task, samples_of: SamplesOf) -
         log.warning("%s: its own %s cannot be used (%s); the base's is used", expert.role, what, error)
         return None
     return None if found is None else _by_option(expert, task, own, f"its own {what} {found}")
+
+
+def _elsewhere(family: Family, base: Path, task: Task, own: Processor, samples: Sequence[Any]) -> str | None:
+    """The difference in what is made of variations of samples: test samples may be written otherwise than those to
+    calibrate on, such as in capitals, or be pictures of other sizes. None where the expert's processor reads none."""
+    try:
+        return difference(family, base, task, own, variations(samples))
+    except (ModelError, DataError):
+        return None
+
+
+def variations(samples: Sequence[Any]) -> list[Any]:
+    """Texts in other cases, with accents, doubled spaces and other scripts, or pictures of other sizes, made of some of
+    the samples."""
+    some = [samples[index] for index in range(min(VARIED, len(samples)))]
+    if some and isinstance(some[0], Image.Image):
+        return [picture.convert("RGB").resize(size) for picture, size in zip(some, SIZES, strict=False)]
+    return [_written(sample, form) for sample in some for form in FORMS]
+
+
+def _written(sample: Any, form: Callable[[str], str]) -> Any:
+    """A text, a pair of texts or a conversation in another form."""
+    if isinstance(sample, Chat):
+        return Chat([{**message, "content": form(message["content"])} for message in sample.messages], sample.where)
+    return tuple(map(form, sample)) if isinstance(sample, tuple) else form(sample[:LONGEST])
 
 
 def _by_option(expert: ModelFolder, task: Task, own: Processor, found: str) -> Processor | None:
@@ -161,23 +201,20 @@ def probes(family: Family, models: Models) -> SamplesOf:
 
 
 def _texts(base: Path) -> Iterator[str]:
-    """Texts of some of the base's tokens, in lower, upper and title case, with accents and doubled spaces."""
+    """Texts of some of the base's tokens."""
     tokenizer = own_tokenizer(base)
     special = set(tokenizer.all_special_tokens)
     known = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in special)
     step = max(1, len(known) // 256)
     words = [tokenizer.convert_tokens_to_string([token]).strip() for _, token in known[::step][:256]]
     for start in range(0, len(words), 8):
-        text = " ".join(words[start : start + 8])
-        yield from (text, text.upper(), text.title(), text.replace(" ", "  "), text.replace("e", "\u00e9"))
+        yield " ".join(words[start : start + 8])
 
 
 def _pictures() -> list[Any]:
     """Noise in pictures of three shapes."""
     import numpy as np
-    from PIL import Image
 
     generator = np.random.default_rng(0)
     coarse = [Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)) for _ in range(3)]
-    shapes = ((320, 320), (480, 320), (300, 400))
-    return [picture.resize(shape) for picture, shape in zip(coarse, shapes, strict=True)]
+    return [picture.resize(size) for picture, size in zip(coarse, SIZES, strict=True)]

@@ -19,7 +19,7 @@ from epmq_cli import task_processors as own
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.manifest import file_problems
 from epmq_cli.commands.eval import evaluate
-from epmq_cli.errors import CheckpointError, ModelError
+from epmq_cli.errors import CheckpointError, DataError, ModelError
 from epmq_cli.evaluate.score import room_of, score
 from tests.commands.test_merge import merged
 from tests.conftest import WORDS
@@ -400,3 +400,99 @@ def test_an_open_clip_folder_says_how_its_pictures_are_made(clip_hub: Path, tmp_
     path.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"resize_mode": "longest"}}))
     with pytest.raises(ModelError, match="describes no image processor of transformers .*resize_mode is 'longest'"):
         own_processor(folder, clip, "expert")
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_heads_read_the_first_token_of_texts_that_a_tokenizer_pads_on_the_left(
+    kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Texts one by one in transformers, which have no padding; also without a token for that."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    found = text_hub(request.getfixturevalue("bert_hub") if kind == "bert" else hub(kind), tmp_path / "hub")
+    tokenizer = AutoTokenizer.from_pretrained(found / "first")
+    model = AutoModelForSequenceClassification.from_pretrained(found / "first").eval()
+    with torch.inference_mode():
+        labels = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts(1)]
+    rows = [f"{label}\t{text}\n" for label, text in zip(labels, texts(1), strict=True)]
+    (found / "first_test.tsv").write_text("".join(["label\ttext\n", *rows]))
+    path = found / "first" / "tokenizer_config.json"
+    for change in ({"padding_side": "left"}, {"pad_token": None}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        assert expert_score(found) == 1
+
+
+def test_an_experts_tokenizer_is_its_own_where_only_the_test_texts_tell(hub: Hub, tmp_path: Path) -> None:
+    found = text_hub(hub("roberta"), tmp_path / "hub")
+    train = found / "first_train.tsv"
+    train.write_text(train.read_text().lower())
+    assert list(chosen(found)) == ["first"]
+    assert expert_score(found) == 1
+
+
+def test_an_image_processor_is_its_own_where_only_pictures_of_other_sizes_tell(hub: Hub, tmp_path: Path) -> None:
+    """Resampling, which pictures of the model's own size do not show; those that it does not resize are not tried."""
+    for number, (settings, names) in enumerate((({"resample": 0}, ["first"]), ({"do_resize": False}, []))):
+        found = picture_hub(
+            hub("vit"), tmp_path / str(number), lambda _, some: torch.zeros(len(some)).long(), **settings
+        )
+        assert list(chosen(found)) == names
+
+
+TEMPLATE = "{% for each in messages %}{{ each['content'] }} </s> {% endfor %}"
+MESSAGES = "+suite.tasks.first.data.text=messages"
+
+
+def chat_hub(source: Path, folder: Path, **templates: str | None) -> Path:
+    """A copy whose first task has conversations, and tokenizers that differ in their chat templates alone."""
+
+    def templated(template: str | None) -> Callable[[Any], None]:
+        return lambda tokenizer: setattr(tokenizer, "chat_template", template)
+
+    found = copied(source, folder)
+    for name, template in templates.items():
+        tokenizer_of(source / "base", found / name, templated(template))
+    for split in ("train", "test"):
+        rows = [{"messages": [{"role": "user", "content": text.lower()}]} for text in texts(0)]
+        (found / f"first_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
+
+
+def chat_tokens(found: Path, *overrides: str) -> list[int]:
+    """The tokens of the first task's conversations."""
+    job = steps.make_job(config(found, MESSAGES, *overrides))
+    models, model, _ = steps.open_models(job)
+    processors = own.task_processors(
+        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family)
+    )
+    ids: list[int] = steps.prepare_tasks(job, model, models, processors)[0].samples.inputs[0].tolist()
+    return ids
+
+
+def test_conversations_are_written_with_the_template_of_the_expert(hub: Hub, tmp_path: Path) -> None:
+    """Also where the base has none, as one that is not instructed; where the expert has none, with the base's."""
+    from transformers import AutoTokenizer
+
+    other = TEMPLATE.replace("</s>", "<mask>")
+    for number, (templates, wanted, names) in enumerate(
+        (
+            ({"base": TEMPLATE, "first": other}, other, ["first"]),
+            ({"base": None, "first": other}, other, ["first"]),
+            ({"base": TEMPLATE, "first": None}, TEMPLATE, []),
+        )
+    ):
+        found = chat_hub(hub("llama"), tmp_path / str(number), **templates)
+        assert list(chosen(found, MESSAGES)) == names
+        tokenizer = AutoTokenizer.from_pretrained(hub("llama") / "base")
+        chats = [[{"role": "user", "content": text.lower()}] for text in texts(0)]
+        rendered = [tokenizer.apply_chat_template(chat, chat_template=wanted, tokenize=False) for chat in chats]
+        ids = [number for text in rendered for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        assert chat_tokens(found) == ids
+
+
+def test_a_conversation_that_no_template_writes_is_refused(hub: Hub, tmp_path: Path) -> None:
+    found = chat_hub(hub("llama"), tmp_path / "hub", base=None, first=None)
+    with pytest.raises(DataError, match=r"has no chat template to write it with; put a chat_template.jinja there"):
+        chat_tokens(found)
+    with pytest.raises(ModelError, match="reads the task's samples, which the base's does not"):
+        chosen(chat_hub(hub("llama"), tmp_path / "b", base=None, first=TEMPLATE), MESSAGES, "++suite.processor=same")

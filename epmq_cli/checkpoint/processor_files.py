@@ -29,11 +29,11 @@ TOKENIZER = (
     "*.tokenizer",
     "tekken.json",
 )
+TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 OTHERS = (
     "added_tokens.json",
     "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
+    *TEMPLATES,
     "audio_tokenizer_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",

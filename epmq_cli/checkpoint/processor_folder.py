@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from epmq_cli.checkpoint.processor_files import TOKENIZER, matches, own_files
+from epmq_cli.checkpoint.processor_files import TEMPLATES, TOKENIZER, matches, own_files
 
 PIXELS = "preprocessor_config.json"
 WHOLE = "processor_config.json"  # of a processor for pictures and texts, with the image processor inside
@@ -31,8 +31,8 @@ def processor_files(path: Path, reads: str) -> dict[str, Path]:
     files = {name: path / name for name in own_files(path)}
     if reads == "pictures":
         return {name: file for name, file in files.items() if name == PIXELS or (name == WHOLE and _sees(file))}
-    found = {name: file for name, file in files.items() if name in SETTINGS or matches(name, TOKENIZER)}
-    return found if {*found} - {*SETTINGS} else {}
+    found = {name: file for name, file in files.items() if name in SETTINGS or matches(name, (*TOKENIZER, *TEMPLATES))}
+    return found if any(name not in SETTINGS and not matches(name, TEMPLATES) for name in found) else {}
 
 
 def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:

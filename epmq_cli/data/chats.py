@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,9 @@ ROLES = {
     "observation": "tool",
 }
 """Who speaks in ShareGPT's `from` -> the role that chat templates know."""
+
+MESSAGES = re.compile(r"""\s*\[\{\s*(['"])(role|content|from|value)\1\s*:""")
+"""How a list of messages begins that was stored as text."""
 
 LINES = "\n"  # between the texts of one message, as inference servers join them
 EXTRAS = ("name", "tool_call_id", "reasoning_content")
@@ -54,15 +59,29 @@ class Chat(str):
 
 
 def stored(value: Any) -> Any:
-    """The list of messages of a conversation that is stored as JSON in a text; any other value as it is."""
+    """The list of messages of a conversation that is stored in a text, as JSON or as Python writes a list into a csv;
+    any other value as it is. ValueError where it looks like one and cannot be read."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
+        found = _literal(value)
+    if found is None:
         return value
     is_chat = all(isinstance(each, dict) and ({"role", "content"} <= each.keys() or "from" in each) for each in found)
     return found if is_chat else value
+
+
+def _literal(text: str) -> list[Any] | None:
+    """The list that Python wrote as this text; None where it is none. ValueError where it looks like messages and is
+    none, as what numpy writes of an array."""
+    try:
+        return list(ast.literal_eval(text.strip()))
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        if MESSAGES.match(text):
+            raise ValueError("it looks like a list of messages and is neither JSON nor a Python list") from None
+        return None
 
 
 def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:

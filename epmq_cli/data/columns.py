@@ -59,10 +59,19 @@ class Columns:
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
         if self.prompt is not None:
             return self._prompted(row, where)
-        if len(self.inputs) == 1 and isinstance(value := stored(row[self.inputs[0]]), list | tuple):
+        if len(self.inputs) == 1 and isinstance(value := self._stored(row, where), list | tuple):
             return chat_of(value, self.inputs[0], where)
         texts = tuple(text_of(row[name], name, where) for name in self.inputs)
         return texts[0] if len(texts) == 1 else texts
+
+    def _stored(self, row: Mapping[str, Any], where: str) -> Any:
+        try:
+            return stored(row[self.inputs[0]])
+        except ValueError as error:
+            raise DataError(
+                f"{where}: column {self.inputs[0]} holds a text that cannot be read ({error}); store it as JSON lines, "
+                "or choose the column that holds the text"
+            ) from error
 
     def _prompted(self, row: Mapping[str, Any], where: str) -> str:
         values = {name: prompt_value(row[name], name, where) for name in self.inputs}
@@ -125,7 +134,7 @@ def _places(prompt: str) -> tuple[str, ...]:
         if conversion not in CONVERSIONS or not _is_layout(str(layout)):
             raise ConfigError(
                 f"data.prompt must be a text with {{column}} places, got {prompt!r}, where {{{name}}} has a layout "
-                "that no value can have; leave it out"
+                "that no value can have; leave it out, or write {{ and }} for braces of the text itself"
             )
     return tuple(dict.fromkeys(str(name) for name, _, _ in parsed))
 

@@ -31,7 +31,7 @@ class _Entries:
     others: list[Path] = field(default_factory=list)
 
 
-def class_files(folder: Path, labels: Sequence[str] | None, other: Path) -> dict[str, list[Path]]:
+def class_files(folder: Path, labels: Sequence[str | int] | None, other: Path) -> dict[str, list[Path]]:
     """Class name -> its images by file name, in the order of the classes: that of `labels`, or the sorted names of the
     sub-folders of both splits. `folder`: the split's; `other`: the other split's.
 

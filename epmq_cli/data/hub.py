@@ -16,7 +16,7 @@ from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.folders import is_hidden, listed
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
-from epmq_cli.data.pictures import Decoder, check_decoding
+from epmq_cli.data.pictures import Decoder, are_images, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
 from epmq_cli.places import check_permitted, expanded
@@ -224,7 +224,7 @@ class Hub:
     def _inputs(self, values: Values) -> Sequence[Any]:
         """Pictures, or texts."""
         first = values[self.columns.inputs[0]]
-        if self.prompt is None and _are_images(first):
+        if self.prompt is None and are_images(first):
             return Pictures(first, self.path, Decoder(self.background, self.white_level))
         texts = [values[name][:] for name in self.columns.inputs]
         rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
@@ -239,12 +239,6 @@ def _datasets(path: str) -> ModuleType:
             f"data set {path} needs the datasets library; install it with pip install 'epmq-cli[hub]'"
         ) from error
     return datasets  # type: ignore[no-any-return, unused-ignore]
-
-
-def _are_images(values: Sequence[Any]) -> bool:
-    """Whether a column holds images as `datasets` stores them, or files of them."""
-    value = next((value for value in values if value is not None), None)
-    return isinstance(value, bytes) or (isinstance(value, Mapping) and {"bytes", "path"} == value.keys())
 
 
 def _only(builder: Any, split: str) -> Any:

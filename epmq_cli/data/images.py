@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class ImageFolder:
 
     train: str
     test: str
-    labels: Sequence[str] | None = None
+    labels: Sequence[str | int] | None = None
     background: str | None = "white"
     white_level: float | None = None
 
@@ -98,11 +99,19 @@ class ArrayImages(Sequence[Image.Image]):
         return pixels
 
 
+def _are_whole(labels: NDArray[Any]) -> bool:
+    """Whether labels are whole numbers, whatever their type."""
+    if labels.dtype.kind != "f":
+        return labels.dtype.kind in "iub"
+    return bool((np.isfinite(labels) & (labels == np.rint(labels))).all())
+
+
 @dataclass(frozen=True)
 class Npz:
     """One npz file with arrays train_images, test_images and test_labels; train_labels are not used.
 
-    Images: uint8, (n, height, width) grey or (n, height, width, 3) RGB. Labels: whole numbers (n,).
+    Images: uint8, (n, height, width) or (n, height, width, 1) grey, or (n, height, width, 3) RGB. Labels: whole numbers
+    (n,) or (n, 1).
     """
 
     path: str
@@ -120,14 +129,16 @@ class Npz:
             raise DataError(
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
             ) from error
+        images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+        labels = labels[:, 0] if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 else labels
         grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
         pictures = images.dtype == np.uint8 and grey_or_rgb and 0 not in images.shape[1:]
-        usable = labels is not None and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+        usable = labels is not None and labels.shape == images.shape[:1] and _are_whole(labels)
         if not pictures or (split == "test" and not usable):
             found = "none" if labels is None else f"{labels.dtype} {labels.shape}"
             raise DataError(
-                f"{path}: {split}_images must be uint8 (n, height, width) or (n, height, width, 3) with n labels, "
-                f"whole numbers, got {images.dtype} {images.shape} and labels {found}"
+                f"{path}: {split}_images must be uint8 (n, height, width), (n, height, width, 1) or (n, height, "
+                f"width, 3) with n labels, whole numbers, got {images.dtype} {images.shape} and labels {found}"
             )
         targets = torch.from_numpy(np.asarray(labels, dtype=np.int64)) if usable else None
         chosen = Samples(range(len(images)), targets).some(count, seed)

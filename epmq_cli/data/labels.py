@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def _check_single(values: Sequence[Any], where: str) -> None:
     """DataError where a row has no label, or several of them."""
     for number, value in enumerate(values, 1):
         if isinstance(value, (list, tuple, dict)):
+            kind = "an object" if isinstance(value, dict) else "a list"
             raise DataError(
-                f"{where}, row {number}: the label {shown(value)} is a list; epmq scores tasks with one label a "
+                f"{where}, row {number}: the label {shown(value)} is {kind}; epmq scores tasks with one label a "
                 f"sample, which multi-label tasks do not have; {WITHOUT}"
             )
     empty = [number for number, value in enumerate(values, 1) if _is_empty(value)]
@@ -103,15 +105,30 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _loosely(value: Any) -> str:
+    """A value without its case and the spaces around it; numbers such as 1.0 as whole ones."""
+    text = unicodedata.normalize("NFKC", _text(value)).strip().casefold()
+    whole, point, rest = text.partition(".")
+    return whole if point and whole.removeprefix("-").isdecimal() and not rest.strip("0") else text
+
+
+def _key(values: Sequence[Any], labels: Sequence[str]) -> Callable[[Any], str]:
+    """How values are compared with labels: to the letter, or loosely where they do not all fit so and no two labels are
+    alike."""
+    exact = all(_text(value) in labels for value in set(map(_text, values)))
+    return _text if exact or len(set(map(_loosely, labels))) < len(labels) else _loosely
+
+
 def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> Tensor:
     """int64 (len(values),): the position of each value in `labels`."""
-    index = {label: position for position, label in enumerate(labels)}
-    unknown = next((value for value in values if _text(value) not in index), None)
+    key = _key(values, labels)
+    index = {key(label): position for position, label in enumerate(labels)}
+    unknown = next((value for value in values if key(value) not in index), None)
     if unknown is not None:
         quotes = "; YAML reads the words yes, no, on and off as true and false, put them in quotes"
-        hint = quotes if {"True", "False"} & set(index) else ""
-        raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(index)}{hint}")
-    return torch.tensor([index[_text(value)] for value in values], dtype=torch.int64)
+        hint = quotes if {"True", "False"} & set(labels) else ""
+        raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(labels)}{hint}")
+    return torch.tensor([index[key(value)] for value in values], dtype=torch.int64)
 
 
 def _indices(values: Sequence[Any], where: str) -> Tensor:

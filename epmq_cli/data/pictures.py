@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +70,22 @@ def check_decoding(background: object, white_level: object) -> None:
             ) from error
     if white_level is not None:
         check_range("data.white_level", white_level, 0, math.inf, open_low=True)
+
+
+def are_images(values: Sequence[Any]) -> bool:
+    """Whether a column holds images as `datasets` stores them, or files of them."""
+    value = next((value for value in values if value is not None), None)
+    if isinstance(value, bytes):
+        return not _is_text(value)
+    return isinstance(value, Mapping) and {"bytes", "path"} == value.keys()
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether bytes are a text in UTF-8, as no usual format of images is."""
+    try:
+        return "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 class Decoder:

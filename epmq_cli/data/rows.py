@@ -16,7 +16,7 @@ from epmq_cli.errors import DataError
 
 Row = dict[str, Any]
 LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
-WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files in another encoding begin."""
 
 BETWEEN = re.compile("[ \t\r\n,\ufeff]*")

@@ -19,6 +19,8 @@ def text_of(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return check_text(value, where)
     remedy = "choose the column that holds the text"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        remedy = "leave the row out, or choose the column that holds the text"
     if _is_number(value):
         remedy += f", or set data.prompt to '{{{column}}}' if these numbers are the text"
     if isinstance(value, bytes):

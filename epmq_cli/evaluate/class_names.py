@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import DataError
@@ -62,7 +63,30 @@ def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
     data = samples.classes or task.classes
     if task.match_labels == POSITION or (data == heading.names and data is not None):
         return Match(None)
+    if data is None and samples.labels is not None and (found := _by_value(heading, samples.labels)):
+        return found
     return match(heading, data, getattr(task.data, "labels", None) is not None)
+
+
+def _by_value(heading: Heading, labels: Tensor) -> Match | None:
+    """The match of labels of data without names where the names of the head are numbers other than 0, 1, ..., such as 1
+    to 5, and the labels are those; None elsewhere. DataError where they may be positions as well."""
+    numbers = _numbers(heading.names or ())
+    if numbers is None or not len(labels) or sorted(numbers) == list(range(len(numbers))):
+        return None
+    there = set(labels.tolist())
+    if not there <= set(numbers):
+        return None
+    if there <= set(range(len(numbers))):
+        raise DataError(
+            f"task {heading.task}: the labels {shown(sorted(map(str, there)))} may be the classes of these names, or "
+            f"those at these positions of {shown(heading.names or ())}; list the data's values in data.labels, in the "
+            f"order of the classes, or set suite.tasks.{heading.task}.match_labels: position"
+        )
+    if min(there) < 0:
+        return None
+    order = tuple(numbers.index(label) if label in numbers else None for label in range(max(there) + 1))
+    return Match(order, f"labels are the names of the head's classes, {shown(heading.names or ())}")
 
 
 def translated(samples: Samples, order: Order | None, heading: Heading) -> Samples:
@@ -96,7 +120,7 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
             None, f"labels 0 to {len(head) - 1} are taken as {shown(head)}, in the order of the expert's config"
         )
     if head is None:
-        return _unnamed_head(heading, data)
+        return _unnamed_head(heading, data, listed)
     head_keys, data_keys = _keys(head, data)
     if head_keys is None or data_keys is None:
         return _incomparable(heading, data, "a name is there twice")
@@ -104,9 +128,20 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
     if data_numbers is not None and head_numbers is None:
         return _numbered_data(heading, data, data_numbers, listed)
     if head_numbers is not None and data_numbers is None:
+        _check_numbered_head(heading, data, head_numbers)
         return _incomparable(heading, data, "the classes of the head are numbers")
     order = tuple(head_keys.index(key) if key in head_keys else None for key in data_keys)
     return _by_order(heading, data, _with_abbreviations(order, head_keys, data_keys))
+
+
+def _check_numbered_head(heading: Heading, data: tuple[str, ...], numbers: Sequence[int]) -> None:
+    """DataError where the names of the head are numbers out of order, and those of the data are words."""
+    if list(numbers) != sorted(numbers):
+        raise DataError(
+            f"task {heading.task}: the classes of the head are numbers in another order, {shown(heading.names or ())}, "
+            f"and the data has {shown(data)}; name the classes in the expert's config.json (id2label), or list the "
+            f"data's values in the order of the head and set suite.tasks.{heading.task}.match_labels: position"
+        )
 
 
 def numbers_first(numbers: Sequence[int]) -> Order:
@@ -150,12 +185,13 @@ def _alike(one: str, other: str) -> bool:
     return len(short) >= SHORT and long.startswith(short)
 
 
-def _unnamed_head(heading: Heading, data: tuple[str, ...]) -> Match:
+def _unnamed_head(heading: Heading, data: tuple[str, ...], listed: bool) -> Match:
     """For heads without names of their own: those of transformers, where the data has these; else by position."""
     if heading.count is not None and all(map(DEFAULT.fullmatch, data)):
         names = tuple(f"LABEL_{index}" for index in range(heading.count))
         order = tuple(names.index(name.upper()) if name.upper() in names else None for name in data)
         return _by_order(replace(heading, names=names), data, order)
+    _check_sorted(heading, data, _numbers(data), listed)
     return _incomparable(heading, data, "the expert does not name its classes")
 
 
@@ -167,12 +203,19 @@ def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[in
         held = [int(part[0]) for part in parts]
         if len(set(held)) == len(held) and set(numbers) <= set(held):
             return _by_order(heading, data, tuple(held.index(number) for number in numbers))
-    if list(numbers) != sorted(numbers) and not listed:
-        raise DataError(
-            f"task {heading.task}: the labels of the data are numbers in another order, {shown(data)}, and its classes "
-            f"are {shown(head)}; list the data's values in the order of these in data.labels"
-        )
+    _check_sorted(heading, data, numbers, listed)
     return _incomparable(heading, data, "the labels of the data are numbers")
+
+
+def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int] | None, listed: bool) -> None:
+    """DataError where the names of the data are numbers out of order, as those of sorted folders 0, 1, 10, 2 are: the
+    position that a head has a class at may be the one or the other. `listed`: whether the user gave the order."""
+    if numbers is not None and list(numbers) != sorted(numbers) and not listed:
+        classes = f"its classes are {shown(heading.names)}" if heading.names else "its head names no classes"
+        raise DataError(
+            f"task {heading.task}: the labels of the data are numbers in another order, {shown(data)}, and {classes}; "
+            "list the data's values in the order of the head in data.labels"
+        )
 
 
 def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:

@@ -67,8 +67,8 @@ def check_labelled(task: str, labels: Tensor) -> None:
     """DataError where samples have no labels, which data sets of the hub write as -1."""
     if len(labels) and bool((labels == UNLABELLED).all()):
         raise DataError(
-            f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; choose a split "
-            f"with labels, such as suite.tasks.{task}.data.test: validation"
+            f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; give a split or "
+            f"a file with labels in suite.tasks.{task}.data, such as test: validation for GLUE; {WITHOUT}"
         )
 
 
@@ -81,6 +81,8 @@ def check_samples(task: ScoredTask) -> None:
         return
     if labels is None:
         raise DataError(f"{where} has no labels to score its test samples by; {WITHOUT}")
+    check_labelled(task.name, labels)
+    _check_varied(where, task.metric, labels)
     outputs = len(task.head["weight"]) if "weight" in task.head else None
     if labels.is_floating_point():
         _check_numbers(where, task.metric, outputs)
@@ -102,6 +104,15 @@ def check_samples(task: ScoredTask) -> None:
         raise DataError(
             f"{where}: labels must lie in 0..{classes - 1} as {who} {classes} classes, got {lowest}..{highest}; name "
             "the values of the classes in data.labels, in their order"
+        )
+
+
+def _check_varied(where: str, metric: str, labels: Tensor) -> None:
+    """DataError where a correlation is asked for of labels that are all the same, which have none."""
+    if metric != "accuracy" and bool((labels == labels[0]).all()):
+        raise DataError(
+            f"{where}: {metric} needs labels that differ, and those of all {len(labels)} test samples are "
+            f"{labels[0].item():g}; give more samples (data.test, eval.samples), or use accuracy for classes"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.processor_folder import Processor
 from epmq_cli.data.chats import Chat
-from epmq_cli.errors import ModelError
+from epmq_cli.errors import DataError, ModelError
 from epmq_cli.families.family import Collate, Family, LanguageModel
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
@@ -49,7 +49,7 @@ def difference(
         try:
             bases = bases or _read(family, base, task, own)
             wanted = bases(chunk)
-        except ModelError as error:
+        except (ModelError, DataError) as error:
             return f"reads the task's samples, which the base's does not ({error})"
         if not _same(family, found, wanted):
             if family.reads == "pictures":

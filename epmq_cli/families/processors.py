@@ -56,6 +56,9 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
         )
     if longest is not None and longest < most:
         tokenizer.model_max_length = longest
+    tokenizer.padding_side = "right"  # heads read the first token, and positions count from it
+    if tokenizer.pad_token is None:  # masked wherever it is, so that any token does
+        tokenizer.pad_token = _filler(tokenizer)
 
     def encoded(texts: Any, **options: Any) -> Any:
         try:
@@ -75,6 +78,13 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
         return found
 
     return encoded
+
+
+def _filler(tokenizer: Any) -> str:
+    """A token to pad with for a tokenizer that has none for that."""
+    kinds = (tokenizer.eos_token, tokenizer.sep_token, tokenizer.unk_token, tokenizer.bos_token)
+    found: str = next((token for token in kinds if token), None) or tokenizer.convert_ids_to_tokens(0)
+    return found
 
 
 def _has(processor: Processor | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq_cli.checkpoint.processor_folder import Processor
+from epmq_cli.checkpoint.processor_folder import Processor, processor_files
 from epmq_cli.console import log
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError, first_line, lacks_memory
@@ -27,10 +27,12 @@ THOUGHT = "</think>"  # templates leave out what earlier answers have in front o
 
 
 def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
-    """The token ids (tokens,) of each conversation, as the chat template writes it; `folder` and `processor` as for
-    Family.collate."""
-    encode = tokens(folder, processor=processor)
-    texts = rendered(own_tokenizer(folder, processor), processor.folder if processor else folder, chats)
+    """The token ids (tokens,) of each conversation, as the chat template writes it, or that in `folder` where a
+    `processor` elsewhere has none; both as for Family.collate."""
+    encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
+    if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
+        processor, tokenizer = None, own_tokenizer(folder)
+    texts = rendered(tokenizer, processor.folder if processor else folder, chats)
     return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
 
 

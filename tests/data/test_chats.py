@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -44,7 +45,7 @@ def load(folder: Path, rows: list[Any], name: str = "a.jsonl") -> list[Chat]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-@pytest.mark.parametrize("stored", [MESSAGES, SHARED, PARTS, json.dumps(SHARED)])
+@pytest.mark.parametrize("stored", [MESSAGES, SHARED, PARTS, json.dumps(SHARED), str(SHARED)])
 def test_conventions_give_the_same_conversation(stored: list[Any], name: str, tmp_path: Path) -> None:
     shorter = json.dumps(SHARED[:2]) if isinstance(stored, str) else stored[:2]
     chats = load(tmp_path, [stored, shorter], name)
@@ -118,3 +119,14 @@ def test_conversations_are_known_by_roles_and_contents(tmp_path: Path) -> None:
     found = {of_samples(Samples([chat], torch.zeros(1, dtype=torch.int64))) for chat in [*chats, str(chats[0])]}
     assert None not in found
     assert len(found) == 4
+
+
+def test_messages_that_are_written_as_nothing_that_can_be_read_are_refused(tmp_path: Path) -> None:
+    """What pandas writes of an array of messages into a csv; other texts in brackets stay texts."""
+    stored = str(np.array(MESSAGES, dtype=object))
+    with pytest.raises(
+        DataError, match="row 1: column chat holds a text that cannot be read .*; store it as JSON lines"
+    ):
+        load(tmp_path, [stored])
+    plain = ["[{x}] is code", "[{'a': 1}]", "[{1, 2}]", "[{'role': 1}]"]
+    assert load(tmp_path, plain) == plain

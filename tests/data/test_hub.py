@@ -237,3 +237,14 @@ def test_names_do_not_lead_out_of_the_mirror(tmp_path: Path) -> None:
     assert Hub("../outside/set", root=str(root)).folder is None
     with pytest.raises(ConfigError, match="data.name must be a configuration of the data set, got '../x'"):
         Hub("a/b", name="../x")
+
+
+def test_bytes_that_are_text_are_not_taken_for_images(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for split in ("train", "test"):
+        table = pyarrow.table({"text": [b"some text", b"more"], "label": [0, 1]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match=r"row 1: column text holds bytes \(.*\), not text; .* store it as strings"):
+        Hub(path=str(tmp_path), input="text").load("test")

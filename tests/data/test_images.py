@@ -15,6 +15,7 @@ from PIL import Image
 
 from epmq_cli.data.images import ImageFolder, Npz
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.fields import check_types
 
 
 @pytest.fixture
@@ -151,12 +152,14 @@ def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
         load(folders)
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 3)])
-def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 1), (5, 4, 4, 3)])
+@pytest.mark.parametrize("labels", [np.arange(5, dtype=np.uint8), np.arange(5)[:, None], np.arange(5.0)])
+def test_npz_arrays_are_read(shape: tuple[int, ...], labels: np.ndarray, tmp_path: Path) -> None:
+    """With a channel of grey or without, and labels in a column, as those of MedMNIST, or as floats."""
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    np.savez(tmp_path / "x.npz", test_images=images, test_labels=np.arange(5, dtype=np.uint8))
+    np.savez(tmp_path / "x.npz", test_images=images, test_labels=labels)
     samples = Npz(str(tmp_path / "x.npz")).load("test")
-    wanted = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
+    wanted = np.broadcast_to(images if images.ndim == 4 else images[..., None], (5, 4, 4, 3))
     assert np.array_equal(np.stack([np.asarray(image) for image in samples.inputs]), wanted)
     assert samples.labels.tolist() == [0, 1, 2, 3, 4]
 
@@ -173,6 +176,8 @@ def test_npz_arrays_are_read(shape: tuple[int, ...], tmp_path: Path) -> None:
             r"must be uint8 .* got float64 \(2, 4, 4\)",
         ),
         ({"test_images": np.zeros((2, 4, 4), np.uint8), "test_labels": np.zeros(3)}, r"labels float64 \(3,\)"),
+        ({"test_images": np.zeros((2, 4, 4), np.uint8), "test_labels": np.array([0.5, 1])}, r"labels float64 \(2,\)"),
+        ({"test_images": np.zeros((2, 4, 4), np.uint8), "test_labels": np.eye(2)}, r"labels float64 \(2, 2\)"),
         ({"test_images": np.zeros((2, 4, 4, 4), np.uint8), "test_labels": np.zeros(2)}, r"got uint8 \(2, 4, 4, 4\)"),
         ({"test_images": np.array([{}], dtype=object), "test_labels": np.zeros(1)}, "cannot be read as npz"),
     ],
@@ -246,3 +251,16 @@ def test_an_image_that_would_fill_the_memory_is_named(folders: Path, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # twice that is an error, and these have 16
     with pytest.raises(DataError, match=r"0.png is not an image that Pillow can read .*; remove or replace it"):
         load(folders)
+
+
+def test_labels_may_be_numbers_that_folders_are_called(tmp_path: Path) -> None:
+    """In the order that is given, as a config has them without quotes."""
+    for split in ("train", "test"):
+        for name in (0, 1, 10, 2):
+            (tmp_path / split / str(name)).mkdir(parents=True)
+            Image.new("RGB", (2, 2), (name, 0, 0)).save(tmp_path / split / str(name) / "a.png")
+    fields = {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "labels": [0, 1, 2, 10]}
+    check_types("data", ImageFolder, fields)
+    samples = ImageFolder(**fields).load("test")
+    assert [image.getpixel((0, 0))[0] for image in samples.inputs] == [0, 1, 2, 10]
+    assert samples.classes == ("0", "1", "2", "10")

@@ -143,3 +143,30 @@ def test_draws_depend_on_the_seed_and_a_longer_one_contains_a_shorter() -> None:
         assert len(set(draws.values())) == 4
         assert set(draws[0]) < set(samples.stratified(20, 0).inputs)
         assert list(samples.stratified(None, 0).inputs) == list(samples.stratified(99, 0).inputs) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "wanted"),
+    [
+        (["0.0", "1.0", "0.0"], [0, 1], [0, 1, 0]),
+        ([" Pos", "neg ", "POS"], ["neg", "pos"], [1, 0, 1]),
+        ([True, False], ["false", "true"], [1, 0]),
+        (["True", "False"], ["false", "true"], [1, 0]),
+        (["a", "A"], ["A", "a"], [1, 0]),
+        (["1.0", "2.0"], ["2.0", "1.0"], [1, 0]),
+    ],
+)
+def test_values_fit_labels_but_for_case_spaces_and_decimals(
+    values: list[Any], labels: list[Any], wanted: list[int]
+) -> None:
+    """By hand; labels that only such things tell apart are compared to the letter."""
+    assert read(values, labels)[0] == wanted
+
+
+def test_values_that_fit_no_label_even_so_are_named() -> None:
+    with pytest.raises(DataError, match="label 'A ' is not among data.labels, which are A, a"):
+        read(["A "], ["A", "a"])
+    with pytest.raises(DataError, match="label '1.5' is not among data.labels"):
+        read(["1.5"], [1, 2])
+    with pytest.raises(DataError, match="row 1: the label {a: 1} is an object; epmq scores"):
+        read([{"a": 1}])

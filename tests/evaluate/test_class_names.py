@@ -10,6 +10,7 @@ import torch
 
 from epmq_cli.data.images import ImageFolder
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.table import Table
 from epmq_cli.errors import DataError, ModelError
 from epmq_cli.evaluate.class_names import Heading, fold, in_order_of_head, match, translated
 from epmq_cli.evaluate.classifier import check_single_label, read_names
@@ -41,7 +42,7 @@ def prompts(*names: str) -> Heading:
         (own(count=2), None, POSITIONS, None),
         (own(count=2), ("neg", "pos"), POSITIONS, "could not be compared"),
         (own(count=2), ("LABEL_1", "LABEL_0"), (1, 0), "matched by name"),
-        (own(count=2), ("1", "0"), POSITIONS, "could not be compared"),
+        (own(count=2), ("1", "2"), POSITIONS, "could not be compared"),
         (own("1 star", "2 stars", "3 stars"), ("1", "2", "3"), POSITIONS, None),
         (own("3 stars", "2 stars", "1 star"), ("1", "2", "3"), (2, 1, 0), "matched by name"),
         (own("neg", "pos"), ("0", "1"), POSITIONS, "labels are taken by position, 0, 1 as neg, pos"),
@@ -94,7 +95,21 @@ def test_matches_by_hand(heading: Heading, data: Any, order: Any, said: str | No
         (own("same", "same"), ("same", "other", "third"), "its head has 2 classes and the data 3"),
         (prompts("cat", "dog", "bird"), ("dog", "cat", "fish"), "the suite has the classes cat, dog, bird"),
         (prompts("tench", "shark"), ("n01", "n02", "n03"), "no name is in both"),
-        (prompts("one", "two", "ten"), ("1", "10", "2"), "list the data's values in the order of these in data.labels"),
+        (
+            prompts("one", "two", "ten"),
+            ("1", "10", "2"),
+            "list the data's values in the order of the head in data.labels",
+        ),
+        (
+            own(count=4),
+            ("0", "1", "10", "2"),
+            "its head names no classes; list the data's values in the order of the head",
+        ),
+        (
+            own("LABEL_1", "LABEL_0"),
+            ("neg", "pos"),
+            "the classes of the head are numbers in another order, LABEL_1, LABEL_0",
+        ),
     ],
 )
 def test_names_that_contradict_are_refused(heading: Heading, data: Any, message: str) -> None:
@@ -173,3 +188,36 @@ def test_folding_keeps_what_makes_names_different() -> None:
     assert fold("Not-Equivalent ") == fold("not_equivalent") == "notequivalent"
     assert fold("-1") != fold("1")
     assert fold("01") == fold("1")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "wanted"),
+    [
+        (("1", "2", "3"), [1, 3, 2], [0, 2, 1]),
+        (("LABEL_3", "LABEL_1", "LABEL_2"), [3, 1], [0, 1]),
+        (("1", "2", "3"), [0, 2, 1], [0, 2, 1]),  # positions, as there is no class 0
+        (("1", "2", "3"), [1, 5], [1, 5]),  # neither, and refused where they are scored
+        (("1", "2", "3"), [2, 1], None),
+        (("2", "4"), [4, 2, 4], [1, 0, 1]),
+    ],
+)
+def test_values_are_the_names_of_a_head_that_are_numbers(
+    names: tuple[str, ...], labels: list[int], wanted: list[int] | None
+) -> None:
+    """Labels of data without names, which may be names of classes, positions, or both, and are refused then."""
+    task = Task("t", "expert", Table("a.csv", "a.csv"))
+    samples = Samples(list(labels), torch.tensor(labels))
+    if wanted is None:
+        with pytest.raises(DataError, match=r"the labels 1, 2 may be the classes of these names, or .* in data.labels"):
+            in_order_of_head(samples, own(*names), task)
+        return
+    found = in_order_of_head(samples, own(*names), task)
+    translation = translated(samples, found.order, own(*names)).labels
+    assert translation is not None
+    assert translation.tolist() == wanted
+
+
+def test_an_order_of_numbers_that_is_given_is_taken() -> None:
+    """Sorted folders 0, 1, 10, 2 are refused without it."""
+    found = match(own(count=4), ("0", "1", "10", "2"), listed=True)
+    assert found.order is None

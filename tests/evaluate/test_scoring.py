@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from epmq_cli.data.images import Npz
 from epmq_cli.data.samples import Samples
-from epmq_cli.errors import DataError
+from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate import classifier, zero_shot
 from epmq_cli.evaluate.measures import MEASURES
 from epmq_cli.evaluate.score import ScoredTask, room_of, score
@@ -63,7 +63,7 @@ def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> N
     assert score(Identity(), nn.Identity(), task, room_of(batch_size), torch.device("cpu")) == 0.8
 
 
-@pytest.mark.parametrize("label", [3, -1])
+@pytest.mark.parametrize("label", [3, -2])
 def test_labels_that_the_head_does_not_have_are_refused(label: int) -> None:
     with pytest.raises(DataError, match=r"task t: labels must lie in 0..2 as its head has 3 classes"):
         scored([[1.0, 0, 0]], [label])
@@ -107,3 +107,30 @@ class Numbers(Bert):
 )
 def test_measures_by_hand(metric: str, predictions: list[float], labels: list[float], wanted: float) -> None:
     assert MEASURES[metric](torch.tensor(predictions), torch.tensor(labels)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "message"),
+    [
+        (
+            "spearman",
+            [-1.0, -1.0],
+            "no labels, all are -1, .* give a split or a file with labels in suite.tasks.t.data",
+        ),
+        ("accuracy", [-1, -1], "no labels, all are -1"),
+        ("spearman", [2.5, 2.5], "spearman needs labels that differ, and those of all 2 test samples are 2.5"),
+        ("matthews", [1, 1], "matthews needs labels that differ, and those of all 2 test samples are 1"),
+    ],
+)
+def test_labels_that_a_metric_says_nothing_of_are_refused(metric: str, labels: list[float], message: str) -> None:
+    """The unlabelled test split of STS-B, and correlations with a constant, which have no value."""
+    head = {"weight": torch.ones(3 if isinstance(labels[0], int) else 1, 1)}
+    task = Task("t", "expert", Npz("t.npz"), metric=metric)
+    predict = Identity().predict(Path(), task)
+    with pytest.raises(DataError, match=message):
+        ScoredTask("t", Samples([[1.0]] * 2, torch.tensor(labels)), lambda items: {}, head, predict, metric)
+
+
+def test_perplexity_needs_two_tokens_in_a_sequence() -> None:
+    with pytest.raises(ConfigError, match=r"suite.tasks.t.max_length must be a whole number in \[2, .*got 1"):
+        Task("t", "expert", Npz("t.npz"), metric="perplexity", max_length=1)
