@@ -53,8 +53,9 @@ class Ties:
     """How the ties of the models come out.
 
     `written`: the names in the result's files of merged tensors that the base stores under another name or not at all.
-    `dropped`: the stored names of the base's copies, which are not written. `untied`: the copies that are tied in the
-    base and tensors of their own in the result. `changes`: what changes in config.json. `said`: a sentence, if untied.
+    `dropped`: the stored names of the base's tensors that are not written, such as copies. `untied`: the copies that
+    are tied in the base and tensors of their own in the result. `changes`: what changes in config.json. `said`: a
+    sentence, if untied.
     """
 
     written: dict[str, str] = field(default_factory=dict)
@@ -145,13 +146,21 @@ def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: s
 
 
 def _check_there(member: Member, copy: str, source: str) -> None:
-    """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor."""
+    """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor; unless a
+    tensor of its shape has a name that the class has not, which transformers may read as the copy."""
     loose = copy in member.tieable and copy not in member.tied
-    if loose and copy not in member.stored and source in member.stored:
+    if loose and copy not in member.stored and source in member.stored and not _renamed(member, source):
         raise ModelError(
             f"{member.folder.role}: {member.folder.path} has no {copy}, which its config does not tie to {source}; "
             f"save the model again with {copy}, or set {TIE} to true in config.json if the two are tied"
         )
+
+
+def _renamed(member: Member, source: str) -> bool:
+    """Whether a tensor of the shape of a source is stored under a name that the model's class has not."""
+    infos, known = member.folder.infos, member.known.tensors if member.known is not None else ()
+    shape = infos[member.stored[source]].shape
+    return any(infos[stored].shape == shape and name not in known for name, stored in member.stored.items())
 
 
 def _changes(
