@@ -25,7 +25,7 @@ class ModelClass:
     `tied`: copy -> source, as the config says. `tieable`: likewise, if it said that embeddings are tied. `outputs`: the
     tensors of the output layer. `tensors`: all parameters and buffers; `parameters`: the former alone. `parts`: the
     modules at the top of the model and of its body. `prefix`: the name of the body. `ignored`: patterns of stored names
-    that the class does not load.
+    that the class does not load. `renamings`: those of transformers, which reads tensors of files under other names.
     """
 
     name: str
@@ -37,6 +37,14 @@ class ModelClass:
     parts: frozenset[str]
     prefix: str
     ignored: tuple[str, ...]
+    renamings: tuple[Any, ...] = ()
+
+    def own_name(self, stored: str) -> str:
+        """What the class calls a stored tensor that transformers reads under another name; else the stored name."""
+        if stored in self.tensors:
+            return stored
+        found = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings)
+        return next((name for name in found if name in self.tensors), stored)
 
     def ignores(self, name: str) -> bool:
         """Whether the class skips a stored tensor on purpose, such as a buffer that old versions stored."""
@@ -151,7 +159,16 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
         frozenset(name.partition(".")[0] for part in (model, body) if part is not None for name in _names(part)),
         prefix,
         tuple(map(str, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+        tuple(_renamings(model)),
     )
+
+
+def _renamings(model: Any) -> Iterator[Any]:
+    """Those that keep each tensor as it is."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    yield from (found for found in get_model_conversion_mapping(model) if type(found) is WeightRenaming)
 
 
 def _names(model: Any) -> Iterator[str]:

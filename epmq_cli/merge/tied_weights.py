@@ -146,21 +146,13 @@ def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: s
 
 
 def _check_there(member: Member, copy: str, source: str) -> None:
-    """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor; unless a
-    tensor of its shape has a name that the class has not, which transformers may read as the copy."""
+    """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor."""
     loose = copy in member.tieable and copy not in member.tied
-    if loose and copy not in member.stored and source in member.stored and not _renamed(member, source):
+    if loose and copy not in member.stored and source in member.stored:
         raise ModelError(
             f"{member.folder.role}: {member.folder.path} has no {copy}, which its config does not tie to {source}; "
             f"save the model again with {copy}, or set {TIE} to true in config.json if the two are tied"
         )
-
-
-def _renamed(member: Member, source: str) -> bool:
-    """Whether a tensor of the shape of a source is stored under a name that the model's class has not."""
-    infos, known = member.folder.infos, member.known.tensors if member.known is not None else ()
-    shape = infos[member.stored[source]].shape
-    return any(infos[stored].shape == shape and name not in known for name, stored in member.stored.items())
 
 
 def _changes(
