@@ -94,9 +94,16 @@ def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
     return found
 
 
+def lacking_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
+    """The tensors that the class of a dense merge has and its files have not, a phrase for each."""
+    known = model_class(read_json(folder, "config.json", ROLE), files.infos)
+    return [f"{name} is missing" for name in known.lacking(files.infos)] if known is not None else []
+
+
 def _stored(name: str, known: ModelClass, files: SafetensorsFiles) -> str | None:
-    """What the files call a tensor of the class, with or without the prefix of its body."""
-    return next((own for own in (name, name.removeprefix(f"{known.prefix}.")) if own in files.infos), None)
+    """What the files call a tensor of the class, with or without the prefix of its body, or by another name."""
+    names = {known.own_name(stored): stored for stored in files.infos}
+    return next((names[own] for own in (name, name.removeprefix(f"{known.prefix}.")) if own in names), None)
 
 
 def layout_problem(name: str, info: TensorInfo, wanted: Mapping[str, Wanted]) -> str | None:

@@ -20,6 +20,7 @@ from epmq_cli.described import (
     Wanted,
     described_model,
     finite,
+    lacking_problems,
     layout_problem,
     name_problems,
     tie_problems,
@@ -48,6 +49,7 @@ def tensor_problems(folder: Path) -> list[str]:
     if (folder / RECORD).is_file():
         found += name_problems(model, files, wanted)
     else:
+        found += lacking_problems(folder, files)
         wanted = _renamed(wanted, files, str(getattr(model, "base_model_prefix", "")))
     ties = [problem for problem in tie_problems(folder, files) if not any(known in problem for known in found)]
     found += ties

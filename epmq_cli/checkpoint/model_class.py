@@ -23,8 +23,9 @@ class ModelClass:
     """The class of a model, as its config makes it. All names are those of the class.
 
     `tied`: copy -> source, as the config says. `tieable`: likewise, if it said that embeddings are tied. `outputs`: the
-    tensors of the output layer. `tensors`: all parameters and buffers. `parts`: the modules at the top of the model and
-    of its body. `prefix`: the name of the body. `ignored`: patterns of stored names that the class does not load.
+    tensors of the output layer. `tensors`: all parameters and buffers; `parameters`: the former alone. `parts`: the
+    modules at the top of the model and of its body. `prefix`: the name of the body. `ignored`: patterns of stored names
+    that the class does not load. `renamings`: those of transformers, which reads tensors of files under other names.
     """
 
     name: str
@@ -32,13 +33,48 @@ class ModelClass:
     tieable: Mapping[str, str]
     outputs: frozenset[str]
     tensors: frozenset[str]
+    parameters: frozenset[str]
     parts: frozenset[str]
     prefix: str
     ignored: tuple[str, ...]
+    renamings: tuple[Any, ...] = ()
+
+    def own_name(self, stored: str) -> str:
+        """What the class calls a stored tensor that transformers reads under another name; else the stored name."""
+        if stored in self.tensors:
+            return stored
+        found = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings)
+        return next((name for name in found if name in self.tensors), stored)
 
     def ignores(self, name: str) -> bool:
         """Whether the class skips a stored tensor on purpose, such as a buffer that old versions stored."""
         return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
+
+    def lacking(self, stored: Collection[str]) -> list[str]:
+        """The parameters that are not among stored tensors, in order. Not counted are tied ones, and modules at the top
+        of which nothing is stored, such as heads; empty where files name tensors otherwise than the class."""
+        own = {self._local(name) for name in stored if not self.ignores(name)}
+        known = {self._local(name) for name in self.tensors}
+        tops = {name.partition(".")[0] for name in own}
+        if any(name not in known and name.partition(".")[0] in self.parts for name in own):
+            return []
+        ties = {*self.tieable, *self.tieable.values()}
+        rest = [name for name in self._unstored(own) if name not in ties]
+        return [name for name in rest if self._local(name).partition(".")[0] in tops]
+
+    def foreign(self, stored: Collection[str]) -> set[str]:
+        """The stored tensors, under the class's own names, of modules that the class has not; none where a parameter is
+        not stored under the name that it has in the class, as these may be that parameter."""
+        if self._unstored({self._local(name) for name in stored}):
+            return set()
+        return {name for name in stored if self._local(name).partition(".")[0] not in self.parts}
+
+    def _unstored(self, own: Collection[str]) -> list[str]:
+        ties = {*self.tied, *self.tied.values()}
+        return sorted(name for name in self.parameters if name not in ties and self._local(name) not in own)
+
+    def _local(self, name: str) -> str:
+        return name.removeprefix(f"{self.prefix}.")
 
 
 def model_class(config: Mapping[str, Any], stored: Collection[str]) -> ModelClass | None:
@@ -111,18 +147,28 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
         tieable = tied
     prefix = str(getattr(model, "base_model_prefix", ""))
     body = getattr(model, prefix, None) if prefix else None
-    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors = parameters | {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return ModelClass(
         made.__name__,
         tied,
         tieable,
         frozenset(_outputs(model)),
         frozenset(tensors),
+        frozenset(parameters),
         frozenset(name.partition(".")[0] for part in (model, body) if part is not None for name in _names(part)),
         prefix,
         tuple(map(str, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+        tuple(_renamings(model)),
     )
+
+
+def _renamings(model: Any) -> Iterator[Any]:
+    """Those that keep each tensor as it is."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    yield from (found for found in get_model_conversion_mapping(model) if type(found) is WeightRenaming)
 
 
 def _names(model: Any) -> Iterator[str]:

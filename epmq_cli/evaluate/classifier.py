@@ -44,8 +44,8 @@ def read_names(expert: ModelFolder, rows: int) -> tuple[str, ...] | None:
     """
     where = f"{expert.role}: {expert.path / 'config.json'}"
     given, inverse = expert.config.get("id2label"), expert.config.get("label2id")
-    forth = _by_position(given if isinstance(given, dict) else {})
-    back = _by_position({key: name for name, key in inverse.items()} if isinstance(inverse, dict) else {})
+    forth = names_by_position(given if isinstance(given, dict) else {})
+    back = names_by_position({key: name for name, key in inverse.items()} if isinstance(inverse, dict) else {})
     if forth and back and forth != back and sorted(forth.values()) == sorted(back.values()):
         raise ModelError(
             f"{where} has an id2label that contradicts its label2id: {_listed(forth)} and {_listed(back)}; correct one "
@@ -60,7 +60,7 @@ def read_names(expert: ModelFolder, rows: int) -> tuple[str, ...] | None:
     return tuple(names[index] for index in range(rows)) if names else None
 
 
-def _by_position(names: Mapping[Any, Any]) -> dict[int, str]:
+def names_by_position(names: Mapping[Any, Any]) -> dict[int, str]:
     """Names by the position that their keys are; nothing where these are no positions, or where all names are
     transformers' own in their order."""
     try:

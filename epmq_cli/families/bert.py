@@ -2,15 +2,13 @@
 merged.
 
 Base: any BERT checkpoint with a pooler. Experts: `BertForSequenceClassification`, whose classifier is the task's
-head. The linears of the blocks are quantized; the pooler stays dense.
+head. The linears of the blocks are quantized; the pooler stays dense. `epmq merge` also takes models without a pooler.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.errors import ModelError
 from epmq_cli.families.classifier import TextClassifier
 from epmq_cli.families.structure import Batch, Linears, Norm, Section, Table
 
@@ -33,18 +31,12 @@ class Bert(TextClassifier):
     model_types = ("bert",)
     prefix = "bert."
     parts = ("embeddings.", "encoder.", "pooler.")
+    added = ("pooler.",)
     layers = "encoder.layer"
     steps = STEPS
     stem = tuple(Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position", "token_type"))
     first_norm = "embeddings.LayerNorm"
     kept = (r"embeddings\.(position|token_type)_ids",)
-
-    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """Everything but task heads."""
-        names = super().tensor_names(folder)
-        if "pooler.dense.weight" not in names:
-            raise ModelError(f"{folder.role}: {folder.path} has no pooler, which the classifiers of family bert read")
-        return names
 
     def readout(self, model: nn.Module) -> Section:
         """The pooler, which reads the first token."""

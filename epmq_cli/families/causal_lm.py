@@ -98,14 +98,15 @@ class CausalLM(LanguageModel):
         return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All stored tensors; files of the body alone lack its prefix."""
+        """All stored tensors; files of the body alone lack its prefix, and old ones may have other names."""
         if any(name.startswith(PREFIX) for name in folder.infos):
             return {name: name for name in folder.infos}
         known = model_class(folder.config, folder.infos)
         prefix = f"{known.prefix}." if known else PREFIX
         tensors = known.tensors if known else ()
         bare = not any(name.startswith(prefix) for name in folder.infos)
-        return {prefix + name if bare and name not in tensors else name: name for name in folder.infos}
+        own = {name: known.own_name(name) if known else name for name in folder.infos}
+        return {prefix + name if bare and name not in tensors else name: stored for stored, name in own.items()}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """Those of the blocks, their positions and masks."""

@@ -68,6 +68,10 @@ class Family(ABC):
     head_width = "hidden_size"
     """The tensors of a head, of which those in `bias` need not be there, and how a config calls what it reads."""
 
+    added: tuple[str, ...] = ()
+    """How the names of tensors begin that only some of an architecture's models have, and that fine-tuning adds: these
+    are merged by `epmq merge` where all models have them, and needed by `epmq run`."""
+
     kept: tuple[str, ...] = ()
     """Patterns for the tensors that no step solves and that are right as merged."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.locate import locate
+from epmq_cli.checkpoint.model_class import model_class
 from epmq_cli.checkpoint.reader import Completed, ModelFolder
 from epmq_cli.checkpoint.tokens import check_tokens
 from epmq_cli.checkpoint.wrappers import merged_names, misfit, refuse_wrapped, unwrapped
@@ -17,8 +19,17 @@ from epmq_cli.console import log, plain, say, track
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.linalg import is_finite
-from epmq_cli.merge.leftovers import left_out, skip_ignored, take_common
-from epmq_cli.merge.source import PIECE, Merge, MergeSource, Read
+from epmq_cli.merge.leftovers import (
+    check_added,
+    foreign,
+    left_out,
+    skip_added,
+    skip_foreign,
+    skip_ignored,
+    take_common,
+)
+from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
+from epmq_cli.merge.source import PIECE, SHOWN, Merge, MergeSource, Read
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.suites import Suite
 from epmq_cli.threads import spread
@@ -49,6 +60,8 @@ class Models:
             for member in (base, *experts.values()):
                 member.merged |= {name: name for name in further}
         self.ties = _resolve(family, base, experts, whole)
+        if whole:
+            _check_complete(base)
         names = {task: expert.merged for task, expert in experts.items()}
         misfits = {
             task: misfit(expert.folder, self.base, base.merged, family.tensor_names)
@@ -75,25 +88,58 @@ def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
     wanted = {*base.merged}
     if not wanted <= {*merged_names(expert, family.tensor_names)}:
         ask_classes(family, [base])
-        wanted -= {*base.tieable, *base.tieable.values()}
+        wanted -= {*base.tieable, *base.tieable.values(), *foreign(base)}
+        wanted -= {name for name in wanted if name.startswith(family.added)}
     return unwrapped(expert, base.folder, wanted, family.tensor_names)
 
 
 def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:
-    """How tied tensors come out; what is left out of the experts is a warning. The members' merged tensors become those
-    of the result."""
+    """How tied tensors come out, with the base's tensors that are left out; what is left out of the experts is a
+    warning. The members' merged tensors become those of the result."""
     if not (whole and are_plain(base, experts)):
         ask_classes(family, [base, *experts.values()])
         skip_ignored(base, experts)
+    heads = MergedHeads()
     if whole:
+        skip_added(family, base, experts)
         take_common(family, base, experts)
+        heads = settle_heads(family, base, experts)
+    else:
+        check_added(family, base, experts)
+    strange = skip_foreign(base, experts, whole)
+    if strange:
+        log.warning(plain(_strange(base, strange)))
     ties = resolve_ties(family, base, experts)
     if ties.said:
         say(ties.said)
     if whole or family.heads != "made":
         for sentence in left_out(family, base, experts):
             log.warning(plain(sentence))
-    return ties
+    dropped, changes = ties.dropped | heads.dropped | strange, {**ties.changes, **heads.changes}
+    return replace(ties, dropped=dropped, changes=changes)
+
+
+def _strange(base: Member, stored: Collection[str]) -> str:
+    names = sorted(stored)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    assert base.known is not None
+    return (
+        f"base: {', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'} left out, since "
+        f"{base.known.name} has no such part"
+    )
+
+
+def _check_complete(base: Member) -> None:
+    """ModelError where no model of the suite has a tensor that the base's class has: transformers would fill it up with
+    random numbers."""
+    known = base.known or model_class(base.folder.config, base.folder.infos)
+    lacking = known.lacking(base.folder.infos) if known is not None else []
+    if known is not None and lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ModelError(
+            f"base: {base.folder.path / 'config.json'} describes a {known.name} with {lacking[0]}{more}, which its "
+            "files have not; fetch it again"
+        )
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:

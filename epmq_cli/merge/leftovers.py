@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from epmq_cli.checkpoint.model_class import equal
 from epmq_cli.checkpoint.reader import DTYPES
+from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import SHOWN
 from epmq_cli.merge.tied_weights import Member
@@ -25,6 +26,42 @@ def skip_ignored(base: Member, experts: Mapping[str, Member]) -> None:
             if base.known.ignores(stored):
                 member.stored.pop(name)
                 member.merged.pop(name, None)
+
+
+def skip_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
+    """Takes out of all models what fine-tuning adds to some of them (`Family.added`), where one has none."""
+    members = [base, *experts.values()]
+    for name in {name for member in members for name in member.merged if name.startswith(family.added)}:
+        if any(name not in member.merged for member in members):
+            for member in members:
+                member.merged.pop(name, None)
+
+
+def check_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
+    """ModelError where a model lacks what `epmq run` needs of it and not all models have (`Family.added`)."""
+    for member in (base, *experts.values()):
+        for part in family.added:
+            if not any(name.startswith(part) for name in member.merged):
+                raise ModelError(
+                    f"{member.folder.role}: {member.folder.path} has no {part.rstrip('.')}, which the heads of its "
+                    "family read; give a model that was saved with it, or use epmq merge, which does not need it"
+                )
+
+
+def skip_foreign(base: Member, experts: Mapping[str, Member], whole: bool) -> frozenset[str]:
+    """Takes out of the base what its class has no module for, such as the value head that TRL stores: all of it where
+    the result is a model in memory, and what an expert lacks in a merge of all (`whole`). Returns the stored names."""
+    found = set()
+    for name in foreign(base):
+        if not whole or any(name not in expert.merged for expert in experts.values()):
+            base.merged.pop(name, None)
+            found.add(base.stored[name])
+    return frozenset(found)
+
+
+def foreign(base: Member) -> set[str]:
+    """The merged tensors of the base that transformers does not load, as its class has no such module."""
+    return base.known.foreign(base.stored) & base.merged.keys() if base.known is not None else set()
 
 
 def take_common(family: Family, base: Member, experts: Mapping[str, Member]) -> None:

@@ -189,14 +189,14 @@ class MergeSource:
 
     def _check_same(self, task: str) -> None:
         folder, names = self._experts[task], self._expert_names[task]
-        found = []
+        found, types = list[str](), list[str]()
         for name in self._base_names:
             info = self._base_info(name)
             expert = folder.infos[names[name]] if name in names else None
             if expert is None:
                 found.append(f"{name} is missing from the expert")
             elif info.dtype in DTYPES and expert.dtype not in DTYPES:
-                found.append(f"{name} is of type {expert.dtype} in the expert and {info.dtype} in the base")
+                types.append(f"{name} is of type {expert.dtype} in the expert and {info.dtype} in the base")
             elif expert.shape != info.shape:
                 over = is_over_vocabulary(info, self._base.config, expert, folder.config)
                 if over and self._vocabulary == "pad":
@@ -205,10 +205,14 @@ class MergeSource:
                 hint = " (suite.vocabulary=pad fills the rows that either lacks)" if over else ""
                 found.append(f"{name} is {list(expert.shape)} in the expert and {list(info.shape)} in the base{hint}")
         found += [f"{name} is missing from the base" for name in names if name not in self._base_names]
+        way = "give an expert that was fine-tuned from this base and saved with save_pretrained"
+        if types and not found:
+            way = f"save the expert in one of {', '.join(DTYPES)}"
+        found += types
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             told = f"{self._misfits[task]}; " if task in self._misfits else ""
             raise ModelError(
                 f"expert of task {task} ({folder.path}) does not fit the base ({self._base.path}): "
-                f"{told}{'; '.join(found[:SHOWN])}{more}; give an expert that was fine-tuned from this base"
+                f"{told}{'; '.join(found[:SHOWN])}{more}; {way}"
             )

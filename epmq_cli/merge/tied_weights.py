@@ -53,8 +53,9 @@ class Ties:
     """How the ties of the models come out.
 
     `written`: the names in the result's files of merged tensors that the base stores under another name or not at all.
-    `dropped`: the stored names of the base's copies, which are not written. `untied`: the copies that are tied in the
-    base and tensors of their own in the result. `changes`: what changes in config.json. `said`: a sentence, if untied.
+    `dropped`: the stored names of the base's tensors that are not written, such as copies. `untied`: the copies that
+    are tied in the base and tensors of their own in the result. `changes`: what changes in config.json. `said`: a
+    sentence, if untied.
     """
 
     written: dict[str, str] = field(default_factory=dict)

@@ -22,6 +22,8 @@ from epmq_cli.families import FAMILIES, family_of
 from epmq_cli.families.family import load_model
 from epmq_cli.families.structure import Batch, Linears, Norm, Table
 from epmq_cli.heads import read_heads
+from epmq_cli.merge.leftovers import check_added
+from epmq_cli.merge.tied_weights import Member
 from tests.hubs import config, run_in
 
 CPU = torch.device("cpu")
@@ -240,8 +242,9 @@ def test_old_spellings_of_berts_layer_norms_are_read(bert_hub: Path, tmp_path: P
 def test_a_bert_without_pooler_or_head_is_refused(bert_hub: Path, tmp_path: Path) -> None:
     tensors = load_file(bert_hub / "first" / "model.safetensors")
     without = {name: tensor for name, tensor in tensors.items() if "pooler" not in name and "classifier" not in name}
-    with pytest.raises(ModelError, match="has no pooler, which the classifiers of family bert read"):
-        FAMILIES["bert"].tensor_names(stored(tmp_path / "without", without, "bert"))
+    folder = stored(tmp_path / "without", without, "bert")
+    with pytest.raises(ModelError, match="has no pooler, which the heads of its family read"):
+        check_added(FAMILIES["bert"], Member(folder, {}, FAMILIES["bert"].tensor_names(folder)), {})
     headless = ModelFolder(bert_hub / "base", "expert of task x")
     job = steps.make_job(config(bert_hub))
     with pytest.raises(ModelError, match=r"expert of task x: .* has no classifier.weight, the head of its task"):

@@ -123,3 +123,13 @@ def test_a_base_that_is_an_adapter_or_a_file_and_quantized_experts_are_refused(c
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {}}))
     with pytest.raises(ModelError, match="expert of task first: .* is quantized already"):
         opened(clip_hub, "clip", tmp_path / "expert")
+
+
+def test_an_expert_in_a_type_that_is_not_merged_is_told_which_ones_are(bert_hub: Path, tmp_path: Path) -> None:
+    expert = BertForSequenceClassification.from_pretrained(bert_hub / "first")
+    path = tmp_path / "first.pt"
+    torch.save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in expert.state_dict().items()}, path)
+    with pytest.raises(
+        ModelError, match="float8_e4m3fn in the expert .*; save the expert in one of F64, F32, F16, BF16$"
+    ):
+        opened(bert_hub, "bert", path)

@@ -192,6 +192,22 @@ def test_a_whole_run_walks_and_writes_an_untied_output_layer(tmp_path: Path) -> 
     verify(checkpoint, False, "cpu", None)
 
 
+def test_an_output_layer_that_files_call_otherwise_is_the_classes(tmp_path: Path) -> None:
+    """GPT-NeoX's lm_head is embed_out in files; a state dict of the live model has its name, and verify knows both."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
+    base = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, tie_word_embeddings=False)).eval()
+    expert = drifted(base, 1)
+    folders = [store(base, tmp_path / "base"), store(expert, tmp_path / "x")]
+    live = tmp_path / "live.pt"
+    torch.save(expert.state_dict(), live)
+    for number, path in enumerate((folders[1], live)):
+        made = merged_folder(tmp_path / str(number), suite_of("causal_lm", folders[0], {"x": path}))
+        assert_same(*(t.GPTNeoXForCausalLM.from_pretrained(folder) for folder in (made, folders[1])))
+        write_manifest(made, {})
+        verify(made, False, "cpu", None)
+
+
 def test_files_of_the_body_alone_can_be_untied(tmp_path: Path) -> None:
     """A base without the prefix model., which gets an output layer of its own, in transformers."""
     base = store(llama(True), tmp_path / "base")

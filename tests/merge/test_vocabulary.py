@@ -66,7 +66,7 @@ def test_the_refusal_names_the_option_where_it_would_help(tmp_path: Path) -> Non
         source(tmp_path, "same", **{"base": 3, "large": 5})
     base, wide = model(tmp_path / "a", 3, 0.0), model(tmp_path / "b", 5, 0.0, width=4)
     names = {"embed": "embed"}
-    with pytest.raises(ModelError, match=r"embed is \[5, 4\] in the expert and \[3, 2\] in the base$"):
+    with pytest.raises(ModelError, match=r"embed is \[5, 4\] in the expert and \[3, 2\] in the base; give an expert"):
         MergeSource(base, names, {"x": wide}, {"x": names}, "pad")
 
 

@@ -1,0 +1,72 @@
+"""Oracle: the expert in transformers, whatever base and expert store beside the model or lack of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import Tensor
+
+from epmq_cli.checkpoint.manifest import write_manifest
+from epmq_cli.commands.verify import verify
+from epmq_cli.errors import CheckpointError, ModelError
+from tests.conftest import drifted
+from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
+from tests.test_lone import DECODER, ENCODER
+
+PAIR = ("merge", "run")
+UP = "model.layers.1.mlp.up_proj.weight"
+IDS = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+
+
+def llama(seed: int = 0) -> Any:
+    torch.manual_seed(0)
+    base = t.LlamaForCausalLM(t.LlamaConfig(**DECODER)).eval()
+    return drifted(base, seed) if seed else base
+
+
+def beside(tensors: dict[str, Tensor]) -> None:
+    tensors |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.empty": torch.zeros(0), "step": torch.tensor(7)}
+
+
+@pytest.mark.parametrize("command", PAIR)
+@pytest.mark.parametrize("both", [False, True])
+def test_what_a_base_stores_beside_the_model_is_no_part_of_it(
+    both: bool, command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The value head that TRL stores, in the base alone or in the expert too; the lone expert comes out."""
+    caplog.set_level(logging.WARNING, "epmq")
+    base = store(llama(), tmp_path / "base", change=beside)
+    expert = store(llama(1), tmp_path / "x", change=beside if both else None)
+    made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"x": expert}))
+    assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, expert)))
+    dropped = "base: step, v_head.empty, v_head.summary.weight are left out, since LlamaForCausalLM has no such part"
+    assert (dropped in caplog.text) == (command == "run" or not both)
+
+
+def test_a_tensor_that_no_model_of_the_suite_has_is_missed(tmp_path: Path) -> None:
+    """transformers would fill it up with random numbers; verify finds it in a folder that was made before."""
+    folders = [store(llama(seed), tmp_path / str(seed), without=[UP]) for seed in (0, 1)]
+    with pytest.raises(ModelError, match=rf"describes a LlamaForCausalLM with {UP}, which its files have not"):
+        merged_folder(tmp_path / "made", suite_of("causal_lm", folders[0], {"x": folders[1]}))
+    write_manifest(folders[0], {})
+    with pytest.raises(CheckpointError, match=f"{UP} is missing"):
+        verify(folders[0], False, "cpu", None)
+
+
+@pytest.mark.parametrize("owner", ["none", "base", "expert"])
+def test_berts_without_a_pooler_are_merged(owner: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """BertForMaskedLM has none; the lone expert comes out, and what it alone has is named."""
+    caplog.set_level(logging.WARNING, "epmq")
+    torch.manual_seed(0)
+    kinds = {"none": t.BertForMaskedLM, "base": t.BertForMaskedLM, "expert": t.BertForPreTraining}
+    base = (t.BertForPreTraining if owner == "base" else t.BertForMaskedLM)(t.BertConfig(**ENCODER)).eval()
+    expert = drifted(kinds[owner](t.BertConfig(**ENCODER)).eval(), 2)
+    folders = [store(base, tmp_path / "base"), store(expert, tmp_path / "x")]
+    made = merged_folder(tmp_path / "made", suite_of("bert", folders[0], {"x": folders[1]}))
+    assert_same(*(t.BertForMaskedLM.from_pretrained(folder) for folder in (made, folders[1])), IDS)
+    assert ("bert.pooler.dense.bias, bert.pooler.dense.weight" in caplog.text) == (owner == "expert")
