@@ -123,6 +123,15 @@ def test_what_does_not_exist_is_answered_with_what_does(arguments: str, epmq_ins
     assert result.stdout == ""
 
 
+def test_a_config_of_ones_own_is_asked_its_folder(epmq_inside: Run) -> None:
+    """By hand: the way out is said where it was not taken."""
+    assert epmq_inside("run", "suite=mine").stderr.endswith(
+        "(see epmq list suite); to use one of your own, add --config-dir FOLDER\n"
+    )
+    given = epmq_inside("run", "suite=mine", "--config-dir", ".")
+    assert given.stderr.endswith("(see epmq list suite)\n")
+
+
 @pytest.mark.parametrize(
     "given", ["none good", "none checkpoint=good", "a=b good", "none +checkpoint=good eval=default"]
 )

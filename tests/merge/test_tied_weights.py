@@ -108,6 +108,20 @@ def test_experts_whose_outputs_are_scaled_otherwise_are_refused(tmp_path: Path) 
         Models(suite_of("t5", base, {"x": other}), FAMILIES["t5"])
 
 
+def test_an_output_layer_that_transformers_renames_on_load_is_merged(tmp_path: Path) -> None:
+    """Oracle: the expert itself. Files of GPT-NeoX have embed_out, which the class calls lm_head."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    base, expert = (store(GPTNeoXForCausalLM(config), tmp_path / name) for name in ("base", "expert"))
+    stored = load_file(expert / "model.safetensors")
+    assert "embed_out.weight" in stored
+    models = Models(suite_of("causal_lm", base, {"x": expert}), FAMILIES["causal_lm"], whole=True)
+    assert torch.equal(models.source.expert("x", "embed_out.weight"), stored["embed_out.weight"])
+
+
 def test_a_layer_that_is_neither_tied_nor_stored_is_refused(tmp_path: Path) -> None:
     base, broken = store(llama(True), tmp_path / "base"), store(llama(True, 1), tmp_path / "broken")
     set_tie(broken, False)
