@@ -168,7 +168,6 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "a length in words": (
         "clip", content(f"base/{TOKENS}", model_max_length="x"), M, "has a model_max_length of 'x', which must be a",
     ),
-    "no padding": ("bert", content(f"base/{TOKENS}", pad_token=None), M, "fails on a text (Asking to pad but the"),
     "no end of texts": (
         "clip", part_settings("base", "text_config", eos_token_id=None), M, "a text_config.eos_token_id of null, at",
     ),
