@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from tests import edited
-from tests.conftest import WORDS
+from tests.conftest import TASKS, WORDS
 
 Change = Callable[[Path], Any]
 TOKENS, PIXELS, GENERATION = "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"
@@ -125,6 +125,7 @@ def with_one(value: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def both_settings(**values: Any) -> Change:
-    """Changes the config of a base and how it answers."""
-    changes = [content(f"base/{name}", **values) for name in ("config.json", GENERATION)]
+    """Changes the config of a base and its experts, and how they answer."""
+    names = ("config.json", GENERATION)
+    changes = [content(f"{model}/{name}", **values) for model in ("base", *TASKS) for name in names]
     return lambda hub: [change(hub) for change in changes]

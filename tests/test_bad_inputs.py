@@ -246,9 +246,6 @@ FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
     "a class without samples": ("clip", (), arrays(test_labels=lambda a: np.minimum(a, 1))),
     "labels beyond in what is not scored": ("clip", (), arrays(train_labels=with_one(99))),
     "pictures of a pixel": ("clip", (), arrays(train_images=lambda a: a[:, :1, :1])),
-    "one class, Matthews' correlation": (
-        "bert", ("+suite.tasks.first.metric=matthews",), rows("test", "label\ttext\n0\tred\n0\tblue\n"),
-    ),
     "texts of one token": ("bert", ("suite.tasks.first.max_length=1",), lambda hub: None),
     "texts of nothing but their ends": ("bert", ("suite.tasks.first.max_length=2",), lambda hub: None),
     "prompts of one token": ("t5", ("suite.tasks.first.max_length=1",), lambda hub: None),

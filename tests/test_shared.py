@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
     """The files of a checkpoint."""
-    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
 
 
 def metrics(checkpoint: Path) -> Any:

@@ -79,6 +79,7 @@ def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -
     first = stream.leave()
     if not is_finite(first):
         return batch  # which the walk refuses by name
+    given, options = stream.calls[0]
     kinds = [_kind(block, call) for block, call in zip(stack.blocks, stream.calls, strict=True)]
     last = max(map(kinds.index, kinds))
     for index, block in enumerate(stack.blocks[: last + 1]):
@@ -87,6 +88,9 @@ def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -
         stream.finish(block.module)
     stream.calls = []
     _Check(stack.readout, stream, stack).run()
+    if not values:  # of a single block `enter` does not need them
+        output = stack.blocks[0].module(first, *given, **options)
+        values = [len(output) if isinstance(output, tuple) else 0]
     return _check_around(model, family, stack, batch, first, values[0])
 
 

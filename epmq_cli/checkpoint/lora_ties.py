@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epmq_cli.checkpoint.lora_config import AdapterConfig
 from epmq_cli.checkpoint.lora_files import AdapterFile
+from epmq_cli.checkpoint.model_class import model_class
 from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 
@@ -83,33 +84,13 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def tied_names(base: ModelFolder) -> dict[str, str]:
-    """Copy -> source of the tensors that are tied in the class that the base's config names, where its files have the
-    source; empty where transformers cannot say."""
-    import transformers
-
-    names = base.config.get("architectures")
-    kind = getattr(transformers, names[0], None) if isinstance(names, list) and names else None
-    classes = [kind, transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM]
-    for made in classes:
-        found = _tied(made, base)
-        if found:
-            return found
-    return {}
-
-
-def _tied(made: object, base: ModelFolder) -> dict[str, str]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.for_model(**{k: v for k, v in base.config.items() if k != "quantization_config"})
-        build = getattr(made, "from_config", None) or getattr(made, "_from_config")  # noqa: B009 - of classes alone
-        with torch.device("meta"):
-            model = build(config)
-    except Exception:  # a config may hold anything, and a class may not be one for it
+    """Copy -> source of the tensors that the base's class and config tie and whose source its files have, both as the
+    files have or would have them."""
+    known = model_class(base.config, base.infos)
+    if known is None:
         return {}
-    prefix = f"{model.base_model_prefix}."
-    pairs = {}
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    prefix, pairs = f"{known.prefix}.", {}
+    for name, source in known.tied.items():
         stored = next((own for own in (source, source.removeprefix(prefix)) if own in base.infos), None)
         if stored is not None:
             pairs[name if stored == source else name.removeprefix(prefix)] = stored

@@ -20,8 +20,10 @@ from epmq_cli.errors import CheckpointError, ModelError, first_line
 
 TOKENIZER = (
     "tokenizer*",
-    "vocab*",
-    "merges*",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "merges*.txt",
     "*.model",
     "*.spm",
     "*.tiktoken",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,13 +148,14 @@ def test_files_beside_the_manifest_are_named_but_for_hidden_ones(checkpoint: Pat
 
 
 def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path) -> None:
-    """There every file is a link into ../../blobs."""
+    """There every file, those of sub-folders too, is a link into the blobs beside the snapshots."""
     snapshot, blobs = tmp_path / "models--me--it/snapshots/abc", tmp_path / "models--me--it/blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, path in enumerate(checkpoint.iterdir()):
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(path for path in sorted(checkpoint.rglob("*")) if path.is_file()):
+        link = snapshot / path.relative_to(checkpoint)
+        link.parent.mkdir(parents=True, exist_ok=True)
         path.rename(blobs / str(number))
-        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+        link.symlink_to(Path(os.path.relpath(blobs, link.parent)) / str(number))
     check(snapshot)
 
 

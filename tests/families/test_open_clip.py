@@ -21,7 +21,7 @@ from tests.hubs import config, run_in
 MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    "text_cfg": {"context_length": 32, "width": 32, "heads": 2, "layers": 1},
 }
 
 
