@@ -154,15 +154,15 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     source = base(tmp_path / "base")
     tokenizer(source, end=False)
     (tmp_path / "secret").write_text("x")
-    for name in ("vocab.secret", "additional_chat_templates"):
-        if name == "vocab.secret":
+    for name in ("tokenizer.secret", "additional_chat_templates"):
+        if name == "tokenizer.secret":
             (source / name).symlink_to(tmp_path / "secret")
         else:
             (source / name).mkdir()
             (source / name / "x.jinja").symlink_to(tmp_path / "secret")
         with pytest.raises(ModelError, match="is a link"):
             _ = ProcessorFiles(source).files
-        if name == "vocab.secret":
+        if name == "tokenizer.secret":
             (source / name).unlink()
 
 
