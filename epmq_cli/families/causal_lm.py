@@ -25,7 +25,7 @@ from epmq_cli.families.decoder import KEPT, block_steps
 from epmq_cli.families.family import Collate, LanguageModel
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
-from epmq_cli.families.processors import tokens
+from epmq_cli.families.processors import check_kept, tokens
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.rendering import chat_ids
 from epmq_cli.families.structure import Batch, Section, Table
@@ -158,6 +158,7 @@ class CausalLM(LanguageModel):
             return torch.cat(chat_ids(folder, chats, processor))
         encode = tokens(folder, processor=processor)
         ids: Tensor = encode(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
+        check_kept(processor.folder if processor else folder, documents, len(ids))
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

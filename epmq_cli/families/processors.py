@@ -3,7 +3,7 @@ sentence that names the file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from epmq_cli.errors import ModelError, first_line, lacks_memory
 from epmq_cli.families.family import Collate
 from epmq_cli.families.structure import Batch
 from epmq_cli.linalg import is_finite
+
+LETTERS = 30
+"""Of a text for each of its tokens, and for as many more: no tokenizer keeps a text in fewer."""
 
 
 def own(kind: Any, folder: Path, processor: Processor | None) -> Any:
@@ -78,6 +81,17 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
         return found
 
     return encoded
+
+
+def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
+    """ModelError where a tokenizer makes so few tokens of texts that it must have dropped most of them, as one does
+    that transformers reads with another class than it was made for."""
+    letters = sum(len("".join(text.split())) for text in texts)
+    if letters > LETTERS * (count + LETTERS):
+        raise ModelError(
+            f"the tokenizer in {folder} reads {letters} characters of text as {count} {'token' if count == 1 else 'tokens'}, so most of the text is "
+            "lost; check that tokenizer_class in its tokenizer_config.json is the class that its files are made for"
+        )
 
 
 def _filler(tokenizer: Any) -> str:

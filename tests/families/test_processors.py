@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from transformers import BertTokenizer, CamembertTokenizer, DebertaV2Tokenizer, T5Tokenizer, XLMRobertaTokenizer
 from transformers import CLIPTokenizer as Clip
 from transformers import RobertaTokenizer as Roberta
 
 from epmq_cli.checkpoint.processor_files import TOKENIZER, matches
+from epmq_cli.errors import ModelError
+from epmq_cli.families.processors import check_kept
 
 
 def test_a_checkpoint_takes_the_vocabulary_of_every_tokenizer_along() -> None:
     kinds = (BertTokenizer, CamembertTokenizer, Clip, DebertaV2Tokenizer, Roberta, T5Tokenizer, XLMRobertaTokenizer)
     for kind in kinds:
         assert all(matches(name, TOKENIZER) for name in kind.vocab_files_names.values()), kind
+
+
+def test_a_tokenizer_that_loses_the_text_is_refused_by_name(tmp_path: Path) -> None:
+    """Oracle: a text of 3000 letters has more than a few tokens, whatever the tokenizer; one of spaces need not."""
+    check_kept(tmp_path, ["word " * 600], 600)
+    check_kept(tmp_path, [" " * 3000, "a"], 1)
+    with pytest.raises(ModelError, match="reads 2400 characters of text as 1 token, so most of the text is lost"):
+        check_kept(tmp_path, ["word " * 600], 1)
