@@ -89,8 +89,8 @@ def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
     letters = sum(len("".join(text.split())) for text in texts)
     if letters > LETTERS * (count + LETTERS):
         raise ModelError(
-            f"the tokenizer in {folder} reads {letters} characters of text as {count} {'token' if count == 1 else 'tokens'}, so most of the text is "
-            "lost; check that tokenizer_class in its tokenizer_config.json is the class that its files are made for"
+            f"the tokenizer in {folder} reads {letters} characters of text as {count} "
+            f"{'token' if count == 1 else 'tokens'}, so most of the text is lost; check that tokenizer_class in its tokenizer_config.json is the class that its files are made for"
         )
 
 
