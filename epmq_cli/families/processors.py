@@ -90,7 +90,8 @@ def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
     if letters > LETTERS * (count + LETTERS):
         raise ModelError(
             f"the tokenizer in {folder} reads {letters} characters of text as {count} "
-            f"{'token' if count == 1 else 'tokens'}, so most of the text is lost; check that tokenizer_class in its tokenizer_config.json is the class that its files are made for"
+            f"{'token' if count == 1 else 'tokens'}, so most of the text is lost; check that tokenizer_class in its "
+            "tokenizer_config.json is the class that its files are made for"
         )
 
 
