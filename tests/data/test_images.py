@@ -70,6 +70,7 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(folders: Path, ca
         Image.new("RGB", (4, 4)).save(folders / name / "0.png")
     for name in LEFT:
         Image.new("RGB", (4, 4)).save(folders / name, "PNG")
+    caplog.clear()  # of what the first load said, where the level is INFO already
     with caplog.at_level(logging.INFO, "epmq"):
         assert load(folders) == load(folders, ["cat", "dog"]) == wanted
     said = f"{folders}: epmq does not read hidden files and folders (10): $RECYCLE.BIN, .DS_Store, "
