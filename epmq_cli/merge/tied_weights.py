@@ -148,19 +148,11 @@ def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: s
 def _check_there(member: Member, copy: str, source: str) -> None:
     """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor."""
     loose = copy in member.tieable and copy not in member.tied
-    if loose and copy not in member.stored and source in member.stored and not _renamed(member, source):
+    if loose and copy not in member.stored and source in member.stored:
         raise ModelError(
             f"{member.folder.role}: {member.folder.path} has no {copy}, which its config does not tie to {source}; "
             f"save the model again with {copy}, or set {TIE} to true in config.json if the two are tied"
         )
-
-
-def _renamed(member: Member, source: str) -> bool:
-    """Whether a model stores a tensor of a source's shape under a name that its class does not have: transformers gives
-    such a tensor its new name when it loads, as it makes embed_out of GPT-NeoX lm_head."""
-    infos, known = member.folder.infos, member.known.tensors if member.known is not None else frozenset()
-    shape = infos[member.stored[source]].shape
-    return any(name not in known and info.shape == shape for name, info in infos.items())
 
 
 def _changes(
