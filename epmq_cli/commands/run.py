@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from epmq_cli.cache import Cache
     from epmq_cli.evaluate.score import ScoredTask
     from epmq_cli.families.structure import Batch
     from epmq_cli.memory import Room
@@ -125,15 +124,18 @@ class _Inputs:
     drawn: dict[str, list[Batch]]
 
 
-def _read(job: Job, folder: Path, cache: Cache | None) -> _Inputs:
-    """Opens models and data; all that can be refused is refused here, before anything is computed."""
+def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
+    """Opens models and data, and the cache as `cache` of the config says; all that can be refused is refused here,
+    before anything is computed."""
     from epmq_cli import pipeline as steps
+    from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.shared import Shared
     from epmq_cli.task_processors import calibration_samples, task_processors
 
+    opened_cache = open_cache(cache)
     models, model, dtype = steps.open_models(job, folder)
-    shared = Shared(cache, job, models, dtype)
+    shared = Shared(opened_cache, job, models, dtype)
     processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
@@ -151,7 +153,6 @@ def _made(
     from epmq_cli import calibration as guide
     from epmq_cli import pipeline as steps
     from epmq_cli import run_record
-    from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.reference import install
     from epmq_cli.checkpoint.pack import Contents, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
@@ -161,9 +162,9 @@ def _made(
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
-    cache, room, checkpoint = open_cache(cfg.cache), guide.room_of(job), folder / CHECKPOINT
+    room, checkpoint = guide.room_of(job), folder / CHECKPOINT
     with stages.stage("read"):
-        read = _read(job, folder, cache)
+        read = _read(job, folder, cfg.cache)
         models, model, shared, tasks = read.models, read.model, read.shared, read.tasks
         state = opened(folder, identity(resolved, models, read.drawn, job.device), job.resume)
         refuse_results(folder, state)
