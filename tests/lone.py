@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.reference import install
 from epmq_cli.checkpoint.dense import write_dense
 from epmq_cli.checkpoint.pack import Contents, write_checkpoint
+from epmq_cli.checkpoint.processor_files import ProcessorFiles
 from epmq_cli.config import Pack
 from epmq_cli.data.table import Table
 from epmq_cli.families import FAMILIES
@@ -57,7 +58,8 @@ def suite_of(family: str, base: Path, experts: Mapping[str, Path], **fields: Any
 def merged_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = None) -> Path:
     """What `epmq merge` writes of a suite."""
     models = Models(suite, FAMILIES[suite.family], whole=True)
-    write_dense(folder, models, Merged(models.source, method or Average(), torch.float32), pack)
+    merged = Merged(models.source, method or Average(), torch.float32)
+    write_dense(folder, models, merged, pack, ProcessorFiles(models.base.path))
     return folder
 
 

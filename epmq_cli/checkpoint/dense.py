@@ -27,10 +27,11 @@ def write_dense(
     models: Models,
     merged: Merged,
     pack: Pack,
+    files: ProcessorFiles,
     save_others: Callable[[Path], None] = lambda folder: None,
 ) -> int:
     """Writes the base's tensors under the base's names, those that are merged merged, in the base's types or in
-    `pack.dtype`; with its config and processor files. `save_others`: writes further files and folders into the
+    `pack.dtype`; with its config and `files`, the base's. `save_others`: writes further files and folders into the
     checkpoint's. Returns the bytes of the tensors.
 
     A copy that is tied to another tensor is not written, and one that is tied in the base but not in the result is;
@@ -50,7 +51,7 @@ def write_dense(
         known |= write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
         config = _config(models, written_dtype(merged.source, pack.dtype))
         (partly / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        ProcessorFiles(base.path).copy(partly)
+        files.copy(partly)
         save_others(partly)
     return sum(entry.size for entry in entries)
 

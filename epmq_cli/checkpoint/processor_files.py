@@ -128,8 +128,14 @@ def _tokenizer(folder: Path) -> Any | None:
         code = "trust_remote_code" in str(reason)
         why = "it needs code of its own, which epmq never runs" if code else first_line(reason)
         raise ModelError(f"the tokenizer in {folder} does not load in transformers ({why}); {_REMEDY}") from error
-    special = set(found.all_special_tokens)
-    return found if any(word not in special and word.strip("\u2581 ") for word in found.get_vocab()) else None
+    return found if has_words(found) else None
+
+
+def has_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows words: without a vocabulary transformers makes an empty one, to which every word is
+    unknown."""
+    special = set(tokenizer.all_special_tokens)
+    return any(word not in special and word.strip("\u2581 ") for word in tokenizer.get_vocab())
 
 
 def _pictures(folder: Path) -> Any | None:

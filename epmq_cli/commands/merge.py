@@ -54,13 +54,13 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("read"):
         family = suite_family(suite)
         models = Models(suite, family, whole=True)
-        ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
+        files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         merged = Merged(models.source, method, torch.float32)
         others = partial(save_processors, models.base.path, processors, family.reads)
-        size = write_dense(checkpoint, models, merged, pack, others)
+        size = write_dense(checkpoint, models, merged, pack, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from epmq_cli.checkpoint.pretrained import config_of, from_folder
+from epmq_cli.checkpoint.processor_files import has_words
 from epmq_cli.checkpoint.processor_folder import PIXELS, WHOLE, Processor
 from epmq_cli.errors import ModelError, first_line, lacks_memory
 from epmq_cli.families.family import Collate
@@ -29,13 +30,11 @@ def own(kind: Any, folder: Path, processor: Processor | None) -> Any:
 
 
 def own_tokenizer(folder: Path, processor: Processor | None = None) -> Any:
-    """A folder's tokenizer; ModelError where it knows no words: without a vocabulary transformers makes an empty one,
-    to which every word is unknown."""
+    """A folder's tokenizer; ModelError where it knows no words."""
     from transformers import AutoTokenizer
 
     tokenizer = own(AutoTokenizer, folder, processor)
-    special = set(tokenizer.all_special_tokens)
-    if not any(token not in special and token.strip("\u2581 ") for token in tokenizer.get_vocab()):
+    if not has_words(tokenizer):
         raise ModelError(
             f"{processor.folder if processor else folder} has no vocabulary, such as a tokenizer.json or a vocab.txt, "
             f"that {type(tokenizer).__name__} could read; put the tokenizer's files there"
