@@ -35,8 +35,8 @@ def write_dense(
     checkpoint's. Returns the bytes of the tensors.
 
     A copy that is tied to another tensor is not written, and one that is tied in the base but not in the result is;
-    config.json says which, and the type of most elements. CheckpointError where the disk does not take it; then there
-    is no folder.
+    config.json says which, and the type of most elements. CheckpointError where the disk does not take it; then
+    nothing is left.
     """
     base = models.base
     entries = _entries(base, merged, models.ties, pack)

@@ -1,4 +1,4 @@
-"""Folders that are no model in safetensors: what they hold instead, and how to make a model folder of it."""
+"""Folders without a model in safetensors: what they hold instead, and how to make a model folder of it."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _other_names(folder: Path) -> list[str]:
-    """Files of no known purpose, one of which a tokenizer may be made of."""
+    """Files of unknown purpose; a tokenizer may read one of them."""
     known = (*OTHERS, "config.json", "*.safetensors", "*.index.json", "*.md", "LICENSE*", "NOTICE*", "*_state.json")
     return [name for name in own_files(folder) if not any(fnmatch(name, pattern) for pattern in known)]
 

@@ -30,7 +30,7 @@ CAUSES = {
 class Check:
     """An expert's score beside the one that chance gives on the same samples.
 
-    `at_chance`: whether it is no better than that, but for luck; of perplexities, whether it is as bad as a uniform
+    `at_chance`: whether it is at most that, up to luck; of perplexities, whether it is as bad as a uniform
     guess among all tokens, or more than `WORSE` times that of the base.
     """
 
