@@ -179,7 +179,8 @@ def _made(
     with stages.stage("teach"):
         taught = guide.teach(job, model, models.source, read.drawn, state, shared.taught, room)
     with stages.stage("merge"):
-        install(model, merged := shared.merged())
+        data = steps.merge_data(job, model, models.source, taught.batches, tasks, room)
+        install(model, merged := shared.merged(data))
     with stages.stage("score merged"):
         known = (models.base.path, shared.recall("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))

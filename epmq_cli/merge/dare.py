@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import check_choice, check_range
+from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
 from epmq_cli.merge.ties import elected, majority_sign, sign_sum
-from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weight_of
+from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weighted
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
@@ -62,10 +62,11 @@ class DareLinear:
 
     def vectors(self, piece: Piece) -> list[Tensor]:
         """What is left of each task vector, times its weight."""
-        return [
-            weight_of(self.weights, task) * dropped(vector, self.density, piece.generator(self.seed, task))
+        vectors = {
+            task: dropped(vector, self.density, piece.generator(self.seed, task))
             for task, vector in piece.task_vectors().items()
-        ]
+        }
+        return weighted(vectors, self.weights)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ A method is one module with a frozen dataclass, one YAML file in conf/merge and 
 and, where `needs` says so, measure the experts on calibration data. The rule that it returns then makes the merged
 tensors one by one:
 
-- an `ElementwiseRule` where each element depends on the elements at its place alone. The engine cuts tensors into pieces
-  that fit into the processor's cache, and merges the pieces in threads.
+- an `ElementwiseRule` where each element depends on the elements at its place alone. The engine cuts tensors into
+  pieces that fit into the processor's cache, and merges the pieces in threads.
 - a `TensorRule` where an element depends on the rest of its tensor, as in singular value decompositions. The rule gets
   whole tensors in their shape.
 """
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from epmq_cli.families.structure import Batch
+from epmq_cli.data.batching import Batch
+from epmq_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from epmq_cli.merge.source import MergeSource
@@ -68,17 +69,22 @@ class TensorRule:
     merge: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
 
 
-Rule = ElementwiseRule | TensorRule
+MergeRule = ElementwiseRule | TensorRule
+
+PieceReader = Callable[[], Piece]
+"""Reads one piece, in whichever thread calls it."""
 
 
 class MergeData(Protocol):
     """Calibration data: each expert with the samples of its own task."""
 
-    memory: int
-    """Bytes that a method may hold of what it measures."""
+    @property
+    def memory(self) -> int:
+        """Bytes that a method may hold of what it measures."""
 
-    batches: Mapping[str, Sequence[Batch]]
-    """Calibration batches by task. With several processes, each has its own part of them."""
+    @property
+    def batches(self) -> Mapping[str, Sequence[Batch]]:
+        """Calibration batches by task. With several processes, each has its own part of them."""
 
     def expert(self, task: str) -> nn.Module:
         """The model with the weights of a task's expert, until the next call."""
@@ -111,5 +117,32 @@ class MergeMethod(Protocol):
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError where the options do not suit a suite with these tasks; called before any model is opened."""
 
-    def fit(self, source: MergeSource, data: MergeData | None) -> Rule:
+    def fit(self, source: MergeSource, data: MergeData | None) -> MergeRule:
         """The rule that makes the merged tensors. `data` is None where `needs` is empty."""
+
+
+def check_method(method: MergeMethod, tasks: Sequence[str]) -> None:
+    """ConfigError where a method is none, or does not suit a suite with these tasks; before any model is opened."""
+    lacking = [name for name in ("needs", "check", "fit") if not hasattr(method, name)]
+    if lacking:
+        kind = type(method)
+        raise ConfigError(
+            f"merge._target_ names {kind.__module__}.{kind.__qualname__}, which has no {', '.join(lacking)}; a merge "
+            "method has what epmq_cli.merge.method.MergeMethod describes"
+        )
+    method.check(tasks)
+
+
+def refuse_needs(method: MergeMethod) -> None:
+    """ConfigError where a method needs data, which `epmq merge` does not read."""
+    if method.needs:
+        name = method_name(method)
+        raise ConfigError(
+            f"merge={name} needs calibration data, which epmq merge does not read; use epmq run merge={name} "
+            "guidance=merged quant=none, which writes the merge unquantized"
+        )
+
+
+def method_name(method: MergeMethod) -> str:
+    """The name of a method's module, which is that of its option."""
+    return type(method).__module__.rpartition(".")[2]

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import ConfigError, check_choice, check_range
+from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.errors import ConfigError
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.source import MergeSource
 
@@ -32,8 +33,9 @@ def nearest_orthonormal(columns: Tensor) -> Tensor:
     """The polar factor P Q' of P D Q' (rows, columns): the closest matrix with orthonormal columns, or, where columns
     depend on each other, with those of its span."""
     P, D, Q = torch.linalg.svd(columns, full_matrices=False)
-    kept = D > _smallest(D, columns)
-    return P[:, kept] @ Q[kept]
+    kept = _smallest(D, columns) < D
+    factor: Tensor = P[:, kept] @ Q[kept]
+    return factor
 
 
 def _leading(vector: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +46,9 @@ def _leading(vector: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _smallest(values: Tensor, matrix: Tensor) -> float:
-    """The singular value up to which singular vectors are rounding errors, as for the numerical rank of a matrix."""
-    return max(matrix.shape) * torch.finfo(values.dtype).eps * float(values.max())
+    """The singular value up to which singular vectors are rounding errors, as for the numerical rank of a matrix.
+    `values` are in descending order; there may be none."""
+    return max(matrix.shape) * torch.finfo(values.dtype).eps * float(values[:1].sum())
 
 
 def mean_task_vector(base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
@@ -105,6 +108,4 @@ class TsvM:
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Reads nothing."""
         averaged = [name for name in source.names if self.tables == "mean" and source.is_over_vocabulary(name)]
-        return TensorRule(
-            partial(tsv_m, scale=self.scale, fraction=self.fraction, averaged=frozenset(averaged))
-        )
+        return TensorRule(partial(tsv_m, scale=self.scale, fraction=self.fraction, averaged=frozenset(averaged)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from epmq_cli.errors import ConfigError, check_keys, check_range
+from torch import Tensor
+
+from epmq_cli.config.validate import check_keys, check_range
+from epmq_cli.errors import ConfigError
 
 Weights = Mapping[str, float] | None
 """Factors by task such as {digits: 2}; None for 1 each."""
@@ -23,6 +26,13 @@ def check_weighted_tasks(weights: Weights, tasks: Sequence[str]) -> None:
     check_keys("merge.weights", weights or {}, tasks)
     if all(weight_of(weights, task) == 0 for task in tasks):
         raise ConfigError("merge.weights must leave at least one task above 0, got 0 for every task")
+
+
+def weighted(vectors: Mapping[str, Tensor], weights: Weights) -> list[Tensor]:
+    """Tensors of experts, by task, each times its weight; the tensors themselves where there are no weights."""
+    if weights is None:
+        return list(vectors.values())
+    return [weight_of(weights, task) * vector for task, vector in vectors.items()]
 
 
 def weight_of(weights: Weights, task: str) -> float:
