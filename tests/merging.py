@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import MergeMethod
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder
@@ -92,4 +92,4 @@ def merged(
 ) -> dict[str, Tensor]:
     """The merged tensors."""
     given = (data or GivenData()) if merge.needs else None
-    return dict(Merged(source(path, base, experts), merge, torch.float32, given))
+    return dict(LazyMerge(source(path, base, experts), merge, torch.float32, given))

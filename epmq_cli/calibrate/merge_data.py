@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epmq_cli.calibrate.activations.batch_invariant import steady
+from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.moments import Products, real_tokens
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.data.batching import Batch, split
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family, Head
 from epmq_cli.families.structure import Linears, Mask
 from epmq_cli.merge.source import MergeSource
@@ -39,12 +39,12 @@ class ExpertMeasurements:
     source: MergeSource
     batches: Batches
     heads: Mapping[str, Head]
-    micro: Room
+    micro: MicroBatcher
     memory: int
 
     def expert(self, task: str) -> nn.Module:
         """The model with the weights of a task's expert, until the next call."""
-        install(self.model, self.source.model(task))
+        copy_into(self.model, self.source.model(task))
         return self.model
 
     def logits(self, task: str, batch: Batch) -> Tensor:
@@ -59,8 +59,8 @@ class ExpertMeasurements:
         """E[x x'] of the inputs x of some linears in a task's expert, in float64, by name."""
         model = self.expert(task)
         masks = {name: mask for names, mask in self._inputs() for name in names if name in linears}
-        with torch.inference_mode(), steady(model):
-            moments: dict[str, Tensor] = self.micro.attempt(partial(self._moments, self.batches[task], masks))
+        with torch.inference_mode(), batch_invariant(model):
+            moments: dict[str, Tensor] = self.micro.run(partial(self._moments, self.batches[task], masks))
         return moments
 
     def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
@@ -92,11 +92,11 @@ class ExpertMeasurements:
         with trained(own.values()), sdpa_kernel(SDPBackend.MATH):  # other kernels have no batched backward pass
             for sample in (part for batch in self.batches[task] for part in split(batch, 1)):
                 logits = partial(self._sample_logits, head, sample)
-                for name, square in micro.attempt(partial(expected_squares, logits, own, classes)).items():
+                for name, square in micro.run(partial(expected_squares, logits, own, classes)).items():
                     sums[name] += square
                 count += 1
-        samples = float(distributed.added(torch.tensor(count, dtype=torch.float64)))
-        return {name: (distributed.added(total) / samples).float() for name, total in sums.items()}
+        samples = float(distributed.all_reduce(torch.tensor(count, dtype=torch.float64)))
+        return {name: (distributed.all_reduce(total) / samples).float() for name, total in sums.items()}
 
     def _sample_logits(self, head: Head, sample: Batch) -> Tensor:
         """(classes,) of one sample."""
@@ -140,10 +140,10 @@ def expected_squares(
     return sums
 
 
-def gradient_batcher() -> Room:
+def gradient_batcher() -> MicroBatcher:
     """How many classes share a backward pass."""
     remedy = "use a device with more memory, or device=cpu"
-    return Room(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.count() == 1)
+    return MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
 
 
 @contextmanager
@@ -184,5 +184,5 @@ def first_inputs(model: nn.Module, names: Collection[str], add: Callable[[str, T
 def _mean(products: Products, tokens: int) -> Tensor:
     """E[x x'] (in, in) over the tokens of all processes."""
     rows = products.square_rows()
-    total = distributed.assembled(rows, rows.shape[1])
-    return total / float(distributed.added(torch.tensor(tokens, dtype=torch.float64)))
+    total = distributed.all_gather_rows(rows, rows.shape[1])
+    return total / float(distributed.all_reduce(torch.tensor(tokens, dtype=torch.float64)))

@@ -38,7 +38,7 @@ from epmq_cli.runtime.threads import spread
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
 
-class Models:
+class SuiteModels:
     """The opened models of a suite, and their tensors side by side (`source`).
 
     `whole`: whether all is merged that base and experts have, as in `epmq merge`, and not only what the family names.
@@ -191,7 +191,7 @@ def _width(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def fit_source(model: nn.Module, models: Models) -> nn.Module:
+def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
     """The base model as the result is built: copies that are tensors of their own there have their own memory, and
     there is room for the largest vocabulary of the suite, with the base's rows of `source` in it."""
     listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
@@ -226,7 +226,7 @@ def _untie(model: nn.Module, names: list[str]) -> None:
             ties.pop(name, None)
 
 
-class Merged:
+class LazyMerge:
     """The merged model. Each tensor is made when it is asked for: in float32, rounded to `dtype`, in float32 again.
 
     `data`: calibration data for methods that need it.

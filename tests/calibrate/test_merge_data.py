@@ -29,8 +29,8 @@ def measurements(hub: Path, *overrides: str) -> ExpertMeasurements:
     job = make_job(config(hub, "merge=regmean", *FEW, *overrides))
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
-    batches = guide.teach(job, model, models.source, steps.calibration_batches(job, models.base.path)).batches
-    found = steps.merge_data(job, model, models.source, batches, tasks, guide.room_of(job))
+    batches = guide.run_teachers(job, model, models.source, steps.calibration_batches(job, models.base.path)).batches
+    found = steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
     assert found is not None
     return found
 

@@ -67,8 +67,8 @@ class Keyed:
         if moved_head:
             tasks[0] = replace(tasks[0], head={name: tensor + 1 for name, tensor in tasks[0].head.items()})
         batches = steps.calibration_batches(job, models.base.path)
-        data = steps.merge_data(job, model, models.source, batches, tasks, guide.room_of(job))
-        cached = cached_steps.Shared(Cache(self.folder, 10**7), job, models, dtype)
+        data = steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
+        cached = cached_steps.CachedSteps(Cache(self.folder, 10**7), job, models, dtype)
         cached._measured = {} if data is None else cached_steps._measured_on(data, job.merge.needs)
         return cached._merge
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import ElementwiseRule, MergeMethod, Piece, check_method, refuse_needs
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitudes
@@ -50,12 +50,12 @@ def test_threads_and_the_tensors_beside_it_change_nothing(
     opened, found = source(tmp_path / "all", base, experts), {}
     for count in (1, 8):
         monkeypatch.setattr(threads, "threads", lambda count=count: count)
-        found[count] = dict(Merged(opened, method(name), torch.float32))
+        found[count] = dict(LazyMerge(opened, method(name), torch.float32))
     assert all(torch.equal(found[1][part], found[8][part]) for part in shapes)
     if name == "ties":  # whose thresholds are over all tensors
         return
     alone = source(tmp_path / "one", {"second": base["second"]}, [{"second": other["second"]} for other in experts])
-    assert torch.equal(Merged(alone, method(name), torch.float32).tensor("second"), found[1]["second"])
+    assert torch.equal(LazyMerge(alone, method(name), torch.float32).tensor("second"), found[1]["second"])
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
@@ -183,8 +183,8 @@ def test_kth_largest_is_that_of_a_sort(density: float) -> None:
 def test_merging_is_rounded_to_the_checkpoint_type_once(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     opened = source(tmp_path / "x", tensors(0), [tensors(1), tensors(2)])
-    exact = dict(Merged(opened, TaskArithmetic(0.3), torch.float32))
-    rounded = dict(Merged(opened, TaskArithmetic(0.3), torch.float16))
+    exact = dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float32))
+    rounded = dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float16))
     for name in SHAPES:
         assert rounded[name].dtype == torch.float32
         assert torch.equal(rounded[name], exact[name].half().float())
@@ -232,7 +232,7 @@ def test_an_expert_that_is_not_finite_is_refused(value: float, tmp_path: Path) -
     broken["a.bias"][2] = value
     opened = source(tmp_path, tensors(0), [broken])
     with pytest.raises(ModelError, match=r"t0: a.bias holds a NaN or an infinity; train or fetch the model again"):
-        dict(Merged(opened, TaskArithmetic(0.3), torch.float32))
+        dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float32))
 
 
 @pytest.mark.parametrize(

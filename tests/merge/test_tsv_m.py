@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.tsv_m import TsvM, merged_singular_vectors, nearest_orthonormal
 from tests.merging import merged, method, source, tensors
 
@@ -85,7 +85,7 @@ def test_what_is_no_matrix_or_has_no_room_for_all_experts_is_their_mean(tmp_path
 def test_tables_over_the_vocabulary_are_not_decomposed_unless_asked(tables: str, tmp_path: Path) -> None:
     base, experts = tensors(0, SHAPES), [tensors(seed, SHAPES) for seed in (1, 2)]
     opened = source(tmp_path, base, experts, '{"vocab_size": 8}')
-    found = Merged(opened, method("tsv_m", tables=tables), torch.float32).tensor("w")
+    found = LazyMerge(opened, method("tsv_m", tables=tables), torch.float32).tensor("w")
     mean = (experts[0]["w"] + experts[1]["w"]) / 2
     assert torch.allclose(found, mean, atol=1e-5) == (tables == "mean")
 
