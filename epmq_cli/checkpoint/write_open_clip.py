@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.manifest import Content
-from epmq_cli.checkpoint.pretrained import config_of, from_folder
-from epmq_cli.checkpoint.processor_folder import processor_files
-from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.checkpoint.writer import NAMES, Entry, write_file
 from epmq_cli.errors import ModelError
+from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open_clip.convert import CONFIG, WEIGHTS
 from epmq_cli.models.open_clip.export import Fused, NotExpressibleError, fused, model_cfg, named_model, preprocess_cfg
 from epmq_cli.models.open_clip.preprocess import vocabulary
+from epmq_cli.models.pretrained import config_of, from_folder
+from epmq_cli.models.processor_folder import processor_files
+from epmq_cli.store.hashing import Content
+from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
 
 FOLDER = "open_clip"
 

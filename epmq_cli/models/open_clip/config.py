@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,13 @@ WITHOUT_EFFECT = {
     ),
     "text_cfg": ("pad_id", "eos_id", "output_tokens", "final_ln_after_pool", "hf_pooler_type", "hf_proj_type"),
 }
-"""Options that do not change the features of a plain vision transformer and its text tower.
-
-pos_embed_type is among the values below: open_clip stores fixed positions like learnt ones.
-"""
+"""Options that do not change the features of a plain vision transformer and its text tower."""
 EQUIVALENT: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("vision_cfg", "pos_embed_type"): ("sin_cos_2d",),
     ("vision_cfg", "block_type"): ("default",),
     ("text_cfg", "block_type"): ("default",),
 }
-"""Values that mean the same for CLIPModel as the default of open_clip."""
+"""Values that mean the same for CLIPModel as open_clip's default: fixed positions are stored like learnt ones."""
 
 
 def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
@@ -97,13 +93,17 @@ def _refused(model: Mapping[str, Any]) -> str | None:
 
     if not model.get("embed_dim"):
         return "model_cfg.embed_dim is missing"
-    defaults = {"": {}, "vision_cfg": dataclasses.asdict(CLIPVisionCfg()), "text_cfg": dataclasses.asdict(CLIPTextCfg())}
+    defaults = {
+        "": {},
+        "vision_cfg": dataclasses.asdict(CLIPVisionCfg()),
+        "text_cfg": dataclasses.asdict(CLIPTextCfg()),
+    }
     for part, known in defaults.items():
         options = model.get(part) if part else model
         if not isinstance(options, Mapping):
             return f"model_cfg.{part} is missing"
         for name, value in options.items():
-            if not _supported(part, name, value, known):
+            if not _supported(part, name, value, getattr(towers.get(part), name, None)):
                 return f"{'.'.join(filter(None, ('model_cfg', part, name)))} is {value!r}"
         if set(options.get("norm_kwargs") or {}) - {"eps"}:
             return f"model_cfg.{part}.norm_kwargs is {options['norm_kwargs']!r}"
@@ -116,11 +116,11 @@ def _refused(model: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _supported(part: str, name: str, value: object, defaults: Mapping[str, object]) -> bool:
+def _supported(part: str, name: str, value: object, default: object) -> bool:
     """Whether CLIPModel computes the same with this option as open_clip."""
     if name in (*TRANSLATED[part], *WITHOUT_EFFECT[part]) or value in EQUIVALENT.get((part, name), ()):
         return True
-    return value == defaults.get(name) or not value  # None, False and 0 leave out a part of a tower
+    return value == default or not value  # None, False and 0 leave out a part of a tower
 
 
 def _square(size: int | Iterable[int]) -> int | None:

@@ -13,15 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from epmq_cli.cache import cache_folder
-from epmq_cli.checkpoint.manifest import file_problems, write_manifest
-from epmq_cli.checkpoint.reader import SINGLE, SafetensorsFiles, Tensors, check_counts, read_json
-from epmq_cli.checkpoint.state_dict import open_file
-from epmq_cli.durable import sync
 from epmq_cli.errors import CheckpointError, ModelError, first_line
+from epmq_cli.models.model_folder import SafetensorsFiles, Tensors, check_counts, read_json
 from epmq_cli.models.open_clip.config import clip_config
 from epmq_cli.models.open_clip.preprocess import image_processor, tokenizer
 from epmq_cli.models.open_clip.tensors import Translated
+from epmq_cli.models.state_dict import open_file
+from epmq_cli.store.atomic import sync
+from epmq_cli.store.cache import cache_folder
+from epmq_cli.store.manifest import file_problems, write_manifest
+from epmq_cli.store.safetensors_writer import SINGLE
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

@@ -22,9 +22,19 @@ LARGEST = 2
 """The eos_token_id of old CLIPConfigs, for which CLIPModel reads a text at its largest token id, as open_clip does."""
 EPS = 1e-5
 """Of open_clip's layer norms where the config does not say."""
-PIXELS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
-PIXELS += ("do_normalize", "image_mean", "image_std")
-"""What decides on the pixels that a CLIPImageProcessor makes."""
+PIXELS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+"""The settings of a CLIPImageProcessor that its pixels depend on."""
 BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 BUFFERS = (".position_ids",)
 
@@ -153,7 +163,7 @@ def named_model(cfg: Mapping[str, Any]) -> str | None:
 
 
 def _normalized(cfg: Mapping[str, Any]) -> Any:
-    """What two equal model_cfgs have in common: their values with open_clip's defaults, hidden sizes in whole numbers."""
+    """A model_cfg with open_clip's defaults filled in and hidden sizes as whole numbers, for comparisons."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     towers = [CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])]

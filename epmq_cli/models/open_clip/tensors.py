@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from epmq_cli.checkpoint.reader import TensorInfo, Tensors
 from epmq_cli.errors import ModelError
+from epmq_cli.models.model_folder import TensorInfo, Tensors
 
 ANCHOR = "conv1.weight"  # every vision transformer has it, exactly once
 VISUAL = "visual."

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.checkpoint.write_open_clip import FOLDER, check_open_clip, stored, write_open_clip
 from epmq_cli.errors import ModelError
+from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open_clip.config import clip_config
 from epmq_cli.models.open_clip.convert import WEIGHTS
 from epmq_cli.models.open_clip.export import NotExpressibleError, model_cfg, named_model, preprocess_cfg
