@@ -49,8 +49,8 @@ def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
     model = config.get("model_cfg") or {}
     if refused := _refused(model):
         raise ModelError(
-            f"{role}: {refused} in {where}, which transformers' CLIPModel does not support; family open_clip needs a "
-            "plain vision transformer with a class token and CLIP's own text tower"
+            f"{role}: {refused} in {where}; family open_clip needs a plain vision transformer with a class token and "
+            "CLIP's own text tower, as transformers' CLIPModel has them"
         )
     vision, text = model["vision_cfg"], model["text_cfg"]
     width = vision.get("width", 768)
@@ -93,12 +93,8 @@ def _refused(model: Mapping[str, Any]) -> str | None:
 
     if not model.get("embed_dim"):
         return "model_cfg.embed_dim is missing"
-    defaults = {
-        "": {},
-        "vision_cfg": dataclasses.asdict(CLIPVisionCfg()),
-        "text_cfg": dataclasses.asdict(CLIPTextCfg()),
-    }
-    for part, known in defaults.items():
+    towers = {"vision_cfg": CLIPVisionCfg(), "text_cfg": CLIPTextCfg()}
+    for part in TRANSLATED:
         options = model.get(part) if part else model
         if not isinstance(options, Mapping):
             return f"model_cfg.{part} is missing"

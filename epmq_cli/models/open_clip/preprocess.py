@@ -7,6 +7,7 @@ seconds, so it is imported where a model is converted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
@@ -18,8 +19,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def image_processor(preprocess: Mapping[str, Any], side: int) -> Any:
     """The CLIPImageProcessor of a preprocess_cfg, for square images of `side` pixels.
 
-    The pixels are those of open_clip's transform up to one grey level: transformers resizes tensors, open_clip
-    resizes with Pillow. ValueError where CLIPImageProcessor has no such step.
+    CLIPImageProcessorPil of the same settings makes open_clip's very pixels. Those of CLIPImageProcessor differ by
+    about one grey level, more where bicubic squashing overshoots, since it resizes tensors instead of Pillow images.
+    ValueError: open_clip has no such transform, or CLIPImageProcessor has no such step.
     """
     from transformers import CLIPImageProcessor
 
@@ -51,8 +53,10 @@ def _steps(preprocess: Mapping[str, Any], side: int) -> tuple[Any, Any, Any]:
     return steps[Resize], steps.get(CenterCrop), steps[Normalize]
 
 
+@lru_cache(maxsize=1)
 def tokenizer(context_length: int) -> Any:
-    """The CLIPTokenizer with the vocabulary and merges of open_clip's default tokenizer."""
+    """The CLIPTokenizer with the vocabulary and merges of open_clip's default tokenizer. It is built once: treat it as
+    read-only."""
     from open_clip import get_tokenizer
     from transformers import CLIPTokenizer
 

@@ -59,7 +59,9 @@ def _repository(name: str, source: str, role: str, root: str | None) -> Path:
         raise ModelError(f"{role}: {source} must be {SCHEME}{HUB}owner/name")
     if (mirror := _mirror(name, root)) is not None:
         return _folder(mirror, source, role)
-    return [_fetched(name, file, role, root) for file in (CONFIG, WEIGHTS)][0].parent
+    config = _fetched(name, CONFIG, role, root)
+    _fetched(name, WEIGHTS, role, root)
+    return config.parent
 
 
 def _mirror(repository: str, root: str | None) -> Path | None:
@@ -75,7 +77,9 @@ def _known(name: str, source: str, role: str) -> tuple[str, str]:
     model, _, tag = name.rpartition("/") if "/" in name else (name, "", "")
     model, tag = model.replace("/", "-"), tag.replace("-", "_")  # open_clip writes ViT-B/32 and laion2b-e16 like that
     if model not in list_models():
-        names = [known for known in list_models() if known in {model for model, _ in list_pretrained()}]
+        names = sorted(
+            {known for known, _ in list_pretrained()}, key=lambda known: (not known.startswith("ViT"), known)
+        )
         raise ModelError(f"{role}: open_clip has no model {model!r}, got {source}; {_close(model, names)}")
     tags = list_pretrained_tags_by_model(model)
     found = {known.lower(): known for known in tags}.get(tag.lower())
@@ -118,12 +122,10 @@ def _weights(model: str, tag: str, role: str, root: str | None) -> Path:
     read."""
     from open_clip import get_pretrained_cfg
 
-    owner, name, file = (str(get_pretrained_cfg(model, tag).get("hf_hub", "")).split("/", 2) + ["", "", ""])[:3]
-    repository, file = f"{owner}/{name}", file or PICKLE
+    place = str(get_pretrained_cfg(model, tag).get("hf_hub", ""))  # owner/name/ or owner/name/file
+    repository, file = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:]) or PICKLE
     if not REPOSITORY.fullmatch(repository):
-        raise ModelError(
-            f"{role}: open_clip does not say where on the hub the weights {tag} of {model} are; give a file"
-        )
+        raise ModelError(f"{role}: open_clip does not name a repository of the hub for {model}/{tag}; give a folder")
     safe = WEIGHTS if file == PICKLE else str(Path(file).with_suffix(".safetensors"))
     if (mirror := _mirror(repository, root)) is not None:
         for path in (mirror / safe, mirror / file):
