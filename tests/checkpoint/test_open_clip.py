@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from epmq_cli.checkpoint.open_clip import FOLDER, check_base, stored_entries, write_open_clip
-from epmq_cli.errors import ModelError
+from epmq_cli.commands.verify import verify
+from epmq_cli.errors import CheckpointError, ConfigError, ModelError
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open_clip.config import clip_config
 from epmq_cli.models.open_clip.convert import WEIGHTS
 from epmq_cli.models.open_clip.export import NotExpressibleError, model_cfg, named_model, preprocess_cfg
+from epmq_cli.pipeline.job import make_job
+from tests.commands.test_merge import merged
+from tests.hubs import config
 
 VISION = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"hidden_size": 24, "intermediate_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -121,6 +125,28 @@ def test_a_model_of_open_clips_list_takes_the_file(tmp_path: Path, monkeypatch: 
     with torch.inference_mode():
         image = model.get_image_features(pixels).pooler_output
         torch.testing.assert_close(own.eval().encode_image(pixels), image, rtol=0, atol=1e-5)
+
+
+def test_a_merge_of_clip_models_is_written_for_open_clip_too(
+    clip_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = merged(clip_hub, tmp_path / "run", "merge=average", "pack.open_clip=true")
+    verify(checkpoint, False, "cpu", None)
+    model = CLIPModel.from_pretrained(checkpoint).eval()
+    own, *_ = open_clip.create_model_and_transforms(f"local-dir:{checkpoint / FOLDER}")
+    pixels = torch.randn(3, 3, 16, 16)
+    with torch.inference_mode():
+        image = model.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(own.eval().encode_image(pixels), image, rtol=0, atol=1e-5)
+    (checkpoint / FOLDER / WEIGHTS).write_bytes(b"other")
+    with pytest.raises(CheckpointError):
+        verify(checkpoint, False, "cpu", None)
+    assert f"{FOLDER}/{WEIGHTS} has 5 bytes" in capsys.readouterr().out
+
+
+def test_other_families_are_refused_before_any_model_is_opened(bert_hub: Path) -> None:
+    with pytest.raises(ConfigError, match="pack.open_clip=true needs suite.family clip or open_clip, got bert"):
+        make_job(config(bert_hub, "pack.open_clip=true", "suite.base=nowhere"))
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-bigG-14"])

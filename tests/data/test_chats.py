@@ -97,7 +97,7 @@ def test_messages_that_are_none_are_named(message: dict[str, Any], wrong: str, t
 
 
 def test_conversations_and_texts_are_not_mixed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 2: column chat holds a conversation, and others of its rows hold texts"):
+    with pytest.raises(DataError, match=r"row 2: column chat holds a conversation, and other rows hold texts"):
         load(tmp_path, ["text", MESSAGES])
 
 
