@@ -17,7 +17,7 @@ from epmq_cli.runtime.console import log, say
 Result = TypeVar("Result")
 
 
-class Room:
+class MicroBatcher:
     """The number of samples that go through a model at a time: `most` at first, and half as many after each
     out-of-memory error.
 
@@ -33,7 +33,7 @@ class Room:
         """Called with the new count after each halving."""
         self._work, self._remedy, self._retries = work, remedy, retries
 
-    def attempt(
+    def run(
         self, call: Callable[[int], Result], restore: Callable[[], None] = lambda: None, count: int = ALL
     ) -> Result:
         """The result of `call`, which receives the number of samples per micro-batch. `restore` undoes what a failed call
@@ -51,7 +51,7 @@ class Room:
 
     def rows(self, call: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """The results of `call` for the parts of a batch, concatenated."""
-        return self.attempt(lambda n: joined([call(part) for part in split(batch, n)]), count=size(batch))
+        return self.run(lambda n: joined([call(part) for part in split(batch, n)]), count=size(batch))
 
     def _halve(self, samples: int) -> None:
         """Halves the micro-batch; RunError if it is one sample."""
