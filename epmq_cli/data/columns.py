@@ -40,7 +40,7 @@ class Columns:
         return self.inputs if self.label is None or split == "train" else (*self.inputs, self.label)
 
     def read(self, split: Split, found: Collection[str]) -> tuple[str, ...]:
-        """The columns to read: the required ones, and the label's if the split has it. `found`: the columns of the split."""
+        """The columns to read: the required ones, and the label's if it is among `found`, the columns of the split."""
         optional = [self.label] if self.label is not None and self.label in found else []
         return tuple(dict.fromkeys([*self.required(split), *optional]))
 
@@ -111,8 +111,10 @@ def columns(
     labels: Sequence[str | int | bool] | None,
     regression: bool,
 ) -> Columns:
-    """The columns that the options of a source name; ConfigError if they do not make a sample. `option`: the name of the
-    source's option for the input column."""
+    """The columns that the options of a source name; ConfigError if they do not make a sample.
+
+    `option`: the name of the source's option for the input column.
+    """
     if regression and labels is not None:
         raise ConfigError(
             "data.labels names classes, and a regression has none; leave out data.labels or data.regression"

@@ -36,8 +36,11 @@ class MicroBatcher:
     def run(
         self, call: Callable[[int], Result], restore: Callable[[], None] = lambda: None, count: int = ALL
     ) -> Result:
-        """The result of `call`, which receives the number of samples per micro-batch. `restore` undoes what a failed call
-        has changed. `count`: the maximum number of samples. RunError if one sample does not fit into memory."""
+        """The result of `call`, which receives the number of samples per micro-batch.
+
+        `restore` undoes what a failed call has changed. `count`: the maximum number of samples. RunError if one sample
+        does not fit into memory.
+        """
         while True:
             samples = min(self.samples, count)
             try:
@@ -65,9 +68,8 @@ class MicroBatcher:
             )
         self.samples = samples // 2
         self.halved += 1
-        say(
-            f"there is not enough memory for {self._work} with {samples} samples at a time; epmq retries with {self.samples}"
-        )
+        short = f"there is not enough memory for {self._work} with {samples} samples at a time"
+        say(f"{short}; epmq retries with {self.samples}")
         self.keep(self.halved)
 
 

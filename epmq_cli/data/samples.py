@@ -33,8 +33,8 @@ class View(Sequence[Any]):
 
 
 def raw(inputs: Sequence[Any], position: int) -> Any:
-    """An input in its stored form, such as the bytes of an image, if the sequence has a method `raw`; otherwise the input
-    itself."""
+    """An input in its stored form, such as the bytes of an image, if the sequence has a method `raw`; otherwise the
+    input itself."""
     own = getattr(inputs, "raw", None)
     return inputs[position] if own is None else own(position)
 

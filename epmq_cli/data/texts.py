@@ -88,7 +88,7 @@ def check_text(text: str, where: str) -> str:
         ) from error
     if "\0" in text:
         raise DataError(
-            f"{where}: the text holds a NUL character, as in binary or UTF-16 files; remove it, or save the file as text "
-            "in UTF-8"
+            f"{where}: the text holds a NUL character, as in binary or UTF-16 files; remove it, or save the file as "
+            "text in UTF-8"
         )
     return text

@@ -101,8 +101,8 @@ def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewh
     with Device(0, after=60).during((guide, "calibrate")), pytest.raises(RunError) as raised:
         run_in(run, bert_hub, *OPTIONS)
     assert str(raised.value) == (
-        "there is not enough memory for calibration, even with one sample at a time; lower max_length of the suite's tasks or "
-        "calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
+        "there is not enough memory for calibration, even with one sample at a time; lower max_length of the suite's "
+        "tasks or calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
     )
     assert not (run / "checkpoint").exists()
     with (
@@ -171,7 +171,7 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
 
 def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(config(bert_hub))
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
         guide.micro_batcher(job).run(
             lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
