@@ -164,8 +164,8 @@ class Hub:
     def _streamed(
         self, library: ModuleType, split: Split, stored: str, count: int, seed: int | None
     ) -> tuple[Values, Names]:
-        """`count` rows of the split, images undecoded, without writing to disk. Test splits with texts or local files are
-        cheap to read: of these it returns BUFFER more rows, so that samples can be stratified by class."""
+        """`count` rows of the split, images undecoded, without writing to disk. Test splits with texts or local files
+        are cheap to read: it returns BUFFER more rows of them, so that samples can be stratified by class."""
         builder = self._builder(library)
         rows = builder.as_streaming_dataset(split=stored)
         columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))

@@ -106,7 +106,7 @@ def test_a_pair_or_a_prompt_takes_no_conversations(tmp_path: Path) -> None:
     path = str(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="column chat holds a list .*data.prompt takes texts and numbers"):
         Documents(path, path, prompt="{chat}").load("train")
-    with pytest.raises(ConfigError, match="data.prompt must name columns"):
+    with pytest.raises(ConfigError, match="data.prompt must have placeholders that are columns"):
         Documents(path, path, prompt="chat")
     (tmp_path / "b.jsonl").write_text(json.dumps({"chat": MESSAGES, "label": 0}))
     with pytest.raises(DataError, match="row 1: column chat holds a list"):

@@ -226,7 +226,7 @@ def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
             "data.prompt must have placeholders that are columns, such as {sentence}, got 'no place'",
         ),
         ({"prompt": "{"}, "data.prompt must be a text with {column} placeholders"),
-        ({"regression": True, "labels": ["a"]}, "data.labels are names of classes, data.regression has none"),
+        ({"regression": True, "labels": ["a"]}, "data.labels names classes, and a regression has none"),
     ],
 )
 def test_columns_that_make_no_sample_are_refused(fields: dict[str, Any], message: str) -> None:
