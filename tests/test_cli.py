@@ -15,8 +15,7 @@ from epmq_cli.config.instantiate import build, conf_dir
 from tests.conftest import Run
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
-
-
+METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
 BUILT = [path for path in GROUPS if path not in EXPERIMENTS]
 
@@ -104,7 +103,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
 
 
 WRONG = {
-    "run merge=nope": "merge=nope does not exist; the options are average, none, task_arithmetic, ties (see ",
+    "run merge=nope": f"merge=nope does not exist; the options are {METHODS} (see ",
     "run merge.nope=1": "merge has no option 'nope', the options are scale\n",
     "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine; did you ",
     "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",
