@@ -1,4 +1,4 @@
-"""Oracle: open_clip itself, its features, tokens and pixels."""
+"""Oracle: the features, tokens and pixels of open_clip itself."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_converted_model_gives_open_clips_features(quick_gelu: bool, tmp_pat
 
 
 def test_the_two_activations_differ(tmp_path: Path) -> None:
-    """Or else the test before this one could not tell them apart."""
+    """Otherwise the test above could not tell them apart."""
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     plain, quick = (build(quick_gelu=quick).encode_image(pixels) for quick in (False, True))
     assert (plain - quick).abs().max() > 1e-4
