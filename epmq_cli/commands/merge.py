@@ -37,6 +37,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
+        from epmq_cli.merge.method import check_method, refuse_needs
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table
@@ -49,6 +50,8 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     instantiate.check_complete(cfg, "merge")
     suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
     pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    check_method(method, [task.name for task in suite.members])
+    refuse_needs(method)
     device = torch.device("cpu")
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")

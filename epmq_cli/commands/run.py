@@ -182,7 +182,8 @@ def _made(
     with stages.stage("teach"):
         taught = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
     with stages.stage("merge"):
-        copy_into(model, merged := shared.merged())
+        data = steps.merge_data(job, model, models.source, taught.batches, tasks, micro)
+        copy_into(model, merged := shared.merged(data))
     with stages.stage("score merged"):
         known = (models.base.path, shared.score_cache("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))

@@ -24,10 +24,8 @@ log = logging.getLogger("epmq")
 
 
 def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
-    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite if a shape differs.
-
-    Tensors are read one by one. Differences below the precision of the coarser type do not count.
-    """
+    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite if a tensor has
+    another shape. Tensors are read one by one. Differences below the precision of the coarser type do not count."""
     found = {}
     for part in PARTS:
         names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
