@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def main() -> None:
 def table(rows: Sequence[Row], jobs: int = 1) -> dict[str, Any]:
     """The rows' hashes, and what they depend on."""
     inputs = cached_inputs()
-    _import_all()
+    import_all()
+    gc.freeze()
     started, results = time.time(), {}
     with tempfile.TemporaryDirectory(prefix="epmq-same-bytes-") as scratch:
         for name, result in _results(rows, jobs, inputs, Path(scratch)):
@@ -91,7 +92,7 @@ def table(rows: Sequence[Row], jobs: int = 1) -> dict[str, Any]:
     print(f"{len(rows)} rows in {time.time() - started:.0f} s, of the tree {TREE.parent}")
     return {
         "machine": machine(),
-        "inputs": _digest(_hashes(inputs)),
+        "inputs": {kind: _input(inputs, kind) for kind in same_bytes_models.KINDS},
         "seconds": {row.name: results[row.name]["seconds"] for row in rows},
         "rows": {row.name: results[row.name]["files"] for row in rows},
     }
@@ -107,8 +108,11 @@ def machine() -> str:
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The rows of `after` whose weights differ; prints them, and the records that differ."""
-    if before["inputs"] != after["inputs"] or before["machine"] != after["machine"]:
-        sys.exit(f"the tables cannot be compared: {before['machine']} and {after['machine']}, or other inputs")
+    if before["machine"] != after["machine"]:
+        sys.exit(f"the tables cannot be compared: they are of {before['machine']} and of {after['machine']}")
+    others = [kind for kind, digest in after["inputs"].items() if before["inputs"].get(kind, digest) != digest]
+    if others:
+        sys.exit(f"the tables cannot be compared: they are of other models of {', '.join(others)}")
     differ, records = [], set()
     for name, files in after["rows"].items():
         known = before["rows"].get(name)
@@ -128,19 +132,18 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def record(made: dict[str, Any]) -> None:
     """Keeps the hashes of a table in same_bytes.json, beside those of other machines."""
     kept = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"machines": {}}
-    short_rows = {name: short(files) for name, files in made["rows"].items()}
-    own = kept["machines"].get(made["machine"], {"inputs": made["inputs"], "rows": {}})
-    rows = {**(own["rows"] if own["inputs"] == made["inputs"] else {}), **short_rows}
-    kept["machines"][made["machine"]] = {"inputs": made["inputs"], "rows": rows}
+    own = kept["machines"].setdefault(made["machine"], {"inputs": {}, "rows": {}})
+    own["inputs"] = made["inputs"]
+    own["rows"] |= {name: short(files) for name, files in made["rows"].items()}
     RECORDED.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def recorded(row: Row, inputs: Path) -> dict[str, str] | None:
     """The hashes to expect of a row, as `short` has them; None where nothing is recorded for this machine. Weights of
     portable rows are taken from any machine."""
-    kept = json.loads(RECORDED.read_text())["machines"]
-    for name, own in kept.items():
-        if own["inputs"] == _digest(_hashes(inputs)) and row.name in own["rows"]:
+    kept, digest = json.loads(RECORDED.read_text())["machines"], _input(inputs, row.kind)
+    for name, own in sorted(kept.items(), key=lambda item: item[0] != machine()):
+        if own["inputs"].get(row.kind, "") == digest and row.name in own["rows"]:
             files: dict[str, str] = own["rows"][row.name]
             if name == machine():
                 return files
@@ -227,7 +230,7 @@ def _twice(row: Row, place: Path) -> None:
 def _resumed(row: Row, place: Path) -> None:
     """Kills the run at a later and later file, and continues it, until it ends by itself."""
     for kills in range(100):
-        status = _wait(_fork(lambda: _epmq(_arguments(row, place), place, row.threads, kill=2 * (kills + 1))))
+        status = _wait(_fork(partial(_epmq, _arguments(row, place), place, row.threads, kill=3 * (kills + 1))))
         if status == 0 and kills > 1:
             return
         if status != -signal.SIGKILL:
@@ -333,7 +336,7 @@ def _targets() -> dict[str, str]:
     return found
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Imports what the rows need, so that forked processes have it."""
     for name in ("open_clip", "compressed_tensors", "sklearn.metrics", "scipy.stats", "numba", "hydra"):
         importlib.import_module(name)
@@ -345,12 +348,21 @@ def _import_all() -> None:
                 continue
     for name in ("CLIPModel", "BertModel", "LlamaForCausalLM", "AutoTokenizer", "AutoImageProcessor"):
         getattr(transformers, name)
-    gc.freeze()
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _input(inputs: Path, kind: str) -> str:
+    """A digest of the models and data of a kind; empty for the built-in suite."""
+    folders = ["data", kind, *(["causal_lm"] if kind == "lora" else [])]
+    return (
+        _digest({f"{name}/{file}": value for name in folders for file, value in _hashes(inputs / name).items()})
+        if kind
+        else ""
+    )
 
 
 def _digest(hashes: dict[str, str]) -> str:

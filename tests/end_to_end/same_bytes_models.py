@@ -63,6 +63,7 @@ BUILD: dict[str, Callable[[], Any]] = {
     "t5": lambda: t.T5ForConditionalGeneration(
         t.T5Config(**T5, **IDS, decoder_start_token_id=0, tie_word_embeddings=False)
     ),
+    "t5_untied": lambda: _untied(t.T5ForConditionalGeneration(t.T5Config(**T5, **IDS, decoder_start_token_id=0))),
     "t5_tied": lambda: t.T5ForConditionalGeneration(t.T5Config(**T5, **IDS, decoder_start_token_id=0)),
     "causal_lm": lambda: t.LlamaForCausalLM(t.LlamaConfig(**DECODER)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=16)),
@@ -98,8 +99,8 @@ def inputs(folder: Path) -> None:
 
 
 def suite(kind: str, targets: dict[str, str]) -> dict[str, Any]:
-    """The suite of a kind, whose paths start at the folder of the inputs; `targets`: where the classes Suite, Npz, Table
-    and Documents are."""
+    """The suite of a kind, whose paths start at the folder of the inputs; `targets`: where the classes Suite, Npz,
+    Table and Documents are."""
     pictures = family(kind) in ("clip", "open_clip", "vit")
     tasks: dict[str, Any] = {}
     for task in TASKS:
@@ -130,7 +131,14 @@ def _filled(model: nn.Module, seed: int) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             elif parameter.ndim == 1:
-                parameter.copy_(parameter.double() + 0.1 * noise)
+                constant = bool((parameter == parameter[0]).all())  # else transformers has drawn it
+                parameter.copy_(parameter.double() * constant + 0.1 * noise)
+    return model
+
+
+def _untied(model: Any) -> Any:
+    """The model with an output layer of its own, as FLAN-T5 has."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
 
@@ -154,7 +162,7 @@ def _transformers(folder: Path, kind: str, model: Any) -> None:
     if kind == "clip":
         size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
         t.CLIPImageProcessor(**size).save_pretrained(folder / "base")
-    if kind == "t5":  # as FLAN-T5's files say it; transformers 5 writes that embeddings are tied
+    if kind in ("t5", "t5_untied"):  # as FLAN-T5's files say it; transformers 5 writes that embeddings are tied
         for name in ("base", *TASKS):
             path = folder / name / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 SMALL = ("device=cpu", "cache=false", "group_size=16", "calib.samples=24", "calib.batch_size=8", "eval.stages=[]")
 TINY = ("device=cpu", "cache=false", "calib.samples=32", "eval.stages=[]")
 FAMILIES = ("clip", "open_clip", "bert", "roberta", "deberta", "distilbert", "vit", "t5", "causal_lm")
-OTHERS = ("t5_tied", "qwen3", "gemma3", "phi3", "lora")
+OTHERS = ("t5_tied", "t5_untied", "qwen3", "gemma3", "phi3", "lora")
 """Kinds of models beside those with a family's name."""
 MERGES = {
     "average": ("merge=average",),
@@ -47,6 +47,13 @@ class Row:
     @property
     def quick(self) -> bool:
         return self.name in QUICK
+
+    @property
+    def portable(self) -> bool:
+        """Whether the weights are the same on every processor: merges are elementwise, and rounding to nearest depends
+        on sums only through the choice among scales. Checked without AVX2 and FMA, in torch and in numba."""
+        zero_shot = self.kind in ("clip", "open_clip")  # a text tower makes their heads
+        return self.command == "merge" or (self.name.endswith("/merged/rtn") and not zero_shot)
 
 
 OPTIONS: dict[str, tuple[str, ...]] = {
