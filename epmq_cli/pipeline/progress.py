@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.progress import Account, Journal, not_taken, write_tensors
 from epmq_cli.errors import RunError
-from epmq_cli.pipeline.keys import differences, digest
+from epmq_cli.pipeline.keys import differences, short
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import say
 from epmq_cli.runtime.paths import read_regular
@@ -42,9 +42,9 @@ class State:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def part(self, name: str) -> State:
-        """The state of a part."""
-        return State(self._folder and self._folder / name)
+    def part(self, name: str | None) -> State:
+        """The state of a part; nothing of it is kept if it has no name."""
+        return State(None if self._folder is None or name is None else self._folder / name)
 
     def journal(self, name: str, account: Account | None = None) -> Journal:
         """The journal of a walk."""
@@ -119,8 +119,8 @@ class State:
 def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
     """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
     process must ask, with the identity that the first one has."""
-    place = folder / FOLDER / digest(identity)
-    if len(set(distributed.gathered(digest(identity.get("config"))))) > 1:
+    place = folder / FOLDER / short(identity)
+    if len(set(distributed.gathered(short(identity.get("config"))))) > 1:
         raise RunError("the processes of this run have different configs; start all of them with the same command")
     if distributed.first():
         if resume == "never":

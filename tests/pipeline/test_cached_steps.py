@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from epmq_cli.errors import ConfigError
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import Merged
-from epmq_cli.pipeline import cached_steps
+from epmq_cli.pipeline import cached_steps, keys
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.store.cache import Cache
@@ -129,7 +130,7 @@ def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Pa
 
 def test_another_version_makes_all_anew(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
-    monkeypatch.setattr(cached_steps, "_version", lambda name: "0.0.0")
+    monkeypatch.setattr(keys, "_version", lambda name: "0.0.0")
     assert metrics(run_in(tmp_path / "second", clip_hub, *KEEPING))["cache"]["found"] == 0
 
 
@@ -137,18 +138,22 @@ def test_another_version_makes_all_anew(clip_hub: Path, tmp_path: Path, monkeypa
     ("name", "replacement"),
     [
         ("_version", lambda name: "0.0.0"),
-        ("of_code", lambda: "edited"),
-        ("_cpu", lambda: "another"),
-        ("environment", lambda device: {"packages": {"torch": "0.0.0"}}),
-        ("environment", lambda device: {"threads": 1000}),
+        ("hash_code", lambda: "edited"),
+        ("_processor", lambda: "another"),
     ],
 )
-def test_keys_know_packages_code_and_machine(name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = cached_steps._surroundings(torch.device("cpu"))
-    monkeypatch.setattr(cached_steps, name, replacement)
-    after = cached_steps._surroundings(torch.device("cpu"))
+def test_keys_depend_on_packages_code_and_machine(name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys.environment(torch.device("cpu"))
+    monkeypatch.setattr(keys, name, replacement)
+    after = keys.environment(torch.device("cpu"))
     assert before != after
     assert json.dumps(before) != json.dumps(after)
+
+
+def test_keys_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys.environment(torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert keys.environment(torch.device("cpu")) != before
 
 
 def test_what_is_damaged_is_made_again(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
@@ -180,13 +185,13 @@ def test_a_model_that_changes_during_the_run_leaves_nothing(
     clip_hub: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(clip_hub / "first", tmp_path / "first")
-    file, real = tmp_path / "first" / "config.json", cached_steps.of_tensors
+    file, real = tmp_path / "first" / "config.json", cached_steps.hash_tensors
 
     def touch(*arguments: Any) -> str:
         file.write_text(file.read_text() + " ")
         return real(*arguments)
 
-    monkeypatch.setattr(cached_steps, "of_tensors", touch)
+    monkeypatch.setattr(cached_steps, "hash_tensors", touch)
     run_in(tmp_path / "run", clip_hub, *KEEPING, f"suite.tasks.first.expert={tmp_path / 'first'}")
     assert not list((cache / "jobs").glob("*.json"))
 
@@ -216,7 +221,7 @@ def test_a_base_whose_rows_are_filled_up_depends_on_the_experts(clip_hub: Path, 
     common = cached_steps.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
     assert common._base["vocabulary"] == []
     models.source.padded["embeddings"] = 100
-    assert common._base["vocabulary"] == [common._files["first"], common._files["second"]]
+    assert common._base["vocabulary"] == [common.files["expert of first"], common.files["expert of second"]]
 
 
 def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
@@ -227,3 +232,16 @@ def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     assert isinstance(kept, cached_steps.KeptMerge)
     for name, tensor in made:
         assert torch.equal(kept.tensor(name), tensor)
+
+
+def test_the_option_is_a_size_or_false(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
+    assert cached_steps.open_cache(False) is None
+    assert cached_steps.open_cache(None) is None
+    opened = cached_steps.open_cache("1MB")
+    assert opened is not None
+    opened.value({"kind": "any"}, lambda: 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs"]
+    for wrong, message in ((True, "or false, got true"), (5, "such as 5GB, got 5"), ("much", "got 'much'")):
+        with pytest.raises(ConfigError, match=message):
+            cached_steps.open_cache(wrong)

@@ -15,7 +15,7 @@ import pytest
 import epmq_cli.pipeline.steps
 import epmq_cli.store.manifest
 from epmq_cli import cli
-from epmq_cli.commands.hydra_app import INTERRUPTED
+from epmq_cli.cli import INTERRUPTED
 from epmq_cli.runtime.signals import STATUS
 from tests.conftest import Run
 from tests.faults.driver import command, on_call
