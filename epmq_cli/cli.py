@@ -25,10 +25,10 @@ COMMANDS = {
 }
 
 INTERRUPTED = {
-    "run": "interrupted; start the same command again to go on from the last finished block",
-    "merge": "interrupted; nothing of this run is complete",
-    "eval": "interrupted; nothing of this run is complete",
-    "verify": "interrupted; the checkpoint has not been checked to the end",
+    "run": "interrupted; start the same command again to continue after the last finished block",
+    "merge": "interrupted; no checkpoint was written",
+    "eval": "interrupted; no scores were written",
+    "verify": "interrupted; not all of the checkpoint was checked",
 }
 """What a command says when a signal ends it."""
 

@@ -170,8 +170,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> Non
 def not_taken(path: Path, error: OSError) -> RunError:
     """What is to be said where the disk does not take what a run has found so far."""
     return RunError(
-        f"{path} cannot be written ({error.strerror or error}); make room there and start the same command again to go "
-        "on from the last finished block"
+        f"{path} cannot be written ({error.strerror or error}); free some space there and start the same command again "
+        "to continue after the last finished block"
     )
 
 
@@ -182,7 +182,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); start the run anew with resume=never") from error
+        raise RunError(f"{path} is damaged ({error}); start from the beginning with resume=never") from error
 
 
 def _header(file: Any) -> Any:

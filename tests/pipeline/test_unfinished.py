@@ -83,7 +83,7 @@ def test_a_job_whose_results_are_damaged_is_named(content: bytes) -> None:
     folder = RUNS / "job"
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "metrics.json").write_bytes(content)
-    message = r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"
+    message = r"runs/job/metrics.json is damaged; remove runs/job and start the same command again"
     with pytest.raises(RunError, match=message):
         unfinished.done(folder, DictConfig({"bits": 4}))
     (folder / "metrics.json").unlink()

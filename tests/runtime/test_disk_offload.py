@@ -53,7 +53,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ModelError, match="has no room for the model's weights .No space left on device."):
+    with pytest.raises(ModelError, match="has no space for the model's weights .No space left on device."):
         on_disk(nn.Linear(1024, 1024), tmp_path)
     assert not list(tmp_path.iterdir())
 

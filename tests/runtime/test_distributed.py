@@ -80,9 +80,7 @@ def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, function, gone)
-    message = (
-        r"another process of this run has ended or cannot be reached \(Connection closed by peer\); start the same"
-    )
+    message = r"another process of this run has ended or does not answer \(Connection closed by peer\); start the same"
     with pytest.raises(RunError, match=message):
         call()
 
@@ -156,5 +154,7 @@ def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch)
 def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match=r"the processes of this run do not meet \(.*\); start them with torchrun"):
+    with pytest.raises(
+        RunError, match=r"the processes of this run cannot connect to each other \(.*\); start them with torchrun"
+    ):
         distributed.join(torch.device("cpu"))

@@ -82,7 +82,7 @@ def test_a_signal_that_is_lost_in_an_import_ends_the_command_later(tmp_path: Pat
 
 def test_verify_has_words_of_its_own(tmp_path: Path) -> None:
     hook = on_call(epmq_cli.store.manifest, "file_problems", 1, lambda: send(signal.SIGINT))
-    said = "epmq: interrupted; the checkpoint has not been checked to the end\n"
+    said = "epmq: interrupted; not all of the checkpoint was checked\n"
     assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, said)
 
 

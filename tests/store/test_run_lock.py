@@ -15,7 +15,7 @@ from tests.faults.driver import forked, kill
 
 def test_a_folder_is_one_processes_until_that_ends(tmp_path: Path) -> None:
     def second() -> None:
-        with pytest.raises(RunError, match=r"is in use by another run; wait for that to end, or choose another out"):
+        with pytest.raises(RunError, match=r"another run is using out=.*; wait until it ends, or choose another out"):
             alone(tmp_path).__enter__()
         assert in_use(tmp_path)
 
@@ -64,7 +64,7 @@ def test_results_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_folder_of_state_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / FOLDER).symlink_to("elsewhere")
-    with pytest.raises(RunError, match=f"/{FOLDER} is a link to elsewhere; remove it, or choose another out"):
+    with pytest.raises(RunError, match=f"/{FOLDER} is a link to another place; remove it, or choose another out"):
         alone(tmp_path).__enter__()
 
 
@@ -81,7 +81,7 @@ def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
 
     def body() -> None:
         assert not in_use(tmp_path)
-        with pytest.raises(RunError, match="/lock is no file; remove it, or choose another out"):
+        with pytest.raises(RunError, match="/lock is not a regular file; remove it, or choose another out"):
             alone(tmp_path).__enter__()
 
     signal.alarm(10)  # ends both processes where one waits
