@@ -133,8 +133,8 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
     place = Path(distributed.agreed(str(place.resolve())))
     if not all(distributed.gathered(place.is_dir())):
         say(
-            "not all processes see the run folder, so no progress is kept; after an interruption the run starts from the "
-            "beginning"
+            "not all processes see the run folder, so no progress is kept; after an interruption, the run starts from "
+            "the beginning"
         )
         return State()
     return State(place)

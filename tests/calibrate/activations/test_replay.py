@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.depot import Depot
-from epmq_cli.calibrate.passage import listening
-from epmq_cli.calibrate.reading import Reading
-from epmq_cli.calibrate.streams import Call, Carried, enter
+from epmq_cli.calibrate.activations.capture import Reading
+from epmq_cli.calibrate.activations.hidden_state import Call, Carried, enter
+from epmq_cli.calibrate.activations.pausable_forward import listening
+from epmq_cli.calibrate.activations.store import Depot
 from epmq_cli.families.structure import Linears, Section, Stack
 from tests.hubs import Scene
 from tests.minihub import KINDS, build
