@@ -1,4 +1,4 @@
-"""Oracles: what a result depends on and what not, option by option and byte by byte."""
+"""Oracles: the options, files and bytes that a result depends on, one by one."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_options_that_change_the_result_change_the_key(option: str, named: str, 
     "option",
     ["out=elsewhere", "resume=never", "eval.samples=3", "calib.memory=1KB", "calib.student=disk", "cache=1MB"],
 )
-def test_options_that_do_not_keep_it(option: str, bert_hub: Path) -> None:
+def test_other_options_keep_it(option: str, bert_hub: Path) -> None:
     assert short(key_of(bert_hub)) == short(key_of(bert_hub, option))
 
 
-def test_threads_count(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_counts(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = key_of(bert_hub)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert list(differences(one, key_of(bert_hub))) == ["machine threads"]
@@ -71,7 +71,7 @@ def test_the_code_counts(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(differences(one, key_of(bert_hub))) == ["versions of epmq's code"]
 
 
-def test_models_count_by_what_their_files_hold(bert_hub: Path, tmp_path: Path) -> None:
+def test_models_count_by_the_bytes_of_their_files(bert_hub: Path, tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     shutil.copytree(bert_hub, hub)
     suite = hub / "configs" / "suite" / "mini.yaml"
@@ -87,7 +87,7 @@ def test_models_count_by_what_their_files_hold(bert_hub: Path, tmp_path: Path) -
     assert list(differences(before, key_of(hub))) == ["models expert of first model.safetensors"]
 
 
-def test_an_identity_is_json(bert_hub: Path) -> None:
+def test_a_key_is_json(bert_hub: Path) -> None:
     found = key_of(bert_hub)
     assert short(json.loads(json.dumps(found))) == short(found)
 
@@ -100,7 +100,7 @@ def test_scores_depend_on_the_evaluation_and_on_the_samples(bert_hub: Path) -> N
     assert scores_key(one, ["a", None]) is None, "what the samples hold is not known"
 
 
-def test_a_model_is_the_files_that_are_read_of_it(tmp_path: Path) -> None:
+def test_a_model_counts_by_the_files_that_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "merges.txt", ".hidden.json", "optimizer.pt", "README.md"):
@@ -122,7 +122,7 @@ def _recoloured(image: Image.Image) -> Image.Image:
     return image
 
 
-def test_samples_are_known_by_inputs_order_and_labels(tmp_path: Path) -> None:
+def test_hashes_of_samples_depend_on_inputs_order_and_labels(tmp_path: Path) -> None:
     pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     images = [Image.fromarray(each) for each in pixels]
     for index, image in enumerate(images):

@@ -33,7 +33,7 @@ ASKED: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_a_home_of_nobody_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_of_an_unknown_user_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", NOBODY)
     said = "names the home folder of ~no-such-user, and there is no such user; give the full path, or ./~no-such-user/x"
     with pytest.raises(ConfigError, match=said) as refused:
@@ -54,7 +54,7 @@ READ: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_file_that_may_not_be_read_is_not_called_damaged(
+def test_a_file_without_permission_is_not_reported_as_damaged(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Oracles: the handlers that were there before, and the statuses that shells give to signals."""
+"""Oracles: the handlers before the block, and the statuses that shells give to signals."""
 
 from __future__ import annotations
 

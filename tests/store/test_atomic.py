@@ -1,4 +1,4 @@
-"""Oracle: the folder before or after a write, never anything between."""
+"""Oracle: the folder before or after a write, nothing in between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from epmq_cli.store.atomic import atomic_file, atomic_folder, write_text
 from tests.faults.driver import forked
 
 
-def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
     with atomic_file(path) as partial:
@@ -25,7 +25,7 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
     with pytest.raises(ZeroDivisionError), atomic_file(path) as partial:
@@ -35,7 +35,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_file_and_folder_are_on_disk_before_and_behind_the_name(
+def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, synced = tmp_path / "file", []
@@ -44,7 +44,7 @@ def test_file_and_folder_are_on_disk_before_and_behind_the_name(
     assert synced == [(".file.partial", False), (tmp_path.name, True)]
 
 
-def test_a_signal_leaves_what_was_there_before(tmp_path: Path) -> None:
+def test_a_signal_keeps_the_old_file(tmp_path: Path) -> None:
     def body() -> None:
         with pytest.raises(Interrupted), as_exceptions(lambda: None), atomic_file(path) as partial:
             partial.write_text("half")
@@ -58,7 +58,7 @@ def test_a_signal_leaves_what_was_there_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writers_of_a_shared_file_do_not_meet(tmp_path: Path) -> None:
+def test_writers_of_a_shared_file_do_not_disturb_each_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_file(path, shared=True) as one, atomic_file(path, shared=True) as other:
         assert one != other

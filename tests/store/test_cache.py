@@ -1,4 +1,4 @@
-"""Oracles: what `make` gives, and what a person who looks into the folder would find."""
+"""Oracles: the result of `make`, and the files in the folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ENTRIES = [of("a", torch.arange(6.0).view(2, 3)), of("b", torch.zeros(1, dtype=t
 
 
 def never() -> Any:
-    raise AssertionError("made although it was there")
+    raise AssertionError("computed although it was cached")
 
 
-def test_a_value_is_made_once_and_the_same_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_value_is_computed_once_and_stays_the_same_to_the_last_bit(tmp_path: Path) -> None:
     first, second = Cache(tmp_path, 10**6), Cache(tmp_path, 10**6)
     value = {"score": 0.1 + 0.2, "list": [1, None, "ü"]}
     assert first.value(KEY, lambda: value) == value
@@ -40,7 +40,7 @@ def test_another_key_is_another_entry(other: dict[str, Any], tmp_path: Path) -> 
     assert cache.value(KEY, never) == 1
 
 
-def test_tensors_are_made_once_and_read_back(tmp_path: Path) -> None:
+def test_tensors_are_computed_once_and_read_back(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     written = cache.tensors(KEY, lambda: ENTRIES)
     assert written is not None
@@ -70,7 +70,7 @@ def _other(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut, _flip, _empty, _other, Path.unlink])
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-def test_what_is_damaged_is_made_again(damage: Any, suffix: str, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_computed_again(damage: Any, suffix: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     path = cache.tensors(KEY, lambda: ENTRIES)
     assert path is not None
@@ -81,7 +81,7 @@ def test_what_is_damaged_is_made_again(damage: Any, suffix: str, tmp_path: Path)
     assert path.read_bytes() == before
 
 
-def test_a_value_that_was_changed_is_made_again(tmp_path: Path) -> None:
+def test_a_changed_value_is_computed_again(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.value(KEY, lambda: 0.5)
     (path,) = tmp_path.iterdir()
@@ -90,7 +90,7 @@ def test_a_value_that_was_changed_is_made_again(tmp_path: Path) -> None:
     assert cache.made == 2
 
 
-def test_an_entry_of_another_key_is_not_taken(tmp_path: Path) -> None:
+def test_an_entry_of_another_key_is_not_used(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.value(KEY, lambda: 1)
     (path,) = tmp_path.iterdir()
@@ -111,13 +111,13 @@ def test_jobs_that_race_all_get_the_tensors(tmp_path: Path) -> None:
     assert Cache(tmp_path, 10**6).tensors(KEY, never) in paths
 
 
-def test_what_was_asked_for_longest_ago_makes_place(tmp_path: Path) -> None:
+def test_the_least_recently_used_entry_is_evicted(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 5000)
     for number in range(3):
         cache.value({"number": number}, lambda: "x" * 1000)
         for path in tmp_path.iterdir():  # as if a minute had passed
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
-    assert cache.value({"number": 0}, never)  # asked for again, so the next one is the oldest
+    assert cache.value({"number": 0}, never)  # used again, so the next one is the oldest
     cache.value({"number": 3}, lambda: "x" * 2000)
     assert cache.value({"number": 0}, never)
     assert cache.value({"number": 3}, never)
@@ -125,7 +125,7 @@ def test_what_was_asked_for_longest_ago_makes_place(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5000
 
 
-def test_what_has_no_room_is_not_kept(tmp_path: Path) -> None:
+def test_an_entry_that_is_too_large_is_not_kept(tmp_path: Path) -> None:
     def large() -> list[Entry]:
         return [Entry("a", torch.float32, (1000,), never)]
 
@@ -133,7 +133,9 @@ def test_what_has_no_room_is_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file" / "jobs", 10**6)
     assert cache.value(KEY, lambda: 3) == 3
@@ -142,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path, ca
     assert "cache=false keeps none" in caplog.text
 
 
-def test_what_was_made_of_changed_files_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_of_changed_files_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.sound = lambda: False
     assert cache.value(KEY, lambda: 3) == 3
@@ -151,7 +153,7 @@ def test_what_was_made_of_changed_files_is_not_kept(tmp_path: Path, caplog: pyte
     assert "the files that it was computed from have changed meanwhile" in caplog.text
 
 
-def test_what_a_killed_job_left_goes_after_a_day(tmp_path: Path) -> None:
+def test_files_of_a_killed_job_are_removed_after_a_day(tmp_path: Path) -> None:
     for name, age in (("old", ABANDONED + 60), ("new", 60)):
         path = tmp_path / f".{name}.partial"
         path.write_text("half")

@@ -15,7 +15,7 @@ from epmq_cli.store.hashing import FileHashes, hash_parts, hash_tensors
 
 
 def old(path: Path, content: bytes) -> Path:
-    """A file that was written an hour ago. Only the clock of its inode says otherwise, which cannot be set."""
+    """A file that was written an hour ago. Only the change time of its inode, which cannot be set, is newer."""
     path.write_bytes(content)
     hour = path.stat().st_mtime_ns - 3600 * 10**9
     os.utime(path, ns=(hour, hour))
@@ -24,7 +24,7 @@ def old(path: Path, content: bytes) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were read whole, one after the other."""
+    """The files that were read completely, in order."""
     found: list[Path] = []
     real = hashing.content
 
@@ -36,7 +36,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-def test_a_file_is_read_once_and_again_when_it_changed(
+def test_a_file_is_read_once_and_again_after_a_change(
     tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hashing, "SETTLED", 0)
@@ -51,7 +51,7 @@ def test_a_file_is_read_once_and_again_when_it_changed(
     assert len(reads) == 2
 
 
-def test_a_file_that_was_just_written_is_not_trusted_to_stay(tmp_path: Path, reads: list[Path]) -> None:
+def test_a_hash_of_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, reads: list[Path]) -> None:
     path = old(tmp_path / "model.safetensors", b"one")
     for _ in range(2):
         FileHashes(tmp_path / "known").file(path)
@@ -73,7 +73,7 @@ def test_a_damaged_memory_is_replaced(
     assert len(reads) == 2
 
 
-def test_tensors_are_known_by_name_type_shape_and_value() -> None:
+def test_hashes_of_tensors_depend_on_name_type_shape_and_value() -> None:
     tensors = [
         {"a": torch.zeros(2, 3)},
         {"b": torch.zeros(2, 3)},
