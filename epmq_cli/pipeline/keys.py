@@ -31,7 +31,8 @@ from epmq_cli.models.lora.folder import is_adapter_file
 from epmq_cli.models.model_folder import read_files
 from epmq_cli.report.metrics_json import PACKAGES
 from epmq_cli.runtime import distributed
-from epmq_cli.store.hashing import FileHashes, content, hash_json, hash_parts, hash_tensors
+from epmq_cli.store.cache import FileHashes
+from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
 
 IRRELEVANT = ("out", "resume", "eval", "device", "data_root", "cache")
 """Options that do not change a checkpoint's tensors; devices count by their names, data by its values."""

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from epmq_cli.store.safetensors_writer import Entry, write_file
 Key = Mapping[str, Any]
 """All that a result depends on, as JSON."""
 ABANDONED = 24 * 3600  # seconds after which an incomplete file is removed
+SETTLED = 2_000_000_000  # nanoseconds
+HASHES_SIZE = 1 << 24  # bytes, some 30000 files
 
 log = logging.getLogger("epmq")
 
@@ -44,7 +47,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
-        self._folder, self._capacity = folder, capacity
+        self._folder, self._capacity, self._failed = folder, capacity, False
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
         """The number of entries that were there."""
@@ -100,7 +103,9 @@ class Cache:
             write()
             self._evict()
         except OSError as error:
-            log.warning("%s cannot keep a result of this run (%s); cache=false keeps none", self._folder, error)
+            if not self._failed:
+                log.warning("%s cannot keep results of this run (%s); cache=false keeps none", self._folder, error)
+            self._failed = True
             return False
         return True
 
@@ -132,3 +137,29 @@ def _files(folder: Path) -> Iterator[tuple[Path, float, int]]:
         with suppress(FileNotFoundError):  # other runs evict some, too
             stat = path.stat()
             yield path, stat.st_mtime, stat.st_size
+
+
+class FileHashes:
+    """The sha256 of files, cached while their size, times and inode stay the same; not cached if `folder` is None.
+
+    A file of gigabytes is read once. Sizes and times in the keys of results would not do instead: a copy of a folder
+    has other times and must be found again, and fine-tuning changes no size. As in git, a hash is not cached before
+    the file has been left alone for `SETTLED`: two writes within one tick of the file system's clock have equal times.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._cache = None if folder is None else Cache(folder, HASHES_SIZE)
+
+    def file(self, path: Path) -> str:
+        """The sha256 of a file."""
+        path, stat = path.resolve(), path.stat()
+        times = (stat.st_mtime_ns, stat.st_ctime_ns)
+        if self._cache is None or time.time_ns() - max(times) <= SETTLED:
+            return content(path).sha256
+        key = {"path": os.fsdecode(path), "device": stat.st_dev, "inode": stat.st_ino, "size": stat.st_size}
+        return str(self._cache.value({**key, "times": times}, lambda: content(path).sha256))
+
+    def files(self, paths: Mapping[str, Path]) -> dict[str, str]:
+        """The sha256 of each file, by name."""
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(paths, pool.map(self.file, paths.values()), strict=True))

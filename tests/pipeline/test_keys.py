@@ -21,7 +21,7 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.cached_steps import Shared
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.keys import differences, hash_model, hash_samples, run_key, scores_key, short
-from epmq_cli.store.hashing import FileHashes
+from epmq_cli.store.cache import FileHashes
 from tests.hubs import config
 
 

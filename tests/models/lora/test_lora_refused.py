@@ -20,7 +20,7 @@ from epmq_cli.models.lora.config import PROMPTS, read_config
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.open import open_base, open_expert, refuse_unread
 from epmq_cli.pipeline.keys import hash_model
-from epmq_cli.store.hashing import FileHashes
+from epmq_cli.store.cache import FileHashes
 
 MERGE = "merge it with merge_and_unload of PEFT, save that model with save_pretrained, and give its folder"
 SHAPES = {"model.layers.0.q.weight": (4, 4), "model.layers.1.q.weight": (4, 4), "model.table.weight": (6, 4)}
