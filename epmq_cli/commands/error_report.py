@@ -58,8 +58,8 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
     """Prints what went wrong in one sentence; the exit status. Every process of a run finds the same mistakes in the
     config, so only the first one prints those."""
     error = _behind(error)
-    if distributed.first() or not isinstance(error, (ConfigError, HydraException)):
-        complain(explain(error, "".join(arguments[:1]), arguments[1:]))
+    if distributed.is_main() or not isinstance(error, (ConfigError, HydraException)):
+        complain(format_error(error, "".join(arguments[:1]), arguments[1:]))
     return MISTAKEN if isinstance(error, MISTAKES) or lacks_memory(error) else DEFECT
 
 
@@ -78,7 +78,7 @@ def defect(error: Exception) -> str:
     )
 
 
-def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
+def format_error(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
     """The error as one sentence that says what exists where the user named something that does not, and of a defect
     that it is one."""
     text = str(error)
@@ -123,7 +123,7 @@ def _check_key(key: str, command: str, arguments: Sequence[str]) -> None:
         check_keys(parent or "the config", [name], [str(option) for option in node if option != "_target_"])
 
 
-def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def log_errors(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """The job of a command with what ends it in run.log: a mistake as its sentence, a defect with its traceback."""
 
     @wraps(command)

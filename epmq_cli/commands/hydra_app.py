@@ -30,7 +30,7 @@ folder_names.register()  # here: the processes of a sweep's jobs import this, to
 def launch(command: str, arguments: list[str]) -> None:
     """Runs a Hydra command with these arguments."""
     try:
-        distributed.check(command)
+        distributed.check_environment(command)
     except ConfigError as error:
         complain(str(error))
         sys.exit(MISTAKEN)
@@ -55,9 +55,9 @@ def launch(command: str, arguments: list[str]) -> None:
 
 def _start(command: str, arguments: list[str]) -> None:
     """The command itself; of the processes of a run the first has its traces."""
-    if command == "run" and distributed.first():
+    if command == "run" and distributed.is_main():
         arguments = unfinished.continued(arguments)
-    if not distributed.first():
+    if not distributed.is_main():
         arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
     sys.argv = [f"epmq {command}", *arguments]
     importlib.import_module(f"epmq_cli.commands.{command}").main()

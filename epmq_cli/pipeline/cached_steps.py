@@ -21,12 +21,12 @@ from torch import Tensor
 from epmq_cli.config.schema import Harness, bytes_of
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
-from epmq_cli.evaluate.score import Recall, ScoredTask, anew
-from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import SafetensorsFiles
-from epmq_cli.pipeline.calibration import OfExpert
+from epmq_cli.pipeline.calibration import ExpertOutputs
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.keys import environment, hash_model, hash_samples, scores_key
 from epmq_cli.runtime import distributed
@@ -48,11 +48,11 @@ def open_cache(size: object) -> Cache | None:
     return Cache(cache_folder() / "jobs", bytes_of("cache", size))
 
 
-class Shared:
+class CachedSteps:
     """The cached steps of a job; without a cache (None) every result is computed. The models' files are hashed at once,
     right after they were opened, and again before an entry is written."""
 
-    def __init__(self, cache: Cache | None, job: Job, models: Models, dtype: torch.dtype) -> None:
+    def __init__(self, cache: Cache | None, job: Job, models: SuiteModels, dtype: torch.dtype) -> None:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
         self._hashes = FileHashes(None if cache is None else cache_folder() / "fingerprints")
         self._samples_hashes: dict[str, str | None] = {}
@@ -74,24 +74,26 @@ class Shared:
         """A name for the scores of the job's evaluation on the test samples as they are now."""
         return scores_key(self._job.evaluation, [self._samples(task) for task in tasks])
 
-    def recall(self, stage: str) -> Recall:
+    def score_cache(self, stage: str) -> ScoreCache:
         """Gives a task's scores of a stage: base, experts or merged."""
         if self._cache is None or isinstance(self._job.evaluation, Harness):
-            return anew
-        return anew if stage == "merged" and not self._known_merge else partial(self._score, stage)
+            return compute
+        return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
-    def merged(self) -> Merged:
+    def merged(self) -> LazyMerge:
         """The merged model, with its tensors read from the cache if that has space for them. One of several processes
         is enough to fill it, and the base is on disk already."""
-        make = once(partial(Merged, self._models.source, self._job.merge, self._dtype))
-        cached = self._known_merge and not isinstance(self._job.merge, NoMerge) and distributed.first()
+        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype))
+        cached = self._known_merge and not isinstance(self._job.merge, NoMerge) and distributed.is_main()
         if self._cache is None or not cached:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
         return make() if path is None else KeptMerge(self._models.source, path, self._dtype)
 
-    def taught(self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], OfExpert]) -> OfExpert:
+    def taught(
+        self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], ExpertOutputs]
+    ) -> ExpertOutputs:
         """The outputs of a task's expert on its batches, which `make` computes; with features or without."""
         if self._cache is None:
             return make()
@@ -159,7 +161,7 @@ class Shared:
         return {key: value for key, value in vars(task).items() if key not in IN_OTHER_PARTS}
 
 
-class KeptMerge(Merged):
+class KeptMerge(LazyMerge):
     """A merged model that was computed before: its tensors are in a file, rounded to `dtype`."""
 
     def __init__(self, source: MergeSource, path: Path, dtype: torch.dtype) -> None:
@@ -172,7 +174,7 @@ class KeptMerge(Merged):
         return self._kept.tensor(name)
 
 
-def _merge_entries(merged: Merged, advance: Callable[[int], None]) -> list[Entry]:
+def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[Entry]:
     source, dtype = merged.source, merged.dtype
 
     def stored(name: str) -> Tensor:
@@ -182,7 +184,7 @@ def _merge_entries(merged: Merged, advance: Callable[[int], None]) -> list[Entry
     return [Entry(name, dtype, source.shape(name), partial(stored, name)) for name in source.names]
 
 
-def _taught_entries(taught: OfExpert, drawn: Sequence[Batch]) -> list[Entry]:
+def _taught_entries(taught: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
     """The features, and the entries of each batch that were added after it was drawn."""
     batches, features = taught
     entries = [] if features is None else [of("features", features)]
@@ -192,7 +194,7 @@ def _taught_entries(taught: OfExpert, drawn: Sequence[Batch]) -> list[Entry]:
     return entries
 
 
-def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> OfExpert:
+def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> ExpertOutputs:
     batches = [dict(batch) for batch in drawn]
     features = tensors.pop("features", None)
     for key, tensor in tensors.items():

@@ -76,11 +76,11 @@ def run_key(
     calibration batches. Every process must call this; the first one's key counts."""
     batches = {task: [hash_tensors(batch) for batch in group] for task, group in drawn.items()}
     found = environment(device)
-    found["machine"]["processes"] = distributed.count()
+    found["machine"]["processes"] = distributed.world_size()
     return {
         "config": settings(resolved),
         "models": models,
-        "calibration data": distributed.gathered(batches),
+        "calibration data": distributed.all_gather(batches),
         **found,
     }
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from epmq_cli.calibrate.progress import Account, Journal, not_taken, write_tensors
+from epmq_cli.calibrate.progress import Account, WalkProgress, not_taken, write_tensors
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.keys import differences, short
 from epmq_cli.runtime import distributed
@@ -33,7 +33,7 @@ SHOWN = 3  # differences of two runs
 Value = TypeVar("Value")
 
 
-class State:
+class RunProgress:
     """The progress of a run, or of a part of it, in a folder; nothing is kept if that is None.
 
     The first of several processes reads and writes; the others follow it.
@@ -42,31 +42,31 @@ class State:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def part(self, name: str | None) -> State:
+    def part(self, name: str | None) -> RunProgress:
         """The progress of a part; nothing of it is kept if it has no name."""
-        return State(None if self._folder is None or name is None else self._folder / name)
+        return RunProgress(None if self._folder is None or name is None else self._folder / name)
 
-    def journal(self, name: str, account: Account | None = None) -> Journal:
+    def walk_progress(self, name: str, account: Account | None = None) -> WalkProgress:
         """The journal of a walk."""
-        return Journal(self._folder and self._folder / name, account)
+        return WalkProgress(self._folder and self._folder / name, account)
 
     def value(self, name: str, make: Callable[[], Value]) -> Value:
         """The JSON value that `make` returns, or returned in an earlier process."""
         if self._folder is None:
             return make()
         path = self._folder / f"{name}.json"
-        there: list[Value] = [_read(path)] if distributed.first() and path.is_file() else []
-        for value in distributed.agreed(there):
+        there: list[Value] = [_read(path)] if distributed.is_main() and path.is_file() else []
+        for value in distributed.broadcast(there):
             return value
         made = make()
-        if distributed.first():
+        if distributed.is_main():
             _write(path, made)
         return made
 
     def finished(self, name: str, make: Callable[[], Value]) -> Value:
         """`value` of a part; the part's own progress is removed once the value is known."""
         found = self.value(name, make)
-        if self._folder is not None and distributed.first():
+        if self._folder is not None and distributed.is_main():
             remove(self._folder / name)
         return found
 
@@ -74,7 +74,7 @@ class State:
         """The tensors that `make` returns, or returned in an earlier process of the same rank, on the device."""
         if self._folder is None:
             return make()
-        path = self._folder / f"{name}-{distributed.number()}.safetensors"
+        path = self._folder / f"{name}-{distributed.rank()}.safetensors"
         if path.is_file():
             try:
                 found: dict[str, Tensor] = load_file(path, device=str(device))
@@ -96,7 +96,7 @@ class State:
 
     def keep_count(self, name: str, count: int) -> None:
         """Writes the count of this name."""
-        if self._folder is not None and distributed.first():
+        if self._folder is not None and distributed.is_main():
             _write(self._folder / f"{name}.json", count)
 
     def _counted(self, name: str) -> int:
@@ -116,28 +116,28 @@ class State:
         self.value(PACKING, lambda: True)
 
 
-def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
+def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgress:
     """The progress of the run with this identity, new or continued; always new if `resume` is never. Every process must
     call this, with the first one's identity."""
     place = folder / FOLDER / short(identity)
-    if len(set(distributed.gathered(short(identity.get("config"))))) > 1:
+    if len(set(distributed.all_gather(short(identity.get("config"))))) > 1:
         raise RunError("the processes of this run have different configs; start all of them with the same command")
-    if distributed.first():
+    if distributed.is_main():
         if resume == "never":
             for path in (folder / FOLDER).glob("*/"):
                 remove(path)
         _announce(folder, place, identity)
-        known = State(place)
+        known = RunProgress(place)
         known.keep_count(STARTS, known.starts + 1 if known.has(IDENTITY) else 0)
         _write(place / IDENTITY, identity)
-    place = Path(distributed.agreed(str(place.resolve())))
-    if not all(distributed.gathered(place.is_dir())):
+    place = Path(distributed.broadcast(str(place.resolve())))
+    if not all(distributed.all_gather(place.is_dir())):
         say(
             "not all processes see the run folder, so no progress is kept; after an interruption, the run starts from "
             "the beginning"
         )
-        return State()
-    return State(place)
+        return RunProgress()
+    return RunProgress(place)
 
 
 def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
@@ -158,11 +158,11 @@ def close(folder: Path) -> None:
     remove(folder / FOLDER)
 
 
-def refuse_results(folder: Path, state: State | None = None) -> None:
+def refuse_results(folder: Path, state: RunProgress | None = None) -> None:
     """`refuse_used`, except for the checkpoint of this run, or of any unfinished run if `state` is not known yet."""
     mark = f"{PACKING}.json"
     own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
-    if distributed.first():
+    if distributed.is_main():
         refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
 
 

@@ -22,7 +22,7 @@ def exit_on_error(report: Callable[[Exception], int], interrupted: str, debug: b
     `report` prints what an exception means and returns the exit status; with `debug` exceptions are raised instead.
     `interrupted`: the sentence after a signal, which also explains whatever a library raises when it is interrupted.
     """
-    grace = GRACE if distributed.count() == 1 else 1  # torchrun stops the processes that wait for one that ended
+    grace = GRACE if distributed.world_size() == 1 else 1  # torchrun stops the processes that wait for one that ended
     with as_exceptions(lambda: _complain(interrupted), grace):
         raised: BaseException | None = None
         try:

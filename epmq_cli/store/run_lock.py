@@ -25,7 +25,7 @@ LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student
 def alone(folder: Path) -> Iterator[None]:
     """Locks the run folder for this process and removes what killed processes left in it; RunError if another process
     holds the lock or the folder cannot be written. The system releases the lock however the process ends."""
-    if not distributed.first():
+    if not distributed.is_main():
         yield
         return
     root = folder / FOLDER

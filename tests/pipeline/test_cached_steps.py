@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.average import Average
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import cached_steps, keys
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -220,7 +220,7 @@ def test_methods_without_options_have_different_keys(clip_hub: Path, tmp_path: P
 def test_a_base_with_padded_rows_depends_on_the_experts(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub))
     models, _, dtype = steps.open_models(job)
-    common = cached_steps.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
+    common = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
     assert common._base["vocabulary"] == []
     models.source.padded["embeddings"] = 100
     assert common._base["vocabulary"] == [common.files["expert of first"], common.files["expert of second"]]
@@ -229,8 +229,8 @@ def test_a_base_with_padded_rows_depends_on_the_experts(clip_hub: Path, tmp_path
 def test_a_cached_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub, "merge=ties", "pack.dtype=bfloat16"))
     models, _, dtype = steps.open_models(job)
-    kept = cached_steps.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
-    made = Merged(models.source, job.merge, dtype)
+    kept = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
+    made = LazyMerge(models.source, job.merge, dtype)
     assert isinstance(kept, cached_steps.KeptMerge)
     for name, tensor in made:
         assert torch.equal(kept.tensor(name), tensor)

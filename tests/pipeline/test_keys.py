@@ -18,7 +18,7 @@ from epmq_cli.data.hub import Pictures
 from epmq_cli.data.images import ArrayImages, ImageFiles
 from epmq_cli.data.samples import Samples
 from epmq_cli.pipeline import steps as steps
-from epmq_cli.pipeline.cached_steps import Shared
+from epmq_cli.pipeline.cached_steps import CachedSteps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.keys import differences, hash_model, hash_samples, run_key, scores_key, short
 from epmq_cli.store.cache import FileHashes
@@ -31,7 +31,7 @@ def key_of(hub: Path, *overrides: str) -> dict[str, Any]:
     models, _, dtype = steps.open_models(job)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     drawn = steps.calibration_batches(job, models.base.path)
-    return run_key(resolved, Shared(None, job, models, dtype).files, drawn, job.device)
+    return run_key(resolved, CachedSteps(None, job, models, dtype).files, drawn, job.device)
 
 
 @pytest.mark.parametrize(

@@ -51,25 +51,25 @@ def test_the_shares_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPat
     items, rows = [], []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        items.append(list(distributed.share(range(8))))
-        rows.extend(list(range(10))[distributed.rows(10)])
+        items.append(list(distributed.rank_slice(range(8))))
+        rows.extend(list(range(10))[distributed.row_range(10)])
     assert items == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert rows == list(range(10))
 
 
 def test_one_process_needs_no_connection() -> None:
     tensor = torch.arange(4.0)
-    assert distributed.added(tensor) is tensor
-    assert distributed.assembled(tensor, 4) is tensor
-    assert distributed.first()
+    assert distributed.all_reduce(tensor) is tensor
+    assert distributed.all_gather_rows(tensor, 4) is tensor
+    assert distributed.is_main()
 
 
 @pytest.mark.parametrize(
     ("function", "call"),
     [
-        ("all_reduce", lambda: distributed.added(torch.ones(1))),
-        ("broadcast_object_list", lambda: distributed.agreed(1)),
-        ("all_gather_object", lambda: distributed.gathered(1)),
+        ("all_reduce", lambda: distributed.all_reduce(torch.ones(1))),
+        ("broadcast_object_list", lambda: distributed.broadcast(1)),
+        ("all_gather_object", lambda: distributed.all_gather(1)),
     ],
 )
 def test_a_lost_process_ends_the_others_with_a_sentence(
@@ -102,19 +102,19 @@ def test_out_of_memory_is_not_reported_as_a_lost_process(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "all_reduce", full)
     with pytest.raises(torch.OutOfMemoryError):
-        distributed.added(torch.ones(1))
+        distributed.all_reduce(torch.ones(1))
 
 
 def test_two_processes_cannot_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    distributed.join(torch.device("cuda", 1))  # alone it may be any
+    distributed.init(torch.device("cuda", 1))  # alone it may be any
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="2 processes cannot share device=cuda:1; with device=cuda each takes its own"):
-        distributed.join(torch.device("cuda", 1))
+        distributed.init(torch.device("cuda", 1))
 
 
 def test_processes_with_different_configs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "gathered", lambda value: [value, "another"])
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value, "another"])
     with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
         opened(tmp_path, {"config": {"bits": 4}}, "auto")
 
@@ -146,9 +146,9 @@ def test_values_that_torchrun_never_sets_are_refused(
 def test_a_rank_alone_does_not_make_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    distributed.check("merge")
-    assert distributed.first()
-    assert (distributed.number(), distributed.local()) == (0, 0)
+    distributed.check_environment("merge")
+    assert distributed.is_main()
+    assert (distributed.rank(), distributed.local_rank()) == (0, 0)
 
 
 def test_processes_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,4 +157,4 @@ def test_processes_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         RunError, match=r"the processes of this run cannot connect to each other \(.*\); start them with torchrun"
     ):
-        distributed.join(torch.device("cpu"))
+        distributed.init(torch.device("cpu"))

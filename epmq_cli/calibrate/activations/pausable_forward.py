@@ -45,10 +45,10 @@ from torch import Tensor, nn
 DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, which may hold another container
 
 
-class Passage:
+class PausableForward:
     """One forward pass through modules with hooks (`listening`).
 
-    `wanted`: the modules whose inputs are kept when the pass goes through them; `met`: those inputs.
+    `wanted`: the modules whose inputs are kept when the pass goes through them; `captured`: those inputs.
     """
 
     def __init__(self, forward: Callable[[], Any]) -> None:
@@ -57,9 +57,9 @@ class Passage:
         self._here: tuple[str, Tensor] | None = None
         self._seen: set[str] = set()
         self.wanted: Collection[str] = ()
-        self.met: dict[str, Tensor] = {}
+        self.captured: dict[str, Tensor] = {}
 
-    def to(self, names: Sequence[str]) -> Tensor:
+    def run_until(self, names: Sequence[str]) -> Tensor:
         """Continues up to the first call of one of these modules, and gives its input."""
         if self._here is None or self._here[0] not in names:
             self._until, self._here = names, None
@@ -71,18 +71,18 @@ class Passage:
     def finish(self) -> Any:
         """Continues to the end of the forward pass, and gives its output."""
         self._until, self._here = (), None
-        self.met.clear()
+        self.captured.clear()
         return self._stack.switch()
 
-    def waiting(self) -> list[Tensor]:
+    def held_tensors(self) -> list[Tensor]:
         """The tensors in the variables of the waiting calls, also those in containers, but no parameters."""
-        found, frame = list(self.met.values()), self._stack.gr_frame
+        found, frame = list(self.captured.values()), self._stack.gr_frame
         while frame is not None:
             found += tensors_in(_variables(frame))
             frame = frame.f_back
         return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
 
-    def meet(self, name: str, tensor: Tensor) -> bool:
+    def pause_before(self, name: str, tensor: Tensor) -> bool:
         """Called by a module's hook, inside the pass: whether the pass pauses here.
 
         If a module is called again, as DeBERTa's keys are for positions, the first call counts.
@@ -91,7 +91,7 @@ class Passage:
             return False
         self._seen.add(name)
         if name in self.wanted:
-            self.met[name] = tensor
+            self.captured[name] = tensor
         self._here = (name, tensor) if name in self._until else None
         return self._here is not None
 
@@ -99,9 +99,9 @@ class Passage:
 class _Stack(greenlet.greenlet):
     """The stack of a pass."""
 
-    def __init__(self, forward: Callable[[], Any], passage: Passage) -> None:
+    def __init__(self, forward: Callable[[], Any], forward_pass: PausableForward) -> None:
         super().__init__(forward)
-        self.passage = weakref.ref(passage)
+        self.forward_pass = weakref.ref(forward_pass)
 
 
 def _variables(frame: FrameType) -> list[Any]:
@@ -126,12 +126,12 @@ def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
 
 def _waits(name: str, tensor: Tensor) -> bool:
     stack = greenlet.getcurrent()
-    passage = stack.passage() if isinstance(stack, _Stack) else None
-    return passage is not None and passage.meet(name, tensor)
+    forward_pass = stack.forward_pass() if isinstance(stack, _Stack) else None
+    return forward_pass is not None and forward_pass.pause_before(name, tensor)
 
 
 @contextmanager
-def listening(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Inside the block, passes through the module can pause in front of these of its modules."""
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.capture import Reading
-from epmq_cli.calibrate.activations.hidden_state import Call, Carried, enter
+from epmq_cli.calibrate.activations.capture import CaptureSpec
+from epmq_cli.calibrate.activations.hidden_state import Call, CarriedOutput, enter
 from epmq_cli.calibrate.activations.pausable_forward import listening
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.families.structure import Linears, Section, Stack
 from tests.hubs import Scene
 from tests.minihub import KINDS, build
@@ -57,7 +57,7 @@ class Replay:
         self.hidden, self.calls = self.output[0], self.calls[1:]
 
     def _value(self, value: Any) -> Any:
-        return self.output[value.position] if isinstance(value, Carried) else value
+        return self.output[value.position] if isinstance(value, CarriedOutput) else value
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_paused_passes_capture_what_a_replay_with_hooks_captures(folder: Path) -
     batches = scene.batches
     with torch.inference_mode():
         for stack in scene.family.stacks(scene.model):
-            streams = enter(scene.model, scene.family, stack, batches, Depot(math.inf))
+            streams = enter(scene.model, scene.family, stack, batches, ActivationStore(math.inf))
             replays = [Replay(stream.hidden.clone(), list(stream.calls)) for stream in streams]
             for section in stack.sections:
                 captured += check_section(stack, section, streams, replays)
@@ -96,7 +96,7 @@ def check_section(stack: Stack, section: Section, streams: Sequence[Any], replay
     compared, module = 0, section.module
     with listening(module, section.modules):
         for index, step in enumerate(section.steps):
-            reading = Reading.of(section.steps[index:], None)
+            reading = CaptureSpec.of(section.steps[index:], None)
             residual = [reading.stream] if reading.stream else []
             for stream, replay in zip(streams, replays, strict=True):
                 with stream.awake():
