@@ -46,8 +46,8 @@ class RunProgress:
         """The progress of a part; nothing of it is kept if it has no name."""
         return RunProgress(None if self._folder is None or name is None else self._folder / name)
 
-    def walk_progress(self, name: str, account: Account | None = None) -> WalkProgress:
-        """The journal of a walk."""
+    def of_walk(self, name: str, account: Account | None = None) -> WalkProgress:
+        """The progress of a walk."""
         return WalkProgress(self._folder and self._folder / name, account)
 
     def value(self, name: str, make: Callable[[], Value]) -> Value:
