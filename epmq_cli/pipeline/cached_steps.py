@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.config.schema import Harness, bytes_of
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import SafetensorsFiles
@@ -56,6 +58,7 @@ class CachedSteps:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
         self._hashes = FileHashes(None if cache is None else cache_folder() / "fingerprints")
         self._samples_hashes: dict[str, str | None] = {}
+        self._measured: dict[str, Any] = {}
         if cache is not None:
             files = self.files
             cache.sound = lambda: files == self._read()
@@ -80,12 +83,18 @@ class CachedSteps:
             return compute
         return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
-    def merged(self) -> LazyMerge:
+    def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
         """The merged model, with its tensors read from the cache if that has space for them. One of several processes
-        is enough to fill it, and the base is on disk already."""
-        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype))
-        cached = self._known_merge and not isinstance(self._job.merge, NoMerge) and distributed.is_main()
-        if self._cache is None or not cached:
+        is enough to fill it, and the base is on disk already.
+
+        `data`: the measurements of the experts, if the method needs them. Several processes measure together, so none
+        of them reads the cache then.
+        """
+        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
+        alone = distributed.world_size() == 1 if data is not None else distributed.is_main()
+        if data is not None and self._cache is not None:
+            self._measured = _measured_on(data, self._job.merge.needs)
+        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not alone:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
@@ -143,7 +152,8 @@ class CachedSteps:
     def _merge(self) -> dict[str, Any]:
         base, *experts = self.files.values()  # their order counts, because sums are rounded on the way
         method = self._job.merge
-        return {"base": base, "experts": experts, "merge": type(method).__qualname__, "options": vars(method)}
+        kind = {"merge": type(method).__qualname__, "options": vars(method), **self._measured}
+        return {"base": base, "experts": experts, **kind}
 
     @property
     def _known_merge(self) -> bool:
@@ -172,6 +182,13 @@ class KeptMerge(LazyMerge):
         """The tensor of this name, in the file's type."""
         assert dtype == self.dtype
         return self._kept.tensor(name)
+
+
+def _measured_on(data: ExpertMeasurements, needs: frozenset[Need]) -> dict[str, Any]:
+    """The data that a merge depends on: the batches of each task and, for gradients, its head."""
+    batches = {task: [hash_tensors(batch) for batch in group] for task, group in data.batches.items()}
+    heads = {task: hash_tensors(head) for task, head in data.heads.items()} if "gradients" in needs else {}
+    return {"batches": batches, "heads": heads}
 
 
 def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[Entry]:
