@@ -13,7 +13,7 @@ from pathlib import Path
 
 from epmq_cli.commands.arguments import FULL_ERROR, split
 from epmq_cli.errors import ConfigError
-from epmq_cli.runtime.exit_status import ending
+from epmq_cli.runtime.exit_status import exit_on_error
 from epmq_cli.runtime.imports import importing
 
 COMMANDS = {
@@ -23,6 +23,14 @@ COMMANDS = {
     "verify": "check the files, tensors and scores of a checkpoint",
     "list": "show the options of each config group",
 }
+
+INTERRUPTED = {
+    "run": "interrupted; start the same command again to continue after the last finished block",
+    "merge": "interrupted; no checkpoint was written",
+    "eval": "interrupted; no scores were written",
+    "verify": "interrupted; not all of the checkpoint was checked",
+}
+"""What a command says when a signal ends it."""
 
 DEBUG = "--debug"
 """Prints tracebacks, with every command."""
@@ -50,8 +58,16 @@ examples
 def main() -> None:
     """Entry of the console script; exits with the status of the command, 2 where there is no such command."""
     arguments = sys.argv[1:]
-    with ending(debug=DEBUG in arguments or os.environ.get(FULL_ERROR) == "1"):
+    debug = DEBUG in arguments or os.environ.get(FULL_ERROR) == "1"
+    interrupted = INTERRUPTED.get(arguments[0] if arguments else "", "interrupted")
+    with exit_on_error(lambda error: _report(error, arguments), interrupted, debug):
         _dispatch(arguments)
+
+
+def _report(error: Exception, arguments: list[str]) -> int:
+    from epmq_cli.commands.error_report import report  # Hydra takes a while to import
+
+    return report(error, arguments)
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -139,7 +139,7 @@ def test_eval_takes_one_checkpoint(given: str, epmq_inside: Run, tmp_path: Path)
     (tmp_path / "a=b").mkdir()
     first, second = given.split()[:2] if given[0] != "a" else ("a=b", "good")
     said = f"epmq: epmq eval scores one checkpoint at a time, got {first} and {second}; give one, or several as "
-    assert str(epmq_inside("eval", *given.split()).returncode).startswith(said)
+    assert epmq_inside("eval", *given.split()).stderr.startswith(said)
 
 
 def test_what_takes_away_or_adds_an_option_is_no_checkpoint() -> None:

@@ -1,5 +1,7 @@
-"""Finds the folder of an interrupted run, so that the same command continues there although the default `out` is new
-each time. Folders of incomplete runs and sweeps hold a mark with their arguments; `out=FOLDER` needs none.
+"""Finds the folder in which the same command continues. The default `out` is a new folder each time, so the folders of
+unfinished runs and sweeps hold a mark: the arguments that they were started with.
+
+With `out=FOLDER` the folder is known.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ from epmq_cli.store.run_lock import RESULTS, in_use
 
 MARK = ".unfinished"
 RUNS = Path("runs")
-"""The parent of the default `out`."""
+"""The folder of the default `out`."""
 VARIABLE = "EPMQ_COMMAND"
-"""The environment variable with the arguments for the processes of a sweep, if they name no folder."""
+"""An environment variable for the processes of a sweep: the arguments, if they do not set the folder."""
 PLACED = ("out=", "hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")
 ELSEWHERE = ("out", "resume", "device")
-"""Options that do not change a job's results."""
+"""Options that do not make a job a different one."""
 SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--resolve", "-sc", "--shell-completion")
 
 
 def continued(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `epmq run`, with the folder of the last unfinished run or sweep with the same arguments, if no
-    process uses it."""
+    """The arguments of `epmq run`, and the folder of the last unfinished run or sweep with the same arguments, if there
+    is one that no process is using."""
     given = [argument.lstrip("+") for argument in arguments]
     if any(argument.startswith(PLACED) or argument in SHOWING for argument in given):
         return list(arguments)
@@ -41,26 +43,26 @@ def continued(arguments: Sequence[str]) -> list[str]:
 
 
 def begin(folder: Path) -> None:
-    """Marks the folder of a run or sweep that started without `out`."""
+    """Marks the folder of a run or sweep that was started without `out`."""
     asked = os.environ.get(VARIABLE)
     if asked is not None and not (folder / MARK).exists():
         write_text(folder / MARK, asked + "\n")
 
 
 def typed(overrides: Sequence[str]) -> list[str]:
-    """The overrides without a folder that `continued` chose."""
+    """The overrides without the folder that `continued` added."""
     return [override for override in overrides if VARIABLE not in os.environ or not override.startswith("out=")]
 
 
 def end(arguments: Sequence[str]) -> None:
-    """Removes the marks of a finished command."""
+    """Removes the marks of a command that has finished."""
     if VARIABLE in os.environ:
         for folder in _marked(arguments):
             (folder / MARK).unlink(missing_ok=True)
 
 
 def done(folder: Path, cfg: DictConfig) -> bool:
-    """Whether a folder holds the results of this job of a sweep."""
+    """Whether a folder holds the results of exactly this job of a sweep."""
     if not all((folder / name).exists() for name in RESULTS):
         return False
     found = _config(folder / RESULTS[1])
@@ -74,11 +76,11 @@ def _config(path: Path) -> dict[str, Any]:
         found = json.loads(read_regular(path))["config"]
         return dict(found.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged; remove {path.parent}, and the same command makes it again") from error
+        raise RunError(f"{path} is damaged; remove {path.parent} and start the same command again") from error
 
 
 def _mark(path: Path) -> str | None:
-    """The text of a mark; None if it is unreadable, such as another user's."""
+    """The text of a mark; None if it cannot be read, for example because another user owns it."""
     try:
         return read_regular(path)
     except (OSError, ValueError):
@@ -90,7 +92,7 @@ def _asked(arguments: Sequence[str]) -> list[str]:
 
 
 def _marked(arguments: Sequence[str]) -> list[Path]:
-    """The unfinished folders of a command that no process uses, oldest first."""
+    """The unfinished folders of a command that no process is using, oldest first."""
     asked = json.dumps(_asked(arguments)) + "\n"
     marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if _mark(mark) == asked]
     return [mark.parent for mark in marks if not in_use(mark.parent)]

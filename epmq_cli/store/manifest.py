@@ -1,5 +1,4 @@
-"""manifest.json: size and sha256 of every file of a checkpoint folder and its sub-folders, by the path in the folder,
-written when all of them are there."""
+"""manifest.json: the size and sha256 of every file in a checkpoint folder, by its path in the folder; written last."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
-    """Lists every file of the folder; nothing in it depends on time or place. `known`: what some of them were written
-    with, which need not be read again."""
+    """Lists every file of the folder; the manifest depends on neither time nor place. `known`: the contents of files
+    that need not be read again."""
     there = files_within(folder)
     read = contents([path for name, path in there.items() if name not in known])
     files = {name: asdict(known[name] if name in known else read[path]) for name, path in there.items()}
@@ -29,10 +28,10 @@ def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
 
 
 def file_problems(folder: Path) -> list[str]:
-    """Where a folder is not what its manifest says, a phrase for each file; CheckpointError where it has no manifest
-    that epmq can have written.
+    """The differences between a folder and its manifest, one phrase for each file; CheckpointError if there is no
+    manifest that epmq can have written.
 
-    Files and folders whose names begin with a dot are not counted: hubs and file managers add such.
+    Files and folders whose names begin with a dot are ignored: hubs and file managers add them.
     """
     listed, there = _listed(folder), files_within(folder)
     found = [f"{name} is missing" for name in listed if name not in there]
@@ -40,7 +39,7 @@ def file_problems(folder: Path) -> list[str]:
     links = {name for name, path in {**there, MANIFEST: folder / MANIFEST}.items() if leaves(path, folder)}
     found += [f"{name} is a link out of the folder" for name in links]
     regular = {name for name, path in there.items() if path.is_file()}  # opening a pipe would block
-    found += [f"{name} is no regular file" for name in listed if name in there and name not in regular]
+    found += [f"{name} is not a regular file" for name in listed if name in there and name not in regular]
     same_size = {}
     for name in listed.keys() & regular:
         size = there[name].stat().st_size
@@ -50,14 +49,16 @@ def file_problems(folder: Path) -> list[str]:
             found.append(f"{name} has {size} bytes instead of {listed[name].size}")
     read = contents([path for name, path in same_size.items() if name not in links])
     found += [
-        f"{name} has other bytes" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]
+        f"{name} has different bytes"
+        for name, path in same_size.items()
+        if read.get(path, listed[name]) != listed[name]
     ]
     return sorted(found)
 
 
 def files_within(folder: Path) -> dict[str, Path]:
-    """All files of a folder and its sub-folders but the manifest, in the order of their paths in it; a link to a folder
-    counts as a file."""
+    """All files of a folder and its subfolders except the manifest, by their paths in the folder, sorted; a link to a
+    folder counts as a file."""
     found = dict(_walked(folder))
     found.pop(MANIFEST, None)
     return found
@@ -81,12 +82,14 @@ def _listed(folder: Path) -> dict[str, Content]:
             f"{folder} has no readable {MANIFEST}; give the checkpoint folder that epmq run or merge wrote"
         ) from error
     if not sound:
-        raise CheckpointError(f"{folder / MANIFEST} lists what is no file of that folder; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{folder / MANIFEST} lists something that is not a file of that folder; fetch the checkpoint again"
+        )
     return listed
 
 
 def _sound(name: str, content: Content) -> bool:
-    """Whether an entry is one that epmq can have written; names lead nowhere else."""
+    """Whether epmq can have written an entry; its name leads to no other folder."""
     parts = name.split("/")
     plain = all(part and Path(part).name == part and not part.startswith(".") for part in parts)
     return (

@@ -232,6 +232,6 @@ def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
     monkeypatch.setattr("epmq_cli.pipeline.calibration.run_passes", interrupt)
     result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=x")
     assert result.returncode == 130
-    wanted = "epmq: interrupted; start the same command again to go on from the last finished block\n"
+    wanted = "epmq: interrupted; start the same command again to continue after the last finished block\n"
     assert result.stderr.endswith(wanted)
     assert {path.name for path in (tmp_path / "x").iterdir()} == {".hydra", ".resume", "run.log"}

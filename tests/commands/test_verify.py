@@ -95,7 +95,7 @@ def link_away(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip, "{} has other bytes; fetch it again"),
+        (flip, "{} has different bytes; fetch it again"),
         (truncate, r"{} has \d+ bytes instead of \d+; fetch"),
         (Path.unlink, "{} is missing; fetch"),
         (link_away, "{} is a link out of the folder; fetch"),
@@ -125,7 +125,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, checkpoin
     content = json.loads((checkpoint / MANIFEST).read_text())
     content["files"][name] = content["files"]["config.json"]
     (checkpoint / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="lists what is no file of that folder"):
+    with pytest.raises(CheckpointError, match="lists something that is not a file of that folder"):
         check(checkpoint)
 
 
@@ -165,12 +165,24 @@ def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path)
         ("{", "has no readable manifest.json; give"),
         ("[]", "has no readable manifest.json; give"),
         ('{"files": {"a": {"size": 1}}}', "has no readable manifest.json; give"),
-        ('{"files": {"../a": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
-        ('{"files": {"/etc/passwd": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that"),
-        ('{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
-        ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists what is no file of that folder"),
+        (
+            '{"files": {"../a": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
+            "lists something that is not a file of that folder",
+        ),
+        (
+            '{"files": {"/etc/passwd": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
+            "lists something that is not a file of that",
+        ),
+        (
+            '{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
+            "lists something that is not a file of that folder",
+        ),
+        ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists something that is not a file of that folder"),
         ("[" * 100_000, "has no readable manifest.json; give"),
-        ('{"files": {"a\\ud800": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists what is no file of that folder"),
+        (
+            '{"files": {"a\\ud800": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
+            "lists something that is not a file of that folder",
+        ),
     ],
     ids=range(9),
 )
@@ -316,7 +328,7 @@ def test_the_command_prints_every_problem_and_exits_with_1(checkpoint: Path, epm
     (checkpoint / "README.md").unlink()
     broken = epmq_inside("verify", str(checkpoint))
     assert broken.returncode == 1
-    assert broken.stdout.splitlines() == ["README.md is missing", "model.safetensors has other bytes"]
+    assert broken.stdout.splitlines() == ["README.md is missing", "model.safetensors has different bytes"]
     assert broken.stderr.startswith(
         f"epmq: {checkpoint} is not what epmq wrote: README.md is missing and 1 more (above)"
     )

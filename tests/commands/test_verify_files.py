@@ -34,7 +34,9 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, chec
     if name != MANIFEST:
         manifest = (checkpoint / MANIFEST).read_text()
         (checkpoint / MANIFEST).write_text(manifest.replace(f'"size": {size},', '"size": 0,'))
-    message = "has no readable manifest.json; give" if name == MANIFEST else f"wrote: {name} is no regular file; fetch"
+    message = (
+        "has no readable manifest.json; give" if name == MANIFEST else f"wrote: {name} is not a regular file; fetch"
+    )
     with pytest.raises(CheckpointError, match=message):
         check(checkpoint)
 
