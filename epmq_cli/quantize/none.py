@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.grid import DenseWeight, GridSpec
-from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.formats.int import DenseWeight, GridSpec
+from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import check_choice
-from epmq_cli.quantize.grid import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
-from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
+from epmq_cli.config.validate import check_choice
+from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
+from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
