@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
@@ -50,8 +52,9 @@ class Exporter(Protocol):
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
         """The tensors that store the weight of a linear, each made when it is written."""
 
-    def config(self, family: Family, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
-        """The `quantization_config` of config.json; empty where readers need none."""
+    def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
+        """The `quantization_config` of config.json; empty if readers need none. `dequantize`: whether transformers must
+        dequantize while it loads, rather than when the model is first called."""
 
     def files(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Further text files that loaders read, by name; `config`: what the method `config` returns."""
@@ -59,6 +62,9 @@ class Exporter(Protocol):
 
 class Layout(Protocol):
     """How the linears of a checkpoint are stored, by its config.json."""
+
+    codes: ClassVar[str]
+    """The suffix of the tensor that holds the codes of a linear; empty if there are no such tensors."""
 
     plain: ClassVar[bool]
     """Whether transformers loads the checkpoint with the packages that epmq itself needs."""
@@ -107,3 +113,16 @@ class ExpectedTensor:
 def words(count: int, bits: int) -> int:
     """The number of int32 that hold this many integers of `bits` bits without a gap."""
     return -(-count * bits // 32)
+
+
+def foreign_config(folder: Path) -> CheckpointError:
+    """The error for a quantization_config that epmq did not write."""
+    return CheckpointError(
+        f"{folder / 'config.json'} has a quantization_config that epmq does not write; give the checkpoint folder that "
+        "epmq run wrote"
+    )
+
+
+def unfit(name: str) -> CheckpointError:
+    """The error for a linear whose tensors do not fit config.json."""
+    return CheckpointError(f"the tensors of {name} are not those that config.json describes; see epmq verify")

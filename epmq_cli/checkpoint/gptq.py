@@ -1,17 +1,17 @@
 """`pack=gptq`: the checkpoint format of AutoGPTQ and GPTQModel.
 
 The weight of a linear `name` (out, in) is stored as
-- `name.qweight` int32 (in * bits / 32, out): the codes u = q + 2^(bits-1), packed along the inputs, lowest bits first and
-  without gaps, so that codes of 3 bits cross words;
-- `name.qzeros` int32 (groups, out * bits / 32): the zero points, packed along the outputs. `gptq` stores each minus one,
-  `gptq_v2` stores it as it is;
+- `name.qweight` int32 (in * bits / 32, out): the codes u = q + 2^(bits-1), packed along the inputs, lowest bits first
+  and without gaps, so that codes of 3 bits cross words;
+- `name.qzeros` int32 (groups, out * bits / 32): the zero points, packed along the outputs. `gptq` stores each minus
+  one, `gptq_v2` stores it as it is;
 - `name.scales` (groups, out);
 - `name.g_idx` int32 (in,): the group of each input. A group of epmq is a run of neighbouring inputs, with
   `quant.act_order` too; therefore `desc_act` is false.
 
 Readers of `gptq` add one to a stored zero point in a wider type, so that a zero point u = 0 comes back as 2^bits
-(https://github.com/ModelCloud/GPTQModel, convert_gptq_v1_to_v2_format_module). Groups without negative weights have this
-zero point. They are stored mirrored, which changes no weight: (u - 0) s = (u' - z') s' with u' = 2^bits - 1 - u,
+(https://github.com/ModelCloud/GPTQModel, convert_gptq_v1_to_v2_format_module). Groups without negative weights have
+this zero point. They are stored mirrored, which changes no weight: (u - 0) s = (u' - z') s' with u' = 2^bits - 1 - u,
 z' = 2^bits - 1, s' = -s.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +109,16 @@ class GptqExporter(Pack):
             return packed((stored.zero - less).T, bits, 1)
 
         def scales() -> Tensor:
-            return stored.scale.T.to(weight.dtype)
+            return stored.scale.T.to(weight.dtype).contiguous()
 
         return [
             Entry(f"{name}.qweight", torch.int32, (words(columns, bits), rows), qweight),
             Entry(f"{name}.qzeros", torch.int32, (groups, words(rows, bits)), qzeros),
             Entry(f"{name}.scales", weight.dtype, (groups, rows), scales),
-            Entry(f"{name}.g_idx", torch.int32, (columns,), partial(group_index, columns, groups)),
+            Entry(f"{name}.g_idx", torch.int32, (columns,), partial(group_index, columns, columns // groups)),
         ]
 
-    def config(self, family: Family, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """See exporter.py. `block_name_to_quantize` tells transformers which linears are packed."""
         spec = next(iter(weights.values())).spec
         damping = {} if self.damping is None or not 0 < self.damping < 1 else {"damp_percent": self.damping}
@@ -129,7 +129,7 @@ class GptqExporter(Pack):
             "group_size": spec.group_size,
             "sym": spec.symmetric,
             "desc_act": False,
-            "static_groups": True,
+            "static_groups": False,
             "lm_head": False,
             **damping,
             "block_name_to_quantize": blocks_of(weights)[0],
@@ -149,6 +149,7 @@ class GptqLayout:
     format: str
     prefix: str
 
+    codes: ClassVar[str] = ".qweight"
     plain: ClassVar[bool] = False
 
     def format_of(self, name: str) -> GridSpec | None:
@@ -158,25 +159,28 @@ class GptqLayout:
     def expected(self, name: str, shape: torch.Size, signed: bool) -> dict[str, ExpectedTensor]:
         """See exporter.py. Scales of mirrored groups are negative."""
         (rows, columns), bits = shape, self.spec.bits
-        groups = columns // self.spec.columns(columns)
+        size = self.spec.columns(columns)
+        groups = -(-columns // size)
         scale = signed_scale if self._mirrors or (signed and self.spec.symmetric) else positive_scale
         return {
             f"{name}.qweight": ExpectedTensor((words(columns, bits), rows), "I32"),
             f"{name}.qzeros": ExpectedTensor((groups, words(rows, bits)), "I32"),
             f"{name}.scales": ExpectedTensor((groups, rows), check=scale),
-            f"{name}.g_idx": ExpectedTensor((columns,), "I32", partial(_index_problem, groups)),
+            f"{name}.g_idx": ExpectedTensor((columns,), "I32", partial(_index_problem, size)),
         }
 
     def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> QuantizedWeight:
         """See exporter.py."""
         (rows, columns), bits = shape, self.spec.bits
-        groups = columns // self.spec.columns(columns)
+        size = self.spec.columns(columns)
+        groups = columns // size
         try:
             qweight, qzeros, scales, g_idx = (
                 files.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
             )
-            fits = (qweight.shape, qzeros.shape) == ((words(columns, bits), rows), (groups, words(rows, bits)))
-            fits = fits and scales.shape == (groups, rows) and torch.equal(g_idx, group_index(columns, groups))
+            fits = qweight.shape == (words(columns, bits), rows) and qzeros.shape == (groups, words(rows, bits))
+            fits = fits and scales.shape == (groups, rows) and torch.equal(g_idx, group_index(columns, size))
+            fits = fits and qweight.dtype == qzeros.dtype == torch.int32
             dtype = DTYPES[files.infos[f"{name}.scales"].dtype]
         except (KeyError, RuntimeError):
             fits = False
@@ -231,16 +235,15 @@ def _mirror(weight: QuantizedWeight, groups: Tensor) -> QuantizedWeight:
     )
 
 
-def packed(signed: Tensor, bits: int, dim: int) -> Tensor:
-    """Integers -2^(bits-1) .. 2^(bits-1) - 1, one less allowed, as codes of `bits` bits in int32, packed along `dim`."""
+def packed(signed: Tensor, bits: int, dim: Literal[0, 1]) -> Tensor:
+    """Integers -2^(bits-1) .. 2^(bits-1) - 1 as codes of `bits` bits in int32, packed along `dim`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    half = 1 << (bits - 1)
-    wrapped = (signed.to(torch.int16) + half) % (2 * half) - half
-    return pack_to_int32(wrapped.to(torch.int8).cpu().contiguous(), bits, packed_dim=dim)  # type: ignore[arg-type]
+    stored: Tensor = pack_to_int32(signed.to(torch.int8).cpu(), bits, packed_dim=dim)
+    return stored
 
 
-def unpacked(stored: Tensor, bits: int, shape: tuple[int, int], dim: int) -> Tensor:
+def unpacked(stored: Tensor, bits: int, shape: tuple[int, int], dim: Literal[0, 1]) -> Tensor:
     """The integers int8 of this shape that `packed` packed."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -248,14 +251,14 @@ def unpacked(stored: Tensor, bits: int, shape: tuple[int, int], dim: int) -> Ten
     return found
 
 
-def group_index(columns: int, groups: int) -> Tensor:
-    """The group of each input: int32 (columns,)."""
-    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
+def group_index(columns: int, size: int) -> Tensor:
+    """The group of each input, in groups of `size`: int32 (columns,)."""
+    return torch.arange(columns, dtype=torch.int32) // size
 
 
-def _index_problem(groups: int, tensor: Tensor) -> str | None:
-    same = torch.equal(tensor, group_index(len(tensor), groups))
-    return None if same else f"does not put the inputs into {groups} groups in order"
+def _index_problem(size: int, tensor: Tensor) -> str | None:
+    same = torch.equal(tensor, group_index(len(tensor), size))
+    return None if same else f"does not put {size} neighbouring inputs into each group"
 
 
 def blocks_of(names: Iterable[str]) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq_cli.checkpoint.compressed_tensors import PACKED, grid_of, unpacked_linear
+from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
@@ -47,20 +48,22 @@ def load(
     config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
-    specs = _packed_linears(folder, model, files)
-    obstacles = {name: obstacle(spec, _weight(model, name).shape, where) for name, spec in specs.items()}
+    layout = layout_of(folder)
+    specs = _packed_linears(folder, model, files, layout)
+    shapes = {name: _weight(model, name).shape for name in specs}
+    obstacles = {name: obstacle(spec, shapes[name], where) for name, spec in specs.items()}
     if kernel == "int4":
         refuse(obstacles)
     dense = {}
     for name, reason in obstacles.items():
-        weight = unpacked_linear(files, name, specs[name], _weight(model, name).shape, where)
+        weight = layout.read(files, name, shapes[name], where)
         if kernel != "dequantize" and reason is None:
             model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
-    packed = tuple(f"{name}.weight_" for name in specs)
+    packed = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
     for name in files.infos:
-        if not name.startswith(packed):
+        if name not in packed:
             tensor = files.tensor(name)
             dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
     _fill(folder, model, dense)
@@ -123,17 +126,14 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, GridSpec]:
-    """The grid of each packed linear."""
-    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}{PACKED}" in files.infos:
-            spec = grid_of(folder, quantization, name)
-            if spec is None:
-                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
-            found[name] = spec
-    return found
+def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout) -> dict[str, GridSpec]:
+    """The number format of each packed linear."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    formats = {name: spec for name in linears if (spec := layout.format_of(name)) is not None}
+    for name in linears:
+        if layout.codes and f"{name}{layout.codes}" in files.infos and name not in formats:
+            raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+    return formats
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.write import whole
-from epmq_cli.config.schema import Pack, bytes_of
+from epmq_cli.config.schema import bytes_of
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.engine import Merged, Models, written_dtype
 from epmq_cli.merge.tied_weights import Ties
@@ -26,7 +27,7 @@ def write_dense(
     folder: Path,
     models: Models,
     merged: Merged,
-    pack: Pack,
+    exporter: Exporter,
     files: ProcessorFiles,
     save_others: Callable[[Path], None] = lambda folder: None,
 ) -> int:
@@ -39,7 +40,7 @@ def write_dense(
     nothing is left.
     """
     base = models.base
-    entries = _entries(base, merged, models.ties, pack)
+    entries = _entries(base, merged, models.ties, exporter.dtype)
     steps = iter(track(entries, "merge"))
 
     def counted(entry: Entry) -> torch.Tensor:
@@ -48,8 +49,8 @@ def write_dense(
 
     with whole(folder) as (partly, known):
         shown = [Entry(e.name, e.dtype, e.shape, partial(counted, e)) for e in entries]
-        known |= write_model(partly, shown, bytes_of("pack.shard_size", pack.shard_size))
-        config = _config(models, written_dtype(merged.source, pack.dtype))
+        known |= write_model(partly, shown, bytes_of("pack.shard_size", exporter.shard_size))
+        config = _config(models, written_dtype(merged.source, exporter.dtype))
         (partly / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         files.copy(partly)
         save_others(partly)
@@ -65,7 +66,7 @@ def _config(models: Models, dtype: torch.dtype) -> dict[str, Any]:
     return config if size is None else with_vocabulary(config, size)
 
 
-def _entries(base: ModelFolder, merged: Merged, ties: Ties, pack: Pack) -> list[Entry]:
+def _entries(base: ModelFolder, merged: Merged, ties: Ties, wanted: str) -> list[Entry]:
     """What is written, in the order of the base's files, behind them what these do not hold."""
     source = merged.source
     names = {source.stored_name(name): name for name in source.names}
@@ -73,22 +74,22 @@ def _entries(base: ModelFolder, merged: Merged, ties: Ties, pack: Pack) -> list[
     for stored in [*base.infos, *(name for name in names if name not in base.infos)]:
         name = names.get(stored)
         if name is not None:
-            dtype = _type(base, source.read_name(name), pack)
+            dtype = _type(base, source.read_name(name), wanted)
             found.append(Entry(stored, dtype, source.shape(name), partial(merged.stored, name, dtype)))
         elif stored not in ties.dropped:
-            dtype = _type(base, stored, pack)
+            dtype = _type(base, stored, wanted)
             found.append(Entry(stored, dtype, base.infos[stored].shape, partial(_unmerged, base, stored, dtype)))
     return found
 
 
-def _type(base: ModelFolder, stored: str, pack: Pack) -> torch.dtype:
+def _type(base: ModelFolder, stored: str, wanted: str) -> torch.dtype:
     """The type in which a tensor of the base is written."""
     types = {name: dtype for dtype, name in NAMES.items()}
     kind = base.infos[stored].dtype
     if kind not in types:
         raise ModelError(f"base: {stored} is of type {kind}, epmq writes {', '.join(types)}")
     own = types[kind]
-    chosen: torch.dtype = own if pack.dtype == "auto" or not own.is_floating_point else getattr(torch, pack.dtype)
+    chosen: torch.dtype = own if wanted == "auto" or not own.is_floating_point else getattr(torch, wanted)
     return chosen
 
 

@@ -191,6 +191,7 @@ def _made(
         return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
+            exporter=job.exporter,
             model=model,
             weights=calibrated.walked.weights,
             dequantize=job.family.dequantize_on_load,
@@ -202,7 +203,7 @@ def _made(
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.pack.shard_size))
+            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = room.halved

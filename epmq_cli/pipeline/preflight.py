@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -149,15 +148,21 @@ def _listed(sizes: Sequence[int]) -> str:
     return " or ".join(filter(None, (", ".join(map(str, sizes[:-1])), str(sizes[-1]))))
 
 
+def formats_of(quantizer: Quantizer) -> list[GridSpec]:
+    """The number formats that a linear can get, one for each width; none under `quant=none`."""
+    return [spec for width in quantizer.widths if (spec := quantizer.at(width).spec) is not None]
+
+
 def check_kernel(
-    model: nn.Module, family: Family, quantizer: Quantizer, wanted: Evaluation, device: torch.device
+    model: nn.Module, family: Family, formats: Sequence[GridSpec], wanted: Evaluation, device: torch.device
 ) -> None:
-    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
+    """Refuses to score on the int4 kernel what it does not take, before anything is calibrated. `formats`: those that
+    the checkpoint stores packed."""
     if wanted.kernel != "int4" or "quantized" not in wanted.stages:
         return
     obstacles = {}
-    if quantizer.spec is not None:
-        widest = replace(quantizer.spec, bits=max(quantizer.widths))
+    if formats:
+        widest = max(formats, key=lambda spec: spec.bits)
         obstacles = {name: obstacle(widest, shape, device) for name, shape in linear_shapes(model, family)}
     refuse(obstacles)
 

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from epmq_cli.checkpoint.compressed_tensors import unpacked_linear
-from epmq_cli.checkpoint.write import packed_linear
+from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import Merged
 from epmq_cli.merge.source import Merge, MergeSource
@@ -28,6 +27,7 @@ from epmq_cli.quantize.formats.int import BITS, GridSpec, QuantizedWeight
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
 from tests.counts import CLAIMS, TRIED
+from tests.packs import LINEAR, PACKS, exporter_of, model_of
 
 FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 CPU = torch.device("cpu")
@@ -84,14 +84,18 @@ def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) 
         zero = torch.zeros_like(scale)
         if not spec.symmetric:
             zero = torch.randint(spec.lowest, spec.highest + 1, scale.shape, generator=generator).float()
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "x.safetensors"
-            write_file(path, packed_linear("x", QuantizedWeight(values, scale, zero, spec, dtype)))
-            found = unpacked_linear(SafetensorsFiles(path, "checkpoint"), "x", spec, values.shape, CPU)
-        assert torch.equal(found.values, values)
-        assert torch.equal(found.scale, scale)
-        assert torch.equal(found.zero, zero)
-        assert found.dtype == dtype
+        weight = QuantizedWeight(values, scale, zero, spec, dtype)
+        for exporter in filter(lambda exporter: exporter.packs, map(exporter_of, PACKS)):
+            with tempfile.TemporaryDirectory() as name:
+                path = Path(name) / "x.safetensors"
+                write_file(path, exporter.entries(LINEAR, weight))
+                quantization = exporter.config(model_of(values.shape), {LINEAR: weight}, dequantize=False)
+                layout = LAYOUTS[quantization["quant_method"]](Path(name), quantization)
+                found = layout.read(SafetensorsFiles(path, "checkpoint"), LINEAR, values.shape, CPU)
+            assert torch.equal(found.values, values)
+            assert torch.equal(found.scale, scale)
+            assert torch.equal(found.zero, zero)
+            assert found.dtype == dtype
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     hold(examples, claim, SPECS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
