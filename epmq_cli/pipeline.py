@@ -42,6 +42,8 @@ from epmq_cli.mapped import Disk
 from epmq_cli.memory import Room
 from epmq_cli.merge.apply import Models, fit_source, written_dtype
 from epmq_cli.merge.source import Merge
+from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.result import Quantizer
 from epmq_cli.report.metrics import Scores
 from epmq_cli.scored_tasks import head_names, scored_task, scores_samples
@@ -58,7 +60,7 @@ class Job:
     merge: Merge
     guidance: Guidance
     calib: config.Calib
-    quantizer: Quantizer
+    quantizer: Quantizer | MixedPrecision
     pack: config.Pack
     evaluation: config.Evaluation
     device: torch.device
@@ -92,7 +94,7 @@ def make_job(cfg: DictConfig) -> Job:
         merge=config.build("merge", cfg.merge),
         guidance=guidance,
         calib=calib,
-        quantizer=config.build("quant", cfg.quant),
+        quantizer=build_quantizer(cfg.quant),
         pack=config.build("pack", cfg.pack),
         evaluation=evaluation,
         device=device,
@@ -118,7 +120,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
-    check_groups(model, job.family, job.quantizer.spec)
+    check_groups(model, job.family, formats_of(job.quantizer))
     check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
     return models, model, dtype
 

@@ -29,7 +29,7 @@ def test_every_config_composes_and_is_made(option: Path) -> None:
     given = [part for part in command if part.startswith(f"{group}.")]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"{group}={option.name}", *given, "out=x"])
-    built = build(group, cfg[group])
+    built = build_quantizer(cfg.quant) if group == "quant" else build(group, cfg[group])
     assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
 
 

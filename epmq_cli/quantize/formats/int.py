@@ -1,0 +1,83 @@
+"""Integers: `bits` bits from -2^(bits-1) to 2^(bits-1) - 1, as compressed-tensors stores them.
+
+A code q stands for (q - zero) scale. Without zero points the zero is 0. Whole zero points are codes themselves; real
+ones, which HQQ (https://mobiusml.github.io/hqq_blog/) finds, are any numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import check_choice
+from epmq_cli.quantize.formats.format import Grid, ZeroPoints, check_group_size, fit_grid, stored_scale
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """`quant.format=int`; see NumberFormat."""
+
+    bits: int
+    group_size: int
+    zero_points: ZeroPoints
+
+    def __post_init__(self) -> None:
+        check_choice("bits", self.bits, BITS)
+        check_group_size(self.group_size)
+        check_choice("zero_points", self.zero_points, ("none", "whole", "real"))
+
+    @property
+    def name(self) -> str:
+        """int4, and so on."""
+        return f"int{self.bits}"
+
+    @property
+    def storage(self) -> torch.dtype:
+        """int8 at all bits: packing is the exporter's task."""
+        return torch.int8
+
+    @property
+    def mirrored(self) -> bool:
+        """No: codes reach one further down than up. Zero points shift the range instead."""
+        return self.zero_points != "none"
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
+        """See NumberFormat."""
+        return fit_grid(groups, self, search, dtype)
+
+    def span(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Grid:
+        """See NumberFormat."""
+        scale = stored_scale((high - low) / (self.highest - self.lowest), dtype)
+        if self.zero_points == "none":
+            return Grid(scale, None)
+        zero = self.lowest - (torch.round(low / scale) if self.zero_points == "whole" else low / scale)
+        return Grid(scale, zero.clamp(self.lowest, self.highest))
+
+    def encode(self, x: Tensor, grid: Grid) -> Tensor:
+        """See NumberFormat."""
+        if grid.zero is None:
+            codes = torch.round(x / grid.scale)
+        elif self.zero_points == "real":
+            codes = torch.round(x / grid.scale + grid.zero)
+        else:
+            codes = torch.round(x / grid.scale) + grid.zero
+        return codes.clamp(self.lowest, self.highest).to(self.storage)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """See NumberFormat."""
+        exact = codes.to(grid.scale.dtype)
+        return exact * grid.scale if grid.zero is None else (exact - grid.zero) * grid.scale

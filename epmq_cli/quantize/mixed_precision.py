@@ -1,0 +1,127 @@
+"""Mixed precision: two number formats in one model, under a budget of bits on average.
+
+Every group of linears that read the same input gets one of the two formats, as kernels that fuse q, k and v need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from epmq_cli import ranks
+from epmq_cli.errors import ConfigError, shown
+from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.quantize.result import Outcome, Prepared, Quantizer
+
+Group = TypeVar("Group", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """A quantizer in two formats: `low`, and `high` with more bits, which differ in their format alone.
+
+    `bits`: the average over all weights, at most. A first walk measures what each group loses in each format (`Trial`);
+    the last walk quantizes each group in the format that the trial chooses.
+    """
+
+    low: Quantizer
+    high: Quantizer
+    bits: float
+
+    def __post_init__(self) -> None:
+        low, high = (quantizer.format for quantizer in (self.low, self.high))
+        if low is None or high is None or not low.bits < self.bits < high.bits:
+            raise ConfigError(f"mixed precision needs bits between those of its two formats, got {shown(self.bits)}")
+
+    @property
+    def quantizers(self) -> dict[int, Quantizer]:
+        """The two quantizers by the bits of their formats."""
+        return {quantizer.format.bits: quantizer for quantizer in (self.low, self.high) if quantizer.format is not None}
+
+
+def formats_of(quantizer: Quantizer | MixedPrecision) -> tuple[NumberFormat, ...]:
+    """The formats that a linear can get, by their bits; none if weights stay dense."""
+    own = (quantizer.low, quantizer.high) if isinstance(quantizer, MixedPrecision) else (quantizer,)
+    return tuple(one.format for one in own if one.format is not None)
+
+
+def allocate(
+    losses: Mapping[Group, Mapping[int, float]], sizes: Mapping[Group, int], budget: float
+) -> dict[Group, int]:
+    """The bits of each group, so that the mean over all weights is at most `budget`.
+
+    `losses`: the loss of each group at each of two widths; `sizes`: its weights. Groups get the larger width in the
+    order of their gain per weight, as long as it fits (the greedy rule of the knapsack problem).
+    """
+    low, high = sorted(next(iter(losses.values())))
+    left = (budget - low) * sum(sizes.values())
+    widths = dict.fromkeys(losses, low)
+    for group in sorted(losses, key=lambda group: (losses[group][high] - losses[group][low]) / sizes[group]):
+        cost = (high - low) * sizes[group]
+        if losses[group][high] < losses[group][low] and cost <= left + 1e-9:
+            widths[group], left = high, left - cost
+    return widths
+
+
+@dataclass
+class Trial:
+    """Measures what the groups would lose in either format; weights stay dense.
+
+    `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group and bits; `sizes`: weights by group.
+    """
+
+    mixed: MixedPrecision
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def state(self) -> Any:
+        """The losses and sizes so far, as JSON."""
+        return {"losses": {group: list(losses.items()) for group, losses in self.losses.items()}, "sizes": self.sizes}
+
+    def restore(self, state: Any) -> None:
+        """Replaces losses and sizes by those of `state`."""
+        self.losses = {group: dict(losses) for group, losses in state["losses"].items()}
+        self.sizes = dict(state["sizes"])
+
+    def of(self, group: str) -> Quantizer:
+        """A quantizer for linears of this group that measures and returns the weight itself."""
+        return _Measuring(self, group)
+
+    def choose(self) -> dict[str, Quantizer]:
+        """The quantizer of each group, by the losses so far."""
+        widths, known = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
+        return {group: known[width] for group, width in widths.items()}
+
+    def measure(self, group: str, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> None:
+        """Quantizes a weight (out, in) in either format and adds the losses, summed over all ranks' rows, to the
+        group's."""
+        target, quantizers = weight.double(), self.mixed.quantizers
+        sums = [float(weight.numel()), float(((target @ hessian) * target).sum())]
+        for quantizer in quantizers.values():
+            error = quantizer(weight, hessian, prepared, dtype).weight.dequantize().double() - target
+            sums.append(float(((error @ hessian) * error).sum()))
+        size, energy, *errors = ranks.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
+        self.sizes[group] = self.sizes.get(group, 0) + int(size)
+        for bits, error in zip(quantizers, errors, strict=True):
+            losses[bits] += error / energy if energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    trial: Trial
+    group: str
+    format: NumberFormat | None = None
+
+    def prepared(self, hessian: Tensor) -> Prepared:
+        """What both formats share, since nothing but the format differs."""
+        return self.trial.mixed.low.prepared(hessian)
+
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+        self.trial.measure(self.group, weight, hessian, prepared, dtype)
+        return NoQuantizer()(weight, hessian, prepared, dtype)
