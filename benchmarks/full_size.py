@@ -125,7 +125,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
     if not config.is_file() or json.loads(config.read_text())["name"] != named:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        suite = {"_target_": "epmq_cli.suites.Suite", "name": named, "base": str(folder / "base")}
+        suite = {"_target_": "epmq_cli.data.suite.Suite", "name": named, "base": str(folder / "base")}
         suite |= MODELS[name](folder, arguments.samples)
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps(suite, indent=1))  # JSON is YAML

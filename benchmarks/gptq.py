@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.draw import task_seed
 from epmq_cli.data.documents import token_blocks
+from epmq_cli.data.sampling import task_seed
 
 OTHERS = {"llm-compressor": ("llmcompressor==0.14.0.1", "torch==2.13.0"), "GPTQModel": ("gptqmodel==7.7.0",)}
 SAMPLES, LENGTH, VOCABULARY, TEXT = 32, 256, 2000, 200_000
@@ -108,7 +108,7 @@ def make(folder: Path) -> None:
     task = {"expert": str(folder / "model"), "metric": "perplexity", "max_length": LENGTH}
     text = str(folder / "text.jsonl")
     task["data"] = {"_target_": "epmq_cli.data.table.Table", "train": text, "test": text}  # type: ignore[assignment]
-    suite = {"_target_": "epmq_cli.suites.Suite", "name": "gptq", "family": "causal_lm", "tasks": {"text": task}}
+    suite = {"_target_": "epmq_cli.data.suite.Suite", "name": "gptq", "family": "causal_lm", "tasks": {"text": task}}
     (folder / "configs" / "suite").mkdir(parents=True, exist_ok=True)
     suite["base"] = str(folder / "model")
     (folder / "configs" / "suite" / "gptq.yaml").write_text(json.dumps(suite))  # JSON is YAML

@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 import epmq_cli
-from epmq_cli.checkpoint.pack import Contents, write_checkpoint
-from epmq_cli.inference.int4 import Int4Linear
-from epmq_cli.quantize.grid import GridSpec, QuantizedWeight
+from epmq_cli.checkpoint.int4_linear import Int4Linear
+from epmq_cli.checkpoint.write import Contents, write_checkpoint
+from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
 from epmq_cli.quantize.rtn import rtn
-from epmq_cli.report.stages import Stages
+from epmq_cli.report.stage_timer import Stages
 
 SPEC = GridSpec(4, 128, True, "minmax")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -52,7 +52,7 @@ def make(folder: Path, layers: int) -> None:
     data = {"_target_": "epmq_cli.data.table.Table", "train": text, "test": text}
     each = {"metric": "perplexity", "max_length": LENGTH, "data": data}
     tasks = {name: {"expert": str(folder / name), **each} for name in EXPERTS}
-    suite = {"_target_": "epmq_cli.suites.Suite", "name": "larger", "family": "causal_lm", "tasks": tasks}
+    suite = {"_target_": "epmq_cli.data.suite.Suite", "name": "larger", "family": "causal_lm", "tasks": tasks}
     (folder / "configs" / "suite").mkdir(parents=True)
     (folder / "configs" / "suite" / "larger.yaml").write_text(json.dumps({**suite, "base": str(folder / "base")}))
 

@@ -70,7 +70,7 @@ def sides(folder: Path, mergekit: Path) -> dict[str, list[str]]:
     out = str(folder / "out")
     data = {"_target_": "epmq_cli.data.table.Table", "train": "unused.tsv", "test": "unused.tsv"}
     tasks = {name: {"expert": str(folder / name), "data": data, "metric": "perplexity"} for name in EXPERTS}
-    suite = {"_target_": "epmq_cli.suites.Suite", "name": "merging", "family": "causal_lm", "tasks": tasks}
+    suite = {"_target_": "epmq_cli.data.suite.Suite", "name": "merging", "family": "causal_lm", "tasks": tasks}
     path = folder / "configs" / "suite" / "merging.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**suite, "base": str(folder / "base")}))  # JSON is YAML

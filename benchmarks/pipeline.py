@@ -36,10 +36,10 @@ from floors import RATES, floors
 from full_size import save, tokenizer
 from watch import Watched, watched
 
-from epmq_cli.config import build, conf_dir
+from epmq_cli.config.instantiate import build, conf_dir
 
 MOST = 1024
-IMPORTS = "import epmq_cli.calibration, numba; from transformers import CLIPImageProcessor, CLIPModel"
+IMPORTS = "import epmq_cli.pipeline.calibration, numba; from transformers import CLIPImageProcessor, CLIPModel"
 SIZES = {"b32": (768, 3072, 12, 12, 224, 32), "tiny": (64, 128, 2, 4, 64, 32)}
 FLOORS = ["products in float32, s", "in TF32", "reading, s"]
 STAGES = {"read": "read", "merge": "merge", "calibrate and quantize": "calibrate, quantize", "pack": "pack"}
@@ -86,7 +86,7 @@ def suite(folder: Path, experts: int) -> Path:
     data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / "images.npz")}
     shared = {"data": data, "classes": ["cat", "dog"], "templates": ["a photo of a {}"]}
     tasks = {f"task{index}": {"expert": str(folder / f"task{index}"), **shared} for index in range(experts)}
-    content = {"_target_": "epmq_cli.suites.Suite", "name": f"random_{experts}", "family": "clip"}
+    content = {"_target_": "epmq_cli.data.suite.Suite", "name": f"random_{experts}", "family": "clip"}
     path = folder / "configs" / "suite" / f"random_{experts}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "base": str(folder / "base"), "tasks": tasks}))  # JSON is YAML

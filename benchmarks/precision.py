@@ -22,15 +22,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from epmq_cli import pipeline as steps
+from epmq_cli.calibrate.activations.hidden_state import inputs
 from epmq_cli.calibrate.moments import Measure, real_tokens, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.problem import Affine
-from epmq_cli.calibrate.reference import install, installed
-from epmq_cli.calibrate.streams import inputs
-from epmq_cli.config import conf_dir
-from epmq_cli.families.structure import Batch, Linears
-from epmq_cli.merge.apply import Merged, Models
+from epmq_cli.calibrate.reference_weights import install, installed
+from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.data.batching import Batch
+from epmq_cli.families.structure import Linears
+from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.quantize.layer_problem import Affine
 
 
 def rounded(bits: int) -> Callable[[Tensor], Tensor]:
@@ -87,7 +89,7 @@ def opened(arguments: argparse.Namespace) -> steps.Job:
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[{arguments.config_dir.resolve()}]")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return steps.make_job(compose("run", overrides=overrides))
+        return make_job(compose("run", overrides=overrides))
 
 
 def relative_errors(

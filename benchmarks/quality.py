@@ -23,13 +23,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from epmq_cli import calibration as guide
-from epmq_cli import config
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
-from epmq_cli.commands.app import quiet_libraries
-from epmq_cli.evaluate import measures
-from epmq_cli.merge.apply import Merged
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.config import instantiate
+from epmq_cli.evaluate import metrics
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 
 EPMQ = {"guidance": "expert"}
 LAM = {**EPMQ, "guidance.lam": "0.001"}
@@ -78,8 +79,8 @@ class Session:
         lines = [f"suite={self.arguments.suite}", f"merge={merge}", "out=unused", *self.arguments.overrides]
         if self.arguments.config_dir:
             lines.append(f"hydra.searchpath=[file://{self.arguments.config_dir.resolve()}]")
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-            return steps.make_job(compose("run", overrides=lines + [f"{k}={v}" for k, v in overrides.items()]))
+        with initialize_config_dir(str(instantiate.conf_dir()), version_base="1.3"):
+            return make_job(compose("run", overrides=lines + [f"{k}={v}" for k, v in overrides.items()]))
 
     def load(self, job: steps.Job) -> None:
         """Reads models and tasks, and scores the experts."""
@@ -140,8 +141,8 @@ class Session:
 def average(job: steps.Job, scores: dict[str, float]) -> float:
     """The mean over tasks, in % but for perplexities."""
     metric = next(iter(job.suite.metrics.values()))
-    mean = measures.average(list(scores.values()), metric)
-    return mean if metric == measures.PERPLEXITY else 100 * mean
+    mean = metrics.average(list(scores.values()), metric)
+    return mean if metric == metrics.PERPLEXITY else 100 * mean
 
 
 def table(session: Session, arguments: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from epmq_cli.ending import ending
+from epmq_cli.commands.arguments import FULL_ERROR, split
 from epmq_cli.errors import ConfigError
-from epmq_cli.importing import importing
+from epmq_cli.runtime.exit_status import ending
+from epmq_cli.runtime.imports import importing
 
 COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
@@ -25,8 +26,6 @@ COMMANDS = {
 
 DEBUG = "--debug"
 """Tracebacks in place of sentences, with every command."""
-FULL_ERROR = "HYDRA_FULL_ERROR"
-WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
 
@@ -96,22 +95,8 @@ def start(command: str, arguments: list[str]) -> None:
     # threads that wait by spinning take the cores from those that work, on machines with other things to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
-        app = importlib.import_module("epmq_cli.commands.app")
+        app = importlib.import_module("epmq_cli.commands.hydra_app")
     app.launch(command, [*overrides, *flags])
-
-
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and Hydra's options with their values: Hydra itself takes no overrides behind an option."""
-    overrides, flags = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("-"):
-            flags.append(argument)
-            if argument in WITH_VALUE:
-                flags += [value for value in [next(rest, None)] if value is not None]
-        else:
-            overrides.append(argument)
-    return overrides, flags
 
 
 def _with_checkpoint(arguments: list[str]) -> list[str]:

@@ -18,10 +18,6 @@ in the run folder's log, and on the screen with --debug or HYDRA_FULL_ERROR=1, w
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable
-
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 """What CUDA, torch, cuBLAS and cuDNN say where there is none."""
 
@@ -81,43 +77,3 @@ def shown(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
     return repr(value)
-
-
-def check_range(
-    name: str,
-    value: object,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    integer: bool = False,
-) -> None:
-    """Refuses `value` unless it is a number (an int where `integer`) in [low, high]; (low, high] where `open_low`."""
-    wanted = "a whole number" if integer else "a number"
-    span = f"{'(' if open_low else '['}{low}, {high}{')' if high == float('inf') else ']'}"
-    is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    inside = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
-    if not inside or (open_low and value == low):
-        raise ConfigError(f"{name} must be {wanted} in {span}, got {shown(value)}")
-
-
-def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Refuses `value` unless it is one of `allowed`."""
-    options = list(allowed)
-    if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
-        known = ", ".join(option if isinstance(option, str) else shown(option) for option in options)
-        raise ConfigError(f"{name} must be one of {known}, got {shown(value)}")
-
-
-def check_keys(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
-    """Refuses keys that are not known, suggesting the nearest one, and the absence of required ones."""
-    known, given = list(known), list(given)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{where} has no option {key!r}, the options are {', '.join(known)}{hint}")
-    missing = [key for key in required if key not in given]
-    if missing:
-        found = f"only {', '.join(given)}" if given else "nothing"
-        raise ConfigError(f"{where} needs {', '.join(missing)}, but {found} is set")

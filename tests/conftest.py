@@ -77,7 +77,7 @@ def write_suite(folder: Path, suite: dict[str, Any]) -> Path:
     """A config folder with the suite as `suite=mini`."""
     path = folder / "configs" / "suite" / "mini.yaml"
     path.parent.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"_target_": "epmq_cli.suites.Suite", "name": "mini", **suite}), path)
+    OmegaConf.save(OmegaConf.create({"_target_": "epmq_cli.data.suite.Suite", "name": "mini", **suite}), path)
     return folder / "configs"
 
 

@@ -10,14 +10,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.journal import Walked
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.progress import Walked
+from epmq_cli.calibrate.reference_weights import install
 from epmq_cli.commands.run import run
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.families.family import load_model
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
@@ -66,7 +67,7 @@ class Walk:
 
 def walk(hub: Path, *overrides: str) -> Walk:
     """The steps up to the walk."""
-    job = steps.make_job(config(hub, *overrides))
+    job = make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
@@ -81,7 +82,7 @@ class Scene:
     """A job with the base's model and the batches of a task as its expert completed them."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        self.job = steps.make_job(config(folder, *overrides))
+        self.job = make_job(config(folder, *overrides))
         self.family = self.job.family
         self.models, self.model, _ = steps.open_models(self.job)
         drawn = steps.calibration_batches(self.job, self.models.base.path)

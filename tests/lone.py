@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference import install
-from epmq_cli.checkpoint.dense import write_dense
-from epmq_cli.checkpoint.pack import Contents, write_checkpoint
-from epmq_cli.checkpoint.processor_files import ProcessorFiles
-from epmq_cli.config import Pack
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.checkpoint.write import Contents, write_checkpoint
+from epmq_cli.checkpoint.write_merged import write_dense
+from epmq_cli.config.schema import Pack
+from epmq_cli.data.suite import Suite
 from epmq_cli.data.table import Table
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
-from epmq_cli.merge.apply import Merged, Models, fit_source, written_dtype
 from epmq_cli.merge.average import Average
-from epmq_cli.suites import Suite
+from epmq_cli.merge.engine import Merged, Models, fit_source, written_dtype
+from epmq_cli.models.processor_files import ProcessorFiles
 
 Copies = Mapping[str, str]
 """Tied tensors that are stored too, by the names of their sources."""

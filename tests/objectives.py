@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, Moments, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.problem import Affine, Problem
+from epmq_cli.quantize.layer_problem import Affine, Problem
 
 OUT, IN, TASKS = 6, 8, 3
 

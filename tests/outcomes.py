@@ -1,4 +1,4 @@
-"""What became of the folders of users that tests/foreign makes, for the last lines of pytest's report."""
+"""What became of the folders of users that tests/end_to_end/foreign makes, for the last lines of pytest's report."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from epmq_cli import __version__, cli
-from epmq_cli.config import build, conf_dir
+from epmq_cli.config.instantiate import build, conf_dir
+from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))

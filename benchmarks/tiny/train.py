@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-from epmq_cli.data.tiny import images
+from epmq_cli.data.tiny.tasks import images
 
 REPO = Path(__file__).resolve().parents[2]
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import unfold
 
+from epmq_cli.calibrate.activations.hidden_state import calls
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.problem import Affine
-from epmq_cli.calibrate.streams import calls
 from epmq_cli.calibrate.student import Student
-from epmq_cli.families.structure import Batch, Mask, Patches, Stack, Table
-from epmq_cli.ranks import added
+from epmq_cli.data.batching import Batch
+from epmq_cli.families.structure import Mask, Patches, Stack, Table
+from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.runtime.distributed import added
 
 
 def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from epmq_cli.errors import check_choice, check_range
+from epmq_cli.config.validate import check_choice, check_range
 
 TARGETS = ("merged", "expert")
 TASK_WEIGHTS = ("frobenius", "tokens")

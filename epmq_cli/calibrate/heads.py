@@ -9,8 +9,8 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.problem import Affine
-from epmq_cli.ranks import added
+from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.runtime.distributed import added
 
 
 def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, lam: float) -> Affine:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from epmq_cli.ranks import added
+from epmq_cli.runtime.distributed import added
 
 
 def has_gain(norm: nn.Module) -> bool:

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from epmq_cli.calibrate.depot import Depot
+from epmq_cli.calibrate.activations.hidden_state import Stream, calls, enter
+from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.trace import Change, Trace, bypassed, traced
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain, normalised, unit
-from epmq_cli.calibrate.streams import Stream, calls, enter
-from epmq_cli.calibrate.trace import Change, Trace, bypassed, traced
+from epmq_cli.data.batching import Batch, split
 from epmq_cli.errors import EpmqError, first_line, lacks_memory
-from epmq_cli.families.family import Family, split
+from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.structure import Batch, Linears, Norm, Section, Stack, Table
-from epmq_cli.linalg import is_finite
+from epmq_cli.families.structure import Linears, Norm, Section, Stack, Table
+from epmq_cli.quantize.linalg import is_finite
 
 SAMPLES = 2  # that are looked at
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # errors that are taken for rounding: of each number, and of their root mean square

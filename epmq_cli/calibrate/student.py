@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.problem import Affine
-from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.reference_weights import Reference, install
 from epmq_cli.families.family import Family
+from epmq_cli.quantize.layer_problem import Affine
 
 
 @dataclass(frozen=True)

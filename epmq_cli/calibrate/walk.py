@@ -18,28 +18,29 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from epmq_cli import ranks
-from epmq_cli.calibrate.depot import Depot
+from epmq_cli.calibrate.activations.capture import Reading, Rows
+from epmq_cli.calibrate.activations.hidden_state import Stream, enter, handed, inputs
+from epmq_cli.calibrate.activations.pausable_forward import listening
+from epmq_cli.calibrate.activations.store import Depot
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.journal import Journal, Walked
-from epmq_cli.calibrate.layer import solve
-from epmq_cli.calibrate.measured import measured
 from epmq_cli.calibrate.moments import real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.passage import listening
-from epmq_cli.calibrate.problem import Affine
-from epmq_cli.calibrate.reading import Reading, Rows
-from epmq_cli.calibrate.reference import Reference, install, installed
-from epmq_cli.calibrate.streams import Stream, enter, handed, inputs
+from epmq_cli.calibrate.progress import Journal, Walked
+from epmq_cli.calibrate.reference_weights import Reference, install, installed
+from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.calibrate.student import Student
-from epmq_cli.console import track
+from epmq_cli.calibrate.task_moments import measured
+from epmq_cli.data.batching import ALL, Batch, split
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import ALL, Family, split
-from epmq_cli.families.structure import Batch, Norm, Section, Stack
+from epmq_cli.families.family import Family
+from epmq_cli.families.structure import Norm, Section, Stack
+from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.result import Quantizer
+from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.runtime import distributed
+from epmq_cli.runtime.console import track
 
 Batches = Mapping[str, Sequence[Batch]]
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
@@ -273,7 +274,7 @@ class _Walk:
             s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
             objective.add(moments, expert, s * self.guidance.factor(task))
             total += tokens
-        return objective, sum(ranks.gathered(total))
+        return objective, sum(distributed.gathered(total))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -8,12 +8,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli import config
-from epmq_cli.commands.app import guarded, quiet_libraries
-from epmq_cli.resume.lock import refuse_used
+from epmq_cli.commands.error_report import guarded
+from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.config import instantiate
+from epmq_cli.store.run_lock import refuse_used
 
 
-@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="eval")
+@hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="eval")
 @guarded
 def main(cfg: DictConfig) -> None:
     """One checkpoint, or one of each job of a sweep."""
@@ -23,25 +24,31 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     quiet_libraries()
-    from epmq_cli import pipeline as steps
-    from epmq_cli import recorded
+    from epmq_cli.checkpoint.load import kernels
     from epmq_cli.evaluate.score import room_of
-    from epmq_cli.inference.load import kernels
-    from epmq_cli.report import metrics, table
-    from epmq_cli.report.stages import Stages
+    from epmq_cli.pipeline import reload
+    from epmq_cli.pipeline import steps as steps
+    from epmq_cli.report import metrics_json, table
+    from epmq_cli.report.stage_timer import Stages
 
     refuse_used(folder, "metrics.json")
-    config.check_complete(cfg, "eval")
-    checkpoint, device = Path(cfg.checkpoint), config.device_of(cfg.device)
-    suite = recorded.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
-    evaluation, stages = config.build("eval", cfg.eval), Stages(device)
+    instantiate.check_complete(cfg, "eval")
+    checkpoint, device = Path(cfg.checkpoint), instantiate.device_of(cfg.device)
+    suite = reload.checkpoint_suite(checkpoint, cfg.suite, cfg.data_root)
+    evaluation, stages = instantiate.build("eval", cfg.eval), Stages(device)
     with stages.stage("read"):
-        family, model, tasks = recorded.ready(checkpoint, suite, evaluation, device)
+        family, model, tasks = reload.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
         room = room_of(evaluation.batch_size)
         found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, room=room)
-    measured = {"scores": metrics.by_task(found, suite.metrics), "kernels": kernels(model), "stages": stages.records}
+    measured = {
+        "scores": metrics_json.by_task(found, suite.metrics),
+        "kernels": kernels(model),
+        "stages": stages.records,
+    }
     measured["events"] = {"eval_batches_halved": room.halved}
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    metrics.write_json(folder / "metrics.json", metrics.metrics("eval", overrides, resolved, device, measured))
+    metrics_json.write_json(
+        folder / "metrics.json", metrics_json.metrics("eval", overrides, resolved, device, measured)
+    )
     table.show_eval(measured, f"{suite.name}: {checkpoint}", folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 
 from epmq_cli.commands.list import options
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 
 WIDTH = 120
 EXAMPLES = {

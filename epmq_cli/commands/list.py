@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from epmq_cli.config import conf_dir
-from epmq_cli.console import console
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
+from epmq_cli.runtime.console import console
 
 
 def main(arguments: list[str]) -> None:

@@ -11,15 +11,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli import config
-from epmq_cli.commands.app import guarded
-from epmq_cli.importing import importing
-from epmq_cli.resume.lock import alone, refuse_used
+from epmq_cli.commands.error_report import guarded
+from epmq_cli.config import instantiate, schema
+from epmq_cli.runtime.imports import importing
+from epmq_cli.store.run_lock import alone, refuse_used
 
 PROBE = 8  # tokens of the texts on which tokenizers are compared, as a merge reads no data
 
 
-@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="merge")
+@hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="merge")
 @guarded
 def main(cfg: DictConfig) -> None:
     """One merge, or one of each job of a sweep."""
@@ -33,21 +33,21 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
-        from epmq_cli.checkpoint.dense import write_dense
-        from epmq_cli.checkpoint.processor_files import ProcessorFiles
-        from epmq_cli.console import say
+        from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
-        from epmq_cli.merge.apply import Merged, Models
-        from epmq_cli.report import metrics, table
-        from epmq_cli.report.stages import Stages
-        from epmq_cli.task_processors import probes, save_processors, task_processors
+        from epmq_cli.merge.engine import Merged, Models
+        from epmq_cli.models.processor_files import ProcessorFiles
+        from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
+        from epmq_cli.report import metrics_json, table
+        from epmq_cli.report.stage_timer import Stages
+        from epmq_cli.runtime.console import say
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where there is a tokenizer to check
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_used(folder, "checkpoint", "metrics.json")
-    config.check_complete(cfg, "merge")
-    suite, method = config.build("suite", cfg.suite), config.build("merge", cfg.merge)
-    pack: config.Pack = config.build("pack", cfg.pack)
+    instantiate.check_complete(cfg, "merge")
+    suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
+    pack: schema.Pack = instantiate.build("pack", cfg.pack)
     device = torch.device("cpu")
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
@@ -63,5 +63,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         size = write_dense(checkpoint, models, merged, pack, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    metrics.write_json(folder / "metrics.json", metrics.metrics("merge", overrides, resolved, device, measured))
+    metrics_json.write_json(
+        folder / "metrics.json", metrics_json.metrics("merge", overrides, resolved, device, measured)
+    )
     table.show_merge(measured, folder)

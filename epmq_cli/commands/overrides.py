@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quoted
 from yaml import MarkedYAMLError
 
 from epmq_cli.commands.readable import parsed
-from epmq_cli.config import conf_dir, groups_of, options_of
+from epmq_cli.config.instantiate import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, shown
 
 OPTIONAL = re.compile(r"suite\.(each\.|tasks\.[^=]+\.)?(processor|heads)=")

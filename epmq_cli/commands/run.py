@@ -12,31 +12,33 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli import allocator, config, ranks
-from epmq_cli.commands.app import guarded, quiet_libraries
-from epmq_cli.console import say
+from epmq_cli.commands.error_report import guarded
+from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import RunError
-from epmq_cli.resume import unfinished
-from epmq_cli.resume.lock import RESULTS, alone
+from epmq_cli.pipeline import unfinished
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.runtime import distributed, memory
+from epmq_cli.runtime.console import say
+from epmq_cli.store.run_lock import RESULTS, alone
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from epmq_cli.evaluate.score import ScoredTask
-    from epmq_cli.families.structure import Batch
-    from epmq_cli.memory import Room
-    from epmq_cli.merge.apply import Models
-    from epmq_cli.pipeline import Job
-    from epmq_cli.report.metrics import Scores
-    from epmq_cli.report.stages import Stages
-    from epmq_cli.shared import Shared
-    from epmq_cli.task_processors import Processors
+    from epmq_cli.data.batching import Batch
+    from epmq_cli.data.microbatch import Room
+    from epmq_cli.evaluate.score import ScoredTask, Scores
+    from epmq_cli.merge.engine import Models
+    from epmq_cli.pipeline.cached_steps import Shared
+    from epmq_cli.pipeline.job import Job
+    from epmq_cli.pipeline.task_processors import Processors
+    from epmq_cli.report.stage_timer import Stages
 
 CHECKPOINT, METRICS = RESULTS
 
 
-@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="run")
+@hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="run")
 @guarded
 def main(cfg: DictConfig) -> None:
     """One job, or one of each job of a sweep, in the run folder that Hydra made."""
@@ -45,7 +47,7 @@ def main(cfg: DictConfig) -> None:
     choices = {group: str(name) for group, name in chosen if "/" not in group and name is not None}
     folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
-    if ranks.first():
+    if distributed.first():
         unfinished.begin(sweep or folder)
     if sweep is not None and _done(folder, cfg):
         say(f"{folder} holds the results of this job already")
@@ -55,15 +57,15 @@ def main(cfg: DictConfig) -> None:
 
 def _done(folder: Path, cfg: DictConfig) -> bool:
     """Whether a job of a sweep is done, as the first of several processes says, in whose folder it is."""
-    if ranks.count() > 1:
-        ranks.join(config.device_of(cfg.device))
-    return ranks.agreed(ranks.first() and unfinished.done(folder, cfg))
+    if distributed.count() > 1:
+        distributed.join(instantiate.device_of(cfg.device))
+    return distributed.agreed(distributed.first() and unfinished.done(folder, cfg))
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Does the job of the config, or goes on with it; afterwards the folder holds `checkpoint/` and `metrics.json`."""
     quiet_libraries()
-    allocator.keep_freed()
+    memory.keep_freed()
     from torch import OutOfMemoryError
 
     with alone(folder):
@@ -73,38 +75,38 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             raise RunError(
                 f"the device has no room for calib.batch_size={cfg.calib.batch_size} samples at a time; lower it, as "
                 "of several processes none tries smaller batches by itself, or use device=cpu"
-                if ranks.count() > 1
+                if distributed.count() > 1
                 else "the device has no room for the model; use one with more memory, or device=cpu"
             ) from error
 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
-    from epmq_cli import pipeline as steps
+    from epmq_cli.checkpoint.load import kernels
     from epmq_cli.evaluate.score import room_of
-    from epmq_cli.inference.load import kernels
-    from epmq_cli.report import metrics, table
-    from epmq_cli.report.stages import Stages
-    from epmq_cli.resume.state import close, refuse_results
+    from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.progress import close, refuse_results
+    from epmq_cli.report import metrics_json, table
+    from epmq_cli.report.stage_timer import Stages
 
     refuse_results(folder)
-    config.check_complete(cfg, "run")
-    ranks.join(config.device_of(cfg.device))
-    job, checkpoint = steps.make_job(cfg), folder / CHECKPOINT
+    instantiate.check_complete(cfg, "run")
+    distributed.join(instantiate.device_of(cfg.device))
+    job, checkpoint = make_job(cfg), folder / CHECKPOINT
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     stages, scoring = Stages(job.device), room_of(job.evaluation.batch_size)
     tasks, scores, measured = _made(cfg, job, folder, choices, stages, scoring)
-    if not ranks.first():
+    if not distributed.first():
         return
-    allocator.give_back()  # what is scored is read from the disk, and needs the room of what was made
+    memory.give_back()  # what is scored is read from the disk, and needs the room of what was made
     with stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
             scores |= steps.score(job, model, tasks, "quantized", checkpoint, room=scoring)
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = scoring.halved
-    measured |= {"scores": metrics.by_task(scores, job.suite.metrics), "stages": stages.records}
+    measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    metrics.write_json(folder / METRICS, metrics.metrics("run", overrides, resolved, job.device, measured))
+    metrics_json.write_json(folder / METRICS, metrics_json.metrics("run", overrides, resolved, job.device, measured))
     close(folder)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
@@ -127,11 +129,11 @@ class _Inputs:
 def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     """Opens models and data, and the cache as `cache` of the config says; all that can be refused is refused here,
     before anything is computed."""
-    from epmq_cli import pipeline as steps
-    from epmq_cli.cache import open_cache
     from epmq_cli.calibrate.self_check import check_blocks
-    from epmq_cli.shared import Shared
-    from epmq_cli.task_processors import calibration_samples, task_processors
+    from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.cached_steps import Shared
+    from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
+    from epmq_cli.store.cache import open_cache
 
     opened_cache = open_cache(cache)
     models, model, dtype = steps.open_models(job, folder)
@@ -150,15 +152,15 @@ def _made(
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
     """Writes `checkpoint/`; gives the tasks with the heads that suit it, the scores of what came before, and what
     metrics.json says of it all. Models, samples and moments end with this function."""
-    from epmq_cli import calibration as guide
-    from epmq_cli import pipeline as steps
-    from epmq_cli import run_record
-    from epmq_cli.calibrate.reference import install
-    from epmq_cli.checkpoint.pack import Contents, write_checkpoint
+    from epmq_cli.calibrate.reference_weights import install
+    from epmq_cli.checkpoint.write import Contents, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
-    from epmq_cli.resume.key import identity, of_scoring
-    from epmq_cli.resume.state import opened, refuse_results
-    from epmq_cli.task_processors import save_processors
+    from epmq_cli.pipeline import calibration as guide
+    from epmq_cli.pipeline import record
+    from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.keys import identity, of_scoring
+    from epmq_cli.pipeline.progress import opened, refuse_results
+    from epmq_cli.pipeline.task_processors import save_processors
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
@@ -185,7 +187,7 @@ def _made(
         calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder, state, room)
         tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance, room)
     state.begin_packing()
-    if not ranks.first():
+    if not distributed.first():
         return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
@@ -194,14 +196,14 @@ def _made(
             dequantize=job.family.dequantize_on_load,
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
-            texts=run_record.texts(job, model, resolved, choices, calibrated.walked, tasks, read.processors),
+            texts=record.texts(job, model, resolved, choices, calibrated.walked, tasks, read.processors),
             save_others=partial(save_processors, models.base.path, read.processors, job.family.reads),
             dtype=read.dtype,
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, contents, config.bytes_of("pack.shard_size", job.pack.shard_size))
-    measured = {"seed": job.seed, **run_record.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
-    measured |= {"bytes": run_record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
+            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.pack.shard_size))
+    measured = {"seed": job.seed, **record.measured(calibrated.walked), "guidance": guide.summary(job, calibrated)}
+    measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = room.halved
     return tasks, scores, measured | {"expert_checks": {task: asdict(found) for task, found in checks.items()}}

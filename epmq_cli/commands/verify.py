@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from epmq_cli.commands.app import explain, quiet_libraries, told
-from epmq_cli.console import complain, console, plain
+from epmq_cli.commands.error_report import explain, told
+from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.errors import CheckpointError
-from epmq_cli.interruption import listening
+from epmq_cli.runtime.console import complain, console, plain
+from epmq_cli.runtime.signals import listening
 
 INTERRUPTED = "interrupted; the checkpoint has not been checked to the end"
 
@@ -37,18 +38,18 @@ def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -
 
     Each check is made only of what passed the ones before it: files, then tensors, then scores.
     """
-    from epmq_cli.checkpoint.manifest import file_problems
+    from epmq_cli.store.manifest import file_problems
 
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder; give the checkpoint folder that epmq run or merge wrote")
     _report(checkpoint, file_problems(checkpoint))
     quiet_libraries()
-    from epmq_cli import verification
-    from epmq_cli.config import device_of
+    from epmq_cli.config.instantiate import device_of
+    from epmq_cli.pipeline import verify
 
-    _report(checkpoint, verification.tensor_problems(checkpoint))
+    _report(checkpoint, verify.tensor_problems(checkpoint))
     if scores:
-        _report(checkpoint, verification.score_problems(checkpoint, device_of(device), data_root))
+        _report(checkpoint, verify.score_problems(checkpoint, device_of(device), data_root))
     checked = "files, tensors and scores are" if scores else "files and tensors are"
     console.print(plain(f"{checkpoint}: {checked} what epmq wrote"), markup=False, highlight=False, soft_wrap=True)
 

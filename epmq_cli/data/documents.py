@@ -15,7 +15,7 @@ from epmq_cli.data.rows import decoded
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.places import check_permitted, expanded
+from epmq_cli.runtime.paths import check_permitted, expanded
 
 
 @dataclass(frozen=True)

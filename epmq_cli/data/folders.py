@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epmq_cli.console import log, say
 from epmq_cli.data.pictures import endings
 from epmq_cli.errors import DataError
+from epmq_cli.runtime.console import log, say
 
 SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "#recycle", "lost+found", "system volume information"}
 """Names, in lower case, that operating systems put beside a user's own."""

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from epmq_cli.checkpoint.links import escapes
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.folders import is_hidden, listed
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.pictures import Decoder, are_images, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
-from epmq_cli.places import check_permitted, expanded
+from epmq_cli.runtime.links import escapes
+from epmq_cli.runtime.paths import check_permitted, expanded
 
 BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix

@@ -16,7 +16,7 @@ from epmq_cli.data.folders import class_files, flat_images
 from epmq_cli.data.pictures import Decoder, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, shown
-from epmq_cli.places import check_permitted, expanded
+from epmq_cli.runtime.paths import check_permitted, expanded
 
 
 class ImageFiles(Sequence[Image.Image]):

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
-from epmq_cli.console import log, say
-from epmq_cli.errors import ConfigError, DataError, check_range, first_line, shown
+from epmq_cli.config.validate import check_range
+from epmq_cli.errors import ConfigError, DataError, first_line, shown
+from epmq_cli.runtime.console import log, say
 
 ORIENTATION = 0x0112  # of EXIF
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF

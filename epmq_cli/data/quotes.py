@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from epmq_cli.console import log, say
+from epmq_cli.runtime.console import log, say
 
 Rows = Sequence[Sequence[str]]
 

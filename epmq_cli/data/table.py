@@ -13,7 +13,7 @@ from epmq_cli.data.labels import WITHOUT
 from epmq_cli.data.rows import READERS, Repeated
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.places import check_permitted, expanded
+from epmq_cli.runtime.paths import check_permitted, expanded
 
 KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 

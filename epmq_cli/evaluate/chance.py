@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq_cli.evaluate.measures import PERPLEXITY
-from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.report.metrics import Scores
+from epmq_cli.evaluate.metrics import PERPLEXITY
+from epmq_cli.evaluate.score import ScoredTask, Scores
 
 log = logging.getLogger("epmq")
 

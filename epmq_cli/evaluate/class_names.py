@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.suite import POSITION, Task
 from epmq_cli.errors import DataError
-from epmq_cli.suites import POSITION, Task
 
 DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
 """The names that transformers gives to classes that have none."""

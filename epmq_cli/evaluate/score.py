@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.draw import batches
-from epmq_cli.console import bar
+from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
+from epmq_cli.data.microbatch import Room
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
-from epmq_cli.evaluate.measures import MEASURES, PERPLEXITY
+from epmq_cli.evaluate.metrics import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
-from epmq_cli.families.family import Collate, Family, Head, LanguageModel, Predict
-from epmq_cli.families.structure import Batch
-from epmq_cli.memory import Room
-from epmq_cli.report.metrics import Scores
+from epmq_cli.families.family import Family, Head, LanguageModel, Predict
+from epmq_cli.runtime.console import bar
+
+Scores = dict[str, dict[str, float]]
+"""stage -> task -> score: a fraction of 1, or a perplexity."""
 
 Recall = Callable[["ScoredTask", Callable[[], float]], float]
 """Gives a task's score, which the function makes if it is not known."""

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from epmq_cli.checkpoint.locate import locate
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.bert import Bert
 from epmq_cli.families.causal_lm import CausalLM
@@ -20,7 +19,8 @@ from epmq_cli.families.refusal import MERGES
 from epmq_cli.families.roberta import Roberta
 from epmq_cli.families.t5 import T5
 from epmq_cli.families.vit import Vit
-from epmq_cli.suites import Suite
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.resolve import locate
 
 FAMILIES: dict[str, Family] = {
     "bert": Bert(),

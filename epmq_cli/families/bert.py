@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from epmq_cli.data.batching import Batch
 from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.structure import Batch, Linears, Norm, Section, Table
+from epmq_cli.families.structure import Linears, Norm, Section, Table
 
 STEPS = (
     Linears(

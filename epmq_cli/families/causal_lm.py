@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.model_class import model_class
-from epmq_cli.checkpoint.pretrained import config_of, from_folder
-from epmq_cli.checkpoint.processor_folder import Processor
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
 from epmq_cli.families.decoder import KEPT, block_steps
-from epmq_cli.families.family import Collate, LanguageModel
+from epmq_cli.families.family import LanguageModel
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.processors import check_kept, tokens
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.rendering import chat_ids
-from epmq_cli.families.structure import Batch, Section, Table
-from epmq_cli.suites import Task
+from epmq_cli.families.structure import Section, Table
+from epmq_cli.models.model_class import model_class
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import config_of, from_folder
+from epmq_cli.models.processor_folder import Processor
 
 PREFIX = "model."
 LAYERS = "model.layers"

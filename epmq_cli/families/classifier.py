@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.pretrained import config_of, from_folder
-from epmq_cli.checkpoint.processor_folder import Processor
-from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.evaluate import classifier
-from epmq_cli.families.family import Collate, Family, Head
+from epmq_cli.data.batching import Batch, Collate
+from epmq_cli.data.suite import POSITION, Task
+from epmq_cli.families.family import Family, Head
+from epmq_cli.families.heads import classifier
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import tokens
-from epmq_cli.families.structure import Batch, Linears, Norm, Section
-from epmq_cli.suites import POSITION, Task
+from epmq_cli.families.structure import Linears, Norm, Section
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import config_of, from_folder
+from epmq_cli.models.processor_folder import Processor
 
 
 class FirstToken(nn.Module):

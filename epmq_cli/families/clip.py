@@ -16,17 +16,18 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.checkpoint.processor_folder import Processor, processor_files
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.batching import Batch, Collate
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, ModelError, shown
-from epmq_cli.evaluate import zero_shot
-from epmq_cli.families.family import Collate, Experts, Family, Head
+from epmq_cli.families.family import Experts, Family, Head
+from epmq_cli.families.heads import zero_shot
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.processors import images, tokens
-from epmq_cli.families.structure import Batch, Linears, Norm, Patches, Section
+from epmq_cli.families.structure import Linears, Norm, Patches, Section
 from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, own_text_tower, swapped, tell
-from epmq_cli.suites import Task
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import from_folder
+from epmq_cli.models.processor_folder import Processor, processor_files
 
 PREFIX = "vision_model."
 STEPS = (

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.nn.functional import gelu
 
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.classifier import TextClassifier
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import Linears, Norm, Table
+from epmq_cli.models.model_folder import ModelFolder
 
 QUERY, KEY, VALUE = (f"attention.self.{part}_proj" for part in ("query", "key", "value"))
 

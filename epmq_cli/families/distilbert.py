@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import relu
 
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.classifier import TextClassifier
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import Linears, Norm, Table
+from epmq_cli.models.model_folder import ModelFolder
 
 Q, K, V = (f"attention.{part}_lin" for part in "qkv")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,37 +10,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.kinds import open_base, open_expert, refuse_unread
-from epmq_cli.checkpoint.pretrained import dequantized
-from epmq_cli.checkpoint.processor_folder import Processor
-from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.checkpoint.wrappers import merged_names
+from epmq_cli.data.batching import ALL, Batch, Collate
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
-from epmq_cli.families.structure import Batch, Patches, Section, Stack, Table
-from epmq_cli.linalg import is_finite
-from epmq_cli.mapped import Disk, on_disk
-from epmq_cli.suites import Task
-
-ALL = sys.maxsize  # samples of a batch
+from epmq_cli.families.structure import Patches, Section, Stack, Table
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.open import open_base, open_expert, refuse_unread
+from epmq_cli.models.pretrained import dequantized
+from epmq_cli.models.processor_folder import Processor
+from epmq_cli.models.wrappers import merged_names
+from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.runtime.disk_offload import Disk, on_disk
 
 Experts = Mapping[str, ModelFolder]
-Collate = Callable[[list[Any]], Batch]
 Head = Mapping[str, Tensor]
 Predict = Callable[[nn.Module, Batch, Head], Tensor]
 """What a model says of each sample of a batch: a class or a number, (samples,)."""
-
-
-def size(batch: Batch) -> int:
-    """How many samples there are."""
-    return len(next(iter(batch.values())))
-
-
-def split(batch: Batch, samples: int) -> list[Batch]:
-    """The samples of a batch in parts of at most so many, padded as they are; the batch itself where it has no more."""
-    if size(batch) <= samples:
-        return [batch]
-    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
-    return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
 class Family(ABC):

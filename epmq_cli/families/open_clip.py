@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epmq_cli.checkpoint.open_clip_base import CONFIG, WEIGHTS, converted, expert_tensors
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.clip import Clip
 from epmq_cli.families.text_tower import PROJECTION
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.open_clip.convert import CONFIG, WEIGHTS, converted, expert_tensors
 
 
 class OpenClip(Clip):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.families.structure import Norm, Section
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import from_folder
 
 
 class LastNorm(nn.Module):

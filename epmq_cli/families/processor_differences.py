@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.processor_folder import Processor
+from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError, ModelError
-from epmq_cli.families.family import Collate, Family, LanguageModel
+from epmq_cli.families.family import Family, LanguageModel
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
-from epmq_cli.families.structure import Batch
-from epmq_cli.suites import Task
+from epmq_cli.models.processor_folder import Processor
 
 TOLERANCE = 0.005
 """The mean difference of pixels, in their standard deviations, up to which two image processors are taken as one. What

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from epmq_cli.checkpoint.pretrained import config_of, from_folder
-from epmq_cli.checkpoint.processor_files import has_words
-from epmq_cli.checkpoint.processor_folder import PIXELS, WHOLE, Processor
+from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.errors import ModelError, first_line, lacks_memory
-from epmq_cli.families.family import Collate
-from epmq_cli.families.structure import Batch
-from epmq_cli.linalg import is_finite
+from epmq_cli.models.pretrained import config_of, from_folder
+from epmq_cli.models.processor_files import has_words
+from epmq_cli.models.processor_folder import PIXELS, WHOLE, Processor
+from epmq_cli.quantize.linalg import is_finite
 
 LETTERS = 30
 """Of a text for each of its tokens, and for as many more: no tokenizer keeps a text in fewer."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq_cli.checkpoint.processor_folder import Processor, processor_files
-from epmq_cli.console import log
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError, first_line, lacks_memory
 from epmq_cli.families.processors import own_tokenizer, tokens
+from epmq_cli.models.processor_folder import Processor, processor_files
+from epmq_cli.runtime.console import log
 
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
 """Of templates that write the date into a conversation, so that a run gives the same bytes on every day; the one that

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
-"""Model inputs by keyword, the first axis being samples."""
+from epmq_cli.data.batching import Batch
 
 Mask = Callable[[Batch], Tensor | None]
 """(samples, tokens) bool of a batch, True for the tokens that are real; None where all are."""

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from epmq_cli.checkpoint.pretrained import from_folder
-from epmq_cli.checkpoint.processor_folder import Processor
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.batching import ALL, Batch, Collate, split
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, ModelError, first_line, shown
-from epmq_cli.families.family import ALL, Collate, Family, Head, Predict, split
+from epmq_cli.families.family import Family, Head, Predict
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.processors import own_tokenizer, tokens
-from epmq_cli.families.structure import Batch, Linears, Norm, Section, Stack, Table
-from epmq_cli.suites import Task
+from epmq_cli.families.structure import Linears, Norm, Section, Stack, Table
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import from_folder
+from epmq_cli.models.processor_folder import Processor
 
 ANSWER = 10  # tokens that an answer has at most, the start counted, as in the published protocol
 

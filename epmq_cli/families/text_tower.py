@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.reader import DTYPES, ModelFolder
-from epmq_cli.console import say
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
-from epmq_cli.suites import Task
+from epmq_cli.models.model_folder import DTYPES, ModelFolder
+from epmq_cli.runtime.console import say
 
 TEXT = ("text_model", "text_projection")
 PROJECTION = "visual_projection.weight"

@@ -12,13 +12,13 @@ from pathlib import Path
 from PIL.Image import Image
 from torch import nn
 
-from epmq_cli.checkpoint.processor_folder import Processor
+from epmq_cli.data.batching import Collate
+from epmq_cli.data.suite import Task
 from epmq_cli.families.classifier import Classifier
-from epmq_cli.families.family import Collate
 from epmq_cli.families.parts import LastNorm
 from epmq_cli.families.processors import images
 from epmq_cli.families.structure import Linears, Norm, Section
-from epmq_cli.suites import Task
+from epmq_cli.models.processor_folder import Processor
 
 Q, K, V = (f"attention.{part}_proj" for part in "qkv")
 OLD = (

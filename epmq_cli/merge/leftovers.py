@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from epmq_cli.checkpoint.model_class import equal
-from epmq_cli.checkpoint.reader import DTYPES
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import SHOWN
 from epmq_cli.merge.tied_weights import Member
 from epmq_cli.merge.vocabulary import is_over_vocabulary
+from epmq_cli.models.model_class import equal
+from epmq_cli.models.model_folder import DTYPES
 
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 """Buffers that old files hold and that transformers computes."""

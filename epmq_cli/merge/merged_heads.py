@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from epmq_cli.checkpoint.model_class import model_class
-from epmq_cli.console import log, plain, say
-from epmq_cli.evaluate.classifier import names_by_position
 from epmq_cli.families.family import Family
+from epmq_cli.families.heads.classifier import names_by_position
 from epmq_cli.merge.tied_weights import Member
+from epmq_cli.models.model_class import model_class
+from epmq_cli.runtime.console import log, plain, say
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.reader import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.errors import ModelError
-from epmq_cli.linalg import is_finite
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
+from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
+from epmq_cli.quantize.linalg import is_finite
 
 SHOWN = 3  # differences named in an error
 PIECE = 1 << 16  # elements: 256 KB in float32

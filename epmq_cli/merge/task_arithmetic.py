@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from epmq_cli.errors import check_range
+from epmq_cli.config.validate import check_range
 from epmq_cli.merge.source import MergeSource, Rule
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from epmq_cli.checkpoint.model_class import TIE, ModelClass, equal, model_class, untied_config
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.merge.vocabulary import vocabulary_of
+from epmq_cli.models.model_class import TIE, ModelClass, equal, model_class, untied_config
+from epmq_cli.models.model_folder import ModelFolder
 
 
 @dataclass

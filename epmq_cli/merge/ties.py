@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.console import track
-from epmq_cli.errors import check_choice, check_range
+from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.source import MergeSource, Read, Rule
-from epmq_cli.threads import spread, threads
+from epmq_cli.runtime.console import track
+from epmq_cli.runtime.threads import spread, threads
 
 Count = Callable[[int, np.ndarray, np.ndarray], None]
 """Adds to counts (65536,) those of a piece of the k-th vector."""
@@ -31,7 +31,7 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Read]]], vectors: 
     their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin
     that holds the answer.
     """
-    from epmq_cli.merge.ties_loops import count_lower, count_upper
+    from epmq_cli.merge.kernels import count_lower, count_upper
 
     upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
     wanted = max(1, int(density * int(upper[0].sum())))
@@ -71,7 +71,7 @@ def elected(
 
     The elected sign is that of the sum; where that is zero and its parts are not it is `majority`, +1 or -1.
     """
-    from epmq_cli.merge.ties_loops import elect
+    from epmq_cli.merge.kernels import elect
 
     merged, options = torch.empty_like(base), (np.float32(majority), np.float32(scale), mean)
     elect(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), *options, merged.numpy())
@@ -80,7 +80,7 @@ def elected(
 
 def sign_sum(base: Tensor, experts: list[Tensor], thresholds: list[float]) -> int:
     """The signs of the sums of the trimmed task vectors, added up."""
-    from epmq_cli.merge.ties_loops import sum_signs
+    from epmq_cli.merge.kernels import sum_signs
 
     signs = np.zeros(1, np.int64)
     sum_signs(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), signs)

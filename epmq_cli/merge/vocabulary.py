@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.reader import TensorInfo
+from epmq_cli.models.model_folder import TensorInfo
 
 
 def is_over_vocabulary(

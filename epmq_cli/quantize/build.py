@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from epmq_cli import config
-from epmq_cli.errors import check_keys
-from epmq_cli.fields import check_types, required
+from epmq_cli.config import instantiate
+from epmq_cli.config.field_types import check_types, required
+from epmq_cli.config.validate import check_keys
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.names import FormatOptions
 from epmq_cli.quantize.mixed_precision import MixedPrecision
-from epmq_cli.quantize.result import Quantizer
+from epmq_cli.quantize.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,16 +27,16 @@ def build_quantizer(node: DictConfig) -> Quantizer | MixedPrecision:
     """
     from omegaconf import OmegaConf
 
-    known = config.fields_of("quant", node)
+    known = instantiate.fields_of("quant", node)
     if "format" not in known:
-        found: Quantizer = config.build("quant", node)
+        found: Quantizer = instantiate.build("quant", node)
         return found
     given: Any = OmegaConf.to_container(node, resolve=True)
     check_keys("quant", [key for key in given if key != "_target_"], *_keys(known))
     options = {key: given.pop(key) for key in OPTIONS if key in given}
-    check_types("quant", FormatOptions, options, config.references(node))
+    check_types("quant", FormatOptions, options, instantiate.references(node))
     formats = FormatOptions(**options).formats()
-    made = [config.build("quant", OmegaConf.create({**given, "format": _node(format)})) for format in formats]
+    made = [instantiate.build("quant", OmegaConf.create({**given, "format": _node(format)})) for format in formats]
     return MixedPrecision(made[0], made[1], options["bits"]) if len(made) > 1 else made[0]
 
 

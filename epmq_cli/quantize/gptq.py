@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import check_choice, check_range
-from epmq_cli.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.columns import Columns, columns_of
+from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
-from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.kernels.select import Columns, columns_of
+from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
+from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 from epmq_cli.quantize.rtn import rtn
-from epmq_cli.quantize.search import hessian_grid
+from epmq_cli.quantize.scale_search import hessian_grid
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:

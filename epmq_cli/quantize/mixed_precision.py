@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from epmq_cli import ranks
 from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.result import Outcome, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import Outcome, Prepared, Quantizer
+from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
 
@@ -105,7 +105,7 @@ class Trial:
         for quantizer in quantizers.values():
             error = quantizer(weight, hessian, prepared, dtype).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
-        size, energy, *errors = ranks.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        size, energy, *errors = distributed.added(torch.tensor(sums, dtype=torch.float64)).tolist()
         losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
         self.sizes[group] = self.sizes.get(group, 0) + int(size)
         for bits, error in zip(quantizers, errors, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat
-from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import check_choice
+from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
-from epmq_cli.quantize.result import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 
 
 def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> QuantizedWeight:

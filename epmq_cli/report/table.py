@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from epmq_cli.console import console, log
-from epmq_cli.evaluate.measures import PERPLEXITY
+from epmq_cli.evaluate.metrics import PERPLEXITY
+from epmq_cli.runtime.console import console, log
 
 
 def counted(number: int, noun: str) -> str:

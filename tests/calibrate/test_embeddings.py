@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
 from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
-from epmq_cli.calibrate.reference import installed
+from epmq_cli.calibrate.reference_weights import installed
 from epmq_cli.calibrate.student import Student
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import config
 
 ROWS, WIDTH = 8, 6
@@ -26,7 +27,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 def student_of(hub: Path, *overrides: str) -> tuple[Student, dict[str, list[dict[str, Tensor]]]]:
     """The base under feature guidance, and the calibration batches."""
-    job = steps.make_job(config(hub, "guidance=feature", *overrides))
+    job = make_job(config(hub, "guidance=feature", *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     merged = Merged(models.source, job.merge, dtype)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.depot import Depot
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.reference_weights import install
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
 from epmq_cli.families.structure import Linears, Norm
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
 from tests.hubs import Walk, config, walk
 
@@ -38,7 +39,7 @@ def changed(one: Walk, other: Walk) -> set[str]:
 
 
 def expert_features(hub: Path, found: Walk, task: str) -> Tensor:
-    job = steps.make_job(config(hub))
+    job = make_job(config(hub))
     models, model, _ = steps.open_models(job)
     install(model, models.source.model(task))
     return guide.features(job.family, model, found.batches[task])
@@ -60,7 +61,7 @@ def test_one_expert_without_anchor_is_reproduced(name: str, beta: int, request: 
 @pytest.mark.parametrize("name", ["clip", "bert"])
 def test_teachers_walk_through_transformers_own_hidden_states(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
-    job = steps.make_job(config(hub, *FEATURE))
+    job = make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     merged = Merged(models.source, job.merge, dtype)
@@ -141,7 +142,7 @@ def test_padding_changes_nothing_under_feature_guidance(bert_hub: Path) -> None:
 @pytest.mark.parametrize("name", ["clip", "bert"])
 def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
-    forward, job = walk(hub, *FEATURE), steps.make_job(config(hub, *FEATURE))
+    forward, job = walk(hub, *FEATURE), make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     merged = Merged(models.source, job.merge, dtype)

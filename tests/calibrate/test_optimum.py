@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import Batch, Linears, Norm
-from epmq_cli.merge.apply import Merged
+from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import Walk, config, walk
 
 ALPHA, BETA, LAM, RHO, READ = 0.7, 0.4, 0.02, 2.0, 0.3
@@ -92,7 +94,7 @@ def reached(model: nn.Module, family: Family, batches: Sequence[Batch]) -> tuple
 def scene(hub: Path, *overrides: str) -> Scene:
     options = [*GUIDANCE, *overrides]
     found = walk(hub, *options)
-    models, base, dtype = steps.open_models(steps.make_job(config(hub, *options)))
+    models, base, dtype = steps.open_models(make_job(config(hub, *options)))
     merged = copy.deepcopy(base)
     install(merged, Merged(models.source, found.job.merge, dtype))
     experts, own, taught, weights = {}, {}, {}, {}

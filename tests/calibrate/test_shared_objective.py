@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from epmq_cli import ranks
-from epmq_cli.calibrate.layer import solve
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.problem import Affine
+from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
+from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.runtime import distributed
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
 GPTQ = Gptq(bits=3, group_size=4, symmetric=True, grid="hessian", damping=0.01, block_size=128, act_order=False)
@@ -35,7 +35,7 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
     objective = Objective(anchor, 0.05, intercepts=True)
     for task in range(TASKS):
         expert, measure = affine(200 + 10 * task), Measure()
-        for batch in ranks.share(range(BATCHES)):
+        for batch in distributed.share(range(BATCHES)):
             X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
             if by_drift:
                 measure.add_drift(X, drift, None)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.reference_weights import install
 from epmq_cli.calibrate.student import Student
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import config
 
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
@@ -19,7 +20,7 @@ LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
 
 def student_of(hub: Path, *overrides: str) -> Student:
     """The merged model."""
-    job = steps.make_job(config(hub, *overrides))
+    job = make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
     merged = Merged(models.source, job.merge, dtype)
     install(model, merged)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import Reference, install
+from epmq_cli.calibrate.reference_weights import Reference, install
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import Walk, config, walk
 
 STEPS = 4  # of linears in a block
@@ -62,7 +63,7 @@ def test_experts_equal_to_the_merge_give_plain_gptq_bit_for_bit(name: str, reque
 
 def test_first_group_without_quantizer_and_anchor_is_regmean_of_the_hidden_states(clip_hub: Path) -> None:
     found = walk(clip_hub, "quant=none", "guidance.lam=0")
-    job = steps.make_job(config(clip_hub))
+    job = make_job(config(clip_hub))
     models, model, dtype = steps.open_models(job)
     merged = Merged(models.source, job.merge, dtype)
     install(model, merged)
@@ -116,7 +117,7 @@ def test_group_size_that_does_not_divide_a_linear_is_refused_by_name(clip_hub: P
 
 
 def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
-    job = steps.make_job(config(clip_hub))
+    job = make_job(config(clip_hub))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")

@@ -13,11 +13,11 @@ import torch
 from omegaconf import OmegaConf
 
 from epmq_cli.data.images import Npz
+from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.apply import Merged, Models
+from epmq_cli.merge.engine import Merged, Models
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
-from epmq_cli.suites import Suite
 from tests.counts import FUZZED, TRIED
 from tests.edited import copied
 

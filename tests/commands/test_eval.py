@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from epmq_cli.commands.eval import evaluate
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import CheckpointError, ConfigError
-from epmq_cli.report.metrics import schema
+from epmq_cli.report.metrics_json import schema
 from tests.hubs import run_in
 
 

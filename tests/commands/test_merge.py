@@ -16,13 +16,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel
 
-from epmq_cli import pipeline as steps
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.commands.merge import merge
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.apply import Merged, Models
-from epmq_cli.report.metrics import schema
+from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.report.metrics_json import schema
 from tests.architectures import ENCODERS, REFUSED, built
 from tests.hubs import config
 from tests.minihub import IDS, SIZE, build
@@ -44,7 +45,7 @@ def merged(hub: Path, folder: Path, *overrides: str) -> Path:
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "none"])
 def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = merged(clip_hub, tmp_path / "run", f"merge={method}")
-    job = steps.make_job(config(clip_hub, f"merge={method}"))
+    job = make_job(config(clip_hub, f"merge={method}"))
     source = Models(job.suite, job.family).source
     found, base = load_file(checkpoint / "model.safetensors"), load_file(clip_hub / "base" / "model.safetensors")
     assert found.keys() == base.keys()

@@ -63,10 +63,13 @@ MADE = {
     "a variable that is not set": ("name: ${oc.env:EPMQ_NOT_SET}\n", "Environment variable 'EPMQ_NOT_SET' not found"),
     "no class": ("_target_: 3\n", "suite._target_ must name one of epmq's classes, got 3"),
     "a class without keys": (
-        "_target_: epmq_cli.suites.Suite\n",
+        "_target_: epmq_cli.data.suite.Suite\n",
         "suite needs name, family, base, tasks, but nothing is",
     ),
-    "a number as a key": ("_target_: epmq_cli.suites.Suite\n1: x\n", "suite has no option '1', the options are name"),
+    "a number as a key": (
+        "_target_: epmq_cli.data.suite.Suite\n1: x\n",
+        "suite has no option '1', the options are name",
+    ),
 }
 
 

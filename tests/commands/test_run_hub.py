@@ -20,7 +20,7 @@ def test_shipped_tasks_run_from_a_mirror(clip_hub: Path, tmp_path: Path, monkeyp
     (tmp_path / "configs" / "suite").mkdir(parents=True)
     lines = [f"  - clip_tasks@tasks.{task}: {task}" for task in TASKS]
     experts = json.dumps({task: str(clip_hub / expert) for task, expert in TASKS.items()})
-    lines += ["  - _self_", "_target_: epmq_cli.suites.Suite", "name: mini", "family: clip"]
+    lines += ["  - _self_", "_target_: epmq_cli.data.suite.Suite", "name: mini", "family: clip"]
     lines += [f"base: {clip_hub / 'base'}", f"experts: {experts}"]
     (tmp_path / "configs" / "suite" / "mini.yaml").write_text("\n".join(["defaults:", *lines]))
     options = (f"data_root={mirror}", "calib.samples=5")

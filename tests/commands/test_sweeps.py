@@ -17,8 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
-from epmq_cli.commands.app import explain
-from epmq_cli.config import conf_dir
+from epmq_cli.commands.error_report import explain
+from epmq_cli.config.instantiate import conf_dir
 
 SWEEP = ("merge=ties,average", "calib.samples=8", "eval.stages=[]", "device=cpu")
 

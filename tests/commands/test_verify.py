@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_cli.checkpoint.manifest import MANIFEST, file_problems, write_manifest
 from epmq_cli.commands.merge import merge
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError
-from epmq_cli.verification import tensor_problems
+from epmq_cli.pipeline.verify import tensor_problems
+from epmq_cli.store.manifest import MANIFEST, file_problems, write_manifest
 from tests.commands.test_merge import config_of_merge
 from tests.conftest import Run
 from tests.hubs import run_in

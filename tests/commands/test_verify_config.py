@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from epmq_cli.checkpoint.manifest import write_manifest
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, EpmqError
-from epmq_cli.verification import tensor_problems
+from epmq_cli.pipeline.verify import tensor_problems
+from epmq_cli.store.manifest import write_manifest
 
 
 def check(checkpoint: Path) -> None:

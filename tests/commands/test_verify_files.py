@@ -11,11 +11,11 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from epmq_cli.checkpoint.manifest import MANIFEST, write_manifest
-from epmq_cli.described import _words
+from epmq_cli.checkpoint.expected_tensors import _words
 from epmq_cli.errors import CheckpointError
-from epmq_cli.recorded import read_record
-from epmq_cli.verification import score_problems
+from epmq_cli.pipeline.reload import read_record
+from epmq_cli.pipeline.verify import score_problems
+from epmq_cli.store.manifest import MANIFEST, write_manifest
 from tests.commands.test_verify import MODEL, check
 from tests.conftest import Run
 

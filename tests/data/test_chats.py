@@ -18,7 +18,7 @@ from epmq_cli.data.documents import Documents
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.fingerprint import of_samples
+from epmq_cli.pipeline.fingerprints import of_samples
 
 MESSAGES = [
     {"role": "system", "content": "be kind"},

@@ -11,12 +11,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from epmq_cli.config import build, conf_dir
+from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.data.hub import Hub
 from epmq_cli.data.pictures import Decoder
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.suites import Task
 from tests.mirror import GLUE, LAYOUTS, ROWS, glue_mirror, image_mirror, prepare, write_rows
 
 datasets = pytest.importorskip("datasets", reason="needs the extra hub")

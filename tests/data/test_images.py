@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from epmq_cli.config.field_types import check_types
 from epmq_cli.data.images import ImageFolder, Npz
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.fields import check_types
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from epmq_cli.data.images import ArrayImages, ImageFiles, ImageFolder
 from epmq_cli.data.pictures import Decoder, check_decoding, endings, formats
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.fingerprint import of_samples
+from epmq_cli.pipeline.fingerprints import of_samples
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = RAMP.astype(np.uint16) * 257

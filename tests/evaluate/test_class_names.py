@@ -10,11 +10,11 @@ import torch
 
 from epmq_cli.data.images import ImageFolder
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.suite import Task
 from epmq_cli.data.table import Table
 from epmq_cli.errors import DataError, ModelError
 from epmq_cli.evaluate.class_names import Heading, fold, in_order_of_head, match, translated
-from epmq_cli.evaluate.classifier import check_single_label, read_names
-from epmq_cli.suites import Task
+from epmq_cli.families.heads.classifier import check_single_label, read_names
 
 POSITIONS = None
 

@@ -12,13 +12,13 @@ from torch.nn.functional import normalize
 
 from epmq_cli.data.images import Npz
 from epmq_cli.data.samples import Samples
+from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.evaluate import classifier, zero_shot
-from epmq_cli.evaluate.measures import MEASURES
+from epmq_cli.evaluate.metrics import MEASURES
 from epmq_cli.evaluate.score import ScoredTask, room_of, score
 from epmq_cli.families.bert import Bert
 from epmq_cli.families.clip import Clip
-from epmq_cli.suites import Task
+from epmq_cli.families.heads import classifier, zero_shot
 
 
 def test_class_embeddings_average_normalised_templates() -> None:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, T5ForConditionalGeneration
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.depot import Depot
+from epmq_cli.calibrate.activations.hidden_state import enter
+from epmq_cli.calibrate.activations.store import Depot
 from epmq_cli.calibrate.norms import normalised, unit
-from epmq_cli.calibrate.streams import enter
-from epmq_cli.checkpoint.reader import ModelFolder
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import Scene, config, run_in, walk
 from tests.minihub import DECODERS, KINDS, T5S, Hub
 
@@ -208,8 +209,8 @@ def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Hub) -> Non
 def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Hub) -> None:
     folder = hub(kind)
     found = claiming(json.loads((folder / "base" / "config.json").read_text()))
-    assert found is steps.make_job(config(folder)).family
-    assert found is steps.make_job(config(folder, "suite.family=auto")).family
+    assert found is make_job(config(folder)).family
+    assert found is make_job(config(folder, "suite.family=auto")).family
 
 
 def test_a_model_that_no_family_takes_says_what_was_found_and_how_to_write_one() -> None:

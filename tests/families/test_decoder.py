@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from epmq_cli import calibration as guide
-from epmq_cli import pipeline as steps
-from epmq_cli.checks import check_parts
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.decoder import block_steps
 from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.preflight import check_parts
 from tests.architectures import GROUPED, REFUSED, TAKEN, built
 from tests.hubs import config, run_in, walk
 from tests.minihub import decoder_files
@@ -59,7 +60,7 @@ def test_parallel_parts_of_a_listed_type_are_refused_before_calibration(tmp_path
     """`auto` takes StableLM by its type; whether a block adds its parts in parallel is in its config alone."""
     hub = decoder_files(tmp_path, built(REFUSED["stablelm"][0]))
     with pytest.raises(ModelError, match="no norms that the family knows"):
-        steps.open_models(steps.make_job(config(hub, "suite.family=auto")))
+        steps.open_models(make_job(config(hub, "suite.family=auto")))
 
 
 def test_glm_4_has_norms_before_and_behind_its_parts() -> None:
@@ -106,7 +107,7 @@ def test_an_explicit_family_takes_no_type_of_another_one(tmp_path: Path) -> None
     path = hub / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
     with pytest.raises(ModelError, match="holds a model of type bert, which family bert takes; set suite.family=bert"):
-        steps.open_models(steps.make_job(config(hub)))
+        steps.open_models(make_job(config(hub)))
 
 
 def test_a_type_that_no_family_lists_is_taken_where_the_checks_find_nothing(tmp_path: Path) -> None:

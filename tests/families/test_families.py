@@ -14,16 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.checkpoint.task_heads import read_heads
+from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES, family_of
 from epmq_cli.families.family import load_model
-from epmq_cli.families.structure import Batch, Linears, Norm, Table
-from epmq_cli.heads import read_heads
+from epmq_cli.families.structure import Linears, Norm, Table
 from epmq_cli.merge.leftovers import check_added
 from epmq_cli.merge.tied_weights import Member
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.hubs import config, run_in
 
 CPU = torch.device("cpu")
@@ -193,7 +195,7 @@ def test_what_makes_the_first_stream_is_all_that_is_in_front_of_the_blocks(
 
 def test_heads_are_the_experts_own_where_the_family_says_so(clip_hub: Path, bert_hub: Path) -> None:
     for hub in (clip_hub, bert_hub):
-        job = steps.make_job(config(hub))
+        job = make_job(config(hub))
         models, model, _ = steps.open_models(job)
         first, second = (task.head["weight"] for task in steps.prepare_tasks(job, model, models))
         assert torch.equal(first, second) is not (job.family.heads == "own")  # both have the same classes
@@ -246,7 +248,7 @@ def test_a_bert_without_pooler_or_head_is_refused(bert_hub: Path, tmp_path: Path
     with pytest.raises(ModelError, match="has no pooler, which the heads of its family read"):
         check_added(FAMILIES["bert"], Member(folder, {}, FAMILIES["bert"].tensor_names(folder)), {})
     headless = ModelFolder(bert_hub / "base", "expert of task x")
-    job = steps.make_job(config(bert_hub))
+    job = make_job(config(bert_hub))
     with pytest.raises(ModelError, match=r"expert of task x: .* has no classifier.weight, the head of its task"):
         job.family.head(
             load_model(job.family, bert_hub / "base", CPU), bert_hub / "base", job.suite.members[0], headless, CPU
@@ -254,7 +256,7 @@ def test_a_bert_without_pooler_or_head_is_refused(bert_hub: Path, tmp_path: Path
 
 
 def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> None:
-    job = steps.make_job(config(bert_hub))
+    job = make_job(config(bert_hub))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
     install(model, {name: models.source.expert("first", name) for name in models.source.names})
@@ -268,7 +270,7 @@ def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> 
 
 
 def test_clip_scores_are_those_of_the_whole_model_with_one_template(clip_hub: Path) -> None:
-    job = steps.make_job(config(clip_hub, "suite.tasks.first.templates=['a photo of a {}']"))
+    job = make_job(config(clip_hub, "suite.tasks.first.templates=['a photo of a {}']"))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
     whole = CLIPModel.from_pretrained(clip_hub / "base").eval()
@@ -290,14 +292,14 @@ def test_an_expert_of_the_same_shapes_but_other_settings_is_refused(
     settings = json.loads((tmp_path / "first" / "config.json").read_text())
     settings["num_attention_heads"] = 4
     (tmp_path / "first" / "config.json").write_text(json.dumps(settings))
-    job = steps.make_job(config(hub, f"suite.tasks.first.expert={tmp_path / 'first'}"))
+    job = make_job(config(hub, f"suite.tasks.first.expert={tmp_path / 'first'}"))
     with pytest.raises(ModelError, match="num_attention_heads is 4 in its config and 2 in the base's"):
         steps.open_models(job)
 
 
 def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]")
-    job = steps.make_job(config(clip_hub))
+    job = make_job(config(clip_hub))
     models, model, _ = steps.open_models(job)
     heads = read_heads(checkpoint, job.suite, job.family, CPU)
     for task in steps.prepare_tasks(job, model, models):

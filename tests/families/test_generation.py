@@ -11,11 +11,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import T5ForConditionalGeneration
 
-from epmq_cli import pipeline as steps
 from epmq_cli.commands.eval import evaluate
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.t5 import _number
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.edited import copied
 from tests.hubs import Scene, config, run_in
 from tests.minihub import Hub
@@ -92,9 +93,9 @@ def test_an_expert_whose_answers_start_otherwise_is_refused(hub: Hub, tmp_path: 
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "decoder_start_token_id": 1}))
     with pytest.raises(ModelError, match="decoder_start_token_id is 1 in its config and 0 in the base's"):
-        steps.open_models(steps.make_job(config(source)))
+        steps.open_models(make_job(config(source)))
     path.write_text(json.dumps({name: value for name, value in settings.items() if "decoder_start" not in name}))
-    steps.open_models(steps.make_job(config(source)))  # which is the token that pads, as T5 was trained
+    steps.open_models(make_job(config(source)))  # which is the token that pads, as T5 was trained
 
 
 def test_answers_in_words_need_their_classes(hub: Hub, tmp_path: Path) -> None:

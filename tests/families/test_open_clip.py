@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS, drifted, write_suite
 from tests.hubs import config, run_in
 
@@ -46,7 +47,7 @@ def hub(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> None:
-    job = steps.make_job(config(hub))
+    job = make_job(config(hub))
     models, model, _ = steps.open_models(job)
     install(model, {name: models.source.expert(TASKS[1], name) for name in models.source.names})
     expert = open_clip.CLIP(**copy.deepcopy(MODEL)).eval()
@@ -60,8 +61,8 @@ def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> No
 
 def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
     """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights: what comes out is the same."""
-    models = steps.open_models(steps.make_job(config(hub)))[0]
-    ready, *_ = steps.open_models(steps.make_job(config(hub, f"suite.base={models.base.path}")))
+    models = steps.open_models(make_job(config(hub)))[0]
+    ready, *_ = steps.open_models(make_job(config(hub, f"suite.base={models.base.path}")))
     assert ready.base.path == models.base.path
     assert ready.source.names == models.source.names
     for name in ready.source.names:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from epmq_cli.checks import check_lengths
 from epmq_cli.data.documents import Documents
+from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
-from epmq_cli.suites import Suite
+from epmq_cli.pipeline.preflight import check_lengths
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 WITH = {"factor": 4.0, "rope_theta": 1e4}

@@ -9,9 +9,9 @@ from transformers import BertTokenizer, CamembertTokenizer, DebertaV2Tokenizer, 
 from transformers import CLIPTokenizer as Clip
 from transformers import RobertaTokenizer as Roberta
 
-from epmq_cli.checkpoint.processor_files import TOKENIZER, matches
 from epmq_cli.errors import ModelError
 from epmq_cli.families.processors import check_kept
+from epmq_cli.models.processor_files import TOKENIZER, matches
 
 
 def test_a_checkpoint_takes_the_vocabulary_of_every_tokenizer_along() -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epmq_cli import pipeline as steps
-from epmq_cli.calibrate.reference import install
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.calibrate.reference_weights import install
 from epmq_cli.errors import ModelError
 from epmq_cli.families.text_tower import drifts
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
 from tests.conftest import CLASSES, drifted
 from tests.edited import copied, edit_tensors
 from tests.hubs import config
@@ -34,7 +35,7 @@ def trained(clip_hub: Path, tmp_path: Path) -> Path:
 
 def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
     """What epmq gives of the first expert on its test pictures."""
-    job = steps.make_job(config(hub, TEMPLATE, *overrides))
+    job = make_job(config(hub, TEMPLATE, *overrides))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
     install(model, models.source.model("first"))
@@ -47,7 +48,7 @@ def by_transformers(hub: Path) -> torch.Tensor:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     whole = CLIPModel.from_pretrained(hub / "first").eval()
-    job = steps.make_job(config(hub))
+    job = make_job(config(hub))
     pictures = list(job.suite.members[0].data.load("test").inputs)
     batch: Any = AutoTokenizer.from_pretrained(hub / "base")(
         [f"a photo of a {name}" for name in CLASSES], padding=True, return_tensors="pt"
@@ -68,7 +69,7 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
     trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "epmq"):
-        steps.open_models(steps.make_job(config(trained)))
+        steps.open_models(make_job(config(trained)))
     (line,) = (record for record in caplog.records if "outside its vision tower" in record.getMessage())
     assert line.levelname == "WARNING"
     base, first = (load_file(trained / name / "model.safetensors") for name in ("base", "first"))
@@ -79,7 +80,7 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
     assert "set suite.heads=expert to use its own; its visual projection is merged" in line.getMessage()
     caplog.clear()
     with caplog.at_level(logging.INFO, "epmq"):
-        steps.open_models(steps.make_job(config(trained, "++suite.heads=expert")))
+        steps.open_models(make_job(config(trained, "++suite.heads=expert")))
     (line,) = (record for record in caplog.records if "outside its vision tower" in record.getMessage())
     assert (line.levelname, "its head is made by its own text tower" in line.getMessage()) == ("INFO", True)
 
@@ -87,12 +88,12 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
 def test_a_projection_is_merged_where_an_expert_trained_it_and_is_the_bases_where_one_has_none(
     trained: Path, clip_hub: Path
 ) -> None:
-    source = steps.open_models(steps.make_job(config(trained)))[0].source
+    source = steps.open_models(make_job(config(trained)))[0].source
     name = "visual_projection.weight"
     base, first = (load_file(trained / folder / "model.safetensors")[name] for folder in ("base", "first"))
     assert torch.equal(source.expert("first", name), first)
     assert torch.equal(source.expert("second", name), base)
-    assert name not in steps.open_models(steps.make_job(config(clip_hub)))[0].source.names
+    assert name not in steps.open_models(make_job(config(clip_hub)))[0].source.names
 
 
 def test_what_a_smaller_type_rounds_away_is_no_training(clip_hub: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import epmq_cli.commands.run
-import epmq_cli.report.stages
-from epmq_cli import cli, console
+import epmq_cli.report.stage_timer
+from epmq_cli import cli
+from epmq_cli.runtime import console
 from tests.counts import FAULTS, KILLS, TRIED
 from tests.hubs import QUICK, run_in
 
@@ -60,7 +61,7 @@ def at_file(number: int, folder: Path, act: Callable[[], None] = kill) -> Callab
 
 def at_stage(number: int, act: Callable[[], None] = kill) -> Callable[[], None]:
     """In a process, kills it, or does something else, in front of the so-manieth stage."""
-    return on_call(epmq_cli.report.stages.Stages, "stage", number, act)
+    return on_call(epmq_cli.report.stage_timer.Stages, "stage", number, act)
 
 
 def forked(

@@ -10,9 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-import epmq_cli.calibration as guide
-import epmq_cli.pipeline as steps
-from epmq_cli.report.metrics import schema
+import epmq_cli.pipeline.calibration as guide
+import epmq_cli.pipeline.steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.report.metrics_json import schema
 from tests.faults.device import Device, Place
 from tests.faults.driver import files
 from tests.hubs import config, run_in
@@ -65,4 +66,4 @@ def check_place(place: str, samples: int, hub: Path, folder: Path, undisturbed: 
         run_in(folder, hub, *OPTIONS, *options)
     events = check_same(folder, undisturbed(hub, *options))
     assert device.refused == events["batches_halved"] + events["eval_batches_halved"]
-    assert device.refused >= 1 or not guide.solves_heads(steps.make_job(config(hub, *OPTIONS)))
+    assert device.refused >= 1 or not guide.solves_heads(make_job(config(hub, *OPTIONS)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from epmq_cli.resume.lock import alone
+from epmq_cli.store.run_lock import alone
 from tests.faults.driver import at_stage, attempt, command, files, mini
 from tests.hubs import run_in
 

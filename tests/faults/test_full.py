@@ -11,27 +11,27 @@ from typing import Any
 
 import pytest
 
-import epmq_cli.calibrate.depot
-import epmq_cli.calibrate.journal
-import epmq_cli.checkpoint.pack
-import epmq_cli.mapped
-import epmq_cli.report.metrics
-import epmq_cli.resume.state
+import epmq_cli.calibrate.activations.store
+import epmq_cli.calibrate.progress
+import epmq_cli.checkpoint.write
+import epmq_cli.pipeline.progress
+import epmq_cli.report.metrics_json
+import epmq_cli.runtime.disk_offload
 from tests.faults.driver import attempt, command, files, mini, on_call
 
 SMALL = ("guidance=feature", "calib.memory=1KB", "calib.student=disk", "suite.tasks.first.max_length=16")
 WRITES: dict[str, tuple[Any, str, int]] = {
-    "first state": (epmq_cli.resume.state, "write_text", 1),
-    "scores": (epmq_cli.resume.state, "write_text", 3),
-    "what experts give": (epmq_cli.resume.state, "write_tensors", 1),
-    "first section": (epmq_cli.calibrate.journal, "write_file", 3),
-    "last section": (epmq_cli.calibrate.journal, "write_file", 6),
-    "activations": (epmq_cli.calibrate.depot, "_bytes", 1),
-    "later activations": (epmq_cli.calibrate.depot, "_bytes", 20),
-    "checkpoint": (epmq_cli.checkpoint.pack, "write_model", 1),
-    "heads": (epmq_cli.checkpoint.pack, "save_file", 1),
-    "manifest": (epmq_cli.checkpoint.pack, "write_manifest", 1),
-    "metrics": (epmq_cli.report.metrics, "write_text", 1),
+    "first state": (epmq_cli.pipeline.progress, "write_text", 1),
+    "scores": (epmq_cli.pipeline.progress, "write_text", 3),
+    "what experts give": (epmq_cli.pipeline.progress, "write_tensors", 1),
+    "first section": (epmq_cli.calibrate.progress, "write_file", 3),
+    "last section": (epmq_cli.calibrate.progress, "write_file", 6),
+    "activations": (epmq_cli.calibrate.activations.store, "_bytes", 1),
+    "later activations": (epmq_cli.calibrate.activations.store, "_bytes", 20),
+    "checkpoint": (epmq_cli.checkpoint.write, "write_model", 1),
+    "heads": (epmq_cli.checkpoint.write, "save_file", 1),
+    "manifest": (epmq_cli.checkpoint.write, "write_manifest", 1),
+    "metrics": (epmq_cli.report.metrics_json, "write_text", 1),
 }
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from epmq_cli.data.microbatch import Room
 from epmq_cli.errors import RunError
-from epmq_cli.memory import Room
 from tests.counts import COMPARED, KILLS, TRIED
+from tests.end_to_end.test_gpu import check_near, check_place
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files, mini
 from tests.faults.short import OPTIONS, Undisturbed, measured
 from tests.faults.test_processes import WORKER, ended, start
 from tests.gpu import DEVICE, OWN
 from tests.hubs import Scene, run_in
-from tests.test_gpu import check_near, check_place
-from tests.test_ranks import TORCHRUN
+from tests.runtime.test_distributed import TORCHRUN
 
 pytestmark = pytest.mark.gpu
 

@@ -14,22 +14,23 @@ import pytest
 import torch
 from torch import nn
 
-import epmq_cli.calibration as guide
-import epmq_cli.pipeline as steps
-from epmq_cli import ranks
-from epmq_cli.calibrate.depot import Depot
-from epmq_cli.calibrate.journal import Journal
-from epmq_cli.calibrate.passage import Passage
-from epmq_cli.calibrate.reference import Reference
-from epmq_cli.calibrate.streams import Stream
+import epmq_cli.pipeline.calibration as guide
+import epmq_cli.pipeline.steps as steps
+from epmq_cli.calibrate.activations.hidden_state import Stream
+from epmq_cli.calibrate.activations.pausable_forward import Passage
+from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.progress import Journal
+from epmq_cli.calibrate.reference_weights import Reference
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import RunError
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.runtime import distributed
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
 from tests.faults.test_processes import ended, start
 from tests.hubs import config, eval_config, run_in
-from tests.test_ranks import TORCHRUN
+from tests.runtime.test_distributed import TORCHRUN
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
 
 
 def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = steps.make_job(config(bert_hub))
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    job = make_job(config(bert_hub))
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
         guide.room_of(job).attempt(lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
 
@@ -177,7 +178,7 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
     script = tmp_path / "short.py"
     script.write_text(
         "import sys\n"
-        "import epmq_cli.calibration as guide\n"
+        "import epmq_cli.pipeline.calibration as guide\n"
         "from epmq_cli import cli, ranks\n"
         "from tests.faults.device import Device\n"
         "if ranks.number() == 1:\n"

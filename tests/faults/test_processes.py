@@ -13,7 +13,7 @@ import pytest
 
 from tests.counts import COMPARED, KILLS, TRIED
 from tests.faults.driver import command, files, mini
-from tests.test_ranks import TORCHRUN
+from tests.runtime.test_distributed import TORCHRUN
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 PATIENCE = 120  # seconds, much longer than starting takes

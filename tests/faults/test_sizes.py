@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import epmq_cli.calibration as guide
+import epmq_cli.pipeline.calibration as guide
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files
 from tests.faults.short import OPTIONS, PLACES, Undisturbed, check_place, check_same, hub_of, measured
@@ -70,7 +70,7 @@ def test_two_threads(tmp_path: Path) -> None:
     """The built-in suite, whose linears are wide enough for two threads to share them."""
     options = ["device=cpu", "calib.samples=32", "eval.stages=[]"]
     script = (
-        "import sys\nimport epmq_cli.calibration as guide\nfrom epmq_cli import cli\n"
+        "import sys\nimport epmq_cli.pipeline.calibration as guide\nfrom epmq_cli import cli\n"
         "from tests.faults.device import CALIBRATION, Device\n"
         "Device(int(sys.argv.pop(1))).enter(*CALIBRATION)\ncli.main()\n"
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.data.batching import Batch
 from epmq_cli.families.bert import Bert
-from epmq_cli.families.structure import Batch
 from tests.faults.driver import at_file, at_stage, attempt, command, files, mini
 
 SENTENCE = "epmq: interrupted; start the same command again to go on from the last finished block\n"

@@ -9,10 +9,11 @@ import os
 import sys
 
 import epmq_cli.calibrate.norms
-from epmq_cli import cli, ranks
+from epmq_cli import cli
+from epmq_cli.runtime import distributed
 
 rank, number, call = map(int, sys.argv[1:4])
-if ranks.number() == rank:
+if distributed.number() == rank:
     from tests.faults.driver import on_call
 
     on_call(epmq_cli.calibrate.norms, "added", call, lambda: os.kill(os.getpid(), number))()

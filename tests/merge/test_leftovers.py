@@ -11,12 +11,12 @@ import torch
 import transformers as t
 from torch import Tensor
 
-from epmq_cli.checkpoint.manifest import write_manifest
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, ModelError
+from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
+from tests.end_to_end.test_lone import DECODER, ENCODER
 from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
-from tests.test_lone import DECODER, ENCODER
 
 PAIR = ("merge", "run")
 UP = "model.layers.1.mlp.up_proj.weight"

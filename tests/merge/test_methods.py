@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq_cli.checkpoint.reader import ModelFolder
-from epmq_cli.config import conf_dir
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.apply import Merged
+from epmq_cli.merge.engine import Merged
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitudes
+from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "scalar": ()}
 METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))

@@ -13,16 +13,16 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_cli.checkpoint.manifest import write_manifest
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.apply import Models
+from epmq_cli.merge.engine import Models
+from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
+from tests.end_to_end.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
 from tests.hubs import run_in
 from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
 from tests.minihub import build
-from tests.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
 
 PAIR = ("merge", "run")
 

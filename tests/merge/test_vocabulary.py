@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.suites import Suite
+from epmq_cli.models.model_folder import ModelFolder
 from tests.conftest import TASKS, write_suite
 from tests.hubs import run_in
 

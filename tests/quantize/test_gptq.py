@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
+from epmq_cli.quantize.formats.int import GridSpec, find_grid, quantize
 from epmq_cli.quantize.gptq import Gptq, column_order, gptq, inverse_factor
-from epmq_cli.quantize.grid import GridSpec, find_grid, quantize
 from epmq_cli.quantize.rtn import rtn
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli.report.metrics import by_task, write_json
-from epmq_cli.report.stages import Stages
+from epmq_cli.report.metrics_json import by_task, write_json
+from epmq_cli.report.stage_timer import Stages
 from epmq_cli.report.table import counted, score_table, show_merge, show_run
 
 HALVED = {"batches_halved": 2, "eval_batches_halved": 0}

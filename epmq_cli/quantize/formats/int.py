@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import check_choice
+from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.format import Grid, ZeroPoints, check_group_size, fit_grid, stored_scale
 
 BITS = (2, 3, 4, 8)

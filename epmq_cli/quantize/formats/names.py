@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from epmq_cli.errors import ConfigError, check_choice, shown
+from epmq_cli.config.validate import check_choice
+from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat

@@ -1,0 +1,152 @@
+"""A checkpoint as a model of transformers whose packed linears stay packed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from epmq_cli.checkpoint.compressed_tensors import SCALE, format_of, quantized_linear
+from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
+from epmq_cli.config.instantiate import device_of
+from epmq_cli.config.schema import KERNELS
+from epmq_cli.config.validate import check_choice
+from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
+from epmq_cli.models.pretrained import from_folder
+from epmq_cli.quantize.formats.format import NumberFormat
+
+GENERATION = "generation_config.json"
+
+
+def load(
+    checkpoint: str | Path, device: str = "auto", kernel: str = "auto", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model of a checkpoint folder that epmq wrote, ready to be called.
+
+    `device`: auto, cpu, cuda or cuda:<index>. `dtype` of all that is not packed and of activations between linears:
+    unless given float32 on the CPU, bfloat16 on a GPU. `kernel`: `int4` multiplies with packed weights, and is refused
+    where a linear does not allow that; `dequantize` makes them dense; `auto` takes int4 for every linear that allows
+    it. Tensors are read one by one, and no packed weight is ever dense under int4. ConfigError: the kernel is refused.
+    CheckpointError: no such checkpoint.
+    """
+    from transformers import GenerationConfig
+
+    check_choice("kernel", kernel, KERNELS)
+    folder, where = Path(checkpoint), device_of(device)
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+    files = SafetensorsFiles(folder, "checkpoint")
+    config = model_config(folder, files)
+    with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
+        model = blank_model(folder, config, files)
+    formats = _quantized_linears(folder, model, files)
+    obstacles = {name: obstacle(format, _weight(model, name).shape, where) for name, format in formats.items()}
+    if kernel == "int4":
+        refuse(obstacles)
+    dense = {}
+    for name, reason in obstacles.items():
+        weight = quantized_linear(files, name, formats[name], _weight(model, name).shape, where)
+        if kernel != "dequantize" and reason is None:
+            model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
+        else:
+            dense[f"{name}.weight"] = weight.dequantize().to(dtype)
+    for name in files.infos:
+        if name.rpartition(".weight")[0] not in formats:
+            tensor = files.tensor(name)
+            dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
+    _fill(folder, model, dense)
+    if (folder / GENERATION).is_file():
+        model.generation_config = from_folder(GenerationConfig, folder)
+    return model.to(where).eval().requires_grad_(False)
+
+
+def refuse(obstacles: Mapping[str, str | None]) -> None:
+    """ConfigError where the int4 kernel cannot take one of the linears, or there are none; see `obstacle`."""
+    if not obstacles:
+        raise ConfigError("kernel=int4 needs quantized linears and there are none; use kernel=auto")
+    for name, reason in obstacles.items():
+        if reason is not None:
+            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes such")
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """How many linears of a model are packed, and how many are dense."""
+    found = {"int4": 0, "dense": 0}
+    for module in model.modules():
+        found["int4"] += isinstance(module, Int4Linear)
+        found["dense"] += isinstance(module, nn.Linear)
+    return found
+
+
+def model_config(folder: Path, files: SafetensorsFiles) -> Any:
+    """The config of a checkpoint's model as transformers has it, without how it is quantized."""
+    from transformers import AutoConfig
+
+    check_counts(folder / "config.json", "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
+    config = from_folder(AutoConfig, folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
+    """The model that config.json names, as it is made, without a pooler where the checkpoint has none."""
+    from transformers import PreTrainedModel
+
+    names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
+    name = str(names[0] if isinstance(names, list) else names)
+    found = getattr(importlib.import_module("transformers"), name, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise CheckpointError(f"{folder / 'config.json'} names {name}, which transformers does not have")
+    poolerless = "add_pooling_layer" in inspect.signature(found).parameters and not any(
+        name.startswith("pooler.") for name in files.infos
+    )
+    model: nn.Module = found(config, add_pooling_layer=False) if poolerless else found(config)
+    return model
+
+
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """What a module gets in place of a parameter; its buffers, such as rotary frequencies, are made as ever."""
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    return model.get_parameter(f"{name}.weight")
+
+
+def _quantized_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, NumberFormat]:
+    """The format of each quantized linear."""
+    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}{SCALE}" in files.infos:
+            format = format_of(folder, quantization, name)
+            if format is None:
+                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+            found[name] = format
+    return found
+
+
+def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in their places in the model; CheckpointError where they do not fit, or one is missing."""
+    try:
+        found = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip().removesuffix(".")  # a shape
+        raise CheckpointError(f"{folder} does not fit its config.json ({reason}); see epmq verify") from error
+    model.tie_weights(missing_keys=set(found.missing_keys))
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
+    if found.unexpected_keys:
+        raise CheckpointError(
+            f"{folder} has a tensor that its model has not: {found.unexpected_keys[0]}; see epmq verify"
+        )

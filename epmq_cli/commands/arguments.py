@@ -1,0 +1,21 @@
+"""Splits the command line into overrides and Hydra's options. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""The variable with which Hydra, and epmq, show tracebacks."""
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and Hydra's options with their values: Hydra itself takes no overrides behind an option."""
+    overrides, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flags.append(argument)
+            if argument in WITH_VALUE:
+                flags += [value for value in [next(rest, None)] if value is not None]
+        else:
+            overrides.append(argument)
+    return overrides, flags

@@ -1,0 +1,82 @@
+"""What the Hydra commands share: errors in one sentence and without traceback, libraries kept quiet."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+
+from yaml import YAMLError
+
+from epmq_cli.commands import folder_names
+from epmq_cli.commands.arguments import FULL_ERROR, split
+from epmq_cli.commands.error_report import MISTAKEN, NOTHING, explain, told
+from epmq_cli.commands.overrides import addable, check_overrides, unreadable
+from epmq_cli.config.instantiate import refuse_tokens
+from epmq_cli.errors import ConfigError
+from epmq_cli.pipeline import unfinished
+from epmq_cli.runtime import distributed, signals
+from epmq_cli.runtime.console import complain
+from epmq_cli.runtime.signals import GRACE
+
+INTERRUPTED = {
+    "run": "interrupted; start the same command again to go on from the last finished block",
+    "merge": NOTHING,
+    "eval": NOTHING,
+}
+
+folder_names.register()  # here: the processes of a sweep's jobs import this, too
+
+
+def launch(command: str, arguments: list[str]) -> None:
+    """Runs a command with these arguments; whatever is raised ends it as `told` says."""
+    try:
+        distributed.check(command)
+    except ConfigError as error:
+        complain(str(error))
+        sys.exit(MISTAKEN)
+    logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
+    with told(lambda error: explain(error, command, arguments), INTERRUPTED[command]):
+        os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
+        refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
+        overrides, flags = split(arguments)
+        check_overrides(command, overrides)
+        try:
+            with signals.listening(lambda: complain(INTERRUPTED[command]), GRACE if distributed.count() == 1 else 1):
+                _start(command, addable(arguments))
+        except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
+            raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
+
+
+def _start(command: str, arguments: list[str]) -> None:
+    """The command itself; of the processes of a run the first has its traces."""
+    if command == "run" and distributed.first():
+        arguments = unfinished.continued(arguments)
+    if not distributed.first():
+        arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
+    sys.argv = [f"epmq {command}", *arguments]
+    importlib.import_module(f"epmq_cli.commands.{command}").main()
+    unfinished.end(arguments)
+
+
+def _without_traces() -> list[str]:
+    """Overrides that send what a process writes beside the results elsewhere: the run folder is that of the first."""
+    folder = tempfile.mkdtemp(prefix="epmq-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return [f"out={folder}"]
+
+
+def quiet_libraries() -> None:
+    """Keeps the progress bars and advice of transformers and the hub out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors has no other switch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")

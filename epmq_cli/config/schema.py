@@ -1,0 +1,102 @@
+"""The option classes of the groups `calib`, `pack` and `eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.errors import ConfigError, shown
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+KERNELS = ("auto", "int4", "dequantize")
+
+
+STAGES = ("base", "experts", "merged", "quantized")
+
+
+def bytes_of(name: str, text: object) -> int:
+    """The number of bytes that a text such as 5GB says; ConfigError, naming the option, where it says none."""
+    number = text[:-2] if isinstance(text, str) else ""
+    unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
+    if unit is None or not number.isdecimal() or int(number) == 0:
+        raise ConfigError(f"{name} must be a whole number with {', '.join(UNITS)} such as 5GB, got {shown(text)}")
+    return int(number) * unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Calib:
+    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time; samples,
+    moments and activations take up to `memory` such as 8GB, and files of the run folder beyond it as far as these are
+    activations; `student`: where the model is, in `memory` or on `disk`."""
+
+    samples: int
+    batch_size: int
+    memory: object
+    student: str
+
+    def __post_init__(self) -> None:
+        check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
+        check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        bytes_of("calib.memory", self.memory)
+        check_choice("calib.student", self.student, ("memory", "disk"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the type of most elements
+    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB."""
+
+    dtype: str
+    shard_size: object
+
+    def __post_init__(self) -> None:
+        check_choice("pack.dtype", self.dtype, DTYPES)
+        bytes_of("pack.shard_size", self.shard_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`eval=<name>`: `batch_size`; `samples`, at most so many of each test split, null for all; `stages` that are
+    scored; the `kernel` on which packed linears of a checkpoint run (checkpoint/load.py)."""
+
+    batch_size: int
+    samples: int | None
+    stages: tuple[str, ...]
+    kernel: str
+
+    def __post_init__(self) -> None:
+        check_range("eval.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        if self.samples is not None:
+            check_range("eval.samples", self.samples, 1, 1 << 30, integer=True)
+        for stage in self.stages:
+            check_choice("eval.stages", stage, STAGES)
+        check_choice("eval.kernel", self.kernel, KERNELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Harness(Evaluation):
+    """`eval=lm_eval`: `tasks` of lm-evaluation-harness in place of the suite's own, with so many `shots` (null for each
+    task's own number); `include_path`: a folder of the user's task files. An expert has no harness tasks of its own, so
+    that stage is not scored."""
+
+    tasks: Sequence[str]
+    shots: int | None
+    include_path: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for stage in self.stages:
+            check_choice("eval.stages", stage, [known for known in STAGES if known != "experts"])
+        if not self.tasks or not isinstance(self.tasks, list | tuple):
+            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {shown(self.tasks)}")
+        if self.shots is not None:
+            check_range("eval.shots", self.shots, 0, 1000, integer=True)
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ConfigError(f"eval.include_path must be a folder, got {self.include_path!r}")

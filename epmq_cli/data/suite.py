@@ -1,0 +1,177 @@
+"""A suite: a base, its experts, and the tasks with how each is fed and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from epmq_cli.config.field_types import check_types
+from epmq_cli.config.validate import check_choice, check_keys, check_range
+from epmq_cli.data.samples import Source
+from epmq_cli.errors import ConfigError, placed, shown
+
+MAX_LENGTH = 128
+METRICS = ("accuracy", "matthews", "spearman", "perplexity")
+VOCABULARIES = ("same", "pad")
+NAME, POSITION = "name", "position"
+PROCESSORS = ("expert", "base", "same")
+HEADS = ("base", "expert")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite.
+
+    `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order; for
+    tasks that are answered in words the answers. `templates`: prompts with {} for the class name. `max_length`: of
+    texts, in tokens. `metric`: one of METRICS. `documents`: how many are read at most to calibrate on running text.
+    `match_labels`: whether labels of the data are classes of the head by `name`, where both have names, or by
+    `position`. `processor` and `heads`: see Suite.
+    """
+
+    name: str
+    expert: str
+    data: Source
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    max_length: int = MAX_LENGTH
+    metric: str = "accuracy"
+    documents: int | None = None
+    match_labels: str = NAME
+    processor: str = PROCESSORS[0]
+    heads: str = HEADS[0]
+
+    def __post_init__(self) -> None:
+        where = f"suite.tasks.{self.name}"
+        shortest = 2 if self.metric == "perplexity" else 1  # which predicts each token from those before it
+        check_range(f"{where}.max_length", self.max_length, shortest, 1 << 20, integer=True)
+        if self.documents is not None:
+            check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
+        check_choice(f"{where}.metric", self.metric, METRICS)
+        check_choice(f"{where}.match_labels", self.match_labels, (NAME, POSITION))
+        check_choice(f"{where}.processor", self.processor, PROCESSORS)
+        check_choice(f"{where}.heads", self.heads, HEADS)
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            raise ConfigError(f"{where}.classes must be two or more different names, got {list(self.classes)}")
+        for template in self.templates or ():
+            if template.count("{}") != 1:
+                raise ConfigError(f"{where}.templates must each have one {{}} for the class name, got {template!r}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`suite=<name>`.
+
+    `family`: the architecture, or `auto` to find it by the base's config. `base`: a model folder or hub id. `tasks`:
+    the fields of Task, by task name; those that are the same for all can be in `each`. `experts`: the experts of tasks
+    that name none, as a pattern with {task} or by task name; where there are no `tasks`, each is one. `root`: a mirror
+    of the hub, where models are looked for first, at `<root>/<id>`. `vocabulary`: `same` for all models, or `pad` where
+    some have more tokens than others. `processor`: what counts where an expert's own tokenizer or image processor makes
+    other inputs of its task's samples than the base's: the `expert`'s, for its task, or the `base`'s; `same` refuses
+    the difference. `heads`: whose text tower makes the heads of families that make them, the `base`'s or each
+    `expert`'s own, whose projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
+    """
+
+    name: str
+    family: str
+    base: str
+    tasks: Mapping[str, Mapping[str, Any] | None]
+    experts: str | Mapping[str, str] | None = None
+    each: Mapping[str, Any] | None = None
+    vocabulary: str = "same"
+    root: str | None = None
+    processor: str = PROCESSORS[0]
+    heads: str = HEADS[0]
+
+    def __post_init__(self) -> None:
+        check_types("suite", Suite, vars(self))  # once more: a _target_ among the tasks makes something else of them
+        check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
+        check_choice("suite.processor", self.processor, PROCESSORS)
+        check_choice("suite.heads", self.heads, HEADS)
+        if not self.entries:
+            raise ConfigError(
+                "suite.tasks must name at least one task, or suite.experts the experts by task name, got "
+                f"{shown(self.tasks)} and {shown(self.experts)}"
+            )
+        if isinstance(self.experts, str) and self.experts.count("{task}") != 1:
+            raise ConfigError(f"suite.experts must have one {{task}} for the task's name, got {self.experts!r}")
+        if isinstance(self.experts, Mapping):
+            check_keys("suite.experts", self.experts, self.entries)
+        check_keys("suite.each", self.each or {}, TASK_FIELDS)
+        if (self.each or {}).get("data") is not None:
+            _check_source("suite.each.data", (self.each or {})["data"])
+        _ = self.members
+
+    @property
+    def members(self) -> list[Task]:
+        """The tasks in order; ConfigError where one cannot be."""
+        shared, entries = {"processor": self.processor, "heads": self.heads}, self.entries
+        return [_task(name, entry, {**shared, "expert": self._expert(name, entry)}) for name, entry in entries.items()]
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The fields of each task, with those that all have."""
+        given: Mapping[str, Any] = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
+        return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in given}
+
+    def _expert(self, name: str, entry: Mapping[str, Any]) -> str:
+        if entry.get("expert") is not None:
+            expert: str = entry["expert"]
+            return expert
+        if isinstance(self.experts, str):
+            return self.experts.replace("{task}", name)
+        if self.experts and name in self.experts:
+            return self.experts[name]
+        raise ConfigError(
+            f"task {name} has no expert; set suite.tasks.{name}.expert, or suite.experts to a pattern with {{task}}"
+        )
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What each task is scored by."""
+        return {task.name: task.metric for task in self.members}
+
+
+TASK_FIELDS = [field.name for field in dataclasses.fields(Task) if field.name != "name"]
+"""What a suite may say of a task."""
+
+
+def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's fields with those of all tasks; of its data, too, what it names counts and the rest is theirs."""
+    filled = {**each, **entry}
+    shared, own = each.get("data"), entry.get("data")
+    if dataclasses.is_dataclass(shared) and not isinstance(shared, type) and isinstance(own, Mapping):
+        check_keys(f"suite.tasks.{name}.data", own, [field.name for field in dataclasses.fields(shared)])
+        check_types(f"suite.tasks.{name}.data", type(shared), own)
+        try:
+            filled["data"] = dataclasses.replace(shared, **own)
+        except ConfigError as error:
+            raise placed(error, f"suite.tasks.{name}.data") from None
+    return filled
+
+
+def _task(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
+    """`shared`: what counts where the entry says nothing of it."""
+    where = f"suite.tasks.{name}"
+    fields = {**entry, **{key: value for key, value in shared.items() if entry.get(key) is None}}
+    check_keys(where, entry, TASK_FIELDS, required=("data",))
+    fields |= {key: _texts(entry[key]) for key in ("classes", "templates") if key in entry}
+    check_types(where, Task, fields)
+    _check_source(f"{where}.data", entry["data"])
+    return Task(name=name, **fields)
+
+
+def _check_source(where: str, data: Any) -> None:
+    if not hasattr(data, "load"):
+        raise ConfigError(
+            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {shown(data)}"
+        )
+
+
+def _texts(value: Any) -> Any:
+    """A list with its numbers as texts, as classes may be digits; anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item for item in value)

@@ -1,0 +1,259 @@
+"""Opens the models of a suite and merges them tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.data.suite import Suite
+from epmq_cli.errors import ModelError
+from epmq_cli.families.family import Family
+from epmq_cli.merge.leftovers import (
+    check_added,
+    foreign,
+    left_out,
+    skip_added,
+    skip_foreign,
+    skip_ignored,
+    take_common,
+)
+from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
+from epmq_cli.merge.source import PIECE, SHOWN, Merge, MergeSource, Read
+from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
+from epmq_cli.models.model_class import model_class
+from epmq_cli.models.model_folder import Completed, ModelFolder
+from epmq_cli.models.resolve import locate
+from epmq_cli.models.tokenizers import check_tokens
+from epmq_cli.models.wrappers import merged_names, misfit, refuse_wrapped, unwrapped
+from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.runtime.console import log, plain, say, track
+from epmq_cli.runtime.threads import spread
+
+ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
+
+
+class Models:
+    """The opened models of a suite, and their tensors side by side (`source`).
+
+    `whole`: whether all is merged that base and experts have, as in `epmq merge`, and not only what the family names.
+    `ties`: how tied tensors come out.
+    """
+
+    def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
+        root = suite.root
+        self.base = _open(family, suite.base, "base", root, None)
+        refuse_wrapped(self.base)
+        base = _member(family, self.base)
+        self.experts = {
+            task.name: _fitted(family, _open(family, task.expert, f"expert of task {task.name}", root, self.base), base)
+            for task in suite.members
+        }
+        experts = {task: _member(family, expert) for task, expert in self.experts.items()}
+        if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
+            self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
+            experts = {task: _member(family, expert) for task, expert in self.experts.items()}
+            for member in (base, *experts.values()):
+                member.merged |= {name: name for name in further}
+        self.ties = _resolve(family, base, experts, whole)
+        if whole:
+            _check_complete(base)
+        names = {task: expert.merged for task, expert in experts.items()}
+        misfits = {
+            task: misfit(expert.folder, self.base, base.merged, family.tensor_names)
+            for task, expert in experts.items()
+            if not {*base.merged} <= {*expert.merged}
+        }
+        self.source = MergeSource(
+            self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written, misfits
+        )
+        if family.reads == "texts":
+            check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
+        for expert in self.experts.values():
+            if _described(expert) != _described(self.base):
+                _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))
+
+
+def _member(family: Family, folder: ModelFolder) -> Member:
+    merged = family.tensor_names(folder)  # refuses other architectures
+    return Member(folder, family.all_names(folder), merged)
+
+
+def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
+    """The expert under the base's names: without what a wrapper added. Tables that may be tied may lack."""
+    wanted = {*base.merged}
+    if not wanted <= {*merged_names(expert, family.tensor_names)}:
+        ask_classes(family, [base])
+        wanted -= {*base.tieable, *base.tieable.values(), *foreign(base)}
+        wanted -= {name for name in wanted if name.startswith(family.added)}
+    return unwrapped(expert, base.folder, wanted, family.tensor_names)
+
+
+def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:
+    """How tied tensors come out, with the base's tensors that are left out; what is left out of the experts is a
+    warning. The members' merged tensors become those of the result."""
+    if not (whole and are_plain(base, experts)):
+        ask_classes(family, [base, *experts.values()])
+        skip_ignored(base, experts)
+    heads = MergedHeads()
+    if whole:
+        skip_added(family, base, experts)
+        take_common(family, base, experts)
+        heads = settle_heads(family, base, experts)
+    else:
+        check_added(family, base, experts)
+    strange = skip_foreign(base, experts, whole)
+    if strange:
+        log.warning(plain(_strange(base, strange)))
+    ties = resolve_ties(family, base, experts)
+    if ties.said:
+        say(ties.said)
+    if whole or family.heads != "made":
+        for sentence in left_out(family, base, experts):
+            log.warning(plain(sentence))
+    dropped, changes = ties.dropped | heads.dropped | strange, {**ties.changes, **heads.changes}
+    return replace(ties, dropped=dropped, changes=changes)
+
+
+def _strange(base: Member, stored: Collection[str]) -> str:
+    names = sorted(stored)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    assert base.known is not None
+    return (
+        f"base: {', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'} left out, since "
+        f"{base.known.name} has no such part"
+    )
+
+
+def _check_complete(base: Member) -> None:
+    """ModelError where no model of the suite has a tensor that the base's class has: transformers would fill it up with
+    random numbers."""
+    known = base.known or model_class(base.folder.config, base.folder.infos)
+    lacking = known.lacking(base.folder.infos) if known is not None else []
+    if known is not None and lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ModelError(
+            f"base: {base.folder.path / 'config.json'} describes a {known.name} with {lacking[0]}{more}, which its "
+            "files have not; fetch it again"
+        )
+
+
+def _described(folder: ModelFolder) -> dict[str, Any]:
+    """The config but for what says nothing of the model. Where it is the same, so are all settings, and transformers,
+    which knows their defaults but takes seconds to import, need not be asked."""
+    return {name: value for name, value in folder.config.items() if name not in ASIDE}
+
+
+def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
+    for name, value in found.items():
+        if value != expected[name]:
+            raise ModelError(
+                f"{expert.role} ({expert.path}) was not fine-tuned from the base ({base.path}): "
+                f"{name} is {value} in its config and {expected[name]} in the base's"
+            )
+
+
+def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
+    """One model; `base` is None where it is the base that is opened."""
+    path = locate(source, role, root)
+    opened = family.open(path, role, base)
+    if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
+        raise ModelError(f"{role}: {path} is quantized already; give the model it was made from")
+    return opened
+
+
+def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
+    """An expert with the base's tensors in place of those of these names that it does not have."""
+    return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
+
+
+def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:
+    """The type of a result by `pack.dtype`: under `auto` the one of most of the base's merged elements."""
+    if wanted != "auto":
+        found: torch.dtype = getattr(torch, wanted)
+        return found
+    own, wider = source.main_dtype, source.wider
+    if wider:
+        narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (own, max(wider.values(), key=_width)))
+        say(
+            f"the experts of {', '.join(wider)} are stored in {wide}, the result in {narrow} as the base is; "
+            f"pack.dtype={wide} keeps their precision"
+        )
+    return own
+
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def fit_source(model: nn.Module, models: Models) -> nn.Module:
+    """The base model as the result is built: copies that are tensors of their own there have their own memory, and
+    there is room for the largest vocabulary of the suite, with the base's rows of `source` in it."""
+    listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
+    own = [copy for copy, source in listed(all_submodels=True).items() if not _shared(model, copy, source)]
+    own += [copy for copy in models.ties.untied if copy not in own and copy in model.state_dict()]
+    _untie(model, own)
+    source = models.source
+    if source.vocabulary_size is not None:
+        resized: Any = model
+        resized.resize_token_embeddings(source.vocabulary_size, mean_resizing=False)
+        _untie(model, own)  # resizing ties them again
+        tensors = model.state_dict()
+        with torch.no_grad():
+            for name in source.padded:
+                tensors[name].copy_(source.base(name))
+    return model
+
+
+def _shared(model: nn.Module, one: str, other: str) -> bool:
+    return model.get_parameter(one).data_ptr() == model.get_parameter(other).data_ptr()
+
+
+def _untie(model: nn.Module, names: list[str]) -> None:
+    """Gives each of these tensors memory of its own."""
+    ties: Any = getattr(model, "all_tied_weights_keys", None)
+    for name in names:
+        module, _, local = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        parameter = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        setattr(model.get_submodule(module), local, parameter)
+        if ties is not None:
+            ties.pop(name, None)
+
+
+class Merged:
+    """The merged model, each tensor made when it is asked for: in float32, rounded to `dtype`, in float32 again."""
+
+    def __init__(self, source: MergeSource, merge: Merge, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+        self._rule = merge(source)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name."""
+        return self.stored(name, self.dtype).float()
+
+    def stored(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor of this name, rounded to a type, in that type."""
+        shape = self.source.shape(name)
+        found = torch.empty(prod(shape), dtype=dtype)
+
+        def fill(part: tuple[Tensor, Read]) -> None:
+            base, *experts = part[1]()
+            part[0].copy_(self._rule(base, experts))
+
+        spread(fill, zip(torch.split(found, PIECE), self.source.parts(name), strict=True))
+        if not is_finite(found):
+            kind = str(dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
+                "smaller merge.scale"
+            )
+        return found.view(shape)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors."""
+        return ((name, self.tensor(name)) for name in track(self.source.names, "merge"))

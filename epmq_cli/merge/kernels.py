@@ -1,0 +1,102 @@
+"""The loops of TIES over the elements of a piece, in machine code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from epmq_cli.runtime.jit import compiled
+
+BLOCK = 1024
+
+
+@compiled
+def count_upper(values: Any, counts: Any) -> None:
+    """Adds to `counts` (65536,) the upper 16 bits of the magnitudes of float32 values."""
+    bits = values.view(np.int32)
+    for i in range(len(bits)):
+        counts[(bits[i] & 0x7FFFFFFF) >> 16] += 1
+
+
+@compiled
+def count_lower(values: Any, high: Any, counts: Any) -> None:
+    """Adds to `counts` (65536,) the lower 16 bits of those magnitudes whose upper 16 are `high`."""
+    bits = values.view(np.int32)
+    for i in range(len(bits)):
+        if (bits[i] & 0x7FFFFFFF) >> 16 == high:
+            counts[bits[i] & 0xFFFF] += 1
+
+
+@compiled
+def trim(base: Any, expert: Any, threshold: Any, kept: Any, total: Any, number: Any) -> None:
+    """Puts into `kept` a task vector (n,), zero below its threshold, and adds it to `total`, and to `number` 1 where it
+    is not zero."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(base)):
+        value = expert[i] - base[i]
+        value = value if abs(value) >= threshold else zero
+        kept[i] = value
+        total[i] += value
+        number[i] += one if value != zero else zero
+
+
+@compiled
+def sum_signs(base: Any, experts: Any, thresholds: Any, signs: Any) -> None:
+    """Adds to `signs` (1,) the signs of the sums of the trimmed task vectors.
+
+    `base` (n,) and `experts` (experts, n).
+    """
+    kept, totals, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, len(base), BLOCK):
+        part = base[start : start + BLOCK]
+        n = len(part)
+        total, number = totals[:n], numbers[:n]
+        total[:] = np.float32(0)
+        number[:] = np.float32(0)
+        for k in range(len(experts)):
+            trim(part, experts[k, start : start + n], thresholds[k], kept[:n], total, number)
+        found = 0
+        for i in range(n):
+            found += int(total[i] > 0) - int(total[i] < 0)
+        signs[0] += found
+
+
+@compiled
+def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, mean: Any, merged: Any) -> None:
+    """Trims, elects and merges the elements of `base` (n,) and `experts` (experts, n) into `merged` (n,).
+
+    `majority`: the sign where task vectors cancel. `mean`: whether those that agree are averaged. Steps without
+    branches over slices of `BLOCK` elements at a time, so that they are vectorised and stay in the nearest cache.
+    """
+    tasks, zero, one = len(experts), np.float32(0), np.float32(1)
+    every = np.empty((tasks, BLOCK), np.float32)
+    totals, sums, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, len(base), BLOCK):
+        part, found = base[start : start + BLOCK], merged[start : start + BLOCK]
+        n = len(part)
+        total, agreed, number = totals[:n], sums[:n], numbers[:n]
+        total[:] = zero
+        number[:] = zero
+        for k in range(tasks):
+            trim(part, experts[k, start : start + n], thresholds[k], every[k, :n], total, number)
+        for i in range(n):
+            sign = (one if total[i] > zero else zero) - (one if total[i] < zero else zero)
+            total[i] = majority if sign == zero and number[i] > zero else sign
+        agreed[:] = zero
+        number[:] = zero
+        for k in range(tasks):
+            agree(every[k, :n], total, agreed, number)
+        for i in range(n):
+            value = agreed[i] / max(number[i], one) if mean else agreed[i]
+            found[i] = part[i] + scale * value
+
+
+@compiled
+def agree(kept: Any, sign: Any, agreed: Any, number: Any) -> None:
+    """Adds what is left of a task vector (n,) to `agreed` where it has this sign, and there 1 to `number`."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(len(kept)):
+        same = kept[i] * sign[i] > zero
+        agreed[i] += kept[i] if same else zero
+        number[i] += one if same else zero

@@ -1,0 +1,248 @@
+"""The adapter_config.json of a LoRA adapter of PEFT, checked: the options that change what is merged, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from epmq_cli.errors import ModelError, shown
+from epmq_cli.models.model_folder import read_json
+from epmq_cli.runtime.console import log
+
+CONFIG = "adapter_config.json"
+REMEDY = "merge it with merge_and_unload of PEFT, save that model with save_pretrained, and give its folder"
+UNMERGEABLE = "PEFT cannot merge it either; train a LoRA adapter or the whole model instead"
+PROMPTS = (
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "LILY",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "XLORA",
+)
+"""Types of PEFT that add to a model what no weight of it can hold."""
+
+UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base's weights as they are."""
+
+RESIDUALS = ("pissa", "olora")
+"""Values that take something from the base's weights, which is computed again from the weights alone."""
+
+MOVED = {
+    "pissa_niter_": "by a singular value decomposition with random numbers, which no reload repeats",
+    "corda": "by the covariances of its training data",
+    "lora_ga": "by the gradients of its training data",
+    "loftq": "by quantizing them, with one of several quantizers",
+}
+"""How the values that begin like this change the base's weights, which cannot be repeated."""
+
+SWITCHES = ("use_rslora", "fan_in_fan_out", "use_dora", "ensure_weight_tying")
+REFUSED = {
+    "alora_invocation_tokens": UNMERGEABLE,
+    "arrow_config": UNMERGEABLE,
+    "layer_replication": REMEDY,
+    "megatron_config": REMEDY,
+    "monteclora_config": REMEDY,
+    "use_bdlora": REMEDY,
+    "use_qalora": REMEDY,
+}
+"""Options that change what is merged in a way not known here where they are set, and the way out."""
+
+READ = (
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "bias",
+    "init_lora_weights",
+    "kasa_config",
+    "lora_alpha",
+    "lora_bias",
+    "modules_to_save",
+    "peft_type",
+    "rank_pattern",
+    "revision",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+)
+IGNORED = (
+    "auto_mapping",
+    "corda_config",
+    "enable_lora",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "modules_to_tie",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "runtime_config",
+    "target_modules",
+    "target_modules_to_tie",
+    "velora_config",
+)
+"""Options that only matter in training, or that the adapter's tensors show."""
+
+PATTERN_SECONDS = 1.0  # for one pattern of the config and one module; a pattern of a stranger can take forever
+UNUSABLE = (AttributeError, TypeError, ValueError, OverflowError, RecursionError, TimeoutError, regex.error)
+"""What an alpha that is not a number, or a pattern that is not a regular expression, ends in."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The options of one LoRA adapter. `init`: a member of RESIDUALS, "kasa", or None where the base is unchanged."""
+
+    path: Path
+    role: str
+    values: dict[str, Any]
+    init: str | None
+
+    def is_set(self, option: str) -> bool:
+        """Whether a switch is on."""
+        return bool(self.values.get(option))
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank stabilisation; ModelError where alpha is not a number."""
+        return self._alpha(module) / (math.sqrt(rank) if self.is_set("use_rslora") else rank)
+
+    def _alpha(self, module: str) -> float:
+        try:
+            patterns: dict[str, float] = self.values.get("alpha_pattern") or {}
+            name = f"{module}.weight" if self._is_parameter(f"{module}.weight") else module
+            given = (alpha for key, alpha in patterns.items() if _matches(key, name))
+            alpha = next(given, self.values.get("lora_alpha", 8))
+            if isinstance(alpha, bool) or not math.isfinite(float(alpha)):
+                raise ValueError(f"{alpha} is not a finite number")
+            return float(alpha)
+        except UNUSABLE as error:
+            raise ModelError(
+                f"{self.role}: lora_alpha or alpha_pattern of {self.path / CONFIG} cannot be used ({error}); fetch "
+                "the adapter again"
+            ) from error
+
+    def _is_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names a tensor; patterns are then about tensors, not about modules."""
+        return any(
+            name == target or name.endswith(f".{target}") for target in self.values.get("target_parameters") or ()
+        )
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names a module."""
+        names = self.values.get("modules_to_save") or ()
+        return any(module == name or module.endswith(f".{name}") for name in names if isinstance(name, str))
+
+    def token_rows(self, module: str) -> list[int]:
+        """The rows of a table that were trained, by `trainable_token_indices`; ModelError where they are not ids."""
+        given = self.values.get("trainable_token_indices")
+        if isinstance(given, dict):
+            given = next((rows for key, rows in given.items() if module == key or module.endswith(f".{key}")), None)
+        if not isinstance(given, list) or not all(type(row) is int and row >= 0 for row in given):
+            raise ModelError(
+                f"{self.role}: trainable_token_indices of {self.path / CONFIG} must list the token ids of {module}, "
+                f"got {shown(self.values.get('trainable_token_indices'))}; fetch the adapter again"
+            )
+        return given
+
+
+def read_config(path: Path, role: str) -> AdapterConfig:
+    """The config of the adapter in a folder; ModelError where epmq cannot merge what it describes."""
+    values = read_json(path, CONFIG, role)
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        way = UNMERGEABLE if kind in PROMPTS else REMEDY
+        raise ModelError(
+            f"{role}: {path} is an adapter of type {shown(kind)}, epmq merges adapters of type LORA only; {way}"
+        )
+    for option, way in REFUSED.items():
+        if values.get(option):
+            raise ModelError(f"{role}: {path} is a LoRA adapter with {option}, which epmq cannot merge; {way}")
+    for option in SWITCHES:
+        if not isinstance(values.get(option), bool | None):
+            raise ModelError(
+                f"{role}: {option} in {path / CONFIG} must be true or false, got {shown(values[option])}; fetch the "
+                "adapter again"
+            )
+    _check_modules(path, role, values)
+    _check_unknown(path, role, values)
+    return AdapterConfig(path, role, values, "kasa" if values.get("kasa_config") else _init(path, role, values))
+
+
+def _init(path: Path, role: str, values: dict[str, Any]) -> str | None:
+    """What `init_lora_weights` does to the base's weights: a member of RESIDUALS, or None where it is nothing."""
+    given = values.get("init_lora_weights")
+    value = given.lower() if isinstance(given, str) else given
+    if any(value is known or (isinstance(known, str) and value == known) for known in UNCHANGED):
+        return None
+    if isinstance(value, str) and value in RESIDUALS:
+        return value
+    how = next((how for start, how in MOVED.items() if isinstance(value, str) and value.startswith(start)), None)
+    if how is None:
+        known = ", ".join([*(name for name in UNCHANGED if isinstance(name, str)), *RESIDUALS])
+        raise ModelError(
+            f"{role}: init_lora_weights in {path / CONFIG} must be true, false or one of {known}, got {shown(given)}; "
+            f"{REMEDY}"
+        )
+    raise ModelError(
+        f"{role}: {path} is a LoRA adapter with init_lora_weights={given}, which changed the base's weights before "
+        f"training {how}; where it was trained, save it with path_initial_model_for_weight_conversion (PiSSA, CorDA, "
+        "LoRA-GA) or save the model that merge_and_unload returns, or give the changed base as the base and set "
+        f"init_lora_weights to true in {CONFIG}"
+    )
+
+
+def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
+    """ModelError where options that are read are of another type, or parameters are adapted that are not a module's
+    weight."""
+    saved = values.get("modules_to_save")
+    if not isinstance(saved, list | None):
+        raise ModelError(
+            f"{role}: modules_to_save in {path / CONFIG} must be a list of modules, got {shown(saved)}; fetch the "
+            "adapter again"
+        )
+    targets = values.get("target_parameters") or []
+    odd = [target for target in targets if not str(target).endswith("weight")] if isinstance(targets, list) else [1]
+    if odd:
+        raise ModelError(
+            f"{role}: {path} is a LoRA adapter with target_parameters {shown(targets)}, epmq merges those that are the "
+            f"weight of a module; {REMEDY}"
+        )
+
+
+def _check_unknown(path: Path, role: str, values: dict[str, Any]) -> None:
+    """ModelError where an option that is not known here is switched on; a warning where it has a value."""
+    known = {*SWITCHES, *REFUSED, *READ, *IGNORED}
+    for option, value in values.items():
+        if option in known or not value or value == "none":
+            continue
+        if value is True or isinstance(value, dict | list):
+            raise ModelError(
+                f"{role}: {path} is a LoRA adapter with {option}, which this version of epmq does not know; {REMEDY}"
+            )
+        log.warning(
+            "%s: %s has %s=%s, which this version of epmq does not know and does not use",
+            role,
+            path / CONFIG,
+            option,
+            value,
+        )
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT means a module: its name, or the end of it after a dot."""
+    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None

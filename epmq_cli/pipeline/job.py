@@ -1,0 +1,76 @@
+"""A run's config as checked objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+
+from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.config import instantiate, schema
+from epmq_cli.config.validate import check_choice, check_keys
+from epmq_cli.data.suite import Suite
+from epmq_cli.errors import ConfigError
+from epmq_cli.families import suite_family
+from epmq_cli.families.family import Family
+from epmq_cli.merge.source import Merge
+from epmq_cli.pipeline.preflight import (
+    check_scoring,
+)
+from epmq_cli.pipeline.scored_tasks import scores_samples
+from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.mixed_precision import MixedPrecision
+from epmq_cli.quantize.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run's config describes, every value checked."""
+
+    suite: Suite
+    family: Family
+    merge: Merge
+    guidance: Guidance
+    calib: schema.Calib
+    quantizer: Quantizer | MixedPrecision
+    pack: schema.Pack
+    evaluation: schema.Evaluation
+    device: torch.device
+    seed: int
+    resume: str
+
+
+def exact() -> None:
+    """From here on convolutions are in float32 on a GPU too, as products are; torch would let them be in TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def make_job(cfg: DictConfig) -> Job:
+    """The job of a complete config; ConfigError before any model is opened."""
+    exact()
+    suite: Suite = instantiate.build("suite", cfg.suite)
+    guidance: Guidance = instantiate.build("guidance", cfg.guidance)
+    names = [task.name for task in suite.members]
+    check_keys("guidance.weights", guidance.weights or {}, names)
+    family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
+    check_scoring(suite, family, evaluation, scores_samples(evaluation))
+    if not any(guidance.factor(name) for name in names):
+        raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
+    check_choice("resume", cfg.resume, ("auto", "never"))
+    calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
+    if calib.student == "disk" and device.type != "cpu":
+        raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
+    return Job(
+        suite=suite,
+        family=family,
+        merge=instantiate.build("merge", cfg.merge),
+        guidance=guidance,
+        calib=calib,
+        quantizer=build_quantizer(cfg.quant),
+        pack=instantiate.build("pack", cfg.pack),
+        evaluation=evaluation,
+        device=device,
+        seed=instantiate.seed_of(cfg.seed),
+        resume=cfg.resume,
+    )

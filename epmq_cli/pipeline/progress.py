@@ -1,0 +1,189 @@
+"""The state of an unfinished run: `.resume/<key>` in its folder, beside a lock that no two processes hold.
+
+A key stands for all that a result depends on (key.py). A run with another key leaves this one's state alone; that which
+completes the folder removes all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from epmq_cli.calibrate.progress import Account, Journal, not_taken, write_tensors
+from epmq_cli.errors import RunError
+from epmq_cli.pipeline.keys import differences, digest
+from epmq_cli.runtime import distributed
+from epmq_cli.runtime.console import say
+from epmq_cli.runtime.paths import read_regular
+from epmq_cli.store.atomic import write_text
+from epmq_cli.store.run_lock import FOLDER, RESULTS, refuse_used, remove
+
+IDENTITY = "identity.json"
+STARTS = "starts"
+PACKING = "packing"
+SHOWN = 3  # differences of two runs
+
+Value = TypeVar("Value")
+
+
+class State:
+    """What a run, or a part of it, has found so far: in a folder, or nothing where there is none.
+
+    The first of several processes decides what is there, and writes.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def part(self, name: str) -> State:
+        """The state of a part."""
+        return State(self._folder and self._folder / name)
+
+    def journal(self, name: str, account: Account | None = None) -> Journal:
+        """The journal of a walk."""
+        return Journal(self._folder and self._folder / name, account)
+
+    def value(self, name: str, make: Callable[[], Value]) -> Value:
+        """What `make` gives, as JSON has it, or gave in an earlier process."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{name}.json"
+        there: list[Value] = [_read(path)] if distributed.first() and path.is_file() else []
+        for value in distributed.agreed(there):
+            return value
+        made = make()
+        if distributed.first():
+            _write(path, made)
+        return made
+
+    def finished(self, name: str, make: Callable[[], Value]) -> Value:
+        """`value` of a part, of which nothing else is kept when that is known."""
+        found = self.value(name, make)
+        if self._folder is not None and distributed.first():
+            remove(self._folder / name)
+        return found
+
+    def tensors(self, name: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `make` gives in this process, or gave in an earlier one with its number, on the device."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{name}-{distributed.number()}.safetensors"
+        if path.is_file():
+            try:
+                found: dict[str, Tensor] = load_file(path, device=str(device))
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from error
+            return found
+        made = make()
+        write_tensors(path, made, None)
+        return made
+
+    @property
+    def starts(self) -> int:
+        """How many processes have worked on the run before this one, or group of processes."""
+        return self._counted(STARTS) if self._folder else 0
+
+    def count(self, name: str) -> int:
+        """What was counted under this name, 0 if nothing was."""
+        return self._counted(name) if self.has(f"{name}.json") else 0
+
+    def keep_count(self, name: str, count: int) -> None:
+        """Says what is counted under this name now."""
+        if self._folder is not None and distributed.first():
+            _write(self._folder / f"{name}.json", count)
+
+    def _counted(self, name: str) -> int:
+        assert self._folder is not None
+        path = self._folder / f"{name}.json"
+        found = _read(path)
+        if not isinstance(found, int):
+            raise _damaged(path, "no number")
+        return found
+
+    def has(self, file: str) -> bool:
+        """Whether there is a file of this name."""
+        return self._folder is not None and (self._folder / file).is_file()
+
+    def begin_packing(self) -> None:
+        """To be said before the checkpoint is written, which then counts as this run's."""
+        self.value(PACKING, lambda: True)
+
+
+def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
+    """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
+    process must ask, with the identity that the first one has."""
+    place = folder / FOLDER / digest(identity)
+    if len(set(distributed.gathered(digest(identity.get("config"))))) > 1:
+        raise RunError("the processes of this run have different configs; start all of them with the same command")
+    if distributed.first():
+        if resume == "never":
+            for path in (folder / FOLDER).glob("*/"):
+                remove(path)
+        _announce(folder, place, identity)
+        known = State(place)
+        known.keep_count(STARTS, known.starts + 1 if known.has(IDENTITY) else 0)
+        _write(place / IDENTITY, identity)
+    place = Path(distributed.agreed(str(place.resolve())))
+    if not all(distributed.gathered(place.is_dir())):
+        say("nothing is kept to go on with: not all processes see the run folder")
+        return State()
+    return State(place)
+
+
+def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
+    if (place / IDENTITY).is_file():
+        say(f"{folder} was interrupted; it goes on from the last finished block")
+        return
+    for other in sorted((folder / FOLDER).glob(f"*/{IDENTITY}")):
+        named = list(differences(_identity(other), identity))
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        say(f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this one starts anew")
+
+
+def close(folder: Path) -> None:
+    """Removes the state of a run folder that is complete."""
+    remove(folder / FOLDER)
+
+
+def refuse_results(folder: Path, state: State | None = None) -> None:
+    """`refuse_used`, but for the checkpoint of this state's run, or of an unfinished one where the state is not known
+    yet."""
+    mark = f"{PACKING}.json"
+    own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
+    if distributed.first():
+        refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
+
+
+def _identity(path: Path) -> Mapping[str, Any]:
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise _damaged(path, "no JSON object")
+    return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> RunError:
+    if isinstance(reason, PermissionError):
+        return RunError(f"{path} cannot be read ({reason.strerror}); change its permissions, or choose another out")
+    return RunError(f"{path} is damaged ({reason}); start the run anew with resume=never")
+
+
+def _write(path: Path, content: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content) + "\n")
+    except OSError as error:
+        raise not_taken(path, error) from error

@@ -1,0 +1,98 @@
+"""What is written of a run beside the weights: the checkpoint's record and card, and metrics of the walk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from epmq_cli import __version__
+from epmq_cli.calibrate.progress import Walked
+from epmq_cli.checkpoint.model_card import model_card
+from epmq_cli.checkpoint.write import RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.pipeline.task_processors import PROCESSORS, Processors, place
+from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.mixed_precision import formats_of
+
+if TYPE_CHECKING:
+    from epmq_cli.pipeline.job import Job
+
+RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
+
+
+def average_bits(walked: Walked) -> float | None:
+    """The mean width over all quantized weights; None where there are none."""
+    found = [weight for weight in walked.weights.values() if isinstance(weight, QuantizedWeight)]
+    count = sum(weight.codes.numel() for weight in found)
+    return sum(weight.format.bits * weight.codes.numel() for weight in found) / count if count else None
+
+
+def texts(
+    job: Job,
+    model: nn.Module,
+    resolved: Any,
+    choices: Mapping[str, str],
+    walked: Walked,
+    tasks: Sequence[ScoredTask],
+    processors: Processors,
+) -> dict[str, str]:
+    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks, the classes of their heads
+    and their `processors`.
+
+    Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
+    """
+    record = {
+        "epmq": __version__,
+        "choices": dict(choices),
+        "config": {key: resolved[key] for key in RECORDED},
+        "classes": {task.name: task.names for task in tasks},
+    }
+    if processors:
+        record[PROCESSORS] = list(processors)
+    names = (choices["merge"], choices["guidance"], choices["quant"])
+    return {
+        RECORD: json.dumps(record, indent=2) + "\n",
+        "README.md": model_card(
+            job.suite,
+            names,
+            formats_of(job.quantizer),
+            average_bits(walked),
+            type(model).__name__,
+            __version__,
+            {task: place(task) for task in processors},
+        ),
+    }
+
+
+def measured(walked: Walked) -> dict[str, Any]:
+    """What metrics.json says of the walk."""
+    layers = [asdict(record) for record in walked.records]
+    return {"layers": layers, "average_bits": average_bits(walked), "events": events(walked)}
+
+
+def events(walked: Walked) -> dict[str, int]:
+    """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
+    records = walked.records
+    return {
+        "linears": len(records),
+        "damping_retried": sum(record.damping_retries > 0 for record in records),
+        "target_without_factor": sum(record.target_damping is None for record in records),
+        "fallbacks": sum(record.fallback is not None for record in records),
+    }
+
+
+def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
+    """Bytes of the weights: the whole model and its calibrated linears alone, dense and as packed."""
+    size = contents.dtype.itemsize
+    elements = {name: tensor.numel() for name, tensor in untied(contents.model).items()}
+    return {
+        "model_dense": size * sum(elements.values()),
+        "model_packed": weight_bytes(checkpoint),
+        "linears_dense": size * sum(elements[f"{name}.weight"] for name in contents.weights),
+        "linears_packed": linear_bytes(contents),
+    }

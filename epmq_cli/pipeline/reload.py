@@ -1,0 +1,129 @@
+"""What a checkpoint that `epmq run` wrote knows of itself beside the model: its suite; for its heads see heads.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from epmq_cli.checkpoint.expected_tensors import check_described
+from epmq_cli.checkpoint.task_heads import read_heads
+from epmq_cli.checkpoint.write import RECORD
+from epmq_cli.config import instantiate, schema
+from epmq_cli.data.suite import Suite, Task
+from epmq_cli.errors import CheckpointError
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.families import suite_family
+from epmq_cli.families.family import Family, Head
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import exact
+from epmq_cli.pipeline.preflight import check_lengths, check_scoring
+from epmq_cli.pipeline.scored_tasks import scored_task
+from epmq_cli.pipeline.task_processors import saved_processors
+from epmq_cli.runtime.paths import read_regular
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was made with; CheckpointError where there is no record of them."""
+    try:
+        record: dict[str, Any] = json.loads(read_regular(checkpoint / RECORD))
+        complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
+        ) from error
+    if not complete:
+        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+    return record
+
+
+def recorded_tasks(checkpoint: Path) -> tuple[str, list[str]]:
+    """The family and the names of the tasks in a checkpoint's record, nothing of which is made or looked up."""
+    suite = read_record(checkpoint)["config"]["suite"]
+    tasks = suite.get("tasks") or suite.get("experts")
+    if not isinstance(tasks, dict) or not isinstance(suite.get("family"), str):
+        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+    return suite["family"], list(tasks)
+
+
+def check_own(path: Path, node: Any, remedy: str) -> None:
+    """CheckpointError where a config that came with a checkpoint names code that is not epmq's, or asks for values from
+    elsewhere, such as the environment; `remedy`: what to do for those who trust it."""
+    foreign = [target for target in instantiate.targets(node) if not _is_own(target)]
+    if foreign:
+        raise CheckpointError(f"{path} names {foreign[0]}, which is not epmq's; if you trust it, {remedy}")
+    if "${" in json.dumps(node):
+        raise CheckpointError(f"{path} holds a reference such as ${{...}}, which epmq does not write; {remedy}")
+
+
+def _is_own(target: str) -> bool:
+    """Whether a class is defined in epmq, and not only imported there."""
+    import hydra
+
+    try:
+        return target.startswith("epmq_cli.") and hydra.utils.get_class(target).__module__.startswith("epmq_cli.")
+    except (ImportError, ValueError):
+        return False
+
+
+def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
+    """The suite that a checkpoint was made from, with its data in the mirror `root` where that is given, or the suite
+    that is given; CheckpointError where there is no record of it."""
+    record = read_record(checkpoint)["config"]["suite"]
+    if given is None:
+        check_own(checkpoint / RECORD, record, "give the suite by suite=NAME")
+    found = given if given is not None else OmegaConf.create(record if root is None else _moved(record, root))
+    suite: Suite = instantiate.build("suite", found)
+    return suite
+
+
+def _moved(node: Any, root: str) -> Any:
+    """A config with every `root` in it another one."""
+    if isinstance(node, dict):
+        return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
+    return [_moved(child, root) for child in node] if isinstance(node, list) else node
+
+
+def ready(
+    checkpoint: Path, suite: Suite, evaluation: schema.Evaluation, device: torch.device
+) -> tuple[Family, nn.Module, list[ScoredTask]]:
+    """All that it takes to score a checkpoint on the tasks of its suite."""
+    exact()
+    ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
+    check_described(checkpoint)
+    family = suite_family(suite, checkpoint)
+    scored = not isinstance(evaluation, schema.Harness)
+    check_scoring(suite, family, evaluation, scored)
+    check_lengths(suite, family, checkpoint)
+    heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
+    count, seed = evaluation.samples if scored else 0, recorded_seed(record)
+    processors = saved_processors(checkpoint, record, list(heads))
+    tasks = []
+    for task in suite.members:
+        head = heads[task.name]
+        names = recorded_classes(record, task, family, head)
+        own = processors.get(task.name)
+        tasks.append(scored_task(family, checkpoint, task, head, names, count, seed, own))
+    return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
+
+
+def recorded_seed(record: Mapping[str, Any]) -> int:
+    """The seed of the run, by which test samples are drawn again as they were there."""
+    found = record["config"].get("seed", 0)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else 0
+
+
+def recorded_classes(record: Mapping[str, Any], task: Task, family: Family, head: Head) -> tuple[str, ...] | None:
+    """The names of the classes of a task's head in a checkpoint; None where its record has none, as those of epmq 0.1
+    do. What a task without a head is answered with is in its suite."""
+    classes = record.get("classes")
+    found = classes.get(task.name) if isinstance(classes, dict) else None
+    if family.heads != "none" and isinstance(found, list) and len(found) == len(head["weight"]):
+        return tuple(map(str, found))
+    return None if family.heads == "own" else task.classes

@@ -1,0 +1,92 @@
+"""From a task of a suite to one that is ready to be scored: its test samples, with labels in the order of its head."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from epmq_cli.config import schema
+from epmq_cli.data.samples import Samples
+from epmq_cli.data.sampling import task_seed
+from epmq_cli.data.suite import Task
+from epmq_cli.errors import ModelError
+from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
+from epmq_cli.evaluate.metrics import PERPLEXITY
+from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
+from epmq_cli.families.family import Family, Head, LanguageModel
+from epmq_cli.families.inputs import check_inputs
+from epmq_cli.merge.engine import Models
+from epmq_cli.models.processor_folder import Processor
+from epmq_cli.runtime.console import say
+
+
+def scores_samples(evaluation: schema.Evaluation) -> bool:
+    """Whether a run scores the suite's tasks on their test samples."""
+    return bool(evaluation.stages) and not isinstance(evaluation, schema.Harness)
+
+
+def head_names(family: Family, models: Models, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
+    """The names of the classes of a task's head; ModelError where they cannot be, unless the task is not scored."""
+    try:
+        return family.class_names(task, models.experts[task.name], models.base, head)
+    except ModelError:
+        if scored:
+            raise
+        return None
+
+
+def scored_task(
+    family: Family,
+    folder: Path,
+    task: Task,
+    head: Head,
+    names: tuple[str, ...] | None,
+    count: int | None,
+    seed: int,
+    processor: Processor | None = None,
+) -> ScoredTask:
+    """One task with `count` of its test samples, drawn by the seed, each class with its share; None for all of them, 0
+    for a task that is not scored. `folder` has the model's config and, unless `processor` says where it is, the
+    tokenizer or image processor; `names`: those of the head's classes.
+
+    Labels are in the order of the head: they are translated by name where the data has them in another one.
+    """
+    samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
+    check_inputs(family, task.name, samples.inputs)
+    if isinstance(family, LanguageModel) and samples is not UNSCORED:
+        samples = Samples([family.tokens(folder, samples.inputs, processor)])
+    if samples.labels is not None and not samples.labels.is_floating_point():
+        check_labelled(task.name, samples.labels)
+        heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")
+        found = in_order_of_head(samples, heading, task)
+        if found.said:
+            say(f"task {task.name}: {found.said}")
+        samples = translated(samples, found.order, heading)
+    collate, predict = family.collate(folder, task, processor), family.predict(folder, task, processor)
+    return ScoredTask(
+        name=task.name,
+        samples=samples,
+        collate=collate,
+        head=head,
+        predict=predict,
+        metric=task.metric,
+        length=task.max_length,
+        classes=len(task.classes) if task.classes else None,
+        processor=processor.folder if processor else None,
+        names=names,
+    )
+
+
+def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
+    """`count` test samples of a task, the same ones for a seed, or all of them; without labels where the metric is
+    perplexity, which uses none."""
+    data: Any = task.data
+    if task.metric == PERPLEXITY and getattr(data, "label", None) is not None and is_dataclass(data):
+        data = replace(data, label=None)  # type: ignore[type-var]
+    found: Samples
+    if count is None or not getattr(data, "streams", False):
+        found = data.load("test")
+        return found if count is None else found.stratified(count, task_seed(seed, task.name, "test"))
+    found = data.load("test", count, task_seed(seed, task.name, "test"))
+    return found

@@ -1,0 +1,176 @@
+"""The steps of `epmq run` and `epmq eval`, each a function of what the steps before it made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.checkpoint.load import load
+from epmq_cli.config import schema
+from epmq_cli.data.batching import Batch
+from epmq_cli.data.microbatch import Room
+from epmq_cli.data.sampling import batches, draw, sequences
+from epmq_cli.data.suite import Task
+from epmq_cli.errors import DataError
+from epmq_cli.evaluate.lm_eval import harness_scores
+from epmq_cli.evaluate.score import Recall, ScoredTask, Scores, anew, room_of, scores
+from epmq_cli.families.family import Family, LanguageModel, load_model
+from epmq_cli.families.heads.classifier import check_single_label
+from epmq_cli.families.inputs import check_inputs
+from epmq_cli.merge.engine import Models, fit_source, written_dtype
+from epmq_cli.models.processor_files import ProcessorFiles
+from epmq_cli.models.processor_folder import Processor
+from epmq_cli.pipeline.job import Job
+from epmq_cli.pipeline.preflight import (
+    check_described,
+    check_groups,
+    check_kernel,
+    check_lengths,
+    check_parts,
+    rounded,
+)
+from epmq_cli.pipeline.scored_tasks import head_names, scored_task, scores_samples
+from epmq_cli.pipeline.task_processors import Processors
+from epmq_cli.quantize.mixed_precision import formats_of
+from epmq_cli.runtime import distributed
+from epmq_cli.runtime.console import track
+from epmq_cli.runtime.disk_offload import Disk
+
+
+def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module, torch.dtype]:
+    """The opened suite, the base model, and the type of scales and of all that is not quantized.
+
+    The model is on the device, or in files of the folder where `calib.student` says so. It calculates in float32, with
+    weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
+    """
+    models = Models(job.suite, job.family)
+    ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
+    dtype = written_dtype(models.source, job.pack.dtype)
+    check_lengths(job.suite, job.family, models.base.path)
+    place = Disk(folder) if job.calib.student == "disk" else job.device
+    read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
+    model = fit_source(load_model(job.family, models.base.path, place, read), models)
+    check_parts(model, job.family)
+    check_described(model, job.family, models)
+    own = model.state_dict().items()
+    install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
+    check_groups(model, job.family, formats_of(job.quantizer))
+    check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
+    return models, model, dtype
+
+
+def prepare_tasks(
+    job: Job, base_model: nn.Module, models: Models, processors: Processors | None = None
+) -> list[ScoredTask]:
+    """The tasks with their test samples and their heads, made by the base model or read from the experts.
+    `processors`: what `task_processors` gives."""
+    prepared, family = [], job.family
+    scored = scores_samples(job.evaluation)
+    for task in track(job.suite.members, "read tasks"):
+        expert = models.experts[task.name]
+        with torch.inference_mode():
+            head = family.head(base_model, models.base.path, task, expert, job.device)
+        if scored and family.heads == "own":
+            check_single_label(expert, task.name)
+        names, own = head_names(family, models, task, head, scored), (processors or {}).get(task.name)
+        count = job.evaluation.samples if scored else 0
+        prepared.append(scored_task(family, models.base.path, task, head, names, count, job.seed, own))
+    return prepared
+
+
+def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
+    """Each task's calibration batches, on the device: of all of them those that are this process's part. `processors`:
+    what `task_processors` gives."""
+    drawn = {}
+    for task in track(job.suite.members, "read calibration data"):
+        own = (processors or {}).get(task.name)
+        if isinstance(job.family, LanguageModel):
+            samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
+        else:
+            samples = draw(task, job.calib.samples, job.seed).by_length()
+            check_inputs(job.family, task.name, samples.inputs)
+        size = job.calib.batch_size
+        starts = distributed.share(range(0, len(samples), size))
+        if not starts:
+            raise DataError(
+                f"task {task.name} has too few batches of calibration samples for {distributed.count()} processes: "
+                f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
+            )
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
+    return drawn
+
+
+def _tokens(
+    family: LanguageModel, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
+) -> Tensor:
+    check_inputs(family, task.name, documents)
+    return family.tokens(folder, documents, processor)
+
+
+def score(
+    job: Job,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    stage: str,
+    folder: Path,
+    recall: Recall = anew,
+    room: Room | None = None,
+) -> Scores:
+    """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
+    if stage not in job.evaluation.stages or not distributed.first():
+        return {}
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall, room)
+
+
+def stage_scores(
+    evaluation: schema.Evaluation,
+    family: Family,
+    model: nn.Module,
+    tasks: list[ScoredTask],
+    device: torch.device,
+    stage: str,
+    folder: Path,
+    recall: Recall = anew,
+    room: Room | None = None,
+) -> Scores:
+    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness. `room`: how many samples go
+    through it at a time."""
+    room = room or room_of(evaluation.batch_size)
+    if not isinstance(evaluation, schema.Harness):
+        return scores(family, model, tasks, room, device, stage, recall=recall)
+    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
+    return {stage: harness_scores(model, folder, device, *options, room)}
+
+
+def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
+    """The model of a checkpoint, as transformers dequantizes it or with its linears packed."""
+    if kernel == "dequantize":
+        return load_model(family, checkpoint, device)
+    return load(checkpoint, str(device), kernel, torch.float32)
+
+
+def score_parts(
+    job: Job,
+    model: nn.Module,
+    models: Models,
+    tasks: list[ScoredTask],
+    recall: Callable[[str], Recall] = lambda stage: anew,
+    room: Room | None = None,
+) -> Scores:
+    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
+
+    def become_expert(task: ScoredTask) -> None:
+        install(model, models.source.model(task.name))
+
+    room = room or room_of(job.evaluation.batch_size)
+    found = score(job, model, tasks, "base", models.base.path, recall("base"), room)
+    if "experts" in job.evaluation.stages and distributed.first():
+        found |= scores(job.family, model, tasks, room, job.device, "experts", become_expert, recall("experts"))
+    return found

@@ -1,0 +1,98 @@
+"""The same command again goes on in the folder that the first one made, though the default `out` is a new one each
+time: folders of runs and sweeps that are not complete have a mark with the arguments that they were started with.
+
+With `out=FOLDER` there is nothing to look for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from epmq_cli.errors import RunError
+from epmq_cli.runtime.paths import read_regular
+from epmq_cli.store.atomic import write_text
+from epmq_cli.store.run_lock import RESULTS, in_use
+
+MARK = ".unfinished"
+RUNS = Path("runs")
+"""Where the default `out` lies."""
+VARIABLE = "EPMQ_COMMAND"
+"""In the environment, for the processes of a sweep: the arguments, where they leave the folder open."""
+PLACED = ("out=", "hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")
+ELSEWHERE = ("out", "resume", "device")
+"""Options by which a job does not become another one."""
+SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--resolve", "-sc", "--shell-completion")
+
+
+def continued(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `epmq run`, with the folder of the last unfinished run or sweep of just these, if there is one
+    that no process is at work in."""
+    given = [argument.lstrip("+") for argument in arguments]
+    if any(argument.startswith(PLACED) or argument in SHOWING for argument in given):
+        return list(arguments)
+    os.environ[VARIABLE] = json.dumps(_asked(arguments))
+    marked = [] if "resume=never" in given else _marked(arguments)
+    found = [folder for folder in marked if not all((folder / name).exists() for name in RESULTS)]
+    return [f"out={found[-1]}", *arguments] if found else list(arguments)
+
+
+def begin(folder: Path) -> None:
+    """Marks the folder of a run or sweep that was started without one."""
+    asked = os.environ.get(VARIABLE)
+    if asked is not None and not (folder / MARK).exists():
+        write_text(folder / MARK, asked + "\n")
+
+
+def typed(overrides: Sequence[str]) -> list[str]:
+    """The overrides without the folder, where `continued` chose that."""
+    return [override for override in overrides if VARIABLE not in os.environ or not override.startswith("out=")]
+
+
+def end(arguments: Sequence[str]) -> None:
+    """Removes the marks of a command that is done."""
+    if VARIABLE in os.environ:
+        for folder in _marked(arguments):
+            (folder / MARK).unlink(missing_ok=True)
+
+
+def done(folder: Path, cfg: DictConfig) -> bool:
+    """Whether a folder holds the results of this very job of a sweep."""
+    if not all((folder / name).exists() for name in RESULTS):
+        return False
+    found = _config(folder / RESULTS[1])
+    wanted = json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+    return all(found.get(key) == value for key, value in wanted.items() if key not in ELSEWHERE)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config in a metrics.json; RunError where there is none."""
+    try:
+        found = json.loads(read_regular(path))["config"]
+        return dict(found.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged; remove {path.parent}, and the same command makes it again") from error
+
+
+def _mark(path: Path) -> str | None:
+    """What stands in a mark; None where it cannot be read, as one of somebody else's may."""
+    try:
+        return read_regular(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _asked(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if not argument.startswith(("resume=", "out="))]
+
+
+def _marked(arguments: Sequence[str]) -> list[Path]:
+    """The unfinished folders of a command that are free, the last one begun at the end."""
+    asked = json.dumps(_asked(arguments)) + "\n"
+    marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if _mark(mark) == asked]
+    return [mark.parent for mark in marks if not in_use(mark.parent)]

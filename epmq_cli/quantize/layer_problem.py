@@ -1,0 +1,134 @@
+"""The quadratic problem that the sums of objective.py make, and what is asked of it: W*, biases and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from epmq_cli.quantize.linalg import condition, damped_cholesky
+from epmq_cli.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A linear's weight (out, in), and its bias (out,) where it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Affine]) -> Affine:
+        """The linears of one input as one, with a bias if all have one."""
+        biases = [part.bias for part in parts if part.bias is not None]
+        weight = parts[0].weight if len(parts) == 1 else torch.cat([part.weight for part in parts])
+        return cls(weight, torch.cat(biases) if len(biases) == len(parts) else None)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
+    number that it then had (estimated from below); None where nothing was to be solved."""
+
+    damping: float
+    retries: int
+    condition: float | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """J of a linear, or of several stacked that share one input, in the letters of objective.py and in float64.
+
+    `H` (in, in) and `S` (out, in), centred where `intercepts` says that biases are free; `h` (in,) and `u` (out,);
+    `per_token` 1 / (N + lam), or 0 without intercepts. By row: `constant`, J of the anchor with the anchor's bias, and
+    `beyond`, what the experts' weights give beyond the anchor's. `rows`: those whose biases and losses this process is
+    asked for, with weights (rows, in).
+    """
+
+    anchor: Affine
+    H: Tensor
+    S: Tensor
+    h: Tensor
+    u: Tensor
+    per_token: float
+    intercepts: bool
+    lam: float
+    constant: Tensor
+    beyond: Tensor
+    rows: slice
+
+    def solve(self) -> tuple[Tensor, Solved | None]:
+        """W* (out, in), and what H needed for it; the anchor where nothing pulls away from it; the anchor and None
+        where H has no factor.
+
+        Columns whose input is always zero keep the anchor's value.
+        """
+        anchor, dead = self.anchor.weight.double(), self.H.diagonal() == 0
+        if not self.S.any():
+            return anchor, Solved(0.0, 0, None)
+        factor = damped_cholesky(self.H + torch.diag(dead.to(self.H.dtype)) if dead.any() else self.H, 0.0)
+        if factor is None:
+            return anchor, None
+        found = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
+        return found, Solved(factor.damping, factor.retries, condition(self.H, factor))
+
+    def solution(self) -> Affine:
+        """W* and the best biases beside it, of all rows."""
+        weight = self.solve()[0]
+        bias = self.bias(weight[self.rows])
+        return Affine(weight, None if bias is None else distributed.assembled(bias, len(weight)))
+
+    def bias(self, weight: Tensor) -> Tensor | None:
+        """The best bias (rows,) beside a weight; None without intercepts.
+
+        It makes up for the mean of the quantization error too.
+        """
+        if not self.intercepts or self.anchor.bias is None:
+            return None
+        moved = self.u[self.rows] - (weight.double() - self._own) @ self.h
+        return self.anchor.bias[self.rows].double() + self.per_token * moved
+
+    def anchor_loss(self) -> Tensor:
+        """`loss` of the anchor, which the sums hold as it is."""
+        return self._at_best_bias(self.constant[self.rows])
+
+    def loss(self, weight: Tensor, target: Tensor, solved: Solved | None) -> Tensor:
+        """J of a weight with its best bias, by row (rows,); `target` and `solved`: what `solve` gave.
+
+        As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is
+        what W* was solved for.
+        """
+        best, S = target[self.rows], self.S[self.rows]
+        delta, error = best - self._own, weight.double() - best
+        damping = 0.0 if solved is None else solved.damping * float(self.H.diagonal().mean())
+        slope = -2 * (S if solved is None else damping * delta)  # of J at W*, as D (H + damping) = S
+        loss = self.constant[self.rows] - (delta * (S - slope / 2)).sum(1) + (error * slope).sum(1)
+        return self._at_best_bias(loss + self._energy_of(error))
+
+    def energy(self) -> Tensor:
+        """sum_t s_t || X_t W_t' ||^2 by row (rows,).
+
+        W W' = A A' + (W - A)(W + A)' in the product with X'X, so that beyond what each task adds anyway there is one
+        product and not one for each task.
+        """
+        centred = self.per_token * (self._own @ self.h).square()
+        own = self._energy_of(self._own) + centred - self.lam * self._own.square().sum(1)
+        return self.beyond[self.rows] + own
+
+    @cached_property
+    def _own(self) -> Tensor:
+        """This process's rows of the anchor, in float64."""
+        return self.anchor.weight[self.rows].double()
+
+    def _at_best_bias(self, loss: Tensor) -> Tensor:
+        return loss - self.per_token * self.u[self.rows].square()
+
+    def _energy_of(self, weight: Tensor) -> Tensor:
+        """w H w' of each row w, in the anchor's type."""
+        if not weight.any():
+            return torch.zeros_like(weight[:, 0])
+        W = weight.to(self.anchor.weight.dtype)
+        return ((W @ self.H.to(W.dtype)) * W).sum(1).double()

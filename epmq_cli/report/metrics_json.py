@@ -1,0 +1,79 @@
+"""metrics.json: what a command did and measured, in the form of metrics.schema.json beside this file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmq_cli.errors import RunError
+from epmq_cli.evaluate.metrics import average
+from epmq_cli.evaluate.score import Scores
+from epmq_cli.store.atomic import write_text
+
+SCHEMA_VERSION = 2
+HARNESS = "lm_eval"
+PACKAGES = ("epmq-cli", "torch", "transformers", "compressed-tensors", "safetensors", "hydra-core", "numpy")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of metrics.json."""
+    text = Path(__file__).with_name("metrics.schema.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that the numbers hold for."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The scores by task then stage, and the mean over tasks of each stage; `kinds`: the metric of each task, those of
+    other tasks being lm-evaluation-harness's."""
+    tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    return {
+        "metrics": {task: kinds.get(task, HARNESS) for task in tasks},
+        "tasks": {
+            task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks
+        },
+        "average": {
+            stage: average(list(by_task.values()), kinds.get(next(iter(by_task)), HARNESS))
+            for stage, by_task in scores.items()
+        },
+    }
+
+
+def metrics(
+    command: str, overrides: Sequence[str], config: Any, device: torch.device, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The whole content; `measured` are the entries that the command itself knows."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "config": config,
+        "environment": environment(device),
+        **measured,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all; RunError where the disk does not take it."""
+    try:
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); make room there or choose another out") from error

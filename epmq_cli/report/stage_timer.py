@@ -1,0 +1,62 @@
+"""Wall time and peak memory of each stage of a command."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmq_cli.runtime.memory import status
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class Stages:
+    """Measures stages one after the other; `records` is what metrics.json takes over."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # which counts of its memory do not do by themselves
+        self._device = device
+        self.records: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the block's wall seconds and peak bytes (host, and device where there is one) under the name."""
+        _reset_peak()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        record = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_host_bytes": _peak_bytes(),
+            "peak_device_bytes": None,
+        }
+        if self._device.type == "cuda":
+            record["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        self.records[name] = record
+
+
+def _reset_peak() -> None:
+    """Linux starts the count of the peak anew; where it cannot, peaks are those since the start of the process."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return
+
+
+def _peak_bytes() -> int:
+    found = status("VmHWM")
+    if found is not None:
+        return found
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

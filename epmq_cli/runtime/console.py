@@ -1,0 +1,88 @@
+"""What a person sees while a command works: progress bars with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from epmq_cli.runtime import distributed
+
+Item = TypeVar("Item")
+
+console = Console(quiet=not distributed.first())  # results
+messages = Console(stderr=True, quiet=not distributed.first())  # progress
+complaints = Console(stderr=True)
+log = logging.getLogger("epmq")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are no characters, and cannot be printed
+
+
+class Warnings(logging.Handler):
+    """Shows the person the warnings that go to run.log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; errors are told by `complain`."""
+        if record.levelno == logging.WARNING:
+            line = plain(f"warning: {record.getMessage()}")
+            messages.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+log.addHandler(Warnings())
+
+
+def plain(text: str) -> str:
+    """The text on one line and without what moves a terminal, as names of tensors and files may hold anything."""
+    return CONTROL.sub("?", text)
+
+
+def say(message: str) -> None:
+    """One line of what is going on, for the person and for run.log."""
+    message = plain(message)
+    messages.print(message, markup=False, highlight=False, soft_wrap=True)
+    log.info(message)
+
+
+def complain(message: str) -> None:
+    """One line for the person on what went wrong, in whichever of the processes."""
+    who = "epmq" if distributed.first() else f"epmq (process {distributed.number()})"
+    complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with how many more of `total` steps are done: on a terminal it moves a bar that shows the
+    time left.
+
+    Elsewhere nothing is shown; run.log has one line for the stage in any case.
+    """
+    log.info("%s: %d steps", stage, total)
+    if not messages.is_terminal or messages.quiet:
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(stage, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
+    """The items, with a bar that moves after each."""
+    with bar(stage, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -1,0 +1,159 @@
+"""Oracles: the model's own forward pass, and the calls that its modules count."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.calibrate.activations.pausable_forward import Passage, listening
+
+NAMES = ("first", "second", "third")
+
+
+class Chain(nn.Module):
+    """x -> third(second(first(x)) + first(x)), each module adding its number."""
+
+    class Add(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number, self.called = number, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.called += 1
+            return x + self.number
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (Chain.Add(number) for number in (1, 10, 100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.first(x)
+        found: Tensor = self.third(self.second(residual) + residual)
+        return found
+
+
+def called(model: Chain) -> list[int]:
+    return [model.first.called, model.second.called, model.third.called]
+
+
+def test_a_pass_waits_in_front_of_modules_and_runs_through_each_once() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        passage = Passage(lambda: model(torch.zeros(2)))
+        assert passage.to(["second"]).tolist() == [1, 1]
+        assert called(model) == [1, 0, 0]
+        assert passage.to(["second", "third"]).tolist() == [1, 1], "it is there already"
+        assert passage.to(["third"]).tolist() == [12, 12]
+        assert passage.finish().tolist() == [112, 112]
+    assert called(model) == [1, 1, 1]
+
+
+def test_what_is_changed_behind_a_waiting_pass_is_what_it_goes_on_with() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        passages = [Passage(lambda start=start: model(torch.full((1,), start))) for start in (0.0, 1000.0)]  # type: ignore[misc]
+        assert [float(passage.to(["third"])) for passage in passages] == [12, 2012]
+        model.third.number = 500
+        assert [float(passage.finish()) for passage in passages] == [512, 2512]
+
+
+def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        passage = Passage(lambda: model(torch.zeros(1)))
+        passage.wanted = {"first"}
+        passage.to(["third"])
+        assert passage.met["first"].tolist() == [0]
+        assert {float(tensor) for tensor in passage.waiting()} == {0, 1, 12}
+        passage.finish()
+        assert passage.met == {}
+
+
+def test_passes_that_nothing_listens_to_just_run() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        assert model(torch.zeros(1)).tolist() == [112]
+    assert Passage(lambda: model(torch.zeros(1))).finish().tolist() == [112]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_of_a_module_that_is_called_again_the_first_call_counts() -> None:
+    model = Chain()
+
+    def twice() -> Tensor:
+        model.first(torch.full((1,), 7.0))
+        found: Tensor = model(torch.zeros(1))
+        return found
+
+    with listening(model, NAMES):
+        passage = Passage(twice)
+        passage.wanted = {"first"}
+        assert passage.to(["second"]).tolist() == [1]
+        assert passage.met["first"].tolist() == [7]
+
+
+def test_a_module_that_is_never_called_is_an_error() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        passage = Passage(lambda: model.first(torch.zeros(1)))
+        with pytest.raises(RuntimeError, match="the forward pass never called second or third"):
+            passage.to(["second", "third"])
+
+
+def test_an_error_in_the_model_comes_out() -> None:
+    model = Chain()
+    with listening(model, NAMES):
+        passage = Passage(lambda: model(None))
+        with pytest.raises(TypeError):
+            passage.to(["second"])
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
+    model, left = Chain(), []
+
+    def forward() -> Tensor:
+        try:
+            found: Tensor = model(torch.zeros(1))
+            return found
+        finally:
+            left.append(True)
+
+    with listening(model, NAMES):
+        passage = Passage(forward)
+        passage.to(["second"])
+        del passage
+        gc.collect()
+    assert left == [True]
+
+
+def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_they_do() -> None:
+    model = Chain()
+    weight, given, refs = nn.Parameter(torch.tensor(5.0), requires_grad=False), {"inside": (torch.tensor(6.0),)}, []
+
+    def forward() -> Tensor:
+        local, own = torch.tensor(7.0), weight
+        refs.append(weakref.ref(local))
+        model.first(own * 2)
+        del local
+        found: Tensor = model.second(given["inside"][0])
+        return found
+
+    with listening(model, NAMES):
+        passage = Passage(forward)
+        passage.to(["first"])
+        assert {float(tensor) for tensor in passage.waiting()} == {6, 7, 10}
+        passage.to(["second"])
+        gc.collect()
+        assert refs[0]() is None
+        assert {float(tensor) for tensor in passage.waiting()} == {6}
+        assert float(passage.finish()) == 16
+
+
+def test_a_module_that_is_never_called_is_named() -> None:
+    model = Chain()
+    with listening(model, NAMES), pytest.raises(RuntimeError, match="the forward pass never called fourth or fifth"):
+        Passage(lambda: model(torch.zeros(2))).to(["fourth", "fifth"])

@@ -1,0 +1,43 @@
+"""Oracles: the walks done one by one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from epmq_cli.calibrate.passes import sweep
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.walk import walk
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.quantize.none import NoQuantizer
+from tests.hubs import config
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_each_sweep_is_a_walk_anchored_at_the_one_before_and_the_last_alone_is_quantized(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    job = make_job(config(request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.sweeps=3"))
+    models, model, dtype = steps.open_models(job)
+    batches = steps.calibration_batches(job, models.base.path)
+    merged = Merged(models.source, job.merge, dtype)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()} | dict(merged)
+    install(model, start)
+    reference = guide.references(job, model, merged)
+    with torch.inference_mode():
+        found = sweep(model, job.family, batches, reference, job.guidance, job.quantizer, dtype)
+        swept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        install(model, start)
+        given, results = job.guidance, []
+        for quantizer in (NoQuantizer(), NoQuantizer(), job.quantizer):
+            results.append(walk(model, job.family, batches, reference, given, lambda _, q=quantizer: q, dtype))
+            given = replace(given, rho=1)
+    assert all(torch.equal(tensor, swept[name]) for name, tensor in model.state_dict().items())
+    assert found.records == results[-1].records
+    assert all(math.isfinite(record.loss) for record in found.records)

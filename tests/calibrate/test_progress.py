@@ -1,0 +1,103 @@
+"""Oracles: the walk that was journalled, to the last bit, and the same walk in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmq_cli.calibrate.passes import sweep
+from epmq_cli.calibrate.progress import Journal, Stored, Walked
+from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.student import Student
+from epmq_cli.errors import RunError
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.progress import State
+from epmq_cli.quantize.formats.int import QuantizedWeight
+from tests.hubs import config
+
+OPTIONS = {
+    "symmetric": (),
+    "zero points, float16": ("quant.symmetric=false", "pack.dtype=float16"),
+    "dense": ("quant=none", "pack.dtype=bfloat16"),
+    "two widths": ("bits=3.5",),
+}
+
+
+def walked(hub: Path, state: State, *options: str) -> tuple[Walked, dict[str, torch.Tensor]]:
+    """What a walk of the miniature BERT finds, and the student's tensors after it."""
+    job = make_job(config(hub, "guidance=feature", *options))
+    models, model, dtype = steps.open_models(job)
+    batches = steps.calibration_batches(job, models.base.path)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    reference = guide.references(job, model, merged)
+    found = sweep(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
+    return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(one: tuple[Walked, dict[str, torch.Tensor]], other: tuple[Walked, dict[str, torch.Tensor]]) -> None:
+    assert one[0].records == other[0].records
+    assert list(one[0].weights) == list(other[0].weights)
+    for name, weight in one[0].weights.items():
+        others = other[0].weights[name]
+        assert torch.equal(weight.dequantize(), others.dequantize())
+        if isinstance(weight, QuantizedWeight):
+            assert isinstance(others, QuantizedWeight)
+            assert (weight.spec, weight.dtype) == (others.spec, others.dtype)
+            assert all(
+                torch.equal(getattr(weight, part), getattr(others, part)) for part in ("values", "scale", "zero")
+            )
+    assert all(torch.equal(one[1][name], tensor) for name, tensor in other[1].items())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
+    options: tuple[str, ...], bert_hub: Path, tmp_path: Path
+) -> None:
+    memory = walked(bert_hub, State(), *options)
+    files = walked(bert_hub, State(tmp_path), *options)
+    assert isinstance(files[0].weights, Stored)
+    assert_same(files, memory)
+    again = walked(bert_hub, State(tmp_path), *options)  # every entry is there
+    assert_same(again, memory)
+    entries = sorted((tmp_path / "last").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for entry in reversed(entries):
+        entry.unlink()
+        if entry in entries[1:3]:
+            assert_same(walked(bert_hub, State(tmp_path), *options), memory)
+            break
+
+
+def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: Path) -> None:
+    """Where the system says that the tensor lies: in the file."""
+    found, _ = walked(bert_hub, State(tmp_path))
+    weight = next(iter(found.weights.values()))
+    assert isinstance(weight, QuantizedWeight)
+    address, maps = weight.values.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
+    spans = [(line, *(int(end, 16) for end in line.split()[0].split("-"))) for line in maps]
+    assert [line for line, start, end in spans if start <= address < end and str(tmp_path) in line]
+
+
+def test_a_damaged_entry_ends_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
+    walked(bert_hub, State(tmp_path))
+    entry = next((tmp_path / "last").iterdir())
+    entry.write_bytes(entry.read_bytes()[:20])
+    with pytest.raises(RunError, match="is damaged .*; start the run anew with resume=never"):
+        walked(bert_hub, State(tmp_path))
+
+
+def test_a_journal_in_memory_knows_nothing(bert_hub: Path) -> None:
+    job = make_job(config(bert_hub))
+    models, model, dtype = steps.open_models(job)
+    merged = Merged(models.source, job.merge, dtype)
+    student = Student(model, job.family, guide.references(job, model, merged), replace(job.guidance), dtype)
+    journal = Journal()
+    journal.write("0000", student)
+    assert not journal.install("0000", student)
+    assert not journal.install_all(["0000"], student)

@@ -1,0 +1,107 @@
+"""Oracles: each linear solved alone, and the objective's own losses; in float64 up to the quantizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_cli.calibrate.moments import Measure, Moments
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.solve_layer import solve
+from epmq_cli.quantize.formats.int import QuantizedWeight
+from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.quantize.rtn import Rtn
+
+IN, OUTS, NAMES = 8, (6, 3), ("query", "key")
+DTYPE = torch.float32
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def objective(indices: tuple[int, ...] = (0, 1), scale: float = 1, lam: float = 0.1) -> Objective:
+    """That of some of two linears with one expert and 30 tokens."""
+    anchors = [Affine(rand(OUTS[index], IN, seed=index), None) for index in indices]
+    experts = [Affine(a.weight + rand(*a.weight.shape, seed=9), None) for a in anchors]
+    found, measure, X = Objective(Affine.stacked(anchors), lam, intercepts=False), Measure(), rand(30, IN, seed=5)
+    measure.add(scale * X, None, None)
+    found.add(measure.moments(), Affine.stacked(experts), 1 / 30)
+    return found
+
+
+def rtn() -> Rtn:
+    return Rtn(bits=3, group_size=4, symmetric=True, grid="mse")
+
+
+def test_linears_of_a_group_are_those_solved_alone() -> None:
+    together, _ = solve(objective().closed(), NAMES, list(OUTS), 30, rtn(), DTYPE)
+    for index, solution in enumerate(together):
+        alone, _ = solve(objective((index,)).closed(), NAMES[:1], [OUTS[index]], 30, rtn(), DTYPE)
+        assert isinstance(solution.weight, QuantizedWeight)
+        assert torch.equal(solution.weight.dequantize(), alone[0].weight.dequantize())
+
+
+def test_without_quantizer_the_weights_are_the_targets() -> None:
+    problem = objective().closed()
+    found, records = solve(problem, NAMES, list(OUTS), 30, NoQuantizer(), DTYPE)
+    for solution, target in zip(found, problem.solve()[0].split(OUTS), strict=True):
+        assert torch.equal(solution.weight.dequantize(), target.float())
+    assert [record.bits for record in records] == [None, None]
+
+
+def test_records_hold_the_losses_of_anchor_target_and_result() -> None:
+    problem = objective().closed()
+    found, records = solve(problem, NAMES, list(OUTS), 30, rtn(), DTYPE)
+    energies, result = problem.energy().split(OUTS), torch.cat([solution.weight.dequantize() for solution in found])
+    solution = problem.solve()
+    losses = (problem.anchor_loss(), problem.loss(solution[0], *solution), problem.loss(result, *solution))
+    for index, record in enumerate(records):
+        wanted = [float(loss.split(OUTS)[index].sum() / energies[index].sum()) for loss in losses]
+        assert (record.name, record.tokens, record.bits, record.fallback) == (NAMES[index], 30, 3, None)
+        assert [record.loss_merged, record.loss_target, record.loss] == pytest.approx(wanted)
+        assert record.loss_target < record.loss < record.loss_merged
+        exact = torch.linalg.cond(problem.H)
+        assert record.condition == pytest.approx(float(exact), rel=0.05)
+        assert record.condition <= exact * (1 + 1e-9)
+
+
+def test_where_nothing_pulls_away_from_the_anchor_it_is_the_target_and_needs_no_factor() -> None:
+    anchor = Affine(rand(6, IN, seed=0), None)
+    given, measure = Objective(anchor, 0.0, intercepts=False), Measure()
+    measure.add(rand(40, IN, seed=5), None, None)
+    given.add(measure.moments(), anchor, 1.0)
+    problem = given.closed()
+    _, records = solve(problem, NAMES[:1], [6], 40, rtn(), DTYPE)
+    assert torch.equal(problem.solve()[0], anchor.weight)
+    assert (records[0].target_damping, records[0].condition, records[0].loss_target) == (0, None, 0)
+    assert records[0].loss > 0
+
+
+def test_a_hessian_without_factor_is_recorded_as_such() -> None:
+    given = objective(lam=0.0)
+    anchor = given.closed().anchor
+    given.add(_negative(), anchor, 1.0)
+    problem = given.closed()
+    found, records = solve(problem, NAMES, list(OUTS), 30, NoQuantizer(), DTYPE)
+    assert [record.target_damping for record in records] == [None, None]
+    assert [record.condition for record in records] == [None, None]
+    assert torch.equal(found[0].weight.dequantize(), problem.anchor.weight[: OUTS[0]].float())
+
+
+def _negative() -> Moments:
+    zero = torch.zeros((), dtype=torch.float64)
+    return Moments(-100 * torch.eye(IN, dtype=torch.float64), 1.0, torch.zeros(IN).double(), 0.0, zero, zero, zero)
+
+
+def test_damping_that_had_to_be_raised_is_counted() -> None:
+    given, measure = Objective(Affine(rand(6, IN, seed=0), None), 0.0, intercepts=False), Measure()
+    measure.add(rand(2, IN, seed=5), None, None)  # two tokens for eight inputs
+    given.add(measure.moments(), Affine(rand(6, IN, seed=1), None), 1.0)
+    problem = given.closed()
+    _, records = solve(problem, NAMES[:1], [6], 2, NoQuantizer(), DTYPE)
+    assert records[0].damping_retries > 0
+    assert records[0].target_damping is not None
+    assert records[0].target_damping > 0

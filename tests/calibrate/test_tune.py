@@ -1,0 +1,80 @@
+"""Oracles: a separable function whose minimum on the grid is known; partitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.tune import GRID, choose, divided
+from tests.calibrate.test_guidance import PLAIN
+
+BEST = {"lam": 0.01, "alpha": 0.3, "beta": 0.5, "rho": 2.0}
+
+
+def error(guidance: Guidance) -> float:
+    return sum(abs(float(getattr(guidance, name)) - best) for name, best in BEST.items())
+
+
+def test_each_open_option_is_settled_at_its_best_value() -> None:
+    found = choose(replace(PLAIN, lam="auto", alpha="auto", beta="auto", rho="auto"), error)
+    assert {name: getattr(found.guidance, name) for name in BEST} == BEST
+    assert found.guidance.open == []
+    assert min(found.trials, key=lambda trial: trial["error"]) == {**BEST, "error": 0}
+
+
+def test_what_is_given_is_left_alone() -> None:
+    found = choose(replace(PLAIN, lam="auto", rho=3), error)
+    assert (found.guidance.lam, found.guidance.rho, found.guidance.alpha) == (0.01, 3, 0)
+    assert len(found.trials) == len(GRID["lam"])
+
+
+def test_nothing_is_tried_twice() -> None:
+    asked: list[Guidance] = []
+
+    def counted(guidance: Guidance) -> float:
+        asked.append(guidance)
+        return error(guidance)
+
+    found = choose(replace(PLAIN, lam="auto", beta="auto"), counted)
+    assert len(asked) == len({(g.lam, g.beta) for g in asked}) == len(found.trials)
+    assert len(asked) == len(GRID["lam"]) + len(GRID["beta"]) - 1
+
+
+def test_of_equals_the_first_is_taken_and_nothing_is_tried_where_nothing_is_open() -> None:
+    found = choose(replace(PLAIN, beta="auto", alpha="auto"), lambda _: 1.0)
+    assert (found.guidance.beta, found.guidance.alpha) == (GRID["beta"][0], GRID["alpha"][0])
+    assert choose(PLAIN, error).trials == []
+    assert choose(PLAIN, error).guidance == PLAIN
+
+
+def test_a_later_option_is_settled_beside_the_earlier_ones() -> None:
+    """The best alpha depends on lam: at lam's best value, not at the one that stood in for it."""
+    coupled = lambda g: (g.lam - 0.01) ** 2 + (g.alpha - (0.3 if g.lam == 0.01 else 1)) ** 2 * 1e-9  # noqa: E731
+    assert choose(replace(PLAIN, lam="auto", alpha="auto"), coupled).guidance.alpha == 0.3
+
+
+def test_grids_lie_within_what_is_allowed() -> None:
+    for name, values in GRID.items():
+        for value in values:
+            assert getattr(replace(PLAIN, **{name: value}), name) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
+    rows = torch.arange(23)
+    fitted, held = divided({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
+    held_out = torch.cat([batch["x"] for batch in held["task"]])
+    assert torch.equal(held_out, torch.tensor([4, 9, 14, 19]))
+    assert sorted(torch.cat([batch["x"] for batch in fitted["task"]] + [held_out]).tolist()) == rows.tolist()
+    for batch in (*fitted["task"], *held["task"]):
+        assert len(batch["x"]) > 0
+        assert torch.equal(batch["y"], 2 * batch["x"])
+
+
+def test_each_task_is_divided_by_itself() -> None:
+    fitted, held = divided({task: [{"x": torch.arange(size)}] for task, size in (("one", 12), ("other", 11))})
+    assert [batch["x"].tolist() for batch in held["other"]] == [[4, 9]]
+    assert [batch["x"].tolist() for batch in fitted["one"]] == [[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]

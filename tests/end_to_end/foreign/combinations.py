@@ -1,0 +1,104 @@
+"""Which user folders there are: one for each value of each axis and kind, and draws that mix the axes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from tests.end_to_end.foreign.adapters import ADAPTERS
+from tests.end_to_end.foreign.kinds import KINDS, Kind
+from tests.end_to_end.foreign.savings import SAVINGS
+from tests.end_to_end.foreign.wrappers import WRAPPERS
+
+MIXED = 60  # draws that mix a way of saving with a wrapper or an adapter
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One base with one expert, as a user could have them."""
+
+    kind: str
+    saving: str = "plain"
+    wrapper: str = "none"
+    adapter: str = "none"
+
+    def __str__(self) -> str:
+        rest = (value for value in (self.wrapper, self.adapter) if value != "none")
+        return "+".join((self.kind, self.saving, *rest))
+
+    @property
+    def may_be_refused(self) -> str | None:
+        """Why a refusal is right as well; None where it must be taken."""
+        kind, saving = KINDS[self.kind], SAVINGS[self.saving]
+        if self.adapter != "none":
+            adapter = ADAPTERS[self.adapter]
+            base = saving.may_be_refused if saving.base_layout is not saving.layout else None
+            return adapter.may_be_refused or base or _lacking(kind, self)
+        return saving.may_be_refused or WRAPPERS[self.wrapper].may_be_refused or _lacking(kind, self)
+
+
+def _lacking(kind: Kind, combination: Combination) -> str | None:
+    """What is refused of some kinds alone."""
+    if kind.family == "t5" and combination.saving in ("buffers-base", "buffers-expert"):
+        return "a table of positions that one of the two does not have"
+    if combination.adapter == "all-linear" and kind.name in ("vit", "deberta"):
+        return "it adapts linears of the head, which the base, an encoder alone, does not have"
+    return None
+
+
+def every() -> list[Combination]:
+    """All combinations, in an order that never changes."""
+    found = [*_savings(), *_wrappers(), *_adapters()]
+    return list(dict.fromkeys([*found, *_mixed()]))
+
+
+def _savings() -> list[Combination]:
+    return [
+        Combination(kind.name, name)
+        for kind in KINDS.values()
+        for name, saving in SAVINGS.items()
+        if saving.applies(kind)
+    ]
+
+
+def _wrappers() -> list[Combination]:
+    names = [name for name in WRAPPERS if name != "none"]
+    return [Combination(kind, "pt", name) for kind in KINDS for name in names] + [
+        Combination(kind, "plain", name) for number, kind in enumerate(KINDS) for name in names[number % 2 :: 2]
+    ]
+
+
+def _adapters() -> list[Combination]:
+    return [
+        Combination(kind.name, "plain", "none", name)
+        for kind in KINDS.values()
+        for name, adapter in ADAPTERS.items()
+        if kind.trained and adapter.applies(kind)
+    ]
+
+
+def _mixed() -> list[Combination]:
+    """Draws of a way of saving and a wrapper, or of a way of saving the base and an adapter."""
+    draw, found = random.Random(18), []
+    ways = [made for made in _savings() if made.saving not in ("plain", "bin", "bin-shards")]
+    while len(found) < MIXED:
+        made = draw.choice(ways)
+        kind, saving = KINDS[made.kind], SAVINGS[made.saving]
+        adapters = [name for name, adapter in ADAPTERS.items() if adapter.applies(kind)]
+        on_base = saving.base_layout is not SAVINGS["plain"].base_layout or saving.base is not SAVINGS["plain"].base
+        if on_base and draw.random() < 0.5:
+            found.append(replace(made, adapter=draw.choice(adapters)))
+        else:
+            found.append(replace(made, wrapper=draw.choice([name for name in WRAPPERS if name != "none"])))
+    return found
+
+
+def quick(combinations: list[Combination]) -> set[Combination]:
+    """Of each value of each axis one combination, the kinds taking turns: those of the fast tier."""
+    found: dict[tuple[str, str], list[Combination]] = {}
+    for made in combinations:
+        for axis, value in (("saving", made.saving), ("wrapper", made.wrapper), ("adapter", made.adapter)):
+            if value not in ("plain", "none") and not (axis == "saving" and value == "pt" and made.wrapper != "none"):
+                found.setdefault((axis, value), []).append(made)
+    order = enumerate(found.values())
+    return {choices[(3 * number) % len(choices)] for number, choices in order}

@@ -1,0 +1,30 @@
+"""What the tests on users' folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.foreign.judge import REFUSED, TAKEN, Verdict
+from tests.outcomes import FOREIGN
+
+Conclude = Callable[[Verdict], None]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models are saved that several combinations have in common."""
+    return tmp_path_factory.mktemp("foreign")
+
+
+@pytest.fixture
+def conclude(request: pytest.FixtureRequest) -> Conclude:
+    """Counts a verdict for the report, and fails unless the combination was taken or rightly refused."""
+
+    def concluded(verdict: Verdict) -> None:
+        request.node.user_properties.append((FOREIGN, verdict.outcome))
+        assert verdict.outcome in (TAKEN, REFUSED), f"{verdict.outcome}: {verdict.detail}"
+
+    return concluded

@@ -1,0 +1,219 @@
+"""Oracle: the config files themselves. Every key of them takes what `TAKES` says of it and refuses all else in a
+sentence that names the key and what was given, before any model is opened; a key that is new takes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from epmq_cli.commands import run as command
+from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.errors import EpmqError, shown
+from tests.counts import BAD, TRIED
+from tests.hubs import CHOICES
+
+WRONG: dict[str, Any] = {
+    "null": None,
+    "list": [1, 2],
+    "empty list": [],
+    "mapping": {"a": 1},
+    "empty mapping": {},
+    "text": "nonsense",
+    "empty text": "",
+    "true": True,
+    "minus": -1,
+    "zero": 0,
+    "fraction": 0.3,
+    "huge": 10**30,
+    "nan": float("nan"),
+    "infinity": float("inf"),
+}
+ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
+GIVEN = {
+    "eval/lm_eval": ["suite=causal_lm", *ONE_LM, "eval.tasks=[x]"],
+    "suite/causal_lm": ONE_LM,
+    "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
+    "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
+}
+"""What configs with ??? in them need, by group and name."""
+NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
+TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
+    **dict.fromkeys(("merge.density", "quant.damping", "guidance.readout_weight"), ("fraction",)),
+    **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
+    "guidance.weights": ("null", "empty mapping"),
+    "quant.symmetric": ("true",),
+    "quant.act_order": ("true",),
+    "quant.group_size": ("minus", "huge"),  # whether it divides the inputs is known when the model is
+    "eval.samples": ("null",),
+    "eval.stages": ("empty list",),
+    "eval.shots": ("null", "zero"),
+    "eval.include_path": ("null",),
+    "group_size": ("minus", "huge"),
+    "seed": ("zero",),
+    "cache": ("null",),
+    "data_root": TEXT_OR_NULL,
+    **dict.fromkeys(("suite.name", "suite.base", "suite.tasks.*.expert", "suite.experts.*"), ("text",)),
+    "suite.root": TEXT_OR_NULL,
+    **dict.fromkeys(("suite.each.data", "suite.experts"), ("null",)),
+    "suite.each": ("null", "empty mapping"),
+    "suite.tasks": ("empty mapping",),  # where suite.experts names them
+    "suite.tasks.*": ("null", "empty mapping"),  # likewise, where suite.each has their data
+    "suite.tasks.*.data": ("empty mapping",),  # likewise
+    "suite.tasks.*.classes": ("list",),
+    "data.label": TEXT_OR_NULL,
+    "data.labels": ("null", "list"),
+    "data.name": TEXT_OR_NULL,
+    "data.prompt": ("null",),
+    "data.root": TEXT_OR_NULL,
+    **dict.fromkeys(("data.path", "data.input", "data.train", "data.test"), ("text",)),
+    "suite.each.documents": ("null",),
+}
+FILES = [path for path in sorted(conf_dir().glob("*/*.yaml")) if path.parent.name != "experiment"]
+SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # these have every key that a suite can have
+OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "suite" or path.stem in SUITES]
+TOP = (
+    "bits",
+    "group_size",
+    "seed",
+    "cache",
+    "resume",
+    "device",
+    "data_root",
+    "suite",
+    "merge",
+    "guidance",
+    "calib",
+    "quant",
+    "pack",
+    "eval",
+)
+
+
+@cache
+def composed(group: str, name: str) -> DictConfig:
+    """The config of a run with this option; of the built-in suite one task, since five take five times as long."""
+    given = GIVEN.get(f"{group}/{name}", [])
+    if not any("suite" in (group, text.partition("=")[0]) for text in given) and group != "suite":
+        given = [*given, *(f"~suite.tasks.{task}" for task in ("textures", "digits", "arrows", "counts"))]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("run", overrides=[f"{group}={name}", *given, "out=x"])
+
+
+def keys(node: DictConfig, where: str) -> Iterator[str]:
+    """Every key below a node, however deep; of the tasks of a suite the first alone."""
+    for name in list(node)[: 1 if where == "suite.tasks" else None]:
+        if name != "_target_":
+            yield f"{where}.{name}"
+            below = node._get_node(name)
+            if isinstance(below, DictConfig) and not below._is_none():
+                yield from keys(below, f"{where}.{name}")
+
+
+def general(key: str) -> str:
+    """A key as `TAKES` has it."""
+    parts = key.split(".")
+    if "data" in parts[:-1]:
+        return ".".join(parts[-2:])
+    return ".".join("*" if i == 2 and parts[1] in ("tasks", "experts") else part for i, part in enumerate(parts))
+
+
+class Stopped(BaseException):
+    """Raised in place of opening the models."""
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr("epmq_cli.pipeline.steps.open_models", stop)
+    monkeypatch.setattr(command, "quiet_libraries", lambda: None)
+
+
+def refusal(cfg: DictConfig, folder: Path) -> str | None:
+    """The sentence that a run of the config ends with before its models are opened; None where it gets there."""
+    try:
+        command.run(cfg, folder, [], CHOICES)
+    except Stopped:
+        return None
+    except EpmqError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("the run ended")
+
+
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Group, option and key; options of one class have the same keys, which are tried once."""
+    seen = set()
+    for group, name in OPTIONS:
+        node = composed(group, name)[group]
+        for key in keys(node, group):
+            if (node._target_, general(key)) not in seen or "data" in key:
+                seen.add((node._target_, general(key)))
+                yield group, name, key
+    for key in TOP:
+        yield "merge", "average", key
+
+
+def test_the_table_has_every_key() -> None:
+    assert {*TOP, "out"} == {str(name) for name in composed("merge", "average")}
+    folders = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    assert {group for group, _ in OPTIONS} | {"experiment", "hydra"} == folders
+    tried = {general(key) for _, _, key in cases()}
+    for path in (conf_dir() / "suite").glob("*.yaml"):
+        given = OmegaConf.load(path)
+        assert isinstance(given, DictConfig)
+        assert {general(key) for key in keys(given, "suite")} <= tried | {"suite.defaults"}, path
+    for path in (conf_dir() / "suite").glob("*/*.yaml"):
+        task = OmegaConf.load(path)
+        assert isinstance(task, DictConfig)
+        assert {general(f"suite.tasks.x.{key[5:]}") for key in keys(task, "task")} <= tried, path
+
+
+@pytest.mark.parametrize(("group", "name", "key"), list(cases()), ids=lambda part: part)
+def test_every_key_refuses_what_it_does_not_take(group: str, name: str, key: str, tmp_path: Path) -> None:
+    cfg = composed(group, name).copy()
+    for kind, value in WRONG.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+        found, takes = refusal(cfg, tmp_path), TAKES.get(general(key), ())
+        if kind in takes:
+            assert found is None or group == "suite", kind  # a suite may want more
+            continue
+        assert found is not None, f"{key}={value} is taken"
+        TRIED[BAD] += 1
+        assert key.rpartition(".")[2] in found
+        if not isinstance(value, (dict, list)):
+            assert shown(value) in found or (value is None and " no " in found)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
+def test_every_group_refuses_keys_that_it_has_not(group: str, name: str, tmp_path: Path) -> None:
+    config = composed(group, name)
+    places = [
+        key for key in [group, *keys(config[group], group)] if isinstance(OmegaConf.select(config, key), DictConfig)
+    ]
+    for place in places:
+        if general(place) in ("suite.tasks", "suite.experts"):  # whose keys are names
+            continue
+        cfg = config.copy()
+        OmegaConf.update(cfg, f"{place}.densty", 1, force_add=True)
+        assert f"{place} has no option 'densty', the options are" in (refusal(cfg, tmp_path) or "")
+        TRIED[BAD] += 1
+
+
+@pytest.mark.parametrize("key", [*TOP, "out"])
+def test_every_key_of_the_top_must_be_there_and_no_other(key: str, tmp_path: Path) -> None:
+    cfg = composed("merge", "average").copy()
+    OmegaConf.set_struct(cfg, False)
+    del cfg[key]
+    assert f"the config needs {key}, but only " in (refusal(cfg, tmp_path) or "")
+    cfg[f"{key}s"] = 1
+    assert f"the config has no option '{key}s', the options are suite, merge," in (refusal(cfg, tmp_path) or "")
+    TRIED[BAD] += 2

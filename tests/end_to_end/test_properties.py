@@ -1,0 +1,190 @@
+"""Oracles: bounds and identities that hold for any numbers, and TIES written down naively; the numbers are those of
+hypothesis, always the same ones."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from epmq_cli.checkpoint.compressed_tensors import unpacked_linear
+from epmq_cli.checkpoint.write import packed_linear
+from epmq_cli.merge.average import Average
+from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.task_arithmetic import TaskArithmetic
+from epmq_cli.merge.ties import Ties
+from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo
+from epmq_cli.quantize.formats.int import BITS, GridSpec, QuantizedWeight
+from epmq_cli.quantize.rtn import rtn
+from epmq_cli.store.safetensors_writer import write_file
+from tests.counts import CLAIMS, TRIED
+
+FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
+CPU = torch.device("cpu")
+SPECS = st.builds(GridSpec, st.sampled_from(BITS), st.integers(1, 9), st.booleans(), st.sampled_from(["minmax", "mse"]))
+SEEDS = st.integers(0, 1 << 30)
+
+
+def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
+    """The claim for so many examples, the same ones each time."""
+    options = settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+    @wraps(claim)
+    def counted(*values: Any, **named: Any) -> None:
+        claim(*values, **named)
+        TRIED[CLAIMS] += 1
+
+    options(given(*strategies)(counted))()
+
+
+@FEW_OR_MANY
+def test_what_is_rounded_is_on_its_grid_and_half_a_step_away_at_most(examples: int) -> None:
+    def claim(spec: GridSpec, rows: int, groups: int, seed: int, exponent: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(rows, groups * spec.group_size, generator=generator) * 2.0**exponent
+        found = rtn(weight, spec, dtype)
+        assert int(found.values.min()) >= spec.lowest
+        assert int(found.values.max()) <= spec.highest
+        assert torch.equal(found.scale, found.scale.to(dtype).float())
+        step = found.scale.repeat_interleave(spec.group_size, 1)
+        points = found.zero.repeat_interleave(spec.group_size, 1)
+        assert bool((found.zero == found.zero.round()).all())
+        error = ((found.values - points) * step - weight).abs()
+        if spec.search == "minmax":  # a scale that is rounded down leaves the ends of the range out
+            missed = (spec.highest - spec.lowest) * torch.finfo(dtype).eps
+            assert bool((error <= (0.5 + missed + 1e-4) * step).all())
+        else:
+            plain = rtn(weight, GridSpec(spec.bits, spec.group_size, spec.symmetric, "minmax"), torch.float32)
+            if dtype == torch.float32:
+                assert float(error.square().sum()) <= 1.0001 * float((plain.dequantize() - weight).square().sum())
+
+    types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    hold(examples, claim, SPECS, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types)
+
+
+@FEW_OR_MANY
+def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) -> None:
+    def claim(spec: GridSpec, rows: int, groups: int, seed: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (rows, groups * spec.group_size)
+        values = torch.randint(spec.lowest, spec.highest + 1, shape, generator=generator, dtype=torch.int8)
+        scale = torch.rand(rows, groups, generator=generator).to(dtype).float()
+        zero = torch.zeros_like(scale)
+        if not spec.symmetric:
+            zero = torch.randint(spec.lowest, spec.highest + 1, scale.shape, generator=generator).float()
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "x.safetensors"
+            write_file(path, packed_linear("x", QuantizedWeight(values, scale, zero, spec, dtype)))
+            found = unpacked_linear(SafetensorsFiles(path, "checkpoint"), "x", spec, values.shape, CPU)
+        assert torch.equal(found.values, values)
+        assert torch.equal(found.scale, scale)
+        assert torch.equal(found.zero, zero)
+        assert found.dtype == dtype
+
+    types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    hold(examples, claim, SPECS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
+
+
+class Held:
+    """Tensors in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.infos = {name: TensorInfo(tuple(tensor.shape), "F32") for name, tensor in tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+Model = list[list[float]]
+"""Tensors as rows of numbers."""
+NUMBERS = st.integers(-16, 16).map(lambda number: number / 8)  # sums of these are exact, and many of them cancel
+MODELS = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
+    lambda sizes: st.lists(
+        st.tuples(*(st.lists(NUMBERS, min_size=size, max_size=size) for size in sizes)), min_size=2, max_size=5
+    )
+)
+"""A base and one to four experts, of the same sizes."""
+METHODS = st.one_of(
+    st.just(Average()),
+    st.builds(TaskArithmetic, st.sampled_from([0, 0.25, 1, 2])),
+    st.builds(
+        Ties, st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.sampled_from([0.5, 1, 2]), st.sampled_from(["sum", "mean"])
+    ),
+)
+
+
+def merged(merge: Merge, models: list[Model], piece: int = 1 << 18) -> Tensor:
+    """The merge of a base and its experts, all tensors in one row."""
+    held = [Held({f"w{i}": torch.tensor(row) for i, row in enumerate(model)}) for model in models]
+    folders = [ModelFolder(Path(f"m{i}"), f"m{i}", {}, tensors) for i, tensors in enumerate(held)]
+    names = {name: name for name in held[0].infos}
+    experts = {folder.role: folder for folder in folders[1:]}
+    with patch("epmq_cli.merge.source.PIECE", piece), patch("epmq_cli.merge.engine.PIECE", piece):
+        source = MergeSource(folders[0], names, experts, dict.fromkeys(experts, names))
+        return torch.cat([tensor for _, tensor in Merged(source, merge, torch.float32)])
+
+
+def flat(model: Model) -> Tensor:
+    return torch.tensor([number for row in model for number in row])
+
+
+@FEW_OR_MANY
+def test_the_order_of_experts_changes_nothing_nor_does_the_size_of_pieces(examples: int) -> None:
+    def claim(merge: Merge, models: list[Model], random: Any, piece: int) -> None:
+        expected = merged(merge, models)
+        others = models[1:]
+        random.shuffle(others)
+        torch.testing.assert_close(merged(merge, [models[0], *others]), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(merged(merge, models, piece), expected)
+
+    hold(examples, claim, METHODS, MODELS, st.randoms(use_true_random=False), st.integers(1, 4))
+
+
+@FEW_OR_MANY
+def test_experts_that_are_the_base_give_the_base(examples: int) -> None:
+    def claim(merge: Merge, models: list[Model], count: int) -> None:
+        assert torch.equal(merged(merge, [models[0]] * (1 + count)), flat(models[0]))
+
+    hold(examples, claim, METHODS, MODELS, st.integers(1, 4))
+
+
+def naive_ties(models: list[Model], ties: Ties) -> Tensor:
+    """The paper's algorithm 1 on whole vectors in float64, with this tool's rule where signs cancel."""
+    base, vectors = flat(models[0]).double(), []
+    for expert in models[1:]:
+        vector = flat(expert).double() - base
+        kept = max(1, int(ties.density * len(vector)))
+        threshold = vector.abs().sort(descending=True).values[kept - 1]
+        vectors.append(torch.where(vector.abs() >= threshold, vector, 0))
+    stacked = torch.stack(vectors)
+    signs = stacked.sum(0).sign()
+    majority = 1.0 if signs.sum() >= 0 else -1.0
+    signs = torch.where((signs == 0) & stacked.ne(0).any(0), majority, signs)
+    agreeing = torch.where(stacked * signs > 0, stacked, 0)
+    value = agreeing.sum(0)
+    if ties.combine == "mean":
+        value = value / agreeing.ne(0).sum(0).clamp(min=1)
+    return (base + ties.scale * value).float()
+
+
+@FEW_OR_MANY
+def test_ties_is_the_naive_one(examples: int) -> None:
+    def claim(density: float, scale: float, combine: str, models: list[Model]) -> None:
+        ties = Ties(density, scale, combine)
+        torch.testing.assert_close(merged(ties, models), naive_ties(models, ties), rtol=1e-6, atol=1e-6)
+
+    densities = st.floats(0.01, 1)
+    hold(examples, claim, densities, st.sampled_from([0.3, 1.0]), st.sampled_from(["sum", "mean"]), MODELS)

@@ -1,0 +1,87 @@
+"""Oracles: the log-likelihoods that the model itself gives, and results written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from epmq_cli.errors import ConfigError
+from epmq_cli.evaluate.lm_eval import chosen, harness_scores
+from epmq_cli.evaluate.score import room_of
+from tests.minihub import decoder_hub
+
+TASK = """task: mini
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [red, blue]
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+NAMES = ("mini", "tagged", "like_one", "like_two", "grouped")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = decoder_hub(tmp_path_factory.mktemp("llama"), "llama")
+    texts = ["a photo of", "it is", "good film not", "very bad", "the", "is it", "of a film"]
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks").mkdir()
+    for name in NAMES:
+        text = TASK.format(file=folder / "rows.jsonl").replace("task: mini", f"task: {name}\ntag: of_{name}")
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
+    (folder / "tasks" / "group.yaml").write_text("group: bare\ntask: [grouped]\n")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
+    found = harness_scores(model, hub / "base", CPU, ["mini"], str(hub / "tasks"), None, 6, room_of(4))
+    tokenizer, right = AutoTokenizer.from_pretrained(hub / "base"), 0
+    for line in (hub / "rows.jsonl").read_text().splitlines()[:6]:
+        row = json.loads(line)
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        logits = model(input_ids=ids).logits[0, -1]
+        choices = [tokenizer.convert_tokens_to_ids(word) for word in ("red", "blue")]
+        right += int(logits[choices].argmax()) == row["label"]
+    assert found == {"mini/acc": pytest.approx(right / 6)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(hub / "base")
+    with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):
+        harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, room_of(4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_tasks(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
+    asked = ["mini", "of_tagged", "like_*", "bare"]
+    found = harness_scores(model, hub / "base", CPU, asked, str(hub / "tasks"), None, None, room_of(4))
+    assert found == dict.fromkeys([f"{name}/acc" for name in NAMES], found["mini/acc"])
+
+
+def test_of_several_metrics_the_preferred_one_is_taken() -> None:
+    several = {"alias": "a", "acc,none": 0.5, "acc_norm,none": 0.25, "acc_stderr,none": 0.1}
+    odd = {"bleu,none": 0.125, "bleu_stderr,none": "N/A"}
+    assert chosen(["a", "b"], {"a": several, "b": odd}) == {"a/acc_norm": 0.25, "b/bleu": 0.125}
+
+
+def test_of_a_metric_behind_several_filters_the_first_is_taken() -> None:
+    filters = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+    assert chosen(["gsm8k"], {"gsm8k": filters}) == {"gsm8k/exact_match": 0.25}

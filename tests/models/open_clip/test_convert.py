@@ -1,0 +1,78 @@
+"""Oracles: the folder that a conversion without disturbance writes, and a disk without room."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from epmq_cli.errors import ModelError
+from epmq_cli.models.open_clip import convert
+from epmq_cli.models.open_clip.convert import converted
+from tests.models.open_clip.test_tensors import build, stored
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors", b""), ("manifest.json", None), (None, b""), (None, None)]
+)
+def test_a_damaged_conversion_is_made_anew(file: str | None, content: bytes | None, tmp_path: Path) -> None:
+    """As a power cut may have left it: files that are empty or not there, or a folder without any."""
+    source = stored(tmp_path / "base", build())
+    folder = converted(source, "base")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in [path for path in folder.iterdir() if file in (None, path.name)]:
+        path.unlink() if content is None else path.write_bytes(content)
+    assert converted(source, "base") == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_conversion_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(convert, "sync", synced.append)
+    folder = converted(stored(tmp_path / "base", build()), "base")
+    assert {path.name for path in synced[:-2]} == {path.name for path in folder.iterdir()}
+    assert synced[-2].name.startswith(f".{folder.name}")
+    assert synced[-1] == folder.parent
+
+
+@pytest.mark.parametrize("room", [1000, 200_000])
+def test_a_full_disk_ends_a_conversion_in_one_sentence(room: int, tmp_path: Path, cache: Path) -> None:
+    """Of files with room for so many bytes."""
+    source = stored(tmp_path / "base", build())
+    code = f"""
+import resource, signal
+from pathlib import Path
+from epmq_cli.checkpoint.open_clip_base import converted
+from epmq_cli.errors import ModelError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+try:
+    converted(Path({str(source)!r}), "base")
+except ModelError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "base: the converted model cannot be written to" in found.stdout, found.stderr
+    assert found.stdout.endswith("free some space, or set EPMQ_CACHE to a folder that has some\n")
+    assert not [*(cache / "open_clip").iterdir()]
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_ends_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizers raises Exception itself; what is a defect stays one."""
+    source = stored(tmp_path / "base", build())
+    for error, seen in ((Exception("No space left on device"), ModelError), (KeyError("x"), KeyError)):
+        monkeypatch.setattr(convert, "tokenizer", Mock(side_effect=error))
+        with pytest.raises(seen):
+            converted(source, "base")

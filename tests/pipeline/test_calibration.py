@@ -1,0 +1,250 @@
+"""Oracles: the experts loaded by transformers, and what the checkpoint and metrics.json hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, BertModel, CLIPModel, CLIPVisionModel
+
+from epmq_cli.calibrate.passes import sweep
+from epmq_cli.calibrate.reference_weights import install, installed
+from epmq_cli.calibrate.tune import GRID, divided
+from epmq_cli.checkpoint.task_heads import read_heads
+from epmq_cli.data.batching import Batch
+from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.evaluate.score import ScoredTask, room_of, score
+from epmq_cli.families.family import load_model
+from epmq_cli.merge.engine import Merged
+from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.report.metrics_json import schema
+from tests.conftest import Run
+from tests.hubs import config, run_in
+
+
+def opened(hub: Path, *overrides: str) -> tuple[steps.Job, steps.Models, nn.Module, torch.dtype]:
+    job = make_job(config(hub, *overrides))
+    return job, *steps.open_models(job)
+
+
+def expert_features(hub: Path, task: str, batches: list[Batch]) -> Tensor:
+    """Those that transformers' own class gives."""
+    if (hub / "vocab.txt").exists():
+        bert = BertForSequenceClassification.from_pretrained(hub / task).bert.eval()
+        with torch.inference_mode():
+            return torch.cat([bert(**batch).pooler_output for batch in batches])
+    tower = CLIPVisionModel.from_pretrained(hub / task).eval()
+    projection = CLIPModel.from_pretrained(hub / "base").visual_projection
+    with torch.inference_mode():
+        return torch.cat([projection(tower(**batch).pooler_output) for batch in batches])
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_teachers_features_are_those_of_the_experts_themselves(name: str, request: pytest.FixtureRequest) -> None:
+    hub = request.getfixturevalue(f"{name}_hub")
+    job, models, model, _ = opened(hub, "guidance=feature", "guidance.heads=always")
+    batches = steps.calibration_batches(job, models.base.path)
+    taught = guide.teach(job, model, models.source, batches)
+    assert list(taught.features) == ["first", "second"]
+    for task, features in taught.features.items():
+        torch.testing.assert_close(features, expert_features(hub, task, batches[task]), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_taught_where_nothing_asks_for_it(clip_hub: Path) -> None:
+    job = make_job(config(clip_hub, "guidance=feature"))  # heads: own, and a CLIP has none of its own
+    models, model, _ = steps.open_models(job)
+    drawn = steps.calibration_batches(job, models.base.path)
+    assert guide.teach(job, model, models.source, drawn) == guide.Taught(drawn, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "solved"),
+    [
+        ("bert", "own", True),
+        ("bert", "always", True),
+        ("bert", "never", False),
+        ("clip", "own", False),
+        ("clip", "always", True),
+    ],
+)
+def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
+    name: str, heads: str, solved: bool, request: pytest.FixtureRequest
+) -> None:
+    hub = request.getfixturevalue(f"{name}_hub")
+    job, models, model, dtype = opened(hub, "guidance=feature", f"guidance.heads={heads}")
+    assert guide.solves_heads(job) is solved
+    batches = steps.calibration_batches(job, models.base.path)
+    tasks = steps.prepare_tasks(job, model, models)
+    taught = guide.teach(job, model, models.source, batches)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
+    assert [task.name for task in found] == ["first", "second"]
+    for before, after in zip(tasks, found, strict=True):
+        assert before.head.keys() == after.head.keys()
+        assert all(torch.equal(before.head[part], after.head[part]) is not solved for part in before.head)
+        assert after.samples is before.samples
+        if solved:
+            own, teacher = guide.features(job.family, model, batches[before.name]), taught.features[before.name]
+            wanted = job.family.logits(teacher, before.head)
+            errors = [(job.family.logits(own, task.head) - wanted).square().sum() for task in (before, after)]
+            assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_student_that_is_the_expert_keeps_its_head(bert_hub: Path) -> None:
+    job, models, model, _ = opened(bert_hub, "guidance=feature", "~suite.tasks.second")
+    batches = steps.calibration_batches(job, models.base.path)
+    tasks = steps.prepare_tasks(job, model, models)
+    taught = guide.teach(job, model, models.source, batches)  # leaves the one expert in the model
+    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
+    assert all(torch.equal(found[0].head[part], tasks[0].head[part]) for part in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("targets", ["expert", "merged"])
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_as_it_was(
+    name: str, targets: str, request: pytest.FixtureRequest
+) -> None:
+    options = ["guidance=feature", "guidance.rho=auto", "guidance.heads=never", f"guidance.targets={targets}"]
+    job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
+    batches = steps.calibration_batches(job, models.base.path)
+    tasks = steps.prepare_tasks(job, model, models)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
+    reference = guide.references(job, model, merged)
+    choice = guide.settle(job, model, batches, tasks, reference, dtype)
+    assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
+    assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
+    least = min(choice.trials, key=lambda trial: trial["error"])
+    assert choice.guidance == replace(job.guidance, rho=least["rho"])
+    assert len({trial["error"] for trial in choice.trials}) == 3
+    fitted, held = divided(batches)
+
+    def logits(task: ScoredTask) -> Tensor:
+        return job.family.logits(guide.features(job.family, model, held[task.name]), task.head)
+
+    expected = {}
+    for task in tasks:
+        with installed(model, {part: reference.expert(task.name, part) for part in models.source.names}):
+            expected[task.name] = logits(task)
+    sweep(model, job.family, fitted, reference, choice.guidance, NoQuantizer(), dtype)
+    errors = []
+    for task in tasks:
+        got, wanted = logits(task), expected[task.name]
+        errors.append(float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()))
+    assert sum(errors) / 2 == pytest.approx(least["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, request: pytest.FixtureRequest) -> None:
+    """Nothing is quantized on trial, so that a student which shall give what the merged model gives does so."""
+    options = ["guidance=asymmetric", "guidance.lam=auto"]
+    job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
+    batches = steps.calibration_batches(job, models.base.path)
+    tasks = steps.prepare_tasks(job, model, models)
+    merged = Merged(models.source, job.merge, dtype)
+    install(model, merged)
+    found = guide.calibrate(job, model, batches, tasks, merged)
+    assert found.choice is not None
+    assert max(trial["error"] for trial in found.choice.trials) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_what_was_chosen_is_in_metrics_json_and_is_what_was_done(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub = request.getfixturevalue(f"{name}_hub")
+    checkpoint = run_in(tmp_path / "auto", hub, "guidance=feature", "guidance.lam=auto", "eval.samples=5")
+    metrics = json.loads((tmp_path / "auto" / "metrics.json").read_text())
+    jsonschema.validate(metrics, schema())
+    found = metrics["guidance"]
+    assert found["chosen"] == ["lam"]
+    assert sorted(trial["lam"] for trial in found["trials"]) == sorted(GRID["lam"])
+    assert found["lam"] == min(found["trials"], key=lambda trial: trial["error"])["lam"]
+    assert found["heads_solved"] is (name == "bert")
+    given = run_in(tmp_path / "given", hub, "guidance=feature", f"guidance.lam={found['lam']}", "eval.samples=5")
+    for file in ("model.safetensors", "heads/heads.safetensors"):
+        assert (checkpoint / file).read_bytes() == (given / file).read_bytes()
+
+
+def test_solved_heads_are_in_the_checkpoint_and_suit_its_features(bert_hub: Path, tmp_path: Path) -> None:
+    own, again = (
+        run_in(tmp_path / heads, bert_hub, "guidance=feature", f"guidance.heads={heads}", "guidance.lam=0.001")
+        for heads in ("never", "own")
+    )
+    before, after = (load_file(folder / "heads/heads.safetensors") for folder in (own, again))
+    classifier = load_file(bert_hub / "first" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(before["first.weight"], classifier)
+    assert not torch.equal(after["first.weight"], classifier)
+    expert = BertForSequenceClassification.from_pretrained(bert_hub / "first").eval()
+    student = BertModel.from_pretrained(again).eval()
+    batches = steps.calibration_batches(make_job(config(bert_hub)), bert_hub / "base")["first"]
+    errors = []
+    with torch.inference_mode():
+        for heads in (before, after):
+            error = 0.0
+            for batch in batches:
+                logits = student(**batch).pooler_output @ heads["first.weight"].T + heads["first.bias"]
+                error += float((logits - expert(**batch).logits).square().sum())
+            errors.append(error)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_weight_for_a_task_that_is_not_there_is_refused(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
+    result = epmq_inside(
+        "run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "guidance.weights={frist: 2}"
+    )
+    assert result.returncode == 1
+    assert "guidance.weights has no option 'frist', the options are first, second; did you mean first?" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "heads"), [("bert", "own"), ("clip", "always")])
+def test_solved_heads_are_what_epmq_eval_scores(
+    name: str, heads: str, request: pytest.FixtureRequest, tmp_path: Path, epmq_inside: Run
+) -> None:
+    hub = request.getfixturevalue(f"{name}_hub")
+    checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", f"guidance.heads={heads}", "eval.stages=[quantized]")
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["tasks"]
+    job, models, model, _ = opened(hub)
+    tasks = steps.prepare_tasks(job, model, models)
+    solved = read_heads(checkpoint, job.suite, job.family, torch.device("cpu"))
+    student = load_model(job.family, checkpoint, torch.device("cpu"))
+    for task in tasks:
+        assert not torch.equal(solved[task.name]["weight"], task.head["weight"])
+        again = replace(task, head=solved[task.name])
+        assert score(job.family, student, again, room_of(8), torch.device("cpu")) == scores[task.name]["quantized"]
+    result = epmq_inside("eval", str(checkpoint), "out=there")
+    assert result.returncode == 0, result.stderr
+    evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]
+    assert evaluated == scores
+    flipped = {f"{task}.{part}": -x for task, head in solved.items() for part, x in head.items()}
+    save_file(flipped, checkpoint / "heads/heads.safetensors")
+    assert epmq_inside("eval", str(checkpoint), "out=other").returncode == 0
+    assert json.loads((tmp_path / "other" / "metrics.json").read_text())["scores"]["tasks"] != scores
+
+
+@pytest.mark.parametrize("samples", [4, 9])
+def test_too_few_samples_to_hold_two_out_are_refused_in_one_sentence(
+    samples: int, clip_hub: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"task first has {samples} calibration samples.*raise calib.samples to 10"):
+        run_in(tmp_path, clip_hub, "guidance.lam=auto", f"calib.samples={samples}")
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_no_task_that_counts_and_no_anchor_is_refused_by_name(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    silent = ("+guidance.weights.first=0", "+guidance.weights.second=0")
+    with pytest.raises(ConfigError, match="guidance.weights"):
+        run_in(tmp_path, request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.lam=0", *silent)

@@ -1,0 +1,92 @@
+"""Oracles: the folder that a command is sent to, by what others left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.errors import RunError
+from epmq_cli.pipeline import unfinished
+from epmq_cli.pipeline.unfinished import RUNS, VARIABLE, begin, continued, end, typed
+from epmq_cli.store.run_lock import RESULTS, alone
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, "")  # to be put back
+
+
+def started(name: str, *arguments: str) -> Path:
+    """The folder of a run that was begun with these arguments and is not complete."""
+    folder = RUNS / name
+    folder.mkdir(parents=True)
+    continued(arguments)
+    begin(folder)
+    return folder
+
+
+def test_the_last_unfinished_folder_of_the_same_arguments_is_taken() -> None:
+    started("1", "bits=3")
+    started("2", "bits=3")
+    started("3", "bits=4")
+    assert continued(["bits=3"]) == ["out=runs/2", "bits=3"]
+    assert continued(["bits=2"]) == ["bits=2"]
+    assert typed(["bits=3", "out=runs/2"]) == ["bits=3"]
+
+
+@pytest.mark.parametrize("argument", ["resume=never", "out=mine", "hydra.run.dir=mine", "--cfg", "-sc"])
+def test_none_is_taken_where_something_else_is_asked_for(argument: str) -> None:
+    started("1", "bits=3")
+    assert continued(["bits=3", argument]) == ["bits=3", argument]
+
+
+def test_a_folder_in_use_or_complete_is_not_taken() -> None:
+    folder = started("1", "bits=3")
+    with alone(folder):
+        assert continued(["bits=3"]) == ["bits=3"]
+    assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
+    for name in RESULTS:
+        (folder / name).touch()
+    assert continued(["bits=3"]) == ["bits=3"]
+
+
+def test_a_command_that_is_done_leaves_no_mark() -> None:
+    folder, other = started("1", "bits=3"), started("2", "bits=4")
+    continued(["bits=3"])
+    end(["bits=3"])
+    assert not (folder / unfinished.MARK).exists()
+    assert (other / unfinished.MARK).exists()
+
+
+def test_the_default_folder_lies_where_it_is_looked_for() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert Path(compose("run").out).parent == RUNS
+
+
+def test_marks_that_cannot_be_read_are_nobodys() -> None:
+    started("1", "bits=3")
+    (started("2", "bits=3") / unfinished.MARK).write_bytes(b"\xff\xfe")
+    folder = started("3", "bits=3")
+    (folder / unfinished.MARK).unlink()
+    os.mkfifo(folder / unfinished.MARK)
+    assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": null}', b"\xff", b"[" * 100_000], ids=range(6))
+def test_a_job_whose_results_are_damaged_is_named(content: bytes) -> None:
+    folder = RUNS / "job"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "metrics.json").write_bytes(content)
+    message = r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"
+    with pytest.raises(RunError, match=message):
+        unfinished.done(folder, DictConfig({"bits": 4}))
+    (folder / "metrics.json").unlink()
+    os.mkfifo(folder / "metrics.json")
+    with pytest.raises(RunError, match=message):
+        unfinished.done(folder, DictConfig({"bits": 4}))

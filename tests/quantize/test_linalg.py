@@ -1,0 +1,50 @@
+"""Oracles: the factor multiplied out, and the eigenvalues of small matrices."""
+
+import torch
+
+from epmq_cli.quantize.linalg import SMALL, condition, damped_cholesky, triangular_inverse
+
+
+def moment(columns: int = 8) -> torch.Tensor:
+    rows = torch.randn(40, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return rows.T @ rows
+
+
+def test_factor_multiplies_out_to_the_damped_matrix() -> None:
+    H = moment()
+    factor = damped_cholesky(H, 0.1)
+    assert factor is not None
+    assert factor.damping == 0.1
+    assert factor.retries == 0
+    damped = H + 0.1 * H.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(factor.lower @ factor.lower.T, damped)
+
+
+def test_singular_matrix_is_damped_just_enough() -> None:
+    factor = damped_cholesky(torch.ones(8, 8, dtype=torch.float64), 0.0)
+    assert factor is not None
+    assert 0 < factor.damping <= 1e-6
+    assert factor.retries > 0
+
+
+def test_matrix_with_nan_has_no_factor() -> None:
+    H = moment()
+    H[0, 0] = float("nan")
+    assert damped_cholesky(H, 0.01) is None
+
+
+def test_condition_is_the_ratio_of_the_extreme_eigenvalues() -> None:
+    basis, _ = torch.linalg.qr(moment())
+    H = basis @ torch.diag(torch.tensor([1000.0, 50, 20, 10, 5, 3, 2, 0.1], dtype=torch.float64)) @ basis.T
+    factor = damped_cholesky(H, 0.0)
+    assert factor is not None
+    assert 0.99 * 1e4 <= condition(H, factor) <= 1.0001e4
+
+
+def test_triangular_inverse_multiplies_out_to_the_identity() -> None:
+    """Larger than what is solved in one piece, and odd."""
+    n = 2 * SMALL + 3
+    lower = torch.linalg.cholesky(moment(n) + n * torch.eye(n, dtype=torch.float64))
+    found = triangular_inverse(lower)
+    torch.testing.assert_close(found @ lower, torch.eye(n, dtype=torch.float64))
+    assert not found.triu(1).any()

@@ -1,0 +1,160 @@
+"""Oracle: the run of one process, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from epmq_cli.errors import RunError
+from epmq_cli.pipeline.progress import opened
+from epmq_cli.runtime import distributed
+from tests.conftest import Run
+from tests.faults.driver import command, files, mini
+
+SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
+    options = ("-m", "epmq_cli", "run", *SMALL, "bits=3.5")
+    two = start(*TORCHRUN, *options, f"out={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    status, said = command(tmp_path, *options[2:], f"out={tmp_path / 'one'}")
+    assert status == 0, said
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    layers = [json.loads((tmp_path / name / "metrics.json").read_text())["layers"] for name in ("two", "one")]
+    assert [layer["tokens"] for layer in layers[0]] == [layer["tokens"] for layer in layers[1]]
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    found = start(*TORCHRUN, "-m", "epmq_cli", "run", "merge.scale=-1", f"out={tmp_path / 'run'}")
+    assert found.returncode != 0
+    assert found.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
+
+
+def test_parts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    items, rows = [], []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        items.append(list(distributed.share(range(8))))
+        rows.extend(list(range(10))[distributed.rows(10)])
+    assert items == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert rows == list(range(10))
+
+
+def test_one_process_needs_no_others() -> None:
+    tensor = torch.arange(4.0)
+    assert distributed.added(tensor) is tensor
+    assert distributed.assembled(tensor, 4) is tensor
+    assert distributed.first()
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("all_reduce", lambda: distributed.added(torch.ones(1))),
+        ("broadcast_object_list", lambda: distributed.agreed(1)),
+        ("all_gather_object", lambda: distributed.gathered(1)),
+    ],
+)
+def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
+    function: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nat pair.cc:525")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, function, gone)
+    message = (
+        r"another process of this run has ended or cannot be reached \(Connection closed by peer\); start the same"
+    )
+    with pytest.raises(RunError, match=message):
+        call()
+
+
+def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
+    options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
+    assert command(tmp_path, *options, "merge=ties")[0] == 0
+    swept = start(*TORCHRUN, "-m", "epmq_cli", *options, "merge=ties,average")
+    assert swept.returncode == 0, swept.stderr
+    assert swept.stderr.count("merge=ties,suite=mini holds the results of this job already") == 1
+    assert command(tmp_path, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")[0] == 0
+    assert files(next((tmp_path / "sweep").glob("*merge=average,*"))) == files(tmp_path / "one")
+
+
+def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        distributed.added(torch.ones(1))
+
+
+def test_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    distributed.join(torch.device("cuda", 1))  # alone it may be any
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes cannot share device=cuda:1; with device=cuda each takes its own"):
+        distributed.join(torch.device("cuda", 1))
+
+
+def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "gathered", lambda value: [value, "another"])
+    with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
+        opened(tmp_path, {"config": {"bits": 4}}, "auto")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "torchrun never sets WORLD_SIZE='abc' RANK='0' LOCAL_RANK='0'; start the processes"),
+        ({"WORLD_SIZE": "0"}, "torchrun never sets"),
+        ({"RANK": ""}, "torchrun never sets"),
+        ({"RANK": "x"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "torchrun never sets"),
+        ({"WORLD_SIZE": "2"}, "is set without MASTER_ADDR; start the processes with torchrun"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "is set without MASTER_PORT; start"),
+    ],
+    ids=str,
+)
+def test_variables_that_torchrun_does_not_set_so_are_refused(
+    variables: dict[str, str], message: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = epmq_inside("run", "out=x")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr
+
+
+def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed.check("merge")
+    assert distributed.first()
+    assert (distributed.number(), distributed.local()) == (0, 0)
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=r"the processes of this run do not meet \(.*\); start them with torchrun"):
+        distributed.join(torch.device("cpu"))

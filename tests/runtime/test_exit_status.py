@@ -1,0 +1,142 @@
+"""Oracles: what other Unix tools do of signals, closed pipes and full disks: their statuses, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import epmq_cli.pipeline.steps
+import epmq_cli.store.manifest
+from epmq_cli import cli
+from epmq_cli.commands.hydra_app import INTERRUPTED
+from epmq_cli.runtime.signals import STATUS
+from tests.conftest import Run
+from tests.faults.driver import command, on_call
+
+PRINTING = ("list", "--help", "run --help", "verify --help", "--version")
+SIGNALS = sorted(STATUS)
+
+
+def send(number: int) -> None:
+    """Sends this process a signal and is there when it comes."""
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+
+def twice(number: int) -> None:
+    """Is sent a second one while it cleans up after the first."""
+    try:
+        send(number)
+    finally:
+        for other in SIGNALS:
+            os.kill(os.getpid(), other)
+            time.sleep(0.01)
+
+
+def spoilt(number: int) -> None:
+    """Stands for a library that is interrupted and raises something else."""
+    try:
+        send(number)
+    except KeyboardInterrupt:
+        raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'") from None
+
+
+def swallowed(number: int) -> None:
+    """Stands for a library in which an exception is lost; the next block that listens raises it again."""
+    try:
+        send(number)
+    except KeyboardInterrupt:
+        return
+
+
+@pytest.mark.parametrize("act", [send, twice, spoilt])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_job_ends_with_the_status_of_its_first_signal(
+    act: Callable[[int], None], number: int, tmp_path: Path
+) -> None:
+    hook = on_call(epmq_cli.pipeline.steps, "open_models", 1, lambda: act(number))
+    status, said = command(tmp_path, "run", "out=x", "eval.stages=[]", hook=hook)
+    assert (status, said.splitlines()[1:]) == (STATUS[number], [f"epmq: {INTERRUPTED['run']}"])
+
+
+@pytest.mark.parametrize("arguments", ["list", "run", "verify x", "run --help"])
+@pytest.mark.parametrize("act", [send, twice, spoilt])
+def test_what_comes_while_modules_are_imported_ends_it_as_well(
+    arguments: str, act: Callable[[int], None], tmp_path: Path
+) -> None:
+    hook = on_call(cli.importlib, "import_module", 1, lambda: act(signal.SIGINT))
+    assert command(tmp_path, *arguments.split(), hook=hook) == (130, "epmq: interrupted\n")
+
+
+def test_a_signal_that_is_lost_in_an_import_ends_the_command_later(tmp_path: Path) -> None:
+    hook = on_call(cli.importlib, "import_module", 1, lambda: swallowed(signal.SIGTERM))
+    assert command(tmp_path, "merge", hook=hook) == (143, f"epmq: {INTERRUPTED['merge']}\n")
+
+
+def test_verify_has_words_of_its_own(tmp_path: Path) -> None:
+    hook = on_call(epmq_cli.store.manifest, "file_problems", 1, lambda: send(signal.SIGINT))
+    said = "epmq: interrupted; the checkpoint has not been checked to the end\n"
+    assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, said)
+
+
+def test_a_signal_that_comes_while_python_exits_brings_no_traceback() -> None:
+    code = (
+        "import atexit, os, sys; from epmq_cli.cli import main; sys.argv = ['epmq', '--version']; "
+        "atexit.register(os.kill, os.getpid(), 2); main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+def printing(arguments: str, output: int | None) -> tuple[int, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "epmq_cli", *arguments.split()]
+    ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=environment, check=False)
+    return ended.returncode, ended.stderr.decode()
+
+
+@pytest.mark.parametrize("arguments", [*PRINTING, "run --cfg job"])
+def test_a_closed_pipe_ends_it_quietly(arguments: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printing(arguments, writing) == (141, "")
+    os.close(writing)
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_a_full_disk_is_named_in_a_sentence(arguments: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        found = printing(arguments, full.fileno())
+    assert found == (1, "epmq: what this prints cannot be read or written (No space left on device)\n")
+
+
+def test_list_names_the_config_that_it_cannot_read(
+    epmq_inside: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine" / "suite" / "birds.yaml"
+    path.parent.mkdir(parents=True)
+    arguments, said = ("list", "--config-dir", "mine"), "epmq: a config file cannot be read: mine/suite/birds.yaml"
+    path.write_bytes(b"# epmq run\n# V\xf6gel\n")
+    assert epmq_inside(*arguments).returncode == f"{said} is no text in UTF-8; save it as such"
+    path.unlink()
+    os.mkfifo(path)
+    assert epmq_inside(*arguments).returncode == f"{said} is no file; remove it"
+    path.unlink()
+    path.write_text("")
+
+    real = Path.read_text
+
+    def refused(self: Path, encoding: str | None = None) -> str:
+        if self.name == path.name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, encoding)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert epmq_inside(*arguments).returncode == f"{said} (Permission denied); mend or remove it"

@@ -1,0 +1,33 @@
+"""Oracle: what Python's collector says of itself."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from epmq_cli.runtime.imports import importing
+
+
+def test_the_collector_rests_during_imports_and_works_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_nothing_changes_where_torch_is_there() -> None:
+    import torch
+
+    assert torch.__name__ in sys.modules
+    frozen = gc.get_freeze_count()
+    with importing():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
