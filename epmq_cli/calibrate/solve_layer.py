@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.layer_problem import Problem
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime import distributed
@@ -71,7 +71,7 @@ def solve(
     records = [
         LayerRecord(
             name=name,
-            bits=getattr(getattr(weights[index], "spec", None), "bits", None),
+            bits=_bits(weights[index]),
             tokens=tokens,
             condition=None if solved is None else solved.condition,
             target_damping=None if solved is None else solved.damping,
@@ -98,5 +98,12 @@ def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[Qua
     """The weights of so many rows each, of which each process has its part."""
     if isinstance(part, DenseWeight):
         return DenseWeight(distributed.assembled(part.weight, sum(outs))).split(outs)
-    values, scale, zero = (distributed.assembled(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero))
-    return replace(part, values=values, scale=scale, zero=zero).split(outs)
+    codes = distributed.assembled(part.codes.view(torch.int8), sum(outs)).view(part.format.storage)
+    scale = distributed.assembled(part.grid.scale, sum(outs))
+    zero = None if part.grid.zero is None else distributed.assembled(part.grid.zero, sum(outs))
+    return QuantizedWeight(codes, Grid(scale, zero), part.format, part.dtype).split(outs)
+
+
+def _bits(weight: QuantizedWeight | DenseWeight) -> int | None:
+    """The bits of a weight's codes; None if it stays dense."""
+    return weight.format.bits if isinstance(weight, QuantizedWeight) else None

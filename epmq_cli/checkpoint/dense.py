@@ -16,7 +16,7 @@ from epmq_cli.checkpoint.exporter import ExpectedTensor
 from epmq_cli.config.schema import Pack
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.store.safetensors_writer import Entry
 
 
@@ -28,15 +28,17 @@ class DenseExporter(Pack):
     tags: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, family: Family, formats: Collection[GridSpec]) -> None:
+    def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
 
-    def check_linears(self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[GridSpec]) -> None:
+    def check_linears(
+        self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
+    ) -> None:
         """See exporter.py."""
 
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
         """See exporter.py. The stored type holds these weights exactly: `dequantize` has rounded them to it."""
-        shape = tuple(weight.values.shape)
+        shape = tuple(weight.shape)
         return [Entry(f"{name}.weight", weight.dtype, shape, lambda: weight.dequantize().to(weight.dtype))]
 
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
@@ -51,10 +53,10 @@ class DenseExporter(Pack):
 class DenseLayout:
     """A checkpoint without a quantization_config, such as one of `pack=dense`, `quant=none` or `epmq merge`."""
 
-    codes: ClassVar[str] = ""
+    scale: ClassVar[str] = ""
     plain: ClassVar[bool] = True
 
-    def format_of(self, name: str) -> GridSpec | None:
+    def format_of(self, name: str) -> NumberFormat | None:
         """See exporter.py."""
         return None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.store.safetensors_writer import Entry
 
 
@@ -41,11 +41,13 @@ class Exporter(Protocol):
     def shard_size(self) -> object:
         """The largest size of a file, such as 5GB."""
 
-    def check(self, family: Family, formats: Collection[GridSpec]) -> None:
+    def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """ConfigError where the exporter cannot store these formats, or loaders do not take the family; called before
-        any model is opened. `formats`: one for each width, none under `quant=none`."""
+        any model is opened. `formats`: those that a linear can get, none under `quant=none`."""
 
-    def check_linears(self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[GridSpec]) -> None:
+    def check_linears(
+        self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
+    ) -> None:
         """ConfigError where the linears of a model cannot be stored; called before anything is calibrated. `linears`:
         the shape (out, in) of each weight that will be quantized, by module name."""
 
@@ -63,16 +65,14 @@ class Exporter(Protocol):
 class Layout(Protocol):
     """How the linears of a checkpoint are stored, by its config.json."""
 
-    codes: ClassVar[str]
-    """The suffix of the tensor that holds the codes of a linear; empty if there are no such tensors."""
+    scale: ClassVar[str]
+    """The suffix of the tensor with the scales, which every quantized linear has; empty if none is quantized."""
 
     plain: ClassVar[bool]
     """Whether transformers loads the checkpoint with the packages that epmq itself needs."""
 
-    def format_of(self, name: str) -> GridSpec | None:
-        """The number format of a linear; None where it is dense. CheckpointError where epmq did not write the config.
-
-        The search for the grid is not stored; `search` says minmax."""
+    def format_of(self, name: str) -> NumberFormat | None:
+        """The number format of a linear; None if it is dense. CheckpointError if epmq did not write the config."""
 
     def expected(self, name: str, shape: torch.Size, signed: bool) -> dict[str, ExpectedTensor]:
         """The tensors that store a quantized weight of this shape; `signed`: whether scales may be negative."""
@@ -83,7 +83,10 @@ class Layout(Protocol):
 
 def finite(tensor: Tensor) -> str | None:
     """What is wrong with the values of a tensor of any kind; None if nothing is."""
-    return "holds NaN or infinity" if tensor.is_floating_point() and not tensor.isfinite().all() else None
+    if not tensor.is_floating_point():
+        return None
+    known = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not look into FP8
+    return None if known.isfinite().all() else "holds NaN or infinity"
 
 
 def signed_scale(tensor: Tensor) -> str | None:
@@ -94,6 +97,11 @@ def signed_scale(tensor: Tensor) -> str | None:
 def positive_scale(tensor: Tensor) -> str | None:
     """What is wrong with scales that must be positive."""
     return finite(tensor) or (None if (tensor > 0).all() else "holds scales that are not above 0")
+
+
+def scale_check(format: NumberFormat, signed: bool) -> Callable[[Tensor], str | None]:
+    """The check of the scales of a format; negative ones are of use only if codes are not mirrored."""
+    return signed_scale if signed and not format.mirrored else positive_scale
 
 
 def equal_to(values: list[int], tensor: Tensor) -> str | None:

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli import __version__
-from epmq_cli.checkpoint.exporter import ExpectedTensor, foreign_config, positive_scale, signed_scale, unfit, words
+from epmq_cli.checkpoint.exporter import ExpectedTensor, foreign_config, scale_check, signed_scale, unfit, words
 from epmq_cli.config.schema import Pack
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import DTYPES, Tensors
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.store.safetensors_writer import Entry
 
 METHOD = "gptq"
@@ -64,19 +65,27 @@ class GptqExporter(Pack):
         super().__post_init__()
         check_choice("pack.format", self.format, FORMATS)
 
-    def check(self, family: Family, formats: Collection[GridSpec]) -> None:
+    def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
         if not formats:
             raise ConfigError("pack=gptq stores quantized weights, and there are none; use pack=dense")
         if family.reads != "texts":
             raise ConfigError(f"pack=gptq is loaded for text models only, this family reads {family.reads}; {OTHER}")
         if len(formats) > 1:
-            widths = " and ".join(str(spec.bits) for spec in formats)
-            raise ConfigError(f"pack=gptq stores one width for all linears, got {widths} bits; {OTHER}, or one width")
-        for spec in formats:
-            check_choice("group_size with pack=gptq", spec.group_size, GROUP_SIZES)
+            names = " and ".join(format.name for format in formats)
+            raise ConfigError(f"pack=gptq stores one format for all linears, got {names}; {OTHER}, or one format")
+        for format in formats:
+            if not isinstance(format, IntFormat):
+                raise ConfigError(f"pack=gptq stores integers, got {format.name}; {OTHER}")
+            if format.zero_points == "real":
+                raise ConfigError(
+                    "pack=gptq stores whole zero points, and those of this quantizer are real numbers; use pack=dense"
+                )
+            check_choice("group_size with pack=gptq", format.group_size, GROUP_SIZES)
 
-    def check_linears(self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[GridSpec]) -> None:
+    def check_linears(
+        self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
+    ) -> None:
         """See exporter.py."""
         prefixes = blocks_of(linears)
         if len(prefixes) != 1:
@@ -86,30 +95,30 @@ class GptqExporter(Pack):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(f"{prefixes[0]}.") and name not in linears:
                 raise ConfigError(f"pack=gptq stores all linears of a block, and {name} is not quantized; {OTHER}")
-        for spec in formats:
-            multiple = 32 // gcd(32, spec.bits)
+        for format in formats:
+            multiple = 32 // gcd(32, format.bits)
             for name, shape in linears.items():
                 if shape[0] % multiple or shape[1] % multiple:
                     raise ConfigError(
-                        f"pack=gptq stores {spec.bits} bits of weights whose inputs and outputs are multiples of "
+                        f"pack=gptq stores {format.bits} bits of weights whose inputs and outputs are multiples of "
                         f"{multiple}, got {name} with {shape[1]} inputs and {shape[0]} outputs; {OTHER}"
                     )
 
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
         """See exporter.py."""
-        rows, columns = weight.values.shape
-        bits, groups = weight.spec.bits, weight.scale.shape[1]
+        rows, columns = weight.shape
+        bits, groups = weight.format.bits, weight.grid.scale.shape[1]
         stored = mirrored(weight) if self.format == "gptq" else weight
         less = int(self.format == "gptq")
 
         def qweight() -> Tensor:
-            return packed(stored.values.T, bits, 0)
+            return packed(stored.codes.T, bits, 0)
 
         def qzeros() -> Tensor:
-            return packed((stored.zero - less).T, bits, 1)
+            return packed((stored.grid.zeros - less).T, bits, 1)
 
         def scales() -> Tensor:
-            return stored.scale.T.to(weight.dtype).contiguous()
+            return stored.grid.scale.T.to(weight.dtype).contiguous()
 
         return [
             Entry(f"{name}.qweight", torch.int32, (words(columns, bits), rows), qweight),
@@ -120,14 +129,14 @@ class GptqExporter(Pack):
 
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """See exporter.py. `block_name_to_quantize` tells transformers which linears are packed."""
-        spec = next(iter(weights.values())).spec
+        format = next(iter(weights.values())).format
         damping = {} if self.damping is None or not 0 < self.damping < 1 else {"damp_percent": self.damping}
         return {
             "quant_method": METHOD,
             "checkpoint_format": self.format,
-            "bits": spec.bits,
-            "group_size": spec.group_size,
-            "sym": spec.symmetric,
+            "bits": format.bits,
+            "group_size": format.group_size,
+            "sym": format.zero_points == "none",
             "desc_act": False,
             "static_groups": False,
             "lm_head": False,
@@ -143,25 +152,26 @@ class GptqExporter(Pack):
 
 @dataclass(frozen=True)
 class GptqLayout:
-    """The linears in the blocks under `prefix`, all on grids like `spec`; `format`: how zero points are stored."""
+    """The linears in the blocks under `prefix`, all in one format; `zeros`: one of `FORMATS`, how zero points are
+    stored."""
 
-    spec: GridSpec
-    format: str
+    format: IntFormat
+    zeros: str
     prefix: str
 
-    codes: ClassVar[str] = ".qweight"
+    scale: ClassVar[str] = ".scales"
     plain: ClassVar[bool] = False
 
-    def format_of(self, name: str) -> GridSpec | None:
+    def format_of(self, name: str) -> NumberFormat | None:
         """See exporter.py."""
-        return self.spec if name.startswith(f"{self.prefix}.") else None
+        return self.format if name.startswith(f"{self.prefix}.") else None
 
     def expected(self, name: str, shape: torch.Size, signed: bool) -> dict[str, ExpectedTensor]:
         """See exporter.py. Scales of mirrored groups are negative."""
-        (rows, columns), bits = shape, self.spec.bits
-        size = self.spec.columns(columns)
+        (rows, columns), bits = shape, self.format.bits
+        size = group_columns(self.format, columns)
         groups = -(-columns // size)
-        scale = signed_scale if self._mirrors or (signed and self.spec.symmetric) else positive_scale
+        scale = signed_scale if self._mirrors else scale_check(self.format, signed)
         return {
             f"{name}.qweight": ExpectedTensor((words(columns, bits), rows), "I32"),
             f"{name}.qzeros": ExpectedTensor((groups, words(rows, bits)), "I32"),
@@ -171,8 +181,8 @@ class GptqLayout:
 
     def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> QuantizedWeight:
         """See exporter.py."""
-        (rows, columns), bits = shape, self.spec.bits
-        size = self.spec.columns(columns)
+        (rows, columns), bits = shape, self.format.bits
+        size = group_columns(self.format, columns)
         groups = columns // size
         try:
             qweight, qzeros, scales, g_idx = (
@@ -186,53 +196,55 @@ class GptqLayout:
             fits = False
         if not fits:
             raise unfit(name)
-        values = unpacked(qweight, bits, (columns, rows), 0).T.contiguous()
-        zero = unpacked(qzeros, bits, (groups, rows), 1).T.float() + (self.format == "gptq")
-        found = QuantizedWeight(
-            values.to(device), scales.T.float().contiguous().to(device), zero.contiguous().to(device), self.spec, dtype
+        codes = unpacked(qweight, bits, (columns, rows), 0).T.contiguous().to(device)
+        zero = unpacked(qzeros, bits, (groups, rows), 1).T.float() + (self.zeros == "gptq")
+        grid = Grid(
+            scales.T.float().contiguous().to(device), zero.contiguous().to(device) if self._asymmetric else None
         )
-        return unmirrored(found) if self._mirrors else found
+        weight = QuantizedWeight(codes, grid, self.format, dtype)
+        return unmirrored(weight) if self._mirrors else weight
+
+    @property
+    def _asymmetric(self) -> bool:
+        return self.format.zero_points != "none"
 
     @property
     def _mirrors(self) -> bool:
-        return self.format == "gptq" and not self.spec.symmetric
+        return self._asymmetric and self.zeros == "gptq"
 
 
 def layout(folder: Path, quantization: Mapping[str, Any]) -> GptqLayout:
-    """The layout that a quantization_config of config.json describes; CheckpointError where epmq did not write it."""
+    """The layout that a quantization_config of config.json describes; CheckpointError if epmq did not write it."""
     try:
-        spec = GridSpec(quantization["bits"], quantization["group_size"], quantization["sym"], "minmax")
-        form, prefix = quantization["checkpoint_format"], quantization["block_name_to_quantize"]
+        points: Literal["none", "whole"] = "none" if quantization["sym"] else "whole"
+        format = IntFormat(quantization["bits"], quantization["group_size"], points)
+        zeros, prefix = quantization["checkpoint_format"], quantization["block_name_to_quantize"]
     except (KeyError, TypeError, ConfigError) as error:
         raise foreign_config(folder) from error
-    if form not in FORMATS or not isinstance(prefix, str) or not prefix or quantization.get("desc_act"):
+    if zeros not in FORMATS or not isinstance(prefix, str) or not prefix or quantization.get("desc_act"):
         raise foreign_config(folder)
-    return GptqLayout(spec, form, prefix)
+    return GptqLayout(format, zeros, prefix)
 
 
 def mirrored(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight without a zero point at the lowest code: such groups get the codes ~q, the zero point ~z and the
     scale -s."""
-    return _mirror(weight, weight.zero == weight.spec.lowest)
+    return _mirror(weight, weight.grid.zeros == -(1 << (weight.format.bits - 1)))
 
 
 def unmirrored(weight: QuantizedWeight) -> QuantizedWeight:
-    """The inverse of `mirrored`, for asymmetric grids, whose scales are positive otherwise."""
-    return _mirror(weight, weight.scale < 0)
+    """The inverse of `mirrored`, for weights with zero points, whose scales are positive otherwise."""
+    return _mirror(weight, weight.grid.scale < 0)
 
 
 def _mirror(weight: QuantizedWeight, groups: Tensor) -> QuantizedWeight:
     """The weight with the groups that `groups` (out, groups) names mirrored; ~q is -1 - q."""
     if not groups.any():
         return weight
-    columns = groups.repeat_interleave(weight.values.shape[1] // groups.shape[1], 1)
-    return QuantizedWeight(
-        torch.where(columns, ~weight.values, weight.values),
-        torch.where(groups, -weight.scale, weight.scale),
-        torch.where(groups, -1 - weight.zero, weight.zero),
-        weight.spec,
-        weight.dtype,
-    )
+    columns = groups.repeat_interleave(group_columns(weight.format, weight.shape[1]), 1)
+    other = Grid(-weight.grid.scale, -1 - weight.grid.zeros)
+    codes = torch.where(columns, ~weight.codes, weight.codes)
+    return QuantizedWeight(codes, other.where(groups, weight.grid), weight.format, weight.dtype)
 
 
 def packed(signed: Tensor, bits: int, dim: Literal[0, 1]) -> Tensor:

@@ -21,7 +21,7 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
 from epmq_cli.models.pretrained import from_folder
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat
 
 GENERATION = "generation_config.json"
 
@@ -49,9 +49,9 @@ def load(
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
     layout = layout_of(folder)
-    specs = _packed_linears(folder, model, files, layout)
-    shapes = {name: _weight(model, name).shape for name in specs}
-    obstacles = {name: obstacle(spec, shapes[name], where) for name, spec in specs.items()}
+    formats = _quantized_linears(folder, model, files, layout)
+    shapes = {name: _weight(model, name).shape for name in formats}
+    obstacles = {name: obstacle(format, shapes[name], where) for name, format in formats.items()}
     if kernel == "int4":
         refuse(obstacles)
     dense = {}
@@ -61,9 +61,9 @@ def load(
             model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
-    packed = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
+    stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
     for name in files.infos:
-        if name not in packed:
+        if name not in stored:
             tensor = files.tensor(name)
             dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
     _fill(folder, model, dense)
@@ -126,12 +126,14 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout) -> dict[str, GridSpec]:
-    """The number format of each packed linear."""
+def _quantized_linears(
+    folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
+) -> dict[str, NumberFormat]:
+    """The number format of each quantized linear."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    formats = {name: spec for name in linears if (spec := layout.format_of(name)) is not None}
+    formats = {name: format for name in linears if (format := layout.format_of(name)) is not None}
     for name in linears:
-        if layout.codes and f"{name}{layout.codes}" in files.infos and name not in formats:
+        if layout.scale and f"{name}{layout.scale}" in files.infos and name not in formats:
             raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
     return formats
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.models.processor_files import ProcessorFiles
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import PARTIAL, sync
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest

@@ -16,8 +16,10 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import Merge
-from epmq_cli.pipeline.preflight import check_scoring, formats_of
+from epmq_cli.pipeline.preflight import check_scoring
 from epmq_cli.pipeline.scored_tasks import scores_samples
+from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
 
 
@@ -30,7 +32,7 @@ class Job:
     merge: Merge
     guidance: Guidance
     calib: schema.Calib
-    quantizer: Quantizer
+    quantizer: Quantizer | MixedPrecision
     exporter: Exporter
     evaluation: schema.Evaluation
     device: torch.device
@@ -58,7 +60,7 @@ def make_job(cfg: DictConfig) -> Job:
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
-    quantizer: Quantizer = instantiate.build("quant", cfg.quant)
+    quantizer = build_quantizer(cfg.quant)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
     return Job(

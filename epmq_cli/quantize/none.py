@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat
 from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
 
 
@@ -17,23 +17,9 @@ class NoQuantizer:
     """`quant=none`."""
 
     @property
-    def spec(self) -> GridSpec | None:
-        """None: there is no grid."""
+    def format(self) -> NumberFormat | None:
+        """None: weights stay dense."""
         return None
-
-    @property
-    def bits(self) -> float:
-        """0."""
-        return 0.0
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def at(self, width: int) -> NoQuantizer:
-        """Itself."""
-        return self
 
     def prepared(self, hessian: Tensor) -> Prepared:
         """Nothing."""

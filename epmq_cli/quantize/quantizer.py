@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,11 @@ class Quantizer(Protocol):
     """A layer-wise quantizer: close to W in the sense of tr (Q - W) H (Q - W)', or simply close to W."""
 
     @property
-    def spec(self) -> GridSpec | None:
-        """The grid, at the smallest of the widths; None where nothing is quantized."""
-
-    @property
-    def bits(self) -> float:
-        """The width of the quantized weights on average, at most; 0 without a grid."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The bits that a linear can get: one width, or two where `bits` lies between them; none without a grid."""
-
-    def at(self, width: int) -> Quantizer:
-        """The same quantizer with this width alone."""
+    def format(self) -> NumberFormat | None:
+        """The number format of the weights; None if they stay dense."""
 
     def prepared(self, hessian: Tensor) -> Prepared:
-        """What this quantizer, at any of its widths, makes of a hessian (in, in)."""
+        """What this quantizer makes of a hessian (in, in); it depends on the format's group size alone."""
 
     def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
         """`weight` float32 (out, in), `hessian` float64 (in, in) and what was prepared of it, `dtype` the type that

@@ -11,8 +11,11 @@ from torch import Tensor
 from epmq_cli.checkpoint.gptq import mirrored, unmirrored
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
-from epmq_cli.quantize.formats.int import BITS, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import rtn
+from tests.formats import ints
 from tests.packs import LINEAR, exporter_of, model_of
 
 SHAPE = torch.Size((32, 64))
@@ -51,11 +54,11 @@ def naive(tensors: dict[str, Tensor], bits: int, form: str) -> Tensor:
     )
 
 
-def positive_weight(spec: GridSpec) -> QuantizedWeight:
+def positive_weight(format: NumberFormat) -> QuantizedWeight:
     """A random weight on a grid; the upper rows are positive, so that asymmetric zero points are the lowest code."""
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     weight[:8] = weight[:8].abs()
-    return rtn(weight, spec, torch.float16)
+    return rtn(weight, format, "minmax", torch.float16)
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
@@ -65,32 +68,33 @@ def positive_weight(spec: GridSpec) -> QuantizedWeight:
 def test_the_naive_unpacker_finds_the_dequantized_weight(
     form: str, bits: int, symmetric: bool, group_size: int
 ) -> None:
-    weight = positive_weight(GridSpec(bits, group_size, symmetric, "minmax"))
-    assert (weight.zero == weight.spec.lowest).any() != symmetric
+    weight = positive_weight(ints(bits, group_size, symmetric))
+    assert (weight.grid.zeros == weight.format.lowest).any() != symmetric
     found = naive(tensors_of(weight, form), bits, form)
     assert torch.equal(found.half().float(), weight.dequantize())
 
 
 def test_symmetric_zero_points_are_the_constant_that_kernels_look_for() -> None:
-    weight = positive_weight(GridSpec(4, 16, True, "minmax"))
+    weight = positive_weight(ints(4, 16))
     assert set(tensors_of(weight, "gptq")["qzeros"].flatten().tolist()) == {0x77777777}
     assert set(tensors_of(weight, "gptq_v2")["qzeros"].flatten().tolist()) == {0x88888888 - (1 << 32)}
 
 
 def test_mirroring_changes_no_weight_and_leaves_no_zero_point_at_the_lowest_code() -> None:
-    weight = positive_weight(GridSpec(3, 16, False, "minmax"))
+    weight = positive_weight(ints(3, 16, False))
     other = mirrored(weight)
-    assert not torch.equal(other.values, weight.values)
-    assert not (other.zero == weight.spec.lowest).any()
+    assert not torch.equal(other.codes, weight.codes)
+    assert not (other.grid.zeros == weight.format.lowest).any()
     assert torch.equal(other.dequantize(), weight.dequantize())
     back = unmirrored(other)
-    assert all(torch.equal(getattr(back, part), getattr(weight, part)) for part in ("values", "scale", "zero"))
+    pairs = (back.codes, weight.codes), (back.grid.scale, weight.grid.scale), (back.grid.zeros, weight.grid.zeros)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize(("damping", "written"), [(0.01, {"damp_percent": 0.01}), (None, {}), (1.0, {})])
 def test_quantize_config_says_what_config_json_says(damping: float | None, written: dict[str, float]) -> None:
     exporter = exporter_of("gptq", damping=damping)
-    config = exporter.config(model_of(SHAPE), {LINEAR: positive_weight(GridSpec(4, 16, True, "mse"))}, False)
+    config = exporter.config(model_of(SHAPE), {LINEAR: positive_weight(ints(4, 16))}, False)
     assert {name: json.loads(text) for name, text in exporter.files(config).items()} == {"quantize_config.json": config}
     assert {key: value for key, value in config.items() if key == "damp_percent"} == written
     assert {
@@ -107,16 +111,26 @@ def test_quantize_config_says_what_config_json_says(damping: float | None, writt
     ("family", "formats", "message"),
     [
         ("causal_lm", [], "pack=gptq stores quantized weights, and there are none; use pack=dense"),
-        ("clip", [(4, 16)], "pack=gptq is loaded for text models only, this family reads pictures; use pack=compres"),
-        ("bert", [(3, 16), (4, 16)], "stores one width for all linears, got 3 and 4 bits; use pack=compressed_tensors"),
-        ("bert", [(4, 24)], "group_size with pack=gptq must be one of -1, 16, 32, 64, 128, 256, 512, 1024, got 24"),
+        (
+            "clip",
+            [ints(4, 16)],
+            "pack=gptq is loaded for text models only, this family reads pictures; use pack=compres",
+        ),
+        ("bert", [ints(3, 16), ints(4, 16)], "one format for all linears, got int3 and int4; use pack=compressed_tens"),
+        ("bert", [Fp8Format(-1)], "pack=gptq stores integers, got fp8; use pack=compressed_tensors"),
+        (
+            "bert",
+            [IntFormat(4, 16, "real")],
+            "stores whole zero points, and those of this quantizer are real numbers; ",
+        ),
+        ("bert", [ints(4, 24)], "group_size with pack=gptq must be one of -1, 16, 32, 64, 128, 256, 512, 1024, got 24"),
     ],
 )
 def test_what_loaders_do_not_take_is_refused_before_a_model_is_opened(
-    family: str, formats: list[tuple[int, int]], message: str
+    family: str, formats: list[NumberFormat], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        exporter_of("gptq").check(FAMILIES[family], [GridSpec(*each, True, "minmax") for each in formats])
+        exporter_of("gptq").check(FAMILIES[family], formats)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +151,7 @@ def test_linears_that_the_format_does_not_hold_are_refused_before_calibration(
 ) -> None:
     shapes = {name: torch.Size(shape) for name, shape in linears.items()}
     with pytest.raises(ConfigError, match=message):
-        exporter_of("gptq").check_linears(shapes, model_of(SHAPE), [GridSpec(bits, 16, True, "minmax")])
+        exporter_of("gptq").check_linears(shapes, model_of(SHAPE), [ints(bits, 16)])
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
