@@ -62,6 +62,7 @@ def texts(
             names,
             formats_of(job.quantizer),
             average_bits(walked),
+            job.exporter,
             type(model).__name__,
             __version__,
             {task: place(task) for task in processors},

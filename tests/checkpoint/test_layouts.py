@@ -15,6 +15,7 @@ from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.families import FAMILIES
 from epmq_cli.models.model_folder import SafetensorsFiles
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
+from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS
 from epmq_cli.quantize.rtn import rtn
 from tests.formats import ints
