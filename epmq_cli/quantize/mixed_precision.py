@@ -15,7 +15,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import QuantizationResult, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
-from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
 
 
 def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> QuantizedWeight:
