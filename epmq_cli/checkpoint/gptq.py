@@ -174,7 +174,7 @@ class GptqLayout:
         scale = signed_scale if self._mirrors else scale_check(self.format, signed)
         return {
             f"{name}.qweight": ExpectedTensor((words(columns, bits), rows), "I32"),
-            f"{name}.qzeros": ExpectedTensor((groups, words(rows, bits)), "I32"),
+            f"{name}.qzeros": ExpectedTensor((groups, words(rows, bits)), "I32", partial(self._zeros_problem, rows)),
             f"{name}.scales": ExpectedTensor((groups, rows), check=scale),
             f"{name}.g_idx": ExpectedTensor((columns,), "I32", partial(_index_problem, size)),
         }
@@ -203,6 +203,11 @@ class GptqLayout:
         )
         weight = QuantizedWeight(codes, grid, self.format, dtype)
         return unmirrored(weight) if self._mirrors else weight
+
+    def _zeros_problem(self, rows: int, qzeros: Tensor) -> str | None:
+        """What is wrong with the zero points of a format without them."""
+        zero = unpacked(qzeros, self.format.bits, (len(qzeros), rows), 1) + (self.zeros == "gptq")
+        return None if self._asymmetric or not zero.any() else "holds zero points, config.json implies none"
 
     @property
     def _asymmetric(self) -> bool:

@@ -43,7 +43,7 @@ def load(
     folder, where = Path(checkpoint), device_of(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+        raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
     config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one

@@ -1,4 +1,4 @@
-"""A dense merge as a model folder like the base's, written tensor by tensor while it is made."""
+"""Writes a merged model as a dense model folder like the base's, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def write_dense(
     files: ProcessorFiles,
     save_others: Callable[[Path], None] = lambda folder: None,
 ) -> int:
-    """Writes the base's tensors under the base's names, those that are merged merged, in the base's types or in
-    `pack.dtype`; with its config and `files`, the base's. `save_others`: writes further files and folders into the
-    checkpoint's. Returns the bytes of the tensors.
+    """Writes all tensors of the base under their names, merged ones with their merged values; returns their bytes.
 
-    A copy that is tied to another tensor is not written, and one that is tied in the base but not in the result is;
-    config.json says which, and the type of most elements. CheckpointError where the disk does not take it; then
-    nothing is left.
+    Tensors keep the base's types unless `pack.dtype` names another. `files`: the base's processor files, which are
+    copied. `save_others`: writes further files and folders into the checkpoint folder.
+
+    Copies that are tied in the result are not written; copies that are tied only in the base are. config.json says
+    which are tied, and has the type of most elements. CheckpointError: the disk is full or read-only; then nothing is
+    left behind.
     """
     base = models.base
     entries = _entries(base, merged, models.ties, exporter.dtype)
@@ -58,8 +59,8 @@ def write_dense(
 
 
 def _config(models: SuiteModels, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json with the result's ties, vocabulary and type; transformers and vLLM load all tensors in
-    that type."""
+    """The base's config.json with the ties, the vocabulary and the type of the result; transformers and vLLM load all
+    tensors in that type."""
     config = models.base.config | models.ties.changes | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     size = models.source.vocabulary_size
@@ -67,23 +68,23 @@ def _config(models: SuiteModels, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, wanted: str) -> list[Entry]:
-    """What is written, in the order of the base's files, behind them what these do not hold."""
+    """The tensors to write: those of the base's files in their order, then those that the files do not hold."""
     source = merged.source
     names = {source.stored_name(name): name for name in source.names}
-    found = []
+    entries = []
     for stored in [*base.infos, *(name for name in names if name not in base.infos)]:
         name = names.get(stored)
         if name is not None:
             dtype = _type(base, source.read_name(name), wanted)
-            found.append(Entry(stored, dtype, source.shape(name), partial(merged.stored, name, dtype)))
+            entries.append(Entry(stored, dtype, source.shape(name), partial(merged.stored, name, dtype)))
         elif stored not in ties.dropped:
             dtype = _type(base, stored, wanted)
-            found.append(Entry(stored, dtype, base.infos[stored].shape, partial(_unmerged, base, stored, dtype)))
-    return found
+            entries.append(Entry(stored, dtype, base.infos[stored].shape, partial(_unmerged, base, stored, dtype)))
+    return entries
 
 
 def _type(base: ModelFolder, stored: str, wanted: str) -> torch.dtype:
-    """The type in which a tensor of the base is written."""
+    """The type to write a tensor of the base in; `wanted`: `pack.dtype`."""
     types = {name: dtype for dtype, name in NAMES.items()}
     kind = base.infos[stored].dtype
     if kind not in types:
