@@ -18,9 +18,9 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
-from epmq_cli.quantize.kernels.select import Columns, columns_of
+from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 
@@ -45,7 +45,7 @@ def quantize_columns(
     dtype: torch.dtype,
     block_size: int,
     group_of: Tensor,
-    columns: Columns,
+    columns: ColumnKernel,
 ) -> tuple[Tensor, Grid]:
     """The loop of algorithm 1: codes (out, in) and their grid.
 
@@ -69,7 +69,7 @@ def quantize_columns(
 
 
 def _group_grid(
-    weight: Tensor, U: Tensor, format: NumberFormat, search: str, dtype: torch.dtype, columns: Columns
+    weight: Tensor, U: Tensor, format: NumberFormat, search: str, dtype: torch.dtype, columns: ColumnKernel
 ) -> Grid:
     """The grid of one group of columns, (out, 1)."""
     if search == "hessian":
@@ -123,7 +123,7 @@ def gptq(
     block_size: int,
     act_order: bool,
     prepared: Prepared | None = None,
-) -> Outcome:
+) -> QuantizationResult:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
     `search`: `hessian` or one of `NumberFormat.fit`. `act_order`: see `column_order`. `prepared`: what `prepare` gives,
@@ -134,11 +134,11 @@ def gptq(
     size = group_columns(format, len(hessian))
     Hinv, had = prepared or prepare(hessian, size, damping, act_order)
     if had is None:
-        return Outcome(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
+        return QuantizationResult(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
-    ordered, columns, options = weight[:, order], columns_of(weight, format), (format, search, dtype, block_size)
+    ordered, columns, options = weight[:, order], kernel_for(weight, format), (format, search, dtype, block_size)
     codes, grid = quantize_columns(ordered, Hinv.to(weight.dtype), *options, order // size, columns)
-    return Outcome(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *had)
+    return QuantizationResult(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *had)
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,6 @@ class Gptq:
         Hinv, had = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
         return Hinv.float(), had
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         options = (self.format, self.grid, dtype, self.damping, self.block_size, self.act_order)
         return gptq(weight, hessian, *options, prepared)

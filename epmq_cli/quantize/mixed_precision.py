@@ -15,7 +15,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import Outcome, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
@@ -105,7 +105,7 @@ class Trial:
         for quantizer in quantizers.values():
             error = quantizer(weight, hessian, prepared, dtype).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
-        size, energy, *errors = distributed.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
         losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
         self.sizes[group] = self.sizes.get(group, 0) + int(size)
         for bits, error in zip(quantizers, errors, strict=True):
@@ -122,6 +122,6 @@ class _Measuring:
         """What both formats share, since nothing but the format differs."""
         return self.trial.mixed.low.prepared(hessian)
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         self.trial.measure(self.group, weight, hessian, prepared, dtype)
         return NoQuantizer()(weight, hessian, prepared, dtype)

@@ -12,7 +12,7 @@ from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, Quantize
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuantizationResult:
     """A quantized weight; the relative damping that was used, and how often it had to be raised; where the method could
     not be applied, the name of the one that stood in for it."""
 
@@ -37,6 +37,6 @@ class Quantizer(Protocol):
     def prepared(self, hessian: Tensor) -> Prepared:
         """What this quantizer makes of a hessian (in, in); it depends on the format's group size alone."""
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         """`weight` float32 (out, in), `hessian` float64 (in, in) and what was prepared of it, `dtype` the type that
         scales are stored in. Rows do not look at each other."""
