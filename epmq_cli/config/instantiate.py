@@ -29,6 +29,16 @@ REFERENCE = re.compile(r"\$\{(\w+)\}")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 ASKED = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
 
+MOVED = {
+    "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
+    "epmq_cli.data.tiny.Tiny": "epmq_cli.data.tiny.tasks.Tiny",
+    "epmq_cli.config.Calib": "epmq_cli.config.schema.Calib",
+    "epmq_cli.config.Pack": "epmq_cli.config.schema.Pack",
+    "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
+    "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
+}
+"""Earlier names of classes, which users' configs and the records of checkpoints still have."""
+
 
 def conf_dir() -> Path:
     """The folder of the shipped configs: in the wheel inside the package, in a checkout beside it."""
@@ -86,6 +96,7 @@ def build(group: str, node: DictConfig) -> Any:
     import hydra
 
     _check_node(group, node)
+    node = _with_current_names(node)
     _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -99,9 +110,23 @@ def build(group: str, node: DictConfig) -> Any:
         raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
 
 
+def _with_current_names(node: DictConfig) -> DictConfig:
+    """The config with the current name of every class in `MOVED`."""
+    plain = OmegaConf.to_container(node, resolve=False)
+    if not any(part["_target_"] in MOVED for _, part in _targets("", plain)):
+        return node
+    for _, part in _targets("", plain):
+        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
+    current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
+    current._set_parent(node._get_parent())  # for its interpolations
+    current._set_key(node._key())
+    return current
+
+
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     """The fields of the class that a config group names, and whether each must be given."""
     _check_node(group, node)
+    node = _with_current_names(node)
     kind = _class_of(f"{group}._target_", node._target_)
     needed = required(kind)
     return {field.name: field.name in needed for field in dataclasses.fields(kind)}
@@ -159,8 +184,9 @@ def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def targets(node: Any) -> list[str]:
-    """Every `_target_` in a config, at any depth."""
-    return [str(part["_target_"]) for _, part in _targets("", node)]
+    """The current name of every `_target_` in a config, at any depth."""
+    found = [str(part["_target_"]) for _, part in _targets("", node)]
+    return [MOVED.get(target, target) for target in found]
 
 
 def device_of(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Oracle: the same class of transformers with the dense weights that the stored codes and scales give in closed form."""
+"""Oracle: the same class of transformers with the dense weights that codes times scales give in closed form."""
 
 from __future__ import annotations
 
