@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import Reference, install
 from epmq_cli.families.family import Family
-from epmq_cli.quantize.layer_problem import Affine
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Student:
     def affine_anchor(self, module: str) -> Affine:
         """`anchor` of a linear's or norm's weight and, where it has one, bias."""
         return Affine(self.anchor(f"{module}.weight"), self.anchor(f"{module}.bias") if self._biased(module) else None)
+
+    def stacked_anchor(self, modules: Sequence[str]) -> Affine:
+        """`affine_anchor` of linears that read the same input, as one linear."""
+        return Affine.stacked([self.affine_anchor(module) for module in modules])
 
     def affine_expert(self, task: str, module: str) -> Affine:
         """`expert` likewise."""

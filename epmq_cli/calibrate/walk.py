@@ -28,15 +28,15 @@ from epmq_cli.calibrate.moments import real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.progress import Journal, Walked
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import Reference, install, installed
-from epmq_cli.calibrate.solve_layer import solve
+from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measured
 from epmq_cli.data.batching import ALL, Batch, split
 from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import Norm, Section, Stack
-from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime import distributed
@@ -87,6 +87,7 @@ class _Walk:
         self.journal = journal or Journal()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
+        self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
         self.whole = batches
         parts = {task: [split(batch, samples) for batch in group] for task, group in batches.items()}
         self.counts = {task: [len(found) for found in group] for task, group in parts.items()}  # of each batch
@@ -122,6 +123,8 @@ class _Walk:
         if not self.journal.install(entry, self.student):
             self._solve_stem(stack)
             self.journal.write(entry, self.student)
+        if not self.measures:
+            return
         values: list[int] = []
         for task in self.own:
             self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot, values)
@@ -246,22 +249,39 @@ class _Walk:
 
     def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], reading: Reading) -> None:
         """Solves and quantizes linears that read the same input."""
-        names = [section.name(name) for name in local]
-        objective, tokens = self._measure(section, teacher, names, reading)
-        in_block = all(section is not stack.readout for stack in self.stacks)
-        quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
+        names, dtype = [section.name(name) for name in local], self.student.dtype
+        quantizer, in_block = self._quantizer(section, names), self._in_block(section)
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
-        found, records = solve(objective.closed(), names, outs, tokens, quantizer, self.student.dtype)
+        if self.measures:
+            objective, tokens = self._measure(section, teacher, names, reading)
+            found, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
+        else:
+            found, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
         for name, solution in zip(names, found, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
         weights = [solution.weight for solution in found]
         self.journal.note(names if in_block else [], weights if in_block else [], records)
 
+    def _in_block(self, section: Section) -> bool:
+        """Whether a section is a block; the linears of others stay dense."""
+        return all(section is not stack.readout for stack in self.stacks)
+
+    def _quantizer(self, section: Section, names: Sequence[str]) -> Quantizer:
+        """The quantizer of linears of a section."""
+        return self.quantizer_of(names) if self._in_block(section) else NoQuantizer()
+
+    def _quantizers_need_inputs(self) -> bool:
+        for block in self.family.blocks(self.student.model):
+            groups = [step.names for step in block.steps if isinstance(step, Linears)]
+            if any("inputs" in self.quantizer_of([*map(block.name, names)]).needs for names in groups):
+                return True
+        return False
+
     def _measure(
         self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
     ) -> tuple[Objective, int]:
         """The objective of the linears of one group, stacked, and the tokens it was measured on."""
-        anchor = Affine.stacked([self.student.affine_anchor(name) for name in names])
+        anchor = self.student.stacked_anchor(names)
         objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
         for task, batches in self._rows(section, teacher, reading):
             expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])

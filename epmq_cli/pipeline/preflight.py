@@ -156,8 +156,8 @@ def check_kernel(
     if wanted.kernel != "int4" or "quantized" not in wanted.stages:
         return
     obstacles = {}
-    if quantizer.spec is not None:
-        widest = replace(quantizer.spec, bits=max(quantizer.widths))
+    if quantizer.format is not None:
+        widest = replace(quantizer.format, bits=max(quantizer.widths))
         obstacles = {name: obstacle(widest, shape, device) for name, shape in linear_shapes(model, family)}
     refuse(obstacles)
 

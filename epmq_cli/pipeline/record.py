@@ -54,7 +54,7 @@ def texts(
     if processors:
         record[PROCESSORS] = list(processors)
     names = (choices["merge"], choices["guidance"], choices["quant"])
-    spec, widths = job.quantizer.spec, job.quantizer.widths
+    spec, widths = job.quantizer.format, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(

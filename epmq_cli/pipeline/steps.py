@@ -60,7 +60,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
-    check_groups(model, job.family, job.quantizer.spec)
+    check_groups(model, job.family, job.quantizer.format)
     check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
     return models, model, dtype
 

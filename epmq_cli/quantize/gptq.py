@@ -20,7 +20,7 @@ from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.int import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
 from epmq_cli.quantize.kernels.select import Columns, columns_of
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 
@@ -121,7 +121,7 @@ def gptq(
     block_size: int,
     act_order: bool,
     prepared: Prepared | None = None,
-) -> Outcome:
+) -> QuantizationResult:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
     `act_order`: see `column_order`. `prepared`: what `prepare` gives, made here unless given. Columns whose input is
@@ -132,12 +132,12 @@ def gptq(
     size = spec.columns(len(hessian))
     Hinv, had = prepared or prepare(hessian, size, damping, act_order)
     if had is None:
-        return Outcome(rtn(weight, spec, dtype), fallback="rtn")
+        return QuantizationResult(rtn(weight, spec, dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
     ordered, columns = weight[:, order], columns_of(weight)
     values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
     values = values[:, torch.argsort(order)].to(torch.int8)
-    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
+    return QuantizationResult(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
 
 
 @dataclass(frozen=True)
@@ -158,30 +158,36 @@ class Gptq:
     act_order: bool
 
     def __post_init__(self) -> None:
-        _ = self.spec
+        _ = self.format
         check_range("quant.damping", self.damping, 0, 1, open_low=True)
         check_range("quant.block_size", self.block_size, 1, 1 << 20, integer=True)
         check_choice("quant.act_order", self.act_order, (True, False))
 
     @property
-    def spec(self) -> GridSpec:
+    def format(self) -> GridSpec:
         """The grid that these fields describe, at the smaller width where there are two."""
         return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """The Hessian of the inputs."""
+        return frozenset({"inputs"})
+
+    @property
     def widths(self) -> tuple[int, ...]:
-        """See result.py."""
+        """See Quantizer."""
         return widths_of(self.bits, self.symmetric)
 
     def at(self, width: int) -> Gptq:
-        """See result.py."""
+        """See Quantizer."""
         return replace(self, bits=width)
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        """See result.py."""
-        Hinv, had = prepare(hessian, self.spec.columns(len(hessian)), self.damping, self.act_order)
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """See Quantizer."""
+        Hinv, had = prepare(hessian, self.format.columns(len(hessian)), self.damping, self.act_order)
         return Hinv.float(), had
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
-        options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
-        return gptq(weight, hessian, *options, prepared)
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        options = (self.format, layer.dtype, self.damping, self.block_size, self.act_order)
+        return gptq(layer.weight, layer.measured(), *options, prepared)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import Outcome, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
@@ -59,13 +59,12 @@ class Trial:
         """The stand-in for linears of this group."""
         return _Account(self, group)
 
-    def note(self, group: str, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> None:
-        """Tries every width on a weight (out, in) and adds what it loses, all processes' rows together, to the group's
-        account."""
-        target = weight.double()
-        sums = [float(weight.numel()), float(((target @ hessian) * target).sum())]
+    def note(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
+        """Tries every width on a layer and adds what it loses, all processes' rows together, to the group's account."""
+        target, hessian = layer.weight.double(), layer.measured()
+        sums = [float(target.numel()), float(((target @ hessian) * target).sum())]
         for width in self.quantizer.widths:
-            found = self.quantizer.at(width)(weight, hessian, prepared, dtype).weight
+            found = self.quantizer.at(width).quantize(layer, prepared).weight
             error = found.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
         size, energy, *errors = distributed.added(torch.tensor(sums, dtype=torch.float64)).tolist()
@@ -83,15 +82,19 @@ class _Account:
     widths: tuple[int, ...] = ()
 
     @property
-    def spec(self) -> GridSpec | None:
+    def format(self) -> GridSpec | None:
         return None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
 
     def at(self, width: int) -> Quantizer:
         return self
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        return self.trial.quantizer.prepared(hessian)
+    def prepare(self, hessian: Tensor) -> Prepared:
+        return self.trial.quantizer.prepare(hessian)
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
-        self.trial.note(self.group, weight, hessian, prepared, dtype)
-        return NoQuantizer()(weight, hessian, prepared, dtype)
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        self.trial.note(self.group, layer, prepared)
+        return NoQuantizer().quantize(layer, prepared)

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the nearest integer of its grid, inputs not looked at."""
+"""Round to nearest: each weight becomes the nearest integer of its grid; no inputs are needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
@@ -30,26 +30,32 @@ class Rtn:
     grid: str
 
     def __post_init__(self) -> None:
-        check_choice("quant.grid", self.grid, ("minmax", "mse"))  # nothing else without a look at the inputs
-        _ = self.spec
+        check_choice("quant.grid", self.grid, ("minmax", "mse"))  # `hessian` needs inputs
+        _ = self.format
 
     @property
-    def spec(self) -> GridSpec:
+    def format(self) -> GridSpec:
         """The grid that these fields describe, at the smaller width where there are two."""
         return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
+
+    @property
     def widths(self) -> tuple[int, ...]:
-        """See result.py."""
+        """See Quantizer."""
         return widths_of(self.bits, self.symmetric)
 
     def at(self, width: int) -> Rtn:
-        """See result.py."""
+        """See Quantizer."""
         return replace(self, bits=width)
 
-    def prepared(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor) -> Prepared:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
-        return Outcome(rtn(weight, self.spec, dtype))
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        return QuantizationResult(rtn(layer.weight, self.format, layer.dtype))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epmq_cli.quantize.mixed_precision import Trial, allocate
-from epmq_cli.quantize.quantizer import NOTHING
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
 from epmq_cli.quantize.rtn import Rtn
 
 LOSSES = {"a": {3: 9.0, 4: 1.0}, "b": {3: 5.0, 4: 1.0}, "c": {3: 4.0, 4: 3.5}, "d": {3: 2.0, 4: 2.5}}
@@ -91,13 +91,14 @@ def test_a_trial_notes_the_losses_of_each_width_and_changes_nothing() -> None:
     inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64)
     H, quantizer = inputs.T @ inputs, Rtn(3.5, 4, True, "mse")
     trial = Trial(quantizer)
-    outcome = trial.of("q")(weight, H, trial.of("q").prepared(H), torch.float32)
+    layer = LayerProblem(("q",), weight, weight, H, torch.float32)
+    outcome = trial.of("q").quantize(layer, trial.of("q").prepare(H))
     assert torch.equal(outcome.weight.dequantize(), weight)
     assert trial.sizes == {"q": 48}
     energy = (inputs @ weight.double().T).square().sum()
     for width in (3, 4):
-        rounded = quantizer.at(width)(weight, H, NOTHING, torch.float32).weight.dequantize()
+        rounded = quantizer.at(width).quantize(layer, NOTHING).weight.dequantize()
         lost = (inputs @ (rounded - weight).double().T).square().sum() / energy
         assert trial.losses["q"][width] == pytest.approx(float(lost), rel=1e-9)
-    trial.of("q")(weight, H, NOTHING, torch.float32)
+    trial.of("q").quantize(layer, NOTHING)
     assert trial.sizes == {"q": 96}
