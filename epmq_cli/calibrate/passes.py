@@ -17,7 +17,7 @@ from epmq_cli.data.batching import ALL, Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears
 from epmq_cli.pipeline.progress import State
-from epmq_cli.quantize.mixed_precision import Trial, allocate
+from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 
@@ -28,7 +28,7 @@ def sweep(
     batches: Mapping[str, Sequence[Batch]],
     reference: Reference,
     guidance: Guidance,
-    quantizer: Quantizer,
+    quantizer: Quantizer | MixedPrecision,
     dtype: torch.dtype,
     depot: Depot | None = None,
     state: State | None = None,
@@ -36,32 +36,30 @@ def sweep(
 ) -> Walked:
     """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
 
-    Where the quantizer has two widths, what they lose is measured in the first walk, which is done twice if it is the
-    only one; q, k and v get the same width, as kernels that fuse them need it. `state`: where what is finished is kept.
+    Mixed precision measures the losses of its two formats in the first walk, which is done twice if it is the only one.
+    `state`: where what is finished is kept.
     `samples`: see walk.
     """
     groups = _groups(student, family)
-    trial = Trial(quantizer)
-    mixed = len(quantizer.widths) > 1
-    first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
+    trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
+    first: QuantizerOf = lambda names: NoQuantizer() if trial is None else trial.of(groups[names[0]])  # noqa: E731
     kept = state or State()
 
     def walked(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> Walked:
         journal = kept.journal(name, account)
         return walk(student, family, batches, reference, guidance, quantizer_of, dtype, depot, journal, samples)
 
-    if mixed and guidance.sweeps == 1:
+    if trial is not None and guidance.sweeps == 1:
         walked("widths", first, trial)
         reference.restore(student)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
         walked(f"sweep-{number}", chosen, trial if number == 0 else None)
         guidance = replace(guidance, rho=1)
-    if not mixed:
-        return walked("last", lambda _: quantizer)
-    widths = allocate(trial.losses, trial.sizes, quantizer.bits)
-    last: QuantizerOf = lambda names: quantizer.at(widths[groups[names[0]]])  # noqa: E731
-    return walked("last", last)
+    if trial is None:
+        return walked("last", lambda _: single)
+    chosen_for = trial.choose()
+    return walked("last", lambda names: chosen_for[groups[names[0]]])
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
@@ -98,7 +98,7 @@ def _record(name: str, weight: QuantizedWeight | DenseWeight, result: Quantizati
     """The record of a linear whose inputs were not measured."""
     return LayerRecord(
         name=name,
-        bits=weight.spec.bits if isinstance(weight, QuantizedWeight) else None,
+        bits=weight.format.bits if isinstance(weight, QuantizedWeight) else None,
         tokens=0,
         condition=None,
         target_damping=0.0,
@@ -121,5 +121,7 @@ def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[Qua
     """The weight of each linear, with `outs` rows each, gathered from the rows of all processes."""
     if isinstance(part, DenseWeight):
         return DenseWeight(distributed.assembled(part.weight, sum(outs))).split(outs)
-    values, scale, zero = (distributed.assembled(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero))
-    return replace(part, values=values, scale=scale, zero=zero).split(outs)
+    codes = distributed.assembled(part.codes.view(torch.int8), sum(outs)).view(part.format.storage)
+    scale = distributed.assembled(part.grid.scale, sum(outs))
+    zero = None if part.grid.zero is None else distributed.assembled(part.grid.zero, sum(outs))
+    return QuantizedWeight(codes, Grid(scale, zero), part.format, part.dtype).split(outs)

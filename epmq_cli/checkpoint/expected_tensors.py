@@ -12,19 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.checkpoint.compressed_tensors import grid_of
+from epmq_cli.checkpoint.compressed_tensors import format_of
 from epmq_cli.checkpoint.load import blank_model, model_config
 from epmq_cli.errors import CheckpointError, first_line
 from epmq_cli.models.model_class import ModelClass, equal, model_class, untied_config
 from epmq_cli.models.model_folder import SafetensorsFiles, TensorInfo, read_json
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat, group_columns
+from epmq_cli.quantize.formats.fp8 import Fp8Format
 
 ROLE = "checkpoint"
 
 
 def finite(tensor: Tensor) -> str | None:
     """What is wrong with the values of any tensor; None where nothing is."""
-    return "holds NaN or infinity" if tensor.is_floating_point() and not tensor.isfinite().all() else None
+    if not tensor.is_floating_point():
+        return None
+    known = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not look into FP8
+    return None if known.isfinite().all() else "holds NaN or infinity"
 
 
 def signed_scale(tensor: Tensor) -> str | None:
@@ -138,24 +142,24 @@ def wanted_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, Wa
     if quantization is None:
         return wanted
     for name, module in model.named_modules():
-        spec = grid_of(folder, quantization, name) if isinstance(module, nn.Linear) else None
-        if spec is not None:
+        format = format_of(folder, quantization, name) if isinstance(module, nn.Linear) else None
+        if format is not None:
             rows, columns = wanted.pop(f"{name}.weight").shape
-            wanted |= {f"{name}.{part}": want for part, want in _packed(rows, columns, spec, signed).items()}
+            wanted |= {f"{name}.{part}": want for part, want in _stored_as(rows, columns, format, signed).items()}
     return wanted
 
 
-def _packed(rows: int, columns: int, spec: GridSpec, signed: bool) -> dict[str, Wanted]:
+def _stored_as(rows: int, columns: int, format: NumberFormat, signed: bool) -> dict[str, Wanted]:
     """The tensors that stand for a weight (rows, columns)."""
-    groups = math.ceil(columns / spec.columns(columns))
-    scale = signed_scale if signed and spec.symmetric else positive_scale
-    found = {
-        "weight_packed": Wanted((rows, _words(columns, spec.bits)), "I32"),
-        "weight_scale": Wanted((rows, groups), check=scale),
-        "weight_shape": Wanted((2,), "I64", partial(equal_to, [rows, columns])),
-    }
-    if not spec.symmetric:
-        found["weight_zero_point"] = Wanted((_words(rows, spec.bits), groups), "I32")
+    groups = math.ceil(columns / group_columns(format, columns))
+    scale = positive_scale if format.mirrored or not signed else signed_scale
+    found = {"weight_scale": Wanted((rows, groups), check=scale)}
+    if isinstance(format, Fp8Format):
+        return {"weight": Wanted((rows, columns), "F8_E4M3"), **found}
+    found["weight_packed"] = Wanted((rows, _words(columns, format.bits)), "I32")
+    found["weight_shape"] = Wanted((2,), "I64", partial(equal_to, [rows, columns]))
+    if format.zero_points != "none":
+        found["weight_zero_point"] = Wanted((_words(rows, format.bits), groups), "I32")
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from string import Template
 
 from epmq_cli.data.suite import Suite
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat
 
 SPECIAL = re.compile(r"[\\`*\[\]#~]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
 CARD = Template("""---
@@ -40,25 +40,16 @@ $processors`epmq eval path/of/this/folder` scores the model on every task; \
 def model_card(
     suite: Suite,
     choices: Sequence[str],
-    spec: GridSpec | None,
-    widths: Sequence[int],
+    formats: Sequence[NumberFormat],
     bits: float | None,
     architecture: str,
     version: str,
     processors: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `widths`: those that a linear could
-    get; `bits`: on average; `architecture`: the model's class in transformers;
+    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `formats`: those that a
+    linear can get; `bits`: on average; `architecture`: the model's class in transformers;
     `processors`: where in the checkpoint tasks have a tokenizer or an image processor of their own."""
     merge, guidance, quantizer = choices
-    grid = (
-        "dense"
-        if spec is None or bits is None
-        else (
-            f"{bits:.4g} bits{_mixed(widths, bits)}, {'symmetric' if spec.symmetric else 'asymmetric'}, "
-            + ("one scale a row" if spec.group_size == -1 else f"groups of {spec.group_size}")
-        )
-    )
     return CARD.substitute(
         name=_plain(suite.name),
         count=len(suite.members),
@@ -69,7 +60,7 @@ def model_card(
         quantizer=_code(quantizer),
         base=_code(suite.base),
         experts=_experts(suite),
-        weights=grid,
+        weights=_weights(formats, bits),
         processors=_processors(processors or {}),
     )
 
@@ -101,5 +92,20 @@ def _code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
-def _mixed(widths: Sequence[int], bits: float) -> str:
-    return "" if bits in widths else f" on average ({' and '.join(map(str, widths))})"
+def _weights(formats: Sequence[NumberFormat], bits: float | None) -> str:
+    """How the weights of the blocks' linears are stored."""
+    if not formats or bits is None:
+        return "dense"
+    shared = formats[0]
+    symmetric = "symmetric" if shared.zero_points == "none" else "asymmetric"
+    groups = "one scale a row" if shared.group_size == -1 else f"groups of {shared.group_size}"
+    return f"{bits:.4g} bits{_named(formats, bits)}, {symmetric}, {groups}"
+
+
+def _named(formats: Sequence[NumberFormat], bits: float) -> str:
+    """The formats in brackets; integers by their bits alone, and left out if all weights have the same."""
+    integers = all(format.name == f"int{format.bits}" for format in formats)
+    names = " and ".join(str(format.bits) if integers else format.name for format in formats)
+    if bits in [format.bits for format in formats]:
+        return "" if integers else f" ({names})"
+    return f" on average ({names})"

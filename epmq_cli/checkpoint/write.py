@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from epmq_cli.errors import CheckpointError
 from epmq_cli.models.processor_files import ProcessorFiles
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
+from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.store.atomic import PARTIAL, sync
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest
@@ -40,19 +41,28 @@ RECORD = "epmq.json"
 
 def packed_linear(name: str, weight: QuantizedWeight) -> list[Entry]:
     """The tensors of one linear, each packed when it is written."""
+    scale = weight.grid.scale
+    entries = [
+        Entry(f"{name}.weight_scale", weight.dtype, tuple(scale.shape), lambda: scale.to(weight.dtype)),
+    ]
+    if isinstance(weight.format, Fp8Format):
+        return [of(f"{name}.weight", weight.codes), *entries]
+    return [*_packed_codes(name, weight), *entries]
+
+
+def _packed_codes(name: str, weight: QuantizedWeight) -> list[Entry]:
+    """Integers and their zero points, packed into int32."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    rows, columns = weight.values.shape
-    bits, groups = weight.spec.bits, weight.scale.shape[1]
-    words = pack_to_int32(weight.values[:1].cpu(), bits).shape[1]
+    bits, codes, zero = weight.format.bits, weight.codes, weight.grid.zero
+    words = pack_to_int32(codes[:1].cpu(), bits).shape[1]
     entries = [
-        Entry(f"{name}.weight_packed", torch.int32, (rows, words), lambda: pack_to_int32(weight.values.cpu(), bits)),
-        Entry(f"{name}.weight_scale", weight.dtype, (rows, groups), lambda: weight.scale.to(weight.dtype)),
-        of(f"{name}.weight_shape", torch.tensor([rows, columns])),
+        Entry(f"{name}.weight_packed", torch.int32, (len(codes), words), lambda: pack_to_int32(codes.cpu(), bits)),
+        of(f"{name}.weight_shape", torch.tensor(codes.shape)),
     ]
-    if not weight.spec.symmetric:
-        zero = weight.zero.to(torch.int8).cpu()
-        entries.append(of(f"{name}.weight_zero_point", pack_to_int32(zero, bits, packed_dim=0).contiguous()))
+    if zero is not None:
+        points = pack_to_int32(zero.to(torch.int8).cpu(), bits, packed_dim=0).contiguous()
+        entries.append(of(f"{name}.weight_zero_point", points))
     return entries
 
 
@@ -97,42 +107,49 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if name not in tied}
 
 
-def quantization_config(model: nn.Module, specs: Mapping[str, GridSpec], dequantize: bool) -> dict[str, Any]:
-    """The entry of config.json from which readers of compressed-tensors know how the linears are packed, given the grid
+def quantization_config(model: nn.Module, formats: Mapping[str, NumberFormat], dequantize: bool) -> dict[str, Any]:
+    """The entry of config.json that describes the quantized linears to readers of compressed-tensors, given the format
     of each by name.
 
-    One group where all have the same grid, else one for each. `dequantize` makes transformers do so while it loads;
-    asymmetric grids need that in any case. With several widths it must not, since it would take the first for all.
+    One group if all have the same format, else one for each. `dequantize` makes transformers do so while it loads;
+    formats with zero points need that in any case. With several formats it must not, since transformers would take the
+    first for all.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kinds = sorted(set(specs.values()), key=lambda spec: spec.bits)
+    kinds = sorted(set(formats.values()), key=lambda format: format.bits)
+    names = dict.fromkeys(_compression(format) for format in kinds)
     groups = {
         f"group_{index}": {
-            "targets": ["Linear"] if len(kinds) == 1 else [name for name in linears if specs.get(name) == spec],
-            "weights": _weights_entry(spec),
+            "targets": ["Linear"] if len(kinds) == 1 else [name for name in linears if formats.get(name) == format],
+            "weights": _weights_entry(format),
+            **({"format": _compression(format)} if len(names) > 1 else {}),
         }
-        for index, spec in enumerate(kinds)
+        for index, format in enumerate(kinds)
     }
     config = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "mixed-precision" if len(names) > 1 else next(iter(names)),
         "quantization_status": "compressed",
-        "ignore": [name for name in linears if name not in specs],
+        "ignore": [name for name in linears if name not in formats],
         "config_groups": groups,
     }
-    loads_wrong = len(kinds) > 1  # dequantizing on load, transformers takes the first width for all
-    wanted = not loads_wrong and (dequantize or not kinds[0].symmetric)
+    wanted = len(kinds) == 1 and (dequantize or kinds[0].zero_points != "none")
     return {**config, "dequantize": True} if wanted else config
 
 
-def _weights_entry(spec: GridSpec) -> dict[str, Any]:
-    channel = spec.group_size == -1
+def _compression(format: NumberFormat) -> str:
+    """What compressed-tensors calls the way that a format is stored."""
+    return "float-quantized" if isinstance(format, Fp8Format) else "pack-quantized"
+
+
+def _weights_entry(format: NumberFormat) -> dict[str, Any]:
+    channel = format.group_size == -1
     return {
-        "num_bits": spec.bits,
-        "type": "int",
-        "symmetric": spec.symmetric,
+        "num_bits": format.bits,
+        "type": "float" if isinstance(format, Fp8Format) else "int",
+        "symmetric": format.zero_points == "none",
         "strategy": "channel" if channel else "group",
-        "group_size": None if channel else spec.group_size,
+        "group_size": None if channel else format.group_size,
         "dynamic": False,
     }
 
@@ -185,9 +202,9 @@ def _write_others(folder: Path, contents: Contents) -> None:
     if "vocab_size" in config:  # larger than the base's where vocabularies were padded
         own: Any = contents.model.config
         config["vocab_size"] = own.vocab_size
-    specs = {name: weight.spec for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    if specs:
-        config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
+    formats = {name: weight.format for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
+    if formats:
+        config["quantization_config"] = quantization_config(contents.model, formats, contents.dequantize)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
     ProcessorFiles(contents.base).copy(folder)

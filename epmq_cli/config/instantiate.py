@@ -85,10 +85,7 @@ def build(group: str, node: DictConfig) -> Any:
     its values of their types."""
     import hydra
 
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
-    if "_target_" not in node:
-        raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+    _check_node(group, node)
     _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -100,6 +97,28 @@ def build(group: str, node: DictConfig) -> Any:
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
+
+
+def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
+    """The fields of the class that a config group names, and whether each must be given."""
+    _check_node(group, node)
+    kind = _class_of(f"{group}._target_", node._target_)
+    needed = required(kind)
+    return {field.name: field.name in needed for field in dataclasses.fields(kind)}
+
+
+def references(node: DictConfig) -> dict[str, str]:
+    """The options that values of a node stand for, by key: `bits` for `bits: ${bits}`."""
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    return {key: found[1] for key, value in raw.items() if (found := REFERENCE.fullmatch(str(value)))}
+
+
+def _check_node(group: str, node: object) -> None:
+    """ConfigError unless a config group describes an object."""
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
+    if "_target_" not in node:
+        raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
 
 
 def _check_parts(group: str, node: DictConfig) -> None:

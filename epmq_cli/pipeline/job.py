@@ -19,6 +19,8 @@ from epmq_cli.pipeline.preflight import (
     check_scoring,
 )
 from epmq_cli.pipeline.scored_tasks import scores_samples
+from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.mixed_precision import MixedPrecision
 from epmq_cli.quantize.quantizer import Quantizer
 
 
@@ -31,7 +33,7 @@ class Job:
     merge: Merge
     guidance: Guidance
     calib: schema.Calib
-    quantizer: Quantizer
+    quantizer: Quantizer | MixedPrecision
     pack: schema.Pack
     evaluation: schema.Evaluation
     device: torch.device
@@ -65,7 +67,7 @@ def make_job(cfg: DictConfig) -> Job:
         merge=instantiate.build("merge", cfg.merge),
         guidance=guidance,
         calib=calib,
-        quantizer=instantiate.build("quant", cfg.quant),
+        quantizer=build_quantizer(cfg.quant),
         pack=instantiate.build("pack", cfg.pack),
         evaluation=evaluation,
         device=device,

@@ -16,7 +16,8 @@ from epmq_cli.checkpoint.model_card import model_card
 from epmq_cli.checkpoint.write import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.pipeline.task_processors import PROCESSORS, Processors, place
-from epmq_cli.quantize.formats.int import QuantizedWeight
+from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.mixed_precision import formats_of
 
 if TYPE_CHECKING:
     from epmq_cli.pipeline.job import Job
@@ -27,8 +28,8 @@ RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "gro
 def average_bits(walked: Walked) -> float | None:
     """The mean width over all quantized weights; None where there are none."""
     found = [weight for weight in walked.weights.values() if isinstance(weight, QuantizedWeight)]
-    count = sum(weight.values.numel() for weight in found)
-    return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
+    count = sum(weight.codes.numel() for weight in found)
+    return sum(weight.format.bits * weight.codes.numel() for weight in found) / count if count else None
 
 
 def texts(
@@ -54,14 +55,12 @@ def texts(
     if processors:
         record[PROCESSORS] = list(processors)
     names = (choices["merge"], choices["guidance"], choices["quant"])
-    spec, widths = job.quantizer.format, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(
             job.suite,
             names,
-            spec,
-            widths,
+            formats_of(job.quantizer),
             average_bits(walked),
             type(model).__name__,
             __version__,

@@ -38,6 +38,7 @@ from epmq_cli.pipeline.preflight import (
 )
 from epmq_cli.pipeline.scored_tasks import head_names, scored_task, scores_samples
 from epmq_cli.pipeline.task_processors import Processors
+from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.disk_offload import Disk
@@ -60,7 +61,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     check_described(model, job.family, models)
     own = model.state_dict().items()
     install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
-    check_groups(model, job.family, job.quantizer.format)
+    check_groups(model, job.family, formats_of(job.quantizer))
     check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
     return models, model, dtype
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat
 from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 
 
@@ -16,7 +16,7 @@ class NoQuantizer:
     """`quant=none`."""
 
     @property
-    def format(self) -> GridSpec | None:
+    def format(self) -> NumberFormat | None:
         """None: weights stay dense."""
         return None
 
@@ -24,20 +24,6 @@ class NoQuantizer:
     def needs(self) -> frozenset[Need]:
         """Nothing."""
         return frozenset()
-
-    @property
-    def bits(self) -> float:
-        """0."""
-        return 0.0
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def at(self, width: int) -> NoQuantizer:
-        """Itself."""
-        return self
 
     def prepare(self, hessian: Tensor) -> Prepared:
         """Nothing."""

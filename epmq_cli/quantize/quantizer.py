@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
 
 Need = Literal["inputs", "gradients", "block"]
 """What a quantizer reads beyond the weight: second moments of the layer's inputs, gradients, or the whole block."""
@@ -56,26 +56,18 @@ class Quantizer(Protocol):
     """Quantizes one layer: close to the target in the sense of tr (Q - W) H (Q - W)', or simply close to it."""
 
     @property
-    def format(self) -> GridSpec | None:
-        """The number format, at the smallest of the widths; None where weights stay dense."""
+    def format(self) -> NumberFormat | None:
+        """The number format of the weights; None if they stay dense."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """What `prepare` and `quantize` read beyond the weight. Without "inputs" the Hessian may be None."""
 
-    @property
-    def bits(self) -> float:
-        """The width of the quantized weights on average, at most; 0 without a format."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The bits that a linear can get: one width, or two where `bits` lies between them; none without a format."""
-
-    def at(self, width: int) -> Quantizer:
-        """The same quantizer with this width alone."""
-
     def prepare(self, hessian: Tensor) -> Prepared:
-        """Computes from the Hessian (in, in) what is the same for all rows and widths."""
+        """Computes from the Hessian (in, in) what is the same for all rows.
+
+        The result depends on the format's group size alone, so that two formats of a mix share it.
+        """
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """Quantizes a layer. Rows are independent of each other, so that processes can share them out."""
