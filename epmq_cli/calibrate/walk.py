@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -23,23 +24,21 @@ from epmq_cli.calibrate.activations.hidden_state import Stream, enter, handed, i
 from epmq_cli.calibrate.activations.pausable_forward import listening
 from epmq_cli.calibrate.activations.store import Depot
 from epmq_cli.calibrate.embeddings import solve_stem
+from epmq_cli.calibrate.fold import fold_block
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.moments import real_tokens, task_weight
-from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
-from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.moments import real_tokens
+from epmq_cli.calibrate.norms import has_gain
 from epmq_cli.calibrate.progress import Journal, Walked
-from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import Reference, install, installed
+from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.student import Student
-from epmq_cli.calibrate.task_moments import measured
+from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.data.batching import ALL, Batch, split
-from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
-from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 
 Batches = Mapping[str, Sequence[Batch]]
@@ -138,7 +137,7 @@ class _Walk:
         if self.guidance.embeddings:
             solve_stem(self.student, stack, self.whole)
         if self.guidance.norms and norm is not None and has_gain(self.student.model.get_submodule(norm)):
-            self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
+            solve_norm(self.student, norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 
     def _stem(self, task: str) -> dict[str, Tensor]:
         """The expert's tensors in front of the blocks."""
@@ -173,11 +172,12 @@ class _Walk:
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
                 hooks.enter_context(listening(module, section.modules))
+            self._fold(section, token)
             for index, step in enumerate(section.steps):
                 reading = Reading.of(section.steps[index:], token)
                 if isinstance(step, Norm):
                     if self.guidance.norms and has_gain(section.module.get_submodule(step.name)):
-                        self._norm(section.name(step.name), self._rows(section, teacher, reading))
+                        solve_norm(self.student, section.name(step.name), self._rows(section, teacher, reading))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
                     self._linears(section, teacher, own, reading)
@@ -192,6 +192,14 @@ class _Walk:
                             stream.finish(module)
         self.depot.release(sum(map(_bytes, self.blocks.values())))
         self.blocks.clear()
+
+    def _fold(self, section: Section, token: int | None) -> None:
+        """Folds the scales of quantizers that are transforms into the section, see fold.py."""
+        rows_of = lambda reading: ((task, self._task_rows(section, None, task, reading)) for task in self.streams)  # noqa: E731
+        if self.measures and fold_block(self.student, section, partial(self._quantizer, section), rows_of, token):
+            for streams in self.streams.values():
+                for stream in streams:
+                    stream.rewind()
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
         """Makes the teacher's module the expert's, which is read once for all steps if there is room for it."""
@@ -211,7 +219,7 @@ class _Walk:
             self._load(section, teacher, task)
             yield task, self._task_rows(section, teacher, task, reading)
 
-    def _task_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
+    def _task_rows(self, section: Section, teacher: nn.Module | None, task: str, reading: Reading) -> Iterator[Rows]:
         """The rows of each batch, its parts together, so that sums over batches are the same whatever the parts."""
         parts = self._part_rows(section, teacher, task, reading)
         for count in self.counts[task]:
@@ -220,32 +228,21 @@ class _Walk:
             else:
                 yield Rows.joined([part.copied() for part in islice(parts, count)])
 
-    def _part_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
-        taught = self.taught.get(task)
+    def _part_rows(self, section: Section, teacher: nn.Module | None, task: str, reading: Reading) -> Iterator[Rows]:
+        """The rows of each part; without a teacher the student's rows stand in for its own."""
+        taught, scales = self.taught.get(task), self.student.read_scales(section.name(reading.names[0]))
         for index, stream in enumerate(self.streams[task]):
             with stream.awake():
                 own = reading.rows(stream, section.module)
                 weights = stream.weights(reading.token, self.guidance.readout_weight)
-                if taught is None:
+                if taught is None or teacher is None:
                     yield Rows(own, own, weights)
                 else:
                     with taught[index].awake():
-                        yield Rows(own, reading.rows(taught[index], teacher), weights)
-
-    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[Rows]]]) -> None:
-        """Solves a norm."""
-        norm, anchor = self.student.model.get_submodule(name), self.student.affine_anchor(name)
-        added = unit(norm)
-        objective = NormObjective(anchor.weight + added, anchor.bias, float(self.guidance.lam))
-        for task, batches in tasks:
-            expert = self.student.affine_expert(task, name)
-            for rows in batches:
-                z = normalised(norm, rows.student[0])
-                taught = z + float(self.guidance.alpha) * (normalised(norm, rows.teacher[0]) - z)
-                objective.add(z, taught, rows.weights, expert.weight + added, expert.bias)
-            objective.close(self.guidance.factor(task))
-        gain, bias = objective.solve()
-        self.student.put_affine(name, gain - added, bias)
+                        others = reading.rows(taught[index], teacher)
+                        if scales is not None:
+                            others[0] = others[0] / scales
+                        yield Rows(own, others, weights)
 
     def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], reading: Reading) -> None:
         """Solves and quantizes linears that read the same input."""
@@ -253,7 +250,8 @@ class _Walk:
         quantizer, in_block = self._quantizer(section, names), self._in_block(section)
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
         if self.measures:
-            objective, tokens = self._measure(section, teacher, names, reading)
+            rows, scale = self._rows(section, teacher, reading), reading.scale if reading.stream else None
+            objective, tokens = measure_objective(self.student, names, rows, scale)
             found, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
         else:
             found, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
@@ -276,25 +274,6 @@ class _Walk:
             if any("inputs" in self.quantizer_of([*map(block.name, names)]).needs for names in groups):
                 return True
         return False
-
-    def _measure(
-        self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
-    ) -> tuple[Objective, int]:
-        """The objective of the linears of one group, stacked, and the tokens it was measured on."""
-        anchor = self.student.stacked_anchor(names)
-        objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
-        for task, batches in self._rows(section, teacher, reading):
-            expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])
-            moments, tokens = measured(batches, expert.weight, reading.scale if reading.stream else None, self.guidance)
-            if not math.isfinite(moments.norm):
-                raise ModelError(
-                    f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "
-                    "check the experts and the merge"
-                )
-            s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
-            objective.add(moments, expert, s * self.guidance.factor(task))
-            total += tokens
-        return objective, sum(distributed.gathered(total))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

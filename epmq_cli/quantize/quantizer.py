@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -71,3 +71,24 @@ class Quantizer(Protocol):
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """Quantizes a layer. Rows are independent of each other, so that processes can share them out."""
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What a transform sees of the inputs x (in,) of a layer, as weighted sums over tokens, float64: `hessian` sum x x'
+    (in, in), and `magnitude`, the mean of |x| (in,)."""
+
+    hessian: Tensor
+    magnitude: Tensor
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A quantizer that first scales the input channels of a layer.
+
+    The layer's weight is multiplied by the scales, and the outputs of its producer (the norm or linear in front of it)
+    are divided by them, so that the unquantized model computes the same function.
+    """
+
+    def scales(self, weight: Tensor, inputs: InputStatistics, dtype: torch.dtype) -> Tensor | None:
+        """The scales (in,) of a layer with this weight, float32 (out, in); None where it is better left as it is."""

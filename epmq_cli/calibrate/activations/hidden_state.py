@@ -89,6 +89,12 @@ class Stream:
         assert self.passage is not None
         return self.passage.met[name]
 
+    def rewind(self) -> None:
+        """Drops the pass through a section, so that the next one begins at its input."""
+        self.leave()
+        self.passage = None
+        self.park()
+
     def finish(self, module: nn.Module) -> None:
         """Goes through the rest of a section, to the next."""
         output = self._passage(module).finish()
