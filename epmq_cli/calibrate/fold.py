@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from epmq_cli.calibrate.activations.capture import Reading, Rows
+from epmq_cli.calibrate.activations.capture import CaptureSpec, LayerInputs
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.norms import has_gain
@@ -27,14 +27,14 @@ from epmq_cli.families.structure import Linears, Section
 from epmq_cli.quantize.quantizer import InputStatistics, Quantizer, Transform
 from epmq_cli.runtime import distributed
 
-TaskRows = Iterable[tuple[str, Iterator[Rows]]]
+TaskRows = Iterable[tuple[str, Iterator[LayerInputs]]]
 
 
 def fold_block(
     student: Student,
     block: Section,
     quantizer_of: Callable[[Sequence[str]], Quantizer],
-    rows_of: Callable[[Reading], TaskRows],
+    rows_of: Callable[[CaptureSpec], TaskRows],
     token: int | None,
 ) -> bool:
     """Folds the scales of all layers of a block whose quantizer is a transform; whether inputs were read for it.
@@ -47,7 +47,7 @@ def fold_block(
         names = [block.name(name) for name in step.names]
         transform = quantizer_of(names)
         if isinstance(transform, Transform):
-            reading = Reading(step.names, None, frozenset(), None if step.mixing else token, step.memory)
+            reading = CaptureSpec(step.names, None, frozenset(), None if step.mixing else token, step.memory)
             inputs, read = measure_inputs(rows_of(reading), student.guidance), True
             weight = torch.cat([student.own(f"{name}.weight") for name in names])
             folds.append((step, names, transform.scales(weight, inputs, student.dtype)))
@@ -82,6 +82,6 @@ def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
             width = x.shape[1]
         moments = measure.moments()
         s = task_weight(moments.norm, moments.tokens, guidance.task_weight) * guidance.factor(task)
-        hessian, magnitude = hessian + s * moments.xx, magnitude + s * distributed.added(absolute)
+        hessian, magnitude = hessian + s * moments.xx, magnitude + s * distributed.all_reduce(absolute)
         total += s * moments.tokens
-    return InputStatistics(distributed.assembled(hessian, width), magnitude / total if total > 0 else magnitude)
+    return InputStatistics(distributed.all_gather_rows(hessian, width), magnitude / total if total > 0 else magnitude)

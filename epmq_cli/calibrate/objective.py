@@ -38,7 +38,7 @@ class Objective:
 
     def __init__(self, anchor: Affine, lam: float, intercepts: bool) -> None:
         out, width = anchor.weight.shape
-        self._anchor, self._rows, self._columns = anchor, distributed.rows(out), distributed.rows(width)
+        self._anchor, self._rows, self._columns = anchor, distributed.row_range(out), distributed.row_range(width)
         self._intercepts, self._lam, self._N = intercepts and anchor.bias is not None, lam, lam
         zeros = partial(torch.zeros, dtype=torch.float64, device=anchor.weight.device)
         columns = len(range(width)[self._columns])
@@ -72,9 +72,9 @@ class Objective:
     def closed(self) -> QuadraticProblem:
         """The problem over what all processes have added, to be asked for once, when all is added."""
         width = len(self._h)
-        H = distributed.assembled(self._H, width)
-        S = self._S if distributed.count() == 1 else distributed.assembled(self._S.T.contiguous(), width).T
-        u, constant, beyond = (distributed.added(sums) for sums in (self._u, self._constant, self._beyond))
+        H = distributed.all_gather_rows(self._H, width)
+        S = self._S if distributed.world_size() == 1 else distributed.all_gather_rows(self._S.T.contiguous(), width).T
+        u, constant, beyond = (distributed.all_reduce(sums) for sums in (self._u, self._constant, self._beyond))
         per_token = 1 / self._N if self._intercepts and self._N > 0 else 0.0
         if per_token:
             H.addr_(self._h, self._h, alpha=-per_token)

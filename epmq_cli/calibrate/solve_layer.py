@@ -16,7 +16,7 @@ from epmq_cli.runtime import distributed
 
 
 @dataclass(frozen=True)
-class Solution:
+class SolvedLinear:
     """What a linear becomes: its weight, and its bias (out,), or None where the bias stays as it is."""
 
     weight: QuantizedWeight | DenseWeight
@@ -54,13 +54,13 @@ def solve(
     tokens: int,
     quantizer: Quantizer,
     dtype: torch.dtype,
-) -> tuple[list[Solution], list[LayerRecord]]:
+) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group.
 
     The linears are stacked in the problem, with `outs` rows each, and quantized in one go because they share H. One
     process solves for the target while another prepares the quantizer; then each process does its own rows.
     """
-    (target, solved), prepared = distributed.shared_out([problem.solve, partial(quantizer.prepare, problem.H)])
+    (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
     wanted = target[problem.rows]
     anchor = problem.anchor.weight[problem.rows].float()
     result = quantizer.quantize(LayerProblem(tuple(names), wanted.float(), anchor, problem.H, dtype), prepared)
@@ -68,7 +68,7 @@ def solve(
     losses_of = partial(problem.loss, target=target, solved=solved)
     columns = [problem.anchor_loss(), losses_of(wanted), losses_of(own), problem.energy()]
     bias = problem.bias(own)
-    gathered = distributed.assembled(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
+    gathered = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
     weights, rows = _split(result.weight, outs), torch.split(gathered, outs)
     records = []
     for index, name in enumerate(names):
@@ -80,18 +80,18 @@ def solve(
             record = replace(record, condition=solved.condition, target_damping=solved.damping, damping_retries=retries)
         records.append(record)
     biases = [None if bias is None else part[:, 4] for part in rows]
-    return [Solution(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
+    return [SolvedLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
 
 
 def quantize_anchor(
     anchor: Affine, names: Sequence[str], outs: list[int], quantizer: Quantizer, dtype: torch.dtype
-) -> tuple[list[Solution], list[LayerRecord]]:
+) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """`solve` without inputs, where the anchor is the target and the quantizer needs no Hessian."""
-    own = anchor.weight[distributed.rows(sum(outs))].float()
+    own = anchor.weight[distributed.row_range(sum(outs))].float()
     result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), NOTHING)
     weights = _split(result.weight, outs)
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
-    return [Solution(weight, None) for weight in weights], records
+    return [SolvedLinear(weight, None) for weight in weights], records
 
 
 def _record(name: str, weight: QuantizedWeight | DenseWeight, result: QuantizationResult) -> LayerRecord:
@@ -120,8 +120,8 @@ def _relative(rows: Tensor) -> list[float]:
 def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[QuantizedWeight | DenseWeight]:
     """The weight of each linear, with `outs` rows each, gathered from the rows of all processes."""
     if isinstance(part, DenseWeight):
-        return DenseWeight(distributed.assembled(part.weight, sum(outs))).split(outs)
-    codes = distributed.assembled(part.codes.view(torch.int8), sum(outs)).view(part.format.storage)
-    scale = distributed.assembled(part.grid.scale, sum(outs))
-    zero = None if part.grid.zero is None else distributed.assembled(part.grid.zero, sum(outs))
+        return DenseWeight(distributed.all_gather_rows(part.weight, sum(outs))).split(outs)
+    codes = distributed.all_gather_rows(part.codes.view(torch.int8), sum(outs)).view(part.format.storage)
+    scale = distributed.all_gather_rows(part.grid.scale, sum(outs))
+    zero = None if part.grid.zero is None else distributed.all_gather_rows(part.grid.zero, sum(outs))
     return QuantizedWeight(codes, Grid(scale, zero), part.format, part.dtype).split(outs)

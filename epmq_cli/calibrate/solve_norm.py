@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from epmq_cli.calibrate.activations.capture import Rows
+from epmq_cli.calibrate.activations.capture import LayerInputs
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
 from epmq_cli.calibrate.student import Student
 
 
-def solve_norm(student: Student, name: str, tasks: Iterable[tuple[str, Iterator[Rows]]]) -> None:
+def solve_norm(student: Student, name: str, tasks: Iterable[tuple[str, Iterator[LayerInputs]]]) -> None:
     """Replaces gain and bias of the norm of this name; `tasks`: what reaches it, batch by batch."""
     norm, anchor, guidance = student.model.get_submodule(name), student.affine_anchor(name), student.guidance
     added = unit(norm)

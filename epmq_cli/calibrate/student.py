@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.norms import unit
 from epmq_cli.calibrate.quadratic import Affine
-from epmq_cli.calibrate.reference_weights import Reference, install
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
 from epmq_cli.families.family import Family
 
 
@@ -22,7 +22,7 @@ class Student:
 
     model: nn.Module
     family: Family
-    reference: Reference
+    reference: ReferenceWeights
     guidance: Guidance
     dtype: torch.dtype
     _changed: set[str] = field(default_factory=set)
@@ -52,36 +52,36 @@ class Student:
 
         Weights that will be quantized are not rounded to the type that they are stored in.
         """
-        multiplied, divided = dict.fromkeys(readers, scales), {producer: scales}
+        multiplied, holdout_split = dict.fromkeys(readers, scales), {producer: scales}
         linear = self.own(f"{producer}.weight").ndim > 1
         kept = [f"{producer}.bias"] if self._biased(producer) else []
         replaced = [f"{reader}.weight" for reader in readers]
         (replaced if linear else kept).append(f"{producer}.weight")
-        for names, put in ((replaced, partial(install, self.model)), (kept, self.put)):
-            put({name: self._folded(name, self.own(name), multiplied, divided) for name in names})
+        for names, put in ((replaced, partial(copy_into, self.model)), (kept, self.put)):
+            put({name: self._folded(name, self.own(name), multiplied, holdout_split) for name in names})
         self._multiplied.update(multiplied)
-        self._divided.update(divided)
+        self._divided.update(holdout_split)
 
     def read_scales(self, module: str) -> Tensor | None:
         """The scales of a linear's input channels; None where nothing is folded."""
         return self._multiplied.get(module)
 
     def _folded(
-        self, name: str, tensor: Tensor, multiplied: Mapping[str, Tensor], divided: Mapping[str, Tensor]
+        self, name: str, tensor: Tensor, multiplied: Mapping[str, Tensor], holdout_split: Mapping[str, Tensor]
     ) -> Tensor:
         """A tensor of this name with the scales of these linears and producers."""
         module, _, part = name.rpartition(".")
         if module in multiplied and part == "weight":
             tensor = tensor * multiplied[module]
-        if module in divided:
-            scales = divided[module]
+        if module in holdout_split:
+            scales = holdout_split[module]
             added = unit(self.model.get_submodule(module)) if part == "weight" and tensor.ndim == 1 else 0.0
             tensor = (tensor + added) / (scales[:, None] if tensor.ndim > 1 else scales) - added
         return tensor
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """New values of tensors, rounded to the type they are stored in."""
-        install(self.model, {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
+        copy_into(self.model, {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
         self._changed.update(tensors)
 
     def take_changed(self) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from epmq_cli.calibrate.activations.capture import Rows
+from epmq_cli.calibrate.activations.capture import LayerInputs
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import Measure, Moments, task_weight
 from epmq_cli.calibrate.objective import Objective
@@ -18,7 +18,7 @@ from epmq_cli.runtime import distributed
 
 
 def measure_objective(
-    student: Student, names: Sequence[str], tasks: Iterable[tuple[str, Iterator[Rows]]], scale: float | None
+    student: Student, names: Sequence[str], tasks: Iterable[tuple[str, Iterator[LayerInputs]]], scale: float | None
 ) -> tuple[Objective, int]:
     """The objective of linears that read the same input, stacked, and its tokens over all processes.
 
@@ -36,10 +36,12 @@ def measure_objective(
         s = task_weight(moments.norm, moments.tokens, guidance.task_weight)
         objective.add(moments, expert, s * guidance.factor(task))
         total += tokens
-    return objective, sum(distributed.gathered(total))
+    return objective, sum(distributed.all_gather(total))
 
 
-def measured(batches: Iterable[Rows], expert: Tensor, scale: float | None, guidance: Guidance) -> tuple[Moments, int]:
+def measured(
+    batches: Iterable[LayerInputs], expert: Tensor, scale: float | None, guidance: Guidance
+) -> tuple[Moments, int]:
     """The moments of one task, and the tokens of this process.
 
     `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs where these are
@@ -57,13 +59,13 @@ def measured(batches: Iterable[Rows], expert: Tensor, scale: float | None, guida
     return measure.moments(expert if by_drift else None), tokens
 
 
-def _drift(rows: Rows, guidance: Guidance) -> Tensor:
+def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:
     """alpha times the distance of the teacher's inputs from the student's: (tokens, in)."""
     drift: Tensor = float(guidance.alpha) * (rows.teacher[0] - rows.student[0])
     return drift
 
 
-def _part(rows: Rows, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
+def _part(rows: LayerInputs, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
     """The part of the targets (tokens, out) that is no linear function of the student's inputs."""
     if not guidance.teaches:
         return None

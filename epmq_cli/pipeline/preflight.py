@@ -21,7 +21,7 @@ from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.family import Family, LanguageModel
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
@@ -80,7 +80,7 @@ def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
             )
 
 
-def check_described(model: nn.Module, family: Family, models: Models) -> None:
+def check_described(model: nn.Module, family: Family, models: SuiteModels) -> None:
     """ModelError where the base's config describes another model than its files hold, such as one of fewer blocks."""
     own, read = model.state_dict(), set(models.source.names)
     where = f"base: {models.base.path / 'config.json'} describes"

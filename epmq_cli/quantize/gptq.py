@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
-from epmq_cli.quantize.kernels.select import Columns, columns_of
+from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
 from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
@@ -45,7 +45,7 @@ def quantize_columns(
     dtype: torch.dtype,
     block_size: int,
     group_of: Tensor,
-    columns: Columns,
+    columns: ColumnKernel,
 ) -> tuple[Tensor, Grid]:
     """The loop of algorithm 1: codes (out, in) and their grid.
 
@@ -69,7 +69,7 @@ def quantize_columns(
 
 
 def _group_grid(
-    weight: Tensor, U: Tensor, format: NumberFormat, search: str, dtype: torch.dtype, columns: Columns
+    weight: Tensor, U: Tensor, format: NumberFormat, search: str, dtype: torch.dtype, columns: ColumnKernel
 ) -> Grid:
     """The grid of one group of columns, (out, 1)."""
     if search == "hessian":
@@ -136,7 +136,7 @@ def gptq(
     if had is None:
         return QuantizationResult(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
-    ordered, columns, options = weight[:, order], columns_of(weight, format), (format, search, dtype, block_size)
+    ordered, columns, options = weight[:, order], kernel_for(weight, format), (format, search, dtype, block_size)
     codes, grid = quantize_columns(ordered, Hinv.to(weight.dtype), *options, order // size, columns)
     return QuantizationResult(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *had)
 

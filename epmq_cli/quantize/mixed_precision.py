@@ -104,7 +104,7 @@ class Trial:
         for quantizer in quantizers.values():
             error = quantizer.quantize(layer, prepared).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
-        size, energy, *errors = distributed.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
         losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
         self.sizes[group] = self.sizes.get(group, 0) + int(size)
         for bits, error in zip(quantizers, errors, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, range_of
-from epmq_cli.quantize.kernels.select import Columns
+from epmq_cli.quantize.kernels.select import ColumnKernel
 
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05
@@ -19,7 +19,7 @@ FINE = (-0.0225, -0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03)  # added to 
 CHUNK = 1 << 22  # weights tried at a time
 
 
-def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: Columns) -> Grid:
+def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; Grid of (out,
     1).
 
@@ -30,7 +30,7 @@ def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.d
     return Grid.cat([_search(part, U, format, dtype, columns) for part in torch.split(weight, rows)], 0)
 
 
-def _search(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: Columns) -> Grid:
+def _search(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     low, high = range_of(weight, format)
     signs = (1.0,) if format.mirrored else (1.0, -1.0)
     coarse = torch.tensor([[1 - STEP * k, sign] for sign in signs for k in range(COARSE)], dtype=weight.dtype)
@@ -50,7 +50,7 @@ def _best(
     high: Tensor,
     format: NumberFormat,
     dtype: torch.dtype,
-    columns: Columns,
+    columns: ColumnKernel,
 ) -> tuple[tuple[Tensor, Tensor], Grid]:
     """Of candidates (candidates, out) the best of each row: its shrink and sign (out,), and its grid (out, 1)."""
     grid = format.span(shrinks * low, shrinks * high, dtype)

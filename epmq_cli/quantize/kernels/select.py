@@ -22,7 +22,7 @@ from epmq_cli.quantize.formats.int import IntFormat
 log = logging.getLogger("epmq")
 
 
-class Columns(Protocol):
+class ColumnKernel(Protocol):
     """An implementation."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -38,20 +38,20 @@ class Columns(Protocol):
         (candidates, out)."""
 
 
-def columns_of(weight: Tensor, format: NumberFormat) -> Columns:
+def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
     """The implementation for a weight and its format."""
     if not isinstance(format, IntFormat) or format.zero_points == "real":
-        return TorchColumns()
+        return TorchKernel()
     if weight.dtype == torch.float32 and weight.device.type == "cpu":
-        from epmq_cli.quantize.kernels.numba import NumbaColumns
+        from epmq_cli.quantize.kernels.numba import NumbaKernel
 
-        return NumbaColumns()
+        return NumbaKernel()
     if weight.dtype == torch.float32 and weight.device.type == "cuda" and triton_works(weight.device):
-        from epmq_cli.quantize.kernels.triton import TritonColumns
+        from epmq_cli.quantize.kernels.triton import TritonKernel
 
-        found: Columns = TritonColumns()
+        found: ColumnKernel = TritonKernel()
         return found
-    return TorchColumns()
+    return TorchKernel()
 
 
 @cache
@@ -60,17 +60,17 @@ def triton_works(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     try:
-        from epmq_cli.quantize.kernels.triton import TritonColumns
+        from epmq_cli.quantize.kernels.triton import TritonKernel
 
         one = torch.ones(1, 1, device=device)
-        TritonColumns().walk(one, one, Grid(one, one), IntFormat(4, 1, "none"))
+        TritonKernel().walk(one, one, Grid(one, one), IntFormat(4, 1, "none"))
     except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
         log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", first_line(error))
         return False
     return True
 
 
-class TorchColumns:
+class TorchKernel:
     """Column by column, all rows and candidates at a time."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, empty_like, zeros_like
 
 from epmq_cli.quantize.formats.format import Grid, NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.quantize.kernels.select import TorchColumns
+from epmq_cli.quantize.kernels.select import TorchKernel
 
 SEARCHED = 4096  # weights of a tile of one of many candidates, all of them in registers
 WALKED = 1024  # of a tile of a weight, of which a GPU takes few at a time, with its integers and errors
@@ -67,7 +67,7 @@ def _loss(W, U, scale, zero, total, rows, width, low, high, R: tl.constexpr, C: 
     tl.store(total + place, sums, mask=row < rows)
 
 
-class TritonColumns:
+class TritonKernel:
     """See columns.py."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class TritonColumns:
         assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchColumns().walk(weight, U, grid, format)
+            return TorchKernel().walk(weight, U, grid, format)
         values, errors = empty_like(weight).contiguous(), empty_like(weight).contiguous()
         R, C = _tile(width, WALKED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zeros[:, 0])]
@@ -89,7 +89,7 @@ class TritonColumns:
         assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchColumns().loss(weight, U, grid, format)
+            return TorchKernel().loss(weight, U, grid, format)
         total = zeros_like(grid.scale).contiguous()
         R, C = _tile(width, SEARCHED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zeros)]
