@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,8 @@ from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 
+ProgressFor = Callable[[str, Account | None], WalkProgress]
+"""The progress of the walk of this name, with what is kept beside it."""
 
 def run_passes(
     student: nn.Module,

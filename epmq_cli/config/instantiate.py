@@ -29,6 +29,16 @@ REFERENCE = re.compile(r"\$\{(\w+)\}")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 ASKED = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
 
+MOVED = {
+    "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
+    "epmq_cli.data.tiny.Tiny": "epmq_cli.data.tiny.tasks.Tiny",
+    "epmq_cli.config.Calib": "epmq_cli.config.schema.Calib",
+    "epmq_cli.config.Pack": "epmq_cli.config.schema.Pack",
+    "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
+    "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
+}
+"""Earlier names of classes, which users' configs and the records of checkpoints still have."""
+
 
 def conf_dir() -> Path:
     """The folder of the shipped configs: in the wheel inside the package, in a checkout beside it."""
@@ -159,8 +169,9 @@ def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def targets(node: Any) -> list[str]:
-    """Every `_target_` in a config, at any depth."""
-    return [str(part["_target_"]) for _, part in _targets("", node)]
+    """The current name of every `_target_` in a config, at any depth."""
+    found = [str(part["_target_"]) for _, part in _targets("", node)]
+    return [MOVED.get(target, target) for target in found]
 
 
 def device_of(name: str) -> torch.device:
