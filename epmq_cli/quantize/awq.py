@@ -1,11 +1,11 @@
-"""Activation-aware weight quantization (AWQ, https://arxiv.org/abs/2306.00978, section 3.2): scales channels that matter.
+"""Activation-aware weight quantization (AWQ, https://arxiv.org/abs/2306.00978): input channels that matter are scaled.
 
 The input channels of a layer are scaled by s = mean |x|^alpha before it is quantized, so that the weights of channels
 with large inputs lose less. alpha is the one of a grid over [0, 1) with the least error of the layer's outputs,
 tr (Q(W s) / s - W) H (Q(W s) / s - W)', rounded to nearest over the full range of each group, as in the paper. The
 caller folds 1 / s into what is in front of the layer. The weights are then quantized by `rounding`.
 
-Clipping (section 3.2 of the paper's appendix, and its code) shrinks the range of each group to the least error of its
+Clipping, as in the paper's code, shrinks the range of each group to the least error of its
 part of the outputs, for which H is taken to be block diagonal.
 """
 

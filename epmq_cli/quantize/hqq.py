@@ -1,6 +1,6 @@
 """Half-quadratic quantization (HQQ, https://mobiusml.github.io/hqq_blog/): no inputs, and robust to outlier weights.
 
-With scale s and zero point z of a group, a weight w becomes s (q - z). HQQ minimises sum |w - s (q - z)|^p with p < 1 by
+With scale s and zero point z of a group, a weight w becomes s (q - z). HQQ minimises sum |w - s (q - z)|^p, p < 1, by
 half-quadratic splitting: with an auxiliary e for the error,
 
     e <- shrink(w / s - (q - z))        shrink(x) = sign(x) max(|x| - |x|^(p-1) / beta, 0)
@@ -81,7 +81,7 @@ def _best_scale(scale: Tensor, centred: Tensor, target: Tensor, dtype: torch.dty
 class Hqq:
     """`quant=hqq`.
 
-    `bits`, `group_size`: see NumberFormat. `zero_point`: `integer`, which checkpoints store, or `real`, as in the paper.
+    `bits`, `group_size`: see NumberFormat. `zero_point`: `integer`, which checkpoints hold, or `real` as in the paper.
     `solve_scale`: whether scales are solved too. `lp_norm`: p in (0, 1]. `beta` and `kappa`: the weight of the
     splitting and its growth in each of the `iterations`.
     """

@@ -37,7 +37,7 @@ def walked(hub: Path, state: RunProgress, *options: str) -> tuple[WalkResult, di
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
+    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state.of_walk)
     return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""Oracles: the outputs of the layer written out, the rounding method itself at alpha 0, brute force over clips; float64."""
+"""Oracles: the layer's outputs written out, the rounding method itself at alpha 0, brute force over clips; float64."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def test_no_iteration_raises_the_error_of_a_group(kind: str, solve_scale: bool) 
         lp_error(groups, solve_grid(groups, format, DTYPE, P, 10.0, 1.01, count, solve_scale), format, P)
         for count in range(6)
     ]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert (after <= before).all()
 
 
