@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq_cli.checkpoint.compressed_tensors import SCALE, format_of, quantized_linear
+from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
@@ -42,24 +43,27 @@ def load(
     folder, where = Path(checkpoint), device_of(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+        raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
     config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
-    formats = _quantized_linears(folder, model, files)
-    obstacles = {name: obstacle(format, _weight(model, name).shape, where) for name, format in formats.items()}
+    layout = layout_of(folder)
+    formats = _quantized_linears(folder, model, files, layout)
+    shapes = {name: _weight(model, name).shape for name in formats}
+    obstacles = {name: obstacle(format, shapes[name], where) for name, format in formats.items()}
     if kernel == "int4":
         refuse(obstacles)
     dense = {}
     for name, reason in obstacles.items():
-        weight = quantized_linear(files, name, formats[name], _weight(model, name).shape, where)
+        weight = layout.read(files, name, shapes[name], where)
         if kernel != "dequantize" and reason is None:
             model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
+    stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
     for name in files.infos:
-        if name.rpartition(".weight")[0] not in formats:
+        if name not in stored:
             tensor = files.tensor(name)
             dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
     _fill(folder, model, dense)
@@ -122,17 +126,16 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _quantized_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, NumberFormat]:
-    """The format of each quantized linear."""
-    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}{SCALE}" in files.infos:
-            format = format_of(folder, quantization, name)
-            if format is None:
-                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
-            found[name] = format
-    return found
+def _quantized_linears(
+    folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
+) -> dict[str, NumberFormat]:
+    """The number format of each quantized linear."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    formats = {name: format for name in linears if (format := layout.format_of(name)) is not None}
+    for name in linears:
+        if layout.scale and f"{name}{layout.scale}" in files.infos and name not in formats:
+            raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+    return formats
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands.error_report import log_errors
-from epmq_cli.config import instantiate, schema
+from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
 
@@ -33,6 +33,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
+        from epmq_cli.checkpoint.exporter import Exporter
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
@@ -47,12 +48,13 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     refuse_used(folder, "checkpoint", "metrics.json")
     instantiate.check_complete(cfg, "merge")
     suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
-    pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    exporter: Exporter = instantiate.build("pack", cfg.pack)
     device = torch.device("cpu")
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
+        exporter.check(family, ())
         models = SuiteModels(suite, family, whole=True)
         files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
@@ -60,7 +62,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("merge"):
         merged = LazyMerge(models.source, method, torch.float32)
         others = partial(save_processors, models.base.path, processors, family.reads)
-        size = write_dense(checkpoint, models, merged, pack, files, others)
+        size = write_dense(checkpoint, models, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(

@@ -193,6 +193,7 @@ def _made(
         return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
+            exporter=job.exporter,
             model=model,
             weights=calibrated.walk.weights,
             dequantize=job.family.dequantize_on_load,
@@ -204,7 +205,7 @@ def _made(
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.pack.shard_size))
+            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = micro.halved

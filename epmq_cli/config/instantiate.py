@@ -33,7 +33,8 @@ MOVED = {
     "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
     "epmq_cli.data.tiny.Tiny": "epmq_cli.data.tiny.tasks.Tiny",
     "epmq_cli.config.Calib": "epmq_cli.config.schema.Calib",
-    "epmq_cli.config.Pack": "epmq_cli.config.schema.Pack",
+    "epmq_cli.config.Pack": "epmq_cli.checkpoint.compressed_tensors.CompressedTensorsExporter",
+    "epmq_cli.config.schema.Pack": "epmq_cli.checkpoint.compressed_tensors.CompressedTensorsExporter",
     "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
     "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
 }
@@ -110,19 +111,6 @@ def build(group: str, node: DictConfig) -> Any:
         raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
 
 
-def _with_current_names(node: DictConfig) -> DictConfig:
-    """The config with the current name of every class in `MOVED`."""
-    plain = OmegaConf.to_container(node, resolve=False)
-    if not any(part["_target_"] in MOVED for _, part in _targets("", plain)):
-        return node
-    for _, part in _targets("", plain):
-        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
-    current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
-    current._set_parent(node._get_parent())  # for its interpolations
-    current._set_key(node._key())
-    return current
-
-
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     """The fields of the class that a config group names, and whether each must be given."""
     _check_node(group, node)
@@ -144,6 +132,19 @@ def _check_node(group: str, node: object) -> None:
         raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
     if "_target_" not in node:
         raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+
+
+def _with_current_names(node: DictConfig) -> DictConfig:
+    """The config with the current name of every class in `MOVED`."""
+    plain = OmegaConf.to_container(node, resolve=False)
+    if not any(part["_target_"] in MOVED for _, part in _targets("", plain)):
+        return node
+    for _, part in _targets("", plain):
+        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
+    current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
+    current._set_parent(node._get_parent())  # for its interpolations
+    current._set_key(node._key())
+    return current
 
 
 def _check_parts(group: str, node: DictConfig) -> None:

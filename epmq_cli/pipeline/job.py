@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config import instantiate, schema
 from epmq_cli.config.validate import check_choice, check_keys
 from epmq_cli.data.suite import Suite
@@ -15,12 +16,10 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import Merge
-from epmq_cli.pipeline.preflight import (
-    check_scoring,
-)
+from epmq_cli.pipeline.preflight import check_scoring
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
-from epmq_cli.quantize.mixed_precision import MixedPrecision
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
 
 
@@ -34,7 +33,7 @@ class Job:
     guidance: Guidance
     calib: schema.Calib
     quantizer: Quantizer | MixedPrecision
-    pack: schema.Pack
+    exporter: Exporter
     evaluation: schema.Evaluation
     device: torch.device
     seed: int
@@ -61,14 +60,17 @@ def make_job(cfg: DictConfig) -> Job:
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
+    quantizer = build_quantizer(cfg.quant)
+    exporter: Exporter = instantiate.build("pack", cfg.pack)
+    exporter.check(family, formats_of(quantizer))
     return Job(
         suite=suite,
         family=family,
         merge=instantiate.build("merge", cfg.merge),
         guidance=guidance,
         calib=calib,
-        quantizer=build_quantizer(cfg.quant),
-        pack=instantiate.build("pack", cfg.pack),
+        quantizer=quantizer,
+        exporter=exporter,
         evaluation=evaluation,
         device=device,
         seed=instantiate.seed_of(cfg.seed),

@@ -24,8 +24,6 @@ from epmq_cli.families.structure import Table
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
-from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
-from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
 
@@ -149,17 +147,14 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def check_kernel(
-    model: nn.Module,
-    family: Family,
-    quantizer: Quantizer | MixedPrecision,
-    wanted: Evaluation,
-    device: torch.device,
+    model: nn.Module, family: Family, formats: Sequence[NumberFormat], wanted: Evaluation, device: torch.device
 ) -> None:
-    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
+    """Refuses to score on the int4 kernel what it does not take, before anything is calibrated. `formats`: those that
+    the checkpoint stores packed."""
     if wanted.kernel != "int4" or "quantized" not in wanted.stages:
         return
     obstacles: dict[str, str | None] = {}
-    for format, (name, shape) in product(formats_of(quantizer), linear_shapes(model, family)):
+    for format, (name, shape) in product(formats, linear_shapes(model, family)):
         obstacles[name] = obstacles.get(name) or obstacle(format, shape, device)
     refuse(obstacles)
 

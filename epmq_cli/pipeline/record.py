@@ -1,4 +1,4 @@
-"""What is written of a run beside the weights: the checkpoint's record and card, and metrics of the walk."""
+"""The texts and measures of a run: the checkpoint's record and card, and the metrics of the walk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "gro
 
 
 def average_bits(walk: WalkResult) -> float | None:
-    """The mean width over all quantized weights; None where there are none."""
+    """The mean width over all quantized weights; None if there are none."""
     found = [weight for weight in walk.weights.values() if isinstance(weight, QuantizedWeight)]
     count = sum(weight.codes.numel() for weight in found)
     return sum(weight.format.bits * weight.codes.numel() for weight in found) / count if count else None
@@ -41,10 +41,10 @@ def texts(
     tasks: Sequence[ScoredTask],
     processors: Processors,
 ) -> dict[str, str]:
-    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks, the classes of their heads
-    and their `processors`.
+    """The model card, and the record from which `epmq eval` reads the tasks, the classes of their heads and
+    their `processors`.
 
-    Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
+    They do not depend on time or on the run's folder, so that the same run gives the same bytes.
     """
     record = {
         "epmq": __version__,
@@ -62,6 +62,7 @@ def texts(
             names,
             formats_of(job.quantizer),
             average_bits(walk),
+            job.exporter,
             type(model).__name__,
             __version__,
             {task: place(task) for task in processors},
@@ -70,13 +71,13 @@ def texts(
 
 
 def measured(walk: WalkResult) -> dict[str, Any]:
-    """What metrics.json says of the walk."""
+    """The entries of metrics.json on the walk."""
     layers = [asdict(record) for record in walk.records]
     return {"layers": layers, "average_bits": average_bits(walk), "events": events(walk)}
 
 
 def events(walk: WalkResult) -> dict[str, int]:
-    """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
+    """The number of calibrated linears, and of those that needed more damping or a fallback."""
     records = walk.records
     return {
         "linears": len(records),
@@ -87,7 +88,7 @@ def events(walk: WalkResult) -> dict[str, int]:
 
 
 def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
-    """Bytes of the weights: the whole model and its calibrated linears alone, dense and as packed."""
+    """The bytes of the whole model and of its calibrated linears, dense and as stored."""
     size = contents.dtype.itemsize
     elements = {name: tensor.numel() for name, tensor in untied(contents.model).items()}
     return {

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 
 from epmq_cli.checkpoint import write as written
+from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import load_model
 from epmq_cli.families.structure import Linears
@@ -26,13 +27,14 @@ from tests.hubs import Walk, run_in, walk
 
 def contents(hub: Path, found: Walk) -> written.Contents:
     return written.Contents(
+        exporter=found.job.exporter,
         model=found.student,
         weights=found.walked.weights,
         dequantize=found.job.family.dequantize_on_load,
         heads={"first": {"weight": torch.ones(3, 4)}},
         base=hub / "base",
         texts={"x.txt": "y"},
-        dtype=getattr(torch, found.job.pack.dtype, torch.float32),
+        dtype=getattr(torch, found.job.exporter.dtype, torch.float32),
     )
 
 
@@ -47,7 +49,7 @@ def write(folder: Path, hub: Path, found: Walk, shard_bytes: int = 5 * 10**9) ->
 def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     found = rtn(weight, ints(bits, group_size, symmetric), "mse", torch.float16)
-    entries = written.packed_linear("linear", found)
+    entries = CompressedTensorsExporter("auto", "5GB").entries("linear", found)
     tensors = {entry.name.removeprefix("linear."): entry.make() for entry in entries}
     assert all(tuple(entry.make().shape) == entry.shape for entry in entries)
     assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.codes)

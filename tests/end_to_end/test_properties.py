@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from epmq_cli.checkpoint.compressed_tensors import quantized_linear
-from epmq_cli.checkpoint.write import packed_linear
+from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import Merge, MergeSource
@@ -29,6 +28,7 @@ from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
 from tests.counts import CLAIMS, TRIED
+from tests.packs import LINEAR, PACKS, exporter_of, model_of
 
 FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 CPU = torch.device("cpu")
@@ -90,14 +90,17 @@ def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) 
         codes, scale = integers(rows, groups * format.group_size), torch.rand(rows, groups, generator=generator)
         zero = None if format.zero_points == "none" else integers(rows, groups).float()
         weight = QuantizedWeight(codes, Grid(scale.to(dtype).float(), zero), format, dtype)
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "x.safetensors"
-            write_file(path, packed_linear("x", weight))
-            found = quantized_linear(SafetensorsFiles(path, "checkpoint"), "x", format, codes.shape, CPU)
-        assert torch.equal(found.codes, codes)
-        assert torch.equal(found.grid.scale, weight.grid.scale)
-        assert torch.equal(found.grid.zeros, weight.grid.zeros)
-        assert found.dtype == dtype
+        for exporter in filter(lambda exporter: exporter.packs, map(exporter_of, PACKS)):
+            with tempfile.TemporaryDirectory() as name:
+                path = Path(name) / "x.safetensors"
+                write_file(path, exporter.entries(LINEAR, weight))
+                quantization = exporter.config(model_of(codes.shape), {LINEAR: weight}, dequantize=False)
+                layout = LAYOUTS[quantization["quant_method"]](Path(name), quantization)
+                found = layout.read(SafetensorsFiles(path, "checkpoint"), LINEAR, codes.shape, CPU)
+            assert torch.equal(found.codes, codes)
+            assert torch.equal(found.grid.scale, weight.grid.scale)
+            assert torch.equal(found.grid.zeros, weight.grid.zeros)
+            assert found.dtype == dtype
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     hold(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
