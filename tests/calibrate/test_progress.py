@@ -26,6 +26,7 @@ OPTIONS = {
     "zero points, float16": ("quant.symmetric=false", "pack.dtype=float16"),
     "dense": ("quant=none", "pack.dtype=bfloat16"),
     "two widths": ("bits=3.5",),
+    "folded": ("quant=awq", "quant.alpha=0.5"),
 }
 
 
@@ -37,7 +38,7 @@ def walked(hub: Path, state: RunProgress, *options: str) -> tuple[WalkResult, di
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
+    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state.of_walk)
     return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
