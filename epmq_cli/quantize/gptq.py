@@ -20,7 +20,7 @@ from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 
@@ -163,11 +163,17 @@ class Gptq:
         check_range("quant.block_size", self.block_size, 1, 1 << 20, integer=True)
         check_choice("quant.act_order", self.act_order, (True, False))
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        """See result.py."""
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The Hessian of the inputs."""
+        return frozenset({"inputs"})
+
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """See Quantizer."""
         Hinv, had = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
         return Hinv.float(), had
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        options = (self.format, self.grid, dtype, self.damping, self.block_size, self.act_order)
-        return gptq(weight, hessian, *options, prepared)
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        options = (self.format, self.grid, layer.dtype, self.damping, self.block_size, self.act_order)
+        return gptq(layer.weight, layer.measured(), *options, prepared)

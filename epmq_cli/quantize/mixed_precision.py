@@ -15,7 +15,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import Prepared, QuantizationResult, Quantizer
+from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
@@ -97,13 +97,12 @@ class Trial:
         widths, known = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
         return {group: known[width] for group, width in widths.items()}
 
-    def measure(self, group: str, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> None:
-        """Quantizes a weight (out, in) in either format and adds the losses, summed over all ranks' rows, to the
-        group's."""
-        target, quantizers = weight.double(), self.mixed.quantizers
-        sums = [float(weight.numel()), float(((target @ hessian) * target).sum())]
+    def measure(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
+        """Quantizes a layer in either format and adds the losses, summed over all ranks' rows, to the group's."""
+        target, hessian, quantizers = layer.weight.double(), layer.measured(), self.mixed.quantizers
+        sums = [float(target.numel()), float(((target @ hessian) * target).sum())]
         for quantizer in quantizers.values():
-            error = quantizer(weight, hessian, prepared, dtype).weight.dequantize().double() - target
+            error = quantizer.quantize(layer, prepared).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
         size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
         losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
@@ -118,10 +117,14 @@ class _Measuring:
     group: str
     format: NumberFormat | None = None
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        """What both formats share, since nothing but the format differs."""
-        return self.trial.mixed.low.prepared(hessian)
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        self.trial.measure(self.group, weight, hessian, prepared, dtype)
-        return NoQuantizer()(weight, hessian, prepared, dtype)
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """What both formats share, since nothing but the format differs."""
+        return self.trial.mixed.low.prepare(hessian)
+
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        self.trial.measure(self.group, layer, prepared)
+        return NoQuantizer().quantize(layer, prepared)

@@ -1,15 +1,14 @@
-"""No quantizer: the target weight itself. With `guidance=expert guidance.lam=0` this is RegMean (2212.09849), layer
-by layer."""
+"""No quantizer: the target weight itself. With `guidance=expert guidance.lam=0` this is RegMean
+(https://arxiv.org/abs/2212.09849), layer by layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat
-from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,15 @@ class NoQuantizer:
         """None: weights stay dense."""
         return None
 
-    def prepared(self, hessian: Tensor) -> Prepared:
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
+
+    def prepare(self, hessian: Tensor) -> Prepared:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        return QuantizationResult(DenseWeight(weight.to(dtype).float()))
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """The target in the type that it is stored in."""
+        return QuantizationResult(DenseWeight(layer.weight.to(layer.dtype).float()))

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the nearest number of its grid, without a look at the inputs."""
+"""Round to nearest: each weight becomes the nearest number of its grid; no inputs are needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
-from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 
 
 def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> QuantizedWeight:
@@ -31,9 +31,15 @@ class Rtn:
     def __post_init__(self) -> None:
         check_choice("quant.grid", self.grid, SEARCHES)
 
-    def prepared(self, hessian: Tensor) -> Prepared:
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
+
+    def prepare(self, hessian: Tensor) -> Prepared:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        return QuantizationResult(rtn(weight, self.format, self.grid, dtype))
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        return QuantizationResult(rtn(layer.weight, self.format, self.grid, layer.dtype))

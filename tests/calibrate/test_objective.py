@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.quantize.gptq import gptq
-from epmq_cli.quantize.layer_problem import Affine
 from tests.formats import ints
 from tests.objectives import IN, OUT, TASKS, given_problem, rand, relative
 

@@ -12,9 +12,9 @@ from torch import Tensor, multiprocessing
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.runtime import distributed
 from tests.formats import ints
 

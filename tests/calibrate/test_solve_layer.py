@@ -8,9 +8,9 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, Moments
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.formats.format import QuantizedWeight
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.rtn import Rtn
 from tests.formats import ints

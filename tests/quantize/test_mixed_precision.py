@@ -11,7 +11,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial, allocate, formats_of
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import NOTHING
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
 from epmq_cli.quantize.rtn import Rtn
 from tests.formats import ints
 
@@ -95,15 +95,16 @@ def test_a_trial_notes_the_losses_of_each_width_and_changes_nothing() -> None:
     inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64)
     H, mixed = inputs.T @ inputs, MixedPrecision(Rtn(ints(3, 4), "mse"), Rtn(Fp8Format(4), "mse"), 3.5)
     trial = Trial(mixed)
-    outcome = trial.of("q")(weight, H, trial.of("q").prepared(H), torch.float32)
+    layer = LayerProblem(("q",), weight, weight, H, torch.float32)
+    outcome = trial.of("q").quantize(layer, trial.of("q").prepare(H))
     assert torch.equal(outcome.weight.dequantize(), weight)
     assert trial.sizes == {"q": 48}
     energy = (inputs @ weight.double().T).square().sum()
     for width, quantizer in ((3, mixed.low), (8, mixed.high)):
-        rounded = quantizer(weight, H, NOTHING, torch.float32).weight.dequantize()
+        rounded = quantizer.quantize(layer, NOTHING).weight.dequantize()
         lost = (inputs @ (rounded - weight).double().T).square().sum() / energy
         assert trial.losses["q"][width] == pytest.approx(float(lost), rel=1e-9)
-    trial.of("q")(weight, H, NOTHING, torch.float32)
+    trial.of("q").quantize(layer, NOTHING)
     assert trial.sizes == {"q": 96}
     assert trial.choose() == {"q": mixed.low}
 
