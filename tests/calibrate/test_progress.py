@@ -26,6 +26,7 @@ OPTIONS = {
     "zero points, float16": ("quant.symmetric=false", "pack.dtype=float16"),
     "dense": ("quant=none", "pack.dtype=bfloat16"),
     "two widths": ("bits=3.5",),
+    "folded": ("quant=awq", "quant.alpha=0.5"),
 }
 
 
