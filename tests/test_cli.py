@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from epmq_cli import __version__, cli
 from epmq_cli.config.instantiate import build, conf_dir
+from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
@@ -28,7 +29,7 @@ def test_every_config_composes_and_is_made(option: Path) -> None:
     given = [part for part in command if part.startswith(f"{group}.")]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"{group}={option.name}", *given, "out=x"])
-    built = build(group, cfg[group])
+    built = build_quantizer(cfg.quant) if group == "quant" else build(group, cfg[group])
     assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
 
 

@@ -17,10 +17,10 @@ from torch.nn.functional import unfold
 from epmq_cli.calibrate.activations.hidden_state import calls
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.student import Student
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Mask, Patches, Stack, Table
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.runtime.distributed import all_reduce
 
 

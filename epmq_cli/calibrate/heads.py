@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.runtime.distributed import all_reduce
 
 

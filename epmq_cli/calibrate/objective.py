@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from epmq_cli.calibrate.moments import Moments
-from epmq_cli.quantize.layer_problem import Affine, LayerProblem
+from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.runtime import distributed
 
 
@@ -69,7 +69,7 @@ class Objective:
             self._constant.add_(((pushed + 2 * px) * moved).sum(1), alpha=s)
             self._beyond.add_((pushed * (before + after)).sum(1), alpha=s)
 
-    def closed(self) -> LayerProblem:
+    def closed(self) -> QuadraticProblem:
         """The problem over what all processes have added, to be asked for once, when all is added."""
         width = len(self._h)
         H = distributed.all_gather_rows(self._H, width)
@@ -79,7 +79,7 @@ class Objective:
         if per_token:
             H.addr_(self._h, self._h, alpha=-per_token)
             S.addr_(u, self._h, alpha=-per_token)
-        return LayerProblem(
+        return QuadraticProblem(
             anchor=self._anchor,
             H=H,
             S=S,

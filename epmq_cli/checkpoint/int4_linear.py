@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, group_columns
+from epmq_cli.quantize.formats.int import IntFormat
 
 GROUPS = (256, 128, 64, 32)
 """The input columns that may share a pair."""
@@ -23,11 +24,13 @@ TILES = (8, 4, 2)  # of 16 columns each, that CUDA's kernel reads at once
 CAPABILITY = (8, 0)
 
 
-def obstacle(spec: GridSpec, shape: torch.Size, device: torch.device) -> str | None:
+def obstacle(format: NumberFormat, shape: torch.Size, device: torch.device) -> str | None:
     """Why a weight of this shape on such a grid cannot go to the kernel; None where it can."""
-    rows, shared = shape[0], spec.columns(shape[1])
-    if spec.bits > 4:
-        return f"it has {spec.bits} bits, the kernel takes at most 4"
+    rows, shared = shape[0], group_columns(format, shape[1])
+    if not isinstance(format, IntFormat):
+        return f"its format is {format.name}, the kernel takes integers"
+    if format.bits > 4:
+        return f"it has {format.bits} bits, the kernel takes at most 4"
     if kernel_group(shared) is None:
         return f"{shared} input columns share a scale, the kernel takes multiples of {GROUPS[-1]}"
     if rows % ROWS:
@@ -52,12 +55,12 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.values.shape
-        shared = self.in_features // weight.scale.shape[1]
+        self.out_features, self.in_features = weight.shape
+        grid, shared = weight.grid, group_columns(weight.format, self.in_features)
         self.group = kernel_group(shared) or 0
-        pairs = torch.stack([weight.scale, -weight.zero * weight.scale], 2)
+        pairs = torch.stack([grid.scale, -grid.zeros * grid.scale], 2)
         pairs = pairs.repeat_interleave(shared // self.group, 1).transpose(0, 1)
-        unsigned = weight.values + 8
+        unsigned = weight.codes + 8
         self.register_buffer("packed", for_cuda(unsigned) if unsigned.is_cuda else for_cpu(unsigned))
         self.register_buffer("pairs", pairs.to(torch.bfloat16, memory_format=torch.contiguous_format))
         self.bias = bias

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq_cli.checkpoint.compressed_tensors import PACKED, grid_of, unpacked_linear
+from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
 from epmq_cli.models.pretrained import from_folder
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat
 
 GENERATION = "generation_config.json"
 
@@ -42,25 +43,27 @@ def load(
     folder, where = Path(checkpoint), device_of(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+        raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
     config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
-    specs = _packed_linears(folder, model, files)
-    obstacles = {name: obstacle(spec, _weight(model, name).shape, where) for name, spec in specs.items()}
+    layout = layout_of(folder)
+    formats = _quantized_linears(folder, model, files, layout)
+    shapes = {name: _weight(model, name).shape for name in formats}
+    obstacles = {name: obstacle(format, shapes[name], where) for name, format in formats.items()}
     if kernel == "int4":
         refuse(obstacles)
     dense = {}
     for name, reason in obstacles.items():
-        weight = unpacked_linear(files, name, specs[name], _weight(model, name).shape, where)
+        weight = layout.read(files, name, shapes[name], where)
         if kernel != "dequantize" and reason is None:
             model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
-    packed = tuple(f"{name}.weight_" for name in specs)
+    stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
     for name in files.infos:
-        if not name.startswith(packed):
+        if name not in stored:
             tensor = files.tensor(name)
             dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
     _fill(folder, model, dense)
@@ -123,17 +126,18 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, GridSpec]:
-    """The grid of each packed linear."""
-    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
-    found = {}
+def _quantized_linears(
+    folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
+) -> dict[str, NumberFormat]:
+    """The number format of each quantized linear."""
+    formats = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}{PACKED}" in files.infos:
-            spec = grid_of(folder, quantization, name)
-            if spec is None:
+        if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
+            format = layout.format_of(name)
+            if format is None:
                 raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
-            found[name] = spec
-    return found
+            formats[name] = format
+    return formats
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:

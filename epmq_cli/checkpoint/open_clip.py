@@ -27,7 +27,7 @@ from epmq_cli.models.open_clip.export import Fused, NotExpressibleError, fused, 
 from epmq_cli.models.open_clip.preprocess import vocabulary
 from epmq_cli.models.pretrained import config_of, from_folder
 from epmq_cli.models.processor_folder import processor_files
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
 
 FOLDER = "open_clip"

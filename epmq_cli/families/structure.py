@@ -20,7 +20,8 @@ class Linears:
     `stream`: the module whose input is the residual stream that their outputs are added to, if they are. `mixing`:
     those whose outputs reach the other tokens, as keys and values do. `memory`: whether they read the output of
     another stack, as keys and values of cross-attention do. `scale`: what their outputs are multiplied with before they
-    are added to the stream.
+    are added to the stream. `producer`: the norm or linear whose output channels are their input channels, each times a
+    factor that does not depend on it, and go nowhere else; None where there is none.
     """
 
     names: tuple[str, ...]
@@ -28,6 +29,7 @@ class Linears:
     mixing: tuple[str, ...] = ()
     memory: bool = False
     scale: float = 1.0
+    producer: str | None = None
 
 
 @dataclass(frozen=True)

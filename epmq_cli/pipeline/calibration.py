@@ -17,6 +17,7 @@ from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.progress import WalkResult
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
@@ -29,7 +30,6 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.runtime import distributed, memory
 

@@ -11,16 +11,16 @@ group that begins inside a block see all updates made so far; act-order keeps gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.quantize.formats.int import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
+from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 
@@ -40,40 +40,41 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | Non
 def quantize_columns(
     W: Tensor,
     Hinv: Tensor,
-    spec: GridSpec,
+    format: NumberFormat,
+    search: str,
     dtype: torch.dtype,
     block_size: int,
     group_of: Tensor,
     columns: ColumnKernel,
 ) -> tuple[Tensor, Grid]:
-    """The loop of algorithm 1: integers (out, in) in W's type, and the grid they are on.
+    """The loop of algorithm 1: codes (out, in) and their grid.
 
     `W` (out, in) in the order of quantization, groups whole; `Hinv` the upper factor of H^-1 (in, in), same type and
     order; `group_of` (in,) the group of each column. A group's grid is found when its first column is reached, with all
     updates made.
     """
-    rows, width = W.shape
-    size = spec.columns(width)
-    W, values = W.clone(), torch.empty_like(W)
-    grid = Grid(W.new_empty(rows, width // size), W.new_empty(rows, width // size))
-    step, groups = _aligned(block_size, size, width), group_of.tolist()
+    width = W.shape[1]
+    size = group_columns(format, width)
+    W, codes = W.clone(), torch.empty_like(W, dtype=format.storage)
+    step, groups, grids = _aligned(block_size, size, width), group_of.tolist(), dict[int, Grid]()
     for start in range(0, width, step):
-        end, group = min(start + step, width), slice(groups[start], groups[start] + 1)
+        end, group = min(start + step, width), groups[start]
         if start % size == 0:
             ahead = slice(start, start + size)
-            found = _group_grid(W[:, ahead], Hinv[ahead, ahead], spec, dtype, columns)
-            grid.scale[:, group], grid.zero[:, group] = found.scale, found.zero
-        own = Grid(grid.scale[:, group], grid.zero[:, group])
-        values[:, start:end], errors = columns.walk(W[:, start:end], Hinv[start:end, start:end], own, spec)
+            grids[group] = _group_grid(W[:, ahead], Hinv[ahead, ahead], format, search, dtype, columns)
+        own = W[:, start:end], Hinv[start:end, start:end], grids[group]
+        codes[:, start:end], errors = columns.walk(*own, format)
         W[:, end:] -= errors @ Hinv[start:end, end:]
-    return values, grid
+    return codes, Grid.cat([grids[group] for group in range(width // size)], 1)
 
 
-def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
+def _group_grid(
+    weight: Tensor, U: Tensor, format: NumberFormat, search: str, dtype: torch.dtype, columns: ColumnKernel
+) -> Grid:
     """The grid of one group of columns, (out, 1)."""
-    if spec.search == "hessian":
-        return hessian_grid(weight, U, spec, dtype, columns)
-    return find_grid(weight, GridSpec(spec.bits, -1, spec.symmetric, spec.search), dtype)
+    if search == "hessian":
+        return hessian_grid(weight, U, format, dtype, columns)
+    return format.fit(weight[:, None], search, dtype)
 
 
 def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
@@ -115,7 +116,8 @@ def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -
 def gptq(
     weight: Tensor,
     hessian: Tensor,
-    spec: GridSpec,
+    format: NumberFormat,
+    search: str,
     dtype: torch.dtype,
     damping: float,
     block_size: int,
@@ -124,64 +126,54 @@ def gptq(
 ) -> QuantizationResult:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
-    `act_order`: see `column_order`. `prepared`: what `prepare` gives, made here unless given. Columns whose input is
-    always zero are rounded to nearest, and have hardly a say in the scales: nothing but the damping is on their
-    diagonal, where the authors' code puts 1. Where no damping makes the hessian positive definite, round to nearest
-    stands in.
+    `search`: `hessian` or one of `NumberFormat.fit`. `act_order`: see `column_order`. `prepared`: what `prepare` gives,
+    made here unless given. Columns whose input is always zero are rounded to nearest, and have hardly a say in the
+    scales: nothing but the damping is on their diagonal, where the authors' code puts 1. Where no damping makes the
+    hessian positive definite, round to nearest stands in.
     """
-    size = spec.columns(len(hessian))
+    size = group_columns(format, len(hessian))
     Hinv, had = prepared or prepare(hessian, size, damping, act_order)
     if had is None:
-        return QuantizationResult(rtn(weight, spec, dtype), fallback="rtn")
+        return QuantizationResult(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
-    ordered, columns = weight[:, order], kernel_for(weight)
-    values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
-    values = values[:, torch.argsort(order)].to(torch.int8)
-    return QuantizationResult(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
+    ordered, columns, options = weight[:, order], kernel_for(weight, format), (format, search, dtype, block_size)
+    codes, grid = quantize_columns(ordered, Hinv.to(weight.dtype), *options, order // size, columns)
+    return QuantizationResult(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *had)
 
 
 @dataclass(frozen=True)
 class Gptq:
     """`quant=gptq`.
 
-    `bits`: see `widths_of`. `group_size`, `symmetric`, `grid`: see GridSpec. `damping`: added to H's diagonal,
+    `format`: see FormatOptions. `grid`: how scales are found: `hessian` by the loss that GPTQ ends with, `mse` and
+    `minmax` as `NumberFormat.fit`. `damping`: added to H's diagonal,
     relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, at most, for
     speed alone. `act_order`: see `column_order`.
     """
 
-    bits: float
-    group_size: int
-    symmetric: bool
+    format: NumberFormat
     grid: str
     damping: float
     block_size: int
     act_order: bool
 
     def __post_init__(self) -> None:
-        _ = self.spec
+        check_choice("quant.grid", self.grid, (*SEARCHES, "hessian"))
         check_range("quant.damping", self.damping, 0, 1, open_low=True)
         check_range("quant.block_size", self.block_size, 1, 1 << 20, integer=True)
         check_choice("quant.act_order", self.act_order, (True, False))
 
     @property
-    def spec(self) -> GridSpec:
-        """The grid that these fields describe, at the smaller width where there are two."""
-        return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
+    def needs(self) -> frozenset[Need]:
+        """The Hessian of the inputs."""
+        return frozenset({"inputs"})
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """See result.py."""
-        return widths_of(self.bits, self.symmetric)
-
-    def at(self, width: int) -> Gptq:
-        """See result.py."""
-        return replace(self, bits=width)
-
-    def prepared(self, hessian: Tensor) -> Prepared:
-        """See result.py."""
-        Hinv, had = prepare(hessian, self.spec.columns(len(hessian)), self.damping, self.act_order)
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """See Quantizer."""
+        Hinv, had = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
         return Hinv.float(), had
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
-        return gptq(weight, hessian, *options, prepared)
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        options = (self.format, self.grid, layer.dtype, self.damping, self.block_size, self.act_order)
+        return gptq(layer.weight, layer.measured(), *options, prepared)

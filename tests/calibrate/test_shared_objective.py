@@ -12,13 +12,14 @@ from torch import Tensor, multiprocessing
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.runtime import distributed
+from tests.formats import ints
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
-GPTQ = Gptq(bits=3, group_size=4, symmetric=True, grid="hessian", damping=0.01, block_size=128, act_order=False)
+GPTQ = Gptq(ints(3, 4), grid="hessian", damping=0.01, block_size=128, act_order=False)
 
 
 def rand(*shape: int, seed: int) -> Tensor:

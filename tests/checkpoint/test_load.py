@@ -184,7 +184,7 @@ def test_no_dense_weight_is_ever_made(kernel: str, dense: bool, made: Made) -> N
 def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kernel must be one of auto, int4, dequantize, got 'marlin'"):
         load(tmp_path, "cpu", "marlin")
-    with pytest.raises(CheckpointError, match="is no checkpoint; give the checkpoint folder that epmq run wrote"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint; give the checkpoint folder that epmq run wrote"):
         load(tmp_path, "cpu")
 
 

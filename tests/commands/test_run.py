@@ -218,7 +218,7 @@ def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path
     record.write_text(record.read_text().replace("epmq_cli.data.table.Table", "tests.data.evil.Table"))
     result = epmq_inside("eval", str(checkpoint))
     assert result.returncode == 1
-    assert "names tests.data.evil.Table, which is not epmq's; if you trust it" in result.stderr
+    assert "names tests.data.evil.Table, which is not a class of epmq; if you trust it" in result.stderr
     trusted = epmq_inside("eval", str(checkpoint), "--config-dir", str(bert_hub / "configs"), "suite=mini")
     assert trusted.returncode == 0, trusted.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,12 @@ def test_a_walk_that_ends_in_a_nan_writes_nothing(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong before: the last look is at what is written."""
-    from epmq_cli.quantize.formats.int import QuantizedWeight, find_grid, quantize
+    from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
+    from epmq_cli.quantize.rtn import rtn
 
-    def broken(weight: Any, spec: Any, dtype: Any) -> QuantizedWeight:
-        grid = find_grid(weight, spec, dtype)
-        values = quantize(weight, grid.scale.repeat_interleave(16, 1), grid.zero.repeat_interleave(16, 1), spec)
-        return QuantizedWeight(values.char(), grid.scale * NAN, grid.zero, spec, dtype)
+    def broken(*options: Any) -> QuantizedWeight:
+        found = rtn(*options)
+        return replace(found, grid=Grid(found.grid.scale * NAN, None))
 
     monkeypatch.setattr("epmq_cli.quantize.rtn.rtn", broken)
     with pytest.raises(EpmqError, match=r"NaN or an infinity"):

@@ -169,6 +169,7 @@ PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.f
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
 CASES = [(kind, "bits=4") for kind in KINDS]
 CASES += [(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+CASES += [("llama", "quant=hqq"), ("llama", "quant=awq pack.dtype=bfloat16"), ("vit", "quant=awq")]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)

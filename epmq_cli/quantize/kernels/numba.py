@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec
+from epmq_cli.quantize.formats.format import Grid, NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.runtime.jit import compiled
 
 LEAST = 64  # rows that are worth a thread
@@ -82,28 +83,29 @@ def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any
 class NumbaKernel:
     """See columns.py; rows are shared out to as many threads as torch uses."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
         """See columns.py."""
         values, errors = torch.empty(weight.shape), torch.empty(weight.shape)
-        inputs = (weight, U, grid.scale[:, 0], grid.zero[:, 0])
-        _by_rows(_walk, inputs, spec, (values, errors))
-        return values, errors
+        inputs = (weight, U, grid.scale[:, 0], grid.zeros[:, 0])
+        _by_rows(_walk, inputs, format, (values, errors))
+        return values.to(format.storage), errors
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
         """See columns.py."""
         total = torch.zeros(len(weight), len(grid.scale))
-        _by_rows(_loss, (weight, U, grid.scale.T, grid.zero.T), spec, (total,))
+        _by_rows(_loss, (weight, U, grid.scale.T, grid.zeros.T), format, (total,))
         return total.T
 
 
 def _by_rows(
     kernel: Callable[..., None],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    spec: GridSpec,
+    format: NumberFormat,
     outputs: tuple[Tensor, ...],
 ) -> None:
+    assert isinstance(format, IntFormat)
     W, U, scale, zero = (tensor.contiguous().numpy() for tensor in inputs)
-    low, high, found = np.float32(spec.lowest), np.float32(spec.highest), [tensor.numpy() for tensor in outputs]
+    low, high, found = np.float32(format.lowest), np.float32(format.highest), [tensor.numpy() for tensor in outputs]
     threads = max(1, min(torch.get_num_threads(), len(W) // LEAST))
     bounds = [len(W) * part // threads for part in range(threads + 1)]
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty_like, zeros_like
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec
+from epmq_cli.quantize.formats.format import Grid, NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.kernels.select import TorchKernel
 
 SEARCHED = 4096  # weights of a tile of one of many candidates, all of them in registers
@@ -69,29 +70,31 @@ def _loss(W, U, scale, zero, total, rows, width, low, high, R: tl.constexpr, C: 
 class TritonKernel:
     """See columns.py."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
         """See columns.py."""
+        assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchKernel().walk(weight, U, grid, spec)
+            return TorchKernel().walk(weight, U, grid, format)
         values, errors = empty_like(weight).contiguous(), empty_like(weight).contiguous()
         R, C = _tile(width, WALKED)
-        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zero[:, 0])]
+        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zeros[:, 0])]
         _walk[(triton.cdiv(rows, R),)](
-            *inputs, values, errors, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
+            *inputs, values, errors, rows, width, format.lowest, format.highest, R=R, C=C, enable_fp_fusion=False
         )
-        return values, errors
+        return values.to(format.storage), errors
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
         """See columns.py."""
+        assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchKernel().loss(weight, U, grid, spec)
+            return TorchKernel().loss(weight, U, grid, format)
         total = zeros_like(grid.scale).contiguous()
         R, C = _tile(width, SEARCHED)
-        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zero)]
+        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zeros)]
         _loss[(triton.cdiv(rows, R), len(total))](
-            *inputs, total, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
+            *inputs, total, rows, width, format.lowest, format.highest, R=R, C=C, enable_fp_fusion=False
         )
         return total
 

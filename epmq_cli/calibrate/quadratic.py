@@ -39,7 +39,7 @@ class SolveInfo:
 
 
 @dataclass(frozen=True)
-class LayerProblem:
+class QuadraticProblem:
     """J of a linear, or of several stacked that share one input, in the letters of objective.py and in float64.
 
     `H` (in, in) and `S` (out, in), centred where `intercepts` says that biases are free; `h` (in,) and `u` (out,);
