@@ -19,7 +19,9 @@ from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.metrics import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
-from epmq_cli.families.family import Family, Head, LanguageModel, Predict
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head, Predict
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime.console import bar
 
 Scores = dict[str, dict[str, float]]
@@ -139,12 +141,13 @@ def score(
 ) -> float:
     """The task's metric; `advance` is called with the samples that are done."""
     with torch.inference_mode():
-        if not isinstance(family, LanguageModel):
+        language = family.tasks
+        if not isinstance(language, LanguageModel):
             predictions, labels = predicted(model, task, room, device, advance)
             return MEASURES[task.metric](predictions, labels)
 
         def losses(batch: Batch) -> Tensor:
-            return window_losses(lambda ids: family.token_logits(model, ids.to(device)), batch["ids"])
+            return window_losses(lambda ids: language.token_logits(model, ids.to(device)), batch["ids"])
 
         def losses_of(ids: Tensor) -> Tensor:
             found = room.rows(losses, {"ids": ids})

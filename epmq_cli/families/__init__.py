@@ -8,30 +8,29 @@ from typing import Any
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.families.bert import Bert
-from epmq_cli.families.causal_lm import CausalLM
-from epmq_cli.families.clip import Clip
-from epmq_cli.families.deberta import Deberta
-from epmq_cli.families.distilbert import DistilBert
+from epmq_cli.families.bert import BERT
+from epmq_cli.families.causal_lm import CAUSAL_LM
+from epmq_cli.families.clip import CLIP
+from epmq_cli.families.deberta import DEBERTA
+from epmq_cli.families.distilbert import DISTILBERT
 from epmq_cli.families.family import Family
+from epmq_cli.families.modernbert import MODERNBERT
 from epmq_cli.families.open_clip import OpenClip
 from epmq_cli.families.refusal import MERGES
-from epmq_cli.families.roberta import Roberta
-from epmq_cli.families.t5 import T5
-from epmq_cli.families.vit import Vit
+from epmq_cli.families.roberta import ROBERTA
+from epmq_cli.families.t5 import T5_FAMILY
+from epmq_cli.families.tasks.zero_shot import ZeroShot
+from epmq_cli.families.vit import VIT
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.resolve import locate
 
 FAMILIES: dict[str, Family] = {
-    "bert": Bert(),
-    "causal_lm": CausalLM(),
-    "clip": Clip(),
-    "deberta": Deberta(),
-    "distilbert": DistilBert(),
-    "open_clip": OpenClip(),
-    "roberta": Roberta(),
-    "t5": T5(),
-    "vit": Vit(),
+    family.name: family
+    for family in (
+        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DISTILBERT, MODERNBERT),
+        Family(OpenClip(name="open_clip"), ZeroShot()),
+        *(ROBERTA, T5_FAMILY, VIT),
+    )
 }
 AUTO = "auto"
 

@@ -12,6 +12,14 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
 
+class FirstToken(nn.Module):
+    """What heads read of the last block's output (samples, tokens, width): the first token, (samples, width)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The first token."""
+        return hidden[:, 0]
+
+
 class LastNorm(nn.Module):
     """The norm behind the last block, under its own name, of one token or of all."""
 

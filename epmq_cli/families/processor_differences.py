@@ -14,9 +14,10 @@ from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError, ModelError
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.processor_folder import Processor
 
 TOLERANCE = 0.005
@@ -60,7 +61,7 @@ def difference(
 
 def _read(family: Family, folder: Path, task: Task, processor: Processor | None) -> Collate:
     """Samples -> batch, as the family feeds them."""
-    if not isinstance(family, LanguageModel):
+    if not isinstance(family.tasks, LanguageModel):
         return family.collate(folder, task, processor)
     encode = tokens(folder, processor=processor)
 

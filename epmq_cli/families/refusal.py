@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Protocol
 
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Family
+
+
+class Named(Protocol):
+    """A family, or its architecture."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_types(self) -> tuple[str, ...]: ...
+
 
 MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
 """What is left to the user whose model `epmq run` refuses."""
-
-
-def family_name(family: Family) -> str:
-    """What `suite.family` calls a family."""
-    return type(family).__module__.rpartition(".")[2]
 
 
 def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Iterable[str]) -> str | None:
@@ -28,8 +33,8 @@ def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Itera
     return None
 
 
-def refused(family: Family, reason: str) -> ModelError:
+def refused(family: Named, reason: str) -> ModelError:
     """The error for a base that this family cannot calibrate; `reason` names the part of the model and what is unknown
     of it."""
     types = ", ".join(family.model_types)
-    return ModelError(f"base: {reason}; epmq run with family {family_name(family)} takes {types}; {MERGES}")
+    return ModelError(f"base: {reason}; epmq run with family {family.name} takes {types}; {MERGES}")

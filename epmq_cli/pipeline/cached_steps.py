@@ -107,8 +107,7 @@ class Shared:
         return float(self._cache.value(key, make))
 
     def _key(self, kind: str, **parts: Any) -> dict[str, Any]:
-        family = type(self._job.family)
-        general = {"family": f"{family.__module__}.{family.__qualname__}", "dtype": str(self._dtype)}
+        general = {"family": self._job.family.name, "dtype": str(self._dtype)}
         return {"kind": kind, "in": _surroundings(self._job.device), **general, **parts}
 
     def _model(self, stage: str, task: str) -> dict[str, Any]:

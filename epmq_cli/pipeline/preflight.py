@@ -18,9 +18,10 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate.metrics import PERPLEXITY
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import Models
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.linalg import is_finite
@@ -40,7 +41,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
             )
-    if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
+    if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )

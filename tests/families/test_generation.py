@@ -14,7 +14,7 @@ from transformers import T5ForConditionalGeneration
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.families.t5 import _number
+from epmq_cli.families.tasks.generated_text import _number
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.edited import copied
