@@ -47,6 +47,9 @@ class Architecture(ABC):
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
     which is too late for models that are used through other methods or that read their linears' weights."""
 
+    loads_packed: bool = True
+    """Whether transformers can load its linears packed. Otherwise all must have one width, for `dequantize_on_load`."""
+
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""
         if base is None:

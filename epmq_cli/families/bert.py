@@ -1,8 +1,7 @@
-"""BERT classifiers (https://arxiv.org/abs/1810.04805) as transformers has them: encoder, embeddings and pooler are
-merged.
+"""BERT classifiers (https://arxiv.org/abs/1810.04805) in the form that transformers has.
 
 Base: any BERT checkpoint with a pooler. Experts: `BertForSequenceClassification`, whose classifier is the task's head.
-The linears of the blocks are quantized; the pooler stays dense. `epmq merge` also takes models without a pooler.
+Encoder, embeddings and pooler are merged; the pooler stays dense. `epmq merge` also takes models without a pooler.
 """
 
 from __future__ import annotations

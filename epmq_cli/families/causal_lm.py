@@ -1,9 +1,9 @@
-"""Decoder-only language models built of attention and a feed-forward, such as Llama, Qwen, Mistral, Gemma and Phi.
+"""Decoder-only language models of attention and feed-forward blocks, such as Llama, Qwen, Mistral, Gemma and Phi.
 
-Base and experts: whatever `AutoModelForCausalLM` loads, of one architecture, whose blocks are built as decoder.py says.
-Model types that are not listed here are taken too where the checks before calibration find nothing unknown. The model's
-own blocks are called with its own masks and positions, so rotary embeddings, grouped queries and sliding windows are
-what they are there. Tables and the output layer stay dense.
+Base and experts: models of one architecture that `AutoModelForCausalLM` loads, with a block layout of decoder.py. Model
+types that are not listed here are taken too if the checks before calibration find nothing unknown. The model's own
+blocks run with its own masks and positions, so rotary embeddings, grouped queries and sliding windows work as they are.
+Embeddings and the output layer stay dense.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Architecture):
-    """A decoder with its output layer."""
+    """`family: causal_lm`."""
 
     name: str = "causal_lm"
     model_types: tuple[str, ...] = (
@@ -71,11 +71,11 @@ class CausalLM(Architecture):
         *("starcoder2", "vaultgemma"),
     )
     kept: tuple[str, ...] = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
-    dequantize_on_load: bool = True  # exporters such as that of ONNX read linears before the model is first called
+    dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
     def check_type(self, folder: ModelFolder) -> None:
-        """ModelError where another family takes models of this type. Those that no family lists are tensors to merge;
-        before `epmq run` calibrates one, its parts are checked."""
+        """Raises ModelError where another family takes models of this type. Types that no family lists are taken:
+        `epmq run` checks their parts before it calibrates them."""
         from epmq_cli.families import FAMILIES
 
         found = folder.config.get("model_type")
@@ -87,13 +87,12 @@ class CausalLM(Architecture):
                 )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors but rotary frequencies, which transformers computes; those of an output layer that is tied to the
-        table, too, where they are stored."""
+        """All tensors but rotary frequencies, which transformers computes; stored copies of a tied output layer too."""
         self.check_type(folder)
         return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All stored tensors; files of the body alone lack its prefix, and old ones may have other names."""
+        """All stored tensors; files of the body alone lack its prefix, and old files may have other names."""
         if any(name.startswith(PREFIX) for name in folder.infos):
             return {name: name for name in folder.infos}
         known = model_class(folder.config, folder.infos)
@@ -104,7 +103,7 @@ class CausalLM(Architecture):
         return {prefix + name if bare and name not in tensors else name: stored for stored, name in own.items()}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of the blocks, their positions and masks."""
+        """The settings of the blocks, their positions and masks."""
         return block_settings(folder, names=SETTINGS)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
@@ -115,15 +114,15 @@ class CausalLM(Architecture):
         return model
 
     def positions(self, folder: Path) -> int | None:
-        """Those that the base was trained for."""
+        """The positions that the model was trained for."""
         return decoder_positions(config_of(folder).get_text_config())
 
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """The layers, and behind them the last norm; ModelError where they are not what this family knows."""
+        """The layers, then the last norm; ModelError where the layout of a layer is not known."""
         return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),))]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The last norm's output: (tokens, width)."""
+        """The output of the last norm: (tokens, width)."""
         hidden: Tensor = model.get_submodule("model")(**batch, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)
 

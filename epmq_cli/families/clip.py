@@ -1,8 +1,7 @@
-"""CLIP (https://arxiv.org/abs/2103.00020) as transformers has it: the vision tower is merged and quantized.
+"""CLIP (https://arxiv.org/abs/2103.00020) in the form that transformers has: the vision tower is merged and quantized.
 
-Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`, whose visual projection is merged too where one of them
-has trained it. The text tower stays the base's. A head is the class embeddings of the base's text tower, or under
-`heads: expert` of the expert's own.
+Base: a `CLIPModel`. Experts: `CLIPVisionModel` or `CLIPModel`; the visual projection is merged too where one of them
+has trained it. The text tower stays the base's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import Linears, Norm, Patches, Section, Stack
 from epmq_cli.families.tasks.zero_shot import ZeroShot
-from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, tell
+from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, report_drifts
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
@@ -47,7 +46,7 @@ READOUT = (Norm(PREFIX + "post_layernorm"), Linears(("visual_projection",)))
 
 
 class _Readout(nn.Module):
-    """The end of a CLIPModel's vision tower and the projection, under their names in the model."""
+    """The last norm of a CLIPModel's vision tower and the projection, under their names in the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class _Readout(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Clip(Architecture):
-    """The vision tower of a CLIPModel."""
+    """`family: clip`."""
 
     name: str = "clip"
     model_types: tuple[str, ...] = ("clip", "clip_vision_model")
@@ -73,33 +72,32 @@ class Clip(Architecture):
         r"text_projection\.weight",
         "logit_scale",
         r".*\.position_ids",
-    )  # base's
-    dequantize_on_load: bool = True  # get_image_features goes round the call of the whole model
+    )
+    dequantize_on_load: bool = True  # get_image_features bypasses the forward method of the model
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The vision tower. transformers 5 stores a CLIPVisionModel without the prefix that a CLIPModel has: both are
-        read."""
+        """The vision tower, with the prefix of a CLIPModel or without, as transformers 5 stores a CLIPVisionModel."""
         self.check_type(folder)
         names = self.all_names(folder)
         tower = {name: stored for name, stored in names.items() if name.startswith(PREFIX)}
         return {name: stored for name, stored in tower.items() if not name.endswith("position_ids")}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All stored tensors, those of a vision tower alone with its prefix."""
+        """All stored tensors; those of a bare vision tower get its prefix."""
         prefixed = any(name.startswith(PREFIX) for name in folder.infos)
         beside = {name for name in folder.infos if prefixed or name.partition(".")[0] in PARTS}
         return {name if name in beside else PREFIX + name: name for name in folder.infos}
 
     def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
-        """The visual projection, where an expert has trained it."""
-        found = {task.name: drifts(base, experts[task.name]) for task in tasks}
-        merged = any("visual_projection" in parts for parts in found.values())
+        """The visual projection where an expert has trained it; reports other trained tensors."""
+        drift_of = {task.name: drifts(base, experts[task.name]) for task in tasks}
+        merged = any("visual_projection" in parts for parts in drift_of.values())
         for task in tasks:
-            tell(experts[task.name], task, found[task.name], merged)
+            report_drifts(experts[task.name], task, drift_of[task.name], merged)
         return [PROJECTION] if merged else []
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of the vision tower."""
+        """The settings of the vision tower."""
         return block_settings(folder, "vision_config")
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
@@ -110,14 +108,13 @@ class Clip(Architecture):
         return model
 
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """The layers of the vision encoder, and behind them the last layer norm and the projection of the class
-        token."""
+        """The layers of the vision encoder, then the last norm and the projection of the class token."""
         layers = model.get_submodule(PREFIX + "encoder.layers")
         blocks = [Section(f"{PREFIX}encoder.layers.{index}", layer, STEPS) for index, layer in layers.named_children()]
         return [Stack(blocks, Section("", _Readout(model), READOUT), STEM, PREFIX + "pre_layrnorm", read_token=0)]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Image embeddings after the projection: (samples, projection width), not normalised."""
+        """The projected image embeddings (samples, projection width), not normalized."""
         output = model.get_image_features(**batch)  # type: ignore[operator]
         features: Tensor = output.pooler_output
         return features

@@ -1,8 +1,8 @@
 """DeBERTa classifiers, versions 2 and 3 (https://arxiv.org/abs/2111.09543).
 
 Base: any checkpoint of the encoder. Experts: `DebertaV2ForSequenceClassification`, whose pooler and classifier are the
-task's head. Where position and content share their keys and queries (`share_att_key`), these linears also read the
-table of relative positions: they are calibrated on what they read of the text alone, and that table stays as merged.
+task's head. With `share_att_key`, the linears of queries and keys also read the table of relative positions: they are
+calibrated on their inputs from the text alone, and the table stays as merged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DEBERTA = Family(
             r"encoder\.(rel_embeddings\.weight|LayerNorm\.(weight|bias))",
             r"encoder\.layer\.\d+\.attention\.self\.pos_(key|query)_proj\.(weight|bias)",
         ),
-        repeated=(QUERY, KEY),  # for the relative positions too
+        repeated=(QUERY, KEY),  # on the relative positions too
         shared=(
             *("num_attention_heads", "hidden_act", "layer_norm_eps", "relative_attention", "pos_att_type"),
             *("position_buckets", "share_att_key", "norm_rel_ebd"),

@@ -30,6 +30,7 @@ class Family:
         self.kept = architecture.kept
         self.repeated = architecture.repeated
         self.dequantize_on_load = architecture.dequantize_on_load
+        self.loads_packed = architecture.loads_packed
         self.positions = architecture.positions
         self.tensor_names = architecture.tensor_names
         self.all_names = architecture.all_names
@@ -44,6 +45,7 @@ class Family:
         self.reads = tasks.reads
         self.heads = tasks.heads
         self.head_parts = tasks.head_parts
+        self.head_linear = tasks.head_linear
         self.head_width = tasks.head_width
         self.answers = tasks.answers
         self.sample_types = tasks.sample_types

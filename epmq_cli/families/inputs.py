@@ -1,4 +1,4 @@
-"""Whether the inputs of a task are of a kind that its family reads."""
+"""Checks that the inputs of a task are of a kind that its family reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _reads(family: Family, first: Any) -> bool:
 
 
 def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
-    """DataError where the first input is none that models of the family read."""
+    """Raises DataError where the family does not read inputs such as the first one."""
     if not len(inputs) or _reads(family, first := inputs[0]):
         return
     found = next((kind for each, kind in KINDS.items() if isinstance(first, each)), type(first).__name__)

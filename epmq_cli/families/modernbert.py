@@ -1,8 +1,8 @@
 """ModernBERT classifiers (https://arxiv.org/abs/2412.13663).
 
 Base: any checkpoint of the encoder. Experts: `ModernBertForSequenceClassification`, whose dense layer, norm and
-classifier are the task's head. The first block has no norm before its attention: an Identity stands there, which has
-no gain to solve. Heads read the first token or the mean of all, as `classifier_pooling` says.
+classifier are the task's head. Heads read the first token or the mean of all tokens (`classifier_pooling`). The first
+block has an Identity in place of the norm before attention, which has no gain to solve.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ MODERNBERT = Family(
     Encoder(
         name="modernbert",
         model_types=("modernbert",),
-        dequantize_on_load=True,  # transformers initializes its blocks through the weights of their linears
+        dequantize_on_load=True,
+        loads_packed=False,  # while it loads, transformers initializes blocks through the weights of their linears
         prefix="model.",
         parts=("embeddings.", "layers.", "final_norm."),
         layers="layers",

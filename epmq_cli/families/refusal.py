@@ -1,4 +1,4 @@
-"""The error for models that `epmq run` cannot calibrate."""
+"""Errors for models that `epmq run` cannot calibrate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Named(Protocol):
 
 
 MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
-"""What is left to the user whose model `epmq run` refuses."""
+"""The way out for a model that `epmq run` refuses."""
 
 
 def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Iterable[str]) -> str | None:
-    """The first tensor that is neither weight nor bias of these modules nor matches a pattern of what stays as
+    """The first tensor that is neither a weight or bias of these modules nor matches a pattern of tensors that stay as
     merged."""
     patterns = re.compile("|".join(kept) or "(?!)")
     for name in tensors:
@@ -34,7 +34,6 @@ def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Itera
 
 
 def refused(family: Named, reason: str) -> ModelError:
-    """The error for a base that this family cannot calibrate; `reason` names the part of the model and what is unknown
-    of it."""
+    """The error for a base that this family cannot calibrate; `reason` names the part of the model and the problem."""
     types = ", ".join(family.model_types)
     return ModelError(f"base: {reason}; epmq run with family {family.name} takes {types}; {MERGES}")

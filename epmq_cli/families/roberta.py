@@ -1,4 +1,4 @@
-"""RoBERTa classifiers (https://arxiv.org/abs/1907.11692) and the models built like it: XLM-RoBERTa, CamemBERT.
+"""RoBERTa classifiers (https://arxiv.org/abs/1907.11692), and XLM-RoBERTa and CamemBERT, which are built alike.
 
 Base: any checkpoint of the encoder. Experts: `RobertaForSequenceClassification` and the like, whose dense layer and
 out_proj are the task's head.
@@ -23,7 +23,7 @@ ROBERTA = Family(
         stem=TABLES,
         first_norm="embeddings.LayerNorm",
         kept=(r"embeddings\.(position|token_type)_ids",),
-        reserved=2,  # positions start behind that of the padding
+        reserved=2,  # positions start after the padding id
         options={"add_pooling_layer": False},
     ),
     TextClassifier(ClassifierHead(dense="classifier.dense", linear="classifier.out_proj")),

@@ -1,9 +1,7 @@
-"""T5 and FLAN-T5 (https://arxiv.org/abs/2210.11416) as transformers has them: encoder, decoder and tables are merged.
+"""T5 and FLAN-T5 (https://arxiv.org/abs/2210.11416) in the form that transformers has.
 
-Base and experts: `T5ForConditionalGeneration`. A task is a prompt and answers; experts have no heads of their own. What
-the decoder reads while it is calibrated are the answers that the task's expert itself gives, so that no labels are
-used. The linears of all blocks are quantized, those of cross-attention too; tables, position biases and the output
-layer stay dense.
+Base and experts: `T5ForConditionalGeneration`. Encoder, decoder and embeddings are merged. The linears of all blocks
+are quantized, those of cross-attention too; embeddings, position biases and the output layer stay dense.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from epmq_cli.models.pretrained import from_folder
 
 
 def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | Norm]:
-    """The steps of one attention: of the decoder on the encoder's output where `memory`."""
+    """The steps of an attention, which reads the encoder's output where `memory`."""
     norm, (q, k, v, o) = f"{part}.layer_norm", (f"{part}.{name}.{letter}" for letter in "qkvo")
     yield Norm(norm, mixing=not memory)
     if memory:
@@ -38,7 +36,7 @@ def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | No
 
 
 def block_steps(block: nn.Module) -> tuple[Linears | Norm, ...]:
-    """The steps of a block of the encoder (two parts) or the decoder (three)."""
+    """The steps of a block: of the encoder with two parts, or of the decoder with three."""
     parts = [name for name, _ in block.get_submodule("layer").named_children()]
     steps = list(attention_steps("layer.0", "SelfAttention", memory=False))
     if len(parts) > 2:
@@ -50,7 +48,7 @@ def block_steps(block: nn.Module) -> tuple[Linears | Norm, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class T5(Architecture):
-    """Encoder and decoder."""
+    """`family: t5`."""
 
     name: str = "t5"
     model_types: tuple[str, ...] = ("t5",)
@@ -66,11 +64,11 @@ class T5(Architecture):
         return self.all_names(folder)
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of both stacks, the scale of the output, and the tokens that answers start and end with."""
+        """The settings of both stacks, the scale of the output, and the tokens that answers start and end with."""
         names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
         answers = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
         found = block_settings(folder, names=(*names, "scale_decoder_outputs", *answers))
-        if found["decoder_start_token_id"] is None:  # as T5 was trained
+        if found["decoder_start_token_id"] is None:  # as in T5's training
             found["decoder_start_token_id"] = found["pad_token_id"]
         return found
 
@@ -82,7 +80,7 @@ class T5(Architecture):
         return model
 
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """The encoder, whose output the decoder's cross-attention reads, and the decoder."""
+        """The encoder, and the decoder whose cross-attention reads the encoder's output."""
         return [
             Stack(
                 _blocks(model, "encoder"),
@@ -100,7 +98,7 @@ class T5(Architecture):
         ]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The decoder's output for each real token of the answers: (tokens, width)."""
+        """The output of the decoder for each real token of the answers: (tokens, width)."""
         memory = batch.get("encoder_outputs")
         if memory is None:
             encoder = model.get_submodule("encoder")

@@ -1,4 +1,4 @@
-"""What a CLIP expert may have trained beside its vision tower: text tower, projections and logit scale."""
+"""The parts of CLIP that an expert may train besides its vision tower: text tower, projections and logit scale."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from epmq_cli.runtime.console import say
 TEXT = ("text_model", "text_projection")
 PROJECTION = "visual_projection.weight"
 PARTS = (*TEXT, "visual_projection", "logit_scale")
-PIECE = 1 << 22  # elements that are compared at a time: 32 MB in float64
+PIECE = 1 << 22  # elements compared at a time: 32 MB in float64
 
 log = logging.getLogger("epmq")
 
 
 def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
-    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by its name; infinite where a tensor
-    has another shape. Tensors are read one by one; what a smaller type rounds away does not count."""
-    found = {}
+    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite where a tensor has
+    another shape. Tensors are read one by one; differences that the smaller type rounds away do not count."""
+    drift_of = {}
     for part in PARTS:
         names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
         names = [name for name in names if {base.infos[name].dtype, expert.infos[name].dtype} <= set(DTYPES)]
@@ -42,31 +42,29 @@ def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
                 moved += float((mine - bases).square().sum())
                 norm += float(bases.square().sum())
         if changed:
-            found[part] = math.sqrt(moved / norm) if norm else math.inf
-    return found
+            drift_of[part] = math.sqrt(moved / norm) if norm else math.inf
+    return drift_of
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ in the type of the two that has fewer digits."""
+    """Whether two tensors differ in the less precise type of the two."""
     coarse = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     return not torch.equal(one.to(coarse), other.to(coarse))
 
 
-def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bool) -> None:
-    """Says what an expert has trained beside its vision tower, by how much, and what becomes of it. `merged`: whether
-    visual projections are merged."""
-    if not found:
+def report_drifts(expert: ModelFolder, task: Task, drift_of: Mapping[str, float], merged: bool) -> None:
+    """Reports the parts that an expert has trained besides its vision tower, by how much, and how they are used.
+    `merged`: whether visual projections are merged."""
+    if not drift_of:
         return
-    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
-    what = (
-        f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
-    )
-    head = "its head is made by its own text tower"
-    lost = [part for part in found if part in TEXT and task.heads != "expert"]
+    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in drift_of.items())
+    what = f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of: {sizes}"
+    head = "its own text tower makes its head"
+    lost = [part for part in drift_of if part in TEXT and task.heads != "expert"]
     if lost:
-        head = "its head is made by the base's text tower; set suite.heads=expert to use its own"
-    projection = "; its visual projection is merged" if merged and "visual_projection" in found else ""
-    line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
+        head = "the base's text tower makes its head; set suite.heads=expert to use its own"
+    projection = "; its visual projection is merged" if merged and "visual_projection" in drift_of else ""
+    line = f"{what}; {head}{projection}" if any(part in TEXT for part in drift_of) else f"{what}{projection}"
     if lost:
         log.warning("%s", line)
     else:
@@ -74,10 +72,10 @@ def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bo
 
 
 def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an expert's own text tower and its projection, under the names of the model; none where it has
-    none, which is the base's then. `own`: the model's. ModelError where a shape is another."""
+    """The tensors of an expert's own text tower and text projection, by their names in the model; empty where it has
+    none. `own`: the model's tensors. ModelError where a shape differs."""
     names = [name for name in own if name.partition(".")[0] in TEXT and name in expert.infos]
-    found = {}
+    tensors = {}
     for name in names:
         shape = expert.infos[name].shape
         if shape != tuple(own[name].shape):
@@ -86,13 +84,13 @@ def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, 
                 "text tower cannot make its head; set suite.heads=base"
             )
         if own[name].is_floating_point():
-            found[name] = expert.tensor(name).float().to(own[name].device)
-    return found
+            tensors[name] = expert.tensor(name).float().to(own[name].device)
+    return tensors
 
 
 @contextmanager
 def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these tensors inside the block, with its own after it."""
+    """Gives the model these tensors inside the block, and its own ones back after it."""
     own = model.state_dict()
     kept = {name: own[name].clone() for name in tensors}
     try:

@@ -1,7 +1,7 @@
-"""Vision transformers with a classifier (https://arxiv.org/abs/2010.11929) as transformers has them.
+"""Vision transformers with a classifier (https://arxiv.org/abs/2010.11929), in the form that transformers has.
 
 Base: any checkpoint of the encoder. Experts: `ViTForImageClassification`, whose classifier is the task's head. The
-patches' convolution, their positions and the class token stay as merged.
+patch convolution, the positions and the class token stay as merged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OLD_NAMES = (
     (r"\.attention\.key\.", ".attention.k_proj."),
     (r"\.attention\.value\.", ".attention.v_proj."),
 )
-"""The names in files written before transformers 5, and today's."""
+"""Patterns of the names in files from before transformers 5, and today's names."""
 
 VIT = Family(
     Encoder(

@@ -15,9 +15,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import Merge
-from epmq_cli.pipeline.preflight import (
-    check_scoring,
-)
+from epmq_cli.pipeline.preflight import check_scoring, check_widths
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.quantizer import Quantizer
 
@@ -53,6 +51,8 @@ def make_job(cfg: DictConfig) -> Job:
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
     check_scoring(suite, family, evaluation, scores_samples(evaluation))
+    quantizer: Quantizer = instantiate.build("quant", cfg.quant)
+    check_widths(family, quantizer)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     check_choice("resume", cfg.resume, ("auto", "never"))
@@ -65,7 +65,7 @@ def make_job(cfg: DictConfig) -> Job:
         merge=instantiate.build("merge", cfg.merge),
         guidance=guidance,
         calib=calib,
-        quantizer=instantiate.build("quant", cfg.quant),
+        quantizer=quantizer,
         pack=instantiate.build("pack", cfg.pack),
         evaluation=evaluation,
         device=device,

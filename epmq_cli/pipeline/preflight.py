@@ -69,6 +69,16 @@ def check_metric(task: Task, scored: bool) -> None:
         )
 
 
+def check_widths(family: Family, quantizer: Quantizer) -> None:
+    """Raises ConfigError where transformers could not load the checkpoint because its linears have several widths."""
+    if len(quantizer.widths) > 1 and not family.loads_packed:
+        low, high = quantizer.widths
+        raise ConfigError(
+            f"bits={quantizer.bits:g} mixes {low} and {high} bits, which transformers cannot load for family "
+            f"{family.name}; use bits={low} or bits={high}"
+        )
+
+
 def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
     """ConfigError where a task's texts or sequences may be longer than the model in the folder can read."""
     most = family.positions(folder)

@@ -218,7 +218,7 @@ def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Hub) -> No
 
 def test_a_model_that_no_family_takes_says_what_was_found_and_how_to_write_one() -> None:
     with pytest.raises(
-        ModelError, match=r"no family takes a model of type mamba, they take .*bert.*subclass of Family"
+        ModelError, match=r"no family takes models of type mamba, the families take .*bert.*new encoder is a row"
     ):
         claiming({"model_type": "mamba"})
 

@@ -53,6 +53,9 @@ class TaskAdapter(ABC):
     head_parts: tuple[str, ...] = ()
     """The tensors of a head; biases are optional."""
 
+    head_linear: str | None = None
+    """The module of experts that gives the logits; without it a model has no head of a task."""
+
     head_width: ClassVar[str] = "hidden_size"
     """The setting of the config that gives the number of features."""
 

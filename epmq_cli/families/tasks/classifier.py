@@ -27,7 +27,7 @@ class Classifier(TaskAdapter):
 
     def __init__(self, modules: ClassifierHead) -> None:
         self.modules = modules
-        self.head_parts = modules.parts
+        self.head_parts, self.head_linear = modules.parts, modules.linear
         self.in_head = modules.contains  # type: ignore[method-assign]
 
     def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:

@@ -1,7 +1,7 @@
 """Tasks whose answers a model generates as text. Experts have no heads of their own.
 
-A task is a prompt and answers. What the decoder reads while it is calibrated are the answers that the task's expert
-itself gives, so that no labels are used.
+A task has a prompt and answers. During calibration the decoder reads the answers that the task's expert generates, so
+no labels are used.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.families.tasks.adapter import Features, Head, Predict, TaskAdapter
 from epmq_cli.models.processor_folder import Processor
 
-ANSWER = 10  # tokens that an answer has at most, the start counted, as in the published protocol
+ANSWER = 10  # tokens of an answer at most, with the start token, as in the published protocol
 
 
 class GeneratedText(TaskAdapter):
-    """Classes, or numbers, that are written out."""
+    """Classification, or regression, by generated text."""
 
     answers = True
     sample_types = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
 
     def check_task(self, task: Task) -> None:
-        """Classes, unless the answers are numbers."""
+        """Requires classes, unless the answers are numbers."""
         if not task.classes and task.metric != "spearman":
             raise ConfigError(
                 f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
@@ -39,7 +39,7 @@ class GeneratedText(TaskAdapter):
             )
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
-        """Prompts, padded to the longest of the batch and cut at the task's `max_length` tokens."""
+        """Pads prompts to the longest of the batch, and cuts them at the task's `max_length` tokens."""
         tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
@@ -49,18 +49,18 @@ class GeneratedText(TaskAdapter):
         return collate
 
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
-        """The batch with what the decoder read when the model gave its own answers: `decoder_input_ids` and
+        """The batch with the decoder's inputs for the answers of the model: `decoder_input_ids` and
         `decoder_attention_mask`, both (samples, tokens)."""
         answers = [answer for part in split(batch, samples) for answer in _answers(model, part)]
         settings: Any = model.generation_config
-        given = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model itself does
+        given = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model pads
         ended = (given == _end(model)).cumsum(1) > 0
-        ended[:, 0] = False  # the token that starts an answer is no end of it, whatever it is
+        ended[:, 0] = False  # the start token is not an end, whatever its id
         read = ~ended[:, :-1]
         return {**batch, "decoder_input_ids": given[:, :-1], "decoder_attention_mask": read.long()}
 
     def predict(self, features: Features, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
-        """The class whose answer the model gives, to the letter, or -1; without classes the number it gives, or 0."""
+        """Predicts the class whose answer the model writes exactly, else -1; without classes the number, else 0."""
         tokenizer = own_tokenizer(folder, processor)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
@@ -74,7 +74,7 @@ class GeneratedText(TaskAdapter):
 
 
 def _answers(model: Any, batch: Batch) -> Tensor:
-    """What the model generates: (samples, tokens), the first of them the decoder's start."""
+    """The generated tokens (samples, tokens), the decoder's start token first."""
     _check_answering(model)
     try:
         given: Tensor = model.generate(
@@ -84,16 +84,16 @@ def _answers(model: Any, batch: Batch) -> Tensor:
             do_sample=False,
             num_beams=1,
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may be anything
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may hold anything
         reason = first_line(error)
         raise ModelError(
-            f"the generation_config.json or config.json of the base lets it give no answers ({reason}); fetch it again"
+            f"the base cannot generate answers by its generation_config.json or config.json ({reason}); fetch it again"
         ) from error
     return given
 
 
 def _check_answering(model: Any) -> None:
-    """ModelError where the tokens that answers start, end and are filled up with are none of the model's."""
+    """Raises ModelError where the start, end or padding token of answers is not one of the model's tokens."""
     settings = model.generation_config
     ids = {name: getattr(settings, name) for name in ("decoder_start_token_id", "pad_token_id")}
     for name, number in {**ids, "eos_token_id": model.config.eos_token_id}.items():

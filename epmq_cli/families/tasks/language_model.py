@@ -1,4 +1,4 @@
-"""Tasks of language models: calibrated on running text or conversations, scored by perplexity."""
+"""Tasks of language models, which are calibrated on text or conversations and scored by perplexity."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from epmq_cli.families.rendering import chat_ids
 from epmq_cli.families.tasks.adapter import TaskAdapter
 from epmq_cli.models.processor_folder import Processor
 
-SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
+SEPARATOR = "\n\n"  # between documents, as usual for perplexity on WikiText
 
 
 class LanguageModel(TaskAdapter):
-    """Text that a decoder continues."""
+    """Language modeling."""
 
     metrics = ("perplexity",)
     sample_types = (str, Chat)
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
-        """Sequences of one length."""
+        """Stacks token sequences of one length."""
 
         def collate(sequences: list[Any]) -> Batch:
             return {"input_ids": torch.stack(sequences)}
@@ -35,10 +35,9 @@ class LanguageModel(TaskAdapter):
         return collate
 
     def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
-        """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once.
-
-        Of conversations the tokens that the chat template writes, one conversation behind the other.
-        """
+        """The token ids (tokens,) of all documents, joined by two line breaks, with one start token where the tokenizer
+        has one; of conversations the token ids of each as its chat template writes it. `folder` and `processor` as for
+        `collate`."""
         chats = [document for document in documents if isinstance(document, Chat)]
         if chats:
             return torch.cat(chat_ids(folder, chats, processor))
@@ -48,6 +47,6 @@ class LanguageModel(TaskAdapter):
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Those of the output layer, in float32."""
+        """The logits (samples, tokens, vocabulary) in float32 of the token after each of `ids` (samples, tokens)."""
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits.float()
