@@ -25,11 +25,11 @@ from torch import Tensor
 from epmq_cli.calibrate.activations.hidden_state import inputs
 from epmq_cli.calibrate.moments import Measure, real_tokens, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.reference_weights import install, installed
+from epmq_cli.calibrate.reference_weights import copy_into, swapped_weights
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Linears
-from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.layer_problem import Affine
@@ -93,14 +93,14 @@ def opened(arguments: argparse.Namespace) -> steps.Job:
 
 
 def relative_errors(
-    job: steps.Job, model: torch.nn.Module, models: Models, drawn: dict[str, list[Batch]], lam: float
+    job: steps.Job, model: torch.nn.Module, models: SuiteModels, drawn: dict[str, list[Batch]], lam: float
 ) -> dict[str, list[float]]:
     """The error of W* for each type of rows, group by group; the model must be the merged one."""
     own, taught = {}, {}
     with torch.inference_mode():
         for task, batches in drawn.items():
             own[task] = captured(job, model, batches)
-            with installed(model, dict(models.source.model(task))):
+            with swapped_weights(model, dict(models.source.model(task))):
                 taught[task] = captured(job, model, batches)
     errors: dict[str, list[float]] = defaultdict(list)
     for name in next(iter(own.values())):
@@ -127,7 +127,7 @@ def main() -> None:
     job = opened(arguments)
     models, model, dtype = steps.open_models(job)
     drawn = steps.calibration_batches(job, models.base.path)
-    install(model, Merged(models.source, job.merge, dtype))
+    copy_into(model, LazyMerge(models.source, job.merge, dtype))
     errors = relative_errors(job, model, models, drawn, arguments.lam)
     groups = len(errors["float64"])
     print(f"{arguments.suite}, {groups} groups of linears, lam {arguments.lam}, {job.device}, relative error of W*\n")

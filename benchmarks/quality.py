@@ -23,11 +23,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config import instantiate
 from epmq_cli.evaluate import metrics
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -97,13 +97,13 @@ class Session:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.known, indent=1))
 
-    def calibration(self, job: steps.Job) -> guide.Taught:
+    def calibration(self, job: steps.Job) -> guide.TeacherOutputs:
         """The batches of a seed, and what the experts make of them."""
         key = f"{job.calib.samples} {job.seed} {guide.solves_heads(job)}"
         if key not in self.samples:
             drawn = steps.calibration_batches(job, self.models.base.path)
-            self.samples = {key: guide.teach(job, self.model, self.models.source, drawn)}
-        found: guide.Taught = self.samples[key]
+            self.samples = {key: guide.run_teachers(job, self.model, self.models.source, drawn)}
+        found: guide.TeacherOutputs = self.samples[key]
         return found
 
     def measure(self, row: str, merge: str, bits: str, seed: int) -> dict[str, Any]:
@@ -116,9 +116,9 @@ class Session:
             if not self.loaded:
                 self.load(job)
             taught = self.calibration(job)
-            install(self.model, self.base_state)
-            merged = Merged(self.models.source, job.merge, self.dtype)
-            install(self.model, merged)
+            copy_into(self.model, self.base_state)
+            merged = LazyMerge(self.models.source, job.merge, self.dtype)
+            copy_into(self.model, merged)
             start = time.perf_counter()
             found = guide.calibrate(job, self.model, taught.batches, self.tasks, merged)
             tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)

@@ -10,12 +10,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.progress import Walked
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.progress import WalkResult
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.run import run
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.families.family import load_model
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -50,7 +50,7 @@ class Walk:
 
     job: steps.Job
     student: nn.Module
-    walked: Walked
+    walked: WalkResult
     batches: guide.Batches
 
     def features(self, model: nn.Module) -> Tensor:
@@ -71,9 +71,9 @@ def walk(hub: Path, *overrides: str) -> Walk:
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.teach(job, model, models.source, batches)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    taught = guide.run_teachers(job, model, models.source, batches)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     calibrated = guide.calibrate(job, model, taught.batches, tasks, merged)
     return Walk(job, model, calibrated.walked, taught.batches)
 
@@ -86,5 +86,5 @@ class Scene:
         self.family = self.job.family
         self.models, self.model, _ = steps.open_models(self.job)
         drawn = steps.calibration_batches(self.job, self.models.base.path)
-        self.batches = guide.teach(self.job, self.model, self.models.source, drawn).batches["first"]
+        self.batches = guide.run_teachers(self.job, self.model, self.models.source, drawn).batches["first"]
         self.model = load_model(self.family, self.models.base.path, torch.device("cpu"))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.checkpoint.write_merged import write_dense
 from epmq_cli.config.schema import Pack
@@ -20,7 +20,7 @@ from epmq_cli.data.table import Table
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.average import Average
-from epmq_cli.merge.engine import Merged, Models, fit_source, written_dtype
+from epmq_cli.merge.engine import LazyMerge, SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
 
 Copies = Mapping[str, str]
@@ -57,8 +57,8 @@ def suite_of(family: str, base: Path, experts: Mapping[str, Path], **fields: Any
 
 def merged_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = None) -> Path:
     """What `epmq merge` writes of a suite."""
-    models = Models(suite, FAMILIES[suite.family], whole=True)
-    merged = Merged(models.source, method or Average(), torch.float32)
+    models = SuiteModels(suite, FAMILIES[suite.family], whole=True)
+    merged = LazyMerge(models.source, method or Average(), torch.float32)
     write_dense(folder, models, merged, pack, ProcessorFiles(models.base.path))
     return folder
 
@@ -66,10 +66,10 @@ def merged_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = N
 def run_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = None) -> Path:
     """What `epmq run quant=none` writes of a suite if its walk changes nothing."""
     family = FAMILIES[suite.family]
-    models = Models(suite, family)
+    models = SuiteModels(suite, family)
     dtype = written_dtype(models.source, pack.dtype)
     model = fit_source(load_model(family, models.base.path, CPU, torch.float32), models)
-    install(model, Merged(models.source, method or Average(), dtype))
+    copy_into(model, LazyMerge(models.source, method or Average(), dtype))
     contents = Contents(model, {}, False, {}, models.base.path, {}, dtype, models.ties.changes)
     write_checkpoint(folder, contents, 5 * 10**9)
     return folder

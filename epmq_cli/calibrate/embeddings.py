@@ -21,7 +21,7 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Mask, Patches, Stack, Table
 from epmq_cli.quantize.layer_problem import Affine
-from epmq_cli.runtime.distributed import added
+from epmq_cli.runtime.distributed import all_reduce
 
 
 def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
@@ -66,7 +66,7 @@ def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, r
         found = torch.bincount(ids.flatten(), minlength=rows).double()
         total = found if total is None else total + found
     assert total is not None
-    return added(total)
+    return all_reduce(total)
 
 
 def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:

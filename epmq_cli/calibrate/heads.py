@@ -10,7 +10,7 @@ from torch import Tensor
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.quantize.layer_problem import Affine
-from epmq_cli.runtime.distributed import added
+from epmq_cli.runtime.distributed import all_reduce
 
 
 def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, lam: float) -> Affine:
@@ -33,7 +33,7 @@ def relative_error(own: Tensor, teacher: Tensor) -> float:
     """Squared distance of the student's features or logits from the expert's (samples, width), relative to the latter's
     variance; 0 where that is 0. The samples of all processes count."""
     wanted, found = teacher.double(), own.double()
-    count, sums = added(torch.tensor(float(len(wanted)))), added(wanted.sum(0))
-    squares, error = added(wanted.square().sum()), added((found - wanted).square().sum())
+    count, sums = all_reduce(torch.tensor(float(len(wanted)))), all_reduce(wanted.sum(0))
+    squares, error = all_reduce(wanted.square().sum()), all_reduce((found - wanted).square().sum())
     spread = float(squares - sums.square().sum() / count)
     return float(error) / spread if spread > 1e-12 * float(squares) else 0.0

@@ -43,7 +43,7 @@ class Products:
     def rows(self) -> Tensor:
         """This process's rows of the sum over all processes, to be asked for once; a zero of no shape before any
         row."""
-        return distributed.summed_rows(self._total) if self._total.ndim else self._total
+        return distributed.reduce_rows(self._total) if self._total.ndim else self._total
 
     def square_rows(self) -> Tensor:
         """`rows` of what `add_square` added."""
@@ -103,15 +103,20 @@ class Measure:
 
         `factor` (out, in): what the drift is to be multiplied with to give the part.
         """
-        xx, xp, p, pp = self._xx.square_rows(), self._xp.rows(), distributed.added(self._p), distributed.added(self._pp)
+        xx, xp, p, pp = (
+            self._xx.square_rows(),
+            self._xp.rows(),
+            distributed.all_reduce(self._p),
+            distributed.all_reduce(self._pp),
+        )
         if factor is not None:
-            own, W = distributed.rows(factor.shape[1]), factor
+            own, W = distributed.row_range(factor.shape[1]), factor
             drift, xp = self._dd.square_rows().to(W.dtype), (xp.to(W.dtype) @ W.T).double()
             p = (W @ p.to(W.dtype)).double()
-            pp = distributed.added(((W @ drift.T) * W[:, own]).sum(1).double())
-        norm = float(distributed.assembled(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
-        tokens = float(distributed.added(torch.tensor(self.tokens, dtype=torch.float64)))
-        return Moments(xx, norm, distributed.added(self._x), tokens, xp, p, pp)
+            pp = distributed.all_reduce(((W @ drift.T) * W[:, own]).sum(1).double())
+        norm = float(distributed.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
+        tokens = float(distributed.all_reduce(torch.tensor(self.tokens, dtype=torch.float64)))
+        return Moments(xx, norm, distributed.all_reduce(self._x), tokens, xp, p, pp)
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Adds to the sums of x alone; the rows, each times its weight."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from epmq_cli.runtime.distributed import added
+from epmq_cli.runtime.distributed import all_reduce
 
 
 def has_gain(norm: nn.Module) -> bool:
@@ -61,8 +61,8 @@ class NormObjective:
 
     def close(self, factor: float) -> None:
         """Ends a task, which counts `factor` in all; what other processes added to it is counted too."""
-        tokens = float(added(self._task_sums.new_tensor(self._task_n)))
-        self._sums += factor / max(tokens, 1e-300) * added(self._task_sums)
+        tokens = float(all_reduce(self._task_sums.new_tensor(self._task_n)))
+        self._sums += factor / max(tokens, 1e-300) * all_reduce(self._task_sums)
         self._n += factor
         self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
 

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from epmq_cli.calibrate.moments import Moments
-from epmq_cli.quantize.layer_problem import Affine, Problem
+from epmq_cli.quantize.layer_problem import Affine, LayerProblem
 from epmq_cli.runtime import distributed
 
 
@@ -38,7 +38,7 @@ class Objective:
 
     def __init__(self, anchor: Affine, lam: float, intercepts: bool) -> None:
         out, width = anchor.weight.shape
-        self._anchor, self._rows, self._columns = anchor, distributed.rows(out), distributed.rows(width)
+        self._anchor, self._rows, self._columns = anchor, distributed.row_range(out), distributed.row_range(width)
         self._intercepts, self._lam, self._N = intercepts and anchor.bias is not None, lam, lam
         zeros = partial(torch.zeros, dtype=torch.float64, device=anchor.weight.device)
         columns = len(range(width)[self._columns])
@@ -69,17 +69,17 @@ class Objective:
             self._constant.add_(((pushed + 2 * px) * moved).sum(1), alpha=s)
             self._beyond.add_((pushed * (before + after)).sum(1), alpha=s)
 
-    def closed(self) -> Problem:
+    def closed(self) -> LayerProblem:
         """The problem over what all processes have added, to be asked for once, when all is added."""
         width = len(self._h)
-        H = distributed.assembled(self._H, width)
-        S = self._S if distributed.count() == 1 else distributed.assembled(self._S.T.contiguous(), width).T
-        u, constant, beyond = (distributed.added(sums) for sums in (self._u, self._constant, self._beyond))
+        H = distributed.all_gather_rows(self._H, width)
+        S = self._S if distributed.world_size() == 1 else distributed.all_gather_rows(self._S.T.contiguous(), width).T
+        u, constant, beyond = (distributed.all_reduce(sums) for sums in (self._u, self._constant, self._beyond))
         per_token = 1 / self._N if self._intercepts and self._N > 0 else 0.0
         if per_token:
             H.addr_(self._h, self._h, alpha=-per_token)
             S.addr_(u, self._h, alpha=-per_token)
-        return Problem(
+        return LayerProblem(
             anchor=self._anchor,
             H=H,
             S=S,

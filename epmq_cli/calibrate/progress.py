@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.solve_layer import LayerRecord
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
@@ -34,7 +34,7 @@ PARTS = ("values", "scale", "zero")
 
 
 @dataclass(frozen=True)
-class Walked:
+class WalkResult:
     """The result of a walk: the weights of the blocks' linears by module name, and the records in the order of the
     walk."""
 
@@ -52,7 +52,7 @@ class Account(Protocol):
         """Notes this instead."""
 
 
-class Journal:
+class WalkProgress:
     """The entries of one walk: in files of a folder, or in memory where there is none.
 
     `account`: what is kept with each entry. The first of several processes writes, all of them read.
@@ -60,8 +60,8 @@ class Journal:
 
     def __init__(self, folder: Path | None = None, account: Account | None = None) -> None:
         self._folder, self._account = folder, account
-        names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}")) if folder and distributed.first() else []
-        self.known: frozenset[str] = frozenset(distributed.agreed(names) if folder else names)
+        names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}")) if folder and distributed.is_main() else []
+        self.known: frozenset[str] = frozenset(distributed.broadcast(names) if folder else names)
         """The entries that an earlier process has made."""
         self._weights: dict[str, Weight] = {}  # of the entry that is being made, or of all where there is no folder
         self._files: dict[str, Path] = {}  # of those that are written
@@ -69,32 +69,32 @@ class Journal:
         self._begin = 0  # of the entry's records
 
     @property
-    def walked(self) -> Walked:
+    def result(self) -> WalkResult:
         """What the walk found; weights that are in files are read when they are asked for."""
-        return Walked(Stored(self._files) if self._folder else self._weights, self._records)
+        return WalkResult(LazyWeights(self._files) if self._folder else self._weights, self._records)
 
     def note(self, names: Sequence[str], weights: Sequence[Weight], records: Sequence[LayerRecord]) -> None:
         """Adds linears to the entry that is being made; weights only of those that the checkpoint may have packed."""
         self._weights.update(zip(names, weights, strict=True))
         self._records.extend(records)
 
-    def install_all(self, entries: Collection[str], student: Student) -> bool:
-        """`install` for all entries of a walk that is finished; False, and nothing done, where it is not."""
+    def restore_all(self, entries: Collection[str], student: Student) -> bool:
+        """`restore` for all entries of a walk that is finished; False, and nothing done, where it is not."""
         finished = self.known.issuperset(entries)
         for entry in entries if finished else ():
-            self.install(entry, student)
+            self.restore(entry, student)
         return finished
 
-    def install(self, entry: str, student: Student) -> bool:
+    def restore(self, entry: str, student: Student) -> bool:
         """Gives the student what an entry of an earlier process has for it; False where there is none."""
         if self._folder is None or entry not in self.known:
             return False
         path = self._path(entry)
         with _opened(path) as file:
             header = _header(file)
-            install(student.model, ((name, file.get_tensor(f"tensor.{name}").float()) for name in header["tensors"]))
-            stored = Stored(dict.fromkeys(header["weights"], path))
-            install(student.model, ((f"{name}.weight", weight.dequantize()) for name, weight in stored.items()))
+            copy_into(student.model, ((name, file.get_tensor(f"tensor.{name}").float()) for name in header["tensors"]))
+            stored = LazyWeights(dict.fromkeys(header["weights"], path))
+            copy_into(student.model, ((f"{name}.weight", weight.dequantize()) for name, weight in stored.items()))
             self._records.extend(LayerRecord(**record) for record in header["records"])
             if self._account is not None:
                 self._account.restore(header["account"])
@@ -108,7 +108,7 @@ class Journal:
         if self._folder is None:
             return
         path = self._path(entry)
-        if distributed.first():
+        if distributed.is_main():
             packed = {f"{name}.weight" for name, weight in self._weights.items() if isinstance(weight, QuantizedWeight)}
             dense = [name for name in changed if name not in packed]
             header = {
@@ -134,7 +134,7 @@ class Journal:
         self._weights, self._begin = {}, len(self._records)
 
 
-class Stored(Mapping[str, Weight]):
+class LazyWeights(Mapping[str, Weight]):
     """Weights by module name, each read from its file when it is asked for: mapped, so that the system can take back
     the memory."""
 

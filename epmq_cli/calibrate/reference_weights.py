@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from epmq_cli.merge.source import MergeSource
 
 
-class Reference:
+class ReferenceWeights:
     """Tensors of base and experts by the names that the student has for them, in float32.
 
     `shared`: those that are not merged, the same in all models. `merged`: the merged tensor of a name. `plain`: whether
@@ -35,15 +35,15 @@ class Reference:
 
     def restore(self, model: nn.Module) -> None:
         """Makes a student the merged model again."""
-        install(model, ((name, self._merged(name)) for name in self._source.names))
-        install(model, self._shared)
+        copy_into(model, ((name, self._merged(name)) for name in self._source.names))
+        copy_into(model, self._shared)
 
     def names(self, outside: tuple[str, ...] = ()) -> list[str]:
         """The merged tensors that are under none of these prefixes."""
         return [name for name in self._source.names if not name.startswith(outside)]
 
 
-def install(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
     """Puts these values into the model's own tensors of the same names, one after the other."""
     own = model.state_dict()
     with torch.no_grad():
@@ -52,12 +52,12 @@ def install(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str
 
 
 @contextmanager
-def installed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with these values inside the block, with its own after it."""
     own = model.state_dict()
     kept = {name: own[name].clone() for name in tensors}
-    install(model, tensors)
+    copy_into(model, tensors)
     try:
         yield
     finally:
-        install(model, kept)
+        copy_into(model, kept)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from epmq_cli.calibrate.activations.hidden_state import Stream, calls, enter
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.hidden_state import HiddenState, calls, enter
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.activations.trace import Change, Trace, bypassed, traced
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain, normalised, unit
@@ -76,8 +76,8 @@ def _check_model(model: nn.Module, family: Family, batch: Batch) -> None:
 def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -> Batch:
     """Checks a stack; the batch with what its readout hands to the next."""
     values: list[int] = []
-    stream = enter(model, family, stack, [batch], Depot(math.inf), values)[0]
-    first = stream.leave()
+    stream = enter(model, family, stack, [batch], ActivationStore(math.inf), values)[0]
+    first = stream.load()
     if not is_finite(first):
         return batch  # which the walk refuses by name
     given, options = stream.calls[0]
@@ -114,7 +114,7 @@ def _kind(block: Section, call: Any) -> tuple[Any, ...]:
 class _Check:
     """The check of one section, block or readout, with the stream that has reached it; `repeated`: see Family."""
 
-    def __init__(self, section: Section, stream: Stream, stack: Stack, repeated: tuple[str, ...] = ()) -> None:
+    def __init__(self, section: Section, stream: HiddenState, stack: Stack, repeated: tuple[str, ...] = ()) -> None:
         self.section, self.stream, self.stack, self.repeated = section, stream, stack, repeated
         self.is_block = section is not stack.readout
         self.hidden = stream.hidden
@@ -137,7 +137,7 @@ class _Check:
 
     def _pass(self, hidden: Tensor, change: Change | None = None) -> Trace:
         """One pass through the section from this input, in which modules give something else where it is said."""
-        fresh = replace(self.stream, hidden=hidden, passage=None, parcel=None)
+        fresh = replace(self.stream, hidden=hidden, forward_pass=None, handle=None)
         with traced(self.section, change) as trace:
             fresh.finish(self.section.module)
         trace.given = fresh.hidden

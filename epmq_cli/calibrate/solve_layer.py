@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
-from epmq_cli.quantize.layer_problem import Problem
+from epmq_cli.quantize.layer_problem import LayerProblem
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime import distributed
 
 
 @dataclass(frozen=True)
-class Solution:
+class SolvedLinear:
     """What a linear becomes: its weight, and its bias (out,), or None where that stays as it is."""
 
     weight: QuantizedWeight | DenseWeight
@@ -48,24 +48,24 @@ class LayerRecord:
 
 
 def solve(
-    problem: Problem,
+    problem: LayerProblem,
     names: Sequence[str],
     outs: list[int],
     tokens: int,
     quantizer: Quantizer,
     dtype: torch.dtype,
-) -> tuple[list[Solution], list[LayerRecord]]:
+) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group, stacked in the problem with so many rows each
     (`outs`): they are quantized in one go since they share H. One process solves while another prepares for the
     quantizer; then each does its own rows."""
-    (target, solved), prepared = distributed.shared_out([problem.solve, partial(quantizer.prepared, problem.H)])
+    (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepared, problem.H)])
     wanted = target[problem.rows]
     outcome = quantizer(wanted.float(), problem.H, prepared, dtype)
     own = outcome.weight.dequantize()
     losses_of = partial(problem.loss, target=target, solved=solved)
     columns = [problem.anchor_loss(), losses_of(wanted), losses_of(own), problem.energy()]
     bias = problem.bias(own)
-    found = distributed.assembled(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
+    found = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
     weights, rows = _split(outcome.weight, outs), torch.split(found, outs)
     losses = [_relative(part) for part in rows]
     records = [
@@ -85,7 +85,7 @@ def solve(
         for index, name in enumerate(names)
     ]
     biases = [None if bias is None else part[:, 4] for part in rows]
-    return [Solution(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
+    return [SolvedLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
 
 
 def _relative(rows: Tensor) -> list[float]:
@@ -97,6 +97,8 @@ def _relative(rows: Tensor) -> list[float]:
 def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[QuantizedWeight | DenseWeight]:
     """The weights of so many rows each, of which each process has its part."""
     if isinstance(part, DenseWeight):
-        return DenseWeight(distributed.assembled(part.weight, sum(outs))).split(outs)
-    values, scale, zero = (distributed.assembled(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero))
+        return DenseWeight(distributed.all_gather_rows(part.weight, sum(outs))).split(outs)
+    values, scale, zero = (
+        distributed.all_gather_rows(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero)
+    )
     return replace(part, values=values, scale=scale, zero=zero).split(outs)

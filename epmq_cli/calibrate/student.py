@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.reference_weights import Reference, install
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
 from epmq_cli.families.family import Family
 from epmq_cli.quantize.layer_problem import Affine
 
@@ -20,7 +20,7 @@ class Student:
 
     model: nn.Module
     family: Family
-    reference: Reference
+    reference: ReferenceWeights
     guidance: Guidance
     dtype: torch.dtype
     _changed: set[str] = field(default_factory=set)
@@ -40,7 +40,7 @@ class Student:
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """New values of tensors, rounded to the type they are stored in."""
-        install(self.model, {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
+        copy_into(self.model, {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
         self._changed.update(tensors)
 
     def take_changed(self) -> list[str]:

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from epmq_cli.calibrate.activations.capture import Rows
+from epmq_cli.calibrate.activations.capture import LayerInputs
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import Measure, Moments
 
 
-def measured(batches: Iterable[Rows], expert: Tensor, scale: float | None, guidance: Guidance) -> tuple[Moments, int]:
+def measured(
+    batches: Iterable[LayerInputs], expert: Tensor, scale: float | None, guidance: Guidance
+) -> tuple[Moments, int]:
     """The moments of one task, and the tokens of this process.
 
     `expert`: the weights (out, in) of all linears of the step. `scale`: what their outputs are multiplied with
@@ -30,13 +32,13 @@ def measured(batches: Iterable[Rows], expert: Tensor, scale: float | None, guida
     return measure.moments(expert if by_drift else None), tokens
 
 
-def _drift(rows: Rows, guidance: Guidance) -> Tensor:
+def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:
     """How far the teacher's inputs are from the student's, times alpha: (tokens, in)."""
     drift: Tensor = float(guidance.alpha) * (rows.teacher[0] - rows.student[0])
     return drift
 
 
-def _part(rows: Rows, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
+def _part(rows: LayerInputs, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
     """The part of the linears' targets (tokens, out) that is no weight times the student's inputs."""
     if not guidance.teaches:
         return None

@@ -55,7 +55,7 @@ def _with(guidance: Guidance, values: Mapping[str, Any]) -> Guidance:
     return replace(guidance, **values)
 
 
-def divided(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
+def holdout_split(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
     """Each task's batches without every fifth sample, and those samples; DataError where there are too few."""
     parts = ({}, {})  # type: tuple[dict[str, list[Batch]], dict[str, list[Batch]]]
     for task, group in batches.items():

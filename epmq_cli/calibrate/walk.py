@@ -18,17 +18,17 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.capture import Reading, Rows
-from epmq_cli.calibrate.activations.hidden_state import Stream, enter, handed, inputs
-from epmq_cli.calibrate.activations.pausable_forward import listening
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.capture import CaptureSpec, LayerInputs
+from epmq_cli.calibrate.activations.hidden_state import HiddenState, enter, handed, inputs
+from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens, task_weight
 from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.calibrate.progress import Journal, Walked
-from epmq_cli.calibrate.reference_weights import Reference, install, installed
+from epmq_cli.calibrate.progress import WalkProgress, WalkResult
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into, swapped_weights
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measured
@@ -51,14 +51,14 @@ def walk(
     student: nn.Module,
     family: Family,
     batches: Batches,
-    reference: Reference,
+    reference: ReferenceWeights,
     guidance: Guidance,
     quantizer_of: QuantizerOf,
     dtype: torch.dtype,
-    depot: Depot | None = None,
-    journal: Journal | None = None,
+    store: ActivationStore | None = None,
+    progress: WalkProgress | None = None,
     samples: int = ALL,
-) -> Walked:
+) -> WalkResult:
     """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
 
     `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
@@ -66,9 +66,9 @@ def walk(
     finished is kept; likewise. `samples`: how many of a batch go through the model at a time, which changes nothing in
     what comes out.
     """
-    room = depot or Depot(math.inf)
+    store = store or ActivationStore(math.inf)
     own = Student(student, family, reference, guidance, dtype)
-    return _Walk(own, batches, quantizer_of, room, journal, samples).run()
+    return _Walk(own, batches, quantizer_of, store, progress, samples).run()
 
 
 class _Walk:
@@ -79,12 +79,12 @@ class _Walk:
         student: Student,
         batches: Batches,
         quantizer_of: QuantizerOf,
-        depot: Depot,
-        journal: Journal | None = None,
+        store: ActivationStore,
+        progress: WalkProgress | None = None,
         samples: int = ALL,
     ) -> None:
-        self.student, self.quantizer_of, self.depot = student, quantizer_of, depot
-        self.journal = journal or Journal()
+        self.student, self.quantizer_of, self.store = student, quantizer_of, store
+        self.progress = progress or WalkProgress()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.whole = batches
@@ -92,42 +92,42 @@ class _Walk:
         self.counts = {task: [len(found) for found in group] for task, group in parts.items()}  # of each batch
         own: Batches = {task: [part for found in group for part in found] for task, group in parts.items()}
         self.own, self.others = own, own  # of the student and of the teachers, stack by stack
-        self.streams: dict[str, list[Stream]] = {}
-        self.taught: dict[str, list[Stream]] = {}
+        self.streams: dict[str, list[HiddenState]] = {}
+        self.taught: dict[str, list[HiddenState]] = {}
         self.blocks: dict[str, dict[str, Tensor]] = {}
         """Tensors of the section that is at work, of those experts that there is room for."""
 
-    def run(self) -> Walked:
+    def run(self) -> WalkResult:
         """Every section in order; what the journal has is installed, and batches are only sent through it."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
-        if self.journal.install_all([name for names in entries for name in names], self.student):
-            return self.journal.walked
+        if self.progress.restore_all([name for names in entries for name in names], self.student):
+            return self.progress.result
         for (stack, section), (entry, *stem) in zip(track(steps, "calibrate and quantize"), entries, strict=True):
             if stem:
                 self._enter(stack, stem[0])
-            known = self.journal.install(entry, self.student)
+            known = self.progress.restore(entry, self.student)
             solved = not known and (section is not stack.readout or self.guidance.readout)
             self._section(stack, section if solved else replace(section, steps=()))
             if not known:
-                self.journal.write(entry, self.student)
+                self.progress.write(entry, self.student)
             if section is stack.readout and stack.handed is not None:
                 self.own = handed(stack.handed, self.own, self.streams)
                 self.others = handed(stack.handed, self.others, self.taught) if self.taught else self.own
-        return self.journal.walked
+        return self.progress.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
         """Sends every batch to the first block of a stack, solving what is in front of it on the way."""
         model = self.student.model
-        if not self.journal.install(entry, self.student):
+        if not self.progress.restore(entry, self.student):
             self._solve_stem(stack)
-            self.journal.write(entry, self.student)
+            self.progress.write(entry, self.student)
         values: list[int] = []
         for task in self.own:
-            self.streams[task] = enter(model, self.family, stack, self.own[task], self.depot, values)
+            self.streams[task] = enter(model, self.family, stack, self.own[task], self.store, values)
             if self.guidance.teaches:
-                with installed(model, self._stem(task)):
-                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.depot, values)
+                with swapped_weights(model, self._stem(task)):
+                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.store, values)
 
     def _solve_stem(self, stack: Stack) -> None:
         """Solves what is in front of the first block of a stack."""
@@ -144,16 +144,16 @@ class _Walk:
         reference = self.student.reference
         return {name: reference.expert(task, name) for name in reference.names(behind)}
 
-    def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[Rows]:
+    def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[LayerInputs]:
         """What reaches the first norm."""
         own = self._first_inputs(stack, self.own[task], norm)
         taught = own
         if self.guidance.teaches:
-            with installed(self.student.model, self._stem(task)):
+            with swapped_weights(self.student.model, self._stem(task)):
                 taught = self._first_inputs(stack, self.others[task], norm)
         pairs = zip(own, taught, strict=True)
         for count in self.counts[task]:
-            yield Rows.joined([Rows([mine], [others], None) for mine, others in islice(pairs, count)])
+            yield LayerInputs.joined([LayerInputs([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
         """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
@@ -169,26 +169,26 @@ class _Walk:
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
-                hooks.enter_context(listening(module, section.modules))
+                hooks.enter_context(pause_hooks(module, section.modules))
             for index, step in enumerate(section.steps):
-                reading = Reading.of(section.steps[index:], token)
+                spec = CaptureSpec.of(section.steps[index:], token)
                 if isinstance(step, Norm):
                     if self.guidance.norms and has_gain(section.module.get_submodule(step.name)):
-                        self._norm(section.name(step.name), self._rows(section, teacher, reading))
+                        self._norm(section.name(step.name), self._rows(section, teacher, spec))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
                     if own:  # none where queries, keys and values are one linear
-                        self._linears(section, teacher, own, reading)
-                    self._linears(section, teacher, step.mixing, replace(reading, token=None))
+                        self._linears(section, teacher, own, spec)
+                    self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
-                    self._linears(section, teacher, step.names, reading)
+                    self._linears(section, teacher, step.names, spec)
             for task in self.streams:
                 self._load(section, teacher, task)
                 for streams, module in ((self.streams, section.module), (self.taught, teacher)):
                     for stream in streams.get(task, ()):
-                        with stream.awake():
+                        with stream.loaded():
                             stream.finish(module)
-        self.depot.release(sum(map(_bytes, self.blocks.values())))
+        self.store.release(sum(map(_bytes, self.blocks.values())))
         self.blocks.clear()
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
@@ -199,38 +199,40 @@ class _Walk:
         if found is None:
             own, expert = teacher.state_dict(), self.student.reference.expert
             found = {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
-            if self.depot.hold(_bytes(found)):
+            if self.store.hold(_bytes(found)):
                 self.blocks[task] = found
-        install(teacher, found)
+        copy_into(teacher, found)
 
-    def _rows(self, section: Section, teacher: nn.Module, reading: Reading) -> Iterator[tuple[str, Iterator[Rows]]]:
+    def _rows(
+        self, section: Section, teacher: nn.Module, spec: CaptureSpec
+    ) -> Iterator[tuple[str, Iterator[LayerInputs]]]:
         """For each task, what reaches a step, batch by batch."""
         for task in self.streams:
             self._load(section, teacher, task)
-            yield task, self._task_rows(section, teacher, task, reading)
+            yield task, self._task_rows(section, teacher, task, spec)
 
-    def _task_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
+    def _task_rows(self, section: Section, teacher: nn.Module, task: str, spec: CaptureSpec) -> Iterator[LayerInputs]:
         """The rows of each batch, its parts together, so that sums over batches are the same whatever the parts."""
-        parts = self._part_rows(section, teacher, task, reading)
+        parts = self._part_rows(section, teacher, task, spec)
         for count in self.counts[task]:
             if count == 1:
                 yield next(parts)
             else:
-                yield Rows.joined([part.copied() for part in islice(parts, count)])
+                yield LayerInputs.joined([part.copied() for part in islice(parts, count)])
 
-    def _part_rows(self, section: Section, teacher: nn.Module, task: str, reading: Reading) -> Iterator[Rows]:
+    def _part_rows(self, section: Section, teacher: nn.Module, task: str, spec: CaptureSpec) -> Iterator[LayerInputs]:
         taught = self.taught.get(task)
         for index, stream in enumerate(self.streams[task]):
-            with stream.awake():
-                own = reading.rows(stream, section.module)
-                weights = stream.weights(reading.token, self.guidance.readout_weight)
+            with stream.loaded():
+                own = spec.rows(stream, section.module)
+                weights = stream.weights(spec.token, self.guidance.readout_weight)
                 if taught is None:
-                    yield Rows(own, own, weights)
+                    yield LayerInputs(own, own, weights)
                 else:
-                    with taught[index].awake():
-                        yield Rows(own, reading.rows(taught[index], teacher), weights)
+                    with taught[index].loaded():
+                        yield LayerInputs(own, spec.rows(taught[index], teacher), weights)
 
-    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[Rows]]]) -> None:
+    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[LayerInputs]]]) -> None:
         """Solves a norm."""
         norm, anchor = self.student.model.get_submodule(name), self.student.affine_anchor(name)
         added = unit(norm)
@@ -245,10 +247,10 @@ class _Walk:
         gain, bias = objective.solve()
         self.student.put_affine(name, gain - added, bias)
 
-    def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], reading: Reading) -> None:
+    def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], spec: CaptureSpec) -> None:
         """Solves and quantizes linears that read the same input."""
         names = [section.name(name) for name in local]
-        objective, tokens = self._measure(section, teacher, names, reading)
+        objective, tokens = self._measure(section, teacher, names, spec)
         in_block = all(section is not stack.readout for stack in self.stacks)
         quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
@@ -256,17 +258,17 @@ class _Walk:
         for name, solution in zip(names, found, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
         weights = [solution.weight for solution in found]
-        self.journal.note(names if in_block else [], weights if in_block else [], records)
+        self.progress.note(names if in_block else [], weights if in_block else [], records)
 
     def _measure(
-        self, section: Section, teacher: nn.Module, names: Sequence[str], reading: Reading
+        self, section: Section, teacher: nn.Module, names: Sequence[str], spec: CaptureSpec
     ) -> tuple[Objective, int]:
         """The objective of the linears of one group, stacked, and the tokens it was measured on."""
         anchor = Affine.stacked([self.student.affine_anchor(name) for name in names])
         objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
-        for task, batches in self._rows(section, teacher, reading):
+        for task, batches in self._rows(section, teacher, spec):
             expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])
-            moments, tokens = measured(batches, expert.weight, reading.scale if reading.stream else None, self.guidance)
+            moments, tokens = measured(batches, expert.weight, spec.scale if spec.stream else None, self.guidance)
             if not math.isfinite(moments.norm):
                 raise ModelError(
                     f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "
@@ -275,7 +277,7 @@ class _Walk:
             s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
             objective.add(moments, expert, s * self.guidance.factor(task))
             total += tokens
-        return objective, sum(distributed.gathered(total))
+        return objective, sum(distributed.all_gather(total))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -13,7 +13,7 @@ import torch
 from epmq_cli.checkpoint.write import whole
 from epmq_cli.config.schema import Pack, bytes_of
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.engine import Merged, Models, written_dtype
+from epmq_cli.merge.engine import LazyMerge, SuiteModels, written_dtype
 from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
 from epmq_cli.models.model_folder import ModelFolder
@@ -24,8 +24,8 @@ from epmq_cli.store.safetensors_writer import NAMES, Entry, write_model
 
 def write_dense(
     folder: Path,
-    models: Models,
-    merged: Merged,
+    models: SuiteModels,
+    merged: LazyMerge,
     pack: Pack,
     files: ProcessorFiles,
     save_others: Callable[[Path], None] = lambda folder: None,
@@ -56,7 +56,7 @@ def write_dense(
     return sum(entry.size for entry in entries)
 
 
-def _config(models: Models, dtype: torch.dtype) -> dict[str, Any]:
+def _config(models: SuiteModels, dtype: torch.dtype) -> dict[str, Any]:
     """The base's config.json with the result's ties, vocabulary and type; transformers and vLLM load all tensors in
     that type."""
     config = models.base.config | models.ties.changes | {"dtype": str(dtype).removeprefix("torch.")}
@@ -65,7 +65,7 @@ def _config(models: Models, dtype: torch.dtype) -> dict[str, Any]:
     return config if size is None else with_vocabulary(config, size)
 
 
-def _entries(base: ModelFolder, merged: Merged, ties: Ties, pack: Pack) -> list[Entry]:
+def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, pack: Pack) -> list[Entry]:
     """What is written, in the order of the base's files, behind them what these do not hold."""
     source = merged.source
     names = {source.stored_name(name): name for name in source.names}

@@ -64,7 +64,7 @@ class Ended(BaseException):
 
 
 @contextmanager
-def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> Iterator[None]:
+def exit_on_error(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> Iterator[None]:
     """Ends the process with a sentence and a status, see errors.py, where something is raised inside; with --debug or
     HYDRA_FULL_ERROR=1 it is raised on. `interrupted`: what is said of a signal."""
     before = os.environ.get(FULL_ERROR, "0")
@@ -79,7 +79,7 @@ def told(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> I
             sys.stdout.flush()  # raises it again where it is of what is printed, see ending.py
         if before == "1":
             raise error from None
-        if distributed.first() or not isinstance(
+        if distributed.is_main() or not isinstance(
             error, (ConfigError, HydraException)
         ):  # those come up in all processes
             complain(explained(error))
@@ -107,7 +107,7 @@ def defect(error: Exception) -> str:
     )
 
 
-def explain(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
+def format_error(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
     """The error as one sentence that says what exists where the user named something that does not, and of a defect
     that it is one."""
     text = str(error)
@@ -152,7 +152,7 @@ def _check_key(key: str, command: str, arguments: Sequence[str]) -> None:
         check_keys(parent or "the config", [name], [str(option) for option in node if option != "_target_"])
 
 
-def guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def log_errors(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """The job of a command with what ends it in run.log: a mistake as its sentence, a defect with its traceback."""
 
     @wraps(command)

@@ -8,14 +8,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli.commands.error_report import guarded
+from epmq_cli.commands.error_report import log_errors
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config import instantiate
 from epmq_cli.store.run_lock import refuse_used
 
 
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="eval")
-@guarded
+@log_errors
 def main(cfg: DictConfig) -> None:
     """One checkpoint, or one of each job of a sweep."""
     evaluate(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
@@ -25,7 +25,7 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     quiet_libraries()
     from epmq_cli.checkpoint.load import kernels
-    from epmq_cli.evaluate.score import room_of
+    from epmq_cli.evaluate.score import micro_batcher
     from epmq_cli.pipeline import reload
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.report import metrics_json, table
@@ -39,14 +39,14 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("read"):
         family, model, tasks = reload.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
-        room = room_of(evaluation.batch_size)
-        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, room=room)
+        micro = micro_batcher(evaluation.batch_size)
+        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, micro=micro)
     measured = {
         "scores": metrics_json.by_task(found, suite.metrics),
         "kernels": kernels(model),
         "stages": stages.records,
     }
-    measured["events"] = {"eval_batches_halved": room.halved}
+    measured["events"] = {"eval_batches_halved": micro.halved}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(
         folder / "metrics.json", metrics_json.metrics("eval", overrides, resolved, device, measured)

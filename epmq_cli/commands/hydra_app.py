@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from epmq_cli.commands import folder_names
 from epmq_cli.commands.arguments import FULL_ERROR, split
-from epmq_cli.commands.error_report import MISTAKEN, NOTHING, explain, told
+from epmq_cli.commands.error_report import MISTAKEN, NOTHING, format_error, exit_on_error
 from epmq_cli.commands.overrides import addable, check_overrides, unreadable
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
@@ -36,18 +36,20 @@ folder_names.register()  # here: the processes of a sweep's jobs import this, to
 def launch(command: str, arguments: list[str]) -> None:
     """Runs a command with these arguments; whatever is raised ends it as `told` says."""
     try:
-        distributed.check(command)
+        distributed.check_environment(command)
     except ConfigError as error:
         complain(str(error))
         sys.exit(MISTAKEN)
     logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
-    with told(lambda error: explain(error, command, arguments), INTERRUPTED[command]):
+    with exit_on_error(lambda error: format_error(error, command, arguments), INTERRUPTED[command]):
         os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         overrides, flags = split(arguments)
         check_overrides(command, overrides)
         try:
-            with signals.listening(lambda: complain(INTERRUPTED[command]), GRACE if distributed.count() == 1 else 1):
+            with signals.handle_signals(
+                lambda: complain(INTERRUPTED[command]), GRACE if distributed.world_size() == 1 else 1
+            ):
                 _start(command, addable(arguments))
         except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
             raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
@@ -55,9 +57,9 @@ def launch(command: str, arguments: list[str]) -> None:
 
 def _start(command: str, arguments: list[str]) -> None:
     """The command itself; of the processes of a run the first has its traces."""
-    if command == "run" and distributed.first():
+    if command == "run" and distributed.is_main():
         arguments = unfinished.continued(arguments)
-    if not distributed.first():
+    if not distributed.is_main():
         arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
     sys.argv = [f"epmq {command}", *arguments]
     importlib.import_module(f"epmq_cli.commands.{command}").main()

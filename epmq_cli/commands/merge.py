@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from epmq_cli.commands.error_report import guarded
+from epmq_cli.commands.error_report import log_errors
 from epmq_cli.config import instantiate, schema
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
@@ -20,7 +20,7 @@ PROBE = 8  # tokens of the texts on which tokenizers are compared, as a merge re
 
 
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="merge")
-@guarded
+@log_errors
 def main(cfg: DictConfig) -> None:
     """One merge, or one of each job of a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -35,7 +35,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
 
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
-        from epmq_cli.merge.engine import Merged, Models
+        from epmq_cli.merge.engine import LazyMerge, SuiteModels
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table
@@ -53,12 +53,12 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
-        models = Models(suite, family, whole=True)
+        models = SuiteModels(suite, family, whole=True)
         files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
-        merged = Merged(models.source, method, torch.float32)
+        merged = LazyMerge(models.source, method, torch.float32)
         others = partial(save_processors, models.base.path, processors, family.reads)
         size = write_dense(checkpoint, models, merged, pack, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}

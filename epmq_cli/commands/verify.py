@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from epmq_cli.commands.error_report import explain, told
+from epmq_cli.commands.error_report import format_error, exit_on_error
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.errors import CheckpointError
 from epmq_cli.runtime.console import complain, console, plain
-from epmq_cli.runtime.signals import listening
+from epmq_cli.runtime.signals import handle_signals
 
 INTERRUPTED = "interrupted; the checkpoint has not been checked to the end"
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
         "--debug", action="store_true", help="a traceback in place of the sentence that says what is wrong"
     )
     chosen = parser.parse_args(arguments)
-    with told(explain, INTERRUPTED), listening(lambda: complain(INTERRUPTED)):
+    with exit_on_error(format_error, INTERRUPTED), handle_signals(lambda: complain(INTERRUPTED)):
         verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
 
 

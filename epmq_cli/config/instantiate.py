@@ -155,7 +155,7 @@ def device_of(name: str) -> torch.device:
         raise ConfigError(f"device must be {DEVICES}, got {shown(name)}")
     if kind == "cpu":
         return torch.device("cpu")
-    number = int(index or distributed.local())
+    number = int(index or distributed.local_rank())
     if number >= found:
         who = "" if index or not number else f" for process {number + 1} of torchrun"
         raise ConfigError(f"device={name} is not there{who}: this machine has {found} CUDA devices; use device=cpu")

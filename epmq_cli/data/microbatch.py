@@ -17,7 +17,7 @@ from epmq_cli.runtime.console import log, say
 Result = TypeVar("Result")
 
 
-class Room:
+class MicroBatcher:
     """How many samples may go through a model at a time: at most `most`, half as many each time that memory does not
     suffice.
 
@@ -33,7 +33,7 @@ class Room:
         """Called with the count whenever it grows."""
         self._work, self._remedy, self._retries = work, remedy, retries
 
-    def attempt(
+    def run(
         self, call: Callable[[int], Result], restore: Callable[[], None] = lambda: None, count: int = ALL
     ) -> Result:
         """What `call` gives, told how many samples it may take at a time. `restore`: makes good what a call has changed
@@ -51,7 +51,7 @@ class Room:
 
     def rows(self, call: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """What `call` gives for the samples of a batch, one under the other."""
-        return self.attempt(lambda n: joined([call(part) for part in split(batch, n)]), count=size(batch))
+        return self.run(lambda n: joined([call(part) for part in split(batch, n)]), count=size(batch))
 
     def _halve(self, samples: int) -> None:
         """Half of so many, for which there was no room."""

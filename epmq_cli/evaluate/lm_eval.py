@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.models.pretrained import from_folder
 
@@ -28,7 +28,7 @@ def harness_scores(
     include_path: str | None,
     shots: int | None,
     limit: int | None,
-    room: Room,
+    micro: MicroBatcher,
 ) -> dict[str, float]:
     """The score of each task or group under the name `<task>/<metric>`; patterns (arc_*), tags (ai2_arc) and groups
     without a score of their own stand for their tasks.
@@ -72,7 +72,7 @@ def harness_scores(
     scores: dict[str, float] = {}
     named = dict.fromkeys(name for names in matched.values() for name in names)
     for name in named:  # one by one, as the results do not say which tasks a tag stood for
-        found = room.attempt(partial(evaluated, name))
+        found = micro.run(partial(evaluated, name))
         results = {**found["results"], **found.get("groups", {})}
         scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
     return scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
@@ -27,7 +27,7 @@ from epmq_cli.runtime.console import bar
 Scores = dict[str, dict[str, float]]
 """stage -> task -> score: a fraction of 1, or a perplexity."""
 
-Recall = Callable[["ScoredTask", Callable[[], float]], float]
+ScoreCache = Callable[["ScoredTask", Callable[[], float]], float]
 """Returns a task's score from a cache, or else computes it by the function."""
 
 
@@ -135,7 +135,7 @@ def score(
     family: Family,
     model: nn.Module,
     task: ScoredTask,
-    room: Room,
+    micro: MicroBatcher,
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
 ) -> float:
@@ -143,41 +143,41 @@ def score(
     with torch.inference_mode():
         language = family.tasks
         if not isinstance(language, LanguageModel):
-            predictions, labels = predicted(model, task, room, device, advance)
+            predictions, labels = predicted(model, task, micro, device, advance)
             return MEASURES[task.metric](predictions, labels)
 
         def losses(batch: Batch) -> Tensor:
             return window_losses(lambda ids: language.token_logits(model, ids.to(device)), batch["ids"])
 
         def losses_of(ids: Tensor) -> Tensor:
-            found = room.rows(losses, {"ids": ids})
+            found = micro.rows(losses, {"ids": ids})
             advance(len(ids))
             return found
 
         ids: Tensor = task.samples.inputs[0]
-        return perplexity(losses_of, ids, task.length, task.length, room.most)
+        return perplexity(losses_of, ids, task.length, task.length, micro.most)
 
 
 def predicted(
-    model: nn.Module, task: ScoredTask, room: Room, device: torch.device, advance: Callable[[int], None]
+    model: nn.Module, task: ScoredTask, micro: MicroBatcher, device: torch.device, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
     """The predictions for the test samples, and the labels, both (samples,) on the CPU."""
     samples, found = task.samples.by_length(), []
-    for batch in batches(samples, task.collate, room.most, device):
-        found.append(room.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
+    for batch in batches(samples, task.collate, micro.most, device):
+        found.append(micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
         advance(len(found[-1]))
     assert samples.labels is not None
     return torch.cat(found), samples.labels
 
 
-def room_of(batch_size: int) -> Room:
+def micro_batcher(batch_size: int) -> MicroBatcher:
     """The number of samples that are scored at a time."""
-    return Room(
+    return MicroBatcher(
         batch_size, "scoring", "lower max_length of the suite's tasks, use a device with more memory, or device=cpu"
     )
 
 
-def anew(task: ScoredTask, make: Callable[[], float]) -> float:
+def compute(task: ScoredTask, make: Callable[[], float]) -> float:
     """Computes the score, without a cache."""
     return make()
 
@@ -186,17 +186,17 @@ def scores(
     family: Family,
     model: nn.Module,
     tasks: Sequence[ScoredTask],
-    room: Room,
+    micro: MicroBatcher,
     device: torch.device,
     stage: str,
     before: Callable[[ScoredTask], None] = lambda task: None,
-    recall: Recall = anew,
+    score_cache: ScoreCache = compute,
 ) -> Scores:
     """Scores by task name, under the stage's name; `before` is called before each task that is computed."""
 
     def made(task: ScoredTask) -> float:
         before(task)
-        return score(family, model, task, room, device, advance)
+        return score(family, model, task, micro, device, advance)
 
     with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
-        return {stage: {task.name: recall(task, partial(made, task)) for task in tasks}}
+        return {stage: {task.name: score_cache(task, partial(made, task)) for task in tasks}}

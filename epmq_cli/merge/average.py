@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq_cli.merge.source import MergeSource, Rule
+from epmq_cli.merge.source import MergeSource, ElementwiseRule
 
 
 def average(base: Tensor, experts: list[Tensor]) -> Tensor:
@@ -21,5 +21,5 @@ def average(base: Tensor, experts: list[Tensor]) -> Tensor:
 class Average:
     """`merge=average`."""
 
-    def __call__(self, source: MergeSource) -> Rule:
+    def __call__(self, source: MergeSource) -> ElementwiseRule:
         return average

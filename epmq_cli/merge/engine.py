@@ -23,7 +23,7 @@ from epmq_cli.merge.leftovers import (
     take_common,
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
-from epmq_cli.merge.source import PIECE, SHOWN, Merge, MergeSource, Read
+from epmq_cli.merge.source import PIECE, SHOWN, Merge, MergeSource, PieceReader
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
@@ -37,7 +37,7 @@ from epmq_cli.runtime.threads import spread
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
 
-class Models:
+class SuiteModels:
     """The opened models of a suite, and their tensors side by side (`source`).
 
     `whole`: whether all is merged that base and experts have, as in `epmq merge`, and not only what the family names.
@@ -190,7 +190,7 @@ def _width(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def fit_source(model: nn.Module, models: Models) -> nn.Module:
+def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
     """The base model as the result is built: copies that are tensors of their own there have their own memory, and
     there is room for the largest vocabulary of the suite, with the base's rows of `source` in it."""
     listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
@@ -225,7 +225,7 @@ def _untie(model: nn.Module, names: list[str]) -> None:
             ties.pop(name, None)
 
 
-class Merged:
+class LazyMerge:
     """The merged model, each tensor made when it is asked for: in float32, rounded to `dtype`, in float32 again."""
 
     def __init__(self, source: MergeSource, merge: Merge, dtype: torch.dtype) -> None:
@@ -241,7 +241,7 @@ class Merged:
         shape = self.source.shape(name)
         found = torch.empty(prod(shape), dtype=dtype)
 
-        def fill(part: tuple[Tensor, Read]) -> None:
+        def fill(part: tuple[Tensor, PieceReader]) -> None:
             base, *experts = part[1]()
             part[0].copy_(self._rule(base, experts))
 

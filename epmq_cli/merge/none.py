@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq_cli.merge.source import MergeSource, Rule
+from epmq_cli.merge.source import MergeSource, ElementwiseRule
 
 
 def keep_base(base: Tensor, experts: list[Tensor]) -> Tensor:
@@ -18,5 +18,5 @@ def keep_base(base: Tensor, experts: list[Tensor]) -> Tensor:
 class NoMerge:
     """`merge=none`."""
 
-    def __call__(self, source: MergeSource) -> Rule:
+    def __call__(self, source: MergeSource) -> ElementwiseRule:
         return keep_base

@@ -19,19 +19,19 @@ from epmq_cli.quantize.linalg import is_finite
 SHOWN = 3  # differences named in an error
 PIECE = 1 << 16  # elements: 256 KB in float32
 
-Rule = Callable[[Tensor, list[Tensor]], Tensor]
+ElementwiseRule = Callable[[Tensor, list[Tensor]], Tensor]
 """One merged tensor from the base's and the experts' (float32, all of one shape, never changed in place), each element
 from theirs at its place alone."""
 
 
-Read = Callable[[], list[Tensor]]
+PieceReader = Callable[[], list[Tensor]]
 """Reads one piece of several tensors, by whichever thread calls it."""
 
 
 class Merge(Protocol):
     """A merge method: reads what it needs of the whole models, then gives the rule for each tensor."""
 
-    def __call__(self, source: MergeSource) -> Rule:
+    def __call__(self, source: MergeSource) -> ElementwiseRule:
         """The rule that makes one merged tensor."""
 
 
@@ -105,7 +105,7 @@ class MergeSource:
         """All tensors of a task's expert in float32, with their names."""
         return ((name, self.expert(task, name)) for name in self.names)
 
-    def parts(self, name: str) -> list[Read]:
+    def parts(self, name: str) -> list[PieceReader]:
         """The base's tensor and those of all experts, piece by piece: flat, in float32, up to `PIECE` elements, so that
         what is made of a piece stays in the processor's cache."""
         asked = [None, *self._experts]

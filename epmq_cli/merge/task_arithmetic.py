@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from epmq_cli.config.validate import check_range
-from epmq_cli.merge.source import MergeSource, Rule
+from epmq_cli.merge.source import MergeSource, ElementwiseRule
 
 
 def task_arithmetic(base: Tensor, experts: list[Tensor], scale: float) -> Tensor:
@@ -28,5 +28,5 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         check_range("merge.scale", self.scale, 0, 10)
 
-    def __call__(self, source: MergeSource) -> Rule:
+    def __call__(self, source: MergeSource) -> ElementwiseRule:
         return partial(task_arithmetic, scale=self.scale)

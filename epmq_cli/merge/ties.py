@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.merge.source import MergeSource, Read, Rule
+from epmq_cli.merge.source import MergeSource, PieceReader, ElementwiseRule
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.threads import spread, threads
 
@@ -24,7 +24,9 @@ Count = Callable[[int, np.ndarray, np.ndarray], None]
 """Adds to counts (65536,) those of a piece of the k-th vector."""
 
 
-def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Read]]], vectors: int, density: float) -> list[float]:
+def kth_largest_magnitudes(
+    passes: Callable[[], Iterable[list[PieceReader]]], vectors: int, density: float
+) -> list[float]:
     """Of each vector the smallest magnitude among the int(density * N) largest (at least one) of its N values.
 
     `passes()` gives the same pieces, flat in float32, of so many vectors each time it is called. Magnitudes order like
@@ -41,11 +43,11 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Read]]], vectors: 
     return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
 
 
-def _counted(pieces: Iterable[list[Read]], vectors: int, count: Count) -> Tensor:
+def _counted(pieces: Iterable[list[PieceReader]], vectors: int, count: Count) -> Tensor:
     """(vectors, 65536): what `count` adds up over all pieces."""
     own = np.zeros((threads(), vectors, 1 << 16), np.int64)  # by thread, as two at once would lose counts
 
-    def work(thread: int, reads: list[Read]) -> None:
+    def work(thread: int, reads: list[PieceReader]) -> None:
         for read in reads[thread :: len(own)]:
             for k, values in enumerate(read()):
                 count(k, values.numpy(), own[thread, k])
@@ -104,14 +106,14 @@ class Ties:
         check_range("merge.scale", self.scale, 0, 10)
         check_choice("merge.combine", self.combine, ("sum", "mean"))
 
-    def __call__(self, source: MergeSource) -> Rule:
-        def task_vectors() -> Iterator[list[Read]]:
+    def __call__(self, source: MergeSource) -> ElementwiseRule:
+        def task_vectors() -> Iterator[list[PieceReader]]:
             for name in track(source.names, "find what TIES keeps"):
                 yield [partial(_differences, read) for read in source.parts(name)]
 
         thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
 
-        def signs(read: Read) -> int:
+        def signs(read: PieceReader) -> int:
             base, *experts = read()
             return sign_sum(base, experts, thresholds)
 
@@ -124,7 +126,7 @@ class Ties:
         return rule
 
 
-def _differences(read: Read) -> list[Tensor]:
+def _differences(read: PieceReader) -> list[Tensor]:
     """A piece of every task vector."""
     base, *experts = read()
     return [expert - base for expert in experts]

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from epmq_cli.config.schema import Harness
 from epmq_cli.data.batching import Batch
-from epmq_cli.evaluate.score import Recall, ScoredTask, anew
-from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
-from epmq_cli.pipeline.calibration import OfExpert
+from epmq_cli.pipeline.calibration import ExpertOutputs
 from epmq_cli.pipeline.fingerprints import Fingerprints, of_code, of_samples, of_tensors
 from epmq_cli.pipeline.job import Job
 from epmq_cli.report.metrics_json import environment
@@ -44,11 +44,11 @@ KNOWN_BY_CONTENTS = ("data", "expert", "heads", "name", "processor")
 """Fields of a task that are in keys as samples, files and heads, or that say nothing of a result."""
 
 
-class Shared:
+class CachedSteps:
     """A job's way to the cache; without one (None) everything is made. The models' files are looked at when it is made,
     right after they were opened, and again before anything is kept."""
 
-    def __init__(self, cache: Cache | None, job: Job, models: Models, dtype: torch.dtype) -> None:
+    def __init__(self, cache: Cache | None, job: Job, models: SuiteModels, dtype: torch.dtype) -> None:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
         self._fingerprints = Fingerprints(cache_folder() / "fingerprints")
         self._samples: dict[str, str | None] = {}
@@ -61,28 +61,30 @@ class Shared:
         """What metrics.json says of the cache."""
         return None if self._cache is None else {"found": self._cache.found, "made": self._cache.made}
 
-    def recall(self, stage: str) -> Recall:
+    def score_cache(self, stage: str) -> ScoreCache:
         """How a task's score of this stage is had: base, experts or merged."""
         if self._cache is None or isinstance(self._job.evaluation, Harness):
-            return anew
-        return anew if stage == "merged" and not self._known_merge else partial(self._score, stage)
+            return compute
+        return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
-    def merged(self) -> Merged:
+    def merged(self) -> LazyMerge:
         """The merged model, whose tensors are read from the cache if that has room for them: by one of several
         processes, which is enough to fill it, and not where it is the base, which is on disk already."""
-        make = once(partial(Merged, self._models.source, self._job.merge, self._dtype))
+        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype))
         if (
             self._cache is None
             or not self._known_merge
             or isinstance(self._job.merge, NoMerge)
-            or not distributed.first()
+            or not distributed.is_main()
         ):
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
         return make() if path is None else KeptMerge(self._models.source, path, self._dtype)
 
-    def taught(self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], OfExpert]) -> OfExpert:
+    def taught(
+        self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], ExpertOutputs]
+    ) -> ExpertOutputs:
         """What the expert of a task makes of its batches, which `make` asks it; with features or without."""
         if self._cache is None:
             return make()
@@ -145,7 +147,7 @@ class Shared:
         return {key: value for key, value in vars(task).items() if key not in KNOWN_BY_CONTENTS}
 
 
-class KeptMerge(Merged):
+class KeptMerge(LazyMerge):
     """A merged model whose tensors were made before: in a file, rounded to `dtype`."""
 
     def __init__(self, source: MergeSource, path: Path, dtype: torch.dtype) -> None:
@@ -158,7 +160,7 @@ class KeptMerge(Merged):
         return self._kept.tensor(name)
 
 
-def _merge_entries(merged: Merged, advance: Callable[[int], None]) -> list[Entry]:
+def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[Entry]:
     source, dtype = merged.source, merged.dtype
 
     def stored(name: str) -> Tensor:
@@ -168,7 +170,7 @@ def _merge_entries(merged: Merged, advance: Callable[[int], None]) -> list[Entry
     return [Entry(name, dtype, source.shape(name), partial(stored, name)) for name in source.names]
 
 
-def _taught_entries(taught: OfExpert, drawn: Sequence[Batch]) -> list[Entry]:
+def _taught_entries(taught: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
     """The features, and of each batch what was not in it when it was drawn."""
     batches, features = taught
     entries = [] if features is None else [of("features", features)]
@@ -178,7 +180,7 @@ def _taught_entries(taught: OfExpert, drawn: Sequence[Batch]) -> list[Entry]:
     return entries
 
 
-def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> OfExpert:
+def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> ExpertOutputs:
     batches = [dict(batch) for batch in drawn]
     features = tensors.pop("features", None)
     for key, tensor in tensors.items():

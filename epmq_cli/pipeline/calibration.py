@@ -12,32 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.batch_invariant import steady
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
-from epmq_cli.calibrate.passes import sweep
-from epmq_cli.calibrate.progress import Walked
-from epmq_cli.calibrate.reference_weights import Reference, install
-from epmq_cli.calibrate.tune import Choice, choose, divided
+from epmq_cli.calibrate.passes import run_passes
+from epmq_cli.calibrate.progress import WalkResult
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
+from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, split
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
-from epmq_cli.pipeline.progress import State
+from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.runtime import distributed, memory
 
 Batches = Mapping[str, Sequence[Batch]]
-OfExpert = tuple[list[Batch], Tensor | None]
+ExpertOutputs = tuple[list[Batch], Tensor | None]
 """A task's calibration batches as its expert completed them, and the features that it has of them, if wanted."""
-RecallTaught = Callable[[str, Sequence[Batch], bool, Callable[[], OfExpert]], OfExpert]
+TeacherCache = Callable[[str, Sequence[Batch], bool, Callable[[], ExpertOutputs]], ExpertOutputs]
 """Gives what the expert of a task makes of its batches, with features or without; the function makes it if it is not
 known."""
 
@@ -47,7 +47,7 @@ FEATURES = "features"
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutputs:
     """The calibration batches of each task as its expert completed them, and the features (samples, width) that it has
     of them, where heads are solved towards them."""
 
@@ -56,52 +56,52 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrationResult:
     """What the walks found, the guidance they went by, and how its open options were chosen, if any were."""
 
-    walked: Walked
+    walk: WalkResult
     guidance: Guidance
     choice: Choice | None
 
 
-def teach(
+def run_teachers(
     job: Job,
     model: nn.Module,
     source: MergeSource,
     drawn: Batches,
-    state: State | None = None,
-    recall: RecallTaught | None = None,
-    room: Room | None = None,
-) -> Taught:
+    state: RunProgress | None = None,
+    teacher_cache: TeacherCache | None = None,
+    micro: MicroBatcher | None = None,
+) -> TeacherOutputs:
     """What each expert makes of the calibration batches that were drawn for its task.
 
     The model's merged tensors may be overwritten. `state`: where what is finished is kept. `room`: how many samples go
     through the model at a time.
     """
-    attempt = (room or room_of(job)).attempt
+    attempt = (micro or micro_batcher(job)).run
     calibration, taught = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
             made = partial(attempt, partial(_asked, job, model, source, task, batches))
-            ask = partial(recall, task, batches, solves_heads(job), made) if recall else made
-            found = (state or State()).tensors(f"taught-{number}", job.device, partial(_added, batches, ask))
+            ask = partial(teacher_cache, task, batches, solves_heads(job), made) if teacher_cache else made
+            found = (state or RunProgress()).tensors(f"taught-{number}", job.device, partial(_added, batches, ask))
             calibration[task] = [{**batch, **_of(found, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
                 taught[task] = found[FEATURES]
-    return Taught(calibration, taught)
+    return TeacherOutputs(calibration, taught)
 
 
 @torch.inference_mode()
 def _asked(
     job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch], samples: int
-) -> OfExpert:
-    install(model, source.model(task))
-    with steady(model):
+) -> ExpertOutputs:
+    copy_into(model, source.model(task))
+    with batch_invariant(model):
         completed = [job.family.complete(model, batch, samples) for batch in batches]
         return completed, features(job.family, model, completed, samples) if solves_heads(job) else None
 
 
-def _added(batches: Sequence[Batch], ask: Callable[[], OfExpert]) -> dict[str, Tensor]:
+def _added(batches: Sequence[Batch], ask: Callable[[], ExpertOutputs]) -> dict[str, Tensor]:
     """What the task's expert adds to its batches, by number and name, and their features."""
     completed, features_of = ask()
     found: dict[str, Tensor] = {}
@@ -126,46 +126,59 @@ def calibrate(
     model: nn.Module,
     calibration: Batches,
     tasks: Sequence[ScoredTask],
-    merged: Merged,
+    merged: LazyMerge,
     folder: Path | None = None,
-    state: State | None = None,
-    room: Room | None = None,
-) -> Calibrated:
+    state: RunProgress | None = None,
+    micro: MicroBatcher | None = None,
+) -> CalibrationResult:
     """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
     for beside samples and moments go to files in the folder, the system's own unless given. `state`: where what is
     finished is kept, from which it goes on where memory did not suffice. `room`: how many samples go through the model
     at a time; where that is less than all of a batch, less waits in memory too."""
-    reference, dtype, kept, room = references(job, model, merged), merged.dtype, state or State(), room or room_of(job)
-    budget = bytes_of("calib.memory", job.calib.memory) / distributed.count() - held(job, model, calibration)
+    reference, dtype, kept, micro = (
+        references(job, model, merged),
+        merged.dtype,
+        state or RunProgress(),
+        micro or micro_batcher(job),
+    )
+    budget = bytes_of("calib.memory", job.calib.memory) / distributed.world_size() - reserved_bytes(
+        job, model, calibration
+    )
     taken = memory.taken if job.device.type == "cpu" else lambda: 0
 
-    def walks(samples: int) -> Calibrated:
-        with Depot(budget * samples / room.most, folder, taken) as depot, torch.inference_mode(), steady(model):
-            rest = (reference, dtype, depot, kept, samples)
-            choice = settle(job, model, calibration, tasks, *rest) if job.guidance.open else None
+    def walks(samples: int) -> CalibrationResult:
+        with (
+            ActivationStore(budget * samples / micro.most, folder, taken) as store,
+            torch.inference_mode(),
+            batch_invariant(model),
+        ):
+            rest = (reference, dtype, store, kept, samples)
+            choice = tune_guidance(job, model, calibration, tasks, *rest) if job.guidance.open else None
             guidance = choice.guidance if choice else job.guidance
-            return Calibrated(
-                sweep(model, job.family, calibration, reference, guidance, job.quantizer, dtype, depot, kept, samples),
+            return CalibrationResult(
+                run_passes(
+                    model, job.family, calibration, reference, guidance, job.quantizer, dtype, store, kept, samples
+                ),
                 guidance,
                 choice,
             )
 
-    return room.attempt(walks, lambda: reference.restore(model))
+    return micro.run(walks, lambda: reference.restore(model))
 
 
-def room_of(job: Job) -> Room:
+def micro_batcher(job: Job) -> MicroBatcher:
     """As many samples at a time as a calibration batch has; of several processes all would have to try less together,
     which they do not."""
-    return Room(
+    return MicroBatcher(
         min(job.calib.batch_size, job.calib.samples),
         "calibration",
         "lower max_length of the suite's tasks or calib.memory, use a device with more memory, or device=cpu with "
         "calib.student=disk",
-        retries=distributed.count() == 1,
+        retries=distributed.world_size() == 1,
     )
 
 
-def held(job: Job, model: nn.Module, calibration: Batches) -> int:
+def reserved_bytes(job: Job, model: nn.Module, calibration: Batches) -> int:
     """Bytes that calibration holds all the time or in its widest linear, whatever is in files: its samples, and the
     moments of one task and of all with their factor, its inverse and what these are made of."""
     samples = [tensor for group in calibration.values() for batch in group for tensor in batch.values()]
@@ -173,41 +186,43 @@ def held(job: Job, model: nn.Module, calibration: Batches) -> int:
     return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
 
-def references(job: Job, model: nn.Module, merged: Merged) -> Reference:
+def references(job: Job, model: nn.Module, merged: LazyMerge) -> ReferenceWeights:
     """Base and experts, beside the merged model, which is what is in `model` now."""
     own, readouts = model.state_dict(), [stack.readout for stack in job.family.stacks(model)]
     names = [readout.name(local) for readout in readouts for local in readout.module.state_dict()]
     shared = {name: own[name].clone() for name in names if name not in merged.source.names}
-    return Reference(merged.source, shared, merged.tensor, job.guidance.targets == "merged")
+    return ReferenceWeights(merged.source, shared, merged.tensor, job.guidance.targets == "merged")
 
 
-def settle(
+def tune_guidance(
     job: Job,
     model: nn.Module,
     calibration: Batches,
     tasks: Sequence[ScoredTask],
-    reference: Reference,
+    reference: ReferenceWeights,
     dtype: torch.dtype,
-    depot: Depot | None = None,
-    state: State | None = None,
+    store: ActivationStore | None = None,
+    state: RunProgress | None = None,
     samples: int = ALL,
 ) -> Choice:
     """Chooses the options of guidance that are `auto`; the model is left as it was. `state`: where what is finished is
     kept. `samples`: how many go through the model at a time."""
-    kept = state or State()
-    fitted, held = divided(calibration)
+    kept = state or RunProgress()
+    fitted, holdout = holdout_split(calibration)
     taught = {}
     for task in tasks:
-        install(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        taught[task.name] = job.family.logits(model, features(job.family, model, held[task.name], samples), task.head)
+        copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
+        taught[task.name] = job.family.logits(
+            model, features(job.family, model, holdout[task.name], samples), task.head
+        )
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
         part = kept.part(_trial(guidance))
-        sweep(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, depot, part, samples)
+        run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part, samples)
         total = 0.0
         for task in tasks:
-            own = job.family.logits(model, features(job.family, model, held[task.name], samples), task.head)
+            own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
             total += guidance.factor(task.name) * relative_error(own, taught[task.name])
         return total / sum(guidance.factor(task.name) for task in tasks)
 
@@ -229,24 +244,24 @@ def solves_heads(job: Job) -> bool:
 def solve_heads(
     job: Job,
     model: nn.Module,
-    taught: Taught,
+    taught: TeacherOutputs,
     tasks: Sequence[ScoredTask],
     guidance: Guidance,
-    room: Room | None = None,
+    micro: MicroBatcher | None = None,
 ) -> list[ScoredTask]:
     """The tasks with the heads that suit the quantized model, or as they were where heads are not solved. `room`: how
     many samples go through it at a time."""
     if not solves_heads(job):
         return list(tasks)
-    return (room or room_of(job)).attempt(partial(_solved_heads, job, model, taught, tasks, guidance))
+    return (micro or micro_batcher(job)).run(partial(_solved_heads, job, model, taught, tasks, guidance))
 
 
 def _solved_heads(
-    job: Job, model: nn.Module, taught: Taught, tasks: Sequence[ScoredTask], guidance: Guidance, samples: int
+    job: Job, model: nn.Module, taught: TeacherOutputs, tasks: Sequence[ScoredTask], guidance: Guidance, samples: int
 ) -> list[ScoredTask]:
     solved = []
     for task in tasks:
-        with steady(model):
+        with batch_invariant(model):
             found = [features(job.family, model, [batch], samples) for batch in taught.batches[task.name]]
         taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
         own, teacher = (
@@ -259,7 +274,7 @@ def _solved_heads(
     return solved
 
 
-def summary(job: Job, calibrated: Calibrated) -> dict[str, Any]:
+def summary(job: Job, calibrated: CalibrationResult) -> dict[str, Any]:
     """What metrics.json says of the guidance: the values that were used, and the trials that led to them."""
     used = {name: float(getattr(calibrated.guidance, name)) for name in LIMITS}
     trials = calibrated.choice.trials if calibrated.choice else []

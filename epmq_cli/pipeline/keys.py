@@ -22,7 +22,7 @@ from torch import Tensor
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, read_files
 from epmq_cli.pipeline.fingerprints import of_code
 from epmq_cli.report.metrics_json import PACKAGES
@@ -44,15 +44,15 @@ def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity(
-    resolved: Mapping[str, Any], models: Models, drawn: Mapping[str, Sequence[Batch]], device: torch.device
+    resolved: Mapping[str, Any], models: SuiteModels, drawn: Mapping[str, Sequence[Batch]], device: torch.device
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON has it; every process must ask."""
     folders = {"base": models.base, **{f"expert of {task}": expert for task, expert in models.experts.items()}}
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     return {
         "config": settings(resolved),
-        "models": {role: _hashed(folder) for role, folder in folders.items()} if distributed.first() else {},
-        "calibration data": distributed.gathered({task: of_batches(batches) for task, batches in drawn.items()}),
+        "models": {role: _hashed(folder) for role, folder in folders.items()} if distributed.is_main() else {},
+        "calibration data": distributed.all_gather({task: of_batches(batches) for task, batches in drawn.items()}),
         "versions": {**versions, "of epmq's code": of_code()},
         "machine": _machine(device),
     }
@@ -103,7 +103,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "device": f"{device.type}, {name}",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
     }
 
 

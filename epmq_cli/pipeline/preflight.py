@@ -22,7 +22,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.quantize.quantizer import Quantizer
@@ -90,7 +90,7 @@ def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
             )
 
 
-def check_described(model: nn.Module, family: Family, models: Models) -> None:
+def check_described(model: nn.Module, family: Family, models: SuiteModels) -> None:
     """ModelError where the base's config describes another model than its files hold, such as one of fewer blocks."""
     own, read = model.state_dict(), set(models.source.names)
     where = f"base: {models.base.path / 'config.json'} describes"

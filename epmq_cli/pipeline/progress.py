@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from epmq_cli.calibrate.progress import Account, Journal, not_taken, write_tensors
+from epmq_cli.calibrate.progress import Account, WalkProgress, not_taken, write_tensors
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.keys import differences, digest
 from epmq_cli.runtime import distributed
@@ -33,7 +33,7 @@ SHOWN = 3  # differences of two runs
 Value = TypeVar("Value")
 
 
-class State:
+class RunProgress:
     """What a run, or a part of it, has found so far: in a folder, or nothing where there is none.
 
     The first of several processes decides what is there, and writes.
@@ -42,31 +42,31 @@ class State:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def part(self, name: str) -> State:
+    def part(self, name: str) -> RunProgress:
         """The state of a part."""
-        return State(self._folder and self._folder / name)
+        return RunProgress(self._folder and self._folder / name)
 
-    def journal(self, name: str, account: Account | None = None) -> Journal:
+    def walk_progress(self, name: str, account: Account | None = None) -> WalkProgress:
         """The journal of a walk."""
-        return Journal(self._folder and self._folder / name, account)
+        return WalkProgress(self._folder and self._folder / name, account)
 
     def value(self, name: str, make: Callable[[], Value]) -> Value:
         """What `make` gives, as JSON has it, or gave in an earlier process."""
         if self._folder is None:
             return make()
         path = self._folder / f"{name}.json"
-        there: list[Value] = [_read(path)] if distributed.first() and path.is_file() else []
-        for value in distributed.agreed(there):
+        there: list[Value] = [_read(path)] if distributed.is_main() and path.is_file() else []
+        for value in distributed.broadcast(there):
             return value
         made = make()
-        if distributed.first():
+        if distributed.is_main():
             _write(path, made)
         return made
 
     def finished(self, name: str, make: Callable[[], Value]) -> Value:
         """`value` of a part, of which nothing else is kept when that is known."""
         found = self.value(name, make)
-        if self._folder is not None and distributed.first():
+        if self._folder is not None and distributed.is_main():
             remove(self._folder / name)
         return found
 
@@ -74,7 +74,7 @@ class State:
         """The tensors that `make` gives in this process, or gave in an earlier one with its number, on the device."""
         if self._folder is None:
             return make()
-        path = self._folder / f"{name}-{distributed.number()}.safetensors"
+        path = self._folder / f"{name}-{distributed.rank()}.safetensors"
         if path.is_file():
             try:
                 found: dict[str, Tensor] = load_file(path, device=str(device))
@@ -96,7 +96,7 @@ class State:
 
     def keep_count(self, name: str, count: int) -> None:
         """Says what is counted under this name now."""
-        if self._folder is not None and distributed.first():
+        if self._folder is not None and distributed.is_main():
             _write(self._folder / f"{name}.json", count)
 
     def _counted(self, name: str) -> int:
@@ -116,25 +116,25 @@ class State:
         self.value(PACKING, lambda: True)
 
 
-def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> State:
+def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgress:
     """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
     process must ask, with the identity that the first one has."""
     place = folder / FOLDER / digest(identity)
-    if len(set(distributed.gathered(digest(identity.get("config"))))) > 1:
+    if len(set(distributed.all_gather(digest(identity.get("config"))))) > 1:
         raise RunError("the processes of this run have different configs; start all of them with the same command")
-    if distributed.first():
+    if distributed.is_main():
         if resume == "never":
             for path in (folder / FOLDER).glob("*/"):
                 remove(path)
         _announce(folder, place, identity)
-        known = State(place)
+        known = RunProgress(place)
         known.keep_count(STARTS, known.starts + 1 if known.has(IDENTITY) else 0)
         _write(place / IDENTITY, identity)
-    place = Path(distributed.agreed(str(place.resolve())))
-    if not all(distributed.gathered(place.is_dir())):
+    place = Path(distributed.broadcast(str(place.resolve())))
+    if not all(distributed.all_gather(place.is_dir())):
         say("nothing is kept to go on with: not all processes see the run folder")
-        return State()
-    return State(place)
+        return RunProgress()
+    return RunProgress(place)
 
 
 def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
@@ -152,12 +152,12 @@ def close(folder: Path) -> None:
     remove(folder / FOLDER)
 
 
-def refuse_results(folder: Path, state: State | None = None) -> None:
+def refuse_results(folder: Path, state: RunProgress | None = None) -> None:
     """`refuse_used`, but for the checkpoint of this state's run, or of an unfinished one where the state is not known
     yet."""
     mark = f"{PACKING}.json"
     own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
-    if distributed.first():
+    if distributed.is_main():
         refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
 
 

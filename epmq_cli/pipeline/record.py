@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from epmq_cli import __version__
-from epmq_cli.calibrate.progress import Walked
+from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.checkpoint.model_card import model_card
 from epmq_cli.checkpoint.write import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
 
 
-def average_bits(walked: Walked) -> float | None:
+def average_bits(walk: WalkResult) -> float | None:
     """The mean width over all quantized weights; None where there are none."""
-    found = [weight for weight in walked.weights.values() if isinstance(weight, QuantizedWeight)]
+    found = [weight for weight in walk.weights.values() if isinstance(weight, QuantizedWeight)]
     count = sum(weight.values.numel() for weight in found)
     return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
 
@@ -36,7 +36,7 @@ def texts(
     model: nn.Module,
     resolved: Any,
     choices: Mapping[str, str],
-    walked: Walked,
+    walk: WalkResult,
     tasks: Sequence[ScoredTask],
     processors: Processors,
 ) -> dict[str, str]:
@@ -62,7 +62,7 @@ def texts(
             names,
             spec,
             widths,
-            average_bits(walked),
+            average_bits(walk),
             type(model).__name__,
             __version__,
             {task: place(task) for task in processors},
@@ -70,15 +70,15 @@ def texts(
     }
 
 
-def measured(walked: Walked) -> dict[str, Any]:
+def measured(walk: WalkResult) -> dict[str, Any]:
     """What metrics.json says of the walk."""
-    layers = [asdict(record) for record in walked.records]
-    return {"layers": layers, "average_bits": average_bits(walked), "events": events(walked)}
+    layers = [asdict(record) for record in walk.records]
+    return {"layers": layers, "average_bits": average_bits(walk), "events": events(walk)}
 
 
-def events(walked: Walked) -> dict[str, int]:
+def events(walk: WalkResult) -> dict[str, int]:
     """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
-    records = walked.records
+    records = walk.records
     return {
         "linears": len(records),
         "damping_retried": sum(record.damping_retries > 0 for record in records),

@@ -18,7 +18,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.runtime.console import say
 
@@ -28,7 +28,7 @@ def scores_samples(evaluation: schema.Evaluation) -> bool:
     return bool(evaluation.stages) and not isinstance(evaluation, schema.Harness)
 
 
-def head_names(family: Family, models: Models, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
+def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
     """The names of the classes of a task's head; ModelError where they cannot be, unless the task is not scored."""
     try:
         return family.class_names(task, models.experts[task.name], models.base, head)

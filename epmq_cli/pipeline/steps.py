@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.load import load
 from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.sampling import batches, draw, sequences
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
-from epmq_cli.evaluate.score import Recall, ScoredTask, Scores, anew, room_of, scores
+from epmq_cli.evaluate.score import ScoreCache, ScoredTask, Scores, compute, micro_batcher, scores
 from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import Models, fit_source, written_dtype
+from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.pipeline.job import Job
@@ -44,13 +44,13 @@ from epmq_cli.runtime.console import track
 from epmq_cli.runtime.disk_offload import Disk
 
 
-def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module, torch.dtype]:
+def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.Module, torch.dtype]:
     """The opened suite, the base model, and the type of scales and of all that is not quantized.
 
     The model is on the device, or in files of the folder where `calib.student` says so. It calculates in float32, with
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
-    models = Models(job.suite, job.family)
+    models = SuiteModels(job.suite, job.family)
     ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.pack.dtype)
     check_lengths(job.suite, job.family, models.base.path)
@@ -60,14 +60,14 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[Models, nn.Module
     check_parts(model, job.family)
     check_described(model, job.family, models)
     own = model.state_dict().items()
-    install(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
+    copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     check_groups(model, job.family, job.quantizer.spec)
     check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
     return models, model, dtype
 
 
 def prepare_tasks(
-    job: Job, base_model: nn.Module, models: Models, processors: Processors | None = None
+    job: Job, base_model: nn.Module, models: SuiteModels, processors: Processors | None = None
 ) -> list[ScoredTask]:
     """The tasks with their test samples and their heads, made by the base model or read from the experts.
     `processors`: what `task_processors` gives."""
@@ -97,10 +97,10 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
             samples = draw(task, job.calib.samples, job.seed).by_length()
             check_inputs(job.family, task.name, samples.inputs)
         size = job.calib.batch_size
-        starts = distributed.share(range(0, len(samples), size))
+        starts = distributed.rank_slice(range(0, len(samples), size))
         if not starts:
             raise DataError(
-                f"task {task.name} has too few batches of calibration samples for {distributed.count()} processes: "
+                f"task {task.name} has too few batches of calibration samples for {distributed.world_size()} processes: "
                 f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
@@ -119,13 +119,13 @@ def score(
     tasks: list[ScoredTask],
     stage: str,
     folder: Path,
-    recall: Recall = anew,
-    room: Room | None = None,
+    score_cache: ScoreCache = compute,
+    micro: MicroBatcher | None = None,
 ) -> Scores:
     """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
-    if stage not in job.evaluation.stages or not distributed.first():
+    if stage not in job.evaluation.stages or not distributed.is_main():
         return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, recall, room)
+    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, score_cache, micro)
 
 
 def stage_scores(
@@ -136,16 +136,16 @@ def stage_scores(
     device: torch.device,
     stage: str,
     folder: Path,
-    recall: Recall = anew,
-    room: Room | None = None,
+    score_cache: ScoreCache = compute,
+    micro: MicroBatcher | None = None,
 ) -> Scores:
     """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness. `room`: how many samples go
     through it at a time."""
-    room = room or room_of(evaluation.batch_size)
+    micro = micro or micro_batcher(evaluation.batch_size)
     if not isinstance(evaluation, schema.Harness):
-        return scores(family, model, tasks, room, device, stage, recall=recall)
+        return scores(family, model, tasks, micro, device, stage, score_cache=score_cache)
     options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
-    return {stage: harness_scores(model, folder, device, *options, room)}
+    return {stage: harness_scores(model, folder, device, *options, micro)}
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
@@ -158,18 +158,18 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kern
 def score_parts(
     job: Job,
     model: nn.Module,
-    models: Models,
+    models: SuiteModels,
     tasks: list[ScoredTask],
-    recall: Callable[[str], Recall] = lambda stage: anew,
-    room: Room | None = None,
+    score_cache: Callable[[str], ScoreCache] = lambda stage: compute,
+    micro: MicroBatcher | None = None,
 ) -> Scores:
     """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
 
     def become_expert(task: ScoredTask) -> None:
-        install(model, models.source.model(task.name))
+        copy_into(model, models.source.model(task.name))
 
-    room = room or room_of(job.evaluation.batch_size)
-    found = score(job, model, tasks, "base", models.base.path, recall("base"), room)
-    if "experts" in job.evaluation.stages and distributed.first():
-        found |= scores(job.family, model, tasks, room, job.device, "experts", become_expert, recall("experts"))
+    micro = micro or micro_batcher(job.evaluation.batch_size)
+    found = score(job, model, tasks, "base", models.base.path, score_cache("base"), micro)
+    if "experts" in job.evaluation.stages and distributed.is_main():
+        found |= scores(job.family, model, tasks, micro, job.device, "experts", become_expert, score_cache("experts"))
     return found

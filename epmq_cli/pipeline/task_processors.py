@@ -19,7 +19,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
 from epmq_cli.models.open_clip.convert import own_processor
 from epmq_cli.models.pretrained import config_of
@@ -51,7 +51,7 @@ SamplesOf = Callable[[Task], Sequence[Any]]
 
 
 def task_processors(
-    family: Family, models: Models, tasks: Sequence[Task], samples_of: SamplesOf
+    family: Family, models: SuiteModels, tasks: Sequence[Task], samples_of: SamplesOf
 ) -> dict[str, Processor]:
     """The tasks that are read with their expert's own tokenizer or image processor, and where that is; all others are
     read with the base's. ModelError where an expert's differs and the task's `processor` is `same`, or it cannot be
@@ -76,7 +76,7 @@ def calibration_samples(seed: int, family: Family) -> SamplesOf:
     return drawn
 
 
-def _chosen(family: Family, models: Models, task: Task, samples_of: SamplesOf) -> Processor | None:
+def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: SamplesOf) -> Processor | None:
     """The expert's own processor where the task is read with it."""
     base, expert = models.base, models.experts[task.name]
     bases = processor_files(base.path, family.reads)
@@ -189,7 +189,7 @@ def saved_processors(checkpoint: Path, record: Mapping[str, Any], tasks: Collect
     return found
 
 
-def probes(family: Family, models: Models) -> SamplesOf:
+def probes(family: Family, models: SuiteModels) -> SamplesOf:
     """Samples that are made up, for a merge, which reads no data: texts out of the base's own vocabulary, or noise."""
     made: list[Sequence[Any]] = []
 

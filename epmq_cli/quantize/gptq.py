@@ -18,9 +18,9 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.int import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
-from epmq_cli.quantize.kernels.select import Columns, columns_of
+from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 
@@ -44,7 +44,7 @@ def quantize_columns(
     dtype: torch.dtype,
     block_size: int,
     group_of: Tensor,
-    columns: Columns,
+    columns: ColumnKernel,
 ) -> tuple[Tensor, Grid]:
     """The loop of algorithm 1: integers (out, in) in W's type, and the grid they are on.
 
@@ -69,7 +69,7 @@ def quantize_columns(
     return values, grid
 
 
-def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
+def _group_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     """The grid of one group of columns, (out, 1)."""
     if spec.search == "hessian":
         return hessian_grid(weight, U, spec, dtype, columns)
@@ -121,7 +121,7 @@ def gptq(
     block_size: int,
     act_order: bool,
     prepared: Prepared | None = None,
-) -> Outcome:
+) -> QuantizationResult:
     """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
 
     `act_order`: see `column_order`. `prepared`: what `prepare` gives, made here unless given. Columns whose input is
@@ -132,12 +132,12 @@ def gptq(
     size = spec.columns(len(hessian))
     Hinv, had = prepared or prepare(hessian, size, damping, act_order)
     if had is None:
-        return Outcome(rtn(weight, spec, dtype), fallback="rtn")
+        return QuantizationResult(rtn(weight, spec, dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
-    ordered, columns = weight[:, order], columns_of(weight)
+    ordered, columns = weight[:, order], kernel_for(weight)
     values, grid = quantize_columns(ordered, Hinv.to(weight.dtype), spec, dtype, block_size, order // size, columns)
     values = values[:, torch.argsort(order)].to(torch.int8)
-    return Outcome(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
+    return QuantizationResult(QuantizedWeight(values, grid.scale, grid.zero, spec, dtype), *had)
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,6 @@ class Gptq:
         Hinv, had = prepare(hessian, self.spec.columns(len(hessian)), self.damping, self.act_order)
         return Hinv.float(), had
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         options = (self.spec, dtype, self.damping, self.block_size, self.act_order)
         return gptq(weight, hessian, *options, prepared)

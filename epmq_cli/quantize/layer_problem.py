@@ -29,7 +29,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolveInfo:
     """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
     number that it then had (estimated from below); None where nothing was to be solved."""
 
@@ -39,7 +39,7 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LayerProblem:
     """J of a linear, or of several stacked that share one input, in the letters of objective.py and in float64.
 
     `H` (in, in) and `S` (out, in), centred where `intercepts` says that biases are free; `h` (in,) and `u` (out,);
@@ -60,7 +60,7 @@ class Problem:
     beyond: Tensor
     rows: slice
 
-    def solve(self) -> tuple[Tensor, Solved | None]:
+    def solve(self) -> tuple[Tensor, SolveInfo | None]:
         """W* (out, in), and what H needed for it; the anchor where nothing pulls away from it; the anchor and None
         where H has no factor.
 
@@ -68,18 +68,18 @@ class Problem:
         """
         anchor, dead = self.anchor.weight.double(), self.H.diagonal() == 0
         if not self.S.any():
-            return anchor, Solved(0.0, 0, None)
+            return anchor, SolveInfo(0.0, 0, None)
         factor = damped_cholesky(self.H + torch.diag(dead.to(self.H.dtype)) if dead.any() else self.H, 0.0)
         if factor is None:
             return anchor, None
         found = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
-        return found, Solved(factor.damping, factor.retries, condition(self.H, factor))
+        return found, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
 
     def solution(self) -> Affine:
         """W* and the best biases beside it, of all rows."""
         weight = self.solve()[0]
         bias = self.bias(weight[self.rows])
-        return Affine(weight, None if bias is None else distributed.assembled(bias, len(weight)))
+        return Affine(weight, None if bias is None else distributed.all_gather_rows(bias, len(weight)))
 
     def bias(self, weight: Tensor) -> Tensor | None:
         """The best bias (rows,) beside a weight; None without intercepts.
@@ -95,7 +95,7 @@ class Problem:
         """`loss` of the anchor, which the sums hold as it is."""
         return self._at_best_bias(self.constant[self.rows])
 
-    def loss(self, weight: Tensor, target: Tensor, solved: Solved | None) -> Tensor:
+    def loss(self, weight: Tensor, target: Tensor, solved: SolveInfo | None) -> Tensor:
         """J of a weight with its best bias, by row (rows,); `target` and `solved`: what `solve` gave.
 
         As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is

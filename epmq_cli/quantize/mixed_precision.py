@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import Outcome, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import QuantizationResult, Prepared, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
@@ -68,7 +68,7 @@ class Trial:
             found = self.quantizer.at(width)(weight, hessian, prepared, dtype).weight
             error = found.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
-        size, energy, *errors = distributed.added(torch.tensor(sums, dtype=torch.float64)).tolist()
+        size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
         losses = self.losses.setdefault(group, dict.fromkeys(self.quantizer.widths, 0.0))
         self.sizes[group] = self.sizes.get(group, 0) + int(size)
         for width, error in zip(self.quantizer.widths, errors, strict=True):
@@ -92,6 +92,6 @@ class _Account:
     def prepared(self, hessian: Tensor) -> Prepared:
         return self.trial.quantizer.prepared(hessian)
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         self.trial.note(self.group, weight, hessian, prepared, dtype)
         return NoQuantizer()(weight, hessian, prepared, dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.int import DenseWeight, GridSpec
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class NoQuantizer:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
-        return Outcome(DenseWeight(weight.to(dtype).float()))
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
+        return QuantizationResult(DenseWeight(weight.to(dtype).float()))

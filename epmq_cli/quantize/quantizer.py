@@ -12,7 +12,7 @@ from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuantizationResult:
     """A quantized weight; the relative damping that was used, and how often it had to be raised; where the method could
     not be applied, the name of the one that stood in for it."""
 
@@ -48,6 +48,6 @@ class Quantizer(Protocol):
     def prepared(self, hessian: Tensor) -> Prepared:
         """What this quantizer, at any of its widths, makes of a hessian (in, in)."""
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
         """`weight` float32 (out, in), `hessian` float64 (in, in) and what was prepared of it, `dtype` the type that
         scales are stored in. Rows do not look at each other."""

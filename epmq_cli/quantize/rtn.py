@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
-from epmq_cli.quantize.quantizer import NOTHING, Outcome, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
 
 
 def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
@@ -51,5 +51,5 @@ class Rtn:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> Outcome:
-        return Outcome(rtn(weight, self.spec, dtype))
+    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
+        return QuantizationResult(rtn(weight, self.spec, dtype))

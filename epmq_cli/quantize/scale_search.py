@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.int import Grid, GridSpec, grid_of_range, range_of
-from epmq_cli.quantize.kernels.select import Columns
+from epmq_cli.quantize.kernels.select import ColumnKernel
 
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05
@@ -19,7 +19,7 @@ FINE = (-0.0225, -0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03)  # added to 
 CHUNK = 1 << 22  # weights tried at a time
 
 
-def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
+def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; Grid of (out,
     1).
 
@@ -31,7 +31,7 @@ def hessian_grid(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, 
     return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
 
 
-def _search(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: Columns) -> Grid:
+def _search(weight: Tensor, U: Tensor, spec: GridSpec, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     low, high = range_of(weight, spec)
     signs = (1.0, -1.0) if spec.symmetric else (1.0,)
     coarse = torch.tensor([[1 - STEP * k, sign] for sign in signs for k in range(COARSE)], dtype=weight.dtype)
@@ -51,7 +51,7 @@ def _best(
     high: Tensor,
     spec: GridSpec,
     dtype: torch.dtype,
-    columns: Columns,
+    columns: ColumnKernel,
 ) -> tuple[tuple[Tensor, Tensor], Grid]:
     """Of candidates (candidates, out) the best of each row: its shrink and sign (out,), and its grid (out, 1)."""
     grid = grid_of_range(shrinks * low, shrinks * high, spec, dtype)

@@ -15,8 +15,8 @@ from epmq_cli.runtime import distributed
 
 Item = TypeVar("Item")
 
-console = Console(quiet=not distributed.first())  # results
-messages = Console(stderr=True, quiet=not distributed.first())  # progress
+console = Console(quiet=not distributed.is_main())  # results
+messages = Console(stderr=True, quiet=not distributed.is_main())  # progress
 complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are no characters, and cannot be printed
@@ -52,7 +52,7 @@ def say(message: str) -> None:
 
 def complain(message: str) -> None:
     """One line for the person on what went wrong, in whichever of the processes."""
-    who = "epmq" if distributed.first() else f"epmq (process {distributed.number()})"
+    who = "epmq" if distributed.is_main() else f"epmq (process {distributed.rank()})"
     complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -28,19 +28,19 @@ PLACE = ("MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)  # the others wait while the first one scores
 
 
-def number() -> int:
+def rank() -> int:
     """Which of the processes this is, from 0."""
-    return _told("RANK") if count() > 1 else 0
+    return _told("RANK") if world_size() > 1 else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return _told("WORLD_SIZE")
 
 
-def local() -> int:
+def local_rank() -> int:
     """Which of the processes on this machine this is."""
-    return _told("LOCAL_RANK") if count() > 1 else 0
+    return _told("LOCAL_RANK") if world_size() > 1 else 0
 
 
 def _told(name: str) -> int:
@@ -49,7 +49,7 @@ def _told(name: str) -> int:
     return int(value if value.isdecimal() else VARIABLES[name])
 
 
-def check(command: str) -> None:
+def check_environment(command: str) -> None:
     """ConfigError unless the variables that torchrun sets are as it sets them, and the command is one for several
     processes if there are any."""
     found = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
@@ -64,22 +64,22 @@ def check(command: str) -> None:
         raise ConfigError(f"epmq {command} is done by one process; start it without torchrun")
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that writes and scores."""
-    return number() == 0
+    return rank() == 0
 
 
-def join(device: torch.device) -> None:
+def init(device: torch.device) -> None:
     """Meets the other processes, once; the device becomes this process's own."""
     import torch
     from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if count() == 1:
+    if world_size() == 1:
         return
-    if device.type == "cuda" and device.index != local():
-        raise RunError(f"{count()} processes cannot share device={device}; with device=cuda each takes its own")
+    if device.type == "cuda" and device.index != local_rank():
+        raise RunError(f"{world_size()} processes cannot share device={device}; with device=cuda each takes its own")
     if not distributed.is_initialized():
         try:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -89,14 +89,14 @@ def join(device: torch.device) -> None:
         atexit.register(distributed.destroy_process_group)
 
 
-def share(items: Sequence[Item]) -> Sequence[Item]:
+def rank_slice(items: Sequence[Item]) -> Sequence[Item]:
     """This process's part of some items: every `count()`-th of them."""
-    return items[number() :: count()]
+    return items[rank() :: world_size()]
 
 
-def added(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of this tensor over all processes, in its place."""
-    if count() == 1:
+    if world_size() == 1:
         return tensor
     from torch import distributed
 
@@ -105,9 +105,9 @@ def added(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agreed(value: Item, process: int = 0) -> Item:
+def broadcast(value: Item, process: int = 0) -> Item:
     """What the first process, or another one, has for this value."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     from torch import distributed
 
@@ -117,52 +117,52 @@ def agreed(value: Item, process: int = 0) -> Item:
     return values[0]
 
 
-def gathered(value: Item) -> list[Item]:
+def all_gather(value: Item) -> list[Item]:
     """What each process has for this value, in their order."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     from torch import distributed
 
-    values: list[Item] = [value] * count()
+    values: list[Item] = [value] * world_size()
     with _reached():
         distributed.all_gather_object(values, value)
     return values
 
 
-def rows(length: int) -> slice:
+def row_range(length: int) -> slice:
     """This process's part of so many rows, in one piece; those of all processes follow each other."""
-    return _rows_of(number(), length)
+    return _rows_of(rank(), length)
 
 
-def summed_rows(tensor: Tensor) -> Tensor:
+def reduce_rows(tensor: Tensor) -> Tensor:
     """This process's rows of the sum of a tensor over all processes; the tensor itself is used up."""
-    if count() == 1:
+    if world_size() == 1:
         return tensor
     from torch import distributed
 
     length = len(tensor)
-    _collected(distributed.reduce(tensor[_rows_of(n, length)], n, async_op=True) for n in range(count()))
-    return tensor[rows(length)].clone()
+    _collected(distributed.reduce(tensor[_rows_of(n, length)], n, async_op=True) for n in range(world_size()))
+    return tensor[row_range(length)].clone()
 
 
-def assembled(part: Tensor, length: int) -> Tensor:
+def all_gather_rows(part: Tensor, length: int) -> Tensor:
     """The whole tensor of so many rows, of which each process has the part that `rows` says."""
-    if count() == 1:
+    if world_size() == 1:
         return part
     from torch import distributed
 
     whole = part.new_empty(length, *part.shape[1:])
-    whole[rows(length)] = part
-    _collected(distributed.broadcast(whole[_rows_of(n, length)], n, async_op=True) for n in range(count()))
+    whole[row_range(length)] = part
+    _collected(distributed.broadcast(whole[_rows_of(n, length)], n, async_op=True) for n in range(world_size()))
     return whole
 
 
-def shared_out(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[Tensor, Any]]:
+def split_jobs(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[Tensor, Any]]:
     """What some jobs give, a tensor and something small each: every process does its part of them, and all get all."""
-    if count() == 1:
+    if world_size() == 1:
         return [job() for job in jobs]
-    made = {index: jobs[index]() for index in share(range(len(jobs)))}
-    return [_given(made.get(index), index % count()) for index in range(len(jobs))]
+    made = {index: jobs[index]() for index in rank_slice(range(len(jobs)))}
+    return [_given(made.get(index), index % world_size()) for index in range(len(jobs))]
 
 
 def _given(made: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
@@ -171,14 +171,14 @@ def _given(made: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
     from torch import distributed
 
     described = None if made is None else (made[0].shape, made[0].dtype, made[0].device.type, made[1])
-    shape, dtype, device, rest = agreed(described, process)  # type: ignore[misc]
+    shape, dtype, device, rest = broadcast(described, process)  # type: ignore[misc]
     tensor = torch.empty(shape, dtype=dtype, device=device) if made is None else made[0].contiguous()
     _collected([distributed.broadcast(tensor, process, async_op=True)])
     return tensor, rest
 
 
 def _rows_of(process: int, length: int) -> slice:
-    return slice(length * process // count(), length * (process + 1) // count())
+    return slice(length * process // world_size(), length * (process + 1) // world_size())
 
 
 def _collected(started: Iterable[Work | None]) -> None:

@@ -39,7 +39,7 @@ def seen() -> int | None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Signals that come inside the block are raised at its end."""
     _holding.append(True)
     try:
@@ -70,7 +70,7 @@ def answered() -> Iterator[None]:
 
 
 @contextmanager
-def listening(last_words: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
+def handle_signals(last_words: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
     """As `answered`, but that the handlers are put back in any case. One that came before is raised at once.
 
     Where that has not ended the block in `grace` seconds, `last_words` is called and the process ends. Nothing is

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from epmq_cli.runtime.signals import held
+from epmq_cli.runtime.signals import deferred
 
 PARTIAL = ".{}.partial"
 """What a file or folder is called until it is whole."""
@@ -21,7 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(PARTIAL.format(path.name))
     try:
-        with held():
+        with deferred():
             yield partial
             sync(partial)
             partial.replace(path)

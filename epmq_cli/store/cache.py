@@ -41,13 +41,13 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "epmq"
 
 
-def open_cache(room: object) -> Cache | None:
+def open_cache(limit: object) -> Cache | None:
     """The cache of a config's `cache`: its room such as 10GB, or None where that is false."""
-    if room is None or room is False:
+    if limit is None or limit is False:
         return None
-    if room is True:
+    if limit is True:
         raise ConfigError("cache must be its room on disk such as 10GB, or false, got true")
-    return Cache(cache_folder() / "jobs", bytes_of("cache", room))
+    return Cache(cache_folder() / "jobs", bytes_of("cache", limit))
 
 
 class Cache:
@@ -56,8 +56,8 @@ class Cache:
     `sound`: asked before an entry is kept; False where what it was made of may have changed since its key was made.
     """
 
-    def __init__(self, folder: Path, room: int) -> None:
-        self._folder, self._room = folder, room
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._room = folder, limit
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
         """Entries that were there."""

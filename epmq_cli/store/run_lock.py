@@ -25,7 +25,7 @@ LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student
 def alone(folder: Path) -> Iterator[None]:
     """The run folder for this process alone, cleared of what killed ones left half done; RunError where another one has
     it or it cannot be written. The lock is the system's, which takes it back from a process that ends in any way."""
-    if not distributed.first():
+    if not distributed.is_main():
         yield
         return
     root = folder / FOLDER

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
 from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
-from epmq_cli.calibrate.reference_weights import installed
+from epmq_cli.calibrate.reference_weights import swapped_weights
 from epmq_cli.calibrate.student import Student
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -30,7 +30,7 @@ def student_of(hub: Path, *overrides: str) -> tuple[Student, dict[str, list[dict
     job = make_job(config(hub, "guidance=feature", *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = Merged(models.source, job.merge, dtype)
+    merged = LazyMerge(models.source, job.merge, dtype)
     return Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype), batches
 
 
@@ -89,7 +89,9 @@ def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest
         pixels = batches["first"][0]["pixel_values"]
         with torch.inference_mode():
             found = tower(pixels)  # type: ignore[operator]
-            with installed(student.model, {n: student.expert("first", n) for n in student.reference.names(("x",))}):
+            with swapped_weights(
+                student.model, {n: student.expert("first", n) for n in student.reference.names(("x",))}
+            ):
                 torch.testing.assert_close(found, tower(pixels), rtol=1e-3, atol=1e-3)  # type: ignore[operator]
         return
     used = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches["first"]]).unique()

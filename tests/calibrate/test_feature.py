@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.activations.store import Depot
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
 from epmq_cli.families.structure import Linears, Norm
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -41,7 +41,7 @@ def changed(one: Walk, other: Walk) -> set[str]:
 def expert_features(hub: Path, found: Walk, task: str) -> Tensor:
     job = make_job(config(hub))
     models, model, _ = steps.open_models(job)
-    install(model, models.source.model(task))
+    copy_into(model, models.source.model(task))
     return guide.features(job.family, model, found.batches[task])
 
 
@@ -64,11 +64,14 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     job = make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     reference = guide.references(job, model, merged)
     engine = _Walk(
-        Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer(), Depot(math.inf)
+        Student(model, job.family, reference, job.guidance, dtype),
+        batches,
+        lambda _: NoQuantizer(),
+        ActivationStore(math.inf),
     )
     seen: list[Tensor] = []
     section = engine._section
@@ -80,7 +83,7 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     engine._section = spied  # type: ignore[method-assign]
     with torch.inference_mode():
         engine.run()
-        install(model, {name: models.source.expert("second", name) for name in models.source.names})
+        copy_into(model, {name: models.source.expert("second", name) for name in models.source.names})
         tower = model.vision_model if name == "clip" else model
         hidden = tower(**batches["second"][0], output_hidden_states=True).hidden_states  # type: ignore[operator]
     assert len(seen) == len(hidden) == 3  # two blocks and the readout
@@ -145,8 +148,8 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
     forward, job = walk(hub, *FEATURE), make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     turned = dict(reversed(batches.items()))
     guide.calibrate(job, model, turned, [], merged)
     for part, tensor in model.state_dict().items():

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import Walk, config, walk
@@ -35,7 +35,7 @@ GUIDANCE = (
 )
 TOLERANCE = 1e-5  # of the gradient at the anchor: tensors and activations are float32
 
-Rows = dict[str, Tensor]
+LayerInputs = dict[str, Tensor]
 """What reaches modules in all batches of a task, by module: (tokens, width) in float64."""
 
 
@@ -48,8 +48,8 @@ class Scene:
     base: nn.Module
     merged: nn.Module
     experts: dict[str, nn.Module]
-    own: dict[str, Rows]
-    taught: dict[str, Rows]
+    own: dict[str, LayerInputs]
+    taught: dict[str, LayerInputs]
     weights: dict[str, Tensor]
 
     def anchor(self, name: str) -> Tensor:
@@ -66,13 +66,13 @@ class Scene:
                 yield step, section.name, section is blocks[-1]
 
 
-def reached(model: nn.Module, family: Family, batches: Sequence[Batch]) -> tuple[Rows, Tensor]:
+def reached(model: nn.Module, family: Family, batches: Sequence[Batch]) -> tuple[LayerInputs, Tensor]:
     """What reaches each linear and norm, and READ for each token but a sample's first, which has 1."""
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm) and "text" not in n}
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
     weights = []
     for batch in batches:
-        caught: Rows = {}
+        caught: LayerInputs = {}
         handles = [
             module.register_forward_pre_hook(lambda _, args, name=name, to=caught: to.update({name: args[0]}))
             for name, module in modules.items()
@@ -96,11 +96,11 @@ def scene(hub: Path, *overrides: str) -> Scene:
     found = walk(hub, *options)
     models, base, dtype = steps.open_models(make_job(config(hub, *options)))
     merged = copy.deepcopy(base)
-    install(merged, Merged(models.source, found.job.merge, dtype))
+    copy_into(merged, LazyMerge(models.source, found.job.merge, dtype))
     experts, own, taught, weights = {}, {}, {}, {}
     for task, batches in found.batches.items():
         experts[task] = copy.deepcopy(base)
-        install(experts[task], models.source.model(task))
+        copy_into(experts[task], models.source.model(task))
         own[task], weights[task] = reached(found.student, found.job.family, batches)
         taught[task], _ = reached(experts[task], found.job.family, batches)
     return Scene(found, base, merged, experts, own, taught, weights)

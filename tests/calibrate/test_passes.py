@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epmq_cli.calibrate.passes import sweep
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.passes import run_passes
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.walk import walk
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -26,14 +26,14 @@ def test_each_sweep_is_a_walk_anchored_at_the_one_before_and_the_last_alone_is_q
     job = make_job(config(request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.sweeps=3"))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = Merged(models.source, job.merge, dtype)
+    merged = LazyMerge(models.source, job.merge, dtype)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()} | dict(merged)
-    install(model, start)
+    copy_into(model, start)
     reference = guide.references(job, model, merged)
     with torch.inference_mode():
-        found = sweep(model, job.family, batches, reference, job.guidance, job.quantizer, dtype)
+        found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype)
         swept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        install(model, start)
+        copy_into(model, start)
         given, results = job.guidance, []
         for quantizer in (NoQuantizer(), NoQuantizer(), job.quantizer):
             results.append(walk(model, job.family, batches, reference, given, lambda _, q=quantizer: q, dtype))

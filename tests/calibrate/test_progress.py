@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli.calibrate.passes import sweep
-from epmq_cli.calibrate.progress import Journal, Stored, Walked
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.passes import run_passes
+from epmq_cli.calibrate.progress import WalkProgress, LazyWeights, WalkResult
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from epmq_cli.pipeline.progress import State
+from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.formats.int import QuantizedWeight
 from tests.hubs import config
 
@@ -29,19 +29,21 @@ OPTIONS = {
 }
 
 
-def walked(hub: Path, state: State, *options: str) -> tuple[Walked, dict[str, torch.Tensor]]:
+def walked(hub: Path, state: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
     """What a walk of the miniature BERT finds, and the student's tensors after it."""
     job = make_job(config(hub, "guidance=feature", *options))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    found = sweep(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
+    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
     return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same(one: tuple[Walked, dict[str, torch.Tensor]], other: tuple[Walked, dict[str, torch.Tensor]]) -> None:
+def assert_same(
+    one: tuple[WalkResult, dict[str, torch.Tensor]], other: tuple[WalkResult, dict[str, torch.Tensor]]
+) -> None:
     assert one[0].records == other[0].records
     assert list(one[0].weights) == list(other[0].weights)
     for name, weight in one[0].weights.items():
@@ -60,23 +62,23 @@ def assert_same(one: tuple[Walked, dict[str, torch.Tensor]], other: tuple[Walked
 def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
     options: tuple[str, ...], bert_hub: Path, tmp_path: Path
 ) -> None:
-    memory = walked(bert_hub, State(), *options)
-    files = walked(bert_hub, State(tmp_path), *options)
-    assert isinstance(files[0].weights, Stored)
+    memory = walked(bert_hub, RunProgress(), *options)
+    files = walked(bert_hub, RunProgress(tmp_path), *options)
+    assert isinstance(files[0].weights, LazyWeights)
     assert_same(files, memory)
-    again = walked(bert_hub, State(tmp_path), *options)  # every entry is there
+    again = walked(bert_hub, RunProgress(tmp_path), *options)  # every entry is there
     assert_same(again, memory)
     entries = sorted((tmp_path / "last").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for entry in reversed(entries):
         entry.unlink()
         if entry in entries[1:3]:
-            assert_same(walked(bert_hub, State(tmp_path), *options), memory)
+            assert_same(walked(bert_hub, RunProgress(tmp_path), *options), memory)
             break
 
 
 def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: Path) -> None:
     """Where the system says that the tensor lies: in the file."""
-    found, _ = walked(bert_hub, State(tmp_path))
+    found, _ = walked(bert_hub, RunProgress(tmp_path))
     weight = next(iter(found.weights.values()))
     assert isinstance(weight, QuantizedWeight)
     address, maps = weight.values.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
@@ -85,19 +87,19 @@ def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: 
 
 
 def test_a_damaged_entry_ends_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
-    walked(bert_hub, State(tmp_path))
+    walked(bert_hub, RunProgress(tmp_path))
     entry = next((tmp_path / "last").iterdir())
     entry.write_bytes(entry.read_bytes()[:20])
     with pytest.raises(RunError, match="is damaged .*; start the run anew with resume=never"):
-        walked(bert_hub, State(tmp_path))
+        walked(bert_hub, RunProgress(tmp_path))
 
 
 def test_a_journal_in_memory_knows_nothing(bert_hub: Path) -> None:
     job = make_job(config(bert_hub))
     models, model, dtype = steps.open_models(job)
-    merged = Merged(models.source, job.merge, dtype)
+    merged = LazyMerge(models.source, job.merge, dtype)
     student = Student(model, job.family, guide.references(job, model, merged), replace(job.guidance), dtype)
-    journal = Journal()
+    journal = WalkProgress()
     journal.write("0000", student)
-    assert not journal.install("0000", student)
-    assert not journal.install_all(["0000"], student)
+    assert not journal.restore("0000", student)
+    assert not journal.restore_all(["0000"], student)

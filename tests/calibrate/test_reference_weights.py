@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import Reference, install, installed
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into, swapped_weights
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -29,7 +29,7 @@ def source(clip_hub: Path) -> MergeSource:
 
 
 def test_tensors_of_base_and_experts_are_those_of_their_files(source: MergeSource, clip_hub: Path) -> None:
-    found = Reference(source, {}, nothing, False)
+    found = ReferenceWeights(source, {}, nothing, False)
     base, expert = (load_file(clip_hub / name / "model.safetensors") for name in ("base", "second"))
     assert torch.equal(found.base(NORM), base[NORM])
     assert torch.equal(found.expert("second", NORM), expert[NORM.removeprefix("vision_model.")])
@@ -38,21 +38,21 @@ def test_tensors_of_base_and_experts_are_those_of_their_files(source: MergeSourc
 
 def test_what_is_shared_is_the_same_in_all_models(source: MergeSource) -> None:
     projection, norm = torch.ones(3), torch.zeros(3)
-    found = Reference(source, {PROJECTION: projection, NORM: norm}, nothing, False)
+    found = ReferenceWeights(source, {PROJECTION: projection, NORM: norm}, nothing, False)
     assert found.base(PROJECTION) is found.expert("first", PROJECTION) is projection
     assert found.base(NORM) is found.expert("first", NORM) is norm  # although base and experts have one too
 
 
 def test_merged_tensors_stand_in_for_every_expert_but_not_for_the_base(source: MergeSource) -> None:
     merged, shared = torch.full((3,), 7.0), torch.ones(3)
-    found = Reference(source, {PROJECTION: shared}, lambda _: merged, True)
+    found = ReferenceWeights(source, {PROJECTION: shared}, lambda _: merged, True)
     assert found.expert("first", NORM) is found.expert("second", NORM) is merged
     assert torch.equal(found.base(NORM), source.base(NORM))
     assert found.expert("first", PROJECTION) is shared
 
 
 def test_names_leave_out_what_is_under_a_prefix(source: MergeSource) -> None:
-    found = Reference(source, {}, nothing, False).names(("vision_model.encoder.layers.0.", NORM))
+    found = ReferenceWeights(source, {}, nothing, False).names(("vision_model.encoder.layers.0.", NORM))
     assert set(source.names) - set(found) == {
         name for name in source.names if name.startswith("vision_model.encoder.layers.0.") or name == NORM
     }
@@ -61,7 +61,7 @@ def test_names_leave_out_what_is_under_a_prefix(source: MergeSource) -> None:
 def test_installed_values_are_the_models_own_storage() -> None:
     model = nn.Linear(2, 2)
     address = model.weight.data_ptr()
-    install(model, {"weight": torch.full((2, 2), 3.0)})
+    copy_into(model, {"weight": torch.full((2, 2), 3.0)})
     assert torch.equal(model.weight, torch.full((2, 2), 3.0))
     assert model.weight.data_ptr() == address
 
@@ -71,7 +71,7 @@ def test_values_installed_for_a_while_are_gone_afterwards_even_after_an_error(fa
     model = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        with installed(model, {"weight": before["weight"] + 1}):
+        with swapped_weights(model, {"weight": before["weight"] + 1}):
             assert torch.equal(model.weight, before["weight"] + 1)
             if fails:
                 raise ZeroDivisionError

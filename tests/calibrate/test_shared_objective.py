@@ -35,7 +35,7 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
     objective = Objective(anchor, 0.05, intercepts=True)
     for task in range(TASKS):
         expert, measure = affine(200 + 10 * task), Measure()
-        for batch in distributed.share(range(BATCHES)):
+        for batch in distributed.rank_slice(range(BATCHES)):
             X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
             if by_drift:
                 measure.add_drift(X, drift, None)

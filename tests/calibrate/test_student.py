@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -22,8 +22,8 @@ def student_of(hub: Path, *overrides: str) -> Student:
     """The merged model."""
     job = make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     return Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
 
 

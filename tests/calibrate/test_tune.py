@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.tune import GRID, choose, divided
+from epmq_cli.calibrate.tune import GRID, choose, holdout_split
 from tests.calibrate.test_guidance import PLAIN
 
 BEST = {"lam": 0.01, "alpha": 0.3, "beta": 0.5, "rho": 2.0}
@@ -65,7 +65,7 @@ def test_grids_lie_within_what_is_allowed() -> None:
 @pytest.mark.parametrize("size", [1, 3, 32])
 def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
     rows = torch.arange(23)
-    fitted, held = divided({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
+    fitted, held = holdout_split({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
     held_out = torch.cat([batch["x"] for batch in held["task"]])
     assert torch.equal(held_out, torch.tensor([4, 9, 14, 19]))
     assert sorted(torch.cat([batch["x"] for batch in fitted["task"]] + [held_out]).tolist()) == rows.tolist()
@@ -75,6 +75,6 @@ def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
 
 
 def test_each_task_is_divided_by_itself() -> None:
-    fitted, held = divided({task: [{"x": torch.arange(size)}] for task, size in (("one", 12), ("other", 11))})
+    fitted, held = holdout_split({task: [{"x": torch.arange(size)}] for task, size in (("one", 12), ("other", 11))})
     assert [batch["x"].tolist() for batch in held["other"]] == [[4, 9]]
     assert [batch["x"].tolist() for batch in fitted["one"]] == [[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]

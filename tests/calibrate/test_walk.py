@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import Reference, install
+from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -65,8 +65,8 @@ def test_first_group_without_quantizer_and_anchor_is_regmean_of_the_hidden_state
     found = walk(clip_hub, "quant=none", "guidance.lam=0")
     job = make_job(config(clip_hub))
     models, model, dtype = steps.open_models(job)
-    merged = Merged(models.source, job.merge, dtype)
-    install(model, merged)
+    merged = LazyMerge(models.source, job.merge, dtype)
+    copy_into(model, merged)
     tower, target = model.vision_model, "encoder.layers.0.self_attn.q_proj"
     rows, outputs = [], []
     for task, batches in found.batches.items():
@@ -122,7 +122,7 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold a NaN"):
-        guide.calibrate(job, model, batches, [], Merged(models.source, job.merge, dtype))
+        guide.calibrate(job, model, batches, [], LazyMerge(models.source, job.merge, dtype))
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
@@ -138,13 +138,13 @@ def test_an_experts_block_is_read_once_where_there_is_room_for_it(
     clip_hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, str]] = []
-    real = Reference.expert
+    real = ReferenceWeights.expert
 
-    def expert(self: Reference, task: str, name: str) -> Tensor:
+    def expert(self: ReferenceWeights, task: str, name: str) -> Tensor:
         read.append((task, name))
         return real(self, task, name)
 
-    monkeypatch.setattr(Reference, "expert", expert)
+    monkeypatch.setattr(ReferenceWeights, "expert", expert)
     norm = ("first", f"{LAYERS['clip']}.0.layer_norm1.weight")
     for memory, often in (("1GB", 1), ("1KB", STEPS + 1)):  # for each step, and to finish the block
         read.clear()

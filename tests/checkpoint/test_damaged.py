@@ -16,7 +16,7 @@ from epmq_cli.data.images import Npz
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from tests.counts import FUZZED, TRIED
 from tests.edited import copied
@@ -28,8 +28,8 @@ def merge(hub: Path) -> dict[str, torch.Tensor]:
     """All that a run reads of the models."""
     values: Any = OmegaConf.to_container(OmegaConf.load(hub / "configs/suite/mini.yaml"))
     tasks = {name: {**task, "data": Npz("unread.npz")} for name, task in values["tasks"].items()}
-    models = Models(Suite("mini", "clip", str(hub / "base"), tasks), FAMILIES["clip"])
-    return dict(Merged(models.source, TaskArithmetic(0.3), torch.float32))
+    models = SuiteModels(Suite("mini", "clip", str(hub / "base"), tasks), FAMILIES["clip"])
+    return dict(LazyMerge(models.source, TaskArithmetic(0.3), torch.float32))
 
 
 def outcome(hub: Path) -> str:

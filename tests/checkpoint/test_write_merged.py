@@ -16,7 +16,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.config.schema import Pack
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import Models, written_dtype
+from epmq_cli.merge.engine import SuiteModels, written_dtype
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, settings_of
 from tests.lone import WRITERS, merged_folder, store, suite_of
@@ -84,7 +84,7 @@ def test_experts_of_a_wider_type_are_said_and_pack_dtype_keeps_them(
 ) -> None:
     base, expert = llama(tmp_path / "base", 0, BRAIN, BRAIN, None), llama(tmp_path / "x", 1, FULL, FULL, None)
     suite = suite_of("causal_lm", base, {"x": expert})
-    source = Models(suite, FAMILIES["causal_lm"]).source
+    source = SuiteModels(suite, FAMILIES["causal_lm"]).source
     assert written_dtype(source, "auto") == BRAIN
     said = "".join(capsys.readouterr().err.split("\n"))
     assert "experts of x are stored in float32, the result in bfloat16 as the base is; pack.dtype=float32 keeps" in said

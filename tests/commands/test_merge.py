@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, CLIPModel
 from epmq_cli.commands.merge import merge
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import Merged, Models
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -46,10 +46,10 @@ def merged(hub: Path, folder: Path, *overrides: str) -> Path:
 def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = merged(clip_hub, tmp_path / "run", f"merge={method}")
     job = make_job(config(clip_hub, f"merge={method}"))
-    source = Models(job.suite, job.family).source
+    source = SuiteModels(job.suite, job.family).source
     found, base = load_file(checkpoint / "model.safetensors"), load_file(clip_hub / "base" / "model.safetensors")
     assert found.keys() == base.keys()
-    wanted = {source.stored_name(name): tensor for name, tensor in Merged(source, job.merge, torch.float32)}
+    wanted = {source.stored_name(name): tensor for name, tensor in LazyMerge(source, job.merge, torch.float32)}
     for name, tensor in found.items():
         assert torch.equal(tensor, wanted.get(name, base[name]).to(base[name].dtype))
     CLIPModel.from_pretrained(checkpoint)
@@ -71,7 +71,7 @@ def test_a_merge_that_fails_leaves_no_folder(clip_hub: Path, tmp_path: Path, mon
     def broken(*arguments: object) -> torch.Tensor:
         raise ModelError("expert of task first: it holds a NaN")
 
-    monkeypatch.setattr(Merged, "stored", broken)
+    monkeypatch.setattr(LazyMerge, "stored", broken)
     with pytest.raises(ModelError):
         merged(clip_hub, tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())

@@ -229,7 +229,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epmq_cli.pipeline.calibration.sweep", interrupt)
+    monkeypatch.setattr("epmq_cli.pipeline.calibration.run_passes", interrupt)
     result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=x")
     assert result.returncode == 130
     wanted = "epmq: interrupted; start the same command again to go on from the last finished block\n"

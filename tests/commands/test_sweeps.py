@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
-from epmq_cli.commands.error_report import explain
+from epmq_cli.commands.error_report import format_error
 from epmq_cli.config.instantiate import conf_dir
 
 SWEEP = ("merge=ties,average", "calib.samples=8", "eval.stages=[]", "device=cpu")
@@ -91,4 +91,4 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(launcher: str)
         f"Could not find 'hydra/launcher/{launcher}'\n\nAvailable options:\n\tbasic\nConfig search path", "x"
     )
     wanted = f"hydra/launcher={launcher} is not installed; get it with pip install 'epmq-cli[{launcher}]'"
-    assert explain(error, "run", []) == wanted
+    assert format_error(error, "run", []) == wanted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.data.batching import split
-from epmq_cli.data.microbatch import Room, joined
+from epmq_cli.data.microbatch import MicroBatcher, joined
 from epmq_cli.errors import ConfigError, RunError, lacks_memory
 from tests.faults.driver import forked
 
@@ -22,8 +22,8 @@ def full() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
 
 
-def room(most: int) -> Room:
-    return Room(most, "thinking", "think less")
+def micro(most: int) -> MicroBatcher:
+    return MicroBatcher(most, "thinking", "think less")
 
 
 @pytest.mark.parametrize("samples", range(1, 9))
@@ -38,7 +38,7 @@ def test_parts_of_a_batch_are_the_batch(samples: int) -> None:
 
 @pytest.mark.parametrize("fits", range(1, 9))
 def test_samples_at_a_time_are_halved_until_there_is_room_and_stay_so(fits: int) -> None:
-    found, tried = room(32), []
+    found, tried = micro(32), []
 
     def call(part: dict[str, Tensor]) -> Tensor:
         tried.append(len(part["mask"]))
@@ -54,7 +54,7 @@ def test_samples_at_a_time_are_halved_until_there_is_room_and_stay_so(fits: int)
 
 
 def test_nothing_of_a_call_that_failed_is_held_when_the_next_begins() -> None:
-    found, made = room(2), []
+    found, made = micro(2), []
 
     class Node:  # in a cycle, as calls of a model may be
         def __init__(self) -> None:
@@ -69,19 +69,19 @@ def test_nothing_of_a_call_that_failed_is_held_when_the_next_begins() -> None:
         return samples
 
     restored = []
-    assert found.attempt(call, lambda: restored.append(all(kept() is None for kept in made))) == 1
+    assert found.run(call, lambda: restored.append(all(kept() is None for kept in made))) == 1
     assert restored == [True]
 
 
 def test_without_room_for_one_sample_it_is_said_what_to_do() -> None:
-    found, tried = room(5), []
+    found, tried = micro(5), []
 
     def call(samples: int) -> None:
         tried.append(samples)
         raise full()
 
     with pytest.raises(RunError, match="^there is no room for thinking even with one sample at a time; think less$"):
-        found.attempt(call)
+        found.run(call)
     assert tried == [5, 2, 1]
 
 
@@ -94,14 +94,14 @@ def test_other_errors_are_nothing_of_this(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        room(4).attempt(call)
+        micro(4).run(call)
     assert calls == [4]
     assert not lacks_memory(error)
 
 
 def test_what_must_not_be_retried_is_not() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Room(4, "thinking", "think less", retries=False).attempt(lambda samples: (_ for _ in ()).throw(full()))
+        MicroBatcher(4, "thinking", "think less", retries=False).run(lambda samples: (_ for _ in ()).throw(full()))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_must_not_be_retried_is_not() -> None:
 )
 def test_ways_to_say_that_there_is_no_room(error: Exception) -> None:
     assert lacks_memory(error)
-    assert room(2).attempt(lambda samples: samples if samples == 1 else (_ for _ in ()).throw(error)) == 1
+    assert micro(2).run(lambda samples: samples if samples == 1 else (_ for _ in ()).throw(error)) == 1
 
 
 def test_memory_of_the_machine_that_does_not_suffice(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_memory_of_the_machine_that_does_not_suffice(tmp_path: Path) -> None:
     def body() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000, resource.RLIM_INFINITY))
-        found = room(32)
-        kept = found.attempt(lambda samples: torch.ones(samples, 25_000_000))
+        found = micro(32)
+        kept = found.run(lambda samples: torch.ones(samples, 25_000_000))
         assert (len(kept), found.halved) == (8, 2)
 
     assert forked(body) == 0

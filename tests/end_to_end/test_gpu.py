@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import epmq_cli
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.checkpoint.int4_linear import CAPABILITY
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.commands.eval import evaluate
@@ -27,7 +27,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.gptq import gptq
-from epmq_cli.quantize.kernels.select import columns_of
+from epmq_cli.quantize.kernels.select import kernel_for
 from tests.checkpoint.test_load import apart, dequantized, features
 from tests.faults.driver import files
 from tests.faults.short import measured
@@ -123,14 +123,14 @@ def scene_of(hub: Path) -> Scene:
 def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
     which: str, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int
 ) -> None:
-    columns = columns_of(torch.zeros(1, 1, device=DEVICE))
+    columns = kernel_for(torch.zeros(1, 1, device=DEVICE))
     if which == "triton":
         pytest.importorskip("triton", reason="this build of torch comes without Triton")
         if STANDIN:
             pytest.skip("Triton builds for a GPU alone; tests/quantize/test_columns.py has its kernels interpreted")
-        from epmq_cli.quantize.kernels.triton import TritonColumns
+        from epmq_cli.quantize.kernels.triton import TritonKernel
 
-        columns = TritonColumns()
+        columns = TritonKernel()
     compare(columns, bits, symmetric, dtype, rows, width, DEVICE)
 
 
@@ -178,13 +178,13 @@ def test_other_options_run_too(options: tuple[str, ...], runs: Runs) -> None:
 @pytest.mark.parametrize("memory", ["1KB", "400KB", "1MB"])
 def test_activations_in_files_give_the_same_bytes(memory: str, kind: str, runs: Runs) -> None:
     spilled: list[torch.device] = []
-    real = Depot._spill
+    real = ActivationStore._spill
 
-    def spill(self: Depot, storage: torch.UntypedStorage) -> Path:
+    def spill(self: ActivationStore, storage: torch.UntypedStorage) -> Path:
         spilled.append(storage.device)
         return real(self, storage)
 
-    with mock.patch.object(Depot, "_spill", spill):
+    with mock.patch.object(ActivationStore, "_spill", spill):
         found = runs(kind, OWN, f"calib.memory={memory}")
     assert tensors(found) == tensors(runs(kind, OWN))  # which had 8GB
     assert spilled or memory != "1KB"

@@ -19,7 +19,7 @@ from torch import Tensor
 from epmq_cli.checkpoint.compressed_tensors import unpacked_linear
 from epmq_cli.checkpoint.write import packed_linear
 from epmq_cli.merge.average import Average
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
@@ -134,7 +134,7 @@ def merged(merge: Merge, models: list[Model], piece: int = 1 << 18) -> Tensor:
     experts = {folder.role: folder for folder in folders[1:]}
     with patch("epmq_cli.merge.source.PIECE", piece), patch("epmq_cli.merge.engine.PIECE", piece):
         source = MergeSource(folders[0], names, experts, dict.fromkeys(experts, names))
-        return torch.cat([tensor for _, tensor in Merged(source, merge, torch.float32)])
+        return torch.cat([tensor for _, tensor in LazyMerge(source, merge, torch.float32)])
 
 
 def flat(model: Model) -> Tensor:

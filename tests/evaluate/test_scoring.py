@@ -15,7 +15,7 @@ from epmq_cli.data.samples import Samples
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.metrics import MEASURES
-from epmq_cli.evaluate.score import ScoredTask, room_of, score
+from epmq_cli.evaluate.score import ScoredTask, micro_batcher, score
 from epmq_cli.families.bert import BERT
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.family import Family
@@ -61,7 +61,7 @@ def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
 def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
-    assert score(reading_inputs(CLIP), nn.Identity(), task, room_of(batch_size), torch.device("cpu")) == 0.8
+    assert score(reading_inputs(CLIP), nn.Identity(), task, micro_batcher(batch_size), torch.device("cpu")) == 0.8
 
 
 @pytest.mark.parametrize("label", [3, -2])
@@ -82,7 +82,7 @@ def test_a_head_with_one_output_gives_a_number() -> None:
     head = {"weight": torch.tensor([[2.0]])}
     predict = reading_inputs(BERT).predict(Path(), task)
     scored = ScoredTask("t", Samples(labels[:, None].tolist(), labels), collate, head, predict, "spearman")
-    assert score(reading_inputs(BERT), nn.Identity(), scored, room_of(3), torch.device("cpu")) == pytest.approx(1)
+    assert score(reading_inputs(BERT), nn.Identity(), scored, micro_batcher(3), torch.device("cpu")) == pytest.approx(1)
 
 
 def collate(items: list[Any]) -> dict[str, Tensor]:

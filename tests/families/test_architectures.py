@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, T5ForConditionalGeneration
 
 from epmq_cli.calibrate.activations.hidden_state import enter
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.norms import normalised, unit
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
@@ -44,7 +44,7 @@ def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str
             scene.family.stacks(scene.model), hidden_states(kind, scene.model, batch), strict=True
         ):
             with torch.inference_mode():
-                stream = enter(scene.model, scene.family, stack, [handed], Depot(math.inf))[0]
+                stream = enter(scene.model, scene.family, stack, [handed], ActivationStore(math.inf))[0]
                 torch.testing.assert_close(stream.hidden, wanted[0])
                 for block, state in zip(stack.blocks[:-1], wanted[1:], strict=False):
                     stream.finish(block.module)
@@ -146,7 +146,7 @@ def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     models, model, _ = steps.open_models(found.job)
     far = found.features(model)
     names = models.source.names
-    guide.install(model, {name: models.source.expert("first", name) for name in names})
+    guide.copy_into(model, {name: models.source.expert("first", name) for name in names})
     wanted = found.features(model)
     error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
     assert error < 0.05

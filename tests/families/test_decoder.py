@@ -32,7 +32,7 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
     models, model, _ = steps.open_models(found.job)
     far = found.features(model)
     names = models.source.names
-    guide.install(model, {name: models.source.expert("first", name) for name in names})
+    guide.copy_into(model, {name: models.source.expert("first", name) for name in names})
     wanted = found.features(model)
     return tuple(float((x - wanted).square().mean()) for x in (far, found.features(found.student)))  # type: ignore[return-value]
 

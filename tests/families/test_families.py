@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.task_heads import read_heads
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError, ModelError
@@ -260,7 +260,7 @@ def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> 
     job = make_job(config(bert_hub))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
-    install(model, {name: models.source.expert("first", name) for name in models.source.names})
+    copy_into(model, {name: models.source.expert("first", name) for name in models.source.names})
     whole = BertForSequenceClassification.from_pretrained(bert_hub / "first").eval()
     batch = AutoTokenizer.from_pretrained(bert_hub / "base")(
         list(task.samples.inputs), padding=True, return_tensors="pt"

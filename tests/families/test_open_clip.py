@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS, drifted, write_suite
@@ -49,7 +49,7 @@ def hub(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> None:
     job = make_job(config(hub))
     models, model, _ = steps.open_models(job)
-    install(model, {name: models.source.expert(TASKS[1], name) for name in models.source.names})
+    copy_into(model, {name: models.source.expert(TASKS[1], name) for name in models.source.names})
     expert = open_clip.CLIP(**copy.deepcopy(MODEL)).eval()
     tensors = torch.load(hub / f"{TASKS[1]}.pt")
     expert.visual.load_state_dict({name.removeprefix("model.visual."): tensor for name, tensor in tensors.items()})

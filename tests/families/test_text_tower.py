@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.errors import ModelError
 from epmq_cli.families.text_tower import drifts
 from epmq_cli.models.model_folder import ModelFolder
@@ -38,7 +38,7 @@ def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
     job = make_job(config(hub, TEMPLATE, *overrides))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
-    install(model, models.source.model("first"))
+    copy_into(model, models.source.model("first"))
     with torch.inference_mode():
         return job.family.logits(model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
 

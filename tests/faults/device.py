@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import epmq_cli.pipeline.calibration
 import epmq_cli.pipeline.steps
 
-CALIBRATION = tuple((epmq_cli.pipeline.calibration, name) for name in ("teach", "calibrate", "solve_heads"))
+CALIBRATION = tuple((epmq_cli.pipeline.calibration, name) for name in ("run_teachers", "calibrate", "solve_heads"))
 SCORING = tuple((epmq_cli.pipeline.steps, name) for name in ("score_parts", "score", "stage_scores"))
 Place = tuple[Any, str]
 """A module and the name of a function in it."""

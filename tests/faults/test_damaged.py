@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from epmq_cli.errors import RunError
-from epmq_cli.pipeline.progress import State, opened
+from epmq_cli.pipeline.progress import RunProgress, opened
 from epmq_cli.store.run_lock import FOLDER
 from tests.faults.driver import at_stage, attempt
 from tests.hubs import run_in
@@ -124,10 +124,10 @@ def test_values_under_another_key_are_not_read(tmp_path: Path) -> None:
 
 
 def test_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    State(tmp_path).tensors("x", CPU, lambda: {"a": torch.ones(1)})
+    RunProgress(tmp_path).tensors("x", CPU, lambda: {"a": torch.ones(1)})
     (tmp_path / "x-0.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"x-0.safetensors is damaged .*; start the run anew with resume=never"):
-        State(tmp_path).tensors("x", CPU, dict)
+        RunProgress(tmp_path).tensors("x", CPU, dict)
 
 
 def test_a_pipe_in_place_of_a_file_is_named(tmp_path: Path) -> None:

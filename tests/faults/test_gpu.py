@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli.data.microbatch import Room
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import RunError
 from tests.counts import COMPARED, KILLS, TRIED
 from tests.end_to_end.test_gpu import check_near, check_place
@@ -61,16 +61,16 @@ def test_where_nothing_goes_in_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
 
 def test_a_limit_of_the_device_is_kept_to() -> None:
     """Closed form: 8 MB a sample where there are 40, so that 4 go in and neither 16 nor 8."""
-    batch, room = {"x": torch.arange(16.0, device=DEVICE)[:, None]}, Room(16, "tests", "")
+    batch, micro = {"x": torch.arange(16.0, device=DEVICE)[:, None]}, MicroBatcher(16, "tests", "")
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 40 * MEGABYTE) / total)
     try:
-        found = room.rows(lambda part: part["x"].repeat(1, 2 * MEGABYTE).sum(1), batch)
+        found = micro.rows(lambda part: part["x"].repeat(1, 2 * MEGABYTE).sum(1), batch)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found.tolist() == [2.0 * MEGABYTE * number for number in range(16)]
-    assert (room.samples, room.halved) == (4, 2)
+    assert (micro.samples, micro.halved) == (4, 2)
 
 
 def test_a_run_that_was_killed_ends_with_the_same_bytes(bert_hub: Path, tmp_path: Path) -> None:

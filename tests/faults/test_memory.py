@@ -16,11 +16,11 @@ from torch import nn
 
 import epmq_cli.pipeline.calibration as guide
 import epmq_cli.pipeline.steps as steps
-from epmq_cli.calibrate.activations.hidden_state import Stream
-from epmq_cli.calibrate.activations.pausable_forward import Passage
-from epmq_cli.calibrate.activations.store import Depot
-from epmq_cli.calibrate.progress import Journal
-from epmq_cli.calibrate.reference_weights import Reference
+from epmq_cli.calibrate.activations.hidden_state import HiddenState
+from epmq_cli.calibrate.activations.pausable_forward import PausableForward
+from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.progress import WalkProgress
+from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.job import make_job
@@ -67,15 +67,15 @@ def test_wherever_there_is_no_room_less_is_tried(
 
 def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     written: list[str] = []
-    real = Journal.write
+    real = WalkProgress.write
 
-    def write(self: Journal, entry: str, *given: Any) -> None:
+    def write(self: WalkProgress, entry: str, *given: Any) -> None:
         written.append(entry)
         real(self, entry, *given)
 
     whole = undisturbed(bert_hub)
     device = Device(2, after=130)
-    with mock.patch.object(Journal, "write", write), device.during((guide, "calibrate")):
+    with mock.patch.object(WalkProgress, "write", write), device.during((guide, "calibrate")):
         run_in(tmp_path / "run", bert_hub, *OPTIONS)
     assert check_same(tmp_path / "run", whole)["batches_halved"] == 2
     assert written == ["0000-stem", "0000", "0001", "0002"]
@@ -83,13 +83,13 @@ def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, b
 
 def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Path, tmp_path: Path) -> None:
     left: list[int] = []
-    real = Reference.restore
+    real = ReferenceWeights.restore
 
-    def restore(self: Reference, model: nn.Module) -> None:
-        left.append(sum(type(thing) in (Stream, Passage, Depot) for thing in gc.get_objects()))
+    def restore(self: ReferenceWeights, model: nn.Module) -> None:
+        left.append(sum(type(thing) in (HiddenState, PausableForward, ActivationStore) for thing in gc.get_objects()))
         real(self, model)
 
-    with mock.patch.object(Reference, "restore", restore), Device(1, after=130).during((guide, "calibrate")):
+    with mock.patch.object(ReferenceWeights, "restore", restore), Device(1, after=130).during((guide, "calibrate")):
         run_in(tmp_path / "run", bert_hub, "guidance=feature", "eval.stages=[]")
     assert left == [0, 0, 0]
 
@@ -170,7 +170,9 @@ def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypa
     job = make_job(config(bert_hub))
     monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
-        guide.room_of(job).attempt(lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        guide.micro_batcher(job).run(
+            lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+        )
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from epmq_cli import cli
 from epmq_cli.runtime import distributed
 
 rank, number, call = map(int, sys.argv[1:4])
-if distributed.number() == rank:
+if distributed.rank() == rank:
     from tests.faults.driver import on_call
 
-    on_call(epmq_cli.calibrate.norms, "added", call, lambda: os.kill(os.getpid(), number))()
+    on_call(epmq_cli.calibrate.norms, "all_reduce", call, lambda: os.kill(os.getpid(), number))()
 sys.argv = ["epmq", *sys.argv[4:]]
 cli.main()

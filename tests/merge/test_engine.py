@@ -18,22 +18,22 @@ from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.heads.classifier import read_head
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from tests.conftest import TASKS, drifted, write_suite
 from tests.hubs import run_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of what transformers will remove
 
 
-def opened(hub: Path, family: str, expert: Path | str, base: Path | None = None) -> Models:
+def opened(hub: Path, family: str, expert: Path | str, base: Path | None = None) -> SuiteModels:
     """The suite of a hub with another first expert, and perhaps base."""
     values: Any = OmegaConf.to_container(OmegaConf.load(hub / "configs/suite/mini.yaml"))
     tasks = {name: {**task, "data": Npz("unread.npz")} for name, task in values["tasks"].items()}
     tasks[TASKS[0]]["expert"] = str(expert)
-    return Models(Suite("mini", family, str(base or hub / "base"), tasks), FAMILIES[family])
+    return SuiteModels(Suite("mini", family, str(base or hub / "base"), tasks), FAMILIES[family])
 
 
-def tensors(models: Models) -> dict[str, Tensor]:
+def tensors(models: SuiteModels) -> dict[str, Tensor]:
     return {name: models.source.expert(TASKS[0], name) for name in models.source.names}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import Merge, MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitudes
@@ -50,7 +50,7 @@ def method(name: str) -> Merge:
 
 def merged(path: Path, merge: Merge, base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     path.mkdir()
-    return dict(Merged(source(path, base, experts), merge, torch.float32))
+    return dict(LazyMerge(source(path, base, experts), merge, torch.float32))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -138,8 +138,8 @@ def test_kth_largest_is_that_of_a_sort(density: float) -> None:
 def test_merging_is_rounded_to_the_checkpoint_type_once(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     opened = source(tmp_path / "x", tensors(0), [tensors(1), tensors(2)])
-    exact = dict(Merged(opened, TaskArithmetic(0.3), torch.float32))
-    rounded = dict(Merged(opened, TaskArithmetic(0.3), torch.float16))
+    exact = dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float32))
+    rounded = dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float16))
     for name in SHAPES:
         assert rounded[name].dtype == torch.float32
         assert torch.equal(rounded[name], exact[name].half().float())
@@ -187,7 +187,7 @@ def test_an_expert_that_is_not_finite_is_refused(value: float, tmp_path: Path) -
     broken["a.bias"][2] = value
     opened = source(tmp_path, tensors(0), [broken])
     with pytest.raises(ModelError, match=r"t0: a.bias holds a NaN or an infinity; train or fetch the model again"):
-        dict(Merged(opened, TaskArithmetic(0.3), torch.float32))
+        dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float32))
 
 
 @pytest.mark.parametrize(

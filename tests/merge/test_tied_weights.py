@@ -16,7 +16,7 @@ from torch import Tensor
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import Models
+from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
@@ -105,7 +105,7 @@ def test_tables_that_are_always_tied_are_refused_where_they_differ(command: str,
 def test_experts_whose_outputs_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
     base, other = store(t5(), tmp_path / "base"), store(t5(1, tie_word_embeddings=False), tmp_path / "other")
     with pytest.raises(ModelError, match="scale_decoder_outputs is False in its config and True in the base's"):
-        Models(suite_of("t5", base, {"x": other}), FAMILIES["t5"])
+        SuiteModels(suite_of("t5", base, {"x": other}), FAMILIES["t5"])
 
 
 def test_an_output_layer_that_transformers_renames_on_load_is_merged(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_an_output_layer_that_transformers_renames_on_load_is_merged(tmp_path: P
     base, expert = (store(GPTNeoXForCausalLM(config), tmp_path / name) for name in ("base", "expert"))
     stored = load_file(expert / "model.safetensors")
     assert "embed_out.weight" in stored
-    models = Models(suite_of("causal_lm", base, {"x": expert}), FAMILIES["causal_lm"], whole=True)
+    models = SuiteModels(suite_of("causal_lm", base, {"x": expert}), FAMILIES["causal_lm"], whole=True)
     found = models.source.expert("x", "lm_head.weight")  # the class's own name
     assert torch.equal(found, stored["embed_out.weight"])
 
@@ -127,7 +127,7 @@ def test_a_layer_that_is_neither_tied_nor_stored_is_refused(tmp_path: Path) -> N
     base, broken = store(llama(True), tmp_path / "base"), store(llama(True, 1), tmp_path / "broken")
     set_tie(broken, False)
     with pytest.raises(ModelError, match=f"expert of task x: .* has no {HEAD}, which its config does not tie"):
-        Models(suite_of("causal_lm", base, {"x": broken}), FAMILIES["causal_lm"], whole=True)
+        SuiteModels(suite_of("causal_lm", base, {"x": broken}), FAMILIES["causal_lm"], whole=True)
 
 
 @pytest.mark.parametrize("command", PAIR)
@@ -180,7 +180,7 @@ def test_what_no_result_can_have_is_named(command: str, tmp_path: Path, caplog: 
 def test_what_a_block_of_the_base_has_not_is_refused(tmp_path: Path) -> None:
     base, other = store(llama(True), tmp_path / "base"), store(llama(True, attention_bias=True), tmp_path / "x")
     with pytest.raises(ModelError, match=r"self_attn.q_proj.bias is missing from the base"):
-        Models(suite_of("causal_lm", base, {"x": other}), FAMILIES["causal_lm"], whole=True)
+        SuiteModels(suite_of("causal_lm", base, {"x": other}), FAMILIES["causal_lm"], whole=True)
 
 
 @pytest.mark.parametrize("command", PAIR)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from epmq_cli.merge.average import Average
-from epmq_cli.merge.engine import Merged
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.pipeline import cached_steps
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -213,7 +213,7 @@ def test_methods_without_options_are_told_apart(clip_hub: Path, tmp_path: Path) 
 def test_a_base_whose_rows_are_filled_up_depends_on_the_experts(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub))
     models, _, dtype = steps.open_models(job)
-    common = cached_steps.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
+    common = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
     assert common._base["vocabulary"] == []
     models.source.padded["embeddings"] = 100
     assert common._base["vocabulary"] == [common._files["first"], common._files["second"]]
@@ -222,8 +222,8 @@ def test_a_base_whose_rows_are_filled_up_depends_on_the_experts(clip_hub: Path, 
 def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub, "merge=ties", "pack.dtype=bfloat16"))
     models, _, dtype = steps.open_models(job)
-    kept = cached_steps.Shared(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
-    made = Merged(models.source, job.merge, dtype)
+    kept = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
+    made = LazyMerge(models.source, job.merge, dtype)
     assert isinstance(kept, cached_steps.KeptMerge)
     for name, tensor in made:
         assert torch.equal(kept.tensor(name), tensor)

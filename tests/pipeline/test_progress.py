@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.pipeline.progress import State, close, opened, refuse_results
+from epmq_cli.pipeline.progress import RunProgress, close, opened, refuse_results
 from epmq_cli.store.run_lock import FOLDER
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def test_a_value_is_made_once(tmp_path: Path) -> None:
     made = []
-    for state in (State(tmp_path), State(tmp_path)):
+    for state in (RunProgress(tmp_path), RunProgress(tmp_path)):
         assert state.value("x", lambda: made.append(1) or {"a": 0.1 + 0.2}) == {"a": 0.1 + 0.2}
     assert len(made) == 1
 
@@ -24,21 +24,21 @@ def test_a_value_is_made_once(tmp_path: Path) -> None:
 def test_without_a_folder_it_is_made_every_time() -> None:
     made = []
     for _ in range(2):
-        State().value("x", lambda: made.append(1))
+        RunProgress().value("x", lambda: made.append(1))
     assert len(made) == 2
-    assert State().part("y").starts == 0
+    assert RunProgress().part("y").starts == 0
 
 
 def test_tensors_come_back_to_the_last_bit(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 2), "b": torch.tensor([1, 2]).int()}
-    State(tmp_path).tensors("x", CPU, lambda: tensors)
-    found = State(tmp_path).tensors("x", CPU, dict)
+    RunProgress(tmp_path).tensors("x", CPU, lambda: tensors)
+    found = RunProgress(tmp_path).tensors("x", CPU, dict)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_of_a_finished_part_only_its_value_is_kept(tmp_path: Path) -> None:
-    state = State(tmp_path)
+    state = RunProgress(tmp_path)
     assert state.finished("x", lambda: state.part("x").value("inner", lambda: 1)) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"x.json"}
 

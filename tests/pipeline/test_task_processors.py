@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import install
+from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import CheckpointError, DataError, ModelError
-from epmq_cli.evaluate.score import room_of, score
+from epmq_cli.evaluate.score import micro_batcher, score
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline import task_processors as own
 from epmq_cli.pipeline.job import make_job
@@ -140,8 +140,8 @@ def expert_score(found: Path, *overrides: str) -> float:
         job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family)
     )
     task = steps.prepare_tasks(job, model, models, processors)[0]
-    install(model, models.source.model("first"))
-    return score(job.family, model, task, room_of(8), CPU)
+    copy_into(model, models.source.model("first"))
+    return score(job.family, model, task, micro_batcher(8), CPU)
 
 
 def chosen(found: Path, *overrides: str) -> dict[str, Any]:
@@ -364,7 +364,7 @@ def test_an_experts_added_tokens_are_rows_of_the_padded_tables(hub: Hub, tmp_pat
     processors = chosen(found, "++suite.vocabulary=pad")
     task = steps.prepare_tasks(job, base, models, processors)[0]
     assert int(task.samples.inputs[0].max()) == rows
-    assert score(job.family, base, task, room_of(8), CPU) > 0
+    assert score(job.family, base, task, micro_batcher(8), CPU) > 0
 
 
 def test_an_adapters_folder_has_a_tokenizer_of_its_own(hub: Hub, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.int import Grid, GridSpec
 from epmq_cli.quantize.gptq import gptq, inverse_factor
-from epmq_cli.quantize.kernels.select import TorchColumns
+from epmq_cli.quantize.kernels.select import TorchKernel
 from epmq_cli.quantize.scale_search import hessian_grid
 from tests.quantize.test_gptq import loss as quadratic
 from tests.quantize.test_gptq import problem
 
 DAMPING = 1e-9
-TORCH = TorchColumns()
+TORCH = TorchKernel()
 
 
 def factor_of(H: Tensor) -> Tensor:

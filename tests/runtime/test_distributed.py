@@ -51,25 +51,25 @@ def test_parts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> No
     items, rows = [], []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        items.append(list(distributed.share(range(8))))
-        rows.extend(list(range(10))[distributed.rows(10)])
+        items.append(list(distributed.rank_slice(range(8))))
+        rows.extend(list(range(10))[distributed.row_range(10)])
     assert items == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert rows == list(range(10))
 
 
 def test_one_process_needs_no_others() -> None:
     tensor = torch.arange(4.0)
-    assert distributed.added(tensor) is tensor
-    assert distributed.assembled(tensor, 4) is tensor
-    assert distributed.first()
+    assert distributed.all_reduce(tensor) is tensor
+    assert distributed.all_gather_rows(tensor, 4) is tensor
+    assert distributed.is_main()
 
 
 @pytest.mark.parametrize(
     ("function", "call"),
     [
-        ("all_reduce", lambda: distributed.added(torch.ones(1))),
-        ("broadcast_object_list", lambda: distributed.agreed(1)),
-        ("all_gather_object", lambda: distributed.gathered(1)),
+        ("all_reduce", lambda: distributed.all_reduce(torch.ones(1))),
+        ("broadcast_object_list", lambda: distributed.broadcast(1)),
+        ("all_gather_object", lambda: distributed.all_gather(1)),
     ],
 )
 def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
@@ -104,19 +104,19 @@ def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "all_reduce", full)
     with pytest.raises(torch.OutOfMemoryError):
-        distributed.added(torch.ones(1))
+        distributed.all_reduce(torch.ones(1))
 
 
 def test_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    distributed.join(torch.device("cuda", 1))  # alone it may be any
+    distributed.init(torch.device("cuda", 1))  # alone it may be any
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="2 processes cannot share device=cuda:1; with device=cuda each takes its own"):
-        distributed.join(torch.device("cuda", 1))
+        distributed.init(torch.device("cuda", 1))
 
 
 def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "gathered", lambda value: [value, "another"])
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value, "another"])
     with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
         opened(tmp_path, {"config": {"bits": 4}}, "auto")
 
@@ -148,13 +148,13 @@ def test_variables_that_torchrun_does_not_set_so_are_refused(
 def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    distributed.check("merge")
-    assert distributed.first()
-    assert (distributed.number(), distributed.local()) == (0, 0)
+    distributed.check_environment("merge")
+    assert distributed.is_main()
+    assert (distributed.rank(), distributed.local_rank()) == (0, 0)
 
 
 def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match=r"the processes of this run do not meet \(.*\); start them with torchrun"):
-        distributed.join(torch.device("cpu"))
+        distributed.init(torch.device("cpu"))

@@ -46,7 +46,7 @@ def test_a_signal_waits_for_the_end_of_a_write(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with (
         pytest.raises(signals.Interrupted) as stopped,
-        signals.listening(lambda: None),
+        signals.handle_signals(lambda: None),
         whole_file(path) as partial,
     ):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -30,7 +30,7 @@ class _Steady(nn.Linear):
 
 
 @contextmanager
-def steady(model: nn.Module) -> Iterator[None]:
+def batch_invariant(model: nn.Module) -> Iterator[None]:
     """Inside, the rows that the model's linears give do not depend on how many samples are in a batch."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for linear in linears:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.hidden_state import Stream
+from epmq_cli.calibrate.activations.hidden_state import HiddenState
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.data.microbatch import joined
 from epmq_cli.families.structure import Linears, Norm
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerInputs:
     """What reaches a step in one batch: the student's and the teacher's rows (tokens, width), of the step itself and of
     the residual stream if it is asked for, and the weights of the tokens, or None for 1."""
 
@@ -22,7 +22,7 @@ class Rows:
     teacher: list[Tensor]
     weights: Tensor | None
 
-    def copied(self) -> Rows:
+    def copied(self) -> LayerInputs:
         """Rows that stay when the passes they were read of go on."""
         own = [rows.clone() for rows in self.student]
         return replace(
@@ -30,7 +30,7 @@ class Rows:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Rows]) -> Rows:
+    def joined(cls, parts: Sequence[LayerInputs]) -> LayerInputs:
         """Those of a batch that came in parts."""
         own = [joined(rows) for rows in zip(*(part.student for part in parts), strict=True)]
         same = parts[0].teacher is parts[0].student
@@ -40,7 +40,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CaptureSpec:
     """Where passes shall wait: in front of that one of `names` which is called first.
 
     `stream`: the module before it whose input is asked for too; `wanted`: those whose input still will be. `token`: the
@@ -56,17 +56,17 @@ class Reading:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, steps: Sequence[Linears | Norm], token: int | None) -> Reading:
+    def of(cls, steps: Sequence[Linears | Norm], token: int | None) -> CaptureSpec:
         """Of the first of some steps, the others being those that follow; `token`: the one that is read out behind."""
         step, wanted = steps[0], frozenset(s.stream for s in steps if isinstance(s, Linears) and s.stream)
         if isinstance(step, Norm):
             return cls((step.name,), None, wanted, None if step.mixing else token, False)
         return cls(step.names, step.stream, wanted, token, step.memory, step.scale)
 
-    def rows(self, stream: Stream, module: nn.Module) -> list[Tensor]:
+    def rows(self, stream: HiddenState, module: nn.Module) -> list[Tensor]:
         """The rows of real tokens (tokens, width) of a stream in a section."""
-        reached = [stream.to(module, self.names, self.wanted)]
+        reached = [stream.run_until(module, self.names, self.wanted)]
         if self.stream is not None:
-            reached.append(stream.met(self.stream))
+            reached.append(stream.captured(self.stream))
         mask = stream.memory if self.memory else stream.mask
         return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in reached]

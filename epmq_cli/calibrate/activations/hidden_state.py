@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.pausable_forward import Passage, tensors_in
-from epmq_cli.calibrate.activations.store import Depot, Parcel
+from epmq_cli.calibrate.activations.pausable_forward import PausableForward, tensors_in
+from epmq_cli.calibrate.activations.store import ActivationStore, OffloadHandle
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
@@ -22,7 +22,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedOutput:
     """Stands, among the arguments of a block, for what the block before it gave back at this position of its output:
     position biases, for instance, which the first block makes for all."""
 
@@ -30,7 +30,7 @@ class Carried:
 
 
 @dataclass
-class Stream:
+class HiddenState:
     """One batch on its way through the blocks.
 
     `hidden`: the next section's first argument. `calls`: the other arguments of the blocks to come. `mask`: the real
@@ -41,31 +41,31 @@ class Stream:
     hidden: Tensor
     calls: list[Call]
     mask: Tensor | None
-    depot: Depot
+    store: ActivationStore
     memory: Tensor | None = None
     output: tuple[Any, ...] = ()
-    passage: Passage | None = None
-    parcel: Parcel | None = None
+    forward_pass: PausableForward | None = None
+    handle: OffloadHandle | None = None
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def loaded(self) -> Iterator[None]:
         """Its activations are there inside, and wait in the depot after it."""
-        self.leave()
+        self.load()
         yield
-        self.park()
+        self.offload()
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Puts its activations into the depot, but for arguments of blocks, which other batches may share."""
-        waiting = self.passage.waiting() if self.passage else []
+        waiting = self.forward_pass.held_tensors() if self.forward_pass else []
         shared = {tensor.untyped_storage()._cdata for call in self.calls for tensor in tensors_in(call)}
         own = [tensor for tensor in waiting if tensor.untyped_storage()._cdata not in shared]
-        self.parcel = self.depot.park([self.hidden, *own])
+        self.handle = self.store.offload([self.hidden, *own])
 
-    def leave(self) -> Tensor:
+    def load(self) -> Tensor:
         """The next section's first argument, with all that waited out of the depot."""
-        if self.parcel is not None:
-            self.parcel.unpack()
-            self.parcel = None
+        if self.handle is not None:
+            self.handle.load()
+            self.handle = None
         return self.hidden
 
     def weights(self, token: int | None, others: float) -> Tensor | None:
@@ -76,35 +76,35 @@ class Stream:
         weights[:, token] = 1
         return real_tokens(weights, self.mask)[:, 0]
 
-    def to(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
+    def run_until(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
         """Goes on through a section up to the first of these modules, of which it gives the input.
 
-        `wanted`: modules on the way whose input will be asked for (`met`). The section must be listened to.
+        `wanted`: modules on the way whose input will be asked for (`captured`). The section must be listened to.
         """
         self._passage(module).wanted = wanted
-        return self._passage(module).to(names)
+        return self._passage(module).run_until(names)
 
-    def met(self, name: str) -> Tensor:
+    def captured(self, name: str) -> Tensor:
         """The input of a module that was wanted."""
-        assert self.passage is not None
-        return self.passage.met[name]
+        assert self.forward_pass is not None
+        return self.forward_pass.captured[name]
 
     def finish(self, module: nn.Module) -> None:
         """Goes through the rest of a section, to the next."""
         output = self._passage(module).finish()
         found = output if isinstance(output, tuple) else (output,)
-        self.hidden, self.output, self.calls, self.passage = found[0], found, self.calls[1:], None
+        self.hidden, self.output, self.calls, self.forward_pass = found[0], found, self.calls[1:], None
 
-    def _passage(self, module: nn.Module) -> Passage:
-        if self.passage is None:
+    def _passage(self, module: nn.Module) -> PausableForward:
+        if self.forward_pass is None:
             rest, options = self.calls[0] if self.calls else ((), {})
             args = (self.hidden, *(self._resolved(value) for value in rest))
             named = {name: self._resolved(value) for name, value in options.items()}
-            self.passage = Passage(lambda: module(*args, **named))
-        return self.passage
+            self.forward_pass = PausableForward(lambda: module(*args, **named))
+        return self.forward_pass
 
     def _resolved(self, value: Any) -> Any:
-        return self.output[value.position] if isinstance(value, Carried) else value
+        return self.output[value.position] if isinstance(value, CarriedOutput) else value
 
 
 class _ReachedError(Exception):
@@ -116,9 +116,9 @@ def enter(
     family: Family,
     stack: Stack,
     batches: Sequence[Batch],
-    depot: Depot,
+    store: ActivationStore,
     values: list[int] | None = None,
-) -> list[Stream]:
+) -> list[HiddenState]:
     """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
     blocks; they wait in the depot. `values`: see `_arguments`; a list that is empty for the first batches of a stack
     and handed on to the others saves a pass through a block."""
@@ -126,24 +126,24 @@ def enter(
     for batch in batches:
         found = _arguments(blocks, lambda batch=batch: family.features(model, batch), known)  # type: ignore[misc]
         calls = [(args[1:], options) for args, options in found]
-        streams.append(Stream(found[0][0][0], calls, stack.mask(batch), depot, stack.memory(batch)))
-        streams[-1].park()
+        streams.append(HiddenState(found[0][0][0], calls, stack.mask(batch), store, stack.memory(batch)))
+        streams[-1].offload()
     return streams
 
 
 def handed(
-    key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[Stream]]
+    key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[HiddenState]]
 ) -> dict[str, Sequence[Batch]]:
     """Each task's batches with what came out of a stack, for the next one."""
     return {
-        task: [{**batch, key: stream.leave()} for batch, stream in zip(batches[task], found, strict=True)]
+        task: [{**batch, key: stream.load()} for batch, stream in zip(batches[task], found, strict=True)]
         for task, found in streams.items()
     }
 
 
 def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], values: list[int]) -> list[Call]:
     """The arguments of each block in a forward pass in which blocks only pass their input on, and the last ends it;
-    what else a block gives to the next is `Carried`.
+    what else a block gives to the next is `CarriedOutput`.
 
     `values`: how many values a block gives back, 0 where it is no tuple; put there, for the next batch, by the first
     block, which is called for it, where it is empty.
@@ -158,7 +158,7 @@ def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], value
             if not values:
                 output = real(*args, **options)
                 values.append(len(output) if isinstance(output, tuple) else 0)
-            return (args[0], *map(Carried, range(1, values[0]))) if values[0] else args[0]
+            return (args[0], *map(CarriedOutput, range(1, values[0]))) if values[0] else args[0]
 
         return record
 

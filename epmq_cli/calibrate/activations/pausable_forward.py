@@ -18,10 +18,10 @@ from torch import Tensor, nn
 DEPTH = 2  # of the containers of a call that are looked into: its arguments are a tuple, which may hold one
 
 
-class Passage:
+class PausableForward:
     """One forward pass through modules that are listened to (`listening`).
 
-    `met`: the inputs of modules that it went through, of those in `wanted`.
+    `captured`: the inputs of modules that it went through, of those in `wanted`.
     """
 
     def __init__(self, forward: Callable[[], Any]) -> None:
@@ -30,9 +30,9 @@ class Passage:
         self._here: tuple[str, Tensor] | None = None
         self._seen: set[str] = set()
         self.wanted: Collection[str] = ()
-        self.met: dict[str, Tensor] = {}
+        self.captured: dict[str, Tensor] = {}
 
-    def to(self, names: Sequence[str]) -> Tensor:
+    def run_until(self, names: Sequence[str]) -> Tensor:
         """The input of that one of these modules which is called first; the pass waits in front of it."""
         if self._here is None or self._here[0] not in names:
             self._until, self._here = names, None
@@ -44,19 +44,19 @@ class Passage:
     def finish(self) -> Any:
         """What the forward pass gives back."""
         self._until, self._here = (), None
-        self.met.clear()
+        self.captured.clear()
         return self._stack.switch()
 
-    def waiting(self) -> list[Tensor]:
+    def held_tensors(self) -> list[Tensor]:
         """What the calls that wait here hold: the variables of each, and what is in those that are containers, but for
         parameters."""
-        found, frame = list(self.met.values()), self._stack.gr_frame
+        found, frame = list(self.captured.values()), self._stack.gr_frame
         while frame is not None:
             found += tensors_in(_variables(frame))
             frame = frame.f_back
         return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
 
-    def meet(self, name: str, tensor: Tensor) -> bool:
+    def pause_before(self, name: str, tensor: Tensor) -> bool:
         """Called by the modules, in the pass; whether it is to wait here.
 
         Of a module that is called again, as DeBERTa's keys are for positions, the first call counts.
@@ -65,7 +65,7 @@ class Passage:
             return False
         self._seen.add(name)
         if name in self.wanted:
-            self.met[name] = tensor
+            self.captured[name] = tensor
         self._here = (name, tensor) if name in self._until else None
         return self._here is not None
 
@@ -73,9 +73,9 @@ class Passage:
 class _Stack(greenlet.greenlet):
     """The calls of a pass."""
 
-    def __init__(self, forward: Callable[[], Any], passage: Passage) -> None:
+    def __init__(self, forward: Callable[[], Any], forward_pass: PausableForward) -> None:
         super().__init__(forward)
-        self.passage = weakref.ref(passage)
+        self.forward_pass = weakref.ref(forward_pass)
 
 
 def _variables(frame: FrameType) -> list[Any]:
@@ -100,12 +100,12 @@ def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
 
 def _waits(name: str, tensor: Tensor) -> bool:
     stack = greenlet.getcurrent()
-    passage = stack.passage() if isinstance(stack, _Stack) else None
-    return passage is not None and passage.meet(name, tensor)
+    forward_pass = stack.forward_pass() if isinstance(stack, _Stack) else None
+    return forward_pass is not None and forward_pass.pause_before(name, tensor)
 
 
 @contextmanager
-def listening(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Inside, passes through the module stop in front of these of its modules, if they want to."""
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -15,7 +15,7 @@ from epmq_cli.runtime.memory import give_back
 HOLES = 1 << 26  # bytes that are not worth the time to find them
 
 
-class Depot:
+class ActivationStore:
     """Room for `budget` bytes in memory, and for the rest in files of a folder of its own under `folder`, which is
     removed when the depot is closed, as it is at the end of a with statement.
 
@@ -34,25 +34,25 @@ class Depot:
         self.spilled = 0
         """Bytes that were written to files so far."""
 
-    def __enter__(self) -> Depot:
+    def __enter__(self) -> ActivationStore:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._files is not None:
             self._files.cleanup()
 
-    def park(self, tensors: Iterable[Tensor]) -> Parcel:
+    def offload(self, tensors: Iterable[Tensor]) -> OffloadHandle:
         """Keeps these tensors, which must not be touched before they are unpacked. Those that share memory with one
         another are kept once; with anything else they must not share it."""
-        parcel, full = Parcel(self), self._full()
+        handle, full = OffloadHandle(self), self._full()
         for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values():
             size = storage.nbytes()
             if self.used + size <= self._budget and not full:
                 self.used += size
-                parcel.kept += size
+                handle.kept += size
             elif size:
-                parcel.spilled.append((storage, size, self._spill(storage)))
-        return parcel
+                handle.spilled.append((storage, size, self._spill(storage)))
+        return handle
 
     def hold(self, size: int) -> bool:
         """Whether there is room for so many bytes more, which then count as used until they are released."""
@@ -89,15 +89,15 @@ class Depot:
         return path
 
 
-class Parcel:
+class OffloadHandle:
     """Tensors that wait: how many bytes of them in memory, and which storages in which files."""
 
-    def __init__(self, depot: Depot) -> None:
-        self._depot = depot
+    def __init__(self, store: ActivationStore) -> None:
+        self._depot = store
         self.kept = 0
         self.spilled: list[tuple[torch.UntypedStorage, int, Path]] = []
 
-    def unpack(self) -> None:
+    def load(self) -> None:
         """Makes the tensors what they were."""
         self._depot.used -= self.kept
         for storage, size, path in self.spilled:

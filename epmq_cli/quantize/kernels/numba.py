@@ -79,7 +79,7 @@ def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any
         totals[begin : begin + lanes] = sums[:lanes]
 
 
-class NumbaColumns:
+class NumbaKernel:
     """See columns.py; rows are shared out to as many threads as torch uses."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from epmq_cli.quantize.formats.int import Grid, GridSpec, quantize
 log = logging.getLogger("epmq")
 
 
-class Columns(Protocol):
+class ColumnKernel(Protocol):
     """An implementation."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
@@ -36,18 +36,18 @@ class Columns(Protocol):
         (candidates, out)."""
 
 
-def columns_of(weight: Tensor) -> Columns:
+def kernel_for(weight: Tensor) -> ColumnKernel:
     """The implementation for a weight."""
     if weight.dtype == torch.float32 and weight.device.type == "cpu":
-        from epmq_cli.quantize.kernels.numba import NumbaColumns
+        from epmq_cli.quantize.kernels.numba import NumbaKernel
 
-        return NumbaColumns()
+        return NumbaKernel()
     if weight.dtype == torch.float32 and weight.device.type == "cuda" and triton_works(weight.device):
-        from epmq_cli.quantize.kernels.triton import TritonColumns
+        from epmq_cli.quantize.kernels.triton import TritonKernel
 
-        found: Columns = TritonColumns()
+        found: ColumnKernel = TritonKernel()
         return found
-    return TorchColumns()
+    return TorchKernel()
 
 
 @cache
@@ -56,17 +56,17 @@ def triton_works(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     try:
-        from epmq_cli.quantize.kernels.triton import TritonColumns
+        from epmq_cli.quantize.kernels.triton import TritonKernel
 
         one = torch.ones(1, 1, device=device)
-        TritonColumns().walk(one, one, Grid(one, one), GridSpec(4, 1, True, "minmax"))
+        TritonKernel().walk(one, one, Grid(one, one), GridSpec(4, 1, True, "minmax"))
     except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
         log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", first_line(error))
         return False
     return True
 
 
-class TorchColumns:
+class TorchKernel:
     """Column by column, all rows and candidates at a time."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, empty_like, zeros_like
 
 from epmq_cli.quantize.formats.int import Grid, GridSpec
-from epmq_cli.quantize.kernels.select import TorchColumns
+from epmq_cli.quantize.kernels.select import TorchKernel
 
 SEARCHED = 4096  # weights of a tile of one of many candidates, all of them in registers
 WALKED = 1024  # of a tile of a weight, of which a GPU takes few at a time, with its integers and errors
@@ -66,14 +66,14 @@ def _loss(W, U, scale, zero, total, rows, width, low, high, R: tl.constexpr, C: 
     tl.store(total + place, sums, mask=row < rows)
 
 
-class TritonColumns:
+class TritonKernel:
     """See columns.py."""
 
     def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
         """See columns.py."""
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchColumns().walk(weight, U, grid, spec)
+            return TorchKernel().walk(weight, U, grid, spec)
         values, errors = empty_like(weight).contiguous(), empty_like(weight).contiguous()
         R, C = _tile(width, WALKED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zero[:, 0])]
@@ -86,7 +86,7 @@ class TritonColumns:
         """See columns.py."""
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchColumns().loss(weight, U, grid, spec)
+            return TorchKernel().loss(weight, U, grid, spec)
         total = zeros_like(grid.scale).contiguous()
         R, C = _tile(width, SEARCHED)
         inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zero)]

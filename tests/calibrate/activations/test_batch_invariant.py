@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from epmq_cli.calibrate.activations.batch_invariant import ROWS, steady
+from epmq_cli.calibrate.activations.batch_invariant import ROWS, batch_invariant
 
 COUNTS = (1, 2, 3, 5, 11, 12, ROWS - 1, ROWS, ROWS + 1)
 
@@ -18,7 +18,7 @@ COUNTS = (1, 2, 3, 5, 11, 12, ROWS - 1, ROWS, ROWS + 1)
 def test_rows_do_not_depend_on_how_many_there_are(width: int, out: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear, rows = nn.Linear(width, out, bias=bias), torch.randn(1000, width)
-    with torch.inference_mode(), steady(linear):
+    with torch.inference_mode(), batch_invariant(linear):
         whole = linear(rows)
         for count in COUNTS:
             assert torch.equal(linear(rows[:count]), whole[:count])
@@ -28,7 +28,7 @@ def test_rows_do_not_depend_on_how_many_there_are(width: int, out: int, bias: bo
 
 def test_modules_are_what_they_were_afterwards_and_copies_go_on_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="inside"), steady(model):
+    with pytest.raises(ValueError, match="inside"), batch_invariant(model):
         copied = copy.deepcopy(model)
         assert type(model[0]) is not nn.Linear
         assert isinstance(model[0], nn.Linear)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.hidden_state import Carried, Stream, calls, enter, inputs
-from epmq_cli.calibrate.activations.store import Depot
+from epmq_cli.calibrate.activations.hidden_state import CarriedOutput, HiddenState, calls, enter, inputs
+from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import config
@@ -77,7 +77,7 @@ def test_streams_through_the_blocks_are_transformers_own_hidden_states(
     batches = steps.calibration_batches(job, models.base.path)["first"]
     stack = job.family.stacks(model)[0]
     with torch.inference_mode():
-        streams = enter(model, job.family, stack, batches, Depot(math.inf))
+        streams = enter(model, job.family, stack, batches, ActivationStore(math.inf))
         assert len(streams) == len(batches)
         for stream, batch in zip(streams, batches, strict=True):
             tower = model.vision_model if name == "clip" else model
@@ -96,8 +96,8 @@ def test_of_a_block_that_gives_a_tuple_the_first_is_what_goes_on() -> None:
         def forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, str]:
             return x + scale * y, "attention"
 
-    calls = [((torch.ones(2),), {"scale": 3.0}), ((Carried(1),), {})]
-    stream = Stream(torch.ones(2), calls, None, Depot(math.inf))
+    calls = [((torch.ones(2),), {"scale": 3.0}), ((CarriedOutput(1),), {})]
+    stream = HiddenState(torch.ones(2), calls, None, ActivationStore(math.inf))
     stream.finish(Pair())
     assert stream.hidden.tolist() == [4, 4]
     given: list[object] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.activations.pausable_forward import Passage, listening
+from epmq_cli.calibrate.activations.pausable_forward import PausableForward, pause_hooks
 
 NAMES = ("first", "second", "third")
 
@@ -42,42 +42,42 @@ def called(model: Chain) -> list[int]:
 
 def test_a_pass_waits_in_front_of_modules_and_runs_through_each_once() -> None:
     model = Chain()
-    with listening(model, NAMES):
-        passage = Passage(lambda: model(torch.zeros(2)))
-        assert passage.to(["second"]).tolist() == [1, 1]
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(lambda: model(torch.zeros(2)))
+        assert forward_pass.run_until(["second"]).tolist() == [1, 1]
         assert called(model) == [1, 0, 0]
-        assert passage.to(["second", "third"]).tolist() == [1, 1], "it is there already"
-        assert passage.to(["third"]).tolist() == [12, 12]
-        assert passage.finish().tolist() == [112, 112]
+        assert forward_pass.run_until(["second", "third"]).tolist() == [1, 1], "it is there already"
+        assert forward_pass.run_until(["third"]).tolist() == [12, 12]
+        assert forward_pass.finish().tolist() == [112, 112]
     assert called(model) == [1, 1, 1]
 
 
 def test_what_is_changed_behind_a_waiting_pass_is_what_it_goes_on_with() -> None:
     model = Chain()
-    with listening(model, NAMES):
-        passages = [Passage(lambda start=start: model(torch.full((1,), start))) for start in (0.0, 1000.0)]  # type: ignore[misc]
-        assert [float(passage.to(["third"])) for passage in passages] == [12, 2012]
+    with pause_hooks(model, NAMES):
+        passages = [PausableForward(lambda start=start: model(torch.full((1,), start))) for start in (0.0, 1000.0)]  # type: ignore[misc]
+        assert [float(forward_pass.run_until(["third"])) for forward_pass in passages] == [12, 2012]
         model.third.number = 500
-        assert [float(passage.finish()) for passage in passages] == [512, 2512]
+        assert [float(forward_pass.finish()) for forward_pass in passages] == [512, 2512]
 
 
 def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
     model = Chain()
-    with listening(model, NAMES):
-        passage = Passage(lambda: model(torch.zeros(1)))
-        passage.wanted = {"first"}
-        passage.to(["third"])
-        assert passage.met["first"].tolist() == [0]
-        assert {float(tensor) for tensor in passage.waiting()} == {0, 1, 12}
-        passage.finish()
-        assert passage.met == {}
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(lambda: model(torch.zeros(1)))
+        forward_pass.wanted = {"first"}
+        forward_pass.run_until(["third"])
+        assert forward_pass.captured["first"].tolist() == [0]
+        assert {float(tensor) for tensor in forward_pass.held_tensors()} == {0, 1, 12}
+        forward_pass.finish()
+        assert forward_pass.captured == {}
 
 
 def test_passes_that_nothing_listens_to_just_run() -> None:
     model = Chain()
-    with listening(model, NAMES):
+    with pause_hooks(model, NAMES):
         assert model(torch.zeros(1)).tolist() == [112]
-    assert Passage(lambda: model(torch.zeros(1))).finish().tolist() == [112]
+    assert PausableForward(lambda: model(torch.zeros(1))).finish().tolist() == [112]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -89,27 +89,27 @@ def test_of_a_module_that_is_called_again_the_first_call_counts() -> None:
         found: Tensor = model(torch.zeros(1))
         return found
 
-    with listening(model, NAMES):
-        passage = Passage(twice)
-        passage.wanted = {"first"}
-        assert passage.to(["second"]).tolist() == [1]
-        assert passage.met["first"].tolist() == [7]
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(twice)
+        forward_pass.wanted = {"first"}
+        assert forward_pass.run_until(["second"]).tolist() == [1]
+        assert forward_pass.captured["first"].tolist() == [7]
 
 
 def test_a_module_that_is_never_called_is_an_error() -> None:
     model = Chain()
-    with listening(model, NAMES):
-        passage = Passage(lambda: model.first(torch.zeros(1)))
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(lambda: model.first(torch.zeros(1)))
         with pytest.raises(RuntimeError, match="the forward pass never called second or third"):
-            passage.to(["second", "third"])
+            forward_pass.run_until(["second", "third"])
 
 
 def test_an_error_in_the_model_comes_out() -> None:
     model = Chain()
-    with listening(model, NAMES):
-        passage = Passage(lambda: model(None))
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(lambda: model(None))
         with pytest.raises(TypeError):
-            passage.to(["second"])
+            forward_pass.run_until(["second"])
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
@@ -122,10 +122,10 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
         finally:
             left.append(True)
 
-    with listening(model, NAMES):
-        passage = Passage(forward)
-        passage.to(["second"])
-        del passage
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(forward)
+        forward_pass.run_until(["second"])
+        del forward_pass
         gc.collect()
     assert left == [True]
 
@@ -142,18 +142,18 @@ def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_
         found: Tensor = model.second(given["inside"][0])
         return found
 
-    with listening(model, NAMES):
-        passage = Passage(forward)
-        passage.to(["first"])
-        assert {float(tensor) for tensor in passage.waiting()} == {6, 7, 10}
-        passage.to(["second"])
+    with pause_hooks(model, NAMES):
+        forward_pass = PausableForward(forward)
+        forward_pass.run_until(["first"])
+        assert {float(tensor) for tensor in forward_pass.held_tensors()} == {6, 7, 10}
+        forward_pass.run_until(["second"])
         gc.collect()
         assert refs[0]() is None
-        assert {float(tensor) for tensor in passage.waiting()} == {6}
-        assert float(passage.finish()) == 16
+        assert {float(tensor) for tensor in forward_pass.held_tensors()} == {6}
+        assert float(forward_pass.finish()) == 16
 
 
 def test_a_module_that_is_never_called_is_named() -> None:
     model = Chain()
-    with listening(model, NAMES), pytest.raises(RuntimeError, match="the forward pass never called fourth or fifth"):
-        Passage(lambda: model(torch.zeros(2))).to(["fourth", "fifth"])
+    with pause_hooks(model, NAMES), pytest.raises(RuntimeError, match="the forward pass never called fourth or fifth"):
+        PausableForward(lambda: model(torch.zeros(2))).to(["fourth", "fifth"])

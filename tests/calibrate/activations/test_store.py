@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.activations.store import HOLES, Depot
+from epmq_cli.calibrate.activations.store import HOLES, ActivationStore
 
 
 def rows(count: int, seed: int) -> Tensor:
@@ -16,15 +16,15 @@ def rows(count: int, seed: int) -> Tensor:
 def test_beyond_the_budget_tensors_go_to_files_and_come_back_the_same(tmp_path: Path) -> None:
     given = [rows(100, seed) for seed in range(4)]
     held = [tensor.clone() for tensor in given]
-    with Depot(1000, tmp_path) as depot:
-        parcels = [depot.park([tensor]) for tensor in held]
-        assert depot.used == 800
+    with ActivationStore(1000, tmp_path) as store:
+        parcels = [store.offload([tensor]) for tensor in held]
+        assert store.used == 800
         assert [tensor.untyped_storage().nbytes() for tensor in held] == [400, 400, 0, 0]
         assert len(list(tmp_path.glob(".activations-*/*"))) == 2
-        for parcel, tensor, wanted in zip(parcels, held, given, strict=True):
-            parcel.unpack()
+        for handle, tensor, wanted in zip(parcels, held, given, strict=True):
+            handle.load()
             assert torch.equal(tensor, wanted)
-        assert depot.used == 0
+        assert store.used == 0
         assert not list(tmp_path.glob(".activations-*/*"))
     assert not list(tmp_path.iterdir())
 
@@ -33,11 +33,11 @@ def test_tensors_that_share_memory_are_kept_once(tmp_path: Path) -> None:
     whole = rows(100, 0)
     wanted, half = whole.clone(), whole[50:].view(5, 10)
     for budget, size in ((1000, 400), (0, 0)):
-        with Depot(budget, tmp_path) as depot:
-            parcel = depot.park([whole, half, whole])
-            assert depot.used == size
-            assert depot.spilled == 400 - size
-            parcel.unpack()
+        with ActivationStore(budget, tmp_path) as store:
+            handle = store.offload([whole, half, whole])
+            assert store.used == size
+            assert store.spilled == 400 - size
+            handle.load()
         assert torch.equal(whole, wanted)
         assert torch.equal(half.flatten(), wanted[50:])
 
@@ -46,10 +46,10 @@ def test_tensors_that_share_memory_are_kept_once(tmp_path: Path) -> None:
 def test_tensors_of_every_type_and_layout_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = (10 * rows(12, 0)).to(dtype).view(3, 4).T
     wanted = tensor.clone()
-    with Depot(0, tmp_path) as depot:
-        parcel = depot.park([tensor, torch.empty(0)])
+    with ActivationStore(0, tmp_path) as store:
+        handle = store.offload([tensor, torch.empty(0)])
         assert tensor.untyped_storage().nbytes() == 0
-        parcel.unpack()
+        handle.load()
     assert torch.equal(tensor, wanted)
 
 
@@ -57,29 +57,29 @@ def test_what_the_process_has_counts_whatever_waits(tmp_path: Path) -> None:
     """The budget above what the process had at first: the second tensor finds it used up by others, the third does
     not."""
     had = iter([1 << 30, 1 << 30, (1 << 30) + 2000, (1 << 30) + 2000, (1 << 30) + 1000])
-    with Depot(1000, tmp_path, lambda: next(had)) as depot:
+    with ActivationStore(1000, tmp_path, lambda: next(had)) as store:
         tensors = [rows(10, seed) for seed in range(3)]
         for tensor in tensors:
-            depot.park([tensor])
+            store.offload([tensor])
         assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [40, 0, 40]
-        assert (depot.used, depot.spilled) == (80, 40)
+        assert (store.used, store.spilled) == (80, 40)
 
 
 def test_holes_that_the_system_can_take_back_are_no_reason_to_write_files(tmp_path: Path) -> None:
     had = iter([0, HOLES + 2000, 500, HOLES, HOLES + 600, 700])
-    with Depot(1000, tmp_path, lambda: next(had)) as depot:
+    with ActivationStore(1000, tmp_path, lambda: next(had)) as store:
         for seed in range(3):
-            depot.park([rows(10, seed)])
-        assert (depot.used, depot.spilled) == (80, 40)  # the second one finds holes too few to look for
+            store.offload([rows(10, seed)])
+        assert (store.used, store.spilled) == (80, 40)  # the second one finds holes too few to look for
     assert next(had, None) is None
 
 
 def test_what_is_held_takes_room_until_it_is_released(tmp_path: Path) -> None:
-    with Depot(100, tmp_path) as depot:
-        assert depot.hold(70)
-        assert not depot.hold(40)
-        depot.park([rows(10, 0)])
-        assert (depot.used, depot.spilled) == (70, 40)
-        depot.release(70)
-        depot.park([rows(10, 1)])
-        assert (depot.used, depot.spilled) == (40, 40)
+    with ActivationStore(100, tmp_path) as store:
+        assert store.hold(70)
+        assert not store.hold(40)
+        store.offload([rows(10, 0)])
+        assert (store.used, store.spilled) == (70, 40)
+        store.release(70)
+        store.offload([rows(10, 1)])
+        assert (store.used, store.spilled) == (40, 40)

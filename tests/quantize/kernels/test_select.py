@@ -13,8 +13,8 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.int import Grid, GridSpec, grid_of_range, range_of
 from epmq_cli.quantize.gptq import inverse_factor, quantize_columns
-from epmq_cli.quantize.kernels.numba import NumbaColumns
-from epmq_cli.quantize.kernels.select import Columns, TorchColumns, columns_of, triton_works
+from epmq_cli.quantize.kernels.numba import NumbaKernel
+from epmq_cli.quantize.kernels.select import ColumnKernel, TorchKernel, kernel_for, triton_works
 
 ROOT = Path(__file__).parents[3]
 CASES = [
@@ -39,11 +39,11 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def compare(
-    columns: Columns, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int, device: str = "cpu"
+    columns: ColumnKernel, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int, device: str = "cpu"
 ) -> None:
     """Asserts that losses of many grids, integers and errors on a device are those of plain torch on the CPU."""
     W, U = problem(rows, width)
-    spec, reference = GridSpec(bits, width, symmetric, "hessian"), TorchColumns()
+    spec, reference = GridSpec(bits, width, symmetric, "hessian"), TorchKernel()
     low, high = range_of(W, spec)
     shrinks = torch.linspace(1, 0.2, 7)[:, None]
     grids = grid_of_range(shrinks * low, shrinks * high, spec, dtype)
@@ -67,12 +67,12 @@ def _on(device: str, grid: Grid) -> Grid:
 def test_numba_does_the_same_to_the_last_bit(
     bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int
 ) -> None:
-    compare(NumbaColumns(), bits, symmetric, dtype, rows, width)
+    compare(NumbaKernel(), bits, symmetric, dtype, rows, width)
 
 
 def test_numba_does_the_same_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    compare(NumbaColumns(), 4, True, torch.float16, 300, 16)
+    compare(NumbaKernel(), 4, True, torch.float16, 300, 16)
 
 
 def test_triton_does_the_same_to_the_last_bit() -> None:
@@ -80,9 +80,9 @@ def test_triton_does_the_same_to_the_last_bit() -> None:
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
     code = (
         "from tests.quantize.kernels.test_select import CASES, compare\n"
-        "from epmq_cli.quantize.kernels.triton import TritonColumns\n"
+        "from epmq_cli.quantize.kernels.triton import TritonKernel\n"
         "for bits, symmetric, dtype, _, width in CASES:\n"
-        "    compare(TritonColumns(), bits, symmetric, dtype, 3, min(width, 20))\n"
+        "    compare(TritonKernel(), bits, symmetric, dtype, 3, min(width, 20))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
@@ -122,15 +122,15 @@ def test_whole_weights_come_out_the_same(search: str, group_size: int, block_siz
     W, U = problem(20, 48)
     spec, groups = GridSpec(4, group_size, True, search), torch.arange(48) // (group_size if group_size > 0 else 48)
     options = (spec, torch.float16, block_size, groups)
-    one, other = (quantize_columns(W, U, *options, columns) for columns in (NumbaColumns(), TorchColumns()))
+    one, other = (quantize_columns(W, U, *options, columns) for columns in (NumbaKernel(), TorchKernel()))
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1].scale, other[1].scale)
     assert torch.equal(one[1].zero, other[1].zero)
 
 
 def test_each_type_has_its_implementation() -> None:
-    assert isinstance(columns_of(torch.zeros(2, 2)), NumbaColumns)
-    assert isinstance(columns_of(torch.zeros(2, 2, dtype=torch.float64)), TorchColumns)
+    assert isinstance(kernel_for(torch.zeros(2, 2)), NumbaKernel)
+    assert isinstance(kernel_for(torch.zeros(2, 2, dtype=torch.float64)), TorchKernel)
 
 
 def test_where_triton_builds_nothing_plain_torch_does_it(
@@ -150,7 +150,7 @@ def test_where_triton_builds_nothing_plain_torch_does_it(
 def test_weights_stay_as_they_are() -> None:
     W, U = problem(9, 16)
     kept, spec = W.clone(), GridSpec(4, 16, True, "hessian")
-    for columns in (NumbaColumns(), TorchColumns()):
+    for columns in (NumbaKernel(), TorchKernel()):
         columns.walk(W, U, Grid(torch.ones(9, 1), torch.zeros(9, 1)), spec)
         columns.loss(W, U, Grid(torch.ones(2, 9), torch.zeros(2, 9)), spec)
         assert torch.equal(W, kept)
