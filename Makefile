@@ -25,10 +25,11 @@ format: install ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: install ## lint, formatting, types
+check: install ## lint, formatting, types, and that imports go down the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: install ## the tests, but for the slow ones
 	$(BIN)/pytest -n 2 -m "not slow"

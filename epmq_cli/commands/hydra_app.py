@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from epmq_cli.commands import folder_names
 from epmq_cli.commands.arguments import FULL_ERROR, split
-from epmq_cli.commands.error_report import MISTAKEN, NOTHING, format_error, exit_on_error
+from epmq_cli.commands.error_report import MISTAKEN, NOTHING, exit_on_error, format_error
 from epmq_cli.commands.overrides import addable, check_overrides, unreadable
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError

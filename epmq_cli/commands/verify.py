@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from epmq_cli.commands.error_report import format_error, exit_on_error
+from epmq_cli.commands.error_report import exit_on_error, format_error
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.errors import CheckpointError
 from epmq_cli.runtime.console import complain, console, plain

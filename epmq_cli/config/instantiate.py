@@ -29,6 +29,16 @@ REFERENCE = re.compile(r"\$\{(\w+)\}")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 ASKED = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
 
+MOVED = {
+    "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
+    "epmq_cli.data.tiny.Tiny": "epmq_cli.data.tiny.tasks.Tiny",
+    "epmq_cli.config.Calib": "epmq_cli.config.schema.Calib",
+    "epmq_cli.config.Pack": "epmq_cli.config.schema.Pack",
+    "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
+    "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
+}
+"""Earlier names of classes, which users' configs and the records of checkpoints still have."""
+
 
 def conf_dir() -> Path:
     """The folder of the shipped configs: in the wheel inside the package, in a checkout beside it."""
@@ -89,6 +99,7 @@ def build(group: str, node: DictConfig) -> Any:
         raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
     if "_target_" not in node:
         raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+    node = _with_current_names(node)
     _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -100,6 +111,19 @@ def build(group: str, node: DictConfig) -> Any:
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
+
+
+def _with_current_names(node: DictConfig) -> DictConfig:
+    """The config with the current name of every class in `MOVED`."""
+    plain = OmegaConf.to_container(node, resolve=False)
+    if not any(part["_target_"] in MOVED for _, part in _targets("", plain)):
+        return node
+    for _, part in _targets("", plain):
+        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
+    current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
+    current._set_parent(node._get_parent())  # for its interpolations
+    current._set_key(node._key())
+    return current
 
 
 def _check_parts(group: str, node: DictConfig) -> None:
@@ -140,8 +164,9 @@ def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def targets(node: Any) -> list[str]:
-    """Every `_target_` in a config, at any depth."""
-    return [str(part["_target_"]) for _, part in _targets("", node)]
+    """The current name of every `_target_` in a config, at any depth."""
+    found = [str(part["_target_"]) for _, part in _targets("", node)]
+    return [MOVED.get(target, target) for target in found]
 
 
 def device_of(name: str) -> torch.device:

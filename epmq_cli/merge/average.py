@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq_cli.merge.source import MergeSource, ElementwiseRule
+from epmq_cli.merge.source import ElementwiseRule, MergeSource
 
 
 def average(base: Tensor, experts: list[Tensor]) -> Tensor:

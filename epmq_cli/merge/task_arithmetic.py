@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from epmq_cli.config.validate import check_range
-from epmq_cli.merge.source import MergeSource, ElementwiseRule
+from epmq_cli.merge.source import ElementwiseRule, MergeSource
 
 
 def task_arithmetic(base: Tensor, experts: list[Tensor], scale: float) -> Tensor:

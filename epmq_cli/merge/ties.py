@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.merge.source import MergeSource, PieceReader, ElementwiseRule
+from epmq_cli.merge.source import ElementwiseRule, MergeSource, PieceReader
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.threads import spread, threads
 

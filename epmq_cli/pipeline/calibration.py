@@ -157,7 +157,16 @@ def calibrate(
             guidance = choice.guidance if choice else job.guidance
             return CalibrationResult(
                 run_passes(
-                    model, job.family, calibration, reference, guidance, job.quantizer, dtype, store, kept, samples
+                    model,
+                    job.family,
+                    calibration,
+                    reference,
+                    guidance,
+                    job.quantizer,
+                    dtype,
+                    store,
+                    kept.of_walk,
+                    samples,
                 ),
                 guidance,
                 choice,
@@ -219,7 +228,7 @@ def tune_guidance(
     def error(guidance: Guidance) -> float:
         reference.restore(model)
         part = kept.part(_trial(guidance))
-        run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part, samples)
+        run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part.of_walk, samples)
         total = 0.0
         for task in tasks:
             own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)

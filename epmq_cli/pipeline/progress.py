@@ -46,7 +46,7 @@ class RunProgress:
         """The state of a part."""
         return RunProgress(self._folder and self._folder / name)
 
-    def walk_progress(self, name: str, account: Account | None = None) -> WalkProgress:
+    def of_walk(self, name: str, account: Account | None = None) -> WalkProgress:
         """The journal of a walk."""
         return WalkProgress(self._folder and self._folder / name, account)
 

@@ -100,8 +100,8 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
         starts = distributed.rank_slice(range(0, len(samples), size))
         if not starts:
             raise DataError(
-                f"task {task.name} has too few batches of calibration samples for {distributed.world_size()} processes: "
-                f"{math.ceil(len(samples) / size)}; lower calib.batch_size or start fewer processes"
+                f"task {task.name} has {math.ceil(len(samples) / size)} batches of calibration samples, too few for "
+                f"{distributed.world_size()} processes; lower calib.batch_size or start fewer processes"
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
     return drawn

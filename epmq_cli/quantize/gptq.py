@@ -20,7 +20,7 @@ from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.int import Grid, GridSpec, QuantizedWeight, find_grid, widths_of
 from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
 

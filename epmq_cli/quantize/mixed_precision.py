@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import QuantizationResult, Prepared, Quantizer
+from epmq_cli.quantize.quantizer import Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.int import DenseWeight, GridSpec
-from epmq_cli.quantize.quantizer import NOTHING, QuantizationResult, Prepared
+from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
 
 
 @dataclass(frozen=True)

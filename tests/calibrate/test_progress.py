@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.passes import run_passes
-from epmq_cli.calibrate.progress import WalkProgress, LazyWeights, WalkResult
+from epmq_cli.calibrate.progress import LazyWeights, WalkProgress, WalkResult
 from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
@@ -37,7 +37,7 @@ def walked(hub: Path, state: RunProgress, *options: str) -> tuple[WalkResult, di
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state)
+    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state.of_walk)
     return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

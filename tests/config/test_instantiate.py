@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from epmq_cli.config.instantiate import build, conf_dir, device_of, targets
+from epmq_cli.config.instantiate import MOVED, build, conf_dir, device_of, targets
 from epmq_cli.errors import ConfigError
 
 TIES = {"_target_": "epmq_cli.merge.ties.Ties", "density": 0.2, "scale": 0.3, "combine": "sum"}
@@ -32,6 +32,19 @@ def test_a_group_without_target_and_a_missing_field_are_named() -> None:
         build("merge", OmegaConf.create({"density": 0.2}))
     with pytest.raises(ConfigError, match="merge needs combine, but only density, scale is set"):
         build("merge", OmegaConf.create({key: value for key, value in TIES.items() if key != "combine"}))
+
+
+def test_earlier_names_of_classes_still_make_them() -> None:
+    """Oracle: what the current names make."""
+    assert targets([{"_target_": old} for old in MOVED]) == list(MOVED.values())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=["bits=3"])
+    earlier = {new: old for old, new in MOVED.items()}
+    for group in ("suite", "calib", "pack", "eval"):
+        made = build(group, cfg[group])
+        target = cfg[group]._target_
+        named = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True).replace(target, earlier[target]))
+        assert build(group, named[group]) == made
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "cpu:0", "cuda:x", 3])

@@ -168,7 +168,7 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
 
 def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(config(bert_hub))
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
         guide.micro_batcher(job).run(
             lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))

@@ -156,4 +156,4 @@ def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_
 def test_a_module_that_is_never_called_is_named() -> None:
     model = Chain()
     with pause_hooks(model, NAMES), pytest.raises(RuntimeError, match="the forward pass never called fourth or fifth"):
-        PausableForward(lambda: model(torch.zeros(2))).to(["fourth", "fifth"])
+        PausableForward(lambda: model(torch.zeros(2))).run_until(["fourth", "fifth"])
