@@ -181,7 +181,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "t5", both_settings(decoder_start_token_id=99), M, "has a decoder_start_token_id of 99, which must be one of",
     ),
     "no end of answers": ("t5", both_settings(eos_token_id=None), M, "has a eos_token_id of null, which must be one"),
-    "odd answers": ("t5", content(f"base/{GENERATION}", repetition_penalty=-1.0), M, "the base cannot generate answers"),
+    "odd answers": ("t5", content(f"base/{GENERATION}", repetition_penalty=-1.0), M, "base cannot generate answers"),
     "smaller pictures": (
         "clip", content(f"base/{PIXELS}", crop_size={"height": 8, "width": 8}), M,
         "makes images of [3, 8, 8], and the model beside it reads [3, 16, 16]; set its size",
