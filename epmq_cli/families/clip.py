@@ -20,7 +20,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import Linears, Norm, Patches, Section, Stack
 from epmq_cli.families.tasks.zero_shot import ZeroShot
-from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, report_drifts
+from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, tell
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
@@ -93,7 +93,7 @@ class Clip(Architecture):
         drift_of = {task.name: drifts(base, experts[task.name]) for task in tasks}
         merged = any("visual_projection" in parts for parts in drift_of.values())
         for task in tasks:
-            report_drifts(experts[task.name], task, drift_of[task.name], merged)
+            tell(experts[task.name], task, drift_of[task.name], merged)
         return [PROJECTION] if merged else []
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:

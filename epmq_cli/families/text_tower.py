@@ -1,4 +1,4 @@
-"""The parts of CLIP that an expert may train besides its vision tower: text tower, projections and logit scale."""
+"""The parts of a CLIP expert beside its vision tower that may be trained: text tower, projections and logit scale."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from epmq_cli.runtime.console import say
 TEXT = ("text_model", "text_projection")
 PROJECTION = "visual_projection.weight"
 PARTS = (*TEXT, "visual_projection", "logit_scale")
-PIECE = 1 << 22  # elements compared at a time: 32 MB in float64
+PIECE = 1 << 22  # elements per comparison: 32 MB in float64
 
 log = logging.getLogger("epmq")
 
 
 def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
-    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite where a tensor has
-    another shape. Tensors are read one by one; differences that the smaller type rounds away do not count."""
-    drift_of = {}
+    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite if a tensor has
+    another shape. Tensors are read one by one. Differences below the precision of the coarser type do not count."""
+    found = {}
     for part in PARTS:
         names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
         names = [name for name in names if {base.infos[name].dtype, expert.infos[name].dtype} <= set(DTYPES)]
@@ -42,29 +42,31 @@ def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
                 moved += float((mine - bases).square().sum())
                 norm += float(bases.square().sum())
         if changed:
-            drift_of[part] = math.sqrt(moved / norm) if norm else math.inf
-    return drift_of
+            found[part] = math.sqrt(moved / norm) if norm else math.inf
+    return found
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ in the less precise type of the two."""
+    """Whether two tensors differ when both are rounded to the coarser of their types."""
     coarse = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     return not torch.equal(one.to(coarse), other.to(coarse))
 
 
-def report_drifts(expert: ModelFolder, task: Task, drift_of: Mapping[str, float], merged: bool) -> None:
-    """Reports the parts that an expert has trained besides its vision tower, by how much, and how they are used.
-    `merged`: whether visual projections are merged."""
-    if not drift_of:
+def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bool) -> None:
+    """Reports the parts that an expert has trained beside its vision tower, how far they moved, and what epmq does with
+    them. `merged`: whether visual projections are merged."""
+    if not found:
         return
-    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in drift_of.items())
-    what = f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of: {sizes}"
+    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
+    what = (
+        f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
+    )
     head = "its own text tower makes its head"
-    lost = [part for part in drift_of if part in TEXT and task.heads != "expert"]
+    lost = [part for part in found if part in TEXT and task.heads != "expert"]
     if lost:
         head = "the base's text tower makes its head; set suite.heads=expert to use its own"
-    projection = "; its visual projection is merged" if merged and "visual_projection" in drift_of else ""
-    line = f"{what}; {head}{projection}" if any(part in TEXT for part in drift_of) else f"{what}{projection}"
+    projection = "; its visual projection is merged" if merged and "visual_projection" in found else ""
+    line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
     if lost:
         log.warning("%s", line)
     else:
@@ -72,10 +74,10 @@ def report_drifts(expert: ModelFolder, task: Task, drift_of: Mapping[str, float]
 
 
 def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an expert's own text tower and text projection, by their names in the model; empty where it has
-    none. `own`: the model's tensors. ModelError where a shape differs."""
+    """The tensors of an expert's own text tower and its projection, under the names of the model; empty if the expert
+    has none, and so uses the base's. `own`: the model's tensors. ModelError if a shape differs."""
     names = [name for name in own if name.partition(".")[0] in TEXT and name in expert.infos]
-    tensors = {}
+    found = {}
     for name in names:
         shape = expert.infos[name].shape
         if shape != tuple(own[name].shape):
@@ -84,13 +86,13 @@ def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, 
                 "text tower cannot make its head; set suite.heads=base"
             )
         if own[name].is_floating_point():
-            tensors[name] = expert.tensor(name).float().to(own[name].device)
-    return tensors
+            found[name] = expert.tensor(name).float().to(own[name].device)
+    return found
 
 
 @contextmanager
 def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives the model these tensors inside the block, and its own ones back after it."""
+    """Gives the model these tensors inside the block, and its own again afterwards."""
     own = model.state_dict()
     kept = {name: own[name].clone() for name in tensors}
     try:

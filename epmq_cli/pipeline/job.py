@@ -8,14 +8,15 @@ import torch
 from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.checkpoint.open_clip import check_family
 from epmq_cli.config import instantiate, schema
 from epmq_cli.config.validate import check_choice, check_keys
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
-from epmq_cli.merge.source import Merge
-from epmq_cli.pipeline.preflight import check_scoring, check_widths
+from epmq_cli.merge.method import MergeMethod, check_method
+from epmq_cli.pipeline.preflight import check_gradients, check_scoring, check_widths
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.quantizer import Quantizer
 
@@ -26,7 +27,7 @@ class Job:
 
     suite: Suite
     family: Family
-    merge: Merge
+    merge: MergeMethod
     guidance: Guidance
     calib: schema.Calib
     quantizer: Quantizer
@@ -51,6 +52,9 @@ def make_job(cfg: DictConfig) -> Job:
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
     check_scoring(suite, family, evaluation, scores_samples(evaluation))
+    merge: MergeMethod = instantiate.build("merge", cfg.merge)
+    check_method(merge, names)
+    check_gradients(merge, family)
     quantizer: Quantizer = instantiate.build("quant", cfg.quant)
     check_widths(family, quantizer)
     if not any(guidance.factor(name) for name in names):
@@ -59,14 +63,17 @@ def make_job(cfg: DictConfig) -> Job:
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
+    pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    if pack.open_clip:
+        check_family(family, suite.family)
     return Job(
         suite=suite,
         family=family,
-        merge=instantiate.build("merge", cfg.merge),
+        merge=merge,
         guidance=guidance,
         calib=calib,
         quantizer=quantizer,
-        pack=instantiate.build("pack", cfg.pack),
+        pack=pack,
         evaluation=evaluation,
         device=device,
         seed=instantiate.seed_of(cfg.seed),

@@ -23,11 +23,21 @@ from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
+
+
+def check_gradients(method: MergeMethod, family: Family) -> None:
+    """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
+    if "gradients" in method.needs and family.heads == "none":
+        raise ConfigError(
+            f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
+            f"{family.name} have no heads; use another merge method"
+        )
 
 
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
