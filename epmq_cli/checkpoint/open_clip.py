@@ -37,8 +37,8 @@ Entries = Mapping[str, Entry]
 
 
 def check_family(family: Family, name: str) -> None:
-    """ConfigError if the models of a family cannot be written for open_clip."""
-    if not isinstance(family, Clip):
+    """ConfigError where models of a family cannot be written for open_clip."""
+    if not isinstance(family.architecture, Clip):
         raise ConfigError(f"pack.open_clip=true needs suite.family clip or open_clip, got {name}")
 
 

@@ -218,7 +218,9 @@ def tune_guidance(
     taught = {}
     for task in tasks:
         copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        taught[task.name] = job.family.logits(features(job.family, model, holdout[task.name], samples), task.head)
+        taught[task.name] = job.family.logits(
+            model, features(job.family, model, holdout[task.name], samples), task.head
+        )
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
@@ -226,7 +228,7 @@ def tune_guidance(
         run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part.of_walk, samples)
         total = 0.0
         for task in tasks:
-            own = job.family.logits(features(job.family, model, holdout[task.name], samples), task.head)
+            own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
             total += guidance.factor(task.name) * relative_error(own, taught[task.name])
         return total / sum(guidance.factor(task.name) for task in tasks)
 
@@ -268,7 +270,9 @@ def _solved_heads(
         with batch_invariant(model):
             found = [features(job.family, model, [batch], samples) for batch in taught.batches[task.name]]
         taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
-        own, teacher = ([job.family.head_inputs(part, task.head) for part in parts] for parts in (found, taught_rows))
+        own, teacher = (
+            [job.family.head_inputs(model, part, task.head) for part in parts] for parts in (found, taught_rows)
+        )
         head = Affine(task.head["weight"], task.head.get("bias"))
         result = solved_head(own, teacher, head, float(guidance.lam))
         tensors = {"weight": result.weight} | ({} if result.bias is None else {"bias": result.bias})

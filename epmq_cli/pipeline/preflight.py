@@ -18,13 +18,16 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate.metrics import PERPLEXITY
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
+from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
 
@@ -32,10 +35,9 @@ SMALLEST_GROUP = 8  # that a message offers
 def check_gradients(method: MergeMethod, family: Family) -> None:
     """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
     if "gradients" in method.needs and family.heads == "none":
-        name = type(family).__module__.rpartition(".")[2]
         raise ConfigError(
             f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
-            f"{name} have no heads; use another merge method"
+            f"{family.name} have no heads; use another merge method"
         )
 
 
@@ -50,7 +52,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
             )
-    if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
+    if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )
@@ -75,6 +77,16 @@ def check_metric(task: Task, scored: bool) -> None:
         raise ConfigError(
             f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
             "merge and calibrate without scoring"
+        )
+
+
+def check_formats(family: Family, quantizer: Quantizer | MixedPrecision) -> None:
+    """ConfigError if the linears get several formats and transformers cannot load such a checkpoint of the family."""
+    if isinstance(quantizer, MixedPrecision) and not family.loads_packed:
+        low, high = (form.bits for form in formats_of(quantizer))
+        raise ConfigError(
+            f"bits={quantizer.bits:g} mixes {low} and {high} bits, which transformers cannot load for family "
+            f"{family.name}; use bits={low} or bits={high}"
         )
 
 

@@ -15,9 +15,10 @@ from epmq_cli.data.chats import Chat
 from epmq_cli.data.sampling import task_seed
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import CheckpointError, DataError, ModelError
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
 from epmq_cli.models.open_clip.convert import own_processor
@@ -67,7 +68,7 @@ def calibration_samples(seed: int, family: Family) -> SamplesOf:
 
     def drawn(task: Task) -> Sequence[Any]:
         most = SAMPLES[family.reads]
-        if isinstance(family, LanguageModel) and task.documents is not None:
+        if isinstance(family.tasks, LanguageModel) and task.documents is not None:
             most = min(most, task.documents)
         return task.data.load("train", most, task_seed(seed, task.name)).inputs
 
