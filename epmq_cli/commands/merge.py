@@ -33,6 +33,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
+        from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
@@ -56,13 +57,18 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
+        if pack.open_clip:
+            check_family(family, suite.family)
         models = SuiteModels(suite, family, whole=True)
+        if pack.open_clip:
+            check_base(models.base)
         files = ProcessorFiles(models.base.path)  # refuses what transformers cannot load
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         merged = LazyMerge(models.source, method, torch.float32)
-        others = partial(save_processors, models.base.path, processors, family.reads)
+        processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
+        others = also_open_clip(pack.open_clip, processors_of_tasks, stored_entries)
         size = write_dense(checkpoint, models, merged, pack, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)

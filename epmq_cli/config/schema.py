@@ -51,10 +51,12 @@ class Calib:
 @dataclasses.dataclass(frozen=True)
 class Pack:
     """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the type of most elements
-    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB."""
+    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB; `open_clip`: whether
+    CLIP models are written for open_clip as well (checkpoint/open_clip.py)."""
 
     dtype: str
     shard_size: object
+    open_clip: bool
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.checkpoint.open_clip import check_family
 from epmq_cli.config import instantiate, schema
 from epmq_cli.config.validate import check_choice, check_keys
 from epmq_cli.data.suite import Suite
@@ -60,6 +61,9 @@ def make_job(cfg: DictConfig) -> Job:
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
+    pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    if pack.open_clip:
+        check_family(family, suite.family)
     return Job(
         suite=suite,
         family=family,
@@ -67,7 +71,7 @@ def make_job(cfg: DictConfig) -> Job:
         guidance=guidance,
         calib=calib,
         quantizer=instantiate.build("quant", cfg.quant),
-        pack=instantiate.build("pack", cfg.pack),
+        pack=pack,
         evaluation=evaluation,
         device=device,
         seed=instantiate.seed_of(cfg.seed),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.merge_data import Batches, ExpertMeasurements
 from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.load import load
+from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.microbatch import MicroBatcher
@@ -52,6 +53,8 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = SuiteModels(job.suite, job.family)
+    if job.pack.open_clip:
+        check_base(models.base)
     ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.pack.dtype)
     check_lengths(job.suite, job.family, models.base.path)

@@ -69,7 +69,7 @@ def _head_problems(folder: Path, config: Any) -> list[str]:
         family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
         if not path.is_file():
             return [] if family.heads == "none" else [f"{where} is missing"]
-        found += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, instantiate)
+        found += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, config)
     found += _problems(SafetensorsFiles(path, ROLE), {})
     return [f"{problem} ({where})" for problem in found]
 
