@@ -45,7 +45,13 @@ GIVEN = {
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
-    **dict.fromkeys(("merge.density", "quant.damping", "guidance.readout_weight"), ("fraction",)),
+    **dict.fromkeys(("merge.density", "merge.floor", "quant.damping", "guidance.readout_weight"), ("fraction",)),
+    "merge.alpha": NUMBERS,
+    "merge.classes": ("null",),
+    "merge.fraction": ("null", "fraction"),
+    "merge.normalize": ("true",),
+    "merge.seed": ("zero",),
+    "merge.weights": ("null", "empty mapping"),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
     "quant.symmetric": ("true",),
