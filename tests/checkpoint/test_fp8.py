@@ -67,10 +67,8 @@ def output(model: Any) -> Tensor:
     return found
 
 
-CASES = [
-    *((kind, FP8) for kind in ("bert", "clip", "t5", "llama")),
-    *((kind, MIXED) for kind in ("bert", "clip", "llama")),
-]
+CASES = [(kind, FP8) for kind in ("bert", "clip", "t5", "llama")]
+CASES += [(kind, MIXED) for kind in ("bert", "clip", "llama")]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
