@@ -26,7 +26,7 @@ from epmq_cli.checkpoint.exporter import (
     unfit,
     words,
 )
-from epmq_cli.config.schema import Pack
+from epmq_cli.config.schema import OpenClipPack
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import DTYPES, Tensors
@@ -39,7 +39,7 @@ METHOD = "compressed-tensors"
 
 
 @dataclass(frozen=True)
-class CompressedTensorsExporter(Pack):
+class CompressedTensorsExporter(OpenClipPack):
     """`pack=compressed_tensors`. Weights that are not quantized are stored dense."""
 
     packs: ClassVar[bool] = True

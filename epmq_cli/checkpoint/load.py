@@ -130,11 +130,13 @@ def _quantized_linears(
     folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
 ) -> dict[str, NumberFormat]:
     """The number format of each quantized linear."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    formats = {name: format for name in linears if (format := layout.format_of(name)) is not None}
-    for name in linears:
-        if layout.scale and f"{name}{layout.scale}" in files.infos and name not in formats:
-            raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+    formats = {}
+    for name, module in model.named_modules():
+        if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
+            format = layout.format_of(name)
+            if format is None:
+                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+            formats[name] = format
     return formats
 
 

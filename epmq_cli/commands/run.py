@@ -153,6 +153,7 @@ def _made(
     """Writes `checkpoint/`; gives the tasks with the heads that suit it, the scores of what came before, and what
     metrics.json says of it all. Models, samples and moments end with this function."""
     from epmq_cli.calibrate.reference_weights import copy_into
+    from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
     from epmq_cli.checkpoint.write import Contents, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.pipeline import calibration as guide
@@ -181,7 +182,8 @@ def _made(
     with stages.stage("teach"):
         taught = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
     with stages.stage("merge"):
-        copy_into(model, merged := shared.merged())
+        data = steps.merge_data(job, model, models.source, taught.batches, tasks, micro)
+        copy_into(model, merged := shared.merged(data))
     with stages.stage("score merged"):
         known = (models.base.path, shared.score_cache("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
@@ -200,7 +202,11 @@ def _made(
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
             texts=record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors),
-            save_others=partial(save_processors, models.base.path, read.processors, job.family.reads),
+            save_others=also_open_clip(
+                job.exporter.open_clip,
+                partial(save_processors, models.base.path, read.processors, job.family.reads),
+                partial(dequantized_entries, model, calibrated.walk.weights, read.dtype),
+            ),
             dtype=read.dtype,
             changes=models.ties.changes,
         )
