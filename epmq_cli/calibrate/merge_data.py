@@ -65,7 +65,7 @@ class ExpertMeasurements:
 
     def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
         """The moments over some batches, so many samples at a time. `masks`: of the real tokens, by linear."""
-        products, tokens = {name: Products() for name in masks}, dict.fromkeys(masks, 0)
+        products, tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
         for part in (part for batch in batches for part in split(batch, samples)):
 
             def add(name: str, rows: Tensor, part: Batch = part) -> None:
