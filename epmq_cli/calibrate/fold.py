@@ -74,7 +74,7 @@ def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
     """The statistics of the student's inputs over all tasks, weighted as in the objective, and over all processes."""
     hessian, magnitude, total, width = torch.zeros(()), torch.zeros(()), 0.0, 0
     for task, batches in tasks:
-        measure, absolute = Measure(), torch.zeros((), dtype=torch.float64)
+        measure, absolute = Measure(distributed), torch.zeros((), dtype=torch.float64)
         for rows in batches:
             x, weights = rows.student[0], rows.weights
             measure.add(x, None, weights)

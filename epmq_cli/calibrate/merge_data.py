@@ -118,7 +118,7 @@ class InputSums:
 
     def __init__(self, masks: Mapping[str, Mask]) -> None:
         self._masks = masks
-        self._products, self._tokens = {name: Products() for name in masks}, dict.fromkeys(masks, 0)
+        self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
 
     def add(self, model: nn.Module, forward: Callable[[Batch], object], parts: Sequence[Batch]) -> None:
         """Adds the inputs in the forward passes of a batch, which comes in parts."""

@@ -1,4 +1,4 @@
-"""Walks through one student, one or several, and the widths of the last."""
+"""The walks of a calibration: one or several passes through the student, and the formats of the last."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 
 ProgressFor = Callable[[str, Account | None], WalkProgress]
-"""The progress of the walk of this name, with what is kept beside it."""
+"""Opens the progress of the walk with this name; the account is stored beside it."""
 
 
 def in_memory(name: str, account: Account | None = None) -> WalkProgress:
-    """The progress of a walk that keeps nothing on disk."""
+    """Progress that is kept in memory only."""
     return WalkProgress(account=account)
 
 
@@ -68,7 +68,7 @@ def run_passes(
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:
-    """For each linear of the blocks the first of those that read the same input."""
+    """The first linear of the group that each linear of the blocks belongs to."""
     return {
         block.name(name): block.name(step.names[0])
         for block in family.blocks(student)

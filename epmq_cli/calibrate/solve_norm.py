@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from epmq_cli.calibrate.activations.capture import LayerInputs
 from epmq_cli.calibrate.norms import NormObjective, normalised, unit
 from epmq_cli.calibrate.student import Student
+from epmq_cli.runtime import distributed
 
 
 def solve_norm(student: Student, name: str, tasks: Iterable[tuple[str, Iterator[LayerInputs]]]) -> None:
     """Replaces gain and bias of the norm of this name; `tasks`: what reaches it, batch by batch."""
     norm, anchor, guidance = student.model.get_submodule(name), student.affine_anchor(name), student.guidance
     added = unit(norm)
-    objective = NormObjective(anchor.weight + added, anchor.bias, float(guidance.lam))
+    objective = NormObjective(anchor.weight + added, anchor.bias, float(guidance.lam), distributed)
     for task, batches in tasks:
         expert = student.affine_expert(task, name)
         for rows in batches:

@@ -25,7 +25,7 @@ def measure_objective(
     `tasks`: what reaches them, batch by batch. `scale`: see `measured`. ModelError where the inputs are not finite.
     """
     guidance, total = student.guidance, 0
-    objective = Objective(student.stacked_anchor(names), float(guidance.lam), guidance.intercepts)
+    objective = Objective(student.stacked_anchor(names), float(guidance.lam), guidance.intercepts, distributed)
     for task, batches in tasks:
         expert = Affine.stacked([student.affine_expert(task, name) for name in names])
         moments, tokens = measured(batches, expert.weight, scale, guidance)
@@ -47,7 +47,7 @@ def measured(
     `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs where these are
     added to the residual stream, so that their targets also compensate the drift of the stream; None elsewhere.
     """
-    measure, tokens, (out, width) = Measure(), 0, expert.shape
+    measure, tokens, (out, width) = Measure(distributed), 0, expert.shape
     # multiplications per token: 2 out width by way of the part, 3 / 2 width^2 by way of the drift
     by_drift = guidance.teaches and scale is None and 4 * out > 3 * width
     for rows in batches:

@@ -1,9 +1,9 @@
 """The engine: walks the student section by section, calibrating and quantizing each group of linears on the way.
 
-The student's inputs always come through the prefix that is already quantized. Inside a block the steps go in the order
-of the forward pass, and each reads what the ones before it give when they are quantized ("true sequential"): every
-batch's forward pass waits in front of a step until that is solved. Where guidance asks for them, each expert's own
-activations of the same samples walk along, one block of one expert in memory at a time.
+The student's inputs always come through the prefix that is already quantized. Inside a block the steps follow the
+forward pass, and each reads the outputs of the quantized steps before it ("true sequential"): the forward pass of every
+batch pauses in front of a step until the step is solved. If guidance needs them, each expert's own activations of the
+same samples are computed alongside, with one block of one expert in memory at a time.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ def walk(
     progress: WalkProgress | None = None,
     samples: int = ALL,
 ) -> WalkResult:
-    """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
+    """Calibrates the student and quantizes the linears of its blocks; its tensors are replaced by the results.
 
-    `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
-    not quantized are stored in. `depot`: where activations wait; in memory unless given. `journal`: where what is
-    finished is kept; likewise. `samples`: how many of a batch go through the model at a time, which changes nothing in
-    what comes out.
+    `batches`: calibration batches of each task, on the student's device. `dtype`: the type in which scales and dense
+    tensors are stored. `store` holds activations and `progress` finished sections, both in memory unless given.
+    `samples`: how many samples of a batch go through the model at a time; the results do not depend on it.
     """
     store = store or ActivationStore(math.inf)
     own = Student(student, family, reference, guidance, dtype)
@@ -95,10 +94,10 @@ class _Walk:
         self.streams: dict[str, list[HiddenState]] = {}
         self.taught: dict[str, list[HiddenState]] = {}
         self.blocks: dict[str, dict[str, Tensor]] = {}
-        """Tensors of the section that is at work, of those experts that there is room for."""
+        """The tensors of the present section, of as many experts as fit into memory."""
 
     def run(self) -> WalkResult:
-        """Every section in order; what the journal has is installed, and batches are only sent through it."""
+        """Solves every section in order. Finished sections are restored, and batches only pass through them."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
         if self.progress.restore_all([name for names in entries for name in names], self.student):
@@ -117,7 +116,7 @@ class _Walk:
         return self.progress.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
-        """Sends every batch to the first block of a stack, solving what is in front of it on the way."""
+        """Solves what is in front of the first block of a stack, and runs every batch up to that block."""
         model = self.student.model
         if not self.progress.restore(entry, self.student):
             self._solve_stem(stack)
@@ -147,7 +146,7 @@ class _Walk:
         return {name: reference.expert(task, name) for name in reference.names(behind)}
 
     def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[LayerInputs]:
-        """What reaches the first norm."""
+        """The inputs of the first norm."""
         own = self._first_inputs(stack, self.own[task], norm)
         taught = own
         if self.guidance.teaches:
@@ -158,7 +157,7 @@ class _Walk:
             yield LayerInputs.joined([LayerInputs([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
-        """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
+        """The inputs of the first norm in the model as it is now, real tokens only, batch by batch."""
         model, module, found = self.student.model, self.student.model.get_submodule(norm), []
         for batch in batches:
             reached = inputs([module], lambda batch=batch: self.family.features(model, batch))  # type: ignore[misc]
@@ -166,7 +165,7 @@ class _Walk:
         return found
 
     def _section(self, stack: Stack, section: Section) -> None:
-        """Every step of a section, each batch's pass through it waiting in front of one after the other."""
+        """Solves every step of a section, while the forward pass of each batch pauses in front of it."""
         teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
@@ -203,7 +202,7 @@ class _Walk:
                     stream.rewind()
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
-        """Makes the teacher's module the expert's, which is read once for all steps if there is room for it."""
+        """Copies the expert's section into the teacher; it is read once for all steps if it fits into memory."""
         if not self.guidance.teaches:
             return
         found = self.blocks.get(task)
@@ -217,7 +216,7 @@ class _Walk:
     def _rows(
         self, section: Section, teacher: nn.Module, spec: CaptureSpec
     ) -> Iterator[tuple[str, Iterator[LayerInputs]]]:
-        """For each task, what reaches a step, batch by batch."""
+        """The inputs of a step, task by task and batch by batch."""
         for task in self.streams:
             self._load(section, teacher, task)
             yield task, self._task_rows(section, teacher, task, spec)
@@ -225,7 +224,7 @@ class _Walk:
     def _task_rows(
         self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
     ) -> Iterator[LayerInputs]:
-        """The rows of each batch, its parts together, so that sums over batches are the same whatever the parts."""
+        """The inputs of a step for one task; parts of a batch are joined, so that sums do not depend on them."""
         parts = self._part_rows(section, teacher, task, spec)
         for count in self.counts[task]:
             if count == 1:
@@ -236,7 +235,7 @@ class _Walk:
     def _part_rows(
         self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
     ) -> Iterator[LayerInputs]:
-        """The rows of each part; without a teacher the student's rows stand in for its own."""
+        """The inputs of a step for each part of a batch. Without a teacher, its inputs are the student's."""
         taught, scales = self.taught.get(task), self.student.read_scales(section.name(spec.names[0]))
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
@@ -288,5 +287,5 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _entries(number: int, first: bool) -> list[str]:
-    """What the journal calls a section and, for the first of a stack, what is in front of it."""
+    """The progress entries of a section and, for the first of a stack, of what is in front of it."""
     return [f"{number:04}", f"{number:04}-stem"] if first else [f"{number:04}"]

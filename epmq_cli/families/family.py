@@ -30,7 +30,7 @@ class Family:
         self.kept = architecture.kept
         self.repeated = architecture.repeated
         self.dequantize_on_load = architecture.dequantize_on_load
-        self.loads_packed = architecture.loads_packed
+        self.mixes_formats = architecture.mixes_formats
         self.positions = architecture.positions
         self.tensor_names = architecture.tensor_names
         self.all_names = architecture.all_names
@@ -58,6 +58,9 @@ class Family:
         self.class_names = tasks.class_names
         self.head_inputs = tasks.head_inputs
         self.logits = tasks.logits
+
+    mixes_formats: bool = True
+    """Whether transformers loads checkpoints with several number formats, which it cannot dequantize on load."""
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""

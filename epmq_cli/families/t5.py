@@ -59,6 +59,7 @@ class T5(Architecture):
         r"(decoder\.embed_tokens|lm_head)\.weight",
     )
     dequantize_on_load: bool = True  # its feed-forward reads wo.weight
+    mixes_formats: bool = False  # its _init_weights reads the weights of packed linears
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors."""

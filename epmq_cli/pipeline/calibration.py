@@ -229,7 +229,7 @@ def tune_guidance(
         total = 0.0
         for task in tasks:
             own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
-            total += guidance.factor(task.name) * relative_error(own, taught[task.name])
+            total += guidance.factor(task.name) * relative_error(own, taught[task.name], distributed)
         return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, lambda guidance: kept.finished(_trial(guidance), lambda: error(guidance)))
@@ -274,7 +274,7 @@ def _solved_heads(
             [job.family.head_inputs(model, part, task.head) for part in parts] for parts in (found, taught_rows)
         )
         head = Affine(task.head["weight"], task.head.get("bias"))
-        result = solved_head(own, teacher, head, float(guidance.lam))
+        result = solved_head(own, teacher, head, float(guidance.lam), distributed)
         tensors = {"weight": result.weight} | ({} if result.bias is None else {"bias": result.bias})
         solved.append(replace(task, head={**task.head, **tensors}))
     return solved

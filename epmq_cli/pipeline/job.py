@@ -17,7 +17,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
-from epmq_cli.pipeline.preflight import check_formats, check_gradients, check_scoring
+from epmq_cli.pipeline.preflight import check_gradients, check_scoring
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
@@ -65,7 +65,6 @@ def make_job(cfg: DictConfig) -> Job:
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
     quantizer = build_quantizer(cfg.quant)
-    check_formats(family, quantizer)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
     if exporter.open_clip:

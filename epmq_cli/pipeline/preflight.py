@@ -26,8 +26,6 @@ from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
-from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
-from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
 
@@ -77,16 +75,6 @@ def check_metric(task: Task, scored: bool) -> None:
         raise ConfigError(
             f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
             "merge and calibrate without scoring"
-        )
-
-
-def check_formats(family: Family, quantizer: Quantizer | MixedPrecision) -> None:
-    """ConfigError if the linears get several formats and transformers cannot load such a checkpoint of the family."""
-    if isinstance(quantizer, MixedPrecision) and not family.loads_packed:
-        low, high = (form.bits for form in formats_of(quantizer))
-        raise ConfigError(
-            f"bits={quantizer.bits:g} mixes {low} and {high} bits, which transformers cannot load for family "
-            f"{family.name}; use bits={low} or bits={high}"
         )
 
 

@@ -1,12 +1,12 @@
 """GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323, section 3.3, algorithm 1).
 
-Columns are quantized one by one; the error of each is spread over those that are still to come so that tr (Q - W) H
-(Q - W)' stays least. It is given the target weight W* and the H of its objective instead of the merged weight and
-X'X, and so solves the expert-guided problem (docs: README, "The method").
+Columns are quantized one by one; the error of each is spread over the columns still to come, such that tr (Q - W) H
+(Q - W)' is minimal. Its inputs are the target weight W* and the H of the objective instead of the merged weight and
+X'X, so that it solves the expert-guided problem (README, "The method").
 
-Departures from the paper: the upper factor of H^-1 comes from one Cholesky of H with its order reversed and one
-triangular solve instead of two Cholesky factors and an inverse, which is cheaper and loses fewer digits; grids of a
-group that begins inside a block see all updates made so far; act-order keeps groups whole (see `column_order`).
+Departures from the paper. The upper factor of H^-1 comes from one Cholesky factor of H in reversed order and one
+triangular solve, instead of two Cholesky factors and an inverse: cheaper, and fewer digits are lost. The grid of a
+group that begins inside a block uses all updates so far. Act-order keeps groups whole (see `column_order`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from epmq_cli.quantize.scale_search import hessian_grid
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:
-    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping used, and how often it had to be
-    raised; None if there is none.
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping used, and how often it was
+    raised; None if H has no factor.
 
-    With the order of H reversed, L L' = H; L reversed is an upper M with M M' = H, so that U = M^-1, L^-1 reversed.
+    In reversed order L L' = H; L reversed is an upper M with M M' = H, so U = M^-1 is L^-1 reversed.
     """
     factor = damped_cholesky(H, damping, backwards=True)
     if factor is None:
@@ -50,8 +50,8 @@ def quantize_columns(
     """The loop of algorithm 1: codes (out, in) and their grid.
 
     `W` (out, in) in the order of quantization, groups whole; `Hinv` the upper factor of H^-1 (in, in), same type and
-    order; `group_of` (in,) the group of each column. A group's grid is found when its first column is reached, with all
-    updates made.
+    order; `group_of` (in,) the group of each column. A group's grid is fitted when its first column is reached, with
+    all updates applied.
     """
     width = W.shape[1]
     size = group_columns(format, width)
@@ -63,7 +63,7 @@ def quantize_columns(
             ahead = slice(start, start + size)
             grids[group] = _group_grid(W[:, ahead], Hinv[ahead, ahead], format, search, dtype, columns)
         own = W[:, start:end], Hinv[start:end, start:end], grids[group]
-        codes[:, start:end], errors = columns.walk(*own, format)
+        codes[:, start:end], errors = columns.quantize(*own, format)
         W[:, end:] -= errors @ Hinv[start:end, end:]
     return codes, Grid.cat([grids[group] for group in range(width // size)], 1)
 
@@ -80,10 +80,10 @@ def _group_grid(
 def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
     """The columns in the order of quantization, (in,).
 
-    With `act_order` groups of large mean diagonal come first, and inside a group its columns likewise. The authors'
-    code orders columns across groups, which takes either an index of each column's group in the checkpoint or grids
-    fixed before anything was made up for; whole groups find theirs on the way and end with 7 to 30% less loss than
-    fixed ones (searched by hessian; tiny, text4, vision3 at 4, 3 and 2 bits).
+    With `act_order` groups with a large mean diagonal come first, and inside a group the columns likewise. The authors'
+    code orders columns across groups, which requires either an index of each column's group in the checkpoint or grids
+    that are fixed before any update. Whole groups fit their grids on the way, and end with 7 to 30% less loss than with
+    fixed grids (grid=hessian; tiny, text4, vision3 at 4, 3 and 2 bits).
     """
     columns = len(hessian)
     if not act_order:
@@ -95,17 +95,17 @@ def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
 
 
 def _aligned(block_size: int, group_size: int, width: int) -> int:
-    """The columns of a block, which is in one group: the group itself, or the largest part of it up to `block_size`."""
+    """The columns of a block inside one group: the whole group, or its largest divisor up to `block_size`."""
     if group_size >= width:
         return block_size
     return max(part for part in range(1, min(block_size, group_size) + 1) if group_size % part == 0)
 
 
 def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -> Prepared:
-    """The upper factor of the inverse (in, in), in the order of quantization, and its damping and retries; nothing
-    where no damping makes the hessian positive definite.
+    """The upper factor of the inverse (in, in), in the order of quantization, and its damping and retries;
+    NOTHING if no damping makes the Hessian positive definite.
 
-    A hessian of zeros stands for one that tells nothing of the inputs.
+    A Hessian of zeros is replaced by the identity.
     """
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
     order = column_order(hessian, group_size, act_order)
@@ -124,12 +124,12 @@ def gptq(
     act_order: bool,
     prepared: Prepared | None = None,
 ) -> QuantizationResult:
-    """The weight (out, in) on its grid, near it in the sense of the hessian (in, in).
+    """The weight (out, in) quantized close to it in the sense of the Hessian (in, in).
 
-    `search`: `hessian` or one of `NumberFormat.fit`. `act_order`: see `column_order`. `prepared`: what `prepare` gives,
-    made here unless given. Columns whose input is always zero are rounded to nearest, and have hardly a say in the
-    scales: nothing but the damping is on their diagonal, where the authors' code puts 1. Where no damping makes the
-    hessian positive definite, round to nearest stands in.
+    `search`: `hessian`, or one of `NumberFormat.fit`. `act_order`: see `column_order`. `prepared`: the result of
+    `prepare`, computed here if None. Columns whose input is always zero are rounded to nearest and hardly influence the
+    scales, because their diagonal is the damping alone; the authors' code sets it to 1. If no damping makes the Hessian
+    positive definite, the weight is rounded to nearest.
     """
     size = group_columns(format, len(hessian))
     Hinv, had = prepared or prepare(hessian, size, damping, act_order)
@@ -145,10 +145,9 @@ def gptq(
 class Gptq:
     """`quant=gptq`.
 
-    `format`: see FormatOptions. `grid`: how scales are found: `hessian` by the loss that GPTQ ends with, `mse` and
-    `minmax` as `NumberFormat.fit`. `damping`: added to H's diagonal,
-    relative to its mean, in (0, 1]. `block_size`: columns whose updates are kept back and done at once, at most, for
-    speed alone. `act_order`: see `column_order`.
+    `format`: see FormatOptions. `grid`: how scales are fitted, `hessian` to the loss of GPTQ itself, `mse` and `minmax`
+    as in `NumberFormat.fit`. `damping`: added to the diagonal of H, relative to its mean, in (0, 1]. `block_size`: the
+    most columns whose updates are applied together, for speed alone. `act_order`: see `column_order`.
     """
 
     format: NumberFormat

@@ -1,8 +1,8 @@
-"""Grids for GPTQ by the loss that it ends with, instead of the squared error of the weights.
+"""Fits GPTQ's grids to the loss that GPTQ ends with, instead of the squared error of the weights.
 
 With U the upper factor of H^-1, quantizing the columns of a group one after the other costs sum_i ((w_i - q_i) /
-U_ii)^2, where w_i holds the errors of the columns before it. That very sum is tried for every candidate scale, all of
-them at once, first over the whole range and then near the best.
+U_ii)^2, where w_i includes the errors of the columns before it. This sum is computed for all candidate scales at once,
+first over the whole range and then near the best.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from epmq_cli.quantize.kernels.select import ColumnKernel
 
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05
-FINE = (-0.0225, -0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03)  # added to the best of them
-CHUNK = 1 << 22  # weights tried at a time
+FINE = (-0.0225, -0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03)  # added to the best coarse one
+CHUNK = 1 << 22  # weights times candidates in memory at a time
 
 
 def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
     """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; Grid of (out,
     1).
 
-    A scale may be negative where codes reach further down than up, as integers without zero points do: so they fit rows
-    whose largest weight is positive as well as those whose largest is negative.
+    A scale may be negative if codes reach further down than up, as integers without zero points do. So they fit rows
+    whose largest weight is positive as well as rows whose largest weight is negative.
     """
     rows = max(1, CHUNK // (2 * COARSE * weight.shape[1]))
     return Grid.cat([_search(part, U, format, dtype, columns) for part in torch.split(weight, rows)], 0)
@@ -52,7 +52,7 @@ def _best(
     dtype: torch.dtype,
     columns: ColumnKernel,
 ) -> tuple[tuple[Tensor, Tensor], Grid]:
-    """Of candidates (candidates, out) the best of each row: its shrink and sign (out,), and its grid (out, 1)."""
+    """The best candidate of each row, out of (candidates, out): its shrink and sign (out,), and its grid (out, 1)."""
     grid = format.span(shrinks * low, shrinks * high, dtype)
     grid = Grid(grid.scale * signs, grid.zero)
     chosen = columns.loss(weight, U, grid, format).argmin(0, keepdim=True)

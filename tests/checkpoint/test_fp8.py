@@ -14,11 +14,15 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.errors import ConfigError
+from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
 from epmq_cli.pipeline.verify import tensor_problems
+from epmq_cli.quantize.formats.fp8 import Fp8Format
 from tests.checkpoint.conftest import Made
+from tests.formats import ints
 
 FP8 = ("bits=8", "quant.format=fp8")
 MIXED = ("bits=5", "quant.format=[int4,fp8]")
@@ -63,14 +67,36 @@ def output(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("options", [FP8, MIXED], ids=["fp8", "mixed"])
-@pytest.mark.parametrize("kind", ["bert", "clip", "t5", "llama"])
+CASES = [(kind, FP8) for kind in ("bert", "clip", "t5", "llama")]
+CASES += [(kind, MIXED) for kind in ("bert", "clip", "llama")]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_transformers_alone_says_what_the_dequantized_model_says(
     kind: str, options: tuple[str, ...], made: Made, tmp_path: Path
 ) -> None:
     checkpoint, _ = made(kind, *options)
     plain = class_of(checkpoint).from_pretrained(checkpoint).eval()
     assert torch.equal(output(plain), output(dense_twin(checkpoint, tmp_path / "twin")))
+
+
+def test_a_mix_that_transformers_cannot_load_is_refused_before_any_work() -> None:
+    """Oracle: transformers, which cannot initialize T5 when linears have no weight."""
+    exporter, formats = CompressedTensorsExporter("auto", "5GB"), [ints(4, -1), Fp8Format(-1)]
+    exporter.check(FAMILIES["causal_lm"], formats)
+    exporter.check(FAMILIES["t5"], formats[:1])
+    with pytest.raises(ConfigError, match="cannot load this family with two formats in one checkpoint, got int4 and"):
+        exporter.check(FAMILIES["t5"], formats)
+
+
+def test_a_class_with_a_pooler_that_the_checkpoint_lacks_loads_fp8(made: Made) -> None:
+    """transformers draws the pooler, which it must not do in FP8."""
+    checkpoint, scene = made("vit", *FP8)
+    plain = transformers.ViTModel.from_pretrained(checkpoint).eval()
+    batch = scene.batches[0]["pixel_values"]
+    own = load_model(scene.family, checkpoint, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(plain(batch).last_hidden_state, own(batch).last_hidden_state)
 
 
 @pytest.mark.parametrize(

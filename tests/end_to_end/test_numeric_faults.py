@@ -87,7 +87,7 @@ HOPELESS: dict[str, tuple[str, tuple[str, ...], Change, str]] = {
     ),
     "activations that overflow": (
         "clip", ("eval.stages=[]",), lambda hub: edited.scale(hub, "layers.0.mlp.fc2.weight", 1e30),
-        "the inputs of vision_model.encoder.layers.1.self_attn.q_proj hold a NaN or an infinity on task first; check",
+        "the inputs of vision_model.encoder.layers.1.self_attn.q_proj hold NaN or infinity on task first; check",
     ),
     "logits that overflow": (
         "clip", (), lambda hub: edited.scale(hub, "layers.0.mlp.fc2.weight", 1e30),

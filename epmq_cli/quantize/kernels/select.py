@@ -1,8 +1,8 @@
-"""GPTQ's loop over the columns of one group, in plain torch; and which of its implementations serves a weight.
+"""GPTQ's loop over the columns of one group in plain torch, and the choice among its implementations.
 
-All do the same float operations in the same order, and so give the same integers to the last bit:
-this one (any format, type and device), columns_numba (integers, float32 on the CPU), columns_triton (integers, float32
-on a GPU).
+All implementations do the same float operations in the same order, so that their codes are equal to the last bit: the
+one here (any format, type and device), numba.py (integers, float32 on the CPU) and triton.py (integers, float32 on a
+GPU).
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ log = logging.getLogger("epmq")
 
 
 class ColumnKernel(Protocol):
-    """An implementation."""
+    """An implementation of the loop."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
-        """Quantizes columns one after the other, each with the errors of those before it: the codes and the errors,
-        both (out, columns).
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """Quantizes one column after the other and spreads its error over the rest: the codes and the errors, both
+        (out, columns).
 
-        `weight` (out, columns), which is left as it is; `U` (columns, columns) of these columns, upper triangular;
-        `grid` (out, 1).
+        `weight` (out, columns), which is not changed; `U` (columns, columns), upper triangular; `grid` (out, 1).
         """
 
     def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
-        """What that loop ends with, the sum of the squared errors, for each of several grids; grids and result
-        (candidates, out)."""
+        """The sum of the squared errors of that loop for each of several grids; grids and result (candidates, out)."""
 
 
 def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
@@ -56,25 +54,25 @@ def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton is there and can build kernels for the device, which takes a C compiler and Python's headers."""
+    """Whether Triton can build kernels for the device, which takes a C compiler and Python's headers."""
     if find_spec("triton") is None:
         return False
     try:
         from epmq_cli.quantize.kernels.triton import TritonKernel
 
         one = torch.ones(1, 1, device=device)
-        TritonKernel().walk(one, one, Grid(one, one), IntFormat(4, 1, "none"))
-    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
-        log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", first_line(error))
+        TritonKernel().quantize(one, one, Grid(one, one), IntFormat(4, 1, "none"))
+    except Exception as error:  # from Triton, its compiler or the driver
+        log.warning("Triton cannot build kernels here (%s); GPTQ runs slower without them", first_line(error))
         return False
     return True
 
 
 class TorchKernel:
-    """Column by column, all rows and candidates at a time."""
+    """Column by column, all rows and candidates at once."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
-        """See Columns."""
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """See ColumnKernel."""
         W, errors = weight.clone(), torch.empty_like(weight)
         codes = torch.empty_like(weight, dtype=format.storage)
         for i in range(weight.shape[1]):
@@ -85,7 +83,7 @@ class TorchKernel:
         return codes, errors
 
     def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
-        """See Columns; columns come first in memory here."""
+        """See ColumnKernel; columns are the first dimension in memory."""
         W = weight.T[:, None].repeat(1, len(grid.scale), 1)
         total = torch.zeros_like(grid.scale)
         for i in range(weight.shape[1]):
