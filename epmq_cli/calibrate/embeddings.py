@@ -1,9 +1,9 @@
 """Solves what computes the first hidden state: embedding tables, and patch convolutions with a table of positions.
 
 They read the samples themselves, so student and teacher have the same inputs. The objective is that of objective.py
-with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear with one-hot inputs, whose
-H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up. The anchor is the
-merged value for any rho, so rows that no calibration sample looks up stay as merged.
+with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear with one-hot inputs,
+whose H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up. The anchor
+is the merged value for any rho, so rows that no calibration sample looks up stay as merged.
 """
 
 from __future__ import annotations
