@@ -57,7 +57,7 @@ class CompressedTensorsExporter(OpenClipPack):
         if any(format.zero_points == "real" for format in formats):
             raise ConfigError(
                 "pack=compressed_tensors stores whole zero points, and those of this quantizer are real numbers; use "
-                "pack=dense"
+                "quant.zero_point=integer or pack=dense"
             )
 
     def check_linears(

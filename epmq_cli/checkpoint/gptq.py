@@ -80,7 +80,8 @@ class GptqExporter(Pack):
                 raise ConfigError(f"pack=gptq stores integers, got {format.name}; {OTHER}")
             if format.zero_points == "real":
                 raise ConfigError(
-                    "pack=gptq stores whole zero points, and those of this quantizer are real numbers; use pack=dense"
+                    "pack=gptq stores whole zero points, and those of this quantizer are real numbers; use "
+                    "quant.zero_point=integer or pack=dense"
                 )
             check_choice("group_size with pack=gptq", format.group_size, GROUP_SIZES)
 

@@ -50,8 +50,8 @@ def quantize_columns(
     """The loop of algorithm 1: codes (out, in) and their grid.
 
     `W` (out, in) in the order of quantization, groups whole; `Hinv` the upper factor of H^-1 (in, in), same type and
-    order; `group_of` (in,) the group of each column. A group's grid is fitted when its first column is reached, with
-    all updates applied.
+    order; `group_of` (in,) the group of each column. A group's grid is fitted when its first column is reached, after
+    all updates.
     """
     width = W.shape[1]
     size = group_columns(format, width)
