@@ -56,8 +56,9 @@ class Cache:
     `sound`: asked before an entry is kept; False where what it was made of may have changed since its key was made.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, failure: int = logging.WARNING) -> None:
         self._folder, self._room = folder, limit
+        self._failure = failure
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
         """Entries that were there."""
@@ -114,7 +115,9 @@ class Cache:
             write()
             self._trim()
         except OSError as error:
-            log.warning("%s cannot keep a result of this run (%s); cache=false keeps none", self._folder, error)
+            log.log(
+                self._failure, "%s cannot keep a result of this run (%s); cache=false keeps none", self._folder, error
+            )
             return False
         return True
 

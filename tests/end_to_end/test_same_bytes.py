@@ -44,7 +44,7 @@ def inputs(script: ModuleType) -> Path:
 @pytest.mark.parametrize("name", ALL)
 def test_a_checkpoint_has_the_recorded_bytes(name: str, script: ModuleType, inputs: Path, tmp_path: Path) -> None:
     (row,) = [row for row in script.ROWS if row.name == name]
-    expected = script.recorded(row, inputs)
+    expected = script.same_bytes_table.recorded(row, inputs)
     if expected is None:
         pytest.skip(
             f"no hashes are recorded for {script.machine()}; to record them, check out a commit that is known to be "
@@ -54,18 +54,18 @@ def test_a_checkpoint_has_the_recorded_bytes(name: str, script: ModuleType, inpu
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks beside threads
         files = script.run_row(row, inputs, tmp_path)
     assert "error" not in files, files["error"]
-    assert {file: value for file, value in script.short(files).items() if file in expected} == expected
+    assert {file: value for file, value in script.same_bytes_table.short(files).items() if file in expected} == expected
 
 
 def test_weights_of_portable_rows_alone_are_expected_on_another_machine(
     script: ModuleType, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {row.name: row for row in script.ROWS}
-    if script.recorded(rows["bert/merge/ties"], inputs) is None:
+    if script.same_bytes_table.recorded(rows["bert/merge/ties"], inputs) is None:
         pytest.skip("no hashes are recorded for these inputs, which other versions of libraries made")
-    monkeypatch.setattr(script, "machine", lambda: "another one")
-    assert script.recorded(rows["bert/feature/gptq"], inputs) is None
-    assert script.recorded(rows["bert/merge/ties"], inputs).keys() == {"model.safetensors"}
+    monkeypatch.setattr(script.same_bytes_table, "machine", lambda: "another one")
+    assert script.same_bytes_table.recorded(rows["bert/feature/gptq"], inputs) is None
+    assert script.same_bytes_table.recorded(rows["bert/merge/ties"], inputs).keys() == {"model.safetensors"}
 
 
 def test_a_difference_in_weights_counts_and_one_in_records_does_not(
