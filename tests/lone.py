@@ -26,7 +26,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 Copies = Mapping[str, str]
 """Tied tensors that are stored too, by the names of their sources."""
 CPU = torch.device("cpu")
-PACK = Pack("auto", "5GB")
+PACK = Pack("auto", "5GB", open_clip=False)
 
 
 def store(
