@@ -21,7 +21,7 @@ from epmq_cli.families.processors import own_images, own_tokenizer
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
-from epmq_cli.models.open_clip.convert import own_processor
+from epmq_cli.models.open_clip.convert import CONFIG, own_processor
 from epmq_cli.models.pretrained import config_of
 from epmq_cli.models.processor_files import PROBE
 from epmq_cli.models.processor_folder import Processor, processor_files, same_files
@@ -80,7 +80,8 @@ def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: Samples
     base, expert = models.base, models.experts[task.name]
     bases = processor_files(base.path, family.reads)
     folder = expert.path
-    if family.reads == "pictures" and not processor_files(folder, family.reads):
+    described = (folder / CONFIG).is_file()  # else transformers, which takes seconds to import, need not be asked
+    if family.reads == "pictures" and described and not processor_files(folder, family.reads):
         folder = own_processor(folder, config_of(base.path), expert.role) or folder
     files = processor_files(folder, family.reads)
     if not files or same_files(files, bases):
