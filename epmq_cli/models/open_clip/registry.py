@@ -140,7 +140,7 @@ def _fetched(repository: str, file: str, role: str, root: str | None, safe: str 
 
     try:
         return Path(download_pretrained_from_hf(repository, filename=file))
-    except Exception as error:  # open_clip has no errors of its own for this
+    except Exception as error:  # open_clip and the hub raise unrelated errors
         wanted, other = safe or file, f" (or {file})" if safe not in (None, file) else ""
         places = f"in {root}/{repository}" if root else "in a mirror (data_root)"
         raise ModelError(
