@@ -50,6 +50,7 @@ def block_settings(
     """The settings of these names in a folder's config, or its sub-config `part` if it has one, defaults filled in."""
 
     def ask() -> dict[str, Any]:
+        from transformers import AutoConfig
 
         config = from_folder(AutoConfig, folder.path)
         config = getattr(config, part, config) if part else config
