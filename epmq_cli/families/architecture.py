@@ -47,7 +47,7 @@ class Architecture(ABC):
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
     which is too late for models that are used through other methods or that read their linears' weights."""
 
-    loads_packed: bool = True
+    mixes_formats: bool = True
     """Whether transformers can load its linears packed. Otherwise all must have one width, for `dequantize_on_load`."""
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:

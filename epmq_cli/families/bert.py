@@ -17,7 +17,7 @@ STEPS = (
         ("attention.self.query", "attention.self.key", "attention.self.value"),
         mixing=("attention.self.key", "attention.self.value"),
     ),
-    Linears(("attention.output.dense",), stream="attention.self.query"),
+    Linears(("attention.output.dense",), stream="attention.self.query", producer="attention.self.value"),
     Norm("attention.output.LayerNorm"),
     Linears(("intermediate.dense",)),
     Linears(("output.dense",), stream="intermediate.dense"),

@@ -28,11 +28,13 @@ PREFIX = "vision_model."
 STEPS = (
     Norm("layer_norm1", mixing=True),
     Linears(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mixing=("self_attn.k_proj", "self_attn.v_proj")
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        mixing=("self_attn.k_proj", "self_attn.v_proj"),
+        producer="layer_norm1",
     ),
-    Linears(("self_attn.out_proj",), stream="layer_norm1"),
+    Linears(("self_attn.out_proj",), stream="layer_norm1", producer="self_attn.v_proj"),
     Norm("layer_norm2"),
-    Linears(("mlp.fc1",)),
+    Linears(("mlp.fc1",), producer="layer_norm2"),
     Linears(("mlp.fc2",), stream="layer_norm2"),
 )
 STEM = (

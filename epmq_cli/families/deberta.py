@@ -26,7 +26,7 @@ DEBERTA = Family(
         layers="encoder.layer",
         steps=(
             Linears((QUERY, KEY, VALUE), mixing=(KEY, VALUE)),
-            Linears(("attention.output.dense",), stream=QUERY),
+            Linears(("attention.output.dense",), stream=QUERY, producer=VALUE),
             Norm("attention.output.LayerNorm"),
             Linears(("intermediate.dense",)),
             Linears(("output.dense",), stream="intermediate.dense"),

@@ -58,6 +58,8 @@ FEED_FORWARD = (
     (("mlp.up_proj",), "mlp.down_proj"),  # Arcee, Nemotron
     (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2
 )
+LINEAR = (ATTENTION[0][0], FEED_FORWARD[0][0])
+"""Linears of which the last, v_proj or up_proj, makes the input of what follows channel by channel."""
 KEPT = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
     r"self_attn\.[qk]_layernorm\.norms\.\d+\.(weight|bias)",  # StableLM
@@ -100,7 +102,7 @@ def _part(linears: tuple[tuple[str, ...], str], before: str | None, behind: str 
     stream = None if behind else before or reading[0]
     if before:
         yield Norm(before)
-    yield Linears(reading)
-    yield Linears((writing,), stream=stream, scale=scale)
+    yield Linears(reading, producer=before)
+    yield Linears((writing,), stream=stream, scale=scale, producer=reading[-1] if reading in LINEAR else None)
     if behind:
         yield Norm(behind)

@@ -25,7 +25,7 @@ DISTILBERT = Family(
         layers="transformer.layer",
         steps=(
             Linears((Q, K, V), mixing=(K, V)),
-            Linears(("attention.out_lin",), stream=Q),
+            Linears(("attention.out_lin",), stream=Q, producer=V),
             Norm("sa_layer_norm"),
             Linears(("ffn.lin1",)),
             Linears(("ffn.lin2",), stream="ffn.lin1"),

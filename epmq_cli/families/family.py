@@ -30,7 +30,7 @@ class Family:
         self.kept = architecture.kept
         self.repeated = architecture.repeated
         self.dequantize_on_load = architecture.dequantize_on_load
-        self.loads_packed = architecture.loads_packed
+        self.mixes_formats = architecture.mixes_formats
         self.positions = architecture.positions
         self.tensor_names = architecture.tensor_names
         self.all_names = architecture.all_names

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq_cli.families.structure import Norm, Section
+from epmq_cli.models.answers import kept_answer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
@@ -47,8 +48,14 @@ def block_settings(
     names: Sequence[str] = ("num_attention_heads", "hidden_act", "layer_norm_eps"),
 ) -> dict[str, Any]:
     """The settings of these names in a folder's config, or its sub-config `part` if it has one, defaults filled in."""
-    from transformers import AutoConfig
 
-    config = from_folder(AutoConfig, folder.path)
-    config = getattr(config, part, config) if part else config
-    return {name: getattr(config, name, None) for name in names}
+    def ask() -> dict[str, Any]:
+        from transformers import AutoConfig
+
+        config = from_folder(AutoConfig, folder.path)
+        config = getattr(config, part, config) if part else config
+        return {name: getattr(config, name, None) for name in names}
+
+    question = {"settings of": folder.config, "part": part, "names": list(names)}
+    settings: dict[str, Any] = kept_answer(question, ask, __file__)
+    return settings

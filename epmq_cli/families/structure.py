@@ -36,6 +36,10 @@ class Linears:
     scale: float = 1.0
     """The factor of the outputs before they are added to the stream."""
 
+    producer: str | None = None
+    """The norm or linear whose output channels are the input channels, each times a factor independent of it, and are
+    used nowhere else; None if there is none."""
+
 
 @dataclass(frozen=True)
 class Norm:

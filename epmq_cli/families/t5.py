@@ -28,11 +28,11 @@ def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | No
     norm, (q, k, v, o) = f"{part}.layer_norm", (f"{part}.{name}.{letter}" for letter in "qkvo")
     yield Norm(norm, mixing=not memory)
     if memory:
-        yield Linears((q,))
+        yield Linears((q,), producer=norm)
         yield Linears((k, v), memory=True)
     else:
-        yield Linears((q, k, v), mixing=(k, v))
-    yield Linears((o,), stream=norm)
+        yield Linears((q, k, v), mixing=(k, v), producer=norm)
+    yield Linears((o,), stream=norm, producer=v)
 
 
 def block_steps(block: nn.Module) -> tuple[Linears | Norm, ...]:
@@ -43,7 +43,9 @@ def block_steps(block: nn.Module) -> tuple[Linears | Norm, ...]:
         steps += attention_steps("layer.1", "EncDecAttention", memory=True)
     norm, inner = f"layer.{parts[-1]}.layer_norm", f"layer.{parts[-1]}.DenseReluDense"
     gated = tuple(f"{inner}.{name}" for name, _ in block.get_submodule(inner).named_children() if name.startswith("wi"))
-    return (*steps, Norm(norm), Linears(gated), Linears((f"{inner}.wo",), stream=norm))
+    producer = gated[1] if len(gated) > 1 else None  # wi_1, which wi_0 gates
+    down = Linears((f"{inner}.wo",), stream=norm, producer=producer)
+    return (*steps, Norm(norm), Linears(gated, producer=norm), down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class T5(Architecture):
         r"(decoder\.embed_tokens|lm_head)\.weight",
     )
     dequantize_on_load: bool = True  # its feed-forward reads wo.weight
+    mixes_formats: bool = False  # its _init_weights reads the weights of packed linears
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors."""

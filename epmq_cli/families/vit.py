@@ -34,10 +34,10 @@ VIT = Family(
         layers="layers",
         steps=(
             Norm("layernorm_before", mixing=True),
-            Linears((Q, K, V), mixing=(K, V)),
-            Linears(("attention.o_proj",), stream="layernorm_before"),
+            Linears((Q, K, V), mixing=(K, V), producer="layernorm_before"),
+            Linears(("attention.o_proj",), stream="layernorm_before", producer=V),
             Norm("layernorm_after"),
-            Linears(("mlp.fc1",)),
+            Linears(("mlp.fc1",), producer="layernorm_after"),
             Linears(("mlp.fc2",), stream="layernorm_after"),
         ),
         last_norm="layernorm",

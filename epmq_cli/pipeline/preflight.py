@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,9 +24,8 @@ from epmq_cli.families.structure import Table
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
-from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
 
@@ -76,16 +75,6 @@ def check_metric(task: Task, scored: bool) -> None:
         raise ConfigError(
             f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
             "merge and calibrate without scoring"
-        )
-
-
-def check_widths(family: Family, quantizer: Quantizer) -> None:
-    """Raises ConfigError where transformers could not load the checkpoint because its linears have several widths."""
-    if len(quantizer.widths) > 1 and not family.loads_packed:
-        low, high = quantizer.widths
-        raise ConfigError(
-            f"bits={quantizer.bits:g} mixes {low} and {high} bits, which transformers cannot load for family "
-            f"{family.name}; use bits={low} or bits={high}"
         )
 
 
@@ -140,15 +129,13 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> None:
+def check_groups(student: nn.Module, family: Family, formats: Sequence[NumberFormat]) -> None:
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
-    if spec is None:
-        return
     widths = {name: width for name, (_, width) in linear_shapes(student, family)}
-    for name, width in widths.items():
-        if width % spec.columns(width):
+    for format, (name, width) in product(formats, widths.items()):
+        if width % group_columns(format, width):
             raise ConfigError(
-                f"group_size={spec.group_size} must divide the {width} inputs of {name}; {_possible(widths.values())}"
+                f"group_size={format.group_size} must divide the {width} inputs of {name}; {_possible(widths.values())}"
             )
 
 
@@ -171,15 +158,15 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def check_kernel(
-    model: nn.Module, family: Family, quantizer: Quantizer, wanted: Evaluation, device: torch.device
+    model: nn.Module, family: Family, formats: Sequence[NumberFormat], wanted: Evaluation, device: torch.device
 ) -> None:
-    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
+    """Refuses to score on the int4 kernel what it does not take, before anything is calibrated. `formats`: those that
+    the checkpoint stores packed."""
     if wanted.kernel != "int4" or "quantized" not in wanted.stages:
         return
-    obstacles = {}
-    if quantizer.spec is not None:
-        widest = replace(quantizer.spec, bits=max(quantizer.widths))
-        obstacles = {name: obstacle(widest, shape, device) for name, shape in linear_shapes(model, family)}
+    obstacles: dict[str, str | None] = {}
+    for format, (name, shape) in product(formats, linear_shapes(model, family)):
+        obstacles[name] = obstacles.get(name) or obstacle(format, shape, device)
     refuse(obstacles)
 
 

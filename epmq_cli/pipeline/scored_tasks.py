@@ -1,4 +1,4 @@
-"""From a task of a suite to one that is ready to be scored: its test samples, with labels in the order of its head."""
+"""Prepares tasks for scoring: test samples with labels in the order of the head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scores_samples(evaluation: schema.Evaluation) -> bool:
 
 
 def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
-    """The names of the classes of a task's head; ModelError where they cannot be, unless the task is not scored."""
+    """The class names of a task's head; ModelError if they are invalid and the task is scored."""
     try:
         return family.class_names(task, models.experts[task.name], models.base, head)
     except ModelError:

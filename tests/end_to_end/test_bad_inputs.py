@@ -103,9 +103,9 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "clip", tensors("first", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3 in the expert",
     ),
     "a base of 8 bits": (
-        "clip", tensors("base", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3, merged are F64, ",
+        "clip", tensors("base", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3, and epmq merges F64, ",
     ),
-    "a base of integers": ("clip", tensors("base", lambda t: (100 * t).char()), M, "is of type I8, merged are"),
+    "a base of integers": ("clip", tensors("base", lambda t: (100 * t).char()), M, "is of type I8, and epmq merges"),
     "an expert of other shapes": (
         "bert", tensors("first", lambda t: t[:-1], "word_emb"), M, "is [17, 32] in the expert and [18, 32] in",
     ),

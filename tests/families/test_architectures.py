@@ -177,6 +177,7 @@ PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.f
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
 CASES = [slow(kind, "bits=4") for kind in KINDS]
 CASES += [pytest.param(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+CASES += [slow("llama", "quant=hqq"), slow("llama", "quant=awq pack.dtype=bfloat16"), slow("vit", "quant=awq")]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)

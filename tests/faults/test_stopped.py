@@ -14,7 +14,7 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.families.bert import BERT
 from tests.faults.driver import at_file, at_stage, attempt, command, files, mini
 
-SENTENCE = "epmq: interrupted; start the same command again to go on from the last finished block\n"
+SENTENCE = "epmq: interrupted; start the same command again to continue after the last finished block\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
