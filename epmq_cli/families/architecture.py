@@ -48,7 +48,7 @@ class Architecture(ABC):
     which is too late for models that are used through other methods or that read their linears' weights."""
 
     mixes_formats: bool = True
-    """Whether transformers can load its linears packed. Otherwise all must have one width, for `dequantize_on_load`."""
+    """Whether transformers loads its checkpoints with several number formats, which it cannot dequantize on load."""
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""

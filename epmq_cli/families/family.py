@@ -59,9 +59,6 @@ class Family:
         self.head_inputs = tasks.head_inputs
         self.logits = tasks.logits
 
-    mixes_formats: bool = True
-    """Whether transformers loads checkpoints with several number formats, which it cannot dequantize on load."""
-
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""
         opened = self.architecture.open(path, role, base)

@@ -55,7 +55,7 @@ def with_step(number: int, **changes: Any) -> Family:
     return claimed(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
 
 
-FAST = ("gemma3", "roberta", "t5", "vit")
+FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
 
 
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])

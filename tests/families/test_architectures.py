@@ -27,6 +27,11 @@ from tests.hubs import Scene, config, run_in, walk
 from tests.minihub import DECODERS, KINDS, T5S, Hub
 
 
+def slow(kind: str, *rest: str) -> Any:
+    """A case, which is slow where another kind differs by its readout alone."""
+    return pytest.param(kind, *rest, marks=[pytest.mark.slow] if kind == "modernbert-cls" else [])
+
+
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """transformers' own, of each stack."""
     if kind.startswith("t5"):
@@ -138,7 +143,7 @@ def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow(kind) for kind in KINDS])
 def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
     options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
@@ -170,9 +175,9 @@ PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.f
 
 
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
-CASES = [(kind, "bits=4") for kind in KINDS]
-CASES += [(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
-CASES += [("llama", "quant=hqq"), ("llama", "quant=awq pack.dtype=bfloat16"), ("vit", "quant=awq")]
+CASES = [slow(kind, "bits=4") for kind in KINDS]
+CASES += [pytest.param(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+CASES += [slow("llama", "quant=hqq"), slow("llama", "quant=awq pack.dtype=bfloat16"), slow("vit", "quant=awq")]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)

@@ -148,7 +148,7 @@ def test_a_checkpoint_has_the_parts_of_its_heads(hub: Hub, tmp_path: Path) -> No
 
 
 def test_mixed_widths_are_refused_before_anything_is_opened(tmp_path: Path, hub: Hub) -> None:
-    with pytest.raises(ConfigError, match=r"bits=3.5 mixes 3 and 4 bits, which transformers cannot load .* modernbert"):
+    with pytest.raises(ConfigError, match="transformers cannot load this family with two formats in one checkpoint"):
         make_job(config(hub("modernbert"), "bits=3.5", f"suite.base={tmp_path / 'none'}"))
 
 
