@@ -12,13 +12,14 @@ from torch import Tensor, multiprocessing
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.runtime import distributed
+from tests.formats import ints
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
-GPTQ = Gptq(bits=3, group_size=4, symmetric=True, grid="hessian", damping=0.01, block_size=128, act_order=False)
+GPTQ = Gptq(ints(3, 4), grid="hessian", damping=0.01, block_size=128, act_order=False)
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -32,9 +33,9 @@ def affine(seed: int) -> Affine:
 def solved(by_drift: bool) -> dict[str, Tensor]:
     """What this process has in the end, of the batches that are its part."""
     anchor = affine(100)
-    objective = Objective(anchor, 0.05, intercepts=True)
+    objective = Objective(anchor, 0.05, True, distributed)
     for task in range(TASKS):
-        expert, measure = affine(200 + 10 * task), Measure()
+        expert, measure = affine(200 + 10 * task), Measure(distributed)
         for batch in distributed.rank_slice(range(BATCHES)):
             X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
             if by_drift:
@@ -44,7 +45,10 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
         moments = measure.moments(expert.weight if by_drift else None)
         objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
     problem = objective.closed()
-    target, (found, records) = problem.solution(), solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32)
+    target, (found, records) = (
+        problem.solution(distributed),
+        solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32),
+    )
     assert target.bias is not None
     weights = torch.cat([solution.weight.dequantize() for solution in found])
     biases = torch.cat([solution.bias for solution in found if solution.bias is not None])

@@ -218,7 +218,7 @@ def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path
     record.write_text(record.read_text().replace("epmq_cli.data.table.Table", "tests.data.evil.Table"))
     result = epmq_inside("eval", str(checkpoint))
     assert result.returncode == 1
-    assert "names tests.data.evil.Table, which is not epmq's; if you trust it" in result.stderr
+    assert "names tests.data.evil.Table, which is not a class of epmq; if you trust it" in result.stderr
     trusted = epmq_inside("eval", str(checkpoint), "--config-dir", str(bert_hub / "configs"), "suite=mini")
     assert trusted.returncode == 0, trusted.stderr
 
@@ -232,6 +232,6 @@ def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
     monkeypatch.setattr("epmq_cli.pipeline.calibration.run_passes", interrupt)
     result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=x")
     assert result.returncode == 130
-    wanted = "epmq: interrupted; start the same command again to go on from the last finished block\n"
+    wanted = "epmq: interrupted; start the same command again to continue after the last finished block\n"
     assert result.stderr.endswith(wanted)
     assert {path.name for path in (tmp_path / "x").iterdir()} == {".hydra", ".resume", "run.log"}
