@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from same_bytes_rows import Row
+from same_bytes_rows import ROWS, Row
 
 RECORDED = Path(__file__).with_name("same_bytes.json")
 RECORDS = ("epmq.json", "README.md", "manifest.json")
@@ -49,10 +49,14 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def record(made: dict[str, Any]) -> None:
-    """Keeps the hashes of a table in same_bytes.json, beside those of other machines."""
+    """Keeps the hashes of a table in same_bytes.json, beside those of other machines; earlier ones of rows whose models
+    have changed since go."""
     kept = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"machines": {}}
     own = kept["machines"].setdefault(made["machine"], {"inputs": {}, "rows": {}})
+    stale = {kind for kind, digest in own["inputs"].items() if made["inputs"].get(kind) != digest}
+    rows = {row.name for row in ROWS if row.kind not in stale}
     own["inputs"] = made["inputs"]
+    own["rows"] = {name: files for name, files in own["rows"].items() if name in rows}
     own["rows"] |= {name: short(files) for name, files in made["rows"].items()}
     RECORDED.write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -79,7 +79,7 @@ def test_weights_of_portable_rows_alone_are_expected_on_another_machine(
 def test_a_difference_in_weights_counts_and_one_in_records_does_not(
     tables: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {"machine": "m", "inputs": "i", "rows": {"one": {"model.safetensors": "a", "epmq.json": "b"}}}
+    before = {"machine": "m", "inputs": {"bert": "i"}, "rows": {"one": {"model.safetensors": "a", "epmq.json": "b"}}}
     record = {**before, "rows": {"one": {"model.safetensors": "a", "epmq.json": "c"}}}
     weights = {**before, "rows": {"one": {"model.safetensors": "x", "epmq.json": "b"}}}
     assert tables.compare(before, before) == []
