@@ -14,7 +14,7 @@ from epmq_cli.commands.readable import parsed, quoted
 from epmq_cli.errors import ConfigError
 from tests.conftest import Run
 
-MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
+MERGES = "average, dare_linear, dare_ties, fisher, none, regmean, task_arithmetic, ties, tsv_m (see epmq list merge)"
 TYPED = {
     "run merge=null": f"merge must be one of {MERGES}, got null",
     "run merge=": f"merge must be one of {MERGES}, got ''",
