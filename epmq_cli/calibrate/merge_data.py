@@ -17,8 +17,9 @@ from epmq_cli.calibrate.moments import Products, real_tokens
 from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.data.batching import Batch, split
 from epmq_cli.data.microbatch import MicroBatcher, joined
-from epmq_cli.families.family import Family, Head
+from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Mask
+from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime import distributed
 
@@ -49,7 +50,7 @@ class ExpertMeasurements:
 
     def logits(self, task: str, batch: Batch) -> Tensor:
         """(samples, classes) of a task's head, with the weights that the model has now."""
-        return self.family.logits(self.family.features(self.model, batch), self.heads[task])
+        return self.family.logits(self.model, self.family.features(self.model, batch), self.heads[task])
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """The merged linears that the family knows; those in one group read the same inputs."""
@@ -93,7 +94,7 @@ class ExpertMeasurements:
 
     def _sample_logits(self, head: Head, sample: Batch) -> Tensor:
         """(classes,) of one sample."""
-        return self.family.logits(self.family.features(self.model, sample), head)[0]
+        return self.family.logits(self.model, self.family.features(self.model, sample), head)[0]
 
     def _inputs(self) -> Iterator[tuple[tuple[str, ...], Mask]]:
         """The merged linears that read the same inputs, and the mask of the real tokens there."""
@@ -117,7 +118,7 @@ class InputSums:
 
     def __init__(self, masks: Mapping[str, Mask]) -> None:
         self._masks = masks
-        self._products, self._tokens = {name: Products() for name in masks}, dict.fromkeys(masks, 0)
+        self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
 
     def add(self, model: nn.Module, forward: Callable[[Batch], object], parts: Sequence[Batch]) -> None:
         """Adds the inputs in the forward passes of a batch, which comes in parts."""

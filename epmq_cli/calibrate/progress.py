@@ -22,15 +22,15 @@ from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.solve_layer import LayerRecord
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
+from epmq_cli.quantize.formats.names import as_json, from_json
 from epmq_cli.runtime import distributed
-from epmq_cli.store.atomic import whole_file
+from epmq_cli.store.atomic import atomic_file
 from epmq_cli.store.safetensors_writer import of, write_file
 
 Weight = QuantizedWeight | DenseWeight
 HEADER = "epmq"
 SUFFIX = ".safetensors"
-PARTS = ("values", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class WalkProgress:
             tensors = {f"tensor.{name}": own[name].to(student.dtype) for name in dense}
             for name, weight in self._weights.items():
                 if isinstance(weight, QuantizedWeight):
-                    tensors |= {f"{part}.{name}": getattr(weight, part) for part in PARTS}
+                    tensors |= {f"{part}.{name}": tensor for part, tensor in _parts(weight).items()}
             write_tensors(path, tensors, header)
         self._end(list(self._weights), path)
 
@@ -152,16 +152,23 @@ class LazyWeights(Mapping[str, Weight]):
             grid = _header(file)["weights"][name]
             if grid is None:
                 return DenseWeight(file.get_tensor(f"tensor.{name}.weight").float())
-            spec, dtype = GridSpec(**grid["spec"]), getattr(torch, grid["dtype"])
-            values, scale, zero = (file.get_tensor(f"{part}.{name}") for part in PARTS)
-            return QuantizedWeight(values, scale, zero, spec, dtype)
+            format, dtype = from_json(grid["format"]), getattr(torch, grid["dtype"])
+            zero = None if format.zero_points == "none" else file.get_tensor(f"zero.{name}")
+            own = Grid(file.get_tensor(f"scale.{name}"), zero)
+            return QuantizedWeight(file.get_tensor(f"codes.{name}"), own, format, dtype)
+
+
+def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a weight."""
+    found = {"codes": weight.codes, "scale": weight.grid.scale}
+    return found if weight.grid.zero is None else {**found, "zero": weight.grid.zero}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
     """Tensors by name and a header as JSON has it, whole or not at all; RunError where the disk does not take them."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             write_file(partial, (of(name, tensor) for name, tensor in tensors.items()), {HEADER: json.dumps(header)})
     except OSError as error:
         raise not_taken(path, error) from error
@@ -170,8 +177,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> Non
 def not_taken(path: Path, error: OSError) -> RunError:
     """What is to be said where the disk does not take what a run has found so far."""
     return RunError(
-        f"{path} cannot be written ({error.strerror or error}); make room there and start the same command again to go "
-        "on from the last finished block"
+        f"{path} cannot be written ({error.strerror or error}); free some space there and start the same command again "
+        "to continue after the last finished block"
     )
 
 
@@ -182,7 +189,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); start the run anew with resume=never") from error
+        raise RunError(f"{path} is damaged ({error}); start from the beginning with resume=never") from error
 
 
 def _header(file: Any) -> Any:
@@ -193,7 +200,7 @@ def _header(file: Any) -> Any:
 
 
 def _described(weight: Weight) -> dict[str, Any] | None:
-    """The grid of a weight as JSON has it; None where it has none."""
+    """The format of a weight as JSON; None if it stays dense."""
     if not isinstance(weight, QuantizedWeight):
         return None
-    return {"spec": asdict(weight.spec), "dtype": str(weight.dtype).removeprefix("torch.")}
+    return {"format": as_json(weight.format), "dtype": str(weight.dtype).removeprefix("torch.")}

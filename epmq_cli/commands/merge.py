@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands.error_report import log_errors
-from epmq_cli.config import instantiate, schema
+from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
 
@@ -33,6 +33,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
+        from epmq_cli.checkpoint.exporter import Exporter
         from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
@@ -49,7 +50,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     refuse_used(folder, "checkpoint", "metrics.json")
     instantiate.check_complete(cfg, "merge")
     suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
-    pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    exporter: Exporter = instantiate.build("pack", cfg.pack)
     check_method(method, [task.name for task in suite.members])
     refuse_needs(method)
     device = torch.device("cpu")
@@ -57,10 +58,11 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
-        if pack.open_clip:
+        exporter.check(family, ())
+        if exporter.open_clip:
             check_family(family, suite.family)
         models = SuiteModels(suite, family, whole=True)
-        if pack.open_clip:
+        if exporter.open_clip:
             check_base(models.base)
         files = ProcessorFiles(models.base.path)  # refuses what transformers cannot load
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
@@ -68,8 +70,8 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("merge"):
         merged = LazyMerge(models.source, method, torch.float32)
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
-        others = also_open_clip(pack.open_clip, processors_of_tasks, stored_entries)
-        size = write_dense(checkpoint, models, merged, pack, files, others)
+        others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
+        size = write_dense(checkpoint, models, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(

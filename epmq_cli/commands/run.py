@@ -131,9 +131,8 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     before anything is computed."""
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.cached_steps import CachedSteps
+    from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
-    from epmq_cli.store.cache import open_cache
 
     opened_cache = open_cache(cache)
     models, model, dtype = steps.open_models(job, folder)
@@ -159,7 +158,7 @@ def _made(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.keys import identity, of_scoring
+    from epmq_cli.pipeline.keys import run_key
     from epmq_cli.pipeline.progress import opened, refuse_results
     from epmq_cli.pipeline.task_processors import save_processors
 
@@ -169,11 +168,12 @@ def _made(
     with stages.stage("read"):
         read = _read(job, folder, cfg.cache)
         models, model, shared, tasks = read.models, read.model, read.shared, read.tasks
-        state = opened(folder, identity(resolved, models, read.drawn, job.device), job.resume)
+        files = shared.files if distributed.is_main() else {}
+        state = opened(folder, run_key(resolved, files, read.drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", micro), ("eval_batches_halved", scoring)):
         counted.halved, counted.keep = state.count(name), partial(state.keep_count, name)
-    scored = state.part(of_scoring(job.evaluation, tasks, [task.data for task in job.suite.members]))
+    scored = state.part(distributed.broadcast(shared.scores_key(tasks) if distributed.is_main() else None))
     with stages.stage("score base and experts"):
         scores |= scored.value(
             "parts", lambda: steps.score_parts(job, model, models, tasks, shared.score_cache, scoring)
@@ -195,6 +195,7 @@ def _made(
         return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
+            exporter=job.exporter,
             model=model,
             weights=calibrated.walk.weights,
             dequantize=job.family.dequantize_on_load,
@@ -202,7 +203,7 @@ def _made(
             base=models.base.path,
             texts=record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors),
             save_others=also_open_clip(
-                job.pack.open_clip,
+                job.exporter.open_clip,
                 partial(save_processors, models.base.path, read.processors, job.family.reads),
                 partial(dequantized_entries, model, calibrated.walk.weights, read.dtype),
             ),
@@ -210,7 +211,7 @@ def _made(
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.pack.shard_size))
+            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = micro.halved

@@ -57,6 +57,9 @@ def settle_heads(family: Family, base: Member, experts: Mapping[str, Member]) ->
 
 
 def _head(family: Family, member: Member) -> list[str]:
+    """The tensors of a task's head; none where the linear is missing, as in a base that was trained on masked words."""
+    if f"{family.head_linear}.weight" not in member.stored:
+        return []
     return [name for name in member.stored if family.in_head(name)]
 
 

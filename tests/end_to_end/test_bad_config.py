@@ -63,6 +63,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "eval.include_path": ("null",),
     "group_size": ("minus", "huge"),
     "seed": ("zero",),
+    "pack.open_clip": ("true",),
     "cache": ("null",),
     "data_root": TEXT_OR_NULL,
     **dict.fromkeys(("suite.name", "suite.base", "suite.tasks.*.expert", "suite.experts.*"), ("text",)),
