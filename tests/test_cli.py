@@ -105,7 +105,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
 
 WRONG = {
     "run merge=nope": f"merge=nope does not exist; the options are {METHODS} (see ",
-    "run merge.nope=1": "merge has no option 'nope', the options are scale\n",
+    "run merge.nope=1": "merge has no option 'nope', the options are scale, weights\n",
     "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine; did you ",
     "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",
     "run mrege=ties": "the config has no option 'mrege'",
@@ -160,7 +160,7 @@ def complete(line: str, epmq: Run) -> list[str]:
         ("epmq ", ["run", "merge", "eval", "verify", "list"]),
         ("epmq e", ["eval"]),
         ("epmq run mer", ["merge=", "merge."]),
-        ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties"]),
+        ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),
         ("epmq run merge=ties merge.d", ["merge.density="]),
         ("epmq eval eval.b", ["eval.batch_size="]),
     ],

@@ -75,4 +75,5 @@ class Fisher:
             for name, mean in means.items():
                 values = fisher.pop(name, torch.zeros(())).cpu()  # not trained through: the floor makes it a mean
                 mean.add(source.expert(task, name), scale * (values + self.floor))
-        return TensorRule(lambda name, base, experts: means[name].mean)
+        merged = {name: mean.mean for name, mean in means.items()}
+        return TensorRule(lambda name, base, experts: merged[name])

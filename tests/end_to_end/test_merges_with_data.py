@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -59,37 +58,34 @@ def test_a_merge_from_the_cache_is_the_merge(bert_hub: Path, tmp_path: Path) -> 
     assert len(files) == 1
 
 
-@dataclass
-class Keyed:
-    """A method's key in the cache with other batches, heads, and options."""
-
-    hub: Path
-    folder: Path
-
-    def key(self, *overrides: str, moved_head: bool = False) -> Any:
-        job = make_job(config(self.hub, *PLAIN, *overrides))
-        models, model, dtype = steps.open_models(job)
-        tasks = steps.prepare_tasks(job, model, models)
-        if moved_head:
-            tasks[0] = replace(tasks[0], head={name: tensor + 1 for name, tensor in tasks[0].head.items()})
-        batches = steps.calibration_batches(job, models.base.path)
-        data = steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
-        cached = cached_steps.CachedSteps(Cache(self.folder, 10**7), job, models, dtype)
-        cached._measured = {} if data is None else cached_steps._measured_on(data, job.merge.needs)
-        return cached._merge
-
-
 def test_the_key_of_a_merge_has_samples_and_heads_as_far_as_the_method_needs_them(
     bert_hub: Path, tmp_path: Path
 ) -> None:
-    keyed = Keyed(bert_hub, tmp_path)
+    job, models, data = measured(bert_hub, "merge=fisher")
+    assert data is not None
+
+    def key(method: str, data: ExpertMeasurements) -> str:
+        cached = cached_steps.CachedSteps(Cache(tmp_path, 10**7), job, models, torch.float32)
+        cached._measured = cached_steps._measured_on(data, make_job(config(bert_hub, f"merge={method}")).merge.needs)
+        return json.dumps(cached._merge, sort_keys=True)
+
+    fewer = replace(data, batches={**data.batches, "second": data.batches["second"][1:]})
+    swapped = replace(data, batches=dict(zip(data.batches, reversed(data.batches.values()), strict=True)))
+    moved = {task: {name: tensor + 1 for name, tensor in head.items()} for task, head in data.heads.items()}
     for method, gradients in (("fisher", True), ("regmean", False)):
-        key = keyed.key(f"merge={method}")
-        assert keyed.key(f"merge={method}") == key
-        assert all(keyed.key(f"merge={method}", option) != key for option in ("seed=1", "calib.samples=5"))
-        assert (keyed.key(f"merge={method}", moved_head=True) != key) == gradients
-    assert keyed.key("merge=ties", "seed=1") == keyed.key("merge=ties")
-    assert keyed.key("merge=dare_linear", "seed=1") != keyed.key("merge=dare_linear")
+        assert key(method, replace(data)) == key(method, data)
+        assert len({key(method, other) for other in (data, fewer, swapped)}) == 3
+        assert (key(method, replace(data, heads=moved)) != key(method, data)) == gradients
+
+
+def test_the_key_of_a_random_merge_has_the_seed(clip_hub: Path, tmp_path: Path) -> None:
+    def key(*overrides: str) -> str:
+        job = make_job(config(clip_hub, *overrides))
+        models = SuiteModels(job.suite, job.family)
+        return json.dumps(cached_steps.CachedSteps(Cache(tmp_path, 10**7), job, models, torch.float32)._merge)
+
+    assert key("merge=ties", "seed=1") == key("merge=ties")
+    assert key("merge=dare_linear", "seed=1") != key("merge=dare_linear")
 
 
 @pytest.mark.parametrize(
