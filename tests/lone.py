@@ -27,7 +27,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 Copies = Mapping[str, str]
 """Tied tensors that are stored too, by the names of their sources."""
 CPU = torch.device("cpu")
-PACK = DenseExporter("auto", "5GB")
+PACK = DenseExporter("auto", "5GB", False)
 
 
 def store(

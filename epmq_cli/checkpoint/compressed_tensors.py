@@ -26,7 +26,7 @@ from epmq_cli.checkpoint.exporter import (
     unfit,
     words,
 )
-from epmq_cli.config.schema import Pack
+from epmq_cli.config.schema import OpenClipPack
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import DTYPES, Tensors
@@ -39,7 +39,7 @@ METHOD = "compressed-tensors"
 
 
 @dataclass(frozen=True)
-class CompressedTensorsExporter(Pack):
+class CompressedTensorsExporter(OpenClipPack):
     """`pack=compressed_tensors`. Weights that are not quantized are stored dense."""
 
     packs: ClassVar[bool] = True
@@ -48,6 +48,12 @@ class CompressedTensorsExporter(Pack):
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
+        if len(formats) > 1 and not family.mixes_formats:
+            names = " and ".join(format.name for format in formats)
+            raise ConfigError(
+                f"transformers cannot load this family with two formats in one checkpoint, got {names}; use one "
+                "format, such as bits=4, or pack=dense"
+            )
         if any(format.zero_points == "real" for format in formats):
             raise ConfigError(
                 "pack=compressed_tensors stores whole zero points, and those of this quantizer are real numbers; use "
@@ -69,8 +75,9 @@ class CompressedTensorsExporter(Pack):
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """See exporter.py. One group if all linears have the same format, else one for each.
 
-        `dequantize` makes transformers dequantize while it loads; it needs that for asymmetric grids in any case. It
-        must not do so with several widths, since it would take the first for all.
+        `dequantize` makes transformers dequantize while it loads. It needs that for zero points and for FP8 in any
+        case: it fills tensors that the files lack, such as those of a pooler, with random numbers, which torch does not
+        draw in FP8. It must not do so with several formats, since it would take the first for all.
         """
         formats = {name: weight.format for name, weight in weights.items()}
         if not formats:
@@ -93,7 +100,7 @@ class CompressedTensorsExporter(Pack):
             "ignore": [name for name in linears if name not in formats],
             "config_groups": groups,
         }
-        asked = len(kinds) == 1 and (dequantize or kinds[0].zero_points != "none")
+        asked = len(kinds) == 1 and (dequantize or kinds[0].zero_points != "none" or is_fp8(kinds[0]))
         return {**config, "dequantize": True} if asked else config
 
     def files(self, config: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from epmq_cli.checkpoint.exporter import ExpectedTensor
-from epmq_cli.config.schema import Pack
+from epmq_cli.config.schema import OpenClipPack
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
@@ -21,7 +21,7 @@ from epmq_cli.store.safetensors_writer import Entry
 
 
 @dataclass(frozen=True)
-class DenseExporter(Pack):
+class DenseExporter(OpenClipPack):
     """`pack=dense`. It stores weights of every format and model."""
 
     packs: ClassVar[bool] = False

@@ -41,6 +41,10 @@ class Exporter(Protocol):
     def shard_size(self) -> object:
         """The largest size of a file, such as 5GB."""
 
+    @property
+    def open_clip(self) -> bool:
+        """Whether CLIP models are written for open_clip as well (open_clip.py)."""
+
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """ConfigError where the exporter cannot store these formats, or loaders do not take the family; called before
         any model is opened. `formats`: those that a linear can get, none under `quant=none`."""

@@ -59,6 +59,7 @@ class GptqExporter(Pack):
     packs: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ("gptq",)
     requires: ClassVar[tuple[str, ...]] = ("optimum", "gptqmodel")
+    open_clip: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, ("float16", "bfloat16"))

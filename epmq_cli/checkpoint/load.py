@@ -1,4 +1,4 @@
-"""A checkpoint as a model of transformers whose packed linears stay packed."""
+"""Loads a checkpoint as a model of transformers; linears that the int4 kernel takes stay packed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ GENERATION = "generation_config.json"
 def load(
     checkpoint: str | Path, device: str = "auto", kernel: str = "auto", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model of a checkpoint folder that epmq wrote, ready to be called.
+    """The model of a checkpoint folder that epmq wrote, in evaluation mode.
 
-    `device`: auto, cpu, cuda or cuda:<index>. `dtype` of all that is not packed and of activations between linears:
-    unless given float32 on the CPU, bfloat16 on a GPU. `kernel`: `int4` multiplies with packed weights, and is refused
-    where a linear does not allow that; `dequantize` makes them dense; `auto` takes int4 for every linear that allows
-    it. Tensors are read one by one, and no packed weight is ever dense under int4. ConfigError: the kernel is refused.
-    CheckpointError: no such checkpoint.
+    `device`: auto, cpu, cuda or cuda:<index>. `dtype`: the type of dense weights and of activations; float32 on the CPU
+    and bfloat16 on a GPU if not given. `kernel`: `auto` multiplies with packed weights where the int4 kernel takes
+    them, and dequantizes the others, such as FP8; `int4` refuses a checkpoint with a linear that the kernel does not
+    take; `dequantize` makes all weights dense. Tensors are read one by one. Weights that stay packed are never dense in
+    memory. ConfigError: the kernel is refused. CheckpointError: the folder is not a checkpoint of epmq.
     """
     from transformers import GenerationConfig
 
@@ -73,16 +73,16 @@ def load(
 
 
 def refuse(obstacles: Mapping[str, str | None]) -> None:
-    """ConfigError where the int4 kernel cannot take one of the linears, or there are none; see `obstacle`."""
+    """ConfigError if no linear is quantized, or the int4 kernel does not take one of them (`obstacle`)."""
     if not obstacles:
         raise ConfigError("kernel=int4 needs quantized linears and there are none; use kernel=auto")
     for name, reason in obstacles.items():
         if reason is not None:
-            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes such")
+            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes it")
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """How many linears of a model are packed, and how many are dense."""
+    """The number of packed linears and of dense ones."""
     found = {"int4": 0, "dense": 0}
     for module in model.modules():
         found["int4"] += isinstance(module, Int4Linear)
@@ -91,7 +91,7 @@ def kernels(model: nn.Module) -> dict[str, int]:
 
 
 def model_config(folder: Path, files: SafetensorsFiles) -> Any:
-    """The config of a checkpoint's model as transformers has it, without how it is quantized."""
+    """The model config of a checkpoint, without its quantization_config."""
     from transformers import AutoConfig
 
     check_counts(folder / "config.json", "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
@@ -102,7 +102,7 @@ def model_config(folder: Path, files: SafetensorsFiles) -> Any:
 
 
 def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
-    """The model that config.json names, as it is made, without a pooler where the checkpoint has none."""
+    """The model that config.json names, with its initial weights; without a pooler if the checkpoint has none."""
     from transformers import PreTrainedModel
 
     names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
@@ -118,7 +118,7 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """What a module gets in place of a parameter; its buffers, such as rotary frequencies, are made as ever."""
+    """The parameter on the meta device. Buffers, such as rotary frequencies, are made as usual."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
@@ -130,16 +130,18 @@ def _quantized_linears(
     folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
 ) -> dict[str, NumberFormat]:
     """The number format of each quantized linear."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    formats = {name: format for name in linears if (format := layout.format_of(name)) is not None}
-    for name in linears:
-        if layout.scale and f"{name}{layout.scale}" in files.infos and name not in formats:
-            raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+    formats = {}
+    for name, module in model.named_modules():
+        if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
+            format = layout.format_of(name)
+            if format is None:
+                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+            formats[name] = format
     return formats
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors in their places in the model; CheckpointError where they do not fit, or one is missing."""
+    """Assigns tensors to the parameters of a model; CheckpointError if they do not fit, or one is missing."""
     try:
         found = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
@@ -151,5 +153,5 @@ def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
     if found.unexpected_keys:
         raise CheckpointError(
-            f"{folder} has a tensor that its model has not: {found.unexpected_keys[0]}; see epmq verify"
+            f"{folder} has a tensor that its model lacks: {found.unexpected_keys[0]}; see epmq verify"
         )

@@ -34,9 +34,11 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         import torch
 
         from epmq_cli.checkpoint.exporter import Exporter
+        from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
+        from epmq_cli.merge.method import check_method, refuse_needs
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table
@@ -49,19 +51,26 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     instantiate.check_complete(cfg, "merge")
     suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
+    check_method(method, [task.name for task in suite.members])
+    refuse_needs(method)
     device = torch.device("cpu")
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
         exporter.check(family, ())
+        if exporter.open_clip:
+            check_family(family, suite.family)
         models = SuiteModels(suite, family, whole=True)
+        if exporter.open_clip:
+            check_base(models.base)
         files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         merged = LazyMerge(models.source, method, torch.float32)
-        others = partial(save_processors, models.base.path, processors, family.reads)
+        processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
+        others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
         size = write_dense(checkpoint, models, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)

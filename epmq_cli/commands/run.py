@@ -129,10 +129,12 @@ class _Inputs:
 def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     """Opens models and data, and the cache as `cache` of the config says; all that can be refused is refused here,
     before anything is computed."""
+    from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
+    from epmq_cli.quantize.mixed_precision import transforms
     from epmq_cli.store.cache import open_cache
 
     opened_cache = open_cache(cache)
@@ -142,6 +144,8 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
     check_blocks(model, job.family, drawn)
+    if transforms(job.quantizer):
+        check_producers(model, job.family, drawn)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
     return _Inputs(models, model, dtype, shared, processors, tasks, drawn)
@@ -153,6 +157,7 @@ def _made(
     """Writes `checkpoint/`; gives the tasks with the heads that suit it, the scores of what came before, and what
     metrics.json says of it all. Models, samples and moments end with this function."""
     from epmq_cli.calibrate.reference_weights import copy_into
+    from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
     from epmq_cli.checkpoint.write import Contents, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.pipeline import calibration as guide
@@ -181,7 +186,8 @@ def _made(
     with stages.stage("teach"):
         taught = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
     with stages.stage("merge"):
-        copy_into(model, merged := shared.merged())
+        data = steps.merge_data(job, model, models.source, taught.batches, tasks, micro)
+        copy_into(model, merged := shared.merged(data))
     with stages.stage("score merged"):
         known = (models.base.path, shared.score_cache("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
@@ -200,7 +206,11 @@ def _made(
             heads={task.name: task.head for task in tasks},
             base=models.base.path,
             texts=record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors),
-            save_others=partial(save_processors, models.base.path, read.processors, job.family.reads),
+            save_others=also_open_clip(
+                job.exporter.open_clip,
+                partial(save_processors, models.base.path, read.processors, job.family.reads),
+                partial(dequantized_entries, model, calibrated.walk.weights, read.dtype),
+            ),
             dtype=read.dtype,
             changes=models.ties.changes,
         )

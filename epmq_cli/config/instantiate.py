@@ -114,6 +114,7 @@ def build(group: str, node: DictConfig) -> Any:
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     """The fields of the class that a config group names, and whether each must be given."""
     _check_node(group, node)
+    node = _with_current_names(node)
     kind = _class_of(f"{group}._target_", node._target_)
     needed = required(kind)
     return {field.name: field.name in needed for field in dataclasses.fields(kind)}

@@ -50,8 +50,8 @@ class Calib:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the type of most elements
-    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB."""
+    """What all options of `pack` have: `dtype` of scales and of all that is not quantized, `auto` for the type of most
+    elements that the base stores (`epmq merge` keeps the type of each tensor); `shard_size` such as 5GB."""
 
     dtype: str
     shard_size: object
@@ -59,6 +59,13 @@ class Pack:
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)
         bytes_of("pack.shard_size", self.shard_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenClipPack(Pack):
+    """`open_clip`: whether CLIP models are written for open_clip as well (checkpoint/open_clip.py)."""
+
+    open_clip: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Batches of model inputs, and how they are split."""
+"""Batches of model inputs, and functions that split them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-"""Model inputs by keyword, the first axis being samples."""
+"""Model inputs by keyword; the first axis is samples."""
 
-ALL = sys.maxsize  # samples of a batch
+ALL = sys.maxsize  # as a number of samples: no limit
 
 
 Collate = Callable[[list[Any]], Batch]
 
 
 def size(batch: Batch) -> int:
-    """How many samples there are."""
+    """The number of samples."""
     return len(next(iter(batch.values())))
 
 
 def split(batch: Batch, samples: int) -> list[Batch]:
-    """The samples of a batch in parts of at most so many, padded as they are; the batch itself where it has no more."""
+    """Splits a batch into parts of at most `samples` samples, with unchanged padding."""
     if size(batch) <= samples:
         return [batch]
     parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)

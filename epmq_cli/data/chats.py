@@ -1,4 +1,4 @@
-"""Conversations of training data, as two conventions store them: `messages`, a list of {role, content}
+"""Reads conversations in two formats: `messages`, a list of {role, content}
 (https://huggingface.co/docs/transformers/chat_templating), and `conversations`, a list of {from, value} (ShareGPT)."""
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""Who speaks in ShareGPT's `from` -> the role that chat templates know."""
+"""Maps the speakers in ShareGPT's `from` to the roles of chat templates."""
 
 MESSAGES = re.compile(r"""\s*\[\{\s*(['"])(role|content|from|value)\1\s*:""")
-"""How a list of messages begins that was stored as text."""
+"""The start of a list of messages that is stored as text."""
 
-LINES = "\n"  # between the texts of one message, as inference servers join them
+LINES = "\n"  # joins the parts of one message, as in inference servers
 EXTRAS = ("name", "tool_call_id", "reasoning_content")
-"""What else a message may have that templates read, beside its tool calls."""
+"""Further fields of a message that templates read, beside its tool calls."""
 
 
 class Chat(str):
-    """A conversation, from which a tokenizer's chat template makes a text. As a string it is what its messages say, a
-    line each, for what counts and compares texts.
+    """A conversation, which a tokenizer's chat template turns into text. The string itself holds the messages, one per
+    line, for code that counts and compares texts.
 
     `messages`: {role, content, ...}, each content a text. `where`: the row that it was read from.
     """
@@ -48,19 +48,19 @@ class Chat(str):
     where: str
 
     def __new__(cls, messages: Sequence[dict[str, Any]], where: str) -> Chat:
-        """The conversation of these messages."""
+        """Builds the string from the messages."""
         chat = super().__new__(cls, LINES.join(message["content"] for message in messages))
         chat.messages, chat.where = tuple(messages), where
         return chat
 
     def __getnewargs__(self) -> tuple[Sequence[dict[str, Any]], str]:  # type: ignore[override]
-        """For copies."""
+        """Makes copies and pickles keep the messages."""
         return self.messages, self.where
 
 
 def stored(value: Any) -> Any:
-    """The list of messages of a conversation that is stored in a text, as JSON or as Python writes a list into a csv;
-    any other value as it is. ValueError where it looks like one and cannot be read."""
+    """The list of messages if a text holds one, as JSON or as a Python list in a csv; any other value unchanged.
+    ValueError if the text looks like such a list and cannot be read."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
@@ -74,8 +74,8 @@ def stored(value: Any) -> Any:
 
 
 def _literal(text: str) -> list[Any] | None:
-    """The list that Python wrote as this text; None where it is none. ValueError where it looks like messages and is
-    none, as what numpy writes of an array."""
+    """The Python list in a text; None if the text holds none. ValueError if the text looks like messages and is not a
+    Python list, as when numpy printed an array."""
     try:
         return list(ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -85,18 +85,17 @@ def _literal(text: str) -> list[Any] | None:
 
 
 def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:
-    """The conversation that a list holds; DataError where it holds none."""
+    """The conversation in a list; DataError if the list holds none."""
     if not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(
-            f"{where}: column {column} holds {kind_of(value)}, not text; the only lists that epmq reads are "
-            "conversations, whose messages have role and content, or from and value; choose the column that holds the "
-            "text"
+            f"{where}: column {column} holds {kind_of(value)}, not text; a list must be a conversation, "
+            "whose messages have role and content, or from and value; choose the column that holds the text"
         )
     return Chat([_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)], where)
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    fields = {key: each for key, each in message.items() if each is not None}  # parquet fills up with null
+    fields = {key: each for key, each in message.items() if each is not None}  # parquet adds null fields
     if not {"role", "from"} & fields.keys():
         names = ", ".join(map(str, message)) or "nothing"
         raise DataError(f"{where} must have role and content, or from and value, and has {names}")
@@ -124,17 +123,17 @@ def _content(content: Any, where: str) -> str:
 
 
 def _part(part: Any, where: str) -> str:
-    """One part of a content that is a list: {type: text, text}, or a text."""
+    """The text of one part of a content that is a list: {type: text, text}, or a text."""
     if isinstance(part, str):
         return check_text(part, where)
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return check_text(part["text"], where)
     kind = f"a part of type {part['type']}" if isinstance(part, Mapping) and part.get("type") else kind_of(part)
-    raise DataError(f"{where} has {kind} in its content, and language models read text; leave its row out")
+    raise DataError(f"{where} has {kind} in its content, and epmq reads text only; leave its row out")
 
 
 def _tool_calls(calls: Iterable[Any], where: str) -> list[dict[str, Any]]:
-    """Tool calls as chat templates take them, with arguments that are objects: OpenAI stores those as JSON."""
+    """Tool calls in the form of chat templates, with arguments as objects; OpenAI stores the arguments as JSON."""
     found = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -154,7 +153,7 @@ def _tool_calls(calls: Iterable[Any], where: str) -> list[dict[str, Any]]:
 
 
 def _filled(value: Any) -> Any:
-    """The value without the null fields that parquet fills objects up with."""
+    """The value without the null fields that parquet adds to objects."""
     if isinstance(value, Mapping):
         return {key: _filled(each) for key, each in value.items() if each is not None}
     return [_filled(each) for each in value] if isinstance(value, list | tuple) else value

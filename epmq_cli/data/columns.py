@@ -1,4 +1,4 @@
-"""From the columns of a table to inputs and labels: what local tables and hub data sets share."""
+"""Turns the columns of a table into inputs and labels, for local tables and hub data sets alike."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from epmq_cli.errors import ConfigError, DataError
 
 CONVERSIONS = (None, "s", "r", "a")
 KINDS = ("", 0, 0.5)
-"""Of each kind of value that a table may have, one to try a prompt with."""
+"""One value of each type that a table may hold, to try a prompt with."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns make up a sample.
+    """The columns of a sample.
 
-    `inputs`: one column, or two for pairs of texts. `prompt`: a text with {column} places instead. `label`: the column
-    of the label, None where there is none; `labels` its values in the order of the classes, or None where they are the
-    whole numbers 0, 1, ... themselves; `regression`: labels are numbers of any size.
+    `inputs`: one column, or two for pairs of texts. `prompt`: a text with {column} placeholders instead. `label`: the
+    column of the label, None if there is none. `labels`: its values in the order of the classes, or None if they are
+    the whole numbers 0, 1, ... `regression`: whether labels are arbitrary numbers.
     """
 
     inputs: tuple[str, ...]
@@ -36,23 +36,24 @@ class Columns:
     regression: bool
 
     def required(self, split: Split) -> tuple[str, ...]:
-        """The columns that a split must have, the label's last; the train split needs no labels."""
+        """The columns that a split must have, the label's last. The train split needs no labels."""
         return self.inputs if self.label is None or split == "train" else (*self.inputs, self.label)
 
     def read(self, split: Split, found: Collection[str]) -> tuple[str, ...]:
-        """The columns to read of those that a split has: the required ones, and the label's where it is there."""
+        """The columns to read: the required ones, and the label's if it is among `found`, the columns of the split."""
         optional = [self.label] if self.label is not None and self.label in found else []
         return tuple(dict.fromkeys([*self.required(split), *optional]))
 
     def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
-        """Of each row its text, its pair of texts, its conversation, or the prompt with its values in place; DataError
-        where it holds none that a tokenizer can take, or one row a conversation and another a text."""
+        """The input of each row: a text, a pair of texts, a conversation, or the filled prompt.
+
+        DataError if a row holds no text, or if some rows hold conversations and others texts."""
         found = [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
         chat = next((each for each in found if isinstance(each, Chat)), None)
         if chat is not None and not all(isinstance(each, Chat) for each in found):
             raise DataError(
-                f"{chat.where}: column {self.inputs[0]} holds a conversation, and others of its rows hold texts; put "
-                "them into two data sets"
+                f"{chat.where}: column {self.inputs[0]} holds a conversation, and other rows hold texts; put them "
+                "into two data sets"
             )
         return found
 
@@ -79,18 +80,18 @@ class Columns:
             return check_text(str(self.prompt).format(**values), where)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"{where}: the values do not go into data.prompt {self.prompt!r} ({error}); leave out what follows a "
-                "column's name in its place"
+                f"{where}: the values do not fit data.prompt {self.prompt!r} ({error}); remove the format after the "
+                "column's name in the placeholder"
             ) from error
 
     def targets(
         self, values: Mapping[str, Sequence[Any]], where: str, split: Split, names: Sequence[str] | None = None
     ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-        """The labels that rows with these values by column have, int64, or float32 for a regression, and the names of
-        their classes; None where there are none.
+        """The labels of the rows, int64, or float32 for a regression, and the names of their classes; None if there are
+        none.
 
-        `names`: those that the source itself gives to the values 0, 1, ... of the column. The train split needs no
-        labels, and what cannot be read as labels there is passed over.
+        `values`: the values of the rows by column. `names`: the source's own names of the labels 0, 1, ... The train
+        split needs no labels; labels of it that cannot be read are ignored.
         """
         if self.label is None or (split == "train" and self.label not in values):
             return None, None
@@ -110,9 +111,14 @@ def columns(
     labels: Sequence[str | int | bool] | None,
     regression: bool,
 ) -> Columns:
-    """The columns that a source names; `option` is what it calls the input's. ConfigError where they make no sample."""
+    """The columns that the options of a source name; ConfigError if they do not make a sample.
+
+    `option`: the name of the source's option for the input column.
+    """
     if regression and labels is not None:
-        raise ConfigError("data.labels are names of classes, data.regression has none; leave one of them out")
+        raise ConfigError(
+            "data.labels names classes, and a regression has none; leave out data.labels or data.regression"
+        )
     names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     if prompt is None:
         if len(names) not in (1, 2):
@@ -120,27 +126,29 @@ def columns(
         return Columns(names, None, label, labels, regression)
     places = _places(prompt)
     if not places or not all(name.isidentifier() for name in places):
-        raise ConfigError(f"data.prompt must name columns in its places, such as {{sentence}}, got {prompt!r}")
+        raise ConfigError(f"data.prompt must have placeholders that are columns, such as {{sentence}}, got {prompt!r}")
     return Columns(places, prompt, label, labels, regression)
 
 
 def _places(prompt: str) -> tuple[str, ...]:
-    """The columns that a prompt names; ConfigError where no value could be put there."""
+    """The columns that a prompt names; ConfigError if a placeholder fits no value."""
     try:
         parsed = [place[1:] for place in Formatter().parse(prompt) if place[1] is not None]
     except ValueError as error:
-        raise ConfigError(f"data.prompt must be a text with {{column}} places, got {prompt!r} ({error})") from error
+        raise ConfigError(
+            f"data.prompt must be a text with {{column}} placeholders, got {prompt!r} ({error})"
+        ) from error
     for name, layout, conversion in parsed:
         if conversion not in CONVERSIONS or not _is_layout(str(layout)):
             raise ConfigError(
-                f"data.prompt must be a text with {{column}} places, got {prompt!r}, where {{{name}}} has a layout "
-                "that no value can have; leave it out, or write {{ and }} for braces of the text itself"
+                f"data.prompt must be a text with {{column}} placeholders, got {prompt!r}, where {{{name}}} has a "
+                "format that fits no value; remove the format, or write {{ and }} for literal braces"
             )
     return tuple(dict.fromkeys(str(name) for name, _, _ in parsed))
 
 
 def _is_layout(layout: str) -> bool:
-    """Whether `format` takes it for some kind of value."""
+    """Whether `format` accepts the format for a value of some type."""
     for value in KINDS:
         try:
             format(value, layout)

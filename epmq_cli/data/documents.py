@@ -1,4 +1,4 @@
-"""Running text for language models, from local files or from the hub, and the sequences that are cut out of it."""
+"""Running text for language models from local files, and the sequences that calibration cuts out of it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from epmq_cli.runtime.paths import check_permitted, expanded
 
 @dataclass(frozen=True)
 class Documents:
-    """Local files `train` and `test`: .txt, one document; or .jsonl, .json, .parquet, .csv or .tsv, a document a row.
+    """Local files `train` and `test`: .txt for one document; .jsonl, .json, .parquet, .csv or .tsv for one per row.
 
-    `text`: the column of the document, a text or a conversation: a list of messages {role, content} or {from, value},
-    which the tokenizer's chat template makes a text of. `prompt`: a text with {column} places, instead of `text`.
-    They have no labels.
+    `text`: the column of the document, which is a text or a conversation. A conversation is a list of messages
+    {role, content} or {from, value}; the tokenizer's chat template turns it into text. `prompt`: a text with {column}
+    placeholders, instead of `text`. Documents have no labels.
     """
 
     train: str
@@ -40,11 +40,11 @@ class Documents:
 
     @property
     def columns(self) -> Columns:
-        """The columns of a document; ConfigError where they make none."""
+        """The columns of a document; ConfigError if they do not make one."""
         return columns("text", self.text, self.prompt, None, None, False)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
-        """All documents of the split, or `count` of them: the first, or by a seed."""
+        """All documents of the split, or `count` of them: the first ones, or drawn by a seed."""
         path = expanded(self.train if split == "train" else self.test)
         if path.suffix.lower() == ".txt":
             return running([_read_text(path)], count, seed)
@@ -66,13 +66,13 @@ def running(texts: Sequence[Any], count: int | None, seed: int | None) -> Sample
 
 
 def token_blocks(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
-    """`count` sequences (count, length) that start anywhere in `ids` (tokens,), drawn by the seed.
+    """`count` sequences (count, length) that start at random places of `ids` (tokens,), drawn by the seed.
 
-    DataError where there are fewer than `length` tokens.
+    DataError if there are fewer than `length` tokens.
     """
     if len(ids) < length:
         raise DataError(
-            f"calibration needs at least max_length={length} tokens of text, got {len(ids)}; give more, or a smaller "
+            f"calibration needs at least max_length={length} tokens of text, got {len(ids)}; add text, or lower "
             "max_length"
         )
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which folders are classes and which of their files are images; what is neither is left out, counted and said."""
+"""Finds the class folders and image files of a folder; everything else is skipped, counted and reported."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from epmq_cli.errors import DataError
 from epmq_cli.runtime.console import log, say
 
 SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "#recycle", "lost+found", "system volume information"}
-"""Names, in lower case, that operating systems put beside a user's own."""
+"""Names, in lower case, of files that operating systems create."""
 
 MARKS = (".", "@", "$", "~$")
-"""How other such names begin: .DS_Store, .ipynb_checkpoints, @eaDir, $RECYCLE.BIN."""
+"""The first characters of other such names: .DS_Store, .ipynb_checkpoints, @eaDir, $RECYCLE.BIN."""
 
 LISTED = 5  # names in a sentence
 
 
 @dataclass
 class _Entries:
-    """What is in a folder: its images, and what is left out of it by the reason."""
+    """The entries of a folder: its images, and what is skipped, by reason."""
 
     images: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
@@ -32,10 +32,11 @@ class _Entries:
 
 
 def class_files(folder: Path, labels: Sequence[str | int] | None, other: Path) -> dict[str, list[Path]]:
-    """Class name -> its images by file name, in the order of the classes: that of `labels`, or the sorted names of the
-    sub-folders of both splits. `folder`: the split's; `other`: the other split's.
+    """Maps each class to its images, sorted by file name.
 
-    DataError where sub-folders and labels do not fit, or the split has no image.
+    The order of the classes is that of `labels`, or that of the sorted sub-folders of both splits. `folder`: the
+    folder of the split; `other`: that of the other split. DataError if sub-folders and labels do not match, or the
+    split has no images.
     """
     wanted = [] if labels is None else [_composed(str(label)) for label in labels]
     top = _entries(folder, wanted)
@@ -49,8 +50,8 @@ def class_files(folder: Path, labels: Sequence[str | int] | None, other: Path) -
         )
     if not found:
         raise DataError(
-            f"{folder} must have one sub-folder of images for each class, such as {listed(names) or 'cat, dog'}, and "
-            "has none"
+            f"{folder} has no sub-folders; it must have one sub-folder of images for each class, such as "
+            f"{listed(names) or 'cat, dog'}"
         )
     contents = {name: _entries(found[name]) if name in found else _Entries() for name in names}
     _tell(folder, top, contents)
@@ -58,21 +59,21 @@ def class_files(folder: Path, labels: Sequence[str | int] | None, other: Path) -
 
 
 def flat_images(folder: Path) -> list[Path]:
-    """The images of a folder that has no sub-folders, by file name; none where it has some."""
+    """The images of a folder without sub-folders, sorted by file name; none if it has sub-folders."""
     found = _entries(folder)
     return [] if found.folders else found.images
 
 
 def _class_names(folder: Path, other: Path) -> list[str]:
-    """Of the other split, so that a class has the same number in both."""
+    """The classes of the other split, so that a class has the same label in both."""
     if not other.is_dir():
-        say(f"{other} is not a folder, so that the classes are the sub-folders of {folder} alone")
+        say(f"{other} is not a folder, so the classes are the sub-folders of {folder} alone")
         return []
     return [_composed(path.name) for path in _entries(other).folders]
 
 
 def _entries(folder: Path, wanted: Sequence[str] = ()) -> _Entries:
-    """The entries of a folder by name; those that `wanted` names are not hidden."""
+    """The entries of a folder, sorted by name. Names in `wanted` do not count as hidden."""
     found = _Entries()
     with os.scandir(folder) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
@@ -90,24 +91,24 @@ def _entries(folder: Path, wanted: Sequence[str] = ()) -> _Entries:
 
 
 def _composed(name: str) -> str:
-    """The name with each letter one character, as some file systems take letters and their accents apart."""
+    """The name in Unicode's composed form; some file systems store letters and accents separately."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is one that operating systems and tools leave behind. A single character
-    is not: sets of written characters have such classes."""
+    """Whether operating systems and tools create files or folders with this name. Single characters are class names, as
+    in data sets of handwriting."""
     return len(name) > 1 and (name.lower() in SYSTEM or name.startswith(MARKS))
 
 
 def _tell(folder: Path, top: _Entries, contents: Mapping[str, _Entries]) -> None:
-    """Says what is left out, and which classes have no images; DataError where none has."""
+    """Reports what is skipped, and classes without images; DataError if no class has images."""
     parts = [*contents.values()]
     left = {
         "hidden files and folders": [*top.hidden, *(path for part in parts for path in part.hidden)],
         "folders inside class folders": [path for part in parts for path in part.folders],
         "files beside the class folders": [*top.images, *top.others],
-        "files whose ending is not that of an image": [path for part in parts for path in part.others],
+        "files that are not images by their extension": [path for part in parts for path in part.others],
     }
     said = "; ".join(f"{kind} ({len(paths)}): {_examples(folder, paths)}" for kind, paths in left.items() if paths)
     if not any(part.images for part in parts):
@@ -127,6 +128,6 @@ def _examples(folder: Path, paths: Sequence[Path]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names for a sentence."""
+    """Up to five names, for a sentence."""
     known = list(names)
     return ", ".join(known[:LISTED]) + ", ..." * (len(known) > LISTED)

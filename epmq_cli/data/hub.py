@@ -1,4 +1,4 @@
-"""Tasks from data sets of the Hugging Face hub, or of a mirror of it, through the `datasets` library (extra `hub`)."""
+"""Reads data sets of the Hugging Face hub, or of a mirror, with the `datasets` library (extra `hub`)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from epmq_cli.errors import ConfigError, DataError, first_line
 from epmq_cli.runtime.links import escapes
 from epmq_cli.runtime.paths import check_permitted, expanded
 
-BUFFER = 2048  # rows that a streamed draw chooses among, at first; each row that is drawn makes place for one more
-SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turns, so that sorted classes mix
+BUFFER = 2048  # rows in the shuffle buffer of a streamed draw
+SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turn, so that sorted classes mix
 
 log = logging.getLogger("epmq")
 
 Values = Mapping[str, Sequence[Any]]
-"""Column -> its values, images as {bytes, path}."""
+"""The values by column, images as {bytes, path}."""
 Names = tuple[str, ...] | None
 
 
 class Pictures(Sequence[Image.Image]):
-    """Images that are decoded when they are asked for."""
+    """Images that are decoded on access."""
 
     def __init__(self, stored: Sequence[Any], where: str, decoder: Decoder | None = None) -> None:
-        """`stored`: of each image {bytes, path}, or the bytes alone."""
+        """`stored`: each image as {bytes, path}, or its bytes alone."""
         self._stored, self._where, self._decoder = stored, where, decoder or Decoder()
 
     def __len__(self) -> int:
@@ -51,12 +51,12 @@ class Pictures(Sequence[Image.Image]):
         return self._decoder.decode(content, where)
 
     def raw(self, index: int) -> bytes | Image.Image:
-        """The encoded image, and how it is decoded; the image itself where it is somewhere on the network."""
+        """The encoded image with the decoder's key; the decoded image if it is on the network."""
         content = self._content(index)
         return self[index] if content is None else self._decoder.key + content
 
     def _content(self, index: int) -> bytes | None:
-        """The encoded image, which the data set holds or a file on this machine."""
+        """The encoded image from the data set or from a local file; None if it is on the network."""
         stored = self._stored[index]
         if isinstance(stored, bytes):
             return stored
@@ -73,22 +73,22 @@ class Pictures(Sequence[Image.Image]):
 
         try:
             image: Image.Image = datasets.Image().decode_example(dict(self._stored[index]))
-        except Exception as error:  # Pillow and the network have no common one
+        except Exception as error:  # Pillow and the network raise unrelated errors
             raise DataError(f"{self._where}: image {index} cannot be read ({first_line(error)})") from error
         return image
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set by its id, or by the folder of a copy of it.
+    """A data set by its id, or by the folder of a copy.
 
-    `name`: its configuration, null for the only one. `train` and `test`: its splits. `input`: the column of the image,
-    text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
-    {column} places, instead of `input`. `label`: the column of the label, which the train split need not have; null
-    where there is none. `labels`: the values of that column, or the names that the data set gives them, in the order of
-    the classes; null where the values are the whole numbers 0, 1, ... themselves. `regression`: labels are numbers, not
-    classes. `root`: a mirror, where the data set is looked for at `<root>/datasets/<id>` and `<root>/<id>` first.
-    `background` and `white_level` of images: see `Decoder`.
+    `name`: its configuration, null if it has only one. `train` and `test`: its splits. `input`: the column of the
+    image, text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
+    {column} placeholders, instead of `input`. `label`: the column of the label, which the train split need not have;
+    null if there is none. `labels`: the values of that column, or the data set's names for them, in the order of the
+    classes; null if the values are the whole numbers 0, 1, ... `regression`: whether labels are numbers instead of
+    classes. `root`: a mirror, searched first, at `<root>/datasets/<id>` and `<root>/<id>`. `background` and
+    `white_level` of images: see `Decoder`.
     """
 
     path: str
@@ -105,7 +105,7 @@ class Hub:
     white_level: float | None = None
 
     streams: ClassVar[bool] = True
-    """Whether a count of samples is drawn without all of the split being read."""
+    """Whether a draw of a few samples does not read the whole split."""
 
     def __post_init__(self) -> None:
         if self.name is not None and escapes(self.name):
@@ -115,15 +115,15 @@ class Hub:
 
     @property
     def columns(self) -> Columns:
-        """The columns of a sample; ConfigError where they make none."""
+        """The columns of a sample; ConfigError if they do not make one."""
         return columns("input", self.input, self.prompt, self.label, self.labels, self.regression)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
-        """Samples of the split, whose images are decoded when they are asked for.
+        """Samples of the split, whose images are decoded on access.
 
-        With a count they are streamed: nothing is kept on disk, and a draw reads about BUFFER rows from SHARDS places
-        of the split. Without one, or where it cannot be streamed (offline, from the cache of `datasets`), the split
-        is downloaded once into that cache, without the others.
+        With a count, samples are streamed: nothing is kept on disk, and a draw reads about BUFFER rows from SHARDS
+        places of the split. Without a count, or if the split cannot be streamed (offline, from the cache of
+        `datasets`), the split alone is downloaded once into that cache.
         """
         library, stored = _datasets(self.path), self.train if split == "train" else self.test
         failures = (OSError, ValueError, NotImplementedError, library.exceptions.DatasetsError)
@@ -133,26 +133,28 @@ class Hub:
                 return _share(drawn, count, seed) if split == "test" else drawn
             except failures as error:
                 level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
-                log.log(level, "data set %s cannot be streamed, reading all of it (%s)", self.path, first_line(error))
+                log.log(
+                    level, "data set %s cannot be streamed, so all of it is read (%s)", self.path, first_line(error)
+                )
         try:
             found, names = self._whole(library, split, stored)
         except failures as error:
             mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
-                f"data set {self.path} cannot be had; check its id, name and split ({first_line(error)}){mirror}"
+                f"data set {self.path} cannot be loaded; check its id, name and split ({first_line(error)}){mirror}"
             ) from error
         samples = self._samples(found, names, split)
         return _share(samples, count, seed) if split == "test" else samples.some(count, seed)
 
     @property
     def folder(self) -> Path | None:
-        """The data set's folder on this machine, in the mirror or given as such; None where there is none."""
+        """The data set's local folder, in the mirror or as given; None if there is none."""
         mirrors = [Path(self.root) / "datasets", Path(self.root)] if self.root and not escapes(self.path) else []
         found = (expanded(place) for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
         return next((place for place in found if place.is_dir()), None)
 
     def _builder(self, library: ModuleType, cache: Path | None = None) -> Any:
-        """The data set's builder; a configuration that no README declares is a sub-folder of that name."""
+        """The data set's builder. A configuration that its README does not declare is a sub-folder of that name."""
         folder, name = self.folder, self.name
         place, options = str(folder or self.path), {"cache_dir": None if cache is None else str(cache)}
         if folder and name and (folder / name).is_dir() and name not in library.get_dataset_config_names(place):
@@ -162,8 +164,8 @@ class Hub:
     def _streamed(
         self, library: ModuleType, split: Split, stored: str, count: int, seed: int | None
     ) -> tuple[Values, Names]:
-        """`count` rows of the split, images undecoded, without writing anything to disk; some more of the test split
-        where these are had for little, as texts and local files are, so that classes can get their shares."""
+        """`count` rows of the split, images undecoded, without writing to disk. Test splits with texts or local files
+        are cheap to read: it returns BUFFER more rows of them, so that samples can be stratified by class."""
         builder = self._builder(library)
         rows = builder.as_streaming_dataset(split=stored)
         columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))
@@ -173,15 +175,15 @@ class Hub:
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
             count += BUFFER if split == "test" and (self.folder is not None or not pictures) else 0
-        taken = list(islice(rows, count))  # rows.take(count) would read a batch further
+        taken = list(islice(rows, count))  # rows.take(count) would read one more batch
         return {name: [row[name] for row in taken] for name in columns}, names
 
     def _whole(self, library: ModuleType, split: Split, stored: str) -> tuple[Values, Names]:
-        """The split from the cache; there it has a folder of its own, so that no other split is downloaded with it."""
+        """The split from the cache, where each split has its own folder, so that the others are not downloaded."""
         part = stored.partition("[")[0]
         try:
             builder = _only(self._builder(library, Path(library.config.HF_DATASETS_CACHE) / "epmq" / part), part)
-        except OSError:  # offline: what was cached whole, by whatever program
+        except OSError:  # offline: the whole data set, as other programs cache it
             builder = self._builder(library)
         builder.download_and_prepare(verification_mode="no_checks")
         rows = builder.as_dataset(split=stored)
@@ -191,7 +193,7 @@ class Hub:
         return {name: rows[name] for name in columns}, names
 
     def _columns(self, split: Split, found: Sequence[str]) -> tuple[str, ...]:
-        """The columns to read of those that a split has."""
+        """The columns to read; DataError if the split lacks one. `found`: the columns of the split."""
         missing = [column for column in self.columns.required(split) if column not in found]
         if missing:
             hint = f"; {WITHOUT}" if missing[0] == self.label else ""
@@ -201,19 +203,19 @@ class Hub:
         return self.columns.read(split, found)
 
     def _samples(self, values: Values, names: Names, split: Split) -> Samples:
-        """The rows as samples; of the test split those that have a label."""
+        """The rows as samples; those of the test split that have a label."""
         labels, classes = self.columns.targets(values, f"data set {self.path}", split, names)
         samples = Samples(self._inputs(values), labels, classes)
         return self._labelled(samples) if split == "test" and names is not None else samples
 
     def _labelled(self, samples: Samples) -> Samples:
-        """The samples with a label; all where none has one, which is said where they are scored."""
+        """The samples with a label; all samples if none has one, which scoring reports."""
         assert samples.labels is not None
         kept = (samples.labels != UNLABELLED).nonzero()[:, 0].tolist()
         if len(kept) in (0, len(samples)):
             return samples
         log.warning(
-            "data set %s: %d of %d samples of the split %s have no label (-1) and are left out",
+            "data set %s: %d of %d samples of the split %s have no label (-1) and are skipped",
             self.path,
             len(samples) - len(kept),
             len(samples),
@@ -222,7 +224,7 @@ class Hub:
         return samples.take(kept)
 
     def _inputs(self, values: Values) -> Sequence[Any]:
-        """Pictures, or texts."""
+        """The inputs of the rows: pictures or texts."""
         first = values[self.columns.inputs[0]]
         if self.prompt is None and are_images(first):
             return Pictures(first, self.path, Decoder(self.background, self.white_level))
@@ -242,29 +244,29 @@ def _datasets(path: str) -> ModuleType:
 
 
 def _only(builder: Any, split: str) -> Any:
-    """The builder without the files of other splits; ValueError where there is no such split."""
+    """The builder without the files of other splits; ValueError if there is no such split."""
     files = builder.config.data_files
     if files is not None and split.isidentifier():
         if split not in files:
             raise ValueError(f"its splits are {', '.join(map(str, files))}")
-        if not _has_folders(builder):  # which numbers its classes by the folders of all splits
+        if not _has_folders(builder):  # such a data set numbers its classes by the folders of all splits
             builder.config.data_files = type(files)({split: files[split]})
     return builder
 
 
 def _has_folders(builder: Any) -> bool:
-    """Whether the data set is a folder of files, whose sub-folders are classes."""
+    """Whether the data set is a folder of files with classes as sub-folders."""
     return hasattr(builder, "BASE_COLUMN_NAME")
 
 
 def _check_folders(path: str, builder: Any, rows: Any) -> None:
-    """DataError where a class of such a data set is a folder that a system or a tool left behind."""
+    """DataError if a class of such a data set is a folder that a system or tool created."""
     names = getattr((rows.features or {}).get("label"), "names", ()) if _has_folders(builder) else ()
     hidden = [name for name in names if is_hidden(name)]
     if hidden:
         raise DataError(
             f"data set {path} has folders that are not classes, {listed(hidden)}, which the datasets library counts as "
-            "such; remove them, or read it with epmq_cli.data.images.ImageFolder, which leaves them out"
+            "classes; remove them, or read the data set with epmq_cli.data.images.ImageFolder, which skips them"
         )
 
 
@@ -277,17 +279,17 @@ def _undecoded(library: ModuleType, rows: Any) -> Any:
 
 
 def _names(rows: Any, label: str | None) -> Names:
-    """The names of the values 0, 1, ... of the label's column, where the data set declares them."""
+    """The names of the values 0, 1, ... of the label's column, if the data set declares them."""
     found = getattr((rows.features or {}).get(label), "names", None)
     return None if found is None else tuple(map(str, found))
 
 
 def _has_pictures(library: ModuleType, rows: Any, inputs: Sequence[str]) -> bool:
-    """Whether an input is a picture, or may be one as nothing is declared."""
+    """Whether an input is a picture, or may be one because the data set declares no types."""
     features = rows.features
     return features is None or any(isinstance(features.get(name), library.Image) for name in inputs)
 
 
 def _share(samples: Samples, count: int | None, seed: int | None) -> Samples:
-    """`count` samples: the first ones, or drawn by the seed, of each class its share."""
+    """`count` samples: the first ones, or stratified by class and drawn by the seed."""
     return samples.some(count, None) if seed is None else samples.stratified(count, seed)

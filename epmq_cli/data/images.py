@@ -20,7 +20,7 @@ from epmq_cli.runtime.paths import check_permitted, expanded
 
 
 class ImageFiles(Sequence[Image.Image]):
-    """Images that are opened when they are asked for."""
+    """Images that are opened on access."""
 
     def __init__(self, paths: Sequence[Path], decoder: Decoder | None = None) -> None:
         self._paths, self._decoder = paths, decoder or Decoder()
@@ -41,17 +41,17 @@ class ImageFiles(Sequence[Image.Image]):
         return self._decoder.decode(content, str(path))
 
     def raw(self, index: int) -> bytes:
-        """The file, and how it is decoded."""
+        """The bytes of the file with the decoder's key."""
         return self._decoder.key + self._paths[index].read_bytes()
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Folders `train` and `test` with one sub-folder of images a class; images of `train`, whose labels are not used,
-    may lie in the folder itself.
+    """Folders `train` and `test` with one sub-folder of images per class. The images of `train`, whose labels are not
+    used, may be in the folder itself.
 
-    `labels`: the names of the sub-folders in the order of the classes; null for the sorted names of those of both
-    splits. `background` and `white_level`: see `Decoder`.
+    `labels`: the names of the sub-folders in the order of the classes; null for the sorted names of both splits.
+    `background` and `white_level`: see `Decoder`.
     """
 
     train: str
@@ -67,10 +67,10 @@ class ImageFolder:
             raise ConfigError(f"data.labels must be different names of sub-folders, got {shown(names)}")
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
-        """Images of the split, without a seed by class, then by file name."""
+        """Images of the split; without a seed they are sorted by class and file name."""
         folder, other = map(expanded, (self.train, self.test) if split == "train" else (self.test, self.train))
         if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder; data paths are taken from the folder that epmq was started in")
+            raise DataError(f"{folder} is not a folder; relative data paths start from the folder where epmq runs")
         flat = flat_images(folder) if split == "train" else []  # calibration needs no labels
         if flat:
             return Samples(ImageFiles(flat, Decoder(self.background, self.white_level))).some(count, seed)
@@ -82,7 +82,7 @@ class ImageFolder:
 
 
 class ArrayImages(Sequence[Image.Image]):
-    """Images of an array uint8 (n, height, width) or (n, height, width, 3), each made when it is asked for."""
+    """Images of a uint8 array (n, height, width) or (n, height, width, 3), each made on access."""
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
         self._array = array
@@ -100,7 +100,7 @@ class ArrayImages(Sequence[Image.Image]):
 
 
 def _are_whole(labels: NDArray[Any]) -> bool:
-    """Whether labels are whole numbers, whatever their type."""
+    """Whether labels are whole numbers, of any type."""
     if labels.dtype.kind != "f":
         return labels.dtype.kind in "iub"
     return bool((np.isfinite(labels) & (labels == np.rint(labels))).all())
@@ -108,7 +108,7 @@ def _are_whole(labels: NDArray[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Npz:
-    """One npz file with arrays train_images, test_images and test_labels; train_labels are not used.
+    """An npz file with arrays train_images, test_images and test_labels; train_labels is not used.
 
     Images: uint8, (n, height, width) or (n, height, width, 1) grey, or (n, height, width, 3) RGB. Labels: whole numbers
     (n,) or (n, 1).
@@ -125,7 +125,7 @@ class Npz:
                 images = arrays[f"{split}_images"]
                 known = split == "test" or f"{split}_labels" in arrays  # calibration needs no labels
                 labels = arrays[f"{split}_labels"] if known else None
-        except Exception as error:  # numpy has no common one; pickled objects are never loaded
+        except Exception as error:  # numpy raises unrelated errors; pickled objects are never loaded
             raise DataError(
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
             ) from error

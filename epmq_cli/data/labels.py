@@ -1,4 +1,4 @@
-"""From the values of a label column to labels: positions of classes, or numbers, and the names of the classes."""
+"""Turns the values of a label column into class indices or numbers, with the names of the classes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from epmq_cli.errors import DataError, shown
 
-MOST = 1 << 63  # int64 has the whole numbers below
+MOST = 1 << 63  # int64 holds the whole numbers below
 LARGEST = torch.finfo(torch.float32).max
 WITHOUT = "eval.stages=[] merges and calibrates without scoring"
 YAML_WORDS = (("no", "yes"), ("off", "on"), ("false", "true"))
-"""What YAML reads as false and true where it is not in quotes."""
+"""Words that YAML reads as false and true unless they are quoted."""
 UNLABELLED = -1
-"""The label that data sets of the hub give to samples without one."""
+"""The label of unlabelled samples in data sets of the hub."""
 
 Classes = tuple[str, ...] | None
 
@@ -30,9 +30,9 @@ def read_labels(
     regression: bool,
     where: str,
 ) -> tuple[Tensor, Classes]:
-    """The labels (len(values),) and the names of their classes in order, None where these are not known.
+    """The labels (len(values),) and the names of the classes in order, None if they are unknown.
 
-    `labels`: the values in the order of the classes. `names`: those that the source gives to the values 0, 1, ...
+    `labels`: the values in the order of the classes. `names`: the source's own names of the values 0, 1, ...
     """
     _check_single(values, where)
     if regression:
@@ -46,19 +46,19 @@ def read_labels(
 
 
 def _check_single(values: Sequence[Any], where: str) -> None:
-    """DataError where a row has no label, or several of them."""
+    """DataError if a row has no label, or several."""
     for number, value in enumerate(values, 1):
         if isinstance(value, (list, tuple, dict)):
             kind = "an object" if isinstance(value, dict) else "a list"
             raise DataError(
-                f"{where}, row {number}: the label {shown(value)} is {kind}; epmq scores tasks with one label a "
-                f"sample, which multi-label tasks do not have; {WITHOUT}"
+                f"{where}, row {number}: the label {shown(value)} is {kind}; epmq scores single-label tasks, not "
+                f"multi-label ones; {WITHOUT}"
             )
     empty = [number for number, value in enumerate(values, 1) if _is_empty(value)]
     if empty:
         raise DataError(
-            f"{where}, row {empty[0]}: the row has no label, like {len(empty)} of {len(values)} rows; remove them or "
-            f"fill them in; {WITHOUT}"
+            f"{where}, row {empty[0]}: the row has no label ({len(empty)} of {len(values)} rows have none); remove "
+            f"these rows or add their labels; {WITHOUT}"
         )
 
 
@@ -71,17 +71,17 @@ def _is_empty(value: Any) -> bool:
 def _named(
     values: Sequence[Any], labels: Sequence[str | int | bool] | None, names: Sequence[str], where: str
 ) -> tuple[Tensor, Classes]:
-    """Labels whose values 0, 1, ... have names, by which `labels` may call them; -1 is a sample without a label."""
+    """Labels whose values 0, 1, ... have names, which `labels` may list in another order; -1 means unlabelled."""
     indices = _indices(values, where)
     if len(indices) and not UNLABELLED <= int(indices.min()) <= int(indices.max()) < len(names):
         raise DataError(
-            f"{where}: its labels are {int(indices.min())}..{int(indices.max())}, and it names {len(names)} classes, "
+            f"{where}: the labels are {int(indices.min())}..{int(indices.max())}, but {len(names)} classes have names, "
             f"{', '.join(names)}; fetch it again"
         )
     if labels is None:
         return indices, tuple(names)
     spelled = _spelled(labels, names)
-    if not set(spelled) & set(names):  # the values themselves
+    if not set(spelled) & set(names):  # labels lists values, not names
         return _positions(values, spelled, where), tuple(spelled)
     called = ["-1" if index == UNLABELLED else names[index] for index in indices.tolist()]
     found = _positions([name for name in called if name != "-1"], spelled, where)
@@ -90,7 +90,7 @@ def _named(
 
 
 def _spelled(labels: Sequence[str | int | bool], values: Collection[Any]) -> list[str]:
-    """The values of classes as texts; those that YAML took for true and false as the data spells them."""
+    """The values of the classes as texts. Values that YAML read as true and false are spelled as in the data."""
     texts = {value.casefold(): value for value in values if isinstance(value, str)}
     words = next((pair for pair in YAML_WORDS if texts and set(texts) <= {*pair}), None)
     if words is None or not all(isinstance(label, bool) for label in labels):
@@ -99,22 +99,22 @@ def _spelled(labels: Sequence[str | int | bool], values: Collection[Any]) -> lis
 
 
 def _text(value: Any) -> str:
-    """A value as the text by which it is found: whole numbers alike, whatever their type."""
+    """A value as text; whole numbers look the same whatever their type."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
 
 
 def _loosely(value: Any) -> str:
-    """A value without its case and the spaces around it; numbers such as 1.0 as whole ones."""
+    """A value as text without case and surrounding spaces; 1.0 becomes 1."""
     text = unicodedata.normalize("NFKC", _text(value)).strip().casefold()
     whole, point, rest = text.partition(".")
     return whole if point and whole.removeprefix("-").isdecimal() and not rest.strip("0") else text
 
 
 def _key(values: Sequence[Any], labels: Sequence[str]) -> Callable[[Any], str]:
-    """How values are compared with labels: to the letter, or loosely where they do not all fit so and no two labels are
-    alike."""
+    """The comparison of values with labels: exact, or loose if some values do not match exactly and no two labels are
+    loosely equal."""
     exact = all(_text(value) in labels for value in set(map(_text, values)))
     return _text if exact or len(set(map(_loosely, labels))) < len(labels) else _loosely
 
@@ -125,22 +125,21 @@ def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> Tens
     index = {key(label): position for position, label in enumerate(labels)}
     unknown = next((value for value in values if key(value) not in index), None)
     if unknown is not None:
-        quotes = "; YAML reads the words yes, no, on and off as true and false, put them in quotes"
+        quotes = "; YAML reads the words yes, no, on and off as true and false, so quote them"
         hint = quotes if {"True", "False"} & set(labels) else ""
         raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(labels)}{hint}")
     return torch.tensor([index[key(value)] for value in values], dtype=torch.int64)
 
 
 def _indices(values: Sequence[Any], where: str) -> Tensor:
-    """int64 (len(values),): the values themselves; of a column of nothing but true and false, as PatchCamelyon's, 1 and
-    0."""
+    """int64 (len(values),): the values themselves. A column of booleans, as in PatchCamelyon, becomes 1 and 0."""
     if all(isinstance(value, bool) for value in values):
         return torch.tensor(values, dtype=torch.int64)
     return torch.tensor([_whole(value, where) for value in values], dtype=torch.int64)
 
 
 def _whole(value: Any, where: str) -> int:
-    """A label as a whole number: 1, 1.0, "1" and "1.0" are one; 1.7, true among numbers and infinity are none."""
+    """A label as a whole number: 1, 1.0, "1" and "1.0" are accepted; 1.7, infinity and true among numbers are not."""
     try:
         read = (float(value) if "." in value else int(value)) if isinstance(value, str) else value
         number = int(read)
@@ -149,8 +148,8 @@ def _whole(value: Any, where: str) -> int:
     except (TypeError, ValueError, OverflowError):
         pass
     raise DataError(
-        f"{where}: labels must be whole numbers from 0, got {shown(value)}; name their values in data.labels, or set "
-        "data.regression: true and metric: spearman for numbers"
+        f"{where}: labels must be whole numbers from 0, got {shown(value)}; list the values in data.labels, or set "
+        "data.regression: true and metric: spearman for a regression"
     )
 
 

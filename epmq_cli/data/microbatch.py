@@ -1,4 +1,4 @@
-"""What is done where there is no room for a batch: its samples go through the model in smaller parts."""
+"""Halves the micro-batch and retries on out-of-memory."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ Result = TypeVar("Result")
 
 
 class MicroBatcher:
-    """How many samples may go through a model at a time: at most `most`, half as many each time that memory does not
-    suffice.
+    """The number of samples that go through a model at a time: `most` at first, and half as many after each
+    out-of-memory error.
 
-    `work`: what is done with them, and `remedy`: what to do where there is no room for one of them, as a person reads
-    it. `retries`: whether less is tried at all.
+    `work` and `remedy` are for messages: the work that needs the memory, and what to do if one sample is too many.
+    `retries`: whether smaller micro-batches are tried at all.
     """
 
     def __init__(self, most: int, work: str, remedy: str, retries: bool = True) -> None:
         self.most, self.samples = most, most
         self.halved = 0
-        """How often, earlier processes of a run included."""
+        """How often the micro-batch was halved, including earlier processes of the run."""
         self.keep: Callable[[int], None] = lambda halved: None
-        """Called with the count whenever it grows."""
+        """Called with the new count after each halving."""
         self._work, self._remedy, self._retries = work, remedy, retries
 
     def run(
         self, call: Callable[[int], Result], restore: Callable[[], None] = lambda: None, count: int = ALL
     ) -> Result:
-        """What `call` gives, told how many samples it may take at a time. `restore`: makes good what a call has changed
-        before it failed. `count`: how many there are at most. RunError where there is no room for one."""
+        """The result of `call`, which receives the number of samples per micro-batch.
+
+        `restore` undoes what a failed call has changed. `count`: the maximum number of samples. RunError if one sample
+        does not fit into memory.
+        """
         while True:
             samples = min(self.samples, count)
             try:
@@ -46,27 +49,30 @@ class MicroBatcher:
                 if not (self._retries and lacks_memory(error)):
                     raise
                 log.info("%s, %d samples at a time: %s", self._work, samples, first_line(error))
-            self._halve(samples)  # out here, where the error no longer holds what the call had made
+            self._halve(samples)  # outside of the except block, where the error no longer holds the call's tensors
             restore()
 
     def rows(self, call: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """What `call` gives for the samples of a batch, one under the other."""
+        """The results of `call` for the parts of a batch, concatenated."""
         return self.run(lambda n: joined([call(part) for part in split(batch, n)]), count=size(batch))
 
     def _halve(self, samples: int) -> None:
-        """Half of so many, for which there was no room."""
+        """Halves the micro-batch; RunError if it is one sample."""
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
         memory.give_back()
         if samples == 1:
-            raise RunError(f"there is no room for {self._work} even with one sample at a time; {self._remedy}")
+            raise RunError(
+                f"there is not enough memory for {self._work}, even with one sample at a time; {self._remedy}"
+            )
         self.samples = samples // 2
         self.halved += 1
-        say(f"there is no room for {self._work} with {samples} samples at a time; it goes on with {self.samples}")
+        short = f"there is not enough memory for {self._work} with {samples} samples at a time"
+        say(f"{short}; epmq retries with {self.samples}")
         self.keep(self.halved)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of some tensors, one under the other; the tensor itself where there is one."""
+    """The tensors concatenated along rows; a single tensor unchanged."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,15 +1,15 @@
-"""One decoding rule for the pictures of every data source: whatever Pillow reads becomes RGB of 8 bits a channel.
+"""Decodes the pictures of every data source by the same rules: all become RGB with 8 bits per channel.
 
 | stored as | becomes |
 |---|---|
-| RGB, grey, palette, 1 bit, YCbCr, HSV, CMYK | what Pillow converts it to; opaque RGB pictures keep every pixel |
-| LAB | sRGB, by the colour profiles of littlecms |
-| with transparency: RGBA, grey with alpha, palette, a transparent colour | laid over `background` |
-| 16-bit grey | divided by its white level: 65535, or 4095 where a TIFF says that it has 12 bits |
-| 32-bit integers | likewise; those of a TIFF that do not exceed 255 are taken as 8 bits |
-| floats | in 0..1; other ranges are refused |
-| turned by an EXIF orientation | upright |
-| several frames or pages | the first, which is said once |
+| RGB, grey, palette, 1 bit, YCbCr, HSV, CMYK | converted by Pillow; opaque RGB pictures keep every pixel |
+| LAB | converted to sRGB with the colour profiles of littlecms |
+| with transparency: RGBA, grey with alpha, palette, a transparent colour | composited over `background` |
+| 16-bit grey | divided by its white level: 65535, or 4095 for a TIFF with 12 bits |
+| 32-bit integers | divided by 65535; by 255 in a TIFF whose values do not exceed 255 |
+| floats | must lie in 0..1 |
+| with an EXIF orientation | rotated upright |
+| several frames or pages | the first, with one message |
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from epmq_cli.runtime.console import log, say
 ORIENTATION = 0x0112  # of EXIF
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 EIGHT, TWELVE, SIXTEEN = 255, 4095, 65535  # white in so many bits
-NEVER = {"EPS", "MPEG"}  # the first runs Ghostscript, of the second Pillow only reads the size
-FULL = {"PNG", "PPM"}  # formats whose 32-bit integers are 16 bits in full scale
-PAGED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF", "FLI", "DCX"}  # formats whose frames are pictures of their own
-DARK = 4096  # of 65536: a picture of 16 bits below this is nearly black in 8 bits
+NEVER = {"EPS", "MPEG"}  # EPS runs Ghostscript; of MPEG, Pillow only reads the size
+FULL = {"PNG", "PPM"}  # formats whose 32-bit integers are 16 bits at full scale
+PAGED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF", "FLI", "DCX"}  # formats whose frames are separate pictures
+DARK = 4096  # a 16-bit picture whose values are all below this is nearly black in 8 bits
 
 
 class UnreadableError(Exception):
-    """Why a picture has no meaning in 8 bits; the caller knows its name."""
+    """Says why a picture cannot be converted to 8 bits. The caller adds its name."""
 
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow decodes by itself, the usual ones first."""
+    """The formats that Pillow decodes without other programs, common ones first."""
     Image.preinit()
     Image.init()
     return tuple(name for name in Image.ID if name not in NEVER and not _is_stub(Image.OPEN[name][0]))
@@ -54,13 +54,13 @@ def _is_stub(factory: Any) -> bool:
 
 @lru_cache(maxsize=1)
 def endings() -> frozenset[str]:
-    """The endings of their files, in lower case, with the dot."""
-    known = {*formats(), "MPO"}  # which Pillow reads as JPEG
+    """The file extensions of these formats, in lower case, with the dot."""
+    known = {*formats(), "MPO"}  # Pillow reads MPO as JPEG
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
 
 
 def check_decoding(background: object, white_level: object) -> None:
-    """ConfigError where the options of a data source about its pictures are not ones that `Decoder` takes."""
+    """ConfigError if the options of a data source are invalid for `Decoder`."""
     if background is not None:
         try:
             ImageColor.getrgb(str(background))
@@ -74,7 +74,7 @@ def check_decoding(background: object, white_level: object) -> None:
 
 
 def are_images(values: Sequence[Any]) -> bool:
-    """Whether a column holds images as `datasets` stores them, or files of them."""
+    """Whether a column holds images, as `datasets` stores them or as the bytes of files."""
     value = next((value for value in values if value is not None), None)
     if isinstance(value, bytes):
         return not _is_text(value)
@@ -82,7 +82,7 @@ def are_images(values: Sequence[Any]) -> bool:
 
 
 def _is_text(content: bytes) -> bool:
-    """Whether bytes are a text in UTF-8, as no usual format of images is."""
+    """Whether bytes are text in UTF-8; files of the common image formats are not."""
     try:
         return "\0" not in content.decode()
     except UnicodeDecodeError:
@@ -90,10 +90,10 @@ def _is_text(content: bytes) -> bool:
 
 
 class Decoder:
-    """Decodes the pictures of one data source, and says once what it does to the first of a kind.
+    """Decodes the pictures of one data source, and reports each kind of conversion once.
 
-    `background`: the colour that transparent pictures are laid over; None drops their transparency, as
-    `convert("RGB")` does. `white_level`: the value that is white in pictures of more than 8 bits, None for the usual.
+    `background`: the colour behind transparent pictures; None drops the transparency, as `convert("RGB")` does.
+    `white_level`: the value of white in pictures with more than 8 bits, None for the default.
     """
 
     def __init__(self, background: str | None = "white", white_level: float | None = None) -> None:
@@ -103,23 +103,23 @@ class Decoder:
 
     @property
     def key(self) -> bytes:
-        """What a stored picture means depends on this beside its bytes."""
+        """The options, on which decoding depends beside the bytes of a picture."""
         return f"{self.background} {self.white_level}\n".encode()
 
     def decode(self, content: bytes, where: str) -> Image.Image:
-        """The picture that a file's content encodes; DataError names it by `where`."""
+        """The picture in the content of a file. `where` names it in the DataError."""
         try:
             return self._rgb(Image.open(io.BytesIO(content), formats=formats()), where)
         except UnreadableError as error:
             raise DataError(f"{where}: {error}") from error
-        except Exception as error:  # Pillow has no common one, and pictures come from anywhere
-            reason = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else None
+        except Exception as error:  # Pillow raises unrelated errors on damaged files
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else None
             raise DataError(
                 f"{where} is not an image that Pillow can read ({reason or first_line(error)}); remove or replace it"
             ) from error
 
     def convert(self, image: Image.Image, where: str) -> Image.Image:
-        """A picture that is decoded already; DataError names it by `where`."""
+        """The RGB picture of a decoded picture. `where` names it in the DataError."""
         try:
             return self._rgb(image, where)
         except UnreadableError as error:
@@ -127,7 +127,7 @@ class Decoder:
 
     def _rgb(self, stored: Image.Image, where: str) -> Image.Image:
         if stored.format in PAGED and getattr(stored, "is_animated", False):
-            self._once(say, "frames", f"{where} has several frames; epmq reads the first frame of such pictures")
+            self._once(say, "frames", f"{where} has several frames; epmq reads only the first frame of such pictures")
         stored.load()
         if 0 in stored.size:
             raise UnreadableError("the picture has no pixels")
@@ -148,31 +148,31 @@ class Decoder:
         self._once(
             say,
             "transparent",
-            f"{where} has transparent pixels; epmq lays such pictures over {self.background} (data.background)",
+            f"{where} has transparent pixels; epmq composites such pictures over {self.background} (data.background)",
         )
         ground = Image.new("RGB", layer.size, ImageColor.getrgb(self.background)[:3])
         ground.paste(picture, mask=alpha)
         return ground
 
     def _scaled(self, image: Image.Image, stored: Image.Image, where: str) -> Image.Image:
-        """Grey of 8 bits, with an alpha channel where one of its values is transparent."""
+        """The picture in 8-bit grey, with an alpha channel if one of its values is transparent."""
         values = np.asarray(image)
         lowest, highest = float(values.min()), float(values.max())
         white = self._white(stored, highest)
-        if not 0 <= lowest <= highest <= white:  # as NaN does not
+        if not 0 <= lowest <= highest <= white:  # false for NaN
             raise UnreadableError(
                 f"its pixels are {'floats' if image.mode == 'F' else 'integers'} from {lowest:g} to {highest:g}, which "
-                f"must lie in 0..{white:g}; set data.white_level to the value that is white, or save it in 8 bits"
+                f"must lie in 0..{white:g}; set data.white_level to the value of white, or save it with 8 bits"
             )
         if self.white_level is None and white == SIXTEEN and 0 < highest < DARK:
             self._once(
                 log.warning,
                 "dark",
                 f"{where} has 16 bits and no value above {highest:g} of {SIXTEEN}, which is nearly black in 8 bits; if "
-                f"{SIXTEEN} is not its white, set data.white_level to the value that is",
+                f"white is not {SIXTEEN}, set data.white_level to the value of white",
             )
         grey = values / white * 255
-        if _tags(stored).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns those of 8 bits round, and no others
+        if _tags(stored).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only those with 8 bits
             grey = 255 - grey
         scaled = Image.fromarray(np.rint(grey).astype(np.uint8))
         if "transparency" in image.info:
@@ -189,8 +189,8 @@ class Decoder:
         white = EIGHT if highest <= EIGHT and stored.format not in FULL else SIXTEEN
         if self._integers not in (None, white):
             raise UnreadableError(
-                f"its pixels are 32-bit integers up to {highest:g}, which suit a white of {white}, and those of others "
-                f"beside it a white of {self._integers}; set data.white_level to the value that is white in all"
+                f"its pixels are 32-bit integers up to {highest:g}, so white is {white}, but it is {self._integers} in "
+                "other pictures of the data set; set data.white_level to the value of white in all of them"
             )
         self._integers = white
         return white
@@ -207,10 +207,10 @@ def _tags(stored: Image.Image) -> Any:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF data says that it is to be seen; as it is where they cannot be read."""
+    """The picture rotated by its EXIF orientation; unchanged if the EXIF data cannot be read."""
     try:
         turned = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # viewers ignore damaged EXIF data, and Pillow has no common error for them
+    except Exception:  # viewers ignore damaged EXIF data, for which Pillow raises unrelated errors
         return image
     return image if turned == 1 else ImageOps.exif_transpose(image)
 
@@ -218,7 +218,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _with_alpha(image: Image.Image) -> Image.Image:
     """The picture as RGBA."""
     colour = image.info.get("transparency")
-    if isinstance(colour, tuple) and max(colour) > EIGHT:  # of a PNG of 16 bits, which Pillow reads in 8
+    if isinstance(colour, tuple) and max(colour) > EIGHT:  # of a 16-bit PNG, which Pillow reads with 8 bits
         image.info["transparency"] = tuple(part >> 8 for part in colour)
     if image.mode == "La":
         image = image.convert("LA")

@@ -1,7 +1,7 @@
-"""Whether the quotes of a tsv file are its syntax or part of its text.
+"""Decides whether the quotes in a tsv file are syntax or text.
 
-Both are usual. In GLUE's files they are text, and a field may begin with a quote that nothing closes. pandas, Excel and
-others put a field into quotes where it holds a tab, a line end or a quote, which they double.
+Both are common. In the files of GLUE quotes are text, and a field may begin with a quote that is never closed. pandas,
+Excel and others quote a field that holds a tab, a line end or a quote, and double the quotes in it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WRITERS: tuple[Callable[[str], bool], ...] = (
     lambda field: True,
     lambda field: field != "",
 )
-"""Which fields a program puts into quotes."""
+"""The fields that a program quotes, for each known convention."""
 
 
 def are_syntax(text: str, path: Path) -> bool:
-    """Whether fields of a table with tabs are in quotes that are not part of them; says so where it matters.
+    """Whether the quotes of a tsv file are syntax. Reports the decision if the two readings differ.
 
-    They are where only this gives each row as many fields as the header, or where the text is, to the letter, what a
-    program writes for these fields. `path`: the table's, for messages.
+    Quotes are syntax if only this reading gives each row as many fields as the header, or if the text is exactly what
+    a program writes for these fields. `path`: the file, for messages.
     """
     if not STARTS.search(text):
         return False
@@ -46,14 +46,14 @@ def are_syntax(text: str, path: Path) -> bool:
         return True
     if written or all(_is_wrapped(field) for row in plain for field in row if '"' in field):
         log.warning(
-            "%s: the quotes around fields are read as part of the text; save the file as csv or jsonl if they are not",
+            "%s: the quotes around fields are read as part of the text; if they are not, save the file as csv or jsonl",
             path,
         )
     return False
 
 
 def _quoted(text: str) -> Rows | None:
-    """The rows where quotes are syntax; None where the file cannot be read so."""
+    """The rows if quotes are syntax; None if the file cannot be read that way."""
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if row]
     except csv.Error:
@@ -75,7 +75,7 @@ def _lines(text: str) -> str:
 
 
 def _is_written(rows: Rows, needs: Callable[[str], bool], text: str) -> bool:
-    """Whether the text is that of a program that puts these fields into quotes."""
+    """Whether the text is what a program writes that quotes the fields for which `needs` is true."""
     position = 0
     for row in rows:
         line = _lines("\t".join(_field(field) if needs(field) else field for field in row)) + "\n"

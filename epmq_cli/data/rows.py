@@ -1,4 +1,4 @@
-"""The rows of a table file: tsv, csv, json, jsonl or parquet. Of a row each column is read as it is stored."""
+"""Reads the rows of table files: tsv, csv, json, jsonl or parquet. Values keep the types that they are stored in."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from epmq_cli.data.quotes import are_syntax
 from epmq_cli.errors import DataError
 
 Row = dict[str, Any]
-LONGEST = (1 << 31) - 1  # characters of one field, of which Python's csv takes 131072 unless told
+LONGEST = (1 << 31) - 1  # characters of one field; the default of Python's csv is 131072
 WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-"""How files in another encoding begin."""
+"""The byte order marks of files in another encoding."""
 
 BETWEEN = re.compile("[ \t\r\n,\ufeff]*")
-"""What may lie between two JSON values: line ends, commas, and the marks that files begin with, if they were joined."""
+"""The characters between two JSON values: line ends, commas, and byte order marks of concatenated files."""
 
 
 class Repeated:
-    """Stands for the value of a column that a row has more than once."""
+    """The value of a column that a row has more than once."""
 
 
 def decoded(content: bytes) -> str:
-    """A file's content as text in UTF-8, without the mark that some programs begin it with; ValueError where it is in
-    another encoding or not text."""
+    """The content of a file as text in UTF-8, without a byte order mark; ValueError if it is in another encoding or not
+    text."""
     wide = next((name for mark, name in WIDE.items() if content.startswith(mark)), None)
     if wide:
         raise ValueError(f"it is in {wide}; save it in UTF-8")
     position = content.find(b"\0")
     if position >= 0:
         line = content.count(b"\n", 0, position) + 1
-        raise ValueError(f"line {line} holds a NUL byte, as files that are binary or in UTF-16 do")
+        raise ValueError(f"line {line} holds a NUL byte, as in binary or UTF-16 files")
     return content.decode("utf-8-sig")
 
 
 def read_tsv(path: Path) -> list[Row]:
-    """The rows of a table with tabs, whose fields may be in quotes; see `quotes`."""
+    """The rows of a tsv file, whose fields may be quoted (see `quotes`)."""
     text = decoded(path.read_bytes())
     if are_syntax(text, path):
         return _delimited(text, delimiter="\t", strict=True)
@@ -49,7 +49,7 @@ def read_tsv(path: Path) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a table with commas."""
+    """The rows of a csv file."""
     return _delimited(decoded(path.read_bytes()), strict=True)
 
 
@@ -60,14 +60,14 @@ def _delimited(text: str, **options: Any) -> list[Row]:
     header, rows = next(filled, []), []
     for number, fields in enumerate(filled, 1):
         if len(fields) > len(header):
-            raise ValueError(f"row {number} has {len(fields)} fields, and the header names {len(header)} columns")
+            raise ValueError(f"row {number} has {len(fields)} fields, but the header has {len(header)} columns")
         rows.append(dict(zip_longest(header, fields)))
     twice = {name: Repeated() for name in header if header.count(name) > 1}
     return [row | twice for row in rows] if twice else rows
 
 
 def read_json(path: Path) -> list[Row]:
-    """The rows of JSON lines, of an array of objects, or of several of either."""
+    """The rows of a file with JSON lines, arrays of objects, or both."""
     return list(_objects(decoded(path.read_bytes())))
 
 
@@ -79,7 +79,7 @@ def _objects(text: str) -> Iterator[Row]:
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
                 line = text.count("\n", 0, position) + 1
-                raise ValueError(f"every line must be a JSON object, and line {line} holds {json.dumps(row)[:40]}")
+                raise ValueError(f"every line must be a JSON object, but line {line} holds {json.dumps(row)[:40]}")
             yield row
         position = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
 
@@ -93,7 +93,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def read_parquet(path: Path) -> list[Row]:
-    """The rows of a parquet file, nested columns as lists and dicts."""
+    """The rows of a parquet file; nested columns become lists and dicts."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a data source returns: inputs as the processor of the base model takes them, with their labels."""
+"""Samples, which data sources return: inputs for the base model's processor, and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Split = Literal["train", "test"]
 
 
 class View(Sequence[Any]):
-    """Some of the inputs, in an order of their own; each is fetched, and an image decoded, when it is asked for."""
+    """A selection of inputs in a new order; each is fetched, and an image decoded, on access."""
 
     def __init__(self, inputs: Sequence[Any], indices: Sequence[int]) -> None:
         self._inputs, self._indices = inputs, indices
@@ -28,13 +28,13 @@ class View(Sequence[Any]):
         return self._inputs[self._indices[position]]
 
     def raw(self, position: int) -> Any:
-        """The input as it is stored."""
+        """The input in its stored form."""
         return raw(self._inputs, self._indices[position])
 
 
 def raw(inputs: Sequence[Any], position: int) -> Any:
-    """An input as it is stored, such as the bytes of an image that is not decoded, where the sequence knows how (it has
-    a method of this name); the input itself elsewhere."""
+    """An input in its stored form, such as the bytes of an image, if the sequence has a method `raw`; otherwise the
+    input itself."""
     own = getattr(inputs, "raw", None)
     return inputs[position] if own is None else own(position)
 
@@ -44,9 +44,9 @@ class Samples:
     """One split of one task.
 
     `inputs`: images as PIL images, texts as str, pairs of texts as (str, str). `labels`: (len(inputs),), int64 indices
-    into the task's classes, or float32 where the task is a regression; None where the source has none, which is enough
-    for calibration and for perplexity. `classes`: the names of the labels 0, 1, ... as the source knows them, such as
-    those of class folders; None where it knows none.
+    of the task's classes, or float32 for a regression; None if the source has none, which suffices for calibration and
+    perplexity. `classes`: the source's names of the labels 0, 1, ..., such as those of class folders; None if it has
+    none.
     """
 
     inputs: Sequence[Any]
@@ -57,14 +57,14 @@ class Samples:
         return len(self.inputs)
 
     def take(self, indices: list[int]) -> Samples:
-        """The samples at these positions, in this order; images stay where they are until they are asked for."""
+        """The samples at these positions, in this order; images are read on access."""
         labels = None if self.labels is None else self.labels[indices]
         return Samples(View(self.inputs, indices), labels, self.classes)
 
     def some(self, count: int | None, seed: int | None) -> Samples:
-        """The first `count` samples, or with a seed `count` in random order; all where there are fewer or no count.
+        """The first `count` samples, or with a seed `count` in random order; all without a count or if there are fewer.
 
-        The order depends on the seed and the number of samples alone, so that a longer draw begins with a shorter one.
+        The order depends only on the seed and the number of samples, so a longer draw begins with a shorter one.
         """
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -72,11 +72,10 @@ class Samples:
         return self if count is None or count >= len(self) else self.take(list(range(count)))
 
     def stratified(self, count: int | None, seed: int) -> Samples:
-        """`count` samples drawn by the seed, in the order in which they are stored; all where there are fewer or no
-        count.
+        """`count` samples drawn by the seed, in stored order; all without a count or if there are fewer.
 
-        Each class has its share of them, to within one sample, so that a file sorted by label is not cut to its first
-        classes. Numbers and samples without labels are drawn at random. A longer draw contains a shorter one.
+        Each class gets its share, to within one sample. Regressions and samples without labels are drawn at random. A
+        longer draw contains a shorter one.
         """
         if count is None or count >= len(self):
             return self
@@ -87,16 +86,16 @@ class Samples:
         return self.take(order[:count].sort().values.tolist())
 
     def by_length(self) -> Samples:
-        """Texts from short to long, so that batches hold little padding; images as they are."""
+        """Texts sorted from short to long, which reduces padding; images unchanged."""
         if len(self) == 0 or not isinstance(self.inputs[0], (str, tuple)):
             return self
         return self.take(sorted(range(len(self)), key=lambda i: sum(map(len, self.inputs[i]))))
 
 
 def quantiles(labels: Tensor) -> Tensor:
-    """(samples,): where each sample is among those of its label (samples,), from 0 to 1.
+    """(samples,): the position of each sample among those with the same label, from 0 to 1. `labels`: (samples,).
 
-    The samples below any quantile have each label in its share.
+    The samples below any quantile hold each label in proportion.
     """
     found = torch.empty(len(labels), dtype=torch.float64)
     for label in sorted(set(labels.tolist())):
@@ -106,9 +105,8 @@ def quantiles(labels: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """Where the samples of a task come from: one frozen dataclass a kind of place."""
+    """A data source: one frozen dataclass for each kind of storage."""
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
-        """`count` samples of the split, or fewer where it has no more: the first ones, or with a seed ones in random
-        order that depends on the seed alone. Without a count all. Labels of the train split are never used.
-        DataError where the samples cannot be read."""
+        """Up to `count` samples of the split: the first ones, or with a seed in random order that depends on the seed
+        alone; without a count all. Labels of the train split are never used. DataError if samples cannot be read."""

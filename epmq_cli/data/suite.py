@@ -1,4 +1,4 @@
-"""A suite: a base, its experts, and the tasks with how each is fed and scored."""
+"""A suite: a base model, its experts, and the tasks with their data and metrics."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ HEADS = ("base", "expert")
 class Task:
     """One task of a suite.
 
-    `expert`: a model folder or hub id. `data`: where the samples come from. `classes`: class names in label order; for
-    tasks that are answered in words the answers. `templates`: prompts with {} for the class name. `max_length`: of
-    texts, in tokens. `metric`: one of METRICS. `documents`: how many are read at most to calibrate on running text.
-    `match_labels`: whether labels of the data are classes of the head by `name`, where both have names, or by
-    `position`. `processor` and `heads`: see Suite.
+    `expert`: a model folder or hub id. `data`: the source of the samples. `classes`: class names in label order, or the
+    answers of a task that is answered in words. `templates`: prompts with {} for the class name. `max_length`: the
+    maximum length of texts, in tokens. `metric`: one of METRICS. `documents`: the maximum number of documents to read
+    for calibration on running text. `match_labels`: whether labels of the data match classes of the head by `name`, if
+    both have names, or by `position`. `processor` and `heads`: see Suite.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
-        shortest = 2 if self.metric == "perplexity" else 1  # which predicts each token from those before it
+        shortest = 2 if self.metric == "perplexity" else 1  # perplexity predicts each token from those before it
         check_range(f"{where}.max_length", self.max_length, shortest, 1 << 20, integer=True)
         if self.documents is not None:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
@@ -64,14 +64,14 @@ class Task:
 class Suite:
     """`suite=<name>`.
 
-    `family`: the architecture, or `auto` to find it by the base's config. `base`: a model folder or hub id. `tasks`:
-    the fields of Task, by task name; those that are the same for all can be in `each`. `experts`: the experts of tasks
-    that name none, as a pattern with {task} or by task name; where there are no `tasks`, each is one. `root`: a mirror
-    of the hub, where models are looked for first, at `<root>/<id>`. `vocabulary`: `same` for all models, or `pad` where
-    some have more tokens than others. `processor`: what counts where an expert's own tokenizer or image processor makes
-    other inputs of its task's samples than the base's: the `expert`'s, for its task, or the `base`'s; `same` refuses
-    the difference. `heads`: whose text tower makes the heads of families that make them, the `base`'s or each
-    `expert`'s own, whose projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
+    `family`: the architecture, or `auto` to choose it by the base's config. `base`: a model folder, a hub id, or a name
+    of open_clip such as open_clip:ViT-B-32/openai. `tasks`: the fields of Task, by task name; `each` holds fields that
+    all tasks share. `experts`: the experts of tasks that name none, as a pattern with {task} or by task name; without
+    `tasks`, each expert is a task. `root`: a mirror of the hub, searched first for models, at `<root>/<id>`.
+    `vocabulary`: `same` for all models, or `pad` if some have more tokens than others. `processor`: which tokenizer or
+    image processor reads the samples of a task if the expert's gives other inputs than the base's: the `expert`'s or
+    the `base`'s; `same` refuses the difference. `heads`: whose text tower makes zero-shot heads, the `base`'s or each
+    `expert`'s; an expert's projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Suite:
     heads: str = HEADS[0]
 
     def __post_init__(self) -> None:
-        check_types("suite", Suite, vars(self))  # once more: a _target_ among the tasks makes something else of them
+        check_types("suite", Suite, vars(self))  # checked again, since a _target_ among the tasks may replace them
         check_choice("suite.vocabulary", self.vocabulary, VOCABULARIES)
         check_choice("suite.processor", self.processor, PROCESSORS)
         check_choice("suite.heads", self.heads, HEADS)
@@ -106,13 +106,13 @@ class Suite:
 
     @property
     def members(self) -> list[Task]:
-        """The tasks in order; ConfigError where one cannot be."""
+        """The tasks in order; ConfigError if one is invalid."""
         shared, entries = {"processor": self.processor, "heads": self.heads}, self.entries
         return [_task(name, entry, {**shared, "expert": self._expert(name, entry)}) for name, entry in entries.items()]
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
-        """The fields of each task, with those that all have."""
+        """The fields of each task, including those that all tasks share."""
         given: Mapping[str, Any] = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
         return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in given}
 
@@ -130,16 +130,16 @@ class Suite:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """What each task is scored by."""
+        """The metric of each task."""
         return {task.name: task.metric for task in self.members}
 
 
 TASK_FIELDS = [field.name for field in dataclasses.fields(Task) if field.name != "name"]
-"""What a suite may say of a task."""
+"""The fields that a suite may set for a task."""
 
 
 def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's fields with those of all tasks; of its data, too, what it names counts and the rest is theirs."""
+    """A task's fields on top of the shared ones; the fields of its data are merged likewise."""
     filled = {**each, **entry}
     shared, own = each.get("data"), entry.get("data")
     if dataclasses.is_dataclass(shared) and not isinstance(shared, type) and isinstance(own, Mapping):
@@ -153,7 +153,7 @@ def _filled(name: str, entry: Mapping[str, Any], each: Mapping[str, Any]) -> dic
 
 
 def _task(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
-    """`shared`: what counts where the entry says nothing of it."""
+    """Builds a task. `shared`: values of fields that the entry does not set."""
     where = f"suite.tasks.{name}"
     fields = {**entry, **{key: value for key, value in shared.items() if entry.get(key) is None}}
     check_keys(where, entry, TASK_FIELDS, required=("data",))
@@ -171,7 +171,7 @@ def _check_source(where: str, data: Any) -> None:
 
 
 def _texts(value: Any) -> Any:
-    """A list with its numbers as texts, as classes may be digits; anything else as it is."""
+    """A list with its numbers as texts, since classes may be digits; any other value unchanged."""
     if not isinstance(value, (list, tuple)):
         return value
     return tuple(str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item for item in value)

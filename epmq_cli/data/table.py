@@ -1,4 +1,4 @@
-"""Text tasks from local files: tsv, csv, jsonl, json or parquet."""
+"""Text tasks from local tables: tsv, csv, jsonl, json or parquet."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Table:
-    """A table with one sample a row, in the file `train` or `test`.
+    """Tables with one sample per row, in the files `train` and `test`.
 
-    `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} places, instead
-    of `text`. `label`: the column of the label, which the train file need not have; null where there is none.
-    `labels`: the values of that column in the order of the classes; null where they are the whole numbers 0, 1, ...
-    themselves. `regression`: labels are numbers, not classes.
+    `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} placeholders,
+    instead of `text`. `label`: the column of the label, which the train file need not have; null if there is none.
+    `labels`: the values of that column in the order of the classes; null if they are the whole numbers 0, 1, ...
+    `regression`: whether labels are numbers instead of classes.
     """
 
     train: str
@@ -44,24 +44,22 @@ class Table:
 
     @property
     def columns(self) -> Columns:
-        """The columns of a sample; ConfigError where they make none."""
+        """The columns of a sample; ConfigError if they do not make one."""
         return columns("text", self.text, self.prompt, self.label, self.labels, self.regression)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
-        """Rows of the split's file; DataError names the file, and the row where there is one."""
+        """Rows of the split's file; the DataError names the file and the row."""
         path = expanded(self.train if split == "train" else self.test)
         rows = read_rows(path, self.columns.inputs)
         labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
         return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
 
     def _label_values(self, rows: Sequence[Mapping[str, Any]], path: Path, split: Split) -> dict[str, list[Any]]:
-        """The values of the label's column, by its name; DataError where the test file has no such column."""
+        """The values of the label's column, by its name; DataError if the test file lacks the column."""
         if self.label is None or (rows and not any(self.label in row for row in rows)):
             if self.label is not None and split == "test":
                 found = ", ".join(str(column) for column in rows[0] if column is not None)
-                raise DataError(
-                    f"{path} has no column {self.label}, which data.label names; its columns are {found}; {WITHOUT}"
-                )
+                raise DataError(f"{path} has no column {self.label} (data.label); its columns are {found}; {WITHOUT}")
             return {}
         values = [row.get(self.label) for row in rows]
         for number, value in enumerate(values, 1):
@@ -71,9 +69,9 @@ class Table:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a file of one of the `KINDS`, each with at least these columns."""
+    """The rows of a file of one of the `KINDS`; DataError if a row lacks one of these columns."""
     if not path.is_file():
-        raise DataError(f"{path} is not a file; data paths are taken from the folder that epmq was started in")
+        raise DataError(f"{path} is not a file; relative data paths start from the folder where epmq runs")
     check_permitted(path, DataError)
     kind = path.suffix.lower()
     try:

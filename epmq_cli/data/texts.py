@@ -1,5 +1,5 @@
-"""Which values of a column are text. Python turns any value into some text, such as a list into brackets and quotes; no
-model was trained on that, and it is refused."""
+"""Checks that values of a column are text. Python would print any value as text, such as a list with its brackets;
+models are not trained on that, so other values are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 40  # characters of a value in a message
 
 
 def text_of(value: Any, column: str, where: str) -> str:
-    """The value of a column of texts; DataError where it is not text."""
+    """The value of a column of texts; DataError if it is not text."""
     if isinstance(value, str):
         return check_text(value, where)
     remedy = "choose the column that holds the text"
@@ -31,19 +31,19 @@ def text_of(value: Any, column: str, where: str) -> str:
 
 
 def prompt_value(value: Any, column: str, where: str) -> Any:
-    """The value of a column that has a place in a prompt, a text or a number; DataError where it is neither."""
+    """The value of a placeholder in a prompt: a text or a number; DataError if it is neither."""
     if isinstance(value, float) and math.isfinite(value):
         return _shortest(value)
     if isinstance(value, str) or _is_number(value):
         return value
     raise DataError(
         f"{where}: column {column} holds {kind_of(value)}, and data.prompt takes texts and numbers; store it as text "
-        "or leave its place out of data.prompt"
+        "or remove its placeholder from data.prompt"
     )
 
 
 def _shortest(value: float) -> float:
-    """The number with the digits that it was stored with: 3.8 in float32 is 3.799999952316284 to Python."""
+    """The number with the digits that it was stored with: Python prints 3.8 in float32 as 3.799999952316284."""
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return float(str(single)) if float(single) == value else value
@@ -54,7 +54,7 @@ def _is_number(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for a sentence."""
+    """The type and value, for a sentence."""
     if value is None:
         return "no value (null)"
     if isinstance(value, bool):
@@ -78,18 +78,17 @@ def _short(value: Any) -> str:
 
 
 def check_text(text: str, where: str) -> str:
-    """The text; DataError where it holds NUL, or half a surrogate pair, as "\\ud800" in JSON gives, which is not a
-    character."""
+    """The text; DataError if it holds NUL or a lone surrogate, such as "\\ud800" in JSON."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: the text holds {text[error.start : error.end]!a}, which is not a character and cannot be "
-            "written in UTF-8; take it out"
+            "written in UTF-8; remove it"
         ) from error
     if "\0" in text:
         raise DataError(
-            f"{where}: the text holds a NUL character, as files that are binary or in UTF-16 do; take it out, or save "
-            "the file as text in UTF-8"
+            f"{where}: the text holds a NUL character, as in binary or UTF-16 files; remove it, or save the file as "
+            "text in UTF-8"
         )
     return text

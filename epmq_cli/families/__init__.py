@@ -20,6 +20,7 @@ from epmq_cli.families.roberta import Roberta
 from epmq_cli.families.t5 import T5
 from epmq_cli.families.vit import Vit
 from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.open_clip.registry import SCHEME
 from epmq_cli.models.resolve import locate
 
 FAMILIES: dict[str, Family] = {
@@ -60,5 +61,7 @@ def suite_family(suite: Suite, checkpoint: Path | None = None) -> Family:
     """The family of a suite, by its name or, under `auto`, by the config.json of its base or of a checkpoint."""
     if suite.family != AUTO:
         return family_of(suite.family)
+    if suite.base.startswith(SCHEME):
+        return FAMILIES["open_clip"]
     role = "base" if checkpoint is None else "checkpoint"
     return claiming(ModelFolder(checkpoint or locate(suite.base, role, suite.root), role).config)

@@ -75,6 +75,9 @@ class Family(ABC):
     """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
     which is too late for models that are used through other methods, or whose modules read their linears' weights."""
 
+    mixes_formats: bool = True
+    """Whether transformers loads checkpoints with several number formats, which it cannot dequantize on load."""
+
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """A base (where `base` is None), or an expert of that base, in whatever form it is kept."""
         if base is None:

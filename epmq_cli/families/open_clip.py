@@ -1,8 +1,9 @@
-"""open_clip (https://github.com/mlfoundations/open_clip): plain vision transformers beside CLIP's own text tower.
+"""open_clip (https://github.com/mlfoundations/open_clip): plain vision transformers with CLIP's own text tower.
 
-Base: an open_clip folder. It is converted into a CLIPModel of transformers, and the experts' tensors on being read;
-from there on it is family clip, and the checkpoint is a CLIPModel too. Experts: state dicts of the whole model or of
-its image encoder, whose projection is merged as well: fine-tuning code for open_clip trains it.
+Base: a model by open_clip's own name (models/open_clip/registry.py), an open_clip folder, or a CLIPModel of
+transformers. open_clip models are converted into a CLIPModel, and the checkpoint is a CLIPModel too. Experts: state
+dicts of the whole model or of its image encoder. Their visual projection is merged as well, since fine-tuning code for
+open_clip trains it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class OpenClip(Clip):
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """The base (where `base` is None) or an expert, in the layout of CLIPModel.
 
-        What is in that layout already, as an adapter or beside open_clip's config, is read as in family clip.
+        A folder that is in that layout already, such as an adapter or a CLIPModel, is read as in family clip.
         """
         if base is None:
             ready = path.is_dir() and (path / "config.json").is_file() and not (path / WEIGHTS).is_file()

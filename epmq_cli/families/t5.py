@@ -68,6 +68,7 @@ class T5(Family):
     sample_types = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
     dequantize_on_load = True  # its feed-forward reads wo.weight
+    mixes_formats = False  # its _init_weights reads the weights of packed linears
 
     def check_task(self, task: Task) -> None:
         """Classes, unless the answers are numbers."""

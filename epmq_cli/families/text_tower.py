@@ -1,4 +1,4 @@
-"""What a CLIP expert may have trained beside its vision tower: text tower, projections and logit scale."""
+"""The parts of a CLIP expert beside its vision tower that may be trained: text tower, projections and logit scale."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from epmq_cli.runtime.console import say
 TEXT = ("text_model", "text_projection")
 PROJECTION = "visual_projection.weight"
 PARTS = (*TEXT, "visual_projection", "logit_scale")
-PIECE = 1 << 22  # elements that are compared at a time: 32 MB in float64
+PIECE = 1 << 22  # elements per comparison: 32 MB in float64
 
 log = logging.getLogger("epmq")
 
 
 def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
-    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by its name; infinite where a tensor
-    has another shape. Tensors are read one by one; what a smaller type rounds away does not count."""
+    """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite if a tensor has
+    another shape. Tensors are read one by one. Differences below the precision of the coarser type do not count."""
     found = {}
     for part in PARTS:
         names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
@@ -47,24 +47,24 @@ def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ in the type of the two that has fewer digits."""
+    """Whether two tensors differ when both are rounded to the coarser of their types."""
     coarse = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     return not torch.equal(one.to(coarse), other.to(coarse))
 
 
 def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bool) -> None:
-    """Says what an expert has trained beside its vision tower, by how much, and what becomes of it. `merged`: whether
-    visual projections are merged."""
+    """Reports the parts that an expert has trained beside its vision tower, how far they moved, and what epmq does with
+    them. `merged`: whether visual projections are merged."""
     if not found:
         return
     sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
     what = (
         f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
     )
-    head = "its head is made by its own text tower"
+    head = "its own text tower makes its head"
     lost = [part for part in found if part in TEXT and task.heads != "expert"]
     if lost:
-        head = "its head is made by the base's text tower; set suite.heads=expert to use its own"
+        head = "the base's text tower makes its head; set suite.heads=expert to use its own"
     projection = "; its visual projection is merged" if merged and "visual_projection" in found else ""
     line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
     if lost:
@@ -74,8 +74,8 @@ def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bo
 
 
 def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an expert's own text tower and its projection, under the names of the model; none where it has
-    none, which is the base's then. `own`: the model's. ModelError where a shape is another."""
+    """The tensors of an expert's own text tower and its projection, under the names of the model; empty if the expert
+    has none, and so uses the base's. `own`: the model's tensors. ModelError if a shape differs."""
     names = [name for name in own if name.partition(".")[0] in TEXT and name in expert.infos]
     found = {}
     for name in names:
@@ -92,7 +92,7 @@ def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, 
 
 @contextmanager
 def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these tensors inside the block, with its own after it."""
+    """Gives the model these tensors inside the block, and its own again afterwards."""
     own = model.state_dict()
     kept = {name: own[name].clone() for name in tensors}
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from epmq_cli.merge.source import ElementwiseRule, MergeSource
+from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weight_of
 
 
-def average(base: Tensor, experts: list[Tensor]) -> Tensor:
+def average(experts: Sequence[Tensor]) -> Tensor:
     """Mean of the experts; the base is not one of them."""
     total = experts[0].clone()
     for expert in experts[1:]:
@@ -17,9 +21,36 @@ def average(base: Tensor, experts: list[Tensor]) -> Tensor:
     return total / len(experts)
 
 
+def weighted_average(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Mean of the experts, each times its weight, divided by the sum of the weights."""
+    total = weights[0] * experts[0]
+    for weight, expert in zip(weights[1:], experts[1:], strict=True):
+        total += weight * expert
+    return total / sum(weights)
+
+
 @dataclass(frozen=True)
 class Average:
-    """`merge=average`."""
+    """`merge=average`: `weights` are factors by task, None for 1 each."""
 
-    def __call__(self, source: MergeSource) -> ElementwiseRule:
-        return average
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    weights: Weights = None
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Weights are for tasks of the suite."""
+        check_weighted_tasks(self.weights, tasks)
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads nothing."""
+
+        def merge(piece: Piece) -> Tensor:
+            experts = list(piece.experts.values())
+            if self.weights is None:
+                return average(experts)
+            return weighted_average(experts, [weight_of(self.weights, task) for task in piece.experts])
+
+        return ElementwiseRule(merge)

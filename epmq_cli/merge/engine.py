@@ -23,7 +23,8 @@ from epmq_cli.merge.leftovers import (
     take_common,
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
-from epmq_cli.merge.source import PIECE, SHOWN, Merge, MergeSource, PieceReader
+from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
+from epmq_cli.merge.source import PIECE, SHOWN, MergeSource
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
@@ -226,11 +227,16 @@ def _untie(model: nn.Module, names: list[str]) -> None:
 
 
 class LazyMerge:
-    """The merged model, each tensor made when it is asked for: in float32, rounded to `dtype`, in float32 again."""
+    """The merged model. Each tensor is made when it is asked for: in float32, rounded to `dtype`, in float32 again.
 
-    def __init__(self, source: MergeSource, merge: Merge, dtype: torch.dtype) -> None:
+    `data`: calibration data for methods that need it.
+    """
+
+    def __init__(
+        self, source: MergeSource, method: MergeMethod, dtype: torch.dtype, data: MergeData | None = None
+    ) -> None:
         self.source, self.dtype = source, dtype
-        self._rule = merge(source)
+        self._rule = method.fit(source, data)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
@@ -238,21 +244,27 @@ class LazyMerge:
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        shape = self.source.shape(name)
-        found = torch.empty(prod(shape), dtype=dtype)
-
-        def fill(part: tuple[Tensor, PieceReader]) -> None:
-            base, *experts = part[1]()
-            part[0].copy_(self._rule(base, experts))
-
-        spread(fill, zip(torch.split(found, PIECE), self.source.parts(name), strict=True))
-        if not is_finite(found):
+        if isinstance(self._rule, TensorRule):
+            made = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
+        else:
+            made = self._by_pieces(self._rule, name, dtype)
+        if not is_finite(made):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(
                 f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
                 "smaller merge.scale"
             )
-        return found.view(shape)
+        return made.view(self.source.shape(name))
+
+    def _by_pieces(self, rule: ElementwiseRule, name: str, dtype: torch.dtype) -> Tensor:
+        made = torch.empty(prod(self.source.shape(name)), dtype=dtype)
+
+        def fill(part: tuple[Tensor, PieceReader]) -> None:
+            elements, reader = part
+            elements.copy_(rule.merge(reader()))
+
+        spread(fill, zip(torch.split(made, PIECE), self.source.pieces(name), strict=True))
+        return made
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""

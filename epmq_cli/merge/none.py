@@ -1,22 +1,24 @@
-"""No merge: the base itself, for measuring what merging adds."""
+"""No merge: the base itself, to measure what merging adds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from epmq_cli.merge.source import ElementwiseRule, MergeSource
-
-
-def keep_base(base: Tensor, experts: list[Tensor]) -> Tensor:
-    """The base's tensor as it is."""
-    return base
+from epmq_cli.merge.method import ElementwiseRule, MergeData, Need
+from epmq_cli.merge.source import MergeSource
 
 
 @dataclass(frozen=True)
 class NoMerge:
     """`merge=none`."""
 
-    def __call__(self, source: MergeSource) -> ElementwiseRule:
-        return keep_base
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Suits every suite."""
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads nothing."""
+        return ElementwiseRule(lambda piece: piece.base)

@@ -1,67 +1,71 @@
-"""What every merge method reads: base and experts side by side, by tensor name, one tensor at a time."""
+"""Base and experts of a suite side by side, by tensor name, one tensor at a time: what merge methods read."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows
+from epmq_cli.merge.method import Piece, PieceReader
+from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows, vocabulary_of
 from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.quantize.linalg import is_finite
 
-SHOWN = 3  # differences named in an error
+SHOWN = 3  # differences that an error lists
 PIECE = 1 << 16  # elements: 256 KB in float32
-
-ElementwiseRule = Callable[[Tensor, list[Tensor]], Tensor]
-"""One merged tensor from the base's and the experts' (float32, all of one shape, never changed in place), each element
-from theirs at its place alone."""
-
-
-PieceReader = Callable[[], list[Tensor]]
-"""Reads one piece of several tensors, by whichever thread calls it."""
-
-
-class Merge(Protocol):
-    """A merge method: reads what it needs of the whole models, then gives the rule for each tensor."""
-
-    def __call__(self, source: MergeSource) -> ElementwiseRule:
-        """The rule that makes one merged tensor."""
 
 
 def _check_readable(base: ModelFolder, name: str, stored: str) -> None:
-    """ModelError where a tensor is of a type of 8 bits or less, as quantized weights are, which cannot be merged."""
+    """ModelError where a tensor has a type of 8 bits or less, as quantized weights have; these cannot be merged."""
     dtype = base.infos[stored].dtype
     if dtype not in DTYPES and (dtype.startswith("F") or dtype in ("I8", "U8")):
         raise ModelError(
-            f"{base.role}: {name} is of type {dtype}, merged are {', '.join(DTYPES)}; save the model in one of those"
+            f"{base.role}: {name} is of type {dtype}, and epmq merges {', '.join(DTYPES)}; save the model in one of "
+            "these types"
         )
 
 
 def _most(infos: Iterable[TensorInfo]) -> torch.dtype:
-    """The type of most elements; of two that have as many, the wider one."""
+    """The type of most elements; of two types with as many elements, the wider one."""
     counts: Counter[str] = Counter()
     for info in infos:
         counts[info.dtype] += prod(info.shape)
     return DTYPES[max(counts, key=lambda name: (counts[name], DTYPES[name].itemsize))]
 
 
+@dataclass(frozen=True)
+class ExpertTensors(Mapping[str, Tensor]):
+    """The experts' tensors of one name, by task. A tensor is read each time the mapping is asked for it."""
+
+    source: MergeSource
+    name: str
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self.source.expert(task, self.name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.tasks)
+
+    def __len__(self) -> int:
+        return len(self.source.tasks)
+
+
 class MergeSource:
     """Base and experts of one suite under common tensor names.
 
-    `base_names` and `expert_names[task]` map the common name of every tensor to be merged to the name it is stored
-    under. ModelError before anything is computed: names or shapes that differ from the base's.
+    `base_names` and `expert_names[task]` map the common name of every tensor to merge to the name in the files. Names
+    or shapes that differ from the base's raise a ModelError before anything is computed.
 
-    `vocabulary`: `same`, or `pad`, with which tensors over the vocabulary (see `vocabulary.py`) may differ in rows. All
-    models then have the most rows that any has: an expert gets those of the base that it lacks, the base the mean of
-    those experts' that have them. `written`: the names in the result's files of tensors that get another one than the
-    base's. `misfits`: what the names of an expert tell that lacks tensors, by task.
+    `vocabulary`: with `pad`, tensors over the vocabulary (see `vocabulary.py`) may differ in rows; with `same` they may
+    not. Padded tensors have as many rows as the longest one: an expert takes the rows that it lacks from the base, and
+    the base takes the mean of those experts that have them. `written`: the names in the result's files of tensors that
+    are not stored under the base's names. `misfits`: by task, what the names of an expert with missing tensors suggest.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class MergeSource:
         self._misfits = misfits or {}
         self._added: dict[str, Tensor] = {}
         self.padded: dict[str, int] = {}
-        """The tensors over the vocabulary that not all models have alike, and the rows that they get."""
+        """The tensors over the vocabulary whose rows differ between models, and the rows that they get."""
         for name, stored in base_names.items():
             _check_readable(base, name, stored)
         for task in experts:
@@ -101,36 +105,45 @@ class MergeSource:
         tensor = self._own(task, name)
         return torch.cat([tensor, self.base(name)[len(tensor) :]]) if name in self.padded else tensor
 
+    def experts(self, name: str) -> Mapping[str, Tensor]:
+        """The experts' tensors of one name, by task, each read when it is asked for."""
+        return ExpertTensors(self, name)
+
     def model(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of a task's expert in float32, with their names."""
+        """The names and tensors of a task's expert, in float32."""
         return ((name, self.expert(task, name)) for name in self.names)
 
-    def parts(self, name: str) -> list[PieceReader]:
-        """The base's tensor and those of all experts, piece by piece: flat, in float32, up to `PIECE` elements, so that
-        what is made of a piece stays in the processor's cache."""
-        asked = [None, *self._experts]
+    def pieces(self, name: str) -> list[PieceReader]:
+        """A reader for each run of up to `PIECE` elements, so that all work on a piece stays in the processor's
+        cache."""
+        models = [None, *self._experts]
         if name in self.padded:
-            whole = [self.base(name) if task is None else self.expert(task, name) for task in asked]
+            whole = [self.base(name) if task is None else self.expert(task, name) for task in models]
         else:
-            whole = [self._stored(task, name) for task in asked]
-        split = (torch.split(tensor.flatten(), PIECE) for tensor in whole)
-        return [partial(self._read, name, dict(zip(asked, pieces, strict=True))) for pieces in zip(*split, strict=True)]
+            whole = [self._stored(task, name) for task in models]
+        split = zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True)
+        return [partial(self._piece, name, number * PIECE, parts) for number, parts in enumerate(split)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""
         shape = self._base_info(name).shape
         return (self.padded[name], *shape[1:]) if name in self.padded else shape
 
+    def is_over_vocabulary(self, name: str) -> bool:
+        """Whether a tensor is a matrix with a row for each token, as embeddings and output layers are."""
+        shape = self._base_info(name).shape
+        return len(shape) == 2 and (name in self.padded or shape[0] == vocabulary_of(self._base.config))
+
     def stored_name(self, name: str) -> str:
-        """What the result's files call a tensor: what the base's do, unless it gets another name."""
+        """The name of a tensor in the result's files: the base's, unless the tensor gets another one."""
         return self._written.get(name, self._base_names[name])
 
     def read_name(self, name: str) -> str:
-        """What the base's files call the tensor that has its values."""
+        """The name, in the base's files, of the tensor that has its values."""
         return self._base_names[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that the base stores a tensor in."""
+        """The type in which the base stores a tensor."""
         return DTYPES[self._base_info(name).dtype]
 
     @property
@@ -154,7 +167,7 @@ class MergeSource:
 
     @property
     def vocabulary_size(self) -> int | None:
-        """The rows that the tensors over the vocabulary get, where that is more than the base has."""
+        """The rows of the tensors over the vocabulary, where that is more than the base has."""
         larger = [rows for name, rows in self.padded.items() if rows > self._base_info(name).shape[0]]
         return max(larger, default=None)
 
@@ -162,11 +175,15 @@ class MergeSource:
         return self._base.infos[self._base_names[name]]
 
     def _own(self, task: str | None, name: str) -> Tensor:
-        """The tensor of an expert, or of the base, as it is stored, in float32."""
+        """The tensor of an expert, or of the base, with the rows that are stored, in float32."""
         return self._checked(task, name, self._stored(task, name).float())
 
-    def _read(self, name: str, pieces: dict[str | None, Tensor]) -> list[Tensor]:
-        return [self._checked(task, name, piece.float()) for task, piece in pieces.items()]
+    def _piece(self, name: str, offset: int, parts: tuple[Tensor, ...]) -> Piece:
+        base = self._checked(None, name, parts[0].float())
+        experts = {
+            task: self._checked(task, name, part.float()) for task, part in zip(self._experts, parts[1:], strict=True)
+        }
+        return Piece(name, offset, base, experts)
 
     def _stored(self, task: str | None, name: str) -> Tensor:
         if task is None:
@@ -181,7 +198,7 @@ class MergeSource:
         return tensor
 
     def _rows_added(self, name: str) -> Tensor:
-        """What the base lacks of a tensor over the vocabulary: the mean of those experts' rows that have them."""
+        """The rows that the base lacks of a tensor over the vocabulary: the mean of those experts that have them."""
         if name not in self._added:
             start = self._base_info(name).shape[0]
             self._added[name] = mean_rows([self._own(task, name)[start:] for task in self._experts])

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
 from epmq_cli.config.validate import check_range
-from epmq_cli.merge.source import ElementwiseRule, MergeSource
+from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weighted
 
 
-def task_arithmetic(base: Tensor, experts: list[Tensor], scale: float) -> Tensor:
-    """Base plus `scale` times the sum of the task vectors."""
+def task_arithmetic(base: Tensor, experts: Sequence[Tensor], scale: float) -> Tensor:
+    """Base plus `scale` times the sum of the task vectors, of which one is in memory at a time."""
     total = experts[0] - base
     for expert in experts[1:]:
         total += expert - base
     return base + scale * total
 
 
+def add_task_vectors(base: Tensor, vectors: Sequence[Tensor], scale: float) -> Tensor:
+    """Base plus `scale` times the sum of the task vectors."""
+    total = vectors[0].clone()
+    for vector in vectors[1:]:
+        total += vector
+    return base + scale * total
+
+
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """`merge=task_arithmetic`: `scale` is the paper's lambda, in [0, 10]; 0 gives the base."""
+    """`merge=task_arithmetic`.
+
+    `scale`: the paper's lambda, in [0, 10]; 0 gives the base. `weights`: factors on the task vectors by task, None for
+    1 each; negative ones unlearn a task.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     scale: float
+    weights: Weights = None
 
     def __post_init__(self) -> None:
         check_range("merge.scale", self.scale, 0, 10)
+        check_weights(self.weights, negative=True)
 
-    def __call__(self, source: MergeSource) -> ElementwiseRule:
-        return partial(task_arithmetic, scale=self.scale)
+    def check(self, tasks: Sequence[str]) -> None:
+        """Weights are for tasks of the suite."""
+        check_weighted_tasks(self.weights, tasks)
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads nothing."""
+
+        def merge(piece: Piece) -> Tensor:
+            if self.weights is None:
+                return task_arithmetic(piece.base, list(piece.experts.values()), self.scale)
+            return add_task_vectors(piece.base, weighted(piece.task_vectors(), self.weights), self.scale)
+
+        return ElementwiseRule(merge)

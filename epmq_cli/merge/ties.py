@@ -1,37 +1,40 @@
 """TIES: trim, elect sign, disjoint merge (Yadav et al. 2023, https://arxiv.org/abs/2306.01708, section 3, algorithm 1).
 
-Trimming is over the whole task vector, as in the paper, not tensor by tensor. The thresholds are exact and found in two
-passes over the tensors by counting float bits, so that no more than one tensor is in memory; a third pass finds the
-majority of signs over the whole vector, by which the paper's code elects where task vectors cancel.
+Trimming is over the whole task vector, as in the paper, not tensor by tensor. Two passes over the models find the exact
+thresholds by counting float bits, with one tensor in memory at a time. A third pass finds the majority of signs over
+the whole vector, which the paper's code elects where task vectors cancel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.merge.source import ElementwiseRule, MergeSource, PieceReader
+from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.threads import spread, threads
 
 Count = Callable[[int, np.ndarray, np.ndarray], None]
-"""Adds to counts (65536,) those of a piece of the k-th vector."""
+"""Adds the counts of a piece of the k-th vector to a table (65536,)."""
+
+Vectors = Callable[[], list[Tensor]]
+"""Reads one piece of every vector, flat in float32."""
 
 
-def kth_largest_magnitudes(
-    passes: Callable[[], Iterable[list[PieceReader]]], vectors: int, density: float
-) -> list[float]:
-    """Of each vector the smallest magnitude among the int(density * N) largest (at least one) of its N values.
+def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vectors: int, density: float) -> list[float]:
+    """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length.
 
-    `passes()` gives the same pieces, flat in float32, of so many vectors each time it is called. Magnitudes order like
-    their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within the bin
-    that holds the answer.
+    `passes()` yields the same pieces of all vectors, tensor by tensor, each time it is called. Magnitudes are ordered
+    like their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within
+    the bin that holds the answer.
     """
     from epmq_cli.merge.kernels import count_lower, count_upper
 
@@ -43,22 +46,22 @@ def kth_largest_magnitudes(
     return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
 
 
-def _counted(pieces: Iterable[list[PieceReader]], vectors: int, count: Count) -> Tensor:
-    """(vectors, 65536): what `count` adds up over all pieces."""
-    own = np.zeros((threads(), vectors, 1 << 16), np.int64)  # by thread, as two at once would lose counts
+def _counted(tensors: Iterable[list[Vectors]], vectors: int, count: Count) -> Tensor:
+    """(vectors, 65536): the counts of all pieces."""
+    own = np.zeros((threads(), vectors, 1 << 16), np.int64)  # one table for each thread: two threads would lose counts
 
-    def work(thread: int, reads: list[PieceReader]) -> None:
-        for read in reads[thread :: len(own)]:
-            for k, values in enumerate(read()):
+    def work(thread: int, pieces: list[Vectors]) -> None:
+        for piece in pieces[thread :: len(own)]:
+            for k, values in enumerate(piece()):
                 count(k, values.numpy(), own[thread, k])
 
-    for reads in pieces:
-        spread(partial(work, reads=reads), range(min(len(own), len(reads))))
+    for pieces in tensors:
+        spread(partial(work, pieces=pieces), range(min(len(own), len(pieces))))
     return torch.from_numpy(own.sum(0))
 
 
 def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The bin that holds the `wanted`-th element counted from the top bin, and how many of it are wanted."""
+    """The bin of the `wanted`-th largest element, and its rank from the top within that bin."""
     from_top = counts.flip(0).cumsum(0)
     steps = int(torch.searchsorted(from_top, wanted))
     above = int(from_top[steps - 1]) if steps else 0
@@ -66,36 +69,49 @@ def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 
 def elected(
-    base: Tensor, experts: list[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
+    base: Tensor, experts: Sequence[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
 ) -> Tensor:
-    """Base (n,) plus `scale` times the sum or mean, at each position, of those task vectors that agree with the elected
-    sign, each trimmed to what reaches its threshold.
+    """Trims, elects and merges (n,) elements: base plus `scale` times the sum or the mean of the task vectors that
+    agree with the elected sign, where values below a task vector's threshold count as 0.
 
-    The elected sign is that of the sum; where that is zero and its parts are not it is `majority`, +1 or -1.
+    The elected sign is the sign of the sum. Where the sum is zero and its terms are not, it is `majority`, +1 or -1.
     """
     from epmq_cli.merge.kernels import elect
 
     merged, options = torch.empty_like(base), (np.float32(majority), np.float32(scale), mean)
-    elect(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), *options, merged.numpy())
+    elect(base.numpy(), torch.stack(list(experts)).numpy(), np.array(thresholds, np.float32), *options, merged.numpy())
     return merged
 
 
-def sign_sum(base: Tensor, experts: list[Tensor], thresholds: list[float]) -> int:
-    """The signs of the sums of the trimmed task vectors, added up."""
+def sign_sum(base: Tensor, experts: Sequence[Tensor], thresholds: list[float]) -> int:
+    """The sum of the signs of the sums of the trimmed task vectors."""
     from epmq_cli.merge.kernels import sum_signs
 
     signs = np.zeros(1, np.int64)
-    sum_signs(base.numpy(), torch.stack(experts).numpy(), np.array(thresholds, np.float32), signs)
+    sum_signs(base.numpy(), torch.stack(list(experts)).numpy(), np.array(thresholds, np.float32), signs)
     return int(signs[0])
+
+
+def majority_sign(source: MergeSource, signs: Callable[[Piece], int]) -> float:
+    """The sign, +1 or -1, of most elements of the sum of the trimmed task vectors. `signs`: the sum of the signs of a
+    piece."""
+
+    def read(reader: PieceReader) -> int:
+        return signs(reader())
+
+    names = track(source.names, "find the majority of signs")
+    return 1.0 if sum(sum(spread(read, source.pieces(name))) for name in names) >= 0 else -1.0
 
 
 @dataclass(frozen=True)
 class Ties:
     """`merge=ties`.
 
-    `density`: fraction of each task vector that is kept, in (0, 1]. `scale`: factor on the merged task vector.
-    `combine`: `sum` (FusionBench, with scale 0.3) or `mean` (the paper, with scale 1) of the agreeing values.
+    `density`: the fraction of each task vector that is kept, in (0, 1]. `scale`: factor on the merged task vector.
+    `combine`: the `sum` of the agreeing values (FusionBench, with scale 0.3) or their `mean` (the paper, with scale 1).
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     density: float
     scale: float
@@ -106,27 +122,25 @@ class Ties:
         check_range("merge.scale", self.scale, 0, 10)
         check_choice("merge.combine", self.combine, ("sum", "mean"))
 
-    def __call__(self, source: MergeSource) -> ElementwiseRule:
-        def task_vectors() -> Iterator[list[PieceReader]]:
+    def check(self, tasks: Sequence[str]) -> None:
+        """Suits every suite."""
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads all models three times: twice for the thresholds, once for the majority of signs."""
+
+        def task_vectors() -> Iterator[list[Vectors]]:
             for name in track(source.names, "find what TIES keeps"):
-                yield [partial(_differences, read) for read in source.parts(name)]
+                yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
 
         thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
+        majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], thresholds))
 
-        def signs(read: PieceReader) -> int:
-            base, *experts = read()
-            return sign_sum(base, experts, thresholds)
+        def merge(piece: Piece) -> Tensor:
+            experts = [*piece.experts.values()]
+            return elected(piece.base, experts, thresholds, majority, self.scale, self.combine == "mean")
 
-        names = track(source.names, "find the majority of signs")
-        majority = 1.0 if sum(sum(spread(signs, source.parts(name))) for name in names) >= 0 else -1.0
-
-        def rule(base: Tensor, experts: list[Tensor]) -> Tensor:
-            return elected(base, experts, thresholds, majority, self.scale, self.combine == "mean")
-
-        return rule
+        return ElementwiseRule(merge)
 
 
-def _differences(read: PieceReader) -> list[Tensor]:
-    """A piece of every task vector."""
-    base, *experts = read()
-    return [expert - base for expert in experts]
+def _task_vectors(reader: PieceReader) -> list[Tensor]:
+    return [*reader().task_vectors().values()]

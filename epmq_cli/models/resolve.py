@@ -1,6 +1,7 @@
 """From what a suite calls a model to the folder or file that holds it.
 
 shipped:tiny/base            inside this package
+open_clip:ViT-B-32/openai    by one of open_clip's own names (open_clip/registry.py)
 models/base, experts/a.pt    on disk: a folder, or one file (.safetensors, .pt, .pth, .bin)
 owner/name                   of the hub, or of its mirror where the suite has a root
 owner/name@revision          likewise: a branch, tag or commit; in a mirror the folder of that very name
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from epmq_cli.errors import ModelError, first_line
 from epmq_cli.models.model_folder import READ
+from epmq_cli.models.open_clip.registry import SCHEME, locate_open_clip
 from epmq_cli.runtime.links import escapes
 from epmq_cli.runtime.paths import expanded
 
@@ -38,6 +40,8 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
         if escapes(name) or not folder.is_dir():
             raise ModelError(f"{role}: nothing called {source} is shipped with epmq")
         return folder
+    if source.startswith(SCHEME):
+        return locate_open_clip(source, role, root)
     path = expanded(source, role)
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
         return path

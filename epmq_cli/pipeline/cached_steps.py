@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.config.schema import Harness
 from epmq_cli.data.batching import Batch
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
@@ -52,6 +54,7 @@ class CachedSteps:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
         self._fingerprints = Fingerprints(cache_folder() / "fingerprints")
         self._samples: dict[str, str | None] = {}
+        self._measured: dict[str, Any] = {}
         if cache is not None:
             self._files = self._read()
             cache.sound = lambda: self._files == self._read()
@@ -67,16 +70,17 @@ class CachedSteps:
             return compute
         return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
-    def merged(self) -> LazyMerge:
+    def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
         """The merged model, whose tensors are read from the cache if that has room for them: by one of several
-        processes, which is enough to fill it, and not where it is the base, which is on disk already."""
-        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype))
-        if (
-            self._cache is None
-            or not self._known_merge
-            or isinstance(self._job.merge, NoMerge)
-            or not distributed.is_main()
-        ):
+        processes, which is enough to fill it, and not where it is the base, which is on disk already.
+
+        `data`: what the method measures the experts on, if it needs that. Several processes then measure together, and
+        none of them asks the cache."""
+        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
+        alone = distributed.world_size() == 1 if data is not None else distributed.is_main()
+        if data is not None and self._cache is not None:
+            self._measured = _measured_on(data, self._job.merge.needs)
+        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not alone:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
@@ -131,7 +135,8 @@ class CachedSteps:
     def _merge(self) -> dict[str, Any]:
         base, *experts = self._files.values()  # their order counts: sums are rounded on the way
         method = self._job.merge
-        return {"base": base, "experts": experts, "merge": type(method).__qualname__, "options": vars(method)}
+        kind = {"merge": type(method).__qualname__, "options": vars(method), **self._measured}
+        return {"base": base, "experts": experts, **kind}
 
     @property
     def _known_merge(self) -> bool:
@@ -159,6 +164,14 @@ class KeptMerge(LazyMerge):
         """The tensor of this name, in the type it was rounded to."""
         assert dtype == self.dtype
         return self._kept.tensor(name)
+
+
+def _measured_on(data: ExpertMeasurements, needs: frozenset[Need]) -> dict[str, Any]:
+    """What a merge that needs data depends on beside the models: batches and, for gradients, heads, by their contents,
+    and which task has which."""
+    batches = {task: [of_tensors(batch) for batch in group] for task, group in data.batches.items()}
+    heads = {task: of_tensors(head) for task, head in data.heads.items()} if "gradients" in needs else {}
+    return {"batches": batches, "heads": heads}
 
 
 def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[Entry]:

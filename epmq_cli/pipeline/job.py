@@ -9,14 +9,15 @@ from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.checkpoint.exporter import Exporter
+from epmq_cli.checkpoint.open_clip import check_family
 from epmq_cli.config import instantiate, schema
 from epmq_cli.config.validate import check_choice, check_keys
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
-from epmq_cli.merge.source import Merge
-from epmq_cli.pipeline.preflight import check_scoring
+from epmq_cli.merge.method import MergeMethod, check_method
+from epmq_cli.pipeline.preflight import check_gradients, check_scoring
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
@@ -29,7 +30,7 @@ class Job:
 
     suite: Suite
     family: Family
-    merge: Merge
+    merge: MergeMethod
     guidance: Guidance
     calib: schema.Calib
     quantizer: Quantizer | MixedPrecision
@@ -54,6 +55,9 @@ def make_job(cfg: DictConfig) -> Job:
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
     check_scoring(suite, family, evaluation, scores_samples(evaluation))
+    merge: MergeMethod = instantiate.build("merge", cfg.merge)
+    check_method(merge, names)
+    check_gradients(merge, family)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     check_choice("resume", cfg.resume, ("auto", "never"))
@@ -63,10 +67,12 @@ def make_job(cfg: DictConfig) -> Job:
     quantizer = build_quantizer(cfg.quant)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
+    if exporter.open_clip:
+        check_family(family, suite.family)
     return Job(
         suite=suite,
         family=family,
-        merge=instantiate.build("merge", cfg.merge),
+        merge=merge,
         guidance=guidance,
         calib=calib,
         quantizer=quantizer,

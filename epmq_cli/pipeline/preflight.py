@@ -22,10 +22,21 @@ from epmq_cli.families.family import Family, LanguageModel
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
 
 SMALLEST_GROUP = 8  # that a message offers
+
+
+def check_gradients(method: MergeMethod, family: Family) -> None:
+    """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
+    if "gradients" in method.needs and family.heads == "none":
+        name = type(family).__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
+            f"{name} have no heads; use another merge method"
+        )
 
 
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:

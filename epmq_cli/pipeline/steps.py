@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.merge_data import Batches, ExpertMeasurements
 from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
+from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.microbatch import MicroBatcher
@@ -26,6 +28,7 @@ from epmq_cli.families.family import Family, LanguageModel, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.pipeline.job import Job
@@ -53,6 +56,8 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = SuiteModels(job.suite, job.family)
+    if job.exporter.open_clip:
+        check_base(models.base)
     ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
     dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
@@ -68,6 +73,18 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats)
     check_kernel(model, job.family, formats if job.exporter.packs else [], job.evaluation, job.device)
     return models, model, dtype
+
+
+def merge_data(
+    job: Job, model: nn.Module, source: MergeSource, batches: Batches, tasks: Sequence[ScoredTask], micro: MicroBatcher
+) -> ExpertMeasurements | None:
+    """What the merge method measures the experts on, if it needs that: calibration batches as the experts completed
+    them, and the tasks' heads. The model's merged tensors may be overwritten."""
+    if not job.merge.needs:
+        return None
+    memory = schema.bytes_of("calib.memory", job.calib.memory) // distributed.world_size()
+    heads = {task.name: task.head for task in tasks}
+    return ExpertMeasurements(model, job.family, source, batches, heads, micro, memory)
 
 
 def prepare_tasks(

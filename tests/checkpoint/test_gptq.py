@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.gptq import mirrored, unmirrored
+from epmq_cli.checkpoint.gptq import layout, mirrored, unmirrored
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
@@ -158,3 +159,25 @@ def test_linears_that_the_format_does_not_hold_are_refused_before_calibration(
 def test_the_kernels_types_are_the_only_ones(dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"pack.dtype must be one of float16, bfloat16, got '{dtype}'"):
         exporter_of("gptq", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "part", "problem"),
+    [
+        (True, "qzeros", "holds zero points, config.json implies none"),
+        (False, "qzeros", None),
+        (True, "g_idx", "does not put 16 neighbouring inputs into each group"),
+        (True, "scales", "holds scales that are not above 0"),
+        (False, "scales", None),
+    ],
+)
+def test_values_that_the_format_does_not_have_are_named(symmetric: bool, part: str, problem: str | None) -> None:
+    weight = positive_weight(ints(4, 16, symmetric))
+    exporter = exporter_of("gptq")
+    reader = layout(Path(), exporter.config(model_of(SHAPE), {LINEAR: weight}, False))
+    expected = reader.expected("it", SHAPE, signed=False)[f"it.{part}"]
+    tensor = tensors_of(weight, "gptq")[part]
+    assert expected.check(tensor) is None
+    changed = tensor.clone()
+    changed.view(-1)[1] = -1
+    assert expected.check(changed) == problem

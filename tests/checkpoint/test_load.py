@@ -216,7 +216,7 @@ def longer(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     [
         (deeper, r"has no tensor model.layers.2.\S+; run epmq run again"),
         (ungrouped, r"config\.json does not say how model\.layers\.\S+ is packed; run epmq run again"),
-        (stray, r"has a tensor that its model has not: model\.stray\.weight_packed; see epmq verify"),
+        (stray, r"has a tensor that its model lacks: model\.stray\.weight_packed; see epmq verify"),
         (longer, r"does not fit its config\.json \(size mismatch for model\.norm\.weight: .*\); see epmq verify"),
     ],
 )

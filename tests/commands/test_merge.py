@@ -42,7 +42,7 @@ def merged(hub: Path, folder: Path, *overrides: str) -> Path:
     return folder / "checkpoint"
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "none"])
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "none", "tsv_m", "dare_linear", "dare_ties"])
 def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = merged(clip_hub, tmp_path / "run", f"merge={method}")
     job = make_job(config(clip_hub, f"merge={method}"))
@@ -56,6 +56,19 @@ def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub:
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     jsonschema.validate(metrics, schema())
     assert metrics["bytes"]["model_dense"] == sum(tensor.nbytes for tensor in found.values())
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_methods_that_need_data_are_refused_before_any_model_is_opened(
+    method: str, clip_hub: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"merge={method} needs calibration data, .* use epmq run merge={method} "):
+        merged(clip_hub, tmp_path / "run", f"merge={method}", "suite.base=gone")
+
+
+def test_weights_of_unknown_tasks_are_refused_before_any_model_is_opened(clip_hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"merge.weights has no option 'frist', .*; did you mean first\?"):
+        merged(clip_hub, tmp_path / "run", "merge=average", "merge.weights={frist: 2}", "suite.base=gone")
 
 
 def test_shards_and_another_type(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_the_command_runs_and_its_checkpoint_evaluates_to_the_same_scores(
     assert "here/checkpoint" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr  # plain where there is no terminal
     assert (
-        "WARNING epmq: task first: calibrating on all 40 training samples"
+        "WARNING epmq: task first: calibration uses all 40 training samples"
         in (tmp_path / "here" / "run.log").read_text()
     )
     first = json.loads((tmp_path / "here" / "metrics.json").read_text())

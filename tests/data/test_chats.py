@@ -97,7 +97,7 @@ def test_messages_that_are_none_are_named(message: dict[str, Any], wrong: str, t
 
 
 def test_conversations_and_texts_are_not_mixed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 2: column chat holds a conversation, and others of its rows hold texts"):
+    with pytest.raises(DataError, match=r"row 2: column chat holds a conversation, and other rows hold texts"):
         load(tmp_path, ["text", MESSAGES])
 
 
@@ -106,7 +106,7 @@ def test_a_pair_or_a_prompt_takes_no_conversations(tmp_path: Path) -> None:
     path = str(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="column chat holds a list .*data.prompt takes texts and numbers"):
         Documents(path, path, prompt="{chat}").load("train")
-    with pytest.raises(ConfigError, match="data.prompt must name columns"):
+    with pytest.raises(ConfigError, match="data.prompt must have placeholders that are columns"):
         Documents(path, path, prompt="chat")
     (tmp_path / "b.jsonl").write_text(json.dumps({"chat": MESSAGES, "label": 0}))
     with pytest.raises(DataError, match="row 1: column chat holds a list"):

@@ -103,7 +103,7 @@ def test_a_count_reads_no_further_than_it_must_and_writes_nothing(mirror: Path, 
     source = Hub(path="tanganke/sun397", root=str(tmp_path))
     assert shades(source.load("train", 4)) == [0, 1, 2, 3]
     assert not list(cache.rglob("*.arrow"))
-    with pytest.raises(DataError, match="tanganke/sun397 cannot be had"):
+    with pytest.raises(DataError, match="tanganke/sun397 cannot be loaded"):
         source.load("train")
     assert len(source.load("test")) == ROWS["test"]  # the broken split is not touched
 
@@ -209,9 +209,11 @@ def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
     for count in (None, 2):
         with pytest.raises(DataError, match="has no column image; its columns are a, b, y"):
             Hub(path=place, label="y").load("train", count)
-    with pytest.raises(DataError, match=r"cannot be had; check its id, name and split \(its splits are train, valid"):
+    with pytest.raises(
+        DataError, match=r"cannot be loaded; check its id, name and split \(its splits are train, valid"
+    ):
         Hub(path=place, input="a", label="y", test="nope").load("test")
-    with pytest.raises(DataError, match="cannot be had.*; /nowhere has no copy of it either"):
+    with pytest.raises(DataError, match="cannot be loaded.*; /nowhere has no copy of it either"):
         Hub(path="someone/nothing", input="a", label="y", root="/nowhere").load("test")
 
 
@@ -219,9 +221,12 @@ def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"input": ["a", "b", "c"]}, "data.input must be one column or a list of two"),
-        ({"prompt": "no place"}, "data.prompt must name columns in its places, such as {sentence}, got 'no place'"),
-        ({"prompt": "{"}, "data.prompt must be a text with {column} places"),
-        ({"regression": True, "labels": ["a"]}, "data.labels are names of classes, data.regression has none"),
+        (
+            {"prompt": "no place"},
+            "data.prompt must have placeholders that are columns, such as {sentence}, got 'no place'",
+        ),
+        ({"prompt": "{"}, "data.prompt must be a text with {column} placeholders"),
+        ({"regression": True, "labels": ["a"]}, "data.labels names classes, and a regression has none"),
     ],
 )
 def test_columns_that_make_no_sample_are_refused(fields: dict[str, Any], message: str) -> None:

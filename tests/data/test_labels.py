@@ -48,10 +48,10 @@ def test_labels_and_their_names_by_hand(values: Any, labels: Any, names: Any, wa
     ("values", "options", "message"),
     [
         ([0, [1, 0]], {}, r"row 2: the label \[1, 0\] is a list; .* multi-label .*eval.stages=\[\]"),
-        ([0, None, float("nan"), " "], {}, "row 2: the row has no label, like 3 of 4 rows"),
-        (["maybe", "no"], {"labels": [False, True]}, "label 'maybe' is not among data.labels.*put them in quotes"),
+        ([0, None, float("nan"), " "], {}, "row 2: the row has no label .3 of 4 rows have none."),
+        (["maybe", "no"], {"labels": [False, True]}, "label 'maybe' is not among data.labels.*so quote them"),
         (["1.5"], {}, "labels must be whole numbers from 0, got '1.5'; .*data.regression: true and metric: spearman"),
-        ([2], {"names": ["neg", "pos"]}, "its labels are 2..2, and it names 2 classes"),
+        ([2], {"names": ["neg", "pos"]}, "the labels are 2..2, but 2 classes have names"),
     ],
 )
 def test_labels_that_are_none_are_refused_by_name(values: Any, options: Any, message: str) -> None:
@@ -110,7 +110,7 @@ def test_the_hubs_class_labels_are_named_and_rows_without_one_are_left_out(
     source = Hub(path, input="text", test="validation")
     for samples in (source.load("test"), source.load("test", 10, 0)):
         assert (samples.labels.tolist(), samples.classes) == ([0, 1, 1], ("neg", "pos"))
-    assert "1 of 4 samples of the split validation have no label (-1) and are left out" in caplog.text
+    assert "1 of 4 samples of the split validation have no label (-1) and are skipped" in caplog.text
     assert Hub(path, input="text").load("test").labels.tolist() == [-1, -1]
     turned = Hub(path, input="text", test="validation", labels=["pos", "neg"]).load("test")
     assert (turned.labels.tolist(), turned.classes) == ([1, 0, 0], ("pos", "neg"))

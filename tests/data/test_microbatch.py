@@ -80,7 +80,9 @@ def test_without_room_for_one_sample_it_is_said_what_to_do() -> None:
         tried.append(samples)
         raise full()
 
-    with pytest.raises(RunError, match="^there is no room for thinking even with one sample at a time; think less$"):
+    with pytest.raises(
+        RunError, match="^there is not enough memory for thinking, even with one sample at a time; think less$"
+    ):
         found.run(call)
     assert tried == [5, 2, 1]
 

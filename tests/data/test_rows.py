@@ -102,7 +102,7 @@ def test_a_column_that_is_there_twice_is_refused_where_it_is_read(name: str, tmp
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_rows_with_more_fields_than_the_header_are_refused(name: str, tmp_path: Path) -> None:
     tab = "\t" if name == "a.tsv" else ","
-    with pytest.raises(DataError, match=r"row 2 has 3 fields, and the header names 2 columns"):
+    with pytest.raises(DataError, match=r"row 2 has 3 fields, but the header has 2 columns"):
         read(tmp_path / name, "text,label\none,1\ntwo,and more,0\n".replace(",", tab))
 
 
@@ -150,7 +150,7 @@ def test_quotes_that_may_be_either_are_text_with_a_warning(
         (row,) = read(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n")
     assert row["text"] == text
     (message,) = caplog.messages
-    assert message.endswith("are read as part of the text; save the file as csv or jsonl if they are not")
+    assert message.endswith("are read as part of the text; if they are not, save the file as csv or jsonl")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_quotes_that_may_be_either_are_text_with_a_warning(
         (0.5, r"a number \(0.5\), not text"),
         (True, r"a truth value \(true\), not text"),
         (float("nan"), r"no value \(NaN\), not text"),
-        (["a", "b"], r"a list \(\['a', 'b'\]\), not text; the only lists that epmq reads are conversations"),
+        (["a", "b"], r"a list \(\['a', 'b'\]\), not text; a list must be a conversation"),
         ([], r"a list \(\[\]\), not text"),
         ({"en": "a", "de": "b"}, "an object with the keys en, de, not text"),
     ],

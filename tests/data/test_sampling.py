@@ -54,7 +54,7 @@ def test_without_a_seed_the_first_samples_come() -> None:
 def test_too_few_samples_are_all_taken_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert len(drawn(3, 10, 0, "birds")) == 3
-    assert "task birds: calibrating on all 3 training samples, as there are fewer than calib.samples=10" in caplog.text
+    assert "task birds: calibration uses all 3 training samples, fewer than calib.samples=10" in caplog.text
 
 
 def test_no_samples_are_refused() -> None:

@@ -90,7 +90,7 @@ def test_prompts_regression_counts_and_seeds(tmp_path: Path) -> None:
             r"x.tsv, row 1: no value in column sentence; the columns are label, text",
         ),
         ("label\ttext\n1\tx\n0\n", {}, r"row 2: no value in column text"),
-        ("label\ttext\nspam\tx\n", {}, r"whole numbers from 0, got 'spam'; name their values in data.labels"),
+        ("label\ttext\nspam\tx\n", {}, r"whole numbers from 0, got 'spam'; list the values in data.labels"),
         ("label\ttext\nspam\tx\n", {"labels": ["ham"]}, r"label 'spam' is not among data.labels, which are ham"),
     ],
 )
@@ -173,6 +173,6 @@ def test_layouts_in_prompts_are_for_the_values_that_take_them(tmp_path: Path) ->
     path = write(tmp_path / "x.jsonl", [{"text": "a", "count": 3, "label": 1}])
     assert list(table(path, prompt="{text:>3}{count:03d}{count!r}").load("test").inputs) == ["  a0033"]
     with pytest.raises(
-        DataError, match=r"x.jsonl, row 1: the values do not go into data.prompt '{text:d}' .*leave out"
+        DataError, match=r"x.jsonl, row 1: the values do not fit data.prompt '{text:d}' .*remove the format"
     ):
         table(path, prompt="{text:d}").load("test")

@@ -50,7 +50,7 @@ def test_what_is_not_there_is_not_asked_for_offline(asked: list[Any]) -> None:
     with pytest.raises(ModelError, match="someone/something is neither a folder here nor can it be had from the hub"):
         locate("someone/something", "base")
     for count in (None, 3):
-        with pytest.raises(DataError, match="data set someone/something cannot be had"):
+        with pytest.raises(DataError, match="data set someone/something cannot be loaded"):
             Hub("someone/something").load("train", count)
     assert asked == []
 

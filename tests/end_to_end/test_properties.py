@@ -19,7 +19,8 @@ from torch import Tensor
 from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.method import MergeMethod
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo
@@ -135,7 +136,7 @@ METHODS = st.one_of(
 )
 
 
-def merged(merge: Merge, models: list[Model], piece: int = 1 << 18) -> Tensor:
+def merged(merge: MergeMethod, models: list[Model], piece: int = 1 << 18) -> Tensor:
     """The merge of a base and its experts, all tensors in one row."""
     held = [Held({f"w{i}": torch.tensor(row) for i, row in enumerate(model)}) for model in models]
     folders = [ModelFolder(Path(f"m{i}"), f"m{i}", {}, tensors) for i, tensors in enumerate(held)]
@@ -152,7 +153,7 @@ def flat(model: Model) -> Tensor:
 
 @FEW_OR_MANY
 def test_the_order_of_experts_changes_nothing_nor_does_the_size_of_pieces(examples: int) -> None:
-    def claim(merge: Merge, models: list[Model], random: Any, piece: int) -> None:
+    def claim(merge: MergeMethod, models: list[Model], random: Any, piece: int) -> None:
         expected = merged(merge, models)
         others = models[1:]
         random.shuffle(others)
@@ -164,7 +165,7 @@ def test_the_order_of_experts_changes_nothing_nor_does_the_size_of_pieces(exampl
 
 @FEW_OR_MANY
 def test_experts_that_are_the_base_give_the_base(examples: int) -> None:
-    def claim(merge: Merge, models: list[Model], count: int) -> None:
+    def claim(merge: MergeMethod, models: list[Model], count: int) -> None:
         assert torch.equal(merged(merge, [models[0]] * (1 + count)), flat(models[0]))
 
     hold(examples, claim, METHODS, MODELS, st.integers(1, 4))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from epmq_cli.calibrate.reference_weights import copy_into
+from epmq_cli.commands.verify import verify
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS, drifted, write_suite
@@ -70,7 +71,8 @@ def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
 
 
 def test_a_run_gives_a_checkpoint_that_transformers_loads_as_clip(hub: Path, tmp_path: Path) -> None:
-    checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", "eval.samples=8")
+    checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", "eval.samples=8", "pack.open_clip=true")
+    verify(checkpoint, False, "cpu", None)
     model = AutoModel.from_pretrained(checkpoint)
     assert isinstance(model, CLIPModel)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -84,3 +86,10 @@ def test_a_run_gives_a_checkpoint_that_transformers_loads_as_clip(hub: Path, tmp
         pixels = torch.randn(1, 3, 16, 16)
         own, other = (each.get_image_features(pixels).pooler_output for each in (model, base))
         assert not torch.allclose(own, other)
+        exported, *_ = open_clip.create_model_and_transforms(f"local-dir:{checkpoint / 'open_clip'}")
+        torch.testing.assert_close(exported.eval().encode_image(pixels), own, rtol=0, atol=1e-5)
+        ids = open_clip.get_tokenizer(f"local-dir:{checkpoint / 'open_clip'}")(["a photo of red"])
+        torch.testing.assert_close(
+            exported.encode_text(ids), model.get_text_features(**tokens).pooler_output, rtol=0, atol=1e-5
+        )
+    assert isinstance(open_clip.get_tokenizer(f"local-dir:{checkpoint / 'open_clip'}"), open_clip.SimpleTokenizer)

@@ -82,7 +82,7 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
     with caplog.at_level(logging.INFO, "epmq"):
         steps.open_models(make_job(config(trained, "++suite.heads=expert")))
     (line,) = (record for record in caplog.records if "outside its vision tower" in record.getMessage())
-    assert (line.levelname, "its head is made by its own text tower" in line.getMessage()) == ("INFO", True)
+    assert (line.levelname, "its own text tower makes its head" in line.getMessage()) == ("INFO", True)
 
 
 def test_a_projection_is_merged_where_an_expert_trained_it_and_is_the_bases_where_one_has_none(

@@ -52,7 +52,10 @@ def test_where_the_device_is_full_half_as_many_samples_are_tried(
 def test_where_nothing_goes_in_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
-    with Full(0, after=60).during(*CALIBRATION), pytest.raises(RunError, match="no room for calibration even with one"):
+    with (
+        Full(0, after=60).during(*CALIBRATION),
+        pytest.raises(RunError, match="not enough memory for calibration, even with one"),
+    ):
         run_in(tmp_path, bert_hub, *OPTIONS, OWN)
     run_in(tmp_path, bert_hub, *OPTIONS, OWN)
     assert measured(tmp_path)["resumed"] == 1

@@ -52,9 +52,9 @@ def test_a_device_with_room_for_one_sample_at_a_time(
     assert events["batches_halved"] == 3
     assert device.refused == events["batches_halved"] + events["eval_batches_halved"] >= 5
     for more, less in ((8, 4), (4, 2), (2, 1)):
-        line = f"there is no room for calibration with {more} samples at a time; it goes on with {less}\n"
+        line = f"there is not enough memory for calibration with {more} samples at a time; epmq retries with {less}\n"
         assert said.err.count(line) == 1
-    assert said.err.count("there is no room for scoring with ") == events["eval_batches_halved"]
+    assert said.err.count("there is not enough memory for scoring with ") == events["eval_batches_halved"]
     assert f"halved in calibration 3 times and in scoring {events['eval_batches_halved']} times\n" in said.out
 
 
@@ -101,11 +101,14 @@ def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewh
     with Device(0, after=60).during((guide, "calibrate")), pytest.raises(RunError) as raised:
         run_in(run, bert_hub, *OPTIONS)
     assert str(raised.value) == (
-        "there is no room for calibration even with one sample at a time; lower max_length of the suite's tasks or "
-        "calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
+        "there is not enough memory for calibration, even with one sample at a time; lower max_length of the suite's "
+        "tasks or calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
     )
     assert not (run / "checkpoint").exists()
-    with Device(0).during((steps, "stage_scores")), pytest.raises(RunError, match="no room for scoring even with one"):
+    with (
+        Device(0).during((steps, "stage_scores")),
+        pytest.raises(RunError, match="not enough memory for scoring, even with one"),
+    ):
         run_in(run, bert_hub, *OPTIONS)
     run_in(run, bert_hub, *OPTIONS)
     events = check_same(run, undisturbed(bert_hub))
@@ -130,11 +133,11 @@ def killed_in_between(
 
     capfd.readouterr()
     status = attempt(run, hub, *OPTIONS, *options, hook=short(100, True))
-    first = "no room for calibration" in capfd.readouterr().err and status == -signal.SIGKILL
+    first = "not enough memory for calibration" in capfd.readouterr().err and status == -signal.SIGKILL
     if not (run / "metrics.json").exists():
         assert attempt(run, hub, *OPTIONS, *options, hook=short(0, False)) == 0
     check_same(run, whole)
-    return first, "no room for calibration" in capfd.readouterr().err
+    return first, "not enough memory for calibration" in capfd.readouterr().err
 
 
 def test_killed_between_halvings(

@@ -54,6 +54,6 @@ def test_a_device_without_room_for_the_batches_of_the_scores_makes_them_smaller(
     monkeypatch.setattr(Bert, "features", features)
     status, said = command(tmp_path, *mini(bert_hub, "eval.samples=20", "eval.stages=[quantized]", "out=run"))
     assert status == 0, said
-    assert "there is no room for scoring with 20 samples at a time; it goes on with 10\n" in said
-    assert "there is no room for scoring with 10 samples at a time; it goes on with 5\n" in said
-    assert "no room for calibration" not in said
+    assert "there is not enough memory for scoring with 20 samples at a time; epmq retries with 10\n" in said
+    assert "there is not enough memory for scoring with 10 samples at a time; epmq retries with 5\n" in said
+    assert "not enough memory for calibration" not in said

@@ -4,53 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.source import Merge, MergeSource
+from epmq_cli.merge.method import ElementwiseRule, MergeMethod, Piece, check_method, refuse_needs
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitudes
-from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.runtime import threads
+from tests.merging import METHODS, SHAPES, merged, method, source, tensors
 
-SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "scalar": ()}
-METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
-
-
-def tensors(seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def folder(path: Path, content: dict[str, Tensor]) -> ModelFolder:
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    save_file(content, path / "model.safetensors")
-    return ModelFolder(path, path.name)
-
-
-def source(path: Path, base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> MergeSource:
-    folders = {f"t{i}": folder(path / f"t{i}", content) for i, content in enumerate(experts)}
-    names = {task: {name: name for name in opened.infos} for task, opened in folders.items()}
-    opened_base = folder(path / "base", base)
-    return MergeSource(opened_base, {name: name for name in opened_base.infos}, folders, names)
-
-
-def method(name: str) -> Merge:
-    found: Merge = hydra.utils.instantiate(OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml"))
-    return found
-
-
-def merged(path: Path, merge: Merge, base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    path.mkdir()
-    return dict(LazyMerge(source(path, base, experts), merge, torch.float32))
+DATA_FREE = [name for name in METHODS if not method(name).needs]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -61,10 +29,87 @@ def test_experts_equal_to_the_base_give_the_base(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_experts_changes_nothing(name: str, tmp_path: Path) -> None:
-    experts = [tensors(seed) for seed in (1, 2, 3)]
+    experts = {f"t{seed}": tensors(seed) for seed in (1, 2, 3)}
     first = merged(tmp_path / "x", method(name), tensors(0), experts)
-    second = merged(tmp_path / "y", method(name), tensors(0), experts[::-1])
-    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+    second = merged(tmp_path / "y", method(name), tensors(0), dict(reversed(experts.items())))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["average", "fisher", "regmean"])
+def test_means_of_one_expert_are_that_expert(name: str, tmp_path: Path) -> None:
+    found = merged(tmp_path / "x", method(name), tensors(0), [tensors(1)])
+    assert all(torch.equal(found[part], tensors(1)[part]) for part in SHAPES)
+
+
+@pytest.mark.parametrize("name", DATA_FREE)
+def test_threads_and_the_tensors_beside_it_change_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"first": (3, 70_000), "second": (5, 40_000)}  # several pieces each
+    base, experts = tensors(0, shapes), [tensors(seed, shapes) for seed in (1, 2)]
+    opened, found = source(tmp_path / "all", base, experts), {}
+    for count in (1, 8):
+        monkeypatch.setattr(threads, "threads", lambda count=count: count)
+        found[count] = dict(LazyMerge(opened, method(name), torch.float32))
+    assert all(torch.equal(found[1][part], found[8][part]) for part in shapes)
+    if name == "ties":  # whose thresholds are over all tensors
+        return
+    alone = source(tmp_path / "one", {"second": base["second"]}, [{"second": other["second"]} for other in experts])
+    assert torch.equal(LazyMerge(alone, method(name), torch.float32).tensor("second"), found[1]["second"])
+
+
+@pytest.mark.parametrize("name", DATA_FREE)
+def test_half_precision_models_give_the_merge_of_the_same_numbers_in_float32(name: str, tmp_path: Path) -> None:
+    models = [{part: tensor.bfloat16() for part, tensor in tensors(seed).items()} for seed in range(3)]
+    wide = [{part: tensor.float() for part, tensor in model.items()} for model in models]
+    found = merged(tmp_path / "x", method(name), models[0], models[1:])
+    expected = merged(tmp_path / "y", method(name), wide[0], wide[1:])
+    assert all(torch.equal(found[part], expected[part]) for part in SHAPES)
+
+
+def test_a_piece_knows_its_place_and_its_random_numbers_know_seed_task_name_and_offset(tmp_path: Path) -> None:
+    shapes = {"long": (140_000,)}
+    opened = source(tmp_path / "x", tensors(0, shapes), [tensors(1, shapes)])
+    pieces = [reader() for reader in opened.pieces("long")]
+    assert [piece.offset for piece in pieces] == [0, 1 << 16, 1 << 17]
+    assert torch.equal(torch.cat([piece.base for piece in pieces]), tensors(0, shapes)["long"])
+    piece = Piece("a", 0, torch.zeros(1), {})
+    others = [(piece, 1, "t"), (piece, 0, "u"), (Piece("b", 0, piece.base, {}), 0, "t")]
+    others.append((Piece("a", 1 << 16, piece.base, {}), 0, "t"))
+    wanted = piece.generator(0, "t").random(4).tolist()
+    assert piece.generator(0, "t").random(4).tolist() == wanted
+    assert all(other.generator(seed, task).random(4).tolist() != wanted for other, seed, task in others)
+
+
+class Old:
+    """A method of a user, with the interface of earlier versions."""
+
+    def __call__(self) -> None: ...
+
+
+def test_what_is_no_method_is_refused_by_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"merge._target_ names .*Old, which has no needs, check, fit; a merge method"
+    ):
+        check_method(Old(), ["t0"])  # type: ignore[arg-type]
+
+
+class Mine:
+    """A method of a user."""
+
+    needs: ClassVar = frozenset()
+
+    def check(self, tasks: object) -> None: ...
+
+    def fit(self, source: object, data: object) -> ElementwiseRule:
+        return ElementwiseRule(lambda piece: piece.base + 1)
+
+
+def test_a_method_of_a_user_merges(tmp_path: Path) -> None:
+    mine: MergeMethod = Mine()
+    check_method(mine, ["t0"])
+    refuse_needs(mine)
+    assert torch.equal(merged(tmp_path / "x", mine, tensors(0), [tensors(1)])["a.bias"], tensors(0)["a.bias"] + 1)
 
 
 def test_average_is_the_mean_without_the_base(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""How the images of the `tiny` suite are drawn: many 32 x 32 pictures at once, from uniform numbers, with numpy alone.
+"""Draws the images of the `tiny` suite: many 32 x 32 pictures at once, from uniform numbers, with numpy alone.
 
-Only additions, products, square roots and comparisons touch pixels, and these are exact in IEEE arithmetic, so the same
-numbers give the same bytes on every machine. Lengths are in pixels, colours in [0, 1], angles in turns.
+Pixels are computed with additions, products, square roots and comparisons only. These are exact in IEEE arithmetic, so
+the same numbers give the same bytes on every machine. Lengths are in pixels, colours in [0, 1], angles in turns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Labels = npt.NDArray[np.int64]
 Colour = tuple[float, float, float]  # red, green, blue
 
 SIDE = 32  # pixels
-COLUMNS = 64  # uniform numbers a sample may use
+COLUMNS = 64  # uniform numbers per sample
 
 _AXIS = np.arange(SIDE, dtype=np.float32) - np.float32((SIDE - 1) / 2)
 _X, _Y = _AXIS[None, None, :], _AXIS[None, :, None]
 
-# Seven rows of five pixels a digit, the most significant bit on the left.
+# Each digit has seven rows of five pixels, with the most significant bit on the left.
 _DIGITS = (
     (0b01110, 0b10001, 0b10011, 0b10101, 0b11001, 0b10001, 0b01110),
     (0b00100, 0b01100, 0b00100, 0b00100, 0b00100, 0b00100, 0b01110),
@@ -39,7 +39,7 @@ _DIGITS = (
 
 
 class Dice:
-    """Uniform numbers, one row a sample, handed out column by column in the order of the calls."""
+    """Uniform numbers, one row per sample, consumed column by column in the order of the calls."""
 
     def __init__(self, uniforms: npt.NDArray[np.float64]) -> None:
         self.uniforms = uniforms  # (n, COLUMNS) in [0, 1)
@@ -53,7 +53,7 @@ class Dice:
         return (low + (high - low) * columns).astype(np.float32)
 
     def tint(self, low: Colour, high: Colour) -> Array:
-        """(n, 1, 3) colours between two."""
+        """(n, 1, 3) colours between two colours."""
         bottom, top = np.array(low), np.array(high)
         colour: Array = (bottom + (top - bottom) * self.between(0, 1, 3)).astype(np.float32)
         return colour
@@ -66,7 +66,7 @@ class Dice:
 
 
 def _turned(x: Array, y: Array, turns: npt.NDArray[np.floating[Any]]) -> tuple[Array, Array]:
-    """The coordinates as seen from axes turned by `turns` (1 = a full circle)."""
+    """The coordinates in axes rotated by `turns` (1 = a full circle)."""
     angle = 2 * np.pi * turns.astype(np.float64)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     return x * cos + y * sin, y * cos - x * sin
@@ -77,25 +77,25 @@ def _radius(x: Array, y: Array) -> Array:
 
 
 def _cover(distance: Array) -> Array:
-    """How much of each pixel lies inside, in [0, 1], given the signed distance to the edge in pixels (inside < 0)."""
+    """The fraction of each pixel that is inside, given the signed distance to the edge in pixels (inside < 0)."""
     cover: Array = np.clip(np.float32(0.5) - distance, 0, 1)
     return cover
 
 
 def _over(picture: Array, cover: Array, colour: Array) -> Array:
-    """The picture (n, 32, 32, 3) with colour (n, 1, 3) laid over it where cover (n, 32, 32) says."""
+    """The picture (n, 32, 32, 3) blended with a colour (n, 1, 3) by cover (n, 32, 32)."""
     return picture + cover[..., None] * (colour[:, :, None, :] - picture)
 
 
 def _two_colours(dice: Dice) -> tuple[Array, Array]:
-    """Two colours (n, 1, 3) that differ by at least 0.2 in every channel; either may be the brighter one."""
+    """Two colours (n, 1, 3) that differ by at least 0.2 in every channel; either may be the brighter."""
     dark, light = dice.between(0.0, 0.4, 3), dice.between(0.6, 1.0, 3)
     swap = dice.between(0, 1) < 0.5
     return np.where(swap, light, dark), np.where(swap, dark, light)
 
 
 def _backdrop(dice: Dice, colour: Array, clutter: int) -> Array:
-    """A picture (n, 32, 32, 3) in one colour that fades along a random direction, with a few faint blots on it."""
+    """A background (n, 32, 32, 3) of one colour that fades in a random direction, with a few faint spots."""
     along, _ = _turned(_X, _Y, dice.between(0, 1))
     shade = along * dice.between(0.0, 0.008)
     picture = np.broadcast_to(colour[:, :, None, :], (dice.count, SIDE, SIDE, 3)) + shade[..., None]
@@ -107,7 +107,7 @@ def _backdrop(dice: Dice, colour: Array, clutter: int) -> Array:
 
 
 def _placed(dice: Dice, shift: float, small: float, large: float, turn: float) -> tuple[Array, Array, Array]:
-    """Coordinates in units of a random size, around a random centre, in axes turned by up to `turn`; and that size."""
+    """Coordinates in units of a random size, around a random centre, in axes rotated by up to `turn`; and the size."""
     size = dice.between(small, large)
     x, y = _X - dice.between(-shift, shift), _Y - dice.between(-shift, shift)
     x, y = _turned(x, y, dice.between(-turn, turn))
@@ -115,7 +115,7 @@ def _placed(dice: Dice, shift: float, small: float, large: float, turn: float) -
 
 
 def _shape_edges(x: Array, y: Array) -> list[Array]:
-    """Signed distances, in units of the shape's size, one a class of the task `shapes` in label order."""
+    """Signed distances in units of the shape's size, one per class of the task `shapes`, in label order."""
     r, ax, ay = _radius(x, y), np.abs(x), np.abs(y)
     square = np.maximum(ax, ay)
     return [
@@ -131,7 +131,7 @@ def _shape_edges(x: Array, y: Array) -> list[Array]:
 
 
 def shapes(dice: Dice, labels: Labels) -> Array:
-    """One filled shape of any size, slightly turned."""
+    """One filled shape of random size, slightly rotated."""
     x, y, size = _placed(dice, shift=4, small=7.5, large=11, turn=0.05)
     return _cover(np.choose(labels[:, None, None], _shape_edges(x, y)) * size)
 
@@ -143,7 +143,7 @@ def _wave(position: Array) -> Array:
 
 
 def textures(dice: Dice, labels: Labels) -> Array:
-    """One pattern seen through a round window, of period 5 to 9 pixels."""
+    """One pattern with a period of 5 to 9 pixels, behind a round window."""
     period = dice.between(5, 9)
     x, y = _turned(_X, _Y, dice.between(-0.04, 0.04))
     x, y = x / period + dice.between(0, 1), y / period + dice.between(0, 1)
@@ -165,13 +165,13 @@ def textures(dice: Dice, labels: Labels) -> Array:
 
 
 def _bitmaps() -> npt.NDArray[np.bool_]:
-    """(10, 9, 7): the digits with a border of one empty pixel, so that a clipped index reads nothing."""
+    """(10, 9, 7): the digits with a border of one empty pixel, so that clipped indices read zero."""
     rows = np.array(_DIGITS)[:, :, None] >> np.arange(4, -1, -1) & 1
     return np.pad(rows.astype(bool), ((0, 0), (1, 1), (1, 1)))
 
 
 def digits(dice: Dice, labels: Labels) -> Array:
-    """One 5 x 7 digit, enlarged 2.8 to 3.8 times, slanted, turned and moved."""
+    """One 5 x 7 digit, enlarged 2.8 to 3.8 times, slanted, rotated and moved."""
     x, y, _ = _placed(dice, shift=2, small=2.8, large=3.8, turn=0.03)
     x = x * dice.between(0.9, 1.15) + y * dice.between(-0.15, 0.15)
     column = np.clip(np.floor(x + np.float32(3.5)), 0, 6).astype(np.int64)
@@ -181,7 +181,7 @@ def digits(dice: Dice, labels: Labels) -> Array:
 
 
 def arrows(dice: Dice, labels: Labels) -> Array:
-    """One arrow in one of eight directions (off by up to 9 degrees), of any length and thickness."""
+    """One arrow of random length and thickness in one of eight directions, with an error of up to 9 degrees."""
     x, y = _X - dice.between(-2, 2), _Y - dice.between(-2, 2)
     x, y = _turned(x, y, labels[:, None, None] / np.float32(8) + dice.between(-0.025, 0.025))
     length, thick = dice.between(8, 12), dice.between(1.0, 2.0)
@@ -191,7 +191,7 @@ def arrows(dice: Dice, labels: Labels) -> Array:
 
 
 def counts(dice: Dice, labels: Labels) -> Array:
-    """One to six discs of any size, none touching another: each has a cell of a 3 x 3 board."""
+    """One to six discs of random size that do not touch: each is in its own cell of a 3 x 3 grid."""
     cell = dice.ranks(9)[:, :6]
     cover = np.zeros((dice.count, SIDE, SIDE), dtype=np.float32)
     for disc in range(6):
@@ -210,14 +210,14 @@ SUBJECTS: dict[str, Callable[[Dice, Labels], Array]] = {
     "arrows": arrows,
     "counts": counts,
 }
-"""Task -> how much of each pixel (n, 32, 32) its subject covers."""
+"""Maps each task to the function that computes the cover (n, 32, 32) of its subject."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Where the pictures of a task are taken: the two ends of the ground's colours and of the subject's, and a veil.
+    """The setting of a task's pictures: the ranges of the background's and the subject's colours, and a veil.
 
-    `veil` gives (n, 32, 32) in [-1, 1], the light and shade that lies over the whole picture.
+    `veil` returns (n, 32, 32) in [-1, 1], the light and shade over the whole picture. `strength` scales it.
     """
 
     back: tuple[Colour, Colour]
@@ -265,7 +265,7 @@ SCENES: dict[str, Scene] = {
 
 
 def paint(task: str, dice: Dice, labels: Labels, in_scene: bool) -> Array:
-    """Pictures (n, 32, 32, 3): the subject in any two colours, or in the colours and under the veil of its scene."""
+    """Pictures (n, 32, 32, 3): the subject in two random colours, or in the colours and under the veil of its scene."""
     cover = SUBJECTS[task](dice, labels)
     if not in_scene:
         back, front = _two_colours(dice)

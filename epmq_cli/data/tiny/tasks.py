@@ -1,4 +1,4 @@
-"""The image tasks of the built-in suite `tiny`: drawn by code, nothing to download."""
+"""The image tasks of the built-in suite `tiny`, drawn by code, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "arrows": ("right", "down right", "down", "down left", "left", "up left", "up", "up right"),
     "counts": ("one", "two", "three", "four", "five", "six"),
 }
-"""Task -> names of its classes, in label order."""
+"""Maps each task to the names of its classes, in label order."""
 
-_CHUNK = 64  # samples drawn at once: 64 pictures in float32 stay in the cache
+_CHUNK = 64  # samples drawn at once: 64 pictures in float32 fit into the CPU cache
 _NOISE_WORDS = SIDE * SIDE * 3 // 8
-_NOISE = np.float32(0.05)  # greatest change of a channel, of 1
+_NOISE = np.float32(0.05)  # largest change of a channel, where 1 is white
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tiny:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Samples of the split: 32 x 32 RGB pictures and their labels. Without a seed only `count` are drawn."""
-        # Imported here: the pictures themselves can be drawn where torch is not wanted.
+        # Imported here, so that `images` works without torch.
         import torch
         from PIL import Image
 
@@ -65,8 +65,8 @@ class Tiny:
 def images(task: str, split: str, count: int) -> tuple[npt.NDArray[np.uint8], Labels]:
     """The first `count` samples of a split: pictures (count, 32, 32, 3) uint8 and labels (count,) int64.
 
-    The split "web" shows the subjects on plain ground (the base learnt from it), every other one in the task's scene.
-    Sample i depends on (task, split, i) and nothing else, so a longer list begins with the shorter one.
+    The split "web", on which the base was trained, shows the subjects on a plain background; all other splits show them
+    in the task's scene. Sample i depends on (task, split, i) alone, so a longer list begins with a shorter one.
     """
     pixels = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
     labels = _labels(task, split, count)
@@ -82,13 +82,13 @@ def images(task: str, split: str, count: int) -> tuple[npt.NDArray[np.uint8], La
 
 
 def _labels(task: str, split: str, count: int) -> Labels:
-    """(count,): every run of as many samples as there are classes holds each class once, in a random order."""
+    """(count,): each run of n samples holds each of the n classes once, in random order."""
     classes = len(CLASSES[task])
     runs = [np.argsort(_words(task, f"{split} labels", run, classes)) for run in range(-(-count // classes))]
     return np.concatenate(runs)[:count].astype(np.int64)
 
 
 def _words(task: str, stream: str, index: int, count: int) -> npt.NDArray[np.uint64]:
-    """(count,) random 64-bit words of one sample; raw words, as numpy promises to keep these the same for ever."""
+    """(count,) random 64-bit words of one sample. numpy guarantees that raw words never change between versions."""
     seed = np.random.SeedSequence([zlib.crc32(f"{task}/{stream}".encode()), index])
     return np.random.PCG64(seed).random_raw(count)

@@ -1,52 +1,56 @@
-"""What of open_clip's configs transformers' CLIPModel, image processor and tokenizer can express."""
+"""open_clip's model configs as transformers' CLIPConfig, where CLIPModel computes the same."""
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ModelError
 
 VOCABULARY = 49408
-START, END = "<|startoftext|>", "<|endoftext|>"
-BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-MEAN = [0.48145466, 0.4578275, 0.40821073]
-STD = [0.26862954, 0.26130258, 0.27577711]
-RESAMPLE = {"bicubic": 3, "bilinear": 2}
-"""Pillow's numbers by open_clip's names."""
+"""Tokens of CLIP; the last is the end of a text."""
 
-EITHER_WAY = ("norm_kwargs", "output_tokens", "final_ln_after_pool")
-READ = {
-    "": ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "output_dict"),
-    "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
-    "text_cfg": ("layers", "width", "heads", "mlp_ratio", "context_length", "pad_id", "eos_id"),
+TRANSLATED = {
+    "": ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"),
+    "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"),
+    "text_cfg": ("layers", "width", "heads", "mlp_ratio", "context_length", "norm_kwargs"),
 }
-"""Options of open_clip's model_cfg that are read here, or make no difference to what CLIPModel computes."""
-BESIDE = ("attn_pooler_queries", "attn_pooler_heads", "timm_pool", "timm_proj", "hf_pooler_type", "hf_proj_type")
-"""Options that count only beside others, which are refused."""
-DEFAULTS: dict[str, tuple[object, ...]] = {
-    "pool_type": ("tok", "argmax"),
-    "proj_type": ("linear",),
-    "block_type": ("default",),
-    "pos_embed_type": ("learnable", "sin_cos_2d"),
-    "vocab_size": (VOCABULARY,),
+"""Options of a model_cfg that CLIPConfig has as well."""
+WITHOUT_EFFECT = {
+    "": ("custom_text", "init_logit_scale", "output_dict"),
+    "vision_cfg": (
+        "patch_dropout",
+        "output_tokens",
+        "final_ln_after_pool",
+        "attn_pooler_queries",
+        "attn_pooler_heads",
+        "timm_pool",
+        "timm_proj",
+    ),
+    "text_cfg": ("pad_id", "eos_id", "output_tokens", "final_ln_after_pool", "hf_pooler_type", "hf_proj_type"),
 }
-"""What CLIPModel does too."""
+"""Options that do not change the features of a plain vision transformer and its text tower."""
+EQUIVALENT: Mapping[tuple[str, str], tuple[object, ...]] = {
+    ("vision_cfg", "pos_embed_type"): ("sin_cos_2d",),
+    ("vision_cfg", "block_type"): ("default",),
+    ("text_cfg", "block_type"): ("default",),
+}
+"""Values that mean the same for CLIPModel as open_clip's default: fixed positions are stored like learnt ones."""
 
 
-def clip_config(config: Mapping[str, Any], path: Path, role: str) -> Any:
-    """The CLIPConfig of an open_clip_config.json; ModelError where CLIPModel computes something else."""
+def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
+    """The CLIPConfig of an open_clip_config.json; ModelError where CLIPModel computes something else.
+
+    `where`: what the config was read from, for the error.
+    """
     from transformers import CLIPConfig
 
     model = config.get("model_cfg") or {}
-    refused = _refused(model, config.get("preprocess_cfg") or {})
-    if refused:
+    if refused := _refused(model):
         raise ModelError(
-            f"{role}: {refused} in {path}, which transformers' CLIPModel has no place for; family open_clip takes "
-            "plain vision transformers with a class token and CLIP's own text tower"
+            f"{role}: {refused} in {where}; family open_clip needs a plain vision transformer with a class token and "
+            "CLIP's own text tower, as transformers' CLIPModel has them"
         )
     vision, text = model["vision_cfg"], model["text_cfg"]
     width = vision.get("width", 768)
@@ -83,17 +87,19 @@ def _sizes(tower: Mapping[str, Any], width: int, heads: int, projection: int) ->
     }
 
 
-def _refused(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str | None:
-    """The first option that CLIPModel has no counterpart of, as a phrase; None where there is none."""
+def _refused(model: Mapping[str, Any]) -> str | None:
+    """The first option that CLIPModel does not support, as a phrase; None where it supports all."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
     if not model.get("embed_dim"):
-        return "there is no model_cfg.embed_dim"
-    for part, read in READ.items():
+        return "model_cfg.embed_dim is missing"
+    towers = {"vision_cfg": CLIPVisionCfg(), "text_cfg": CLIPTextCfg()}
+    for part in TRANSLATED:
         options = model.get(part) if part else model
         if not isinstance(options, Mapping):
-            return f"there is no model_cfg.{part}"
+            return f"model_cfg.{part} is missing"
         for name, value in options.items():
-            known = value in DEFAULTS[name] if name in DEFAULTS else name in (*read, *EITHER_WAY, *BESIDE)
-            if value and not known:
+            if not _supported(part, name, value, getattr(towers.get(part), name, None)):
                 return f"{'.'.join(filter(None, ('model_cfg', part, name)))} is {value!r}"
         if set(options.get("norm_kwargs") or {}) - {"eps"}:
             return f"model_cfg.{part}.norm_kwargs is {options['norm_kwargs']!r}"
@@ -103,66 +109,17 @@ def _refused(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str | N
     for name in ("image_size", "patch_size"):
         if _square(vision.get(name, 16)) is None:
             return f"model_cfg.vision_cfg.{name} is {vision[name]!r}"
-    return refused_preprocess(preprocess)
-
-
-def refused_preprocess(preprocess: Mapping[str, Any]) -> str | None:
-    """The first option of preprocess_cfg that CLIPImageProcessor has no counterpart of, as a phrase."""
-    if preprocess.get("resize_mode", "shortest") not in ("shortest", "squash"):
-        return f"preprocess_cfg.resize_mode is {preprocess['resize_mode']!r}"
-    if preprocess.get("interpolation", "bicubic") not in RESAMPLE:
-        return f"preprocess_cfg.interpolation is {preprocess['interpolation']!r}"
     return None
 
 
+def _supported(part: str, name: str, value: object, default: object) -> bool:
+    """Whether CLIPModel computes the same with this option as open_clip."""
+    if name in (*TRANSLATED[part], *WITHOUT_EFFECT[part]) or value in EQUIVALENT.get((part, name), ()):
+        return True
+    return value == default or not value  # None, False and 0 leave out a part of a tower
+
+
 def _square(size: int | Iterable[int]) -> int | None:
-    """The side of a square, given as one number or two."""
+    """The side of a square that is given as one number or two; None where the two differ."""
     sides = {size} if isinstance(size, int) else set(size)
     return sides.pop() if len(sides) == 1 else None
-
-
-def image_processor(config: Mapping[str, Any], clip: Any) -> Any:
-    """open_clip's preprocessing for inference as a CLIPImageProcessor."""
-    from transformers import CLIPImageProcessor
-
-    given = config.get("preprocess_cfg") or {}
-    side = clip.vision_config.image_size
-    whole = {"height": side, "width": side}
-    squash = given.get("resize_mode") == "squash"
-    return CLIPImageProcessor(
-        size=whole if squash else {"shortest_edge": side},
-        crop_size=whole,
-        do_center_crop=not squash,
-        resample=RESAMPLE[given.get("interpolation", "bicubic")],
-        image_mean=list(given.get("mean") or MEAN),
-        image_std=list(given.get("std") or STD),
-    )
-
-
-def tokenizer(clip: Any) -> Any:
-    """CLIP's tokenizer with the vocabulary that open_clip ships."""
-    from transformers import CLIPTokenizer
-
-    symbols, merges = _byte_symbols(), _merges()
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), START, END]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=clip.text_config.max_position_embeddings)
-
-
-def _byte_symbols() -> list[str]:
-    """The character that stands for each byte in CLIP's vocabulary, in its order: printable bytes first, the others as
-    the characters from 256 on."""
-    printable = [*range(ord("!"), 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-
-
-def _merges() -> list[tuple[str, str]]:
-    """The merges of open_clip's file that CLIP uses: as many as its vocabulary has words for, behind a line that names
-    the version. The file is found without importing the package, which takes seconds."""
-    package = find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise ModelError("family open_clip needs the package open_clip_torch; pip install open_clip_torch")
-    path = Path(next(iter(package.submodule_search_locations))) / BPE_FILE
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    pairs = [line.split() for line in lines[1 : 1 + VOCABULARY - 512 - 2]]
-    return [(first, second) for first, second in pairs]

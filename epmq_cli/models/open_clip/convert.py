@@ -1,11 +1,11 @@
-"""Makes a folder that transformers loads as a CLIPModel of an open_clip model, once, in a cache."""
+"""Converts an open_clip model into a folder that transformers loads as a CLIPModel, once, in a cache."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from epmq_cli.errors import CheckpointError, ModelError, first_line
 from epmq_cli.models.model_folder import SafetensorsFiles, Tensors, check_counts, read_json
-from epmq_cli.models.open_clip.config import clip_config, image_processor, refused_preprocess, tokenizer
+from epmq_cli.models.open_clip.config import clip_config
+from epmq_cli.models.open_clip.preprocess import image_processor, tokenizer
 from epmq_cli.models.open_clip.tensors import Translated
 from epmq_cli.models.state_dict import open_file
 from epmq_cli.store.atomic import sync
@@ -26,64 +27,72 @@ from epmq_cli.store.safetensors_writer import SINGLE
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 PICKLE = "open_clip_pytorch_model.bin"
-VERSION = b"1"  # of the conversion: another one makes the folders anew
+VERSION = b"1"  # of the conversion: a new version converts again
 SHOWN = 3
 
 
 def converted(path: Path, role: str) -> Path:
-    """The converted folder of an open_clip folder, or of the weights file in one.
-
-    It is in `open_clip/` of $EPMQ_CACHE (left out: epmq in $XDG_CACHE_HOME or ~/.cache), named after the contents of
-    config and weights, and made anew where it is damaged. ModelError where CLIPModel cannot express the model.
-    """
+    """The converted folder of an open_clip folder, or of the weights file in one; ModelError as for `convert`."""
     folder, weights = (path.parent, path) if path.is_file() else (path, weights_file(path, role))
     config = read_json(folder, CONFIG, role)
-    target = cache_folder() / "open_clip" / _digest([folder / CONFIG, weights])
+    return convert(config, (folder / CONFIG).read_bytes(), folder / CONFIG, weights, role)
+
+
+def convert(config: Mapping[str, Any], text: bytes, where: Path | str, weights: Path, role: str) -> Path:
+    """The folder of the CLIPModel that an open_clip_config.json and a file of weights describe.
+
+    It is in `open_clip/` of $EPMQ_CACHE (default: epmq in $XDG_CACHE_HOME or ~/.cache), and its name depends on the
+    contents of config (`text`) and weights alone. A damaged folder is converted again. `where`: what the config was
+    read from, for errors. ModelError where CLIPModel does not support the model.
+    """
+    target = cache_folder() / "open_clip" / _digest(text, weights)
     if not _is_whole(target):
-        found, processor = _described(config, folder / CONFIG, role)
+        clip, processor = _described(config, where, role)
         tensors = Translated(open_file(weights, role), weights, role)
-        check_counts(folder / CONFIG, role, config, len(tensors.infos))
-        _check_complete(tensors, found, weights, role)
-        _write(target, tensors, found, processor, role)
+        check_counts(Path(where), role, dict(config), len(tensors.infos))
+        _check_complete(tensors, clip, weights, role)
+        _write(target, tensors, clip, processor, role)
     return target
 
 
-def _described(config: Mapping[str, Any], path: Path, role: str) -> tuple[Any, Any]:
-    """Model and image processor of an open_clip_config.json, as transformers has them."""
+def _described(config: Mapping[str, Any], where: Path | str, role: str) -> tuple[Any, Any]:
+    """Config and image processor of an open_clip_config.json, as transformers has them."""
     try:
-        found = clip_config(config, path, role)
-        return found, image_processor(config, found)
+        clip = clip_config(config, where, role)
+        return clip, _processor(config, where, clip, role)
     except ModelError:
         raise
-    except Exception as error:  # it may hold anything
+    except Exception as error:  # the file may hold anything
         reason = first_line(error)
-        raise ModelError(f"{role}: {path} describes no model of open_clip ({reason}); fetch it again") from error
+        raise ModelError(f"{role}: {where} describes no model of open_clip ({reason}); fetch it again") from error
+
+
+def _processor(config: Mapping[str, Any], where: Path | str, clip: Any, role: str) -> Any:
+    try:
+        return image_processor(config.get("preprocess_cfg") or {}, clip.vision_config.image_size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may hold anything
+        raise ModelError(
+            f"{role}: preprocess_cfg in {where} describes no image processor of transformers ({first_line(error)}); "
+            "family open_clip needs an image processor that resizes the shortest edge and crops, or that squashes"
+        ) from error
 
 
 def own_processor(path: Path, clip: Any, role: str) -> Path | None:
-    """A folder with the image processor that the open_clip_config.json of an expert's folder describes, made once in
-    the cache; None where there is none. `clip`: the base's config."""
+    """A folder with the image processor that the open_clip_config.json of an expert's folder describes, from the cache;
+    None where the folder describes none. `clip`: the base's config."""
     if not path.is_dir() or not (path / CONFIG).is_file():
         return None
     config = read_json(path, CONFIG, role)
     if not config.get("preprocess_cfg"):
         return None
-    side = clip.vision_config.image_size
-    target = cache_folder() / "open_clip" / f"{_digest([path / CONFIG])}-processor-{side}"
+    name = f"{_digest((path / CONFIG).read_bytes())}-processor-{clip.vision_config.image_size}"
+    target = cache_folder() / "open_clip" / name
     if not _is_whole(target):
+        processor = _processor(config, path / CONFIG, clip, role)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
-            if refused := refused_preprocess(config["preprocess_cfg"]):
-                raise ValueError(refused)
-            found = image_processor(config, clip)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # it may hold anything
-            raise ModelError(
-                f"{role}: preprocess_cfg in {path / CONFIG} describes no image processor of transformers ({error}); "
-                "fetch it again"
-            ) from error
-        try:
-            found.save_pretrained(partial)
+            processor.save_pretrained(partial)
             write_manifest(partial, {})
             _put(partial, target)
         finally:
@@ -106,24 +115,24 @@ def expert_tensors(path: Path, role: str) -> Tensors:
     return Translated(SafetensorsFiles(weights_file(path, role), role), path, role)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    """A name made of the contents."""
-    digest = hashlib.blake2b(VERSION, digest_size=16)
-    for path in files:
-        with path.open("rb") as file:
+def _digest(text: bytes, weights: Path | None = None) -> str:
+    """A name made of the contents of a config and a file of weights."""
+    digest = hashlib.blake2b(VERSION + text, digest_size=16)
+    if weights is not None:
+        with weights.open("rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
 def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> None:
-    """Refuses tensors that are not those of the CLIPModel of this config."""
+    """ModelError where the tensors are not those of the CLIPModel of this config."""
     from transformers import CLIPModel
 
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in CLIPModel(config).state_dict().items()}
-    found = {name: info.shape for name, info in tensors.infos.items()}
-    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    stored = {name: info.shape for name, info in tensors.infos.items()}
+    wrong = [name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)]
     if wrong:
         raise ModelError(
             f"{role}: the tensors in {path} are not those that its {CONFIG} describes: "
@@ -132,7 +141,7 @@ def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> 
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there with all that was written; not where a power cut left empty files."""
+    """Whether a converted folder is complete; a power cut can leave empty files."""
     try:
         return folder.is_dir() and not file_problems(folder)
     except (CheckpointError, OSError):
@@ -140,7 +149,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _write(target: Path, tensors: Translated, config: Any, processor: Any, role: str) -> None:
-    """Writes the folder whole or not at all; ModelError where the disk does not take it."""
+    """Writes the whole folder or nothing; ModelError where the disk is full."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -148,7 +157,7 @@ def _write(target: Path, tensors: Translated, config: Any, processor: Any, role:
             save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
             config.save_pretrained(partial)
             processor.save_pretrained(partial)
-            tokenizer(config).save_pretrained(partial)
+            tokenizer(config.text_config.max_position_embeddings).save_pretrained(partial)
             write_manifest(partial, {})
             for path in [*partial.iterdir(), partial]:
                 sync(path)
@@ -160,12 +169,12 @@ def _write(target: Path, tensors: Translated, config: Any, processor: Any, role:
             raise
         raise ModelError(
             f"{role}: the converted model cannot be written to {target} ({error}); free some space, or set EPMQ_CACHE "
-            "to a folder that has some"
+            "to a folder on a larger disk"
         ) from error
 
 
 def _put(partial: Path, target: Path) -> None:
-    """Gives a folder that is on disk its name, in place of a damaged one; another process may have been faster."""
+    """Renames a complete folder to its name, in place of a damaged one; another process may have been faster."""
     if _is_whole(target):
         return
     shutil.rmtree(target, ignore_errors=True)

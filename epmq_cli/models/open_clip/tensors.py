@@ -1,8 +1,8 @@
-"""open_clip's tensors under the names and in the shapes that transformers' CLIPModel has.
+"""open_clip's tensors under the names and in the shapes of transformers' CLIPModel.
 
 Source of open_clip's layout: https://github.com/mlfoundations/open_clip, `VisionTransformer` and `TextTransformer`.
-The fused `attn.in_proj_weight` becomes three linears q, k, v; the projections, which open_clip multiplies from the
-right, are transposed.
+The fused `attn.in_proj_weight` is split into the linears q, k and v. The projections are transposed, since open_clip
+multiplies with them from the right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import TensorInfo, Tensors
 
-ANCHOR = "conv1.weight"  # of every vision transformer, and once only
+ANCHOR = "conv1.weight"  # every vision transformer has it, exactly once
 VISUAL = "visual."
 CUSTOM_TEXT = "text."
 NAMES = {
@@ -46,12 +46,12 @@ MODULES = {
     "mlp.c_proj": ("mlp.fc2",),
 }
 TOWERS = ("visual.", "transformer.")
-"""Where an unknown tensor means another architecture; elsewhere it is a head, a buffer or the like."""
+"""Prefixes under which an unknown tensor means another architecture; elsewhere it is a head or a buffer."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a tensor comes from: all of a stored one, or the third of its rows with this index."""
+    """The source of a tensor: a stored tensor, or the third of its rows with this index."""
 
     stored: str
     third: int | None
@@ -59,10 +59,10 @@ class _Part:
 
 
 class Translated:
-    """The tensors of an open_clip state dict: of a whole model, of its image encoder or of its vision tower alone,
-    under whatever prefix, as fine-tuning code has it.
+    """The tensors of an open_clip state dict under CLIPModel's names.
 
-    ModelError where it is none of a plain vision transformer.
+    The state dict may hold the whole model, its image encoder or its vision tower, under any prefix that fine-tuning
+    code adds. ModelError where the model is not a plain vision transformer.
     """
 
     def __init__(self, tensors: Tensors, path: Path, role: str) -> None:
@@ -72,14 +72,14 @@ class Translated:
             targets = _targets(name)
             if not targets and name.startswith(TOWERS):
                 raise ModelError(
-                    f"{role}: {path} holds {stored}, for which transformers' CLIPModel has no place; "
-                    "family open_clip takes plain vision transformers"
+                    f"{role}: {path} holds {stored}, which transformers' CLIPModel does not have; "
+                    "family open_clip needs a plain vision transformer"
                 )
             shape = tensors.infos[stored].shape
             if len(targets) > 1 and (not shape or shape[0] % len(targets)):
                 raise ModelError(
                     f"{role}: {path} holds {stored} of the shape {list(shape)}, whose rows are not those of "
-                    f"{len(targets)} linears; fetch it again"
+                    f"{len(targets)} linears of one size; fetch it again"
                 )
             for index, target in enumerate(targets):
                 third = index if len(targets) > 1 else None
@@ -87,7 +87,7 @@ class Translated:
         self.infos = {name: self._info(part) for name, part in self._parts.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor that CLIPModel has under this name."""
+        """The tensor with this name in CLIPModel."""
         part = self._parts[name]
         tensor = self._tensors.tensor(part.stored)
         if part.third is not None:
@@ -101,26 +101,26 @@ class Translated:
 
 
 def _own_names(tensors: Tensors, path: Path, role: str) -> dict[str, str]:
-    """open_clip's own name of each tensor of the model -> the name it is stored under."""
+    """Maps open_clip's name of each tensor of the model to its name in the file."""
     anchors = [name for name in tensors.infos if name == ANCHOR or name.endswith(f".{ANCHOR}")]
     if len(anchors) != 1 or len(tensors.infos[anchors[0]].shape) != 4:
         raise ModelError(
-            f"{role}: {path} has no visual.{ANCHOR} and so is no vision transformer of open_clip; "
+            f"{role}: {path} has no visual.{ANCHOR}, so it is not a vision transformer of open_clip; "
             "give the state dict of an open_clip model or of its image encoder"
         )
     tower = anchors[0].removesuffix(ANCHOR)
     whole = tower == VISUAL or tower.endswith(f".{VISUAL}")
     prefix = tower.removesuffix(VISUAL) if whole else tower
-    found = {}
+    names = {}
     for stored in tensors.infos:
         if stored.startswith(prefix):
             name = stored.removeprefix(prefix)
-            found[name.removeprefix(CUSTOM_TEXT) if whole else VISUAL + name] = stored
-    return found
+            names[name.removeprefix(CUSTOM_TEXT) if whole else VISUAL + name] = stored
+    return names
 
 
 def _targets(name: str) -> list[str]:
-    """CLIPModel's names for what open_clip has under one; none where it has nothing of the kind."""
+    """CLIPModel's names of the tensors that one of open_clip's is translated to; empty where it has none."""
     if name in NAMES:
         return [NAMES[name]]
     block = BLOCK.fullmatch(name)

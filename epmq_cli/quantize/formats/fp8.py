@@ -1,8 +1,8 @@
 """FP8 weights: E4M3 with a scale, as compressed-tensors' float-quantized stores them (https://arxiv.org/abs/2209.05433).
 
-A code is one of 253 numbers up to 448 with 3 bits of mantissa. There are no infinities, and NaN is never written. A
-code c stands for c scale. Rounding is relative to each weight's own size, down to 2^-6 of the scale; so a group's range
-costs little, and one scale a row (group_size=-1), which is what vLLM takes, is nearly as good as groups.
+A code c is one of 253 numbers up to 448 with 3 bits of mantissa, and stands for c scale. There are no infinities, and
+NaN is never written. Errors are relative to the size of each weight, down to 2^-6 of the scale. So outliers cost
+little, and one scale per row (group_size=-1) is nearly as good as groups. By its sources vLLM takes no FP8 in groups.
 """
 
 from __future__ import annotations

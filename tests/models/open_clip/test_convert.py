@@ -52,7 +52,7 @@ def test_a_full_disk_ends_a_conversion_in_one_sentence(room: int, tmp_path: Path
     code = f"""
 import resource, signal
 from pathlib import Path
-from epmq_cli.checkpoint.open_clip_base import converted
+from epmq_cli.models.open_clip.convert import converted
 from epmq_cli.errors import ModelError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
@@ -63,7 +63,7 @@ except ModelError as error:
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "base: the converted model cannot be written to" in found.stdout, found.stderr
-    assert found.stdout.endswith("free some space, or set EPMQ_CACHE to a folder that has some\n")
+    assert found.stdout.endswith("free some space, or set EPMQ_CACHE to a folder on a larger disk\n")
     assert not [*(cache / "open_clip").iterdir()]
 
 

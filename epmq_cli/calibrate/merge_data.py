@@ -1,0 +1,188 @@
+"""What merge methods measure of the experts: each with the calibration samples of its own task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
+from epmq_cli.calibrate.moments import Products, real_tokens
+from epmq_cli.calibrate.reference_weights import copy_into
+from epmq_cli.data.batching import Batch, split
+from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.families.family import Family, Head
+from epmq_cli.families.structure import Linears, Mask
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.runtime import distributed
+
+Batches = Mapping[str, Sequence[Batch]]
+CLASSES = 8  # whose gradients are taken in one backward pass
+
+
+@dataclass(frozen=True)
+class ExpertMeasurements:
+    """The `MergeData` of a run: `model`'s merged tensors are overwritten by those of the expert that is measured.
+
+    `heads`: by task, empty for families without. `micro`: halves the micro-batch on out-of-memory. `memory`: see
+    `MergeData`.
+    """
+
+    model: nn.Module
+    family: Family
+    source: MergeSource
+    batches: Batches
+    heads: Mapping[str, Head]
+    micro: MicroBatcher
+    memory: int
+
+    def expert(self, task: str) -> nn.Module:
+        """The model with the weights of a task's expert, until the next call."""
+        copy_into(self.model, self.source.model(task))
+        return self.model
+
+    def logits(self, task: str, batch: Batch) -> Tensor:
+        """(samples, classes) of a task's head, with the weights that the model has now."""
+        return self.family.logits(self.family.features(self.model, batch), self.heads[task])
+
+    def linear_groups(self) -> list[tuple[str, ...]]:
+        """The merged linears that the family knows; those in one group read the same inputs."""
+        return [names for names, _ in self._inputs()]
+
+    def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
+        """E[x x'] of the inputs x of some linears in a task's expert, in float64, by name."""
+        model = self.expert(task)
+        masks = {name: mask for names, mask in self._inputs() for name in names if name in linears}
+        with torch.inference_mode(), batch_invariant(model):
+            moments: dict[str, Tensor] = self.micro.run(partial(self._moments, self.batches[task], masks))
+        return moments
+
+    def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
+        """The moments over some batches, so many samples at a time. `masks`: of the real tokens, by linear."""
+        products, tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
+        for part in (part for batch in batches for part in split(batch, samples)):
+
+            def add(name: str, rows: Tensor, part: Batch = part) -> None:
+                real = real_tokens(rows, masks[name](part) if rows.ndim > 2 else None)
+                products[name].add_square(real)
+                tokens[name] += len(real)
+
+            with first_inputs(self.model, masks, add):
+                self.family.features(self.model, part)
+        return {name: _mean(products[name], tokens[name]) for name in masks}
+
+    def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
+        """The diagonal of the Fisher information of a task's expert, in float32, by tensor name.
+
+        Samples go through the model one by one, as the gradients of each must be squared; what is batched is the
+        backward passes of its classes.
+        """
+        model = self.expert(task)
+        names = set(self.source.names)
+        own = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in own.items()}
+        head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # made in inference mode
+        micro, count = gradient_batcher(), 0
+        with trained(own.values()), sdpa_kernel(SDPBackend.MATH):  # other kernels have no batched backward pass
+            for sample in (part for batch in self.batches[task] for part in split(batch, 1)):
+                logits = partial(self._sample_logits, head, sample)
+                for name, square in micro.run(partial(expected_squares, logits, own, classes)).items():
+                    sums[name] += square
+                count += 1
+        samples = float(distributed.all_reduce(torch.tensor(count, dtype=torch.float64)))
+        return {name: (distributed.all_reduce(total) / samples).float() for name, total in sums.items()}
+
+    def _sample_logits(self, head: Head, sample: Batch) -> Tensor:
+        """(classes,) of one sample."""
+        return self.family.logits(self.family.features(self.model, sample), head)[0]
+
+    def _inputs(self) -> Iterator[tuple[tuple[str, ...], Mask]]:
+        """The merged linears that read the same inputs, and the mask of the real tokens there."""
+        merged = set(self.source.names)
+        for stack in self.family.stacks(self.model):
+            for section in stack.sections:
+                for step in section.steps:
+                    if isinstance(step, Linears):
+                        names = tuple(section.name(name) for name in step.names)
+                        group = tuple(name for name in names if f"{name}.weight" in merged)
+                        if group:
+                            yield group, stack.memory if step.memory else stack.mask
+
+
+def expected_squares(
+    logits: Callable[[], Tensor], parameters: Mapping[str, Tensor], classes: int | None, together: int
+) -> dict[str, Tensor]:
+    """Sum over c of p_c (d log p_c)^2 with respect to each parameter, for one sample.
+
+    `logits()` gives the sample's logits (classes,); one logit is the mean of a Gaussian of variance 1. `classes`: so
+    many of the most likely classes count, None for all. `together`: so many of them share a backward pass.
+    """
+    given = logits()
+    outputs = given if len(given) == 1 else given.log_softmax(-1)
+    chances = torch.ones_like(given) if len(given) == 1 else outputs.detach().exp()
+    directions = chances.sqrt().diag()
+    if classes is not None and classes < len(given):
+        directions = directions[chances.topk(classes).indices]
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for rows in torch.split(directions, together):
+        found = torch.autograd.grad(
+            outputs, list(parameters.values()), rows, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for total, gradients in zip(sums.values(), found, strict=True):
+            if gradients is not None:
+                total += gradients.square().sum(0)
+    return sums
+
+
+def gradient_batcher() -> MicroBatcher:
+    """How many classes share a backward pass."""
+    remedy = "use a device with more memory, or device=cpu"
+    return MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
+
+
+@contextmanager
+def trained(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Inside, gradients with respect to these parameters can be taken."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def first_inputs(model: nn.Module, names: Collection[str], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `add` gets the name and the input of each of these modules when it is first called. Later calls, as of
+    DeBERTa's keys for positions, do not count."""
+    waiting = set(names)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in waiting:
+                waiting.discard(name)
+                add(name, args[0])
+
+        return take
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean(products: Products, tokens: int) -> Tensor:
+    """E[x x'] (in, in) over the tokens of all processes."""
+    rows = products.square_rows()
+    total = distributed.all_gather_rows(rows, rows.shape[1])
+    return total / float(distributed.all_reduce(torch.tensor(tokens, dtype=torch.float64)))

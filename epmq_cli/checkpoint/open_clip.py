@@ -1,0 +1,153 @@
+"""`pack.open_clip=true`: writes the CLIPModel of a checkpoint into its folder `open_clip/` as well, for open_clip:
+
+    open_clip.create_model_and_transforms("local-dir:checkpoint/open_clip")
+    open_clip.create_model_and_transforms(MODEL, pretrained="checkpoint/open_clip/open_clip_model.safetensors")
+
+MODEL is `model_name` in open_clip_config.json, which is there if open_clip has a model of this architecture. The
+weights are dense: merged and, where the checkpoint has them quantized, dequantized.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families.clip import Clip
+from epmq_cli.families.family import Family
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.open_clip.convert import CONFIG, WEIGHTS
+from epmq_cli.models.open_clip.export import Fused, NotExpressibleError, fused, model_cfg, named_model, preprocess_cfg
+from epmq_cli.models.open_clip.preprocess import vocabulary
+from epmq_cli.models.pretrained import config_of, from_folder
+from epmq_cli.models.processor_folder import processor_files
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
+from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
+
+FOLDER = "open_clip"
+
+Entries = Mapping[str, Entry]
+"""The tensors of a CLIPModel by name, each made when it is written."""
+
+
+def check_family(family: Family, name: str) -> None:
+    """ConfigError where models of a family cannot be written for open_clip."""
+    if not isinstance(family, Clip):
+        raise ConfigError(f"pack.open_clip=true needs suite.family clip or open_clip, got {name}")
+
+
+def check_base(base: ModelFolder) -> None:
+    """ModelError where open_clip has no model with the same features as the base."""
+    try:
+        open_clip_config(base.path)
+        fused(base.infos)
+    except NotExpressibleError as error:
+        raise ModelError(
+            f"{base.role}: {error} in {base.path}, which open_clip does not support; set pack.open_clip=false"
+        ) from error
+
+
+def open_clip_config(folder: Path) -> dict[str, Any]:
+    """The open_clip_config.json of a CLIPModel's folder; NotExpressibleError where open_clip has no such model."""
+    from transformers import AutoImageProcessor
+
+    config = config_of(folder)
+    if config.model_type != "clip":
+        raise NotExpressibleError(f"model_type is {config.model_type}")
+    model = model_cfg(config)
+    if _own_tokenizer(folder) is not None:
+        model["text_cfg"]["hf_tokenizer_name"] = "."  # any name makes open_clip read the files beside its config
+    written: dict[str, Any] = {"model_cfg": model}
+    if processor_files(folder, "pictures"):
+        processor = from_folder(AutoImageProcessor, folder)
+        written["preprocess_cfg"] = preprocess_cfg(processor, config.vision_config.image_size)
+    name = named_model(model)
+    return {"model_name": name, **written} if name else written
+
+
+def _own_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a folder; None where there is none, or it is CLIP's, which open_clip has itself."""
+    from transformers import AutoTokenizer
+
+    if not processor_files(folder, "texts"):
+        return None
+    tokenizer = from_folder(AutoTokenizer, folder)
+    return None if tokenizer.get_vocab() == vocabulary() else tokenizer
+
+
+def also_open_clip(
+    wanted: bool, save_others: Callable[[Path], None], entries_of: Callable[[Path], Entries]
+) -> Callable[[Path], None]:
+    """What writes the other files of a checkpoint; `wanted`: pack.open_clip, for which it writes `open_clip/` too."""
+
+    def save(checkpoint: Path) -> None:
+        save_others(checkpoint)
+        write_open_clip(entries_of, checkpoint)
+
+    return save if wanted else save_others
+
+
+def write_open_clip(entries_of: Callable[[Path], Entries], checkpoint: Path) -> None:
+    """Adds `open_clip/` to a checkpoint folder that has its config and its processors; `entries_of` gives the tensors
+    of its CLIPModel."""
+    folder = checkpoint / FOLDER
+    folder.mkdir()
+    text = json.dumps(open_clip_config(checkpoint), indent=2) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    if (tokenizer := _own_tokenizer(checkpoint)) is not None:
+        tokenizer.save_pretrained(folder)
+    parts = entries_of(checkpoint)
+    entries = [_entry(tensor, [parts[name] for name in tensor.parts]) for tensor in fused(parts)]
+    write_file(folder / WEIGHTS, entries)
+
+
+def dequantized_entries(
+    model: nn.Module,
+    weights: Mapping[str, QuantizedWeight | DenseWeight],
+    dtype: torch.dtype,
+    checkpoint: Path,
+) -> Entries:
+    """The tensors of a run's checkpoint, dense. `model`: the student; `weights`: those of its linears by module name;
+    `dtype`: of the checkpoint."""
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        weight = weights.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        made = tensor.to if weight is None else partial(_dequantized, weight)
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        entries[name] = Entry(name, kind, tuple(tensor.shape), partial(made, kind))
+    return entries
+
+
+def _dequantized(weight: QuantizedWeight | DenseWeight, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize().to(dtype)
+
+
+def stored_entries(checkpoint: Path) -> Entries:
+    """The tensors of a dense checkpoint, read when they are written again."""
+    folder, types = ModelFolder(checkpoint, "checkpoint"), {name: dtype for dtype, name in NAMES.items()}
+    return {
+        name: Entry(name, types[info.dtype], info.shape, partial(folder.tensor, name))
+        for name, info in folder.infos.items()
+    }
+
+
+def _entry(tensor: Fused, parts: list[Entry]) -> Entry:
+    """The entry of open_clip's tensor, made of those of CLIPModel's."""
+    dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+    shape = parts[0].shape[::-1] if tensor.transposed else parts[0].shape
+    if len(parts) > 1:
+        shape = (sum(part.shape[0] for part in parts), *shape[1:])
+    return Entry(tensor.name, dtype, shape, partial(_made, parts, tensor.transposed, dtype))
+
+
+def _made(parts: list[Entry], transposed: bool, dtype: torch.dtype) -> Tensor:
+    tensors = [part.make().to(dtype) for part in parts]
+    if len(tensors) > 1:
+        return torch.cat(tensors)
+    return tensors[0].T.contiguous() if transposed else tensors[0]

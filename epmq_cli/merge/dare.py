@@ -1,0 +1,101 @@
+"""DARE: drops elements of the task vectors at random and rescales the rest (Yu et al. 2024,
+https://arxiv.org/abs/2311.03099, section 3.2, equations 1 to 3).
+
+Each expert, tensor and piece has random numbers of its own (`Piece.generator`), so that threads, devices and other
+tensors change nothing. The rest is divided by the density, as in the paper, so that the expected value of each element
+is that of the task vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.task_arithmetic import add_task_vectors
+from epmq_cli.merge.ties import elected, majority_sign, sign_sum
+from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weighted
+
+
+def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
+    """A task vector (n,) of which each element is kept with probability `density` and divided by it, else 0."""
+    kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32)) < density
+    return torch.where(kept, vector / density, torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class DareLinear:
+    """`merge=dare_linear`: Task Arithmetic of what is left of the task vectors.
+
+    `density`: the probability that an element is kept, the paper's 1 - p, in (0, 1]; 1 is Task Arithmetic. `scale`:
+    factor on the sum of the task vectors. `weights`: factors on the task vectors by task. `seed`: of the random
+    numbers.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    density: float
+    scale: float
+    weights: Weights
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_range("merge.density", self.density, 0, 1, open_low=True)
+        check_range("merge.scale", self.scale, 0, 10)
+        check_weights(self.weights, negative=True)
+        check_range("seed", self.seed, 0, (1 << 31) - 1, integer=True)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Weights are for tasks of the suite."""
+        check_weighted_tasks(self.weights, tasks)
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads nothing."""
+        return ElementwiseRule(lambda piece: add_task_vectors(piece.base, self.vectors(piece), self.scale))
+
+    def vectors(self, piece: Piece) -> list[Tensor]:
+        """What is left of each task vector, times its weight."""
+        vectors = {
+            task: dropped(vector, self.density, piece.generator(self.seed, task))
+            for task, vector in piece.task_vectors().items()
+        }
+        return weighted(vectors, self.weights)
+
+
+@dataclass(frozen=True)
+class DareTies(DareLinear):
+    """`merge=dare_ties`: what is left of the task vectors in place of those that TIES trims; then signs are elected,
+    and what agrees with them is merged, as in TIES.
+
+    `combine`: the `sum` of the agreeing values, or their `mean`, which divides by their number. The other options are
+    those of `merge=dare_linear`.
+    """
+
+    combine: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("merge.combine", self.combine, ("sum", "mean"))
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Reads all models once, for the majority of signs, which decides where task vectors cancel."""
+
+        def signs(piece: Piece) -> int:
+            vectors = self.vectors(piece)
+            return sign_sum(torch.zeros_like(piece.base), vectors, [0.0] * len(vectors))
+
+        majority = majority_sign(source, signs)
+
+        def merge(piece: Piece) -> Tensor:
+            vectors, zero = self.vectors(piece), torch.zeros_like(piece.base)
+            thresholds = [0.0] * len(vectors)
+            return piece.base + elected(zero, vectors, thresholds, majority, self.scale, self.combine == "mean")
+
+        return ElementwiseRule(merge)

@@ -1,0 +1,78 @@
+"""Fisher merging: the mean of the experts, each element weighted by its Fisher information (Matena and Raffel 2022,
+https://arxiv.org/abs/2111.09832, section 3, equation 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from epmq_cli.config.validate import check_range
+from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weight_of
+
+
+class WeightedMean:
+    """The mean of tensors weighted element by element, of which one is in memory at a time.
+
+    It moves from value to value: `mean += weight / total * (value - mean)`. So equal values, or one value alone, come
+    out as they are.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self._total = torch.zeros(()), torch.zeros(())
+
+    def add(self, value: Tensor, weight: Tensor) -> None:
+        """Adds a tensor, and its weights, all 0 or more, of the same shape or a single one."""
+        self._total = self._total + weight
+        share = torch.where(self._total > 0, weight / self._total, 0.0)
+        self.mean = self.mean + share * (value - self.mean)
+
+
+def importance_scale(fisher: Mapping[str, Tensor], normalize: bool) -> float:
+    """1 / ||F||_2 over all tensors, so that experts with larger gradients do not count more; 1 unless `normalize`."""
+    norm = sum(float(values.double().square().sum()) for values in fisher.values()) ** 0.5
+    return 1 / norm if normalize and norm > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """`merge=fisher`.
+
+    `floor`: added to each Fisher value, above 0; where all values are far below it, the result is the average.
+    `normalize`: whether each expert's Fisher information is divided by its norm. `classes`: so many of the most likely
+    classes of each sample count, None for all. `weights`: factors by task, None for 1 each.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"batches", "gradients"})
+
+    floor: float
+    normalize: bool
+    classes: int | None
+    weights: Weights
+
+    def __post_init__(self) -> None:
+        check_range("merge.floor", self.floor, 0, 1, open_low=True)
+        if self.classes is not None:
+            check_range("merge.classes", self.classes, 1, 1 << 30, integer=True)
+        check_weights(self.weights)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Weights are for tasks of the suite."""
+        check_weighted_tasks(self.weights, tasks)
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
+        """Measures one expert after the other; holds the merged model and the sum of weights."""
+        assert data is not None
+        means = {name: WeightedMean() for name in source.names}
+        for task in source.tasks:
+            fisher = data.squared_gradients(task, self.classes)
+            scale = weight_of(self.weights, task) * importance_scale(fisher, self.normalize)
+            for name, mean in means.items():
+                values = fisher.pop(name, torch.zeros(())).cpu()  # not trained through: the floor makes it a mean
+                mean.add(source.expert(task, name), scale * (values + self.floor))
+        return TensorRule(lambda name, base, experts: means[name].mean)

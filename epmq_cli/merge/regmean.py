@@ -1,0 +1,125 @@
+"""RegMean: for each linear, the weight whose outputs are closest to those of the experts' weights on the experts' own
+inputs (Jin et al. 2023, https://arxiv.org/abs/2212.09849, section 3.3, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from epmq_cli.config.validate import check_range
+from epmq_cli.errors import ModelError
+from epmq_cli.merge.average import average
+from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.quantize.linalg import damped_cholesky
+
+MATRICES = 4  # of float64, (in, in), that a group of linears takes: moments, their sum, its copy and its factor
+Group = tuple[str, ...]
+
+
+def shrunk(G: Tensor, alpha: float) -> Tensor:
+    """Moments (in, in) with their off-diagonal elements times alpha."""
+    return alpha * G + (1 - alpha) * G.diagonal().diag()
+
+
+@dataclass
+class Regression:
+    """The sums over experts i of one group of linears: `G` of G_i (in, in), and by linear the `mean` of W_i (out, in)
+    and `GD` of G_i (W_i - mean)' (in, out).
+
+    The solution is the mean plus what is left to solve for. So input columns that no expert uses keep the mean, experts
+    with equal moments give the mean, and one expert alone comes out as it is.
+    """
+
+    G: Tensor
+    mean: dict[str, Tensor]
+    GD: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, G: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Adds an expert's moments and its weights by linear, all in float64."""
+        self.G += G
+        for name, W in weights.items():
+            product = G @ (W - self.mean[name]).T
+            self.GD[name] = self.GD[name] + product if name in self.GD else product
+
+    def solve(self) -> dict[str, Tensor]:
+        """The merged weights (out, in), by linear."""
+        if not self.G.any():
+            return dict(self.mean)
+        factor = damped_cholesky(self.G, 0.0)
+        if factor is None:
+            names = ", ".join(self.mean)
+            raise ModelError(f"the inputs of {names} hold a NaN or an infinity; train or fetch the models again")
+        return {name: self.mean[name] + torch.cholesky_solve(GD, factor.lower).T for name, GD in self.GD.items()}
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """`merge=regmean`: `alpha` is the factor on the moments' off-diagonal elements, in [0, 1]. At 1 the regression is
+    exact, which may fit the samples too closely; at 0 each input column counts by its size alone."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        check_range("merge.alpha", self.alpha, 0, 1)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Suits every suite."""
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
+        """Measures all experts once for every part of the linears whose moments fit into memory; holds the linears."""
+        assert data is not None
+        solved: dict[str, Tensor] = {}
+        for groups in parts(data.linear_groups(), source, data.memory):
+            solved |= self._solved(groups, source, data)
+        return TensorRule(partial(_tensor, solved))
+
+    def _solved(self, groups: Sequence[Group], source: MergeSource, data: MergeData) -> dict[str, Tensor]:
+        """The merged weights of some groups of linears, by tensor name, in float32."""
+        sums: dict[Group, Regression] = {}
+        for task in source.tasks:
+            moments = data.input_moments(task, [group[0] for group in groups])
+            for group in groups:
+                G = shrunk(moments.pop(group[0]), self.alpha)
+                if group not in sums:
+                    sums[group] = Regression(torch.zeros_like(G), _means(group, source, G.device))
+                sums[group].add(G, {name: source.expert(task, f"{name}.weight").to(G) for name in group})
+        merged = {name: W for group in groups for name, W in sums.pop(group).solve().items()}
+        return {f"{name}.weight": W.float().cpu() for name, W in merged.items()}
+
+
+def parts(groups: Sequence[Group], source: MergeSource, memory: int) -> Iterator[list[Group]]:
+    """The groups in runs whose moments take up to `memory` bytes together, at least one group each."""
+    run, held = list[Group](), 0
+    for group in groups:
+        width = source.shape(f"{group[0]}.weight")[1]
+        rows = sum(source.shape(f"{name}.weight")[0] for name in group)
+        size = 8 * width * (MATRICES * width + 2 * rows)
+        if run and held + size > memory:
+            yield run
+            run, held = [], 0
+        run.append(group)
+        held += size
+    if run:
+        yield run
+
+
+def _means(group: Group, source: MergeSource, device: torch.device) -> dict[str, Tensor]:
+    """The means of the experts' weights, by linear, in float64."""
+    total: dict[str, Tensor] = {}
+    for name in group:
+        experts = source.experts(f"{name}.weight")
+        total[name] = torch.stack([experts[task] for task in experts]).double().mean(0).to(device)
+    return total
+
+
+def _tensor(solved: Mapping[str, Tensor], name: str, base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
+    """The merged weight of a linear, and the mean of the experts for all else."""
+    return solved[name] if name in solved else average(list(experts.values()))

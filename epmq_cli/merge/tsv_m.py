@@ -1,0 +1,111 @@
+"""TSV-M: merges the leading singular vectors of the task vectors (Gargiulo et al. 2025,
+https://arxiv.org/abs/2412.00081, section 4, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.errors import ConfigError
+from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.source import MergeSource
+
+
+def merged_singular_vectors(vectors: Iterable[Tensor], rank: int) -> Tensor:
+    """The merge of task vectors (out, in): the `rank` leading singular vectors of each, all of them made orthonormal
+    together and multiplied with their singular values.
+
+    Directions without strength are dropped. The reference keeps them: singular vectors of zero singular values are
+    arbitrary, and would turn those of the other experts, as with LoRA experts of a lower rank than `rank`.
+    """
+    left, strength, right = zip(*(_leading(vector, rank) for vector in vectors), strict=True)
+    U, S, V = torch.cat(left, 1), torch.cat(strength), torch.cat(right, 1)
+    return (nearest_orthonormal(U) * S) @ nearest_orthonormal(V).T
+
+
+def nearest_orthonormal(columns: Tensor) -> Tensor:
+    """The polar factor P Q' of P D Q' (rows, columns): the closest matrix with orthonormal columns, or, where columns
+    depend on each other, with those of its span."""
+    P, D, Q = torch.linalg.svd(columns, full_matrices=False)
+    kept = _smallest(D, columns) < D
+    factor: Tensor = P[:, kept] @ Q[kept]
+    return factor
+
+
+def _leading(vector: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors (out, kept), singular values (kept,), right singular vectors (in, kept)."""
+    U, S, Vh = torch.linalg.svd(vector, full_matrices=False)
+    kept = int((S[:rank] > _smallest(S, vector)).sum())
+    return U[:, :kept], S[:kept], Vh[:kept].T
+
+
+def _smallest(values: Tensor, matrix: Tensor) -> float:
+    """The singular value up to which singular vectors are rounding errors, as for the numerical rank of a matrix.
+    `values` are in descending order; there may be none."""
+    return max(matrix.shape) * torch.finfo(values.dtype).eps * float(values[:1].sum())
+
+
+def mean_task_vector(base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
+    """The mean of the task vectors, of which one is in memory at a time."""
+    total = torch.zeros_like(base)
+    for task in experts:
+        total += experts[task] - base
+    return total / len(experts)
+
+
+def tsv_m(
+    name: str,
+    base: Tensor,
+    experts: Mapping[str, Tensor],
+    scale: float,
+    fraction: float | None,
+    averaged: Collection[str],
+) -> Tensor:
+    """Base plus `scale` times the merge of the task vectors: of `averaged` tensors, of those that are no matrices, and
+    of matrices with less room than a direction for each expert, their mean."""
+    most = min(base.shape) if base.ndim == 2 else 0
+    rank = most // len(experts) if fraction is None else int(fraction * most)
+    if rank == 0 or name in averaged:
+        return base + scale * mean_task_vector(base, experts)
+    return base + scale * merged_singular_vectors((experts[task] - base for task in experts), rank)
+
+
+@dataclass(frozen=True)
+class TsvM:
+    """`merge=tsv_m`.
+
+    `scale`: factor on the merged task vector, the paper's alpha. `fraction`: the part of each task vector's singular
+    vectors that is kept, at most 1 / experts; None for 1 / experts, as in the paper. `tables`: what becomes of matrices
+    over the vocabulary, the `mean` of their task vectors or `svd`.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    scale: float
+    fraction: float | None
+    tables: str
+
+    def __post_init__(self) -> None:
+        check_range("merge.scale", self.scale, 0, 10)
+        if self.fraction is not None:
+            check_range("merge.fraction", self.fraction, 0, 1, open_low=True)
+        check_choice("merge.tables", self.tables, ("mean", "svd"))
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """The fractions of all experts must not exceed 1 together."""
+        if self.fraction is not None and self.fraction * len(tasks) > 1 + 1e-9:
+            raise ConfigError(
+                f"merge.fraction must be at most 1 / {len(tasks)} for {len(tasks)} experts, whose singular vectors are "
+                f"made orthonormal together, got {self.fraction}; null takes 1 / {len(tasks)}"
+            )
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
+        """Reads nothing."""
+        averaged = [name for name in source.names if self.tables == "mean" and source.is_over_vocabulary(name)]
+        return TensorRule(partial(tsv_m, scale=self.scale, fraction=self.fraction, averaged=frozenset(averaged)))

@@ -1,0 +1,95 @@
+"""Small models to merge, and the calibration data that methods with needs are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.data.batching import Batch
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.method import MergeMethod
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.model_folder import ModelFolder
+
+SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
+LINEARS = [("a",), ("b",)]
+METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
+
+
+def tensors(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
+    """Normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def folder(path: Path, content: dict[str, Tensor], config: str = "{}") -> ModelFolder:
+    """A model folder on disk."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config)
+    save_file(content, path / "model.safetensors")
+    return ModelFolder(path, path.name)
+
+
+Experts = Sequence[dict[str, Tensor]] | Mapping[str, dict[str, Tensor]]
+"""The experts' tensors, by task or of tasks t0, t1, ..."""
+
+
+def source(path: Path, base: dict[str, Tensor], experts: Experts, config: str = "{}") -> MergeSource:
+    """Base and experts in folders of `path`."""
+    named = experts if isinstance(experts, Mapping) else {f"t{i}": content for i, content in enumerate(experts)}
+    folders = {task: folder(path / task, content) for task, content in named.items()}
+    names = {task: {name: name for name in opened.infos} for task, opened in folders.items()}
+    opened_base = folder(path / "base", base, config)
+    return MergeSource(opened_base, {name: name for name in opened_base.infos}, folders, names)
+
+
+def method(name: str, **options: Any) -> MergeMethod:
+    """A shipped method with its defaults, or with some other options."""
+    cfg = OmegaConf.create({"seed": 0, "merge": OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml")})
+    made: MergeMethod = hydra.utils.instantiate(cfg.merge, **options, _convert_="all")
+    return made
+
+
+@dataclass(frozen=True)
+class GivenData:
+    """Calibration data that was measured already; other tasks and linears have random measures of their own."""
+
+    fisher: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    memory: int = 1 << 30
+    batches: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+
+    def expert(self, task: str) -> nn.Module:
+        raise NotImplementedError
+
+    def logits(self, task: str, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def linear_groups(self) -> list[tuple[str, ...]]:
+        return LINEARS
+
+    def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
+        own = {name: SHAPES[f"{name}.weight"][1] for name in linears}
+        random = tensors(sum(task.encode()), {name: (9, width) for name, width in own.items()})
+        return {name: self.moments.get(task, {}).get(name, (x.T @ x).double()) for name, x in random.items()}
+
+    def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
+        random = {name: tensor.square() for name, tensor in tensors(sum(task.encode())).items()}
+        return {name: values.clone() for name, values in self.fisher.get(task, random).items()}
+
+
+def merged(
+    path: Path, merge: MergeMethod, base: dict[str, Tensor], experts: Experts, data: GivenData | None = None
+) -> dict[str, Tensor]:
+    """The merged tensors."""
+    given = (data or GivenData()) if merge.needs else None
+    return dict(LazyMerge(source(path, base, experts), merge, torch.float32, given))
