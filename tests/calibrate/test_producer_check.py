@@ -1,4 +1,4 @@
-"""Oracles: producers that the families name pass; a producer that feeds something else, or another layer, is refused."""
+"""Oracles: producers that families name pass; a producer that feeds something else, or another layer, is refused."""
 
 from __future__ import annotations
 
