@@ -25,7 +25,7 @@ from epmq_cli.errors import RunError
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.formats.names import as_json, from_json
 from epmq_cli.runtime import distributed
-from epmq_cli.store.atomic import whole_file
+from epmq_cli.store.atomic import atomic_file
 from epmq_cli.store.safetensors_writer import of, write_file
 
 Weight = QuantizedWeight | DenseWeight
@@ -168,7 +168,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> Non
     """Tensors by name and a header as JSON has it, whole or not at all; RunError where the disk does not take them."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             write_file(partial, (of(name, tensor) for name, tensor in tensors.items()), {HEADER: json.dumps(header)})
     except OSError as error:
         raise not_taken(path, error) from error
@@ -177,8 +177,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> Non
 def not_taken(path: Path, error: OSError) -> RunError:
     """What is to be said where the disk does not take what a run has found so far."""
     return RunError(
-        f"{path} cannot be written ({error.strerror or error}); make room there and start the same command again to go "
-        "on from the last finished block"
+        f"{path} cannot be written ({error.strerror or error}); free some space there and start the same command again "
+        "to continue after the last finished block"
     )
 
 
@@ -189,7 +189,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); start the run anew with resume=never") from error
+        raise RunError(f"{path} is damaged ({error}); start from the beginning with resume=never") from error
 
 
 def _header(file: Any) -> Any:

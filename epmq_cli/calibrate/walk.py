@@ -167,7 +167,7 @@ class _Walk:
     def _section(self, stack: Stack, section: Section) -> None:
         """Solves every step of a section, while the forward pass of each batch pauses in front of it."""
         teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
-        token = stack.read_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
+        token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
                 hooks.enter_context(pause_hooks(module, section.modules))
@@ -179,7 +179,8 @@ class _Walk:
                         solve_norm(self.student, section.name(step.name), self._rows(section, teacher, spec))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
-                    self._linears(section, teacher, own, spec)
+                    if own:  # none where queries, keys and values are one linear
+                        self._linears(section, teacher, own, spec)
                     self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
                     self._linears(section, teacher, step.names, spec)

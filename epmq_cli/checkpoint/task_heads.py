@@ -20,8 +20,8 @@ from epmq_cli.models.pretrained import config_of
 from epmq_cli.quantize.linalg import is_finite
 
 STORED = "F32"
-DENSE = "dense_"
-"""The prefix of the parts of the layer in front of a head's linear."""
+DENSE, NORM = "dense_", "norm_"
+"""Prefixes of the parts of the dense layer in front of a head's linear, and of the norm between the two."""
 
 
 def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:
@@ -79,10 +79,10 @@ def _needed(infos: Mapping[str, TensorInfo], name: str) -> bool:
 
 
 def _shape(infos: Mapping[str, TensorInfo], task: str, part: str, width: int, info: TensorInfo) -> tuple[int, ...]:
-    """The shape that a part must have. A bias has as many rows as its weight. A weight has any number of rows; its
-    inputs are the features, or the outputs of the layer before it."""
-    prefix = DENSE if part.startswith(DENSE) else ""
-    if part.endswith("bias"):
+    """The shape that a part must have. A linear has any number of rows, and the inputs that the layer in front of it
+    gives, or the features; its bias is of its rows; a norm behind the dense layer is of that layer's rows."""
+    prefix = DENSE if part.startswith((DENSE, NORM)) else ""
+    if part.endswith("bias") or part.startswith(NORM):
         return (_rows(infos, f"{task}.{prefix}weight"),)
     before = f"{task}.{DENSE}weight"
     return (max(info.shape[0], 1), width if prefix or before not in infos else _rows(infos, before))

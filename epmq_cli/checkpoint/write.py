@@ -6,7 +6,6 @@ The folder appears under its name in one step, when all of its files are on disk
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
-from epmq_cli.store.atomic import PARTIAL, sync
+from epmq_cli.store.atomic import atomic_folder
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest
 from epmq_cli.store.safetensors_writer import Entry, check_finite, write_model
@@ -89,22 +88,14 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
     The manifest is written last; files that the block puts into the dict are not hashed again for it. If the block
     fails, nothing is left behind. CheckpointError: the disk is full or read-only."""
     known: dict[str, Content] = {}
-    temporary = folder.with_name(PARTIAL.format(folder.name))
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary, known
-        write_manifest(temporary, known)
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        temporary.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is either of these
+        with atomic_folder(folder) as temporary:
+            yield temporary, known
+            write_manifest(temporary, known)
+    except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 
@@ -20,19 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from epmq_cli.commands.arguments import FULL_ERROR
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.config.validate import check_keys
 from epmq_cli.errors import ConfigError, EpmqError, TokenError, lacks_memory
-from epmq_cli.pipeline import unfinished
-from epmq_cli.runtime import distributed, signals
+from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import complain, log, plain
+from epmq_cli.runtime.exit_status import MISTAKEN
 
-MISTAKEN, DEFECT = 1, 70
-
-
-NOTHING = "interrupted; nothing of this run is complete"
-
+DEFECT = 70
 
 DISK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
@@ -63,33 +54,13 @@ class Ended(BaseException):
         self.error = error
 
 
-@contextmanager
-def exit_on_error(explained: Callable[[Exception], str], interrupted: str = NOTHING) -> Iterator[None]:
-    """Ends the process with a sentence and a status, see errors.py, where something is raised inside; with --debug or
-    HYDRA_FULL_ERROR=1 it is raised on. `interrupted`: what is said of a signal."""
-    before = os.environ.get(FULL_ERROR, "0")
-    try:
-        yield
-    except (Exception, Ended) as raised:
-        error = _behind(raised.error if isinstance(raised, Ended) else raised)
-        if (number := signals.seen()) is not None:  # what a library raises that was interrupted says nothing
-            complain(interrupted)
-            sys.exit(signals.STATUS[number])
-        if isinstance(error, BrokenPipeError) and sys.stdout is not None:
-            sys.stdout.flush()  # raises it again where it is of what is printed, see ending.py
-        if before == "1":
-            raise error from None
-        if distributed.is_main() or not isinstance(
-            error, (ConfigError, HydraException)
-        ):  # those come up in all processes
-            complain(explained(error))
-        sys.exit(MISTAKEN if isinstance(error, MISTAKES) or lacks_memory(error) else DEFECT)
-    except KeyboardInterrupt as signalled:
-        complain(interrupted)
-        sys.exit(signals.STATUS[getattr(signalled, "number", signal.SIGINT)])
-    finally:
-        os.environ.pop(unfinished.VARIABLE, None)
-        os.environ[FULL_ERROR] = before
+def report(error: Exception, arguments: Sequence[str]) -> int:
+    """Prints what went wrong in one sentence; the exit status. Every process of a run finds the same mistakes in the
+    config, so only the first one prints those."""
+    error = _behind(error)
+    if distributed.is_main() or not isinstance(error, (ConfigError, HydraException)):
+        complain(format_error(error, "".join(arguments[:1]), arguments[1:]))
+    return MISTAKEN if isinstance(error, MISTAKES) or lacks_memory(error) else DEFECT
 
 
 def _behind(error: Exception) -> Exception:

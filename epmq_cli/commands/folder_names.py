@@ -1,4 +1,4 @@
-"""The names of the folders of a sweep's jobs."""
+"""Folder names for the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 
 from omegaconf import OmegaConf
 
-LONGEST = 255  # bytes of a name that file systems take
-READABLE = 120  # bytes that are kept of a longer one
-DIGITS = 12  # of the sha256 of what the job was asked for
+LONGEST = 255  # bytes, the longest name that file systems accept
+READABLE = 120  # bytes that are kept of a longer name
+DIGITS = 12  # of the sha256 of the job's overrides
 UNSAFE = re.compile(r"""[^\w.,=+@%^~:!#()\[\]{}-]""")
-"""What separates folders or words, or means something to a shell."""
+"""Characters that separate folders or words, or that a shell interprets."""
 
 
 def folder_name(overrides: str) -> str:
-    """The folder of a job with these overrides: themselves where a folder can be called so. Otherwise what is left of
-    them without such characters, cut to `READABLE` bytes, and a hash of all of them, so that no two jobs share one."""
+    """The folder name of a job: its overrides, if they are a valid name. Otherwise the overrides without unsafe
+    characters, cut to `READABLE` bytes, and a hash of all of them, so that no two jobs share a folder."""
     name = UNSAFE.sub("_", overrides)
     if name == overrides and len(name.encode()) <= LONGEST and not name.startswith("."):
         return name
@@ -25,5 +25,5 @@ def folder_name(overrides: str) -> str:
 
 
 def register() -> None:
-    """Makes `folder_name` known to configs, as `${folder_name:...}`."""
+    """Registers `folder_name` for configs, as `${folder_name:...}`."""
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

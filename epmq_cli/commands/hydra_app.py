@@ -15,44 +15,42 @@ from yaml import YAMLError
 
 from epmq_cli.commands import folder_names
 from epmq_cli.commands.arguments import FULL_ERROR, split
-from epmq_cli.commands.error_report import MISTAKEN, NOTHING, exit_on_error, format_error
+from epmq_cli.commands.error_report import Ended
 from epmq_cli.commands.overrides import addable, check_overrides, unreadable
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
 from epmq_cli.pipeline import unfinished
 from epmq_cli.runtime import distributed, signals
 from epmq_cli.runtime.console import complain
-from epmq_cli.runtime.signals import GRACE
-
-INTERRUPTED = {
-    "run": "interrupted; start the same command again to go on from the last finished block",
-    "merge": NOTHING,
-    "eval": NOTHING,
-}
+from epmq_cli.runtime.exit_status import MISTAKEN
 
 folder_names.register()  # here: the processes of a sweep's jobs import this, too
 
 
 def launch(command: str, arguments: list[str]) -> None:
-    """Runs a command with these arguments; whatever is raised ends it as `told` says."""
+    """Runs a Hydra command with these arguments."""
     try:
         distributed.check_environment(command)
     except ConfigError as error:
         complain(str(error))
         sys.exit(MISTAKEN)
-    logging.raiseExceptions = False  # a line that run.log has no room for ends nothing
-    with exit_on_error(lambda error: format_error(error, command, arguments), INTERRUPTED[command]):
-        os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
+    signals.raise_received()  # a library may have swallowed it while it was imported
+    logging.raiseExceptions = False  # a full disk under run.log ends nothing
+    before = os.environ.get(FULL_ERROR, "0")
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
+    try:
         refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
         overrides, flags = split(arguments)
         check_overrides(command, overrides)
         try:
-            with signals.handle_signals(
-                lambda: complain(INTERRUPTED[command]), GRACE if distributed.world_size() == 1 else 1
-            ):
-                _start(command, addable(arguments))
-        except (YAMLError, UnicodeDecodeError, RecursionError) as error:  # what jobs raise comes as Ended
+            _start(command, addable(arguments))
+        except Ended as ended:
+            raise ended.error from None
+        except (YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"a config file cannot be read: {unreadable(error, flags)}") from error
+    finally:
+        os.environ.pop(unfinished.VARIABLE, None)
+        os.environ[FULL_ERROR] = before
 
 
 def _start(command: str, arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`epmq merge`: the dense merge of a suite's experts, tensor by tensor from disk to disk."""
+"""`epmq merge`: merges a suite's experts into one dense model, tensor by tensor from disk to disk."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
 
-PROBE = 8  # tokens of the texts on which tokenizers are compared, as a merge reads no data
+PROBE = 8  # tokens of the made-up texts on which tokenizers are compared
 
 
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="merge")
 @log_errors
 def main(cfg: DictConfig) -> None:
-    """One merge, or one of each job of a sweep."""
+    """Runs one merge, or one for each job of a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with alone(folder):
         merge(cfg, folder, list(HydraConfig.get().overrides.task))
 
 
 def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Writes `checkpoint/`, which is loaded as the base is, and `metrics.json`."""
+    """Writes `metrics.json` and `checkpoint/`, a model folder like the base's."""
     with importing():
         import torch
 
@@ -45,7 +45,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.report.stage_timer import Stages
         from epmq_cli.runtime.console import say
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where there is a tokenizer to check
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imported only to check tokenizers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_used(folder, "checkpoint", "metrics.json")
     instantiate.check_complete(cfg, "merge")
@@ -64,7 +64,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         models = SuiteModels(suite, family, whole=True)
         if exporter.open_clip:
             check_base(models.base)
-        files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
+        files = ProcessorFiles(models.base.path)  # refuses what transformers cannot load
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):

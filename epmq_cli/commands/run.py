@@ -132,10 +132,9 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.cached_steps import CachedSteps
+    from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
-    from epmq_cli.store.cache import open_cache
 
     opened_cache = open_cache(cache)
     models, model, dtype = steps.open_models(job, folder)
@@ -163,7 +162,7 @@ def _made(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.keys import identity, of_scoring
+    from epmq_cli.pipeline.keys import run_key
     from epmq_cli.pipeline.progress import opened, refuse_results
     from epmq_cli.pipeline.task_processors import save_processors
 
@@ -173,11 +172,12 @@ def _made(
     with stages.stage("read"):
         read = _read(job, folder, cfg.cache)
         models, model, shared, tasks = read.models, read.model, read.shared, read.tasks
-        state = opened(folder, identity(resolved, models, read.drawn, job.device), job.resume)
+        files = shared.files if distributed.is_main() else {}
+        state = opened(folder, run_key(resolved, files, read.drawn, job.device), job.resume)
         refuse_results(folder, state)
     for name, counted in (("batches_halved", micro), ("eval_batches_halved", scoring)):
         counted.halved, counted.keep = state.count(name), partial(state.keep_count, name)
-    scored = state.part(of_scoring(job.evaluation, tasks, [task.data for task in job.suite.members]))
+    scored = state.part(distributed.broadcast(shared.scores_key(tasks) if distributed.is_main() else None))
     with stages.stage("score base and experts"):
         scores |= scored.value(
             "parts", lambda: steps.score_parts(job, model, models, tasks, shared.score_cache, scoring)

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from epmq_cli.commands.error_report import exit_on_error, format_error
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.errors import CheckpointError
-from epmq_cli.runtime.console import complain, console, plain
-from epmq_cli.runtime.signals import handle_signals
-
-INTERRUPTED = "interrupted; the checkpoint has not been checked to the end"
+from epmq_cli.runtime.console import console, plain
 
 DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
 manifest.json, names, shapes and values of all tensors by its config.json and, with --scores, that it scores as the
@@ -29,8 +25,7 @@ def main(arguments: list[str]) -> None:
         "--debug", action="store_true", help="a traceback in place of the sentence that says what is wrong"
     )
     chosen = parser.parse_args(arguments)
-    with exit_on_error(format_error, INTERRUPTED), handle_signals(lambda: complain(INTERRUPTED)):
-        verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
+    verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
 
 
 def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -> None:

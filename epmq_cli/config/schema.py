@@ -22,7 +22,7 @@ STAGES = ("base", "experts", "merged", "quantized")
 
 
 def bytes_of(name: str, text: object) -> int:
-    """The number of bytes that a text such as 5GB says; ConfigError, naming the option, where it says none."""
+    """The number of bytes in a text such as 5GB; ConfigError naming the option if it is none."""
     number = text[:-2] if isinstance(text, str) else ""
     unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
     if unit is None or not number.isdecimal() or int(number) == 0:

@@ -1,18 +1,15 @@
-"""What a job has in common with others of its sweep, or with earlier runs, taken from the cache: scores of base,
-experts and merge, the merge itself, and what the experts make of the calibration batches.
+"""Steps whose results runs share: scores of base, experts and merge, the merge itself, and the experts' outputs on the
+calibration batches. They are read from the cache, or computed and written to it.
 
-A key holds all that a result is made of: models by the contents of their files, samples, batches and heads by their own
-contents, the options that matter, the device and the packages with epmq's own code. Classes that are not epmq's have no
-such key, and lm-evaluation-harness brings data of its own: with these nothing is kept.
+A key holds all that a result depends on (keys.py). Classes that are not epmq's have no such key, and
+lm-evaluation-harness reads its own data: with these nothing is cached.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from functools import cache as once
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +19,77 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
-from epmq_cli.config.schema import Harness
+from epmq_cli.config.schema import Harness, bytes_of
 from epmq_cli.data.batching import Batch
+from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
+from epmq_cli.models.model_folder import SafetensorsFiles
 from epmq_cli.pipeline.calibration import ExpertOutputs
-from epmq_cli.pipeline.fingerprints import Fingerprints, of_code, of_samples, of_tensors
 from epmq_cli.pipeline.job import Job
-from epmq_cli.report.metrics_json import environment
+from epmq_cli.pipeline.keys import environment, hash_model, hash_samples, scores_key
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import bar
-from epmq_cli.store.cache import Cache, cache_folder
+from epmq_cli.store.cache import Cache, FileHashes, cache_folder
+from epmq_cli.store.hashing import hash_tensors
 from epmq_cli.store.safetensors_writer import Entry, of
 
-PACKAGES = ("pillow", "tokenizers", "torchvision", "open_clip_torch", "datasets", "numba", "scikit-learn")
-"""That results depend on, beside those in metrics.json."""
-CPU = Path("/proc/cpuinfo")
-KNOWN_BY_CONTENTS = ("data", "expert", "heads", "name", "processor")
-"""Fields of a task that are in keys as samples, files and heads, or that say nothing of a result."""
+IN_OTHER_PARTS = ("data", "expert", "heads", "name", "processor")
+"""Fields of a task that do not count by themselves: its samples, files and heads do."""
+
+
+def open_cache(size: object) -> Cache | None:
+    """The cache for an option such as cache=10GB; None for cache=false."""
+    if size is None or size is False:
+        return None
+    if size is True:
+        raise ConfigError("cache must be a size on disk such as 10GB, or false, got true")
+    return Cache(cache_folder() / "jobs", bytes_of("cache", size))
 
 
 class CachedSteps:
-    """A job's way to the cache; without one (None) everything is made. The models' files are looked at when it is made,
-    right after they were opened, and again before anything is kept."""
+    """The cached steps of a job; without a cache (None) every result is computed. The models' files are hashed at once,
+    right after they were opened, and again before an entry is written."""
 
     def __init__(self, cache: Cache | None, job: Job, models: SuiteModels, dtype: torch.dtype) -> None:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
-        self._fingerprints = Fingerprints(cache_folder() / "fingerprints")
-        self._samples: dict[str, str | None] = {}
+        self._hashes = FileHashes(None if cache is None else cache_folder() / "fingerprints")
+        self._samples_hashes: dict[str, str | None] = {}
         self._measured: dict[str, Any] = {}
         if cache is not None:
-            self._files = self._read()
-            cache.sound = lambda: self._files == self._read()
+            files = self.files
+            cache.sound = lambda: files == self._read()
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, str]]:
+        """The sha256 of the files of `base` and of each `expert of TASK`."""
+        return self._read()
 
     @property
     def use(self) -> dict[str, int] | None:
-        """What metrics.json says of the cache."""
+        """The entry of metrics.json about the cache."""
         return None if self._cache is None else {"found": self._cache.found, "made": self._cache.made}
 
+    def scores_key(self, tasks: Sequence[ScoredTask]) -> str | None:
+        """A name for the scores of the job's evaluation on the test samples as they are now."""
+        return scores_key(self._job.evaluation, [self._samples(task) for task in tasks])
+
     def score_cache(self, stage: str) -> ScoreCache:
-        """How a task's score of this stage is had: base, experts or merged."""
+        """Gives a task's scores of a stage: base, experts or merged."""
         if self._cache is None or isinstance(self._job.evaluation, Harness):
             return compute
         return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
     def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
-        """The merged model, whose tensors are read from the cache if that has room for them: by one of several
-        processes, which is enough to fill it, and not where it is the base, which is on disk already.
+        """The merged model, with its tensors read from the cache if that has space for them. One of several processes
+        is enough to fill it, and the base is on disk already.
 
-        `data`: what the method measures the experts on, if it needs that. Several processes then measure together, and
-        none of them asks the cache."""
+        `data`: the measurements of the experts, if the method needs them. Several processes measure together, so none
+        of them reads the cache then.
+        """
         make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
         alone = distributed.world_size() == 1 if data is not None else distributed.is_main()
         if data is not None and self._cache is not None:
@@ -89,51 +103,53 @@ class CachedSteps:
     def taught(
         self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], ExpertOutputs]
     ) -> ExpertOutputs:
-        """What the expert of a task makes of its batches, which `make` asks it; with features or without."""
+        """The outputs of a task's expert on its batches, which `make` computes; with features or without."""
         if self._cache is None:
             return make()
-        make, drawn = once(make), [of_tensors(batch) for batch in batches]
+        make, drawn = once(make), [hash_tensors(batch) for batch in batches]
         key = self._key("taught", model=self._expert(task), batches=drawn, features=features)
         path = self._cache.tensors(key, lambda: _taught_entries(make(), batches))
         try:
             return make() if path is None else _taught(load_file(path), batches, self._job.device)
-        except (FileNotFoundError, SafetensorError):  # another job made room for its own
+        except (FileNotFoundError, SafetensorError):  # another run evicted it
             return make()
 
     def _score(self, stage: str, task: ScoredTask, make: Callable[[], float]) -> float:
-        if task.name not in self._samples:  # read once for all stages
-            self._samples[task.name] = of_samples(task.samples)
-        samples = self._samples[task.name]
+        samples = self._samples(task)
         if self._cache is None or samples is None:
             return make()
-        fed = {"samples": samples, "head": of_tensors(task.head), "batch_size": self._job.evaluation.batch_size}
+        inputs = {"samples": samples, "head": hash_tensors(task.head), "batch_size": self._job.evaluation.batch_size}
         if task.processor is not None:
-            fed["processor"] = self._fingerprints.model(task.processor)
-        key = self._key("score", stage=stage, model=self._model(stage, task.name), task=self._fields(task.name), **fed)
-        return float(self._cache.value(key, make))
+            inputs["processor"] = hash_model(task.processor, self._hashes)
+        model, fields = self._model(stage, task.name), self._fields(task.name)
+        return float(self._cache.value(self._key("score", stage=stage, model=model, task=fields, **inputs), make))
+
+    def _samples(self, task: ScoredTask) -> str | None:
+        if task.name not in self._samples_hashes:  # read once for all stages
+            self._samples_hashes[task.name] = hash_samples(task.samples)
+        return self._samples_hashes[task.name]
 
     def _key(self, kind: str, **parts: Any) -> dict[str, Any]:
-        family = type(self._job.family)
-        general = {"family": f"{family.__module__}.{family.__qualname__}", "dtype": str(self._dtype)}
-        return {"kind": kind, "in": _surroundings(self._job.device), **general, **parts}
+        general = {"family": self._job.family.name, "dtype": str(self._dtype)}
+        return {"kind": kind, "in": environment(self._job.device), **general, **parts}
 
     def _model(self, stage: str, task: str) -> dict[str, Any]:
-        """What the model of a stage is made of."""
+        """All that the model of a stage depends on."""
         return {"base": self._base, "experts": self._expert(task), "merged": self._merge}[stage]
 
     @property
     def _base(self) -> dict[str, Any]:
-        """The base's files. Where vocabularies are padded its rows are made of the experts', too."""
-        base, *experts = self._files.values()
+        """The base's files. If vocabularies are padded, its rows depend on the experts too."""
+        base, *experts = self.files.values()
         return {"base": base, "vocabulary": experts if self._models.source.padded else []}
 
     def _expert(self, task: str) -> dict[str, Any]:
-        """An expert's files; what it lacks is the base's."""
-        return {**self._base, "expert": self._files[task]}
+        """An expert's files, and the base's, which has the tensors that the expert lacks."""
+        return {**self._base, "expert": self.files[f"expert of {task}"]}
 
     @property
     def _merge(self) -> dict[str, Any]:
-        base, *experts = self._files.values()  # their order counts: sums are rounded on the way
+        base, *experts = self.files.values()  # their order counts, because sums are rounded on the way
         method = self._job.merge
         kind = {"merge": type(method).__qualname__, "options": vars(method), **self._measured}
         return {"base": base, "experts": experts, **kind}
@@ -142,35 +158,35 @@ class CachedSteps:
     def _known_merge(self) -> bool:
         return type(self._job.merge).__module__.startswith("epmq_cli.")
 
-    def _read(self) -> dict[str | None, dict[str, str]]:
-        """The files of the base (None) and of each task's expert as they are now."""
-        models: list[tuple[str | None, ModelFolder]] = [(None, self._models.base), *self._models.experts.items()]
-        return {task: self._fingerprints.model(model.path) for task, model in models}
+    def _read(self) -> dict[str, dict[str, str]]:
+        experts = {f"expert of {task}": expert for task, expert in self._models.experts.items()}
+        return {
+            role: hash_model(model.path, self._hashes) for role, model in {"base": self._models.base, **experts}.items()
+        }
 
     def _fields(self, name: str) -> dict[str, Any]:
-        """All that a task says of itself, but for what is known by its contents."""
+        """A task's own fields, without those that count by their contents."""
         task = next(task for task in self._job.suite.members if task.name == name)
-        return {key: value for key, value in vars(task).items() if key not in KNOWN_BY_CONTENTS}
+        return {key: value for key, value in vars(task).items() if key not in IN_OTHER_PARTS}
 
 
 class KeptMerge(LazyMerge):
-    """A merged model whose tensors were made before: in a file, rounded to `dtype`."""
+    """A merged model that was computed before: its tensors are in a file, rounded to `dtype`."""
 
     def __init__(self, source: MergeSource, path: Path, dtype: torch.dtype) -> None:
         self.source, self.dtype = source, dtype
         self._kept = SafetensorsFiles(path, "merge")
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor of this name, in the type it was rounded to."""
+        """The tensor of this name, in the file's type."""
         assert dtype == self.dtype
         return self._kept.tensor(name)
 
 
 def _measured_on(data: ExpertMeasurements, needs: frozenset[Need]) -> dict[str, Any]:
-    """What a merge that needs data depends on beside the models: batches and, for gradients, heads, by their contents,
-    and which task has which."""
-    batches = {task: [of_tensors(batch) for batch in group] for task, group in data.batches.items()}
-    heads = {task: of_tensors(head) for task, head in data.heads.items()} if "gradients" in needs else {}
+    """The data that a merge depends on: the batches of each task and, for gradients, its head."""
+    batches = {task: [hash_tensors(batch) for batch in group] for task, group in data.batches.items()}
+    heads = {task: hash_tensors(head) for task, head in data.heads.items()} if "gradients" in needs else {}
     return {"batches": batches, "heads": heads}
 
 
@@ -185,7 +201,7 @@ def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[En
 
 
 def _taught_entries(taught: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
-    """The features, and of each batch what was not in it when it was drawn."""
+    """The features, and the entries of each batch that were added after it was drawn."""
     batches, features = taught
     entries = [] if features is None else [of("features", features)]
     for index, (batch, before) in enumerate(zip(batches, drawn, strict=True)):
@@ -201,26 +217,3 @@ def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.de
         index, _, name = key.partition(".")
         batches[int(index)][name] = tensor.to(device)
     return batches, None if features is None else features.to(device)
-
-
-def _surroundings(device: torch.device) -> dict[str, Any]:
-    """The machine and the software that results depend on, to the last bit."""
-    found = {**environment(device), "device": device.type, "code": of_code(), "cpu": _cpu()}
-    precision = (torch.get_float32_matmul_precision(), torch.backends.cpu.get_cpu_capability())
-    return {**found, "precision": precision, "others": {name: _version(name) for name in PACKAGES}}
-
-
-@once
-def _cpu() -> str:
-    try:
-        return next(line for line in CPU.read_text(encoding="utf-8").splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-@once
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

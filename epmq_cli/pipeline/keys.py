@@ -1,70 +1,98 @@
-"""What the bytes of a run's result depend on. Progress is kept under the hash of all of it, so that a run goes on from
-nothing but its own.
+"""Keys: all that a result depends on, as JSON.
 
-Models count by the sha256 of their files, and calibration data by that of the batches that were drawn: a copy of them
-elsewhere or with another date is the same, and what was put in their place with the old date is not. Reading them once
-more takes little beside what a run does with them.
+The cache names its entries by keys, and a run keeps its progress under its own key, so that it continues from nothing
+but its own. Models count by the sha256 of their files, samples and batches by that of their values: a copy elsewhere or
+with another date has the same key, and other bytes under the old date have another one. Options, packages, epmq's code,
+processor and threads count too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+import epmq_cli
 from epmq_cli.data.batching import Batch
-from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.merge.engine import SuiteModels
-from epmq_cli.models.model_folder import ModelFolder, read_files
-from epmq_cli.pipeline.fingerprints import of_code
+from epmq_cli.data.chats import Chat
+from epmq_cli.data.samples import Samples, raw
+from epmq_cli.models.lora.config import CONFIG
+from epmq_cli.models.lora.folder import is_adapter_file
+from epmq_cli.models.model_folder import read_files
 from epmq_cli.report.metrics_json import PACKAGES
 from epmq_cli.runtime import distributed
-from epmq_cli.store.hashing import contents
+from epmq_cli.store.cache import FileHashes
+from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
 
-IRRELEVANT = ("out", "resume", "eval", "device", "data_root")
-"""Options that change nothing in what is calibrated: devices count by what they are, data by what they hold."""
+IRRELEVANT = ("out", "resume", "eval", "device", "data_root", "cache")
+"""Options that do not change a checkpoint's tensors; devices count by their names, data by its values."""
 PLACES = ("memory", "student")
-"""Likewise, of `calib`: where things are kept."""
-LIBRARIES = (*PACKAGES, "numba", "tokenizers")
+"""Options of `calib` that only say where things are kept."""
+LIBRARIES = (
+    *PACKAGES,
+    "pillow",
+    "tokenizers",
+    "torchvision",
+    "open_clip_torch",
+    "datasets",
+    "numba",
+    "scikit-learn",
+    "scipy",
+)
 CPU = Path("/proc/cpuinfo")
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """The software and the machine that results depend on, to the last bit."""
+    versions = {name: _version(name) for name in LIBRARIES}
+    return {
+        "versions": {"python": platform.python_version(), **versions, "of epmq's code": hash_code()},
+        "machine": {
+            "device": f"{device.type}, {_device_name(device)}",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "precision": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def run_key(
+    resolved: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, str]],
+    drawn: Mapping[str, Sequence[Batch]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The key of a run. `resolved`: its config; `models`: the sha256 of the files of each; `drawn`: this process's
+    calibration batches. Every process must call this; the first one's key counts."""
+    batches = {task: [hash_tensors(batch) for batch in group] for task, group in drawn.items()}
+    found = environment(device)
+    found["machine"]["processes"] = distributed.world_size()
+    return {
+        "config": settings(resolved),
+        "models": models,
+        "calibration data": distributed.all_gather(batches),
+        **found,
+    }
+
+
 def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's resolved config without what changes nothing in its checkpoint's tensors."""
+    """A resolved config without the options that do not change the checkpoint's tensors."""
     kept = {name: value for name, value in resolved.items() if name not in IRRELEVANT}
     return {**kept, "calib": {name: value for name, value in resolved["calib"].items() if name not in PLACES}}
 
 
-def identity(
-    resolved: Mapping[str, Any], models: SuiteModels, drawn: Mapping[str, Sequence[Batch]], device: torch.device
-) -> dict[str, Any]:
-    """All that the result depends on, as JSON has it; every process must ask."""
-    folders = {"base": models.base, **{f"expert of {task}": expert for task, expert in models.experts.items()}}
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    return {
-        "config": settings(resolved),
-        "models": {role: _hashed(folder) for role, folder in folders.items()} if distributed.is_main() else {},
-        "calibration data": distributed.all_gather({task: of_batches(batches) for task, batches in drawn.items()}),
-        "versions": {**versions, "of epmq's code": of_code()},
-        "machine": _machine(device),
-    }
-
-
-def digest(content: Any) -> str:
-    """The name of JSON content: 16 hexadecimal digits of its sha256."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> Iterable[str]:
-    """The names of what is not the same in two identities."""
+    """The names of the parts in which two keys of runs differ."""
     for name in sorted({*one, *other}):
         mine, others = one.get(name), other.get(name)
         if isinstance(mine, Mapping) and isinstance(others, Mapping):
@@ -73,68 +101,80 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "
             yield f"{where}{name}".removeprefix("config ")
 
 
-def of_batches(batches: Sequence[Batch]) -> str:
-    """The sha256 of some batches."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in batch.items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(_bytes(tensor))
-    return found.hexdigest()
+def scores_key(evaluation: Any, samples: Sequence[str | None]) -> str | None:
+    """A name for the scores of an evaluation on samples with these hashes; None if one of them is not known."""
+    return None if None in samples else short([type(evaluation).__name__, asdict(evaluation), samples])
 
 
-def of_scoring(evaluation: Any, tasks: Sequence[ScoredTask], sources: Sequence[Any]) -> str:
-    """A name for the scores that an evaluation gives on the test data as they are now: their labels, and the sizes and
-    dates of local files."""
-    found = [task.samples.labels for task in tasks]
-    hashes = [None if labels is None else hashlib.sha256(_bytes(labels)).hexdigest() for labels in found]
-    return digest([type(evaluation).__name__, asdict(evaluation), hashes, [_stamps(source) for source in sources]])
+def short(key: Any) -> str:
+    """The name of a key's folder: 16 hexadecimal digits of its sha256."""
+    return hash_json(key)[:16]
 
 
-def _hashed(folder: ModelFolder) -> dict[str, str]:
-    path = folder.path
-    root, files = (path.parent, [path]) if path.is_file() else (path, read_files(path))
-    return {file.relative_to(root).as_posix(): content.sha256 for file, content in contents(files).items()}
+def hash_model(path: Path, hashes: FileHashes) -> dict[str, str]:
+    """The sha256 of the files that are read of a model, by name; `path`: its folder, or its file."""
+    if path.is_file():
+        files = {each.name: each for each in (path, *([path.parent / CONFIG] if is_adapter_file(path) else []))}
+    else:
+        files = {file.relative_to(path).as_posix(): file for file in read_files(path)}
+    return hashes.files({name: file for name, file in files.items() if file.is_file()})
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": f"{device.type}, {name}",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "processes": distributed.world_size(),
-    }
+def hash_samples(samples: Samples) -> str | None:
+    """The sha256 of inputs and labels, of images as they are stored; None for inputs of a type that is not known."""
+
+    def parts() -> Iterator[bytes]:
+        yield hash_tensors({} if samples.labels is None else {"labels": samples.labels}).encode()
+        for position in range(len(samples.inputs)):
+            yield _bytes(raw(samples.inputs, position))
+
+    try:
+        return hash_parts(parts())
+    except TypeError:
+        return None
 
 
+@cache
+def hash_code() -> str:
+    """The sha256 of epmq's own modules: its version does not change while somebody works on it."""
+    files = sorted(Path(epmq_cli.__file__).parent.rglob("*.py"))
+    return hash_parts(content(path).sha256.encode() for path in files)
+
+
+def _bytes(item: Any) -> bytes:
+    """The bytes of an input; TypeError if its type is not known."""
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, Chat):
+        return json.dumps(item.messages).encode()
+    if isinstance(item, str) or (isinstance(item, Sequence) and all(isinstance(part, str) for part in item)):
+        return json.dumps(item).encode()
+    if isinstance(item, Image):
+        return repr((item.mode, item.size, item.getpalette())).encode() + item.tobytes()
+    if isinstance(item, np.ndarray):
+        return repr((item.dtype, item.shape)).encode() + item.tobytes()
+    if isinstance(item, Tensor):
+        return hash_tensors({"": item}).encode()
+    raise TypeError(type(item).__name__)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+@cache
 def _processor() -> str:
     try:
         lines = CPU.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _stamps(source: Any) -> dict[str, Any]:
-    """Size and date of the files that the fields of a data source name."""
-    found: dict[str, Any] = {}
-    for field in fields(source) if is_dataclass(source) else ():
-        value = getattr(source, field.name)
-        if isinstance(value, str):
-            found[value] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(value)]
-    return found
-
-
-def _files(name: str) -> list[Path]:
-    """The file of this name, or those in the folder of this name; none where it is some other text."""
+@cache
+def _version(name: str) -> str | None:
     try:
-        path = Path(name).expanduser()
-        there = path.exists()
-    except (OSError, ValueError, RuntimeError):
-        return []
-    return sorted(path.rglob("*")) if path.is_dir() else [path] if there else []
+        return version(name)
+    except PackageNotFoundError:
+        return None

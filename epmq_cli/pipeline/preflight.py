@@ -18,9 +18,10 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate.metrics import PERPLEXITY
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
@@ -32,10 +33,9 @@ SMALLEST_GROUP = 8  # that a message offers
 def check_gradients(method: MergeMethod, family: Family) -> None:
     """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
     if "gradients" in method.needs and family.heads == "none":
-        name = type(family).__module__.rpartition(".")[2]
         raise ConfigError(
             f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
-            f"{name} have no heads; use another merge method"
+            f"{family.name} have no heads; use another merge method"
         )
 
 
@@ -50,7 +50,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
             )
-    if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
+    if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )

@@ -1,7 +1,7 @@
-"""The state of an unfinished run: `.resume/<key>` in its folder, beside a lock that no two processes hold.
+"""The progress of an unfinished run, in `.resume/<key>` of its folder.
 
-A key stands for all that a result depends on (key.py). A run with another key leaves this one's state alone; that which
-completes the folder removes all of them.
+The key is a hash of all that the result depends on (keys.py). A run with another key does not touch this progress; the
+run that completes the folder removes all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.progress import Account, WalkProgress, not_taken, write_tensors
 from epmq_cli.errors import RunError
-from epmq_cli.pipeline.keys import differences, digest
+from epmq_cli.pipeline.keys import differences, short
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import say
 from epmq_cli.runtime.paths import read_regular
@@ -34,24 +34,24 @@ Value = TypeVar("Value")
 
 
 class RunProgress:
-    """What a run, or a part of it, has found so far: in a folder, or nothing where there is none.
+    """The progress of a run, or of a part of it, in a folder; nothing is kept if that is None.
 
-    The first of several processes decides what is there, and writes.
+    The first of several processes reads and writes; the others follow it.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def part(self, name: str) -> RunProgress:
-        """The state of a part."""
-        return RunProgress(self._folder and self._folder / name)
+    def part(self, name: str | None) -> RunProgress:
+        """The progress of a part; nothing of it is kept if it has no name."""
+        return RunProgress(None if self._folder is None or name is None else self._folder / name)
 
     def of_walk(self, name: str, account: Account | None = None) -> WalkProgress:
-        """The journal of a walk."""
+        """The progress of a walk."""
         return WalkProgress(self._folder and self._folder / name, account)
 
     def value(self, name: str, make: Callable[[], Value]) -> Value:
-        """What `make` gives, as JSON has it, or gave in an earlier process."""
+        """The JSON value that `make` returns, or returned in an earlier process."""
         if self._folder is None:
             return make()
         path = self._folder / f"{name}.json"
@@ -64,14 +64,14 @@ class RunProgress:
         return made
 
     def finished(self, name: str, make: Callable[[], Value]) -> Value:
-        """`value` of a part, of which nothing else is kept when that is known."""
+        """`value` of a part; the part's own progress is removed once the value is known."""
         found = self.value(name, make)
         if self._folder is not None and distributed.is_main():
             remove(self._folder / name)
         return found
 
     def tensors(self, name: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that `make` gives in this process, or gave in an earlier one with its number, on the device."""
+        """The tensors that `make` returns, or returned in an earlier process of the same rank, on the device."""
         if self._folder is None:
             return make()
         path = self._folder / f"{name}-{distributed.rank()}.safetensors"
@@ -87,15 +87,15 @@ class RunProgress:
 
     @property
     def starts(self) -> int:
-        """How many processes have worked on the run before this one, or group of processes."""
+        """How many times the run was started before: by one process, or by one group of processes."""
         return self._counted(STARTS) if self._folder else 0
 
     def count(self, name: str) -> int:
-        """What was counted under this name, 0 if nothing was."""
+        """The count of this name; 0 if there is none."""
         return self._counted(name) if self.has(f"{name}.json") else 0
 
     def keep_count(self, name: str, count: int) -> None:
-        """Says what is counted under this name now."""
+        """Writes the count of this name."""
         if self._folder is not None and distributed.is_main():
             _write(self._folder / f"{name}.json", count)
 
@@ -104,23 +104,23 @@ class RunProgress:
         path = self._folder / f"{name}.json"
         found = _read(path)
         if not isinstance(found, int):
-            raise _damaged(path, "no number")
+            raise _damaged(path, "not a number")
         return found
 
     def has(self, file: str) -> bool:
-        """Whether there is a file of this name."""
+        """Whether a file of this name exists."""
         return self._folder is not None and (self._folder / file).is_file()
 
     def begin_packing(self) -> None:
-        """To be said before the checkpoint is written, which then counts as this run's."""
+        """Call it before the checkpoint is written: a checkpoint in the folder then counts as this run's."""
         self.value(PACKING, lambda: True)
 
 
 def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgress:
-    """The state that goes with an identity in a run folder: begun, or gone on with unless `resume` is never. Every
-    process must ask, with the identity that the first one has."""
-    place = folder / FOLDER / digest(identity)
-    if len(set(distributed.all_gather(digest(identity.get("config"))))) > 1:
+    """The progress of the run with this identity, new or continued; always new if `resume` is never. Every process must
+    call this, with the first one's identity."""
+    place = folder / FOLDER / short(identity)
+    if len(set(distributed.all_gather(short(identity.get("config"))))) > 1:
         raise RunError("the processes of this run have different configs; start all of them with the same command")
     if distributed.is_main():
         if resume == "never":
@@ -132,29 +132,34 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgres
         _write(place / IDENTITY, identity)
     place = Path(distributed.broadcast(str(place.resolve())))
     if not all(distributed.all_gather(place.is_dir())):
-        say("nothing is kept to go on with: not all processes see the run folder")
+        say(
+            "not all processes see the run folder, so no progress is kept; after an interruption, the run starts from "
+            "the beginning"
+        )
         return RunProgress()
     return RunProgress(place)
 
 
 def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
     if (place / IDENTITY).is_file():
-        say(f"{folder} was interrupted; it goes on from the last finished block")
+        say(f"{folder} was interrupted; the run continues after the last finished block")
         return
     for other in sorted((folder / FOLDER).glob(f"*/{IDENTITY}")):
         named = list(differences(_identity(other), identity))
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-        say(f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this one starts anew")
+        say(
+            f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this run starts from "
+            "the beginning"
+        )
 
 
 def close(folder: Path) -> None:
-    """Removes the state of a run folder that is complete."""
+    """Removes the progress from a complete run folder."""
     remove(folder / FOLDER)
 
 
 def refuse_results(folder: Path, state: RunProgress | None = None) -> None:
-    """`refuse_used`, but for the checkpoint of this state's run, or of an unfinished one where the state is not known
-    yet."""
+    """`refuse_used`, except for the checkpoint of this run, or of any unfinished run if `state` is not known yet."""
     mark = f"{PACKING}.json"
     own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
     if distributed.is_main():
@@ -164,7 +169,7 @@ def refuse_results(folder: Path, state: RunProgress | None = None) -> None:
 def _identity(path: Path) -> Mapping[str, Any]:
     found = _read(path)
     if not isinstance(found, dict):
-        raise _damaged(path, "no JSON object")
+        raise _damaged(path, "not a JSON object")
     return found
 
 
@@ -178,7 +183,7 @@ def _read(path: Path) -> Any:
 def _damaged(path: Path, reason: object) -> RunError:
     if isinstance(reason, PermissionError):
         return RunError(f"{path} cannot be read ({reason.strerror}); change its permissions, or choose another out")
-    return RunError(f"{path} is damaged ({reason}); start the run anew with resume=never")
+    return RunError(f"{path} is damaged ({reason}); start from the beginning with resume=never")
 
 
 def _write(path: Path, content: Any) -> None:

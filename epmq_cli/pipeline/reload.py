@@ -19,7 +19,8 @@ from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
-from epmq_cli.families.family import Family, Head
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import exact

@@ -24,9 +24,10 @@ from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, Scores, compute, micro_batcher, scores
-from epmq_cli.families.family import Family, LanguageModel, load_model
+from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
@@ -112,7 +113,7 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
-        if isinstance(job.family, LanguageModel):
+        if isinstance(job.family.tasks, LanguageModel):
             samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
@@ -128,11 +129,10 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
     return drawn
 
 
-def _tokens(
-    family: LanguageModel, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
-) -> Tensor:
+def _tokens(family: Family, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]) -> Tensor:
     check_inputs(family, task.name, documents)
-    return family.tokens(folder, documents, processor)
+    assert isinstance(family.tasks, LanguageModel)
+    return family.tasks.tokens(folder, documents, processor)
 
 
 def score(

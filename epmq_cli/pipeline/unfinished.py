@@ -1,7 +1,7 @@
-"""The same command again goes on in the folder that the first one made, though the default `out` is a new one each
-time: folders of runs and sweeps that are not complete have a mark with the arguments that they were started with.
+"""Finds the folder in which the same command continues. The default `out` is a new folder each time, so the folders of
+unfinished runs and sweeps hold a mark: the arguments that they were started with.
 
-With `out=FOLDER` there is nothing to look for.
+With `out=FOLDER` the folder is known.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from epmq_cli.store.run_lock import RESULTS, in_use
 
 MARK = ".unfinished"
 RUNS = Path("runs")
-"""Where the default `out` lies."""
+"""The folder of the default `out`."""
 VARIABLE = "EPMQ_COMMAND"
-"""In the environment, for the processes of a sweep: the arguments, where they leave the folder open."""
+"""An environment variable for the processes of a sweep: the arguments, if they do not set the folder."""
 PLACED = ("out=", "hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")
 ELSEWHERE = ("out", "resume", "device")
-"""Options by which a job does not become another one."""
+"""Options that do not make a job a different one."""
 SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--resolve", "-sc", "--shell-completion")
 
 
 def continued(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `epmq run`, with the folder of the last unfinished run or sweep of just these, if there is one
-    that no process is at work in."""
+    """The arguments of `epmq run`, and the folder of the last unfinished run or sweep with the same arguments, if there
+    is one that no process is using."""
     given = [argument.lstrip("+") for argument in arguments]
     if any(argument.startswith(PLACED) or argument in SHOWING for argument in given):
         return list(arguments)
@@ -43,26 +43,26 @@ def continued(arguments: Sequence[str]) -> list[str]:
 
 
 def begin(folder: Path) -> None:
-    """Marks the folder of a run or sweep that was started without one."""
+    """Marks the folder of a run or sweep that was started without `out`."""
     asked = os.environ.get(VARIABLE)
     if asked is not None and not (folder / MARK).exists():
         write_text(folder / MARK, asked + "\n")
 
 
 def typed(overrides: Sequence[str]) -> list[str]:
-    """The overrides without the folder, where `continued` chose that."""
+    """The overrides without the folder that `continued` added."""
     return [override for override in overrides if VARIABLE not in os.environ or not override.startswith("out=")]
 
 
 def end(arguments: Sequence[str]) -> None:
-    """Removes the marks of a command that is done."""
+    """Removes the marks of a command that has finished."""
     if VARIABLE in os.environ:
         for folder in _marked(arguments):
             (folder / MARK).unlink(missing_ok=True)
 
 
 def done(folder: Path, cfg: DictConfig) -> bool:
-    """Whether a folder holds the results of this very job of a sweep."""
+    """Whether a folder holds the results of exactly this job of a sweep."""
     if not all((folder / name).exists() for name in RESULTS):
         return False
     found = _config(folder / RESULTS[1])
@@ -71,16 +71,16 @@ def done(folder: Path, cfg: DictConfig) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The config in a metrics.json; RunError where there is none."""
+    """The config in a metrics.json; RunError if it has none."""
     try:
         found = json.loads(read_regular(path))["config"]
         return dict(found.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged; remove {path.parent}, and the same command makes it again") from error
+        raise RunError(f"{path} is damaged; remove {path.parent} and start the same command again") from error
 
 
 def _mark(path: Path) -> str | None:
-    """What stands in a mark; None where it cannot be read, as one of somebody else's may."""
+    """The text of a mark; None if it cannot be read, for example because another user owns it."""
     try:
         return read_regular(path)
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def _asked(arguments: Sequence[str]) -> list[str]:
 
 
 def _marked(arguments: Sequence[str]) -> list[Path]:
-    """The unfinished folders of a command that are free, the last one begun at the end."""
+    """The unfinished folders of a command that no process is using, oldest first."""
     asked = json.dumps(_asked(arguments)) + "\n"
     marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if _mark(mark) == asked]
     return [mark.parent for mark in marks if not in_use(mark.parent)]

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress bars with the time left on a terminal, plain lines elsewhere."""
+"""What a command prints: results, messages, errors, and progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ console = Console(quiet=not distributed.is_main())  # results
 messages = Console(stderr=True, quiet=not distributed.is_main())  # progress
 complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are no characters, and cannot be printed
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are surrogates, which cannot be printed
 
 
 class Warnings(logging.Handler):
-    """Shows the person the warnings that go to run.log."""
+    """Prints the warnings that go to run.log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line; errors are told by `complain`."""
+        """One line; `complain` prints errors."""
         if record.levelno == logging.WARNING:
             line = plain(f"warning: {record.getMessage()}")
             messages.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -39,29 +39,28 @@ log.addHandler(Warnings())
 
 
 def plain(text: str) -> str:
-    """The text on one line and without what moves a terminal, as names of tensors and files may hold anything."""
+    """The text on one line, without control characters: names of tensors and files may hold any."""
     return CONTROL.sub("?", text)
 
 
 def say(message: str) -> None:
-    """One line of what is going on, for the person and for run.log."""
+    """Prints a one-line message and writes it to run.log."""
     message = plain(message)
     messages.print(message, markup=False, highlight=False, soft_wrap=True)
     log.info(message)
 
 
 def complain(message: str) -> None:
-    """One line for the person on what went wrong, in whichever of the processes."""
+    """Prints a one-line error, from any of the processes."""
     who = "epmq" if distributed.is_main() else f"epmq (process {distributed.rank()})"
     complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with how many more of `total` steps are done: on a terminal it moves a bar that shows the
-    time left.
+    """A function that advances a progress bar of `total` steps by the given number.
 
-    Elsewhere nothing is shown; run.log has one line for the stage in any case.
+    The bar is only shown on a terminal; run.log gets one line for the stage in any case.
     """
     log.info("%s: %d steps", stage, total)
     if not messages.is_terminal or messages.quiet:
@@ -81,7 +80,7 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
-    """The items, with a bar that moves after each."""
+    """The items, with a progress bar that advances after each one."""
     with bar(stage, len(items)) as advance:
         for item in items:
             yield item

@@ -1,7 +1,7 @@
-"""The processes that share one run, as torchrun starts them: each has its part of the calibration samples, sums go over
-all of them, and the first one writes and scores.
+"""The processes of a run that torchrun starts. Each one reads its share of the calibration samples, sums are reduced
+over all of them, and the first one writes and scores.
 
-Without torchrun there is one process, and nothing here does anything.
+Without torchrun there is one process, and every function here is a no-op.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ Item = TypeVar("Item")
 
 VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 PLACE = ("MASTER_ADDR", "MASTER_PORT")
-"""What torchrun says to its processes, of them and of where they meet."""
-PATIENCE = timedelta(days=7)  # the others wait while the first one scores
+"""The variables that torchrun sets: each process's position, and the address where the processes connect."""
+PATIENCE = timedelta(days=7)  # the other processes wait while the first one scores
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """This process's rank, from 0."""
     return _told("RANK") if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return _told("WORLD_SIZE")
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this is."""
+    """This process's rank among those on the same machine, from 0."""
     return _told("LOCAL_RANK") if world_size() > 1 else 0
 
 
 def _told(name: str) -> int:
-    """What a variable says; what it says of one process where it is no number, which `check` refuses."""
+    """The value of a variable; its value for a single process if it is not a number (`check` refuses that)."""
     value = os.environ.get(name, "")
     return int(value if value.isdecimal() else VARIABLES[name])
 
 
 def check_environment(command: str) -> None:
-    """ConfigError unless the variables that torchrun sets are as it sets them, and the command is one for several
-    processes if there are any."""
+    """Refuses values of torchrun's variables that torchrun never sets, and several processes for any command but run:
+    ConfigError."""
     found = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
     told = " ".join(f"{name}={shown(value)}" for name, value in found.items())
     size, *numbers = [int(value) if value.isdecimal() else -1 for value in found.values()]
@@ -61,16 +61,16 @@ def check_environment(command: str) -> None:
     if size > 1 and missing:
         raise ConfigError(f"{told} is set without {missing[0]}; start the processes with torchrun")
     if size > 1 and command != "run":
-        raise ConfigError(f"epmq {command} is done by one process; start it without torchrun")
+        raise ConfigError(f"epmq {command} runs in one process; start it without torchrun")
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and scores."""
+    """Whether this process writes and scores."""
     return rank() == 0
 
 
 def init(device: torch.device) -> None:
-    """Meets the other processes, once; the device becomes this process's own."""
+    """Connects to the other processes, once, and makes the device this process's own."""
     import torch
     from torch import distributed
 
@@ -85,17 +85,19 @@ def init(device: torch.device) -> None:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             reason = first_line(error)
-            raise RunError(f"the processes of this run do not meet ({reason}); start them with torchrun") from error
+            raise RunError(
+                f"the processes of this run cannot connect to each other ({reason}); start them with torchrun"
+            ) from error
         atexit.register(distributed.destroy_process_group)
 
 
 def rank_slice(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of some items: every `count()`-th of them."""
+    """This process's share of the items: every `count()`-th one."""
     return items[rank() :: world_size()]
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum of this tensor over all processes, in its place."""
+    """The sum of the tensor over all processes, in place."""
     if world_size() == 1:
         return tensor
     from torch import distributed
@@ -106,7 +108,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: Item, process: int = 0) -> Item:
-    """What the first process, or another one, has for this value."""
+    """The value of the first process, or of another one, in every process."""
     if world_size() == 1:
         return value
     from torch import distributed
@@ -118,7 +120,7 @@ def broadcast(value: Item, process: int = 0) -> Item:
 
 
 def all_gather(value: Item) -> list[Item]:
-    """What each process has for this value, in their order."""
+    """The values of all processes, by rank."""
     if world_size() == 1:
         return [value]
     from torch import distributed
@@ -130,12 +132,12 @@ def all_gather(value: Item) -> list[Item]:
 
 
 def row_range(length: int) -> slice:
-    """This process's part of so many rows, in one piece; those of all processes follow each other."""
+    """This process's share of `length` rows: one slice. The slices of all processes follow each other."""
     return _rows_of(rank(), length)
 
 
 def reduce_rows(tensor: Tensor) -> Tensor:
-    """This process's rows of the sum of a tensor over all processes; the tensor itself is used up."""
+    """This process's rows of the sum of a tensor over all processes; the tensor itself is overwritten."""
     if world_size() == 1:
         return tensor
     from torch import distributed
@@ -146,7 +148,7 @@ def reduce_rows(tensor: Tensor) -> Tensor:
 
 
 def all_gather_rows(part: Tensor, length: int) -> Tensor:
-    """The whole tensor of so many rows, of which each process has the part that `rows` says."""
+    """The whole tensor of `length` rows, from every process's share (`rows`)."""
     if world_size() == 1:
         return part
     from torch import distributed
@@ -158,7 +160,7 @@ def all_gather_rows(part: Tensor, length: int) -> Tensor:
 
 
 def split_jobs(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[Tensor, Any]]:
-    """What some jobs give, a tensor and something small each: every process does its part of them, and all get all."""
+    """Splits the jobs over the processes and gathers the results: a tensor and a small object for each job."""
     if world_size() == 1:
         return [job() for job in jobs]
     made = {index: jobs[index]() for index in rank_slice(range(len(jobs)))}
@@ -166,7 +168,7 @@ def split_jobs(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[T
 
 
 def _given(made: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
-    """What one of the processes has made."""
+    """The result of one process, in every process."""
     import torch
     from torch import distributed
 
@@ -190,13 +192,13 @@ def _collected(started: Iterable[Work | None]) -> None:
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """RunError where another process is not to be reached inside."""
+    """Turns a lost connection to another process into a RunError."""
     try:
         yield
-    except RuntimeError as error:  # what gloo and NCCL raise where a connection is closed
+    except RuntimeError as error:  # what gloo and NCCL raise when a connection closes
         if lacks_memory(error):
             raise
         reason = first_line(error)
         raise RunError(
-            f"another process of this run has ended or cannot be reached ({reason}); start the same command again"
+            f"another process of this run has ended or does not answer ({reason}); start the same command again"
         ) from error

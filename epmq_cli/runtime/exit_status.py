@@ -1,79 +1,69 @@
-"""How the process of a command ends where nothing nearer to it says so: quietly, or with a sentence and a status."""
+"""How a command's process ends: with a sentence and a status (errors.py lists them), never with a traceback."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from epmq_cli.errors import EpmqError
-from epmq_cli.runtime.signals import STATUS, answered, seen
+from epmq_cli.runtime import distributed
+from epmq_cli.runtime.signals import GRACE, STATUS, as_exceptions, received
 
-UNREAD = 141
-"""What shells say of a tool that was ended by SIGPIPE, as most are whose reader is gone."""
+MISTAKEN, UNREAD = 1, 141
+"""The status of a user's mistake, and of a tool whose output nobody reads any more, which shells take from SIGPIPE."""
 
 
 @contextmanager
-def ending(debug: bool) -> Iterator[None]:
-    """Around a command. What it printed has been written when the block is over.
+def exit_on_error(report: Callable[[Exception], int], interrupted: str, debug: bool) -> Iterator[None]:
+    """Around a command: everything that it printed is written when the block is over.
 
-    A signal ends it with the signal's status, whatever its clean-up raises afterwards; a closed pipe ends it quietly.
-    `debug`: with a traceback in place of a sentence where it is none of these.
+    `report` prints what an exception means and returns the exit status; with `debug` exceptions are raised instead.
+    `interrupted`: the sentence after a signal, which also explains whatever a library raises when it is interrupted.
     """
-    with answered():
+    grace = GRACE if distributed.world_size() == 1 else 1  # torchrun stops the processes that wait for one that ended
+    with as_exceptions(lambda: _complain(interrupted), grace):
+        raised: BaseException | None = None
         try:
-            try:
-                yield
-            except SystemExit as stopped:
-                _flush(said=stopped.code not in (None, 0))
-                raise
-            _flush()
-        except BaseException as raised:
-            if (number := seen()) is not None:
-                _drop()
-                sys.exit(STATUS[number] if isinstance(raised, SystemExit) else _interrupted(number))
-            if isinstance(raised, BrokenPipeError):
-                _drop()
-                sys.exit(UNREAD)
-            if not debug and isinstance(raised, (EpmqError, OSError)):
-                _drop()
-                sys.exit(f"epmq: {_sentence(raised)}")
-            raise
+            yield
+        except BaseException as error:
+            raised = error
+        number = received() or (signal.SIGINT if isinstance(raised, KeyboardInterrupt) else None)
+        unwritten = _discard_unwritten()
+        if number is not None:
+            _complain(interrupted)
+            sys.exit(STATUS[number])
+        if unwritten is not None and (_succeeded(raised) or isinstance(raised, OSError)):
+            if not isinstance(unwritten, BrokenPipeError):
+                _complain(f"the output cannot be written ({unwritten.strerror})")
+            sys.exit(UNREAD if isinstance(unwritten, BrokenPipeError) else MISTAKEN)
+        if isinstance(raised, Exception) and not debug:
+            sys.exit(report(raised))
+        if raised is not None:
+            raise raised
 
 
-def _interrupted(number: int) -> int:
+def _succeeded(raised: BaseException | None) -> bool:
+    return raised is None or (isinstance(raised, SystemExit) and raised.code in (None, 0))
+
+
+def _complain(sentence: str) -> None:
+    from epmq_cli.runtime.console import complain  # rich takes a while to import
+
     with suppress(OSError):
-        print("epmq: interrupted", file=sys.stderr)
-    return STATUS[number]
+        complain(sentence)
 
 
-def _sentence(error: EpmqError | OSError) -> str:
-    if isinstance(error, EpmqError):
-        return str(error)
-    return f"{error.filename or 'what this prints'} cannot be read or written ({error.strerror or error})"
-
-
-def _flush(said: bool = False) -> None:
-    """Writes what was printed; `said`: of a command that has said already why it ends no second sentence is wanted."""
-    if sys.stdout is None:  # closed by who started the process
-        return
+def _discard_unwritten() -> OSError | None:
+    """Writes what was printed. If that fails, returns the error and discards the rest, which Python would try again."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        if not said:
-            raise
-        _drop()
-
-
-def _drop() -> None:
-    """Python writes what is left once more at its exit, and complains: from here on that goes nowhere."""
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except OSError:
+        if sys.stdout is not None:  # whoever started the process may have closed it
+            sys.stdout.flush()
+    except OSError as error:
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
+        return error
+    return None

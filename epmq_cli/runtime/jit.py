@@ -1,4 +1,4 @@
-"""Loops in machine code, by numba."""
+"""Loops compiled to machine code by numba."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from numba import njit
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """The function in machine code, which leaves other threads running and is kept on disk; made when first called.
+    """The function, compiled at its first call. It releases the interpreter's lock, and numba caches it on disk.
 
-    No fast math, so that no two operations are fused or reordered; what is divided by zero is infinite, as in torch.
+    Without fast math, no operations are fused or reordered. Division by zero gives an infinity, as in torch.
     """
     try:
         found: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to keep the machine code
+    except RuntimeError:  # no folder for the machine code can be written
         found = njit(nogil=True, error_model="numpy")(function)
     return found

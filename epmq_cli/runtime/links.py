@@ -1,4 +1,4 @@
-"""Names and links that lead out of a folder: what is outside of it is no part of it."""
+"""Names and links that lead out of a folder: files outside it do not belong to it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 
 
 def escapes(name: str) -> bool:
-    """Whether a name leads out of the folder that it is looked for in."""
+    """Whether a name, taken relative to a folder, leads out of it."""
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def leaves(path: Path, root: Path | None = None) -> bool:
-    """Whether a file leads out of its folder, or out of `root`, which that folder is in, by a link.
+    """Whether a link leads out of the file's folder, or out of `root` if that contains the folder.
 
-    The snapshots of the hub's cache consist of links to the `blobs` beside them, which count as inside.
+    In the hub's cache, snapshots are folders of links to the `blobs` beside them; these count as inside.
     """
     folder, target = (root or path.parent).resolve(), path.resolve()
     inside = [folder]

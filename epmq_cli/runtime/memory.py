@@ -1,4 +1,4 @@
-"""The C library's own allocator, told how this program uses memory, and how much the system says that is."""
+"""Settings of the C library's allocator, and the memory that the process uses."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 1 << 25  # bytes, the most that glibc takes: what is larger, such as moments, leaves no holes behind
+LARGE = 1 << 25  # bytes, the most that glibc accepts; larger blocks, such as moments, do not fragment the heap
 KEPT = 1 << 26  # bytes
 STATUS = Path("/proc/self/status")
 
 
 def keep_freed() -> None:
-    """Keeps what is freed for the tensors to come, where the C library is glibc.
+    """Keeps freed memory for later tensors, if the C library is glibc.
 
-    As it stands, every large tensor is a mapping of its own whose pages the system zeroes at the first touch, batch
-    after batch: a sixth of the time of a walk.
+    By default, glibc maps every large tensor separately, and the system zeroes its pages at the first access, batch
+    after batch: one sixth of a walk's time.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_THRESHOLD, LARGE)
@@ -24,13 +24,13 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Hands what is free back to the system, where the C library is glibc."""
+    """Returns free memory to the system, if the C library is glibc."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
 def status(field: str) -> int | None:
-    """Bytes that the system gives for this field of the process's status; None where it does not say."""
+    """The bytes in a field of the process's status; None if the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -39,5 +39,5 @@ def status(field: str) -> int | None:
 
 
 def taken() -> int:
-    """Bytes that the process has from the system and that no file stands for; 0 where the system does not say."""
+    """The resident bytes of the process that no file backs; 0 if the system does not report them."""
     return status("RssAnon") or 0

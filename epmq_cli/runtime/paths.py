@@ -1,4 +1,4 @@
-"""Paths that a user named: with ~ for a home folder, and perhaps of files that may not or cannot be read."""
+"""Paths as users type them: with ~ for a home folder, and perhaps to files that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from epmq_cli.errors import ConfigError, EpmqError
 
 
 def expanded(name: str | Path, where: str = "") -> Path:
-    """The path, ~ and ~user being home folders; ConfigError where there is no such user. `where`: what it was given as,
-    for that."""
+    """The path with ~ and ~user expanded; ConfigError if there is no such user. `where`: the option's name, for the
+    message."""
     path = Path(name)
     try:
         return path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{where}{': ' * bool(where)}{path} is in no home folder, as there is no user {path.parts[0]} here; write "
-            f"the path out, or ./{path} for a folder of that name"
+            f"{where}{': ' * bool(where)}{path} names the home folder of {path.parts[0]}, and there is no such user; "
+            f"give the full path, or ./{path} for a folder of that name"
         ) from error
 
 
 def read_regular(path: Path) -> str:
-    """The text of a file in UTF-8; FileNotFoundError where it is none, as a pipe, which one would wait for."""
+    """The text of a regular file in UTF-8; FileNotFoundError for anything else, such as a pipe, which would block."""
     if not path.is_file():
-        raise FileNotFoundError("no file")
+        raise FileNotFoundError("not a regular file")
     return path.read_text(encoding="utf-8")
 
 
 def check_permitted(path: Path, kind: type[EpmqError], role: str = "") -> None:
-    """The error of this kind where the file or folder is there and may not be read; `role`: what it is, for that."""
+    """Raises an error of this kind if the path exists and cannot be read. `role`: its role, for the message."""
     if path.exists() and not os.access(path, os.R_OK):
         raise kind(
-            f"{role}{': ' * bool(role)}{path} may not be read by the user that epmq runs as; change its permissions, "
-            "or give another"
+            f"{role}{': ' * bool(role)}the user that epmq runs as has no permission to read {path}; change its "
+            "permissions, or give another path"
         )

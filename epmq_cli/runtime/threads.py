@@ -1,4 +1,4 @@
-"""Work on the pieces of tensors, shared out among threads."""
+"""Work on pieces of tensors, spread over threads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST = 16  # beyond it memory is what such work waits for
+MOST = 16  # with more threads, memory bandwidth is the limit
 
 
 def threads() -> int:
-    """How many work at a time: as many as torch has, up to `MOST`."""
+    """The number of threads: as many as torch uses, at most `MOST`."""
     return min(torch.get_num_threads(), MOST)
 
 
 def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """What `work`, which must not call this function again, makes of each item, in their order.
+    """The result of `work` for each item, in their order. `work` must not call this function.
 
-    In each thread torch works alone: several threads for one small piece would cost more than they bring.
-    Inference mode there is what it is here, or tensors made here could not be written there.
+    In these threads torch uses one thread each: for one small piece, more cost more than they gain. The threads take
+    over the caller's inference mode, because inference tensors can only be written in it.
     """
     items, inference = list(items), torch.is_inference_mode_enabled()
     if threads() == 1 or len(items) < 2:
@@ -40,5 +40,5 @@ def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result
 
 @cache
 def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """The threads of a process: its children have none of them."""
+    """The threads of a process. A child process inherits none, so it makes its own."""
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

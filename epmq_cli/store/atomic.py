@@ -1,38 +1,55 @@
-"""Files that are there whole or not at all, whatever stops the process or the machine."""
+"""Files and folders that are complete or absent, whatever stops the process or the machine.
+
+They are written under a temporary name, synced to disk and then renamed. Until that, what had the name before stays. An
+exception, such as that of a signal, removes the temporary file; a kill leaves it to the next writer.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from epmq_cli.runtime.signals import deferred
-
 PARTIAL = ".{}.partial"
-"""What a file or folder is called until it is whole."""
+"""The temporary name."""
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which is on disk and has its name when the block is over.
-
-    Nothing is left of a block that fails. Signals wait until the block is over, so it should be short.
-    """
-    partial = path.with_name(PARTIAL.format(path.name))
+def atomic_file(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A temporary path to write to, which is renamed to `path` after the block. `shared`: several processes may write
+    the file at the same time, so each one's temporary name is different."""
+    partial = _partial(path, shared)
     try:
-        with deferred():
-            yield partial
-            sync(partial)
-            partial.replace(path)
-            sync(path.parent)
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which is renamed to `path` after the block."""
+    partial = _partial(path, shared=False)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for inner in [*partial.rglob("*"), partial]:
+            sync(inner)
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """A text in UTF-8, whole or not at all."""
-    with whole_file(path) as partial:
+    """Writes a text in UTF-8 atomically."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -43,3 +60,7 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _partial(path: Path, shared: bool) -> Path:
+    return path.with_name(PARTIAL.format(f"{path.name}.{secrets.token_hex(8)}" if shared else path.name))

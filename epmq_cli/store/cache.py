@@ -1,174 +1,171 @@
-"""Results that jobs have in common, on disk, each under a name made of all that it depends on.
+"""Results that runs share, on disk, each under a name made of all that it depends on.
 
-Nothing is ever brought up to date: what depends on anything else has another name. An entry is NAME.json, with the key
-that the name was made of and a value; tensors are beside it in NAME.safetensors, written first, with their sha256 in
-NAME.json. Files get their names when all of their bytes are on disk, so jobs that make the same entry at the same time
-only do so twice. What is read is checked; what is damaged, or cannot be written, is made anew.
+No entry is ever updated: a result that depends on anything else has another name. An entry is NAME.json: the key that
+the name was made of, and a value. Tensors are beside it in NAME.safetensors, written first, and their sha256 is in
+NAME.json. Files are written atomically, so runs that compute the same entry at the same time only repeat the work.
+Entries are checked when they are read; a damaged one, or one that could not be written, is computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from epmq_cli.config.schema import bytes_of
-from epmq_cli.errors import ConfigError
 from epmq_cli.runtime.paths import expanded
-
-if TYPE_CHECKING:
-    from epmq_cli.store.safetensors_writer import Entry
+from epmq_cli.store.atomic import atomic_file
+from epmq_cli.store.hashing import content, hash_json
+from epmq_cli.store.safetensors_writer import Entry, write_file
 
 Key = Mapping[str, Any]
 """All that a result depends on, as JSON."""
-PARTIAL = ".partial-"
-ABANDONED = 24 * 3600  # seconds after which a file that is not whole is nobody's
+ABANDONED = 24 * 3600  # seconds after which an incomplete file is removed
+SETTLED = 2_000_000_000  # nanoseconds
+HASHES_SIZE = 1 << 24  # bytes, some 30000 files
 
 log = logging.getLogger("epmq")
 
 
 def cache_folder() -> Path:
-    """Where epmq keeps what it can make again: $EPMQ_CACHE, or epmq in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of what epmq can compute again: $EPMQ_CACHE, or epmq in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("EPMQ_CACHE"):
         return expanded(own, "EPMQ_CACHE")
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "epmq"
 
 
-def open_cache(limit: object) -> Cache | None:
-    """The cache of a config's `cache`: its room such as 10GB, or None where that is false."""
-    if limit is None or limit is False:
-        return None
-    if limit is True:
-        raise ConfigError("cache must be its room on disk such as 10GB, or false, got true")
-    return Cache(cache_folder() / "jobs", bytes_of("cache", limit))
-
-
 class Cache:
-    """Entries of at most `room` bytes together; what has not been asked for longest makes place.
+    """Entries of at most `capacity` bytes in total; the least recently used ones are evicted.
 
-    `sound`: asked before an entry is kept; False where what it was made of may have changed since its key was made.
+    `sound` is called before an entry is written; it returns False if the files that the result was computed from may
+    have changed since its key was made.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._room = folder, limit
+    def __init__(self, folder: Path, capacity: int, failure: int = logging.WARNING) -> None:
+        self._folder, self._capacity, self._failed = folder, capacity, False
+        self._failure = failure
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
-        """Entries that were there."""
+        """The number of entries that were there."""
         self.made = 0
-        """Entries that had to be made."""
+        """The number of entries that were computed."""
 
     def value(self, key: Key, make: Callable[[], Any]) -> Any:
-        """What `make` gives, as JSON can hold it, or gave when it was asked for under this key."""
+        """The JSON value that `make` returns, or returned when it was called for this key before."""
         path = self._path(key)
-        known = self._known(path, key)
-        if known is not None and known.get("sha256") == _sha256(known.get("value")):
-            return self._taken(path, known["value"])
+        record = self._record(path, key)
+        if record is not None and record.get("sha256") == hash_json(record.get("value")):
+            return self._use(path, record["value"])
         value = make()
-        self._keep(lambda: self._record(path, key, _sha256(value), value))
+        self._keep(lambda: self._write_record(path, key, hash_json(value), value))
         return value
 
     def tensors(self, key: Key, make: Callable[[], Sequence[Entry]]) -> Path | None:
-        """A safetensors file with these tensors, each made when it is written; None where the room or the disk has no
-        place for it."""
-        from epmq_cli.store.hashing import content
-
+        """A safetensors file with these tensors, each made when it is written; None if the cache or the disk has no
+        space for it."""
         path = self._path(key)
-        file, known = path.with_suffix(".safetensors"), self._known(path, key)
+        file, record = path.with_suffix(".safetensors"), self._record(path, key)
         with suppress(OSError):
-            if known is not None and content(file).sha256 == known.get("sha256"):
+            if record is not None and content(file).sha256 == record.get("sha256"):
                 os.utime(file)
-                return self._taken(path, file)  # type: ignore[no-any-return]
+                return self._use(path, file)  # type: ignore[no-any-return]
         entries = make()
-        if sum(entry.size for entry in entries) > self._room // 2:  # it would push out all else
+        if sum(entry.size for entry in entries) > self._capacity // 2:  # it would evict everything else
             self.made += 1
             return None
-        return file if self._keep(lambda: self._write(path, key, entries)) else None
+        return file if self._keep(lambda: self._write_tensors(path, key, entries)) else None
 
     def _path(self, key: Key) -> Path:
-        return self._folder / f"{_sha256(key)[:40]}.json"
+        return self._folder / f"{hash_json(key)[:40]}.json"
 
-    def _known(self, path: Path, key: Key) -> dict[str, Any] | None:
+    def _record(self, path: Path, key: Key) -> dict[str, Any] | None:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return record if isinstance(record, dict) and _sha256(record.get("key")) == _sha256(key) else None
+        return record if isinstance(record, dict) and hash_json(record.get("key")) == hash_json(key) else None
 
-    def _taken(self, path: Path, value: Any) -> Any:
+    def _use(self, path: Path, value: Any) -> Any:
         self.found += 1
-        with suppress(OSError):  # another job may have removed it since
+        with suppress(OSError):  # another run may have evicted it since
             os.utime(path)
         return value
 
     def _keep(self, write: Callable[[], None]) -> bool:
-        """Whether an entry could be written; a full disk is no reason to stop."""
+        """Whether an entry could be written. A full disk does not stop the run."""
         self.made += 1
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # nobody else may write into it
             write()
-            self._trim()
+            self._evict()
         except OSError as error:
-            log.warning("%s cannot keep a result of this run (%s); cache=false keeps none", self._folder, error)
+            if not self._failed:
+                log.log(
+                    self._failure,
+                    "%s cannot keep results of this run (%s); cache=false keeps none",
+                    self._folder,
+                    error,
+                )
+            self._failed = True
             return False
         return True
 
-    def _write(self, path: Path, key: Key, entries: Sequence[Entry]) -> None:
-        from epmq_cli.store.hashing import content
-        from epmq_cli.store.safetensors_writer import write_file
+    def _write_tensors(self, path: Path, key: Key, entries: Sequence[Entry]) -> None:
+        with atomic_file(path.with_suffix(".safetensors"), shared=True) as partial:
+            sha256 = write_file(partial, entries).sha256
+        self._write_record(path, key, sha256, None)
 
-        with new_file(path.with_suffix(".safetensors")) as partial:
-            write_file(partial, entries)
-            sha256 = content(partial).sha256
-        self._record(path, key, sha256, None)
-
-    def _record(self, path: Path, key: Key, sha256: str, value: Any) -> None:
+    def _write_record(self, path: Path, key: Key, sha256: str, value: Any) -> None:
         if not self.sound():
-            raise OSError("files that it was made of have changed meanwhile")
-        with new_file(path) as partial:
+            raise OSError("the files that it was computed from have changed meanwhile")
+        with atomic_file(path, shared=True) as partial:
             partial.write_text(json.dumps({"key": key, "sha256": sha256, "value": value}), encoding="utf-8")
 
-    def _trim(self) -> None:
-        """Removes what was asked for longest ago until the rest has room, and what no job will finish."""
+    def _evict(self) -> None:
+        """Removes the least recently used files until the rest fits, and incomplete ones that no run will finish."""
         files = sorted(_files(self._folder), key=lambda file: -file[1])
         used = 0
-        for path, asked, size in files:
+        for path, last_use, size in files:
             used += size
-            old = path.name.startswith(PARTIAL) and asked < time.time() - ABANDONED
-            if old or used > self._room:
+            abandoned = path.suffix == ".partial" and last_use < time.time() - ABANDONED
+            if abandoned or used > self._capacity:
                 path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, float, int]]:
-    """Each file with the time it was last asked for and its bytes."""
+    """Each file with the time of its last use and its size in bytes."""
     for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # other jobs remove some, too
-            state = path.stat()
-            yield path, state.st_mtime, state.st_size
+        with suppress(FileNotFoundError):  # other runs evict some, too
+            stat = path.stat()
+            yield path, stat.st_mtime, stat.st_size
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+class FileHashes:
+    """The sha256 of files, cached while their size, times and inode stay the same; not cached if `folder` is None.
 
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to be written, which gets its name when all of it is on disk, whoever else writes it; none after an error.
-
-    Its folder is made, for nobody else to write in.
+    A file of gigabytes is read once. Sizes and times in the keys of results would not do instead: a copy of a folder
+    has other times and must be found again, and fine-tuning changes no size. As in git, a hash is not cached before
+    the file has been left alone for `SETTLED`: two writes within one tick of the file system's clock have equal times.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)
-    partial = Path(name)
-    try:
-        yield partial
-        os.fsync(number)
-        partial.replace(path)
-    finally:
-        os.close(number)
-        partial.unlink(missing_ok=True)
+
+    def __init__(self, folder: Path | None) -> None:
+        self._cache = None if folder is None else Cache(folder, HASHES_SIZE)
+
+    def file(self, path: Path) -> str:
+        """The sha256 of a file."""
+        path, stat = path.resolve(), path.stat()
+        times = (stat.st_mtime_ns, stat.st_ctime_ns)
+        if self._cache is None or time.time_ns() - max(times) <= SETTLED:
+            return content(path).sha256
+        key = {"path": os.fsdecode(path), "device": stat.st_dev, "inode": stat.st_ino, "size": stat.st_size}
+        return str(self._cache.value({**key, "times": times}, lambda: content(path).sha256))
+
+    def files(self, paths: Mapping[str, Path]) -> dict[str, str]:
+        """The sha256 of each file, by name."""
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(paths, pool.map(self.file, paths.values()), strict=True))

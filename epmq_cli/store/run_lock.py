@@ -1,4 +1,4 @@
-"""A run folder for one process alone, and what killed ones left in it."""
+"""A lock on a run folder, and the removal of what killed processes left in it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from epmq_cli.runtime.console import log
 from epmq_cli.store.atomic import PARTIAL
 
 FOLDER = ".resume"
-"""In a run folder, as long as it is not complete: a lock that no two processes hold, and what was found so far."""
+"""In a run folder until the run is complete: the lock, and the progress so far."""
 LOCK = "lock"
 RESULTS = ("checkpoint", "metrics.json")
 LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student-*")
-"""What a killed process may have left in the run folder."""
+"""What a killed process can leave in the run folder."""
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """The run folder for this process alone, cleared of what killed ones left half done; RunError where another one has
-    it or it cannot be written. The lock is the system's, which takes it back from a process that ends in any way."""
+    """Locks the run folder for this process and removes what killed processes left in it; RunError if another process
+    holds the lock or the folder cannot be written. The system releases the lock however the process ends."""
     if not distributed.is_main():
         yield
         return
@@ -47,19 +47,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process holds this run folder or one in it."""
+    """Whether a process holds the lock of this run folder or of one inside it."""
     return any(_held(path) for path in folder.rglob(f"{FOLDER}/{LOCK}"))
 
 
 def refuse_used(folder: Path, *results: str) -> None:
-    """ConfigError where the run folder already holds one of these results of an earlier run."""
+    """ConfigError if the run folder already holds one of these results of an earlier run."""
     found = [name for name in results if (folder / name).exists()]
     if found:
         raise ConfigError(f"out={folder} already holds {' and '.join(found)}; choose another out or remove them")
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder, whether or not it is there."""
+    """Removes a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -67,13 +67,13 @@ def remove(path: Path) -> None:
 
 
 def _refuse_strange(folder: Path) -> None:
-    """RunError where the state would not be in the run folder, or its lock is none."""
+    """RunError if the progress would be written outside the run folder, or the lock is not a regular file."""
     root, lock = folder / FOLDER, folder / FOLDER / LOCK
     try:
         if root.is_symlink():
-            raise RunError(f"{root} is a link to elsewhere; remove it, or choose another out")
+            raise RunError(f"{root} is a link to another place; remove it, or choose another out")
         if lock.exists() and not lock.is_file():
-            raise RunError(f"{lock} is no file; remove it, or choose another out")
+            raise RunError(f"{lock} is not a regular file; remove it, or choose another out")
     except OSError as error:
         raise RunError(f"out={folder} cannot be written ({error.strerror}); choose another out") from error
 
@@ -82,13 +82,13 @@ def _lock(file: int, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"out={folder} is in use by another run; wait for that to end, or choose another out") from None
-    except OSError as error:  # of file systems that have no locks
+        raise RunError(f"another run is using out={folder}; wait until it ends, or choose another out") from None
+    except OSError as error:  # file systems without locks
         log.warning("%s cannot be locked: %s", folder, error)
 
 
 def _held(path: Path) -> bool:
-    if not path.is_file():  # a pipe would wait for somebody to read it
+    if not path.is_file():  # opening a pipe blocks
         return False
     try:
         with path.open("a") as file:

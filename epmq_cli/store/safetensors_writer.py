@@ -1,8 +1,8 @@
-"""Writes safetensors files (https://huggingface.co/docs/safetensors) tensor by tensor: the header first, since all
-shapes are known, and then each tensor when it is made. While one is written and hashed the next is made, so that no
-more than two are in memory.
+"""Writes safetensors files (https://huggingface.co/docs/safetensors) tensor by tensor: first the header, since all
+shapes are known, then each tensor when it is computed. While one is written and hashed, the next is computed, so at
+most two are in memory.
 
-What huggingface_hub and safetensors write themselves must be in memory whole.
+The writers of huggingface_hub and safetensors need all tensors in memory.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ NAMES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-"""Types by their safetensors names."""
+"""The safetensors name of each type."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its name, type and shape, and how it is made."""
+    """A tensor to write: its name, type and shape, and a function that computes it."""
 
     name: str
     dtype: torch.dtype
@@ -51,19 +51,19 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def of(name: str, tensor: Tensor) -> Entry:
-    """The entry of a tensor that is there already."""
+    """The entry of a tensor that exists already."""
     return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> dict[str, Content]:
-    """model.safetensors, or shards of at most so many bytes (or of one tensor that is larger) and their index.
+    """Writes model.safetensors, or shards of at most `shard_bytes` (or of one larger tensor) and their index.
 
-    Returns what the tensors' files hold, by name.
+    Returns the contents of the tensors' files, by name.
     """
     shards = _shards(entries, shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -79,10 +79,8 @@ def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> dic
 
 
 def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> Content:
-    """One file; wide types come first, so that every tensor begins at a multiple of its items' size. `metadata`: texts
-    by name that its header has beside the tensors.
-
-    Returns what was written.
+    """Writes one file and returns its content. Wide types come first, so that every tensor begins at a multiple of its
+    items' size. `metadata`: texts by name, for the header.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -94,7 +92,7 @@ def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as behind:  # both let go of the interpreter
+    with path.open("wb") as file, ThreadPoolExecutor(1) as behind:  # both release the interpreter's lock
 
         def put(data: bytes | memoryview) -> None:
             file.write(data)
@@ -113,13 +111,15 @@ def _bytes(entry: Entry) -> memoryview:
     tensor = entry.make()
     assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
     check_finite(entry.name, tensor)
-    flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))  # flatten leaves one item its odd stride
+    flat = (
+        tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    )  # flatten keeps the odd stride of a single item
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """CheckpointError where what is to be written holds a NaN or an infinity."""
+    """CheckpointError if a tensor to write holds a NaN or an infinity."""
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
         tensor = tensor.float()  # torch does not sum FP8
     if tensor.is_floating_point() and not is_finite(tensor):

@@ -91,7 +91,7 @@ def test_a_damaged_entry_ends_in_a_sentence(bert_hub: Path, tmp_path: Path) -> N
     walked(bert_hub, RunProgress(tmp_path))
     entry = next((tmp_path / "last").iterdir())
     entry.write_bytes(entry.read_bytes()[:20])
-    with pytest.raises(RunError, match="is damaged .*; start the run anew with resume=never"):
+    with pytest.raises(RunError, match="is damaged .*; start from the beginning with resume=never"):
         walked(bert_hub, RunProgress(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Oracles: the file system, which takes the names; injectivity; the names of earlier versions where they were sound."""
+"""Oracles: the file system, which accepts the names; no two jobs share one; valid names stay as they were before."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ODD = (
 
 
 @pytest.mark.parametrize("overrides", SOUND)
-def test_sound_names_stay_as_they_are(overrides: str) -> None:
+def test_valid_names_stay_as_they_are(overrides: str) -> None:
     assert folder_name(overrides) == overrides
 
 
-def test_other_names_are_taken_by_the_file_system_and_differ(tmp_path: Path) -> None:
+def test_other_names_are_accepted_by_the_file_system_and_differ(tmp_path: Path) -> None:
     names = [folder_name(overrides) for overrides in (*ODD, *SOUND[:-2])]
     assert len(set(names)) == len(names)
     for name in names:
@@ -44,8 +44,8 @@ def test_other_names_are_taken_by_the_file_system_and_differ(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["run", "merge", "eval"])
-def test_the_jobs_of_every_command_are_named_so(command: str) -> None:
-    """Oracle: the function itself, on what Hydra calls the overrides."""
+def test_the_jobs_of_every_command_have_these_names(command: str) -> None:
+    """Oracle: the function itself, on the overrides as Hydra writes them."""
     experts = "{" + ",".join(f"task{i}:/data/models/expert-{i}" for i in range(20)) + "}"
     given = (
         [f"+x={experts}", "out=elsewhere", "device=cpu"] if command != "merge" else [f"+x={experts}", "out=elsewhere"]

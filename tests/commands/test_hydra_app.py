@@ -71,7 +71,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             70,
             "epmq: this is a defect of epmq, not of your input (KeyError); run the same again with --debug",
         ),
-        (KeyboardInterrupt(), 130, "epmq: interrupted; start the same command again to go on from the last"),
+        (KeyboardInterrupt(), 130, "epmq: interrupted; start the same command again to continue after the last"),
     ],
     ids=repr,
 )

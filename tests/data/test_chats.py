@@ -18,7 +18,7 @@ from epmq_cli.data.documents import Documents
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.pipeline.fingerprints import of_samples
+from epmq_cli.pipeline.keys import hash_samples
 
 MESSAGES = [
     {"role": "system", "content": "be kind"},
@@ -116,7 +116,7 @@ def test_a_pair_or_a_prompt_takes_no_conversations(tmp_path: Path) -> None:
 def test_conversations_are_known_by_roles_and_contents(tmp_path: Path) -> None:
     rows = [MESSAGES, [*MESSAGES[:2], {"role": "user", "content": ""}], MESSAGES[:2]]
     chats = load(tmp_path, rows)
-    found = {of_samples(Samples([chat], torch.zeros(1, dtype=torch.int64))) for chat in [*chats, str(chats[0])]}
+    found = {hash_samples(Samples([chat], torch.zeros(1, dtype=torch.int64))) for chat in [*chats, str(chats[0])]}
     assert None not in found
     assert len(found) == 4
 

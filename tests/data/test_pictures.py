@@ -17,7 +17,7 @@ from epmq_cli.data.images import ArrayImages, ImageFiles, ImageFolder
 from epmq_cli.data.pictures import Decoder, check_decoding, endings, formats
 from epmq_cli.data.samples import Samples
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.pipeline.fingerprints import of_samples
+from epmq_cli.pipeline.keys import hash_samples
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = RAMP.astype(np.uint16) * 257
@@ -250,11 +250,11 @@ def test_what_a_picture_means_is_part_of_its_fingerprint(tmp_path: Path) -> None
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(transparent("RGBA"))
     options: list[dict[str, Any]] = [{}, {"background": "black"}, {"background": None}, {"white_level": 4095}]
-    found = {of_samples(ImageFolder(str(tmp_path), str(tmp_path), **each).load("train")) for each in options}
+    found = {hash_samples(ImageFolder(str(tmp_path), str(tmp_path), **each).load("train")) for each in options}
     assert len(found) == len(options)
     stored = [{"bytes": transparent("RGBA"), "path": None}]
     labels = ImageFolder(str(tmp_path), str(tmp_path)).load("train").labels[:1]
-    hub = {of_samples(Samples(Pictures(stored, "x", Decoder(**each)), labels)) for each in options}
+    hub = {hash_samples(Samples(Pictures(stored, "x", Decoder(**each)), labels)) for each in options}
     assert len(hub) == len(options)
 
 

@@ -32,7 +32,7 @@ def test_the_same_command_goes_on_in_the_folder_that_was_left(bert_hub: Path, tm
     (left,) = folders(tmp_path)
     status, said = command(tmp_path, *mini(bert_hub))
     assert status == 0
-    assert f"{left.relative_to(tmp_path)} was interrupted; it goes on from the last finished block" in said
+    assert f"{left.relative_to(tmp_path)} was interrupted; the run continues after the last finished block" in said
     assert folders(tmp_path) == [left]
     assert {path.name for path in left.iterdir()} == {".hydra", "checkpoint", "metrics.json", "run.log"}
     metrics = json.loads((left / "metrics.json").read_text())
@@ -62,9 +62,7 @@ def test_a_run_at_work_is_not_joined(bert_hub: Path, tmp_path: Path) -> None:
         assert len(folders(tmp_path)) == 2
         status, said = command(tmp_path, *mini(bert_hub, f"out={left}"))
         assert status == 1
-        assert said.endswith(
-            f"epmq: out={left} is in use by another run; wait for that to end, or choose another out\n"
-        )
+        assert said.endswith(f"epmq: another run is using out={left}; wait until it ends, or choose another out\n")
         assert "Traceback" not in said
     assert not (left / "metrics.json").exists()
 

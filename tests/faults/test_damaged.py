@@ -91,7 +91,7 @@ def test_what_is_damaged_is_refused_in_one_sentence(case: str, left: Path, bert_
     shutil.copytree(left, run)
     path = next(iter(sorted((run / FOLDER).glob(pattern))))
     damage(path)
-    with pytest.raises(RunError, match=r"is damaged \(.*\); start the run anew with resume=never") as raised:
+    with pytest.raises(RunError, match=r"is damaged \(.*\); start from the beginning with resume=never") as raised:
         run_in(run, bert_hub, *OPTIONS)
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
@@ -126,7 +126,7 @@ def test_values_under_another_key_are_not_read(tmp_path: Path) -> None:
 def test_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     RunProgress(tmp_path).tensors("x", CPU, lambda: {"a": torch.ones(1)})
     (tmp_path / "x-0.safetensors").write_bytes(b"")
-    with pytest.raises(RunError, match=r"x-0.safetensors is damaged .*; start the run anew with resume=never"):
+    with pytest.raises(RunError, match=r"x-0.safetensors is damaged .*; start from the beginning with resume=never"):
         RunProgress(tmp_path).tensors("x", CPU, dict)
 
 
@@ -135,7 +135,9 @@ def test_a_pipe_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     place.parent.mkdir(parents=True)
     os.mkfifo(place)
     signal.alarm(10)
-    with pytest.raises(RunError, match=r"identity.json is damaged \(no file\); start the run anew with resume=never"):
+    with pytest.raises(
+        RunError, match=r"identity.json is damaged \(not a regular file\); start from the beginning with resume=never"
+    ):
         opened(tmp_path, {"config": {}}, "auto")
     signal.alarm(0)
 

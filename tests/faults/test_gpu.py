@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(bert_hub: Path, tmp_path
     for out in ("run", "whole"):
         status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments, f"out={out}"))
         assert status == 0, said
-        assert ("goes on from the last finished block" in said) == (out == "run")
+        assert ("continues after the last finished block" in said) == (out == "run")
     assert files(tmp_path / "run") == files(tmp_path / "whole")
     run, whole = (measured(tmp_path / out) for out in ("run", "whole"))
     assert all(run[name] == whole[name] for name in ("layers", "scores", "guidance", "events"))

@@ -56,7 +56,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
     assert list((tmp_path / "run" / ".resume").glob("*/last/*.safetensors")), said
     status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
     assert status == 0, said
-    assert "run was interrupted; it goes on from the last finished block" in said
+    assert "run was interrupted; the run continues after the last finished block" in said
     check_one(tmp_path, *arguments[:-1])
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from epmq_cli.errors import ConfigError
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.pipeline import cached_steps
+from epmq_cli.pipeline import cached_steps, keys
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.store.cache import Cache
@@ -48,7 +49,7 @@ def same(first: Path, second: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def hubs(clip_hub: Path, bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A hub for each kind of result: T5's experts answer, BERT's have heads."""
+    """A hub for each kind of result: T5's experts generate answers, BERT's have heads."""
     made = {kind: build(tmp_path_factory.mktemp(kind), kind) for kind in ("t5", "llama")}
     return {"clip": clip_hub, "bert": bert_hub, **made}
 
@@ -68,9 +69,9 @@ def test_a_run_gives_the_same_with_an_empty_cache_with_a_full_one_and_without(
     assert same(plain, full)
 
 
-def test_jobs_of_a_sweep_take_what_they_have_in_common(bert_hub: Path, tmp_path: Path) -> None:
+def test_jobs_of_a_sweep_share_results(bert_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "first", bert_hub, *KEEPING)
-    jobs = {  # and how much of what the first run made they find
+    jobs = {  # and how many results of the first run they find
         "bits=3": ALL,
         "guidance.lam=0.5": ALL,
         "merge.scale=0.5": 4,
@@ -109,7 +110,7 @@ def test_a_changed_model_is_another_model(
     assert same(after, run_in(tmp_path / "plain", hub, "eval.samples=10"))
 
 
-def test_other_calibration_samples_are_asked_about_again(bert_hub: Path, tmp_path: Path) -> None:
+def test_other_calibration_samples_go_through_the_experts_again(bert_hub: Path, tmp_path: Path) -> None:
     options = ("guidance=feature", "calib.samples=8")
     keeping = (*KEEPING, "eval.samples=null")  # which the seed would draw, too
     run_in(tmp_path / "first", bert_hub, *options, *keeping)
@@ -127,9 +128,11 @@ def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Pa
     assert metrics(run_in(tmp_path / "again", clip_hub, *KEEPING, *places))["cache"]["found"] == ALL
 
 
-def test_another_version_makes_all_anew(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_computes_everything_again(
+    clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
-    monkeypatch.setattr(cached_steps, "_version", lambda name: "0.0.0")
+    monkeypatch.setattr(keys, "_version", lambda name: "0.0.0")
     assert metrics(run_in(tmp_path / "second", clip_hub, *KEEPING))["cache"]["found"] == 0
 
 
@@ -137,21 +140,25 @@ def test_another_version_makes_all_anew(clip_hub: Path, tmp_path: Path, monkeypa
     ("name", "replacement"),
     [
         ("_version", lambda name: "0.0.0"),
-        ("of_code", lambda: "edited"),
-        ("_cpu", lambda: "another"),
-        ("environment", lambda device: {"packages": {"torch": "0.0.0"}}),
-        ("environment", lambda device: {"threads": 1000}),
+        ("hash_code", lambda: "edited"),
+        ("_processor", lambda: "another"),
     ],
 )
-def test_keys_know_packages_code_and_machine(name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = cached_steps._surroundings(torch.device("cpu"))
-    monkeypatch.setattr(cached_steps, name, replacement)
-    after = cached_steps._surroundings(torch.device("cpu"))
+def test_keys_depend_on_packages_code_and_machine(name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys.environment(torch.device("cpu"))
+    monkeypatch.setattr(keys, name, replacement)
+    after = keys.environment(torch.device("cpu"))
     assert before != after
     assert json.dumps(before) != json.dumps(after)
 
 
-def test_what_is_damaged_is_made_again(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
+def test_keys_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys.environment(torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert keys.environment(torch.device("cpu")) != before
+
+
+def test_damaged_entries_are_computed_again(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
     first = run_in(tmp_path / "first", clip_hub, *KEEPING)
     for path in (cache / "jobs").iterdir():
         path.write_bytes(path.read_bytes()[:-9])
@@ -160,7 +167,7 @@ def test_what_is_damaged_is_made_again(clip_hub: Path, tmp_path: Path, cache: Pa
     assert same(first, second)
 
 
-def test_an_entry_that_another_job_removes_meanwhile_is_made_again(
+def test_an_entry_that_another_job_evicts_is_computed_again(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_in(tmp_path / "first", bert_hub, *KEEPING, "guidance=feature")
@@ -176,17 +183,17 @@ def test_an_entry_that_another_job_removes_meanwhile_is_made_again(
     assert removed
 
 
-def test_a_model_that_changes_during_the_run_leaves_nothing(
+def test_a_model_that_changes_during_the_run_is_not_cached(
     clip_hub: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(clip_hub / "first", tmp_path / "first")
-    file, real = tmp_path / "first" / "config.json", cached_steps.of_tensors
+    file, real = tmp_path / "first" / "config.json", cached_steps.hash_tensors
 
     def touch(*arguments: Any) -> str:
         file.write_text(file.read_text() + " ")
         return real(*arguments)
 
-    monkeypatch.setattr(cached_steps, "of_tensors", touch)
+    monkeypatch.setattr(cached_steps, "hash_tensors", touch)
     run_in(tmp_path / "run", clip_hub, *KEEPING, f"suite.tasks.first.expert={tmp_path / 'first'}")
     assert not list((cache / "jobs").glob("*.json"))
 
@@ -205,21 +212,21 @@ def test_merges_that_are_not_epmqs_are_not_kept(
         assert metrics(checkpoint)["cache"]["found"] == found
 
 
-def test_methods_without_options_are_told_apart(clip_hub: Path, tmp_path: Path) -> None:
+def test_methods_without_options_have_different_keys(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "average", clip_hub, *KEEPING, "merge=average")
     assert metrics(run_in(tmp_path / "none", clip_hub, *KEEPING, "merge=none"))["cache"] == {"found": 4, "made": 2}
 
 
-def test_a_base_whose_rows_are_filled_up_depends_on_the_experts(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_base_with_padded_rows_depends_on_the_experts(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub))
     models, _, dtype = steps.open_models(job)
     common = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype)
     assert common._base["vocabulary"] == []
     models.source.padded["embeddings"] = 100
-    assert common._base["vocabulary"] == [common._files["first"], common._files["second"]]
+    assert common._base["vocabulary"] == [common.files["expert of first"], common.files["expert of second"]]
 
 
-def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_cached_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub, "merge=ties", "pack.dtype=bfloat16"))
     models, _, dtype = steps.open_models(job)
     kept = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
@@ -227,3 +234,16 @@ def test_a_kept_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     assert isinstance(kept, cached_steps.KeptMerge)
     for name, tensor in made:
         assert torch.equal(kept.tensor(name), tensor)
+
+
+def test_the_option_is_a_size_or_false(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
+    assert cached_steps.open_cache(False) is None
+    assert cached_steps.open_cache(None) is None
+    opened = cached_steps.open_cache("1MB")
+    assert opened is not None
+    opened.value({"kind": "any"}, lambda: 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs"]
+    for wrong, message in ((True, "or false, got true"), (5, "such as 5GB, got 5"), ("much", "got 'much'")):
+        with pytest.raises(ConfigError, match=message):
+            cached_steps.open_cache(wrong)

@@ -1,4 +1,4 @@
-"""Oracles: what was made the first time, and how often it is made."""
+"""Oracles: the first result, and how often it is computed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from epmq_cli.store.run_lock import FOLDER
 CPU = torch.device("cpu")
 
 
-def test_a_value_is_made_once(tmp_path: Path) -> None:
+def test_a_value_is_computed_once(tmp_path: Path) -> None:
     made = []
     for state in (RunProgress(tmp_path), RunProgress(tmp_path)):
         assert state.value("x", lambda: made.append(1) or {"a": 0.1 + 0.2}) == {"a": 0.1 + 0.2}
     assert len(made) == 1
 
 
-def test_without_a_folder_it_is_made_every_time() -> None:
+def test_without_a_folder_it_is_computed_every_time() -> None:
     made = []
     for _ in range(2):
         RunProgress().value("x", lambda: made.append(1))
@@ -37,13 +37,13 @@ def test_tensors_come_back_to_the_last_bit(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_of_a_finished_part_only_its_value_is_kept(tmp_path: Path) -> None:
+def test_only_the_value_of_a_finished_part_is_kept(tmp_path: Path) -> None:
     state = RunProgress(tmp_path)
     assert state.finished("x", lambda: state.part("x").value("inner", lambda: 1)) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"x.json"}
 
 
-def test_states_are_found_by_what_they_are_of(tmp_path: Path) -> None:
+def test_progress_is_found_by_its_key(tmp_path: Path) -> None:
     first = opened(tmp_path, {"bits": 4}, "auto")
     first.value("x", lambda: 1)
     assert opened(tmp_path, {"bits": 3}, "auto").value("x", lambda: 2) == 2

@@ -1,4 +1,4 @@
-"""Oracles: the folder that a command is sent to, by what others left."""
+"""Oracles: the folder in which a command continues, for folders that others left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(name: str, *arguments: str) -> Path:
-    """The folder of a run that was begun with these arguments and is not complete."""
+    """The folder of a run that was started with these arguments and is not complete."""
     folder = RUNS / name
     folder.mkdir(parents=True)
     continued(arguments)
@@ -31,7 +31,7 @@ def started(name: str, *arguments: str) -> Path:
     return folder
 
 
-def test_the_last_unfinished_folder_of_the_same_arguments_is_taken() -> None:
+def test_the_last_unfinished_folder_with_the_same_arguments_is_used() -> None:
     started("1", "bits=3")
     started("2", "bits=3")
     started("3", "bits=4")
@@ -41,12 +41,12 @@ def test_the_last_unfinished_folder_of_the_same_arguments_is_taken() -> None:
 
 
 @pytest.mark.parametrize("argument", ["resume=never", "out=mine", "hydra.run.dir=mine", "--cfg", "-sc"])
-def test_none_is_taken_where_something_else_is_asked_for(argument: str) -> None:
+def test_no_folder_is_used_if_the_arguments_set_one(argument: str) -> None:
     started("1", "bits=3")
     assert continued(["bits=3", argument]) == ["bits=3", argument]
 
 
-def test_a_folder_in_use_or_complete_is_not_taken() -> None:
+def test_a_folder_in_use_or_complete_is_not_used() -> None:
     folder = started("1", "bits=3")
     with alone(folder):
         assert continued(["bits=3"]) == ["bits=3"]
@@ -56,7 +56,7 @@ def test_a_folder_in_use_or_complete_is_not_taken() -> None:
     assert continued(["bits=3"]) == ["bits=3"]
 
 
-def test_a_command_that_is_done_leaves_no_mark() -> None:
+def test_a_finished_command_leaves_no_mark() -> None:
     folder, other = started("1", "bits=3"), started("2", "bits=4")
     continued(["bits=3"])
     end(["bits=3"])
@@ -64,12 +64,12 @@ def test_a_command_that_is_done_leaves_no_mark() -> None:
     assert (other / unfinished.MARK).exists()
 
 
-def test_the_default_folder_lies_where_it_is_looked_for() -> None:
+def test_the_default_folder_is_searched() -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         assert Path(compose("run").out).parent == RUNS
 
 
-def test_marks_that_cannot_be_read_are_nobodys() -> None:
+def test_marks_that_cannot_be_read_are_ignored() -> None:
     started("1", "bits=3")
     (started("2", "bits=3") / unfinished.MARK).write_bytes(b"\xff\xfe")
     folder = started("3", "bits=3")
@@ -79,11 +79,11 @@ def test_marks_that_cannot_be_read_are_nobodys() -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": null}', b"\xff", b"[" * 100_000], ids=range(6))
-def test_a_job_whose_results_are_damaged_is_named(content: bytes) -> None:
+def test_a_job_with_damaged_results_is_named(content: bytes) -> None:
     folder = RUNS / "job"
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "metrics.json").write_bytes(content)
-    message = r"runs/job/metrics.json is damaged; remove runs/job, and the same command make"
+    message = r"runs/job/metrics.json is damaged; remove runs/job and start the same command again"
     with pytest.raises(RunError, match=message):
         unfinished.done(folder, DictConfig({"bits": 4}))
     (folder / "metrics.json").unlink()

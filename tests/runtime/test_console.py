@@ -1,4 +1,4 @@
-"""Oracle: what a terminal shows and what a file does not."""
+"""Oracle: the output on a terminal, and in a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from epmq_cli.runtime import console
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_for_terminals_only(
+def test_bars_are_shown_on_terminals_only(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = io.StringIO()
@@ -33,7 +33,7 @@ def test_a_bar_counts_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2/2" in screen.getvalue()
 
 
-def test_messages_cannot_move_the_terminal_or_forge_lines_of_the_log(
+def test_messages_cannot_control_the_terminal_or_forge_lines_of_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = io.StringIO()
@@ -46,7 +46,7 @@ def test_messages_cannot_move_the_terminal_or_forge_lines_of_the_log(
     assert [record.message for record in caplog.records] == ["tensor ?[2Ja?ERROR b?"]
 
 
-def test_warnings_are_shown_to_the_person_and_facts_of_the_log_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_printed_and_other_lines_of_the_log_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(console, "messages", Console(file=screen, width=200))
     logging.getLogger("epmq").warning("the tokenizer of %s\x1b[2J differs", "x")

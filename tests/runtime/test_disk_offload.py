@@ -1,4 +1,4 @@
-"""Oracles: the same model in memory, and what the system says of a process's memory."""
+"""Oracles: the same model in memory, and the memory of the process as the system reports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tied(nn.Module):
         self.register_buffer("ids", torch.arange(300_000))
 
 
-def test_values_ties_and_types_stay(tmp_path: Path) -> None:
+def test_values_ties_and_types_are_kept(tmp_path: Path) -> None:
     model = Tied().to(torch.bfloat16)
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = on_disk(model, tmp_path)
@@ -48,12 +48,12 @@ def test_large_tensors_take_no_memory_of_the_process(tmp_path: Path) -> None:
     assert anonymous() < before - 200e6
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ModelError, match="has no room for the model's weights .No space left on device."):
+    with pytest.raises(ModelError, match="has no space for the model's weights .No space left on device."):
         on_disk(nn.Linear(1024, 1024), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -68,7 +68,7 @@ def test_a_run_writes_the_same_weights_wherever_the_student_is(
     assert (disk / "model.safetensors").read_bytes() == (memory / "model.safetensors").read_bytes()
 
 
-def test_places_are_checked(clip_hub: Path) -> None:
+def test_the_option_is_checked(clip_hub: Path) -> None:
     from epmq_cli.pipeline import steps as steps
 
     with pytest.raises(ConfigError, match="calib.student must be one of memory, disk, got 'tape'"):

@@ -40,13 +40,13 @@ def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_is_printed_once(tmp_path: Path) -> None:
     found = start(*TORCHRUN, "-m", "epmq_cli", "run", "merge.scale=-1", f"out={tmp_path / 'run'}")
     assert found.returncode != 0
     assert found.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
 
 
-def test_parts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shares_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     items, rows = [], []
     for number in range(3):
@@ -57,7 +57,7 @@ def test_parts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows == list(range(10))
 
 
-def test_one_process_needs_no_others() -> None:
+def test_one_process_needs_no_connection() -> None:
     tensor = torch.arange(4.0)
     assert distributed.all_reduce(tensor) is tensor
     assert distributed.all_gather_rows(tensor, 4) is tensor
@@ -72,7 +72,7 @@ def test_one_process_needs_no_others() -> None:
         ("all_gather_object", lambda: distributed.all_gather(1)),
     ],
 )
-def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
+def test_a_lost_process_ends_the_others_with_a_sentence(
     function: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: Any) -> None:
@@ -80,14 +80,12 @@ def test_a_process_that_is_gone_ends_the_others_in_a_sentence(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, function, gone)
-    message = (
-        r"another process of this run has ended or cannot be reached \(Connection closed by peer\); start the same"
-    )
+    message = r"another process of this run has ended or does not answer \(Connection closed by peer\); start the same"
     with pytest.raises(RunError, match=message):
         call()
 
 
-def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
+def test_in_a_sweep_all_processes_skip_the_jobs_that_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
     options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
     assert command(tmp_path, *options, "merge=ties")[0] == 0
     swept = start(*TORCHRUN, "-m", "epmq_cli", *options, "merge=ties,average")
@@ -97,7 +95,7 @@ def test_of_a_sweep_all_processes_leave_alone_what_the_first_one_has_done(bert_h
     assert files(next((tmp_path / "sweep").glob("*merge=average,*"))) == files(tmp_path / "one")
 
 
-def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_reported_as_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -107,7 +105,7 @@ def test_a_device_without_memory_is_not_taken_for_a_process_that_is_gone(monkeyp
         distributed.all_reduce(torch.ones(1))
 
 
-def test_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_cannot_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     distributed.init(torch.device("cuda", 1))  # alone it may be any
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -115,7 +113,7 @@ def test_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> Non
         distributed.init(torch.device("cuda", 1))
 
 
-def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_with_different_configs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_gather", lambda value: [value, "another"])
     with pytest.raises(RunError, match="the processes of this run have different configs; start all of them with"):
         opened(tmp_path, {"config": {"bits": 4}}, "auto")
@@ -135,7 +133,7 @@ def test_processes_with_different_configs_do_not_work_together(tmp_path: Path, m
     ],
     ids=str,
 )
-def test_variables_that_torchrun_does_not_set_so_are_refused(
+def test_values_that_torchrun_never_sets_are_refused(
     variables: dict[str, str], message: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -145,7 +143,7 @@ def test_variables_that_torchrun_does_not_set_so_are_refused(
     assert message in result.stderr
 
 
-def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_alone_does_not_make_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     distributed.check_environment("merge")
@@ -153,8 +151,10 @@ def test_a_number_alone_makes_no_second_process(monkeypatch: pytest.MonkeyPatch)
     assert (distributed.rank(), distributed.local_rank()) == (0, 0)
 
 
-def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match=r"the processes of this run do not meet \(.*\); start them with torchrun"):
+    with pytest.raises(
+        RunError, match=r"the processes of this run cannot connect to each other \(.*\); start them with torchrun"
+    ):
         distributed.init(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Oracles: what other Unix tools do of signals, closed pipes and full disks: their statuses, and no traceback."""
+"""Oracles: what other Unix tools do on signals, closed pipes and full disks: their statuses, and no traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import epmq_cli.pipeline.steps
 import epmq_cli.store.manifest
 from epmq_cli import cli
-from epmq_cli.commands.hydra_app import INTERRUPTED
+from epmq_cli.cli import INTERRUPTED
 from epmq_cli.runtime.signals import STATUS
 from tests.conftest import Run
 from tests.faults.driver import command, on_call
@@ -25,13 +25,13 @@ SIGNALS = sorted(STATUS)
 
 
 def send(number: int) -> None:
-    """Sends this process a signal and is there when it comes."""
+    """Sends this process a signal and waits for it."""
     os.kill(os.getpid(), number)
     time.sleep(10)
 
 
 def twice(number: int) -> None:
-    """Is sent a second one while it cleans up after the first."""
+    """Receives more signals while it cleans up after the first."""
     try:
         send(number)
     finally:
@@ -41,7 +41,7 @@ def twice(number: int) -> None:
 
 
 def spoilt(number: int) -> None:
-    """Stands for a library that is interrupted and raises something else."""
+    """Stands for a library that raises another exception when it is interrupted."""
     try:
         send(number)
     except KeyboardInterrupt:
@@ -49,7 +49,7 @@ def spoilt(number: int) -> None:
 
 
 def swallowed(number: int) -> None:
-    """Stands for a library in which an exception is lost; the next block that listens raises it again."""
+    """Stands for a library that swallows the exception; `launch` raises it again."""
     try:
         send(number)
     except KeyboardInterrupt:
@@ -68,25 +68,23 @@ def test_a_job_ends_with_the_status_of_its_first_signal(
 
 @pytest.mark.parametrize("arguments", ["list", "run", "verify x", "run --help"])
 @pytest.mark.parametrize("act", [send, twice, spoilt])
-def test_what_comes_while_modules_are_imported_ends_it_as_well(
-    arguments: str, act: Callable[[int], None], tmp_path: Path
-) -> None:
+def test_a_signal_during_an_import_ends_the_command(arguments: str, act: Callable[[int], None], tmp_path: Path) -> None:
     hook = on_call(cli.importlib, "import_module", 1, lambda: act(signal.SIGINT))
-    assert command(tmp_path, *arguments.split(), hook=hook) == (130, "epmq: interrupted\n")
+    said = INTERRUPTED.get(arguments.split()[0], "interrupted")
+    assert command(tmp_path, *arguments.split(), hook=hook) == (130, f"epmq: {said}\n")
 
 
-def test_a_signal_that_is_lost_in_an_import_ends_the_command_later(tmp_path: Path) -> None:
+def test_a_signal_that_an_import_swallows_ends_the_command_later(tmp_path: Path) -> None:
     hook = on_call(cli.importlib, "import_module", 1, lambda: swallowed(signal.SIGTERM))
     assert command(tmp_path, "merge", hook=hook) == (143, f"epmq: {INTERRUPTED['merge']}\n")
 
 
-def test_verify_has_words_of_its_own(tmp_path: Path) -> None:
+def test_verify_has_a_sentence_of_its_own(tmp_path: Path) -> None:
     hook = on_call(epmq_cli.store.manifest, "file_problems", 1, lambda: send(signal.SIGINT))
-    said = "epmq: interrupted; the checkpoint has not been checked to the end\n"
-    assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, said)
+    assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, f"epmq: {INTERRUPTED['verify']}\n")
 
 
-def test_a_signal_that_comes_while_python_exits_brings_no_traceback() -> None:
+def test_a_signal_while_python_exits_shows_no_traceback() -> None:
     code = (
         "import atexit, os, sys; from epmq_cli.cli import main; sys.argv = ['epmq', '--version']; "
         "atexit.register(os.kill, os.getpid(), 2); main()"
@@ -111,10 +109,10 @@ def test_a_closed_pipe_ends_it_quietly(arguments: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", PRINTING)
-def test_a_full_disk_is_named_in_a_sentence(arguments: str) -> None:
+def test_a_full_disk_is_reported_in_a_sentence(arguments: str) -> None:
     with Path("/dev/full").open("w") as full:
         found = printing(arguments, full.fileno())
-    assert found == (1, "epmq: what this prints cannot be read or written (No space left on device)\n")
+    assert found == (1, "epmq: the output cannot be written (No space left on device)\n")
 
 
 def test_list_names_the_config_that_it_cannot_read(
@@ -124,10 +122,10 @@ def test_list_names_the_config_that_it_cannot_read(
     path.parent.mkdir(parents=True)
     arguments, said = ("list", "--config-dir", "mine"), "epmq: a config file cannot be read: mine/suite/birds.yaml"
     path.write_bytes(b"# epmq run\n# V\xf6gel\n")
-    assert epmq_inside(*arguments).returncode == f"{said} is no text in UTF-8; save it as such"
+    assert epmq_inside(*arguments).stderr == f"{said} is not UTF-8 text; save it in UTF-8\n"
     path.unlink()
     os.mkfifo(path)
-    assert epmq_inside(*arguments).returncode == f"{said} is no file; remove it"
+    assert epmq_inside(*arguments).stderr == f"{said} is not a file; remove it\n"
     path.unlink()
     path.write_text("")
 
@@ -139,4 +137,4 @@ def test_list_names_the_config_that_it_cannot_read(
         return real(self, encoding)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    assert epmq_inside(*arguments).returncode == f"{said} (Permission denied); mend or remove it"
+    assert epmq_inside(*arguments).stderr == f"{said} (Permission denied); repair or remove it\n"

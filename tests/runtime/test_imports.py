@@ -1,4 +1,4 @@
-"""Oracle: what Python's collector says of itself."""
+"""Oracle: the state of Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from epmq_cli.runtime.imports import importing
 
 
-def test_the_collector_rests_during_imports_and_works_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_collector_is_off_during_imports_and_on_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     frozen = gc.get_freeze_count()
     try:
@@ -23,7 +23,7 @@ def test_the_collector_rests_during_imports_and_works_afterwards(monkeypatch: py
         gc.unfreeze()
 
 
-def test_nothing_changes_where_torch_is_there() -> None:
+def test_nothing_changes_if_torch_is_imported_already() -> None:
     import torch
 
     assert torch.__name__ in sys.modules

@@ -1,4 +1,4 @@
-"""Oracle: the sentences below, whatever asks for a path whose ~ is nobody's or that may not be read."""
+"""Oracle: the sentences below, for every option whose path names an unknown home folder or cannot be read."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ ASKED: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_a_home_of_nobody_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_of_an_unknown_user_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", NOBODY)
-    said = "is in no home folder, as there is no user ~no-such-user here; write the path out, or ./~no-such-user/x"
+    said = "names the home folder of ~no-such-user, and there is no such user; give the full path, or ./~no-such-user/x"
     with pytest.raises(ConfigError, match=said) as refused:
         ASKED[asked]()
     assert asked in ("table", "documents", "images", "npz", "hub") or str(refused.value).startswith(f"{asked}: ~")
@@ -54,13 +54,13 @@ READ: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_file_that_may_not_be_read_is_not_called_damaged(
+def test_a_file_without_permission_is_not_reported_as_damaged(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
     path.write_text("{}")
     monkeypatch.setattr(paths.os, "access", lambda asked, mode: (asked, mode) != (path, os.R_OK))
-    said = f"{path} may not be read by the user that epmq runs as; change its permissions, or give another"
+    said = f"the user that epmq runs as has no permission to read {path}; change its permissions, or give another path"
     with pytest.raises(EpmqError) as refused:
         READ[name](path)
     assert str(refused.value).removeprefix("base: ") == said

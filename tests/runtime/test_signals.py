@@ -1,4 +1,4 @@
-"""Oracles: the handlers that were there before, and the statuses that shells give to signals."""
+"""Oracles: the handlers before the block, and the statuses that shells give to signals."""
 
 from __future__ import annotations
 
@@ -10,30 +10,45 @@ from pathlib import Path
 
 import pytest
 
-from epmq_cli.runtime.signals import Interrupted, deferred, handle_signals
+from epmq_cli.runtime.signals import Interrupted, as_exceptions, raise_received, received
 from tests.faults.driver import forked
 
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_raised_and_its_handler_put_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with pytest.raises(Interrupted) as stopped, handle_signals(lambda: None):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
-    assert stopped.value.number == number
-    assert signal.getsignal(number) is before
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def test_a_block_that_nothing_interrupts_ends_as_it_would() -> None:
-    with handle_signals(lambda: None), deferred():
-        pass
+def nothing() -> None:
+    """No last words."""
 
 
-def test_a_process_that_does_not_come_to_its_handler_is_ended(tmp_path: Path) -> None:
+def test_the_handlers_are_restored_if_no_signal_arrives() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with as_exceptions(nothing):
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert received() is None
+    raise_received()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_raised_and_later_ones_are_ignored(number: signal.Signals) -> None:
+    def body() -> None:
+        with pytest.raises(Interrupted) as stopped, as_exceptions(nothing):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        assert stopped.value.number == number == received()
+        for later in SIGNALS:
+            os.kill(os.getpid(), later)
+        with pytest.raises(Interrupted):
+            raise_received()
+
+    assert forked(body) == 0
+
+
+def test_a_process_that_cannot_run_its_handler_is_ended(tmp_path: Path) -> None:
     """The main thread, with its signals blocked, stands for one that waits in a library."""
 
     def body() -> None:
-        with handle_signals(lambda: (tmp_path / "words").touch(), grace=0.1):
+        with as_exceptions(lambda: (tmp_path / "words").touch(), grace=0.1):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(60)
@@ -43,13 +58,13 @@ def test_a_process_that_does_not_come_to_its_handler_is_ended(tmp_path: Path) ->
 
 
 def test_in_another_thread_nothing_is_changed() -> None:
-    before, seen = signal.getsignal(signal.SIGTERM), []
+    before, during = signal.getsignal(signal.SIGTERM), []
 
     def body() -> None:
-        with handle_signals(lambda: None):
-            seen.append(signal.getsignal(signal.SIGTERM))
+        with as_exceptions(nothing):
+            during.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert during == [before]

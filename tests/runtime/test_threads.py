@@ -18,11 +18,11 @@ def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return found
 
 
-def test_results_come_in_the_order_of_the_items(count: int) -> None:
+def test_results_are_in_the_order_of_the_items(count: int) -> None:
     assert threads.spread(lambda item: item * item, iter(range(1000))) == [item * item for item in range(1000)]
 
 
-def test_torch_works_alone_in_each_of_several_threads_and_as_before_outside(count: int) -> None:
+def test_torch_uses_one_thread_inside_and_as_many_as_before_outside(count: int) -> None:
     before = torch.get_num_threads()
     meeting = threading.Barrier(count, timeout=60)
 
@@ -36,7 +36,7 @@ def test_torch_works_alone_in_each_of_several_threads_and_as_before_outside(coun
     assert torch.get_num_threads() == before
 
 
-def test_what_goes_wrong_in_a_thread_is_raised(count: int) -> None:
+def test_an_exception_in_a_thread_is_raised(count: int) -> None:
     def work(item: int) -> None:
         if item == 5:
             raise ModelError("expert of task first: it holds a NaN")
@@ -46,7 +46,7 @@ def test_what_goes_wrong_in_a_thread_is_raised(count: int) -> None:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_tensors_that_were_made_outside_can_be_written_inside(inference: bool, count: int) -> None:
+def test_tensors_from_outside_can_be_written_inside(inference: bool, count: int) -> None:
     with torch.inference_mode(inference):
         found = torch.zeros(10)
         threads.spread(lambda part: part.add_(1), torch.split(found, 2))

@@ -13,9 +13,9 @@ from epmq_cli.store.run_lock import FOLDER, LOCK, alone, in_use, refuse_used, re
 from tests.faults.driver import forked, kill
 
 
-def test_a_folder_is_one_processes_until_that_ends(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path: Path) -> None:
     def second() -> None:
-        with pytest.raises(RunError, match=r"is in use by another run; wait for that to end, or choose another out"):
+        with pytest.raises(RunError, match=r"another run is using out=.*; wait until it ends, or choose another out"):
             alone(tmp_path).__enter__()
         assert in_use(tmp_path)
 
@@ -25,7 +25,7 @@ def test_a_folder_is_one_processes_until_that_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     def first() -> None:
         with alone(tmp_path):
             kill()
@@ -36,7 +36,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_what_killed_processes_left_is_cleared_and_the_rest_kept(tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
     left = [
         ".checkpoint.partial/x",
         ".metrics.json.partial",
@@ -61,27 +61,27 @@ def test_results_are_refused_by_name(tmp_path: Path) -> None:
         refuse_used(tmp_path, "checkpoint", "metrics.json")
 
 
-def test_a_folder_of_state_that_is_a_link_is_refused(tmp_path: Path) -> None:
+def test_a_progress_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / FOLDER).symlink_to("elsewhere")
-    with pytest.raises(RunError, match=f"/{FOLDER} is a link to elsewhere; remove it, or choose another out"):
+    with pytest.raises(RunError, match=f"/{FOLDER} is a link to another place; remove it, or choose another out"):
         alone(tmp_path).__enter__()
 
 
-def test_what_is_removed_of_a_link_is_the_link(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     remove(tmp_path / "link")
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_the_lock_does_not_block(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     os.mkfifo(tmp_path / FOLDER / LOCK)
 
     def body() -> None:
         assert not in_use(tmp_path)
-        with pytest.raises(RunError, match="/lock is no file; remove it, or choose another out"):
+        with pytest.raises(RunError, match="/lock is not a regular file; remove it, or choose another out"):
             alone(tmp_path).__enter__()
 
     signal.alarm(10)  # ends both processes where one waits

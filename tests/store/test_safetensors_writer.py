@@ -1,4 +1,4 @@
-"""Oracle: what safetensors reads of the files is what was written."""
+"""Oracle: safetensors reads the tensors that were written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def test_tensors_of_every_type_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_tensors_of_every_type_are_read_back(tmp_path: Path) -> None:
     written = write_file(tmp_path / "model.safetensors", [of(name, tensor) for name, tensor in tensors().items()])
     content = (tmp_path / "model.safetensors").read_bytes()
     assert written == Content(len(content), hashlib.sha256(content).hexdigest())
@@ -39,7 +39,7 @@ def test_tensors_of_every_type_are_read_as_they_were_written(tmp_path: Path) -> 
         assert torch.equal(found[name], tensor)
 
 
-def test_shards_hold_no_more_than_they_may_and_the_index_finds_every_tensor(tmp_path: Path) -> None:
+def test_shards_are_within_the_limit_and_the_index_has_every_tensor(tmp_path: Path) -> None:
     write_model(tmp_path, [of(name, tensor) for name, tensor in tensors().items()], 100)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -53,12 +53,12 @@ def test_shards_hold_no_more_than_they_may_and_the_index_finds_every_tensor(tmp_
         assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= 100
 
 
-def test_what_fits_is_one_file_without_index(tmp_path: Path) -> None:
+def test_tensors_within_the_limit_are_one_file_without_index(tmp_path: Path) -> None:
     write_model(tmp_path, [of("weight", torch.ones(3))], 12)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_each_tensor_is_made_when_its_turn_comes_and_once(tmp_path: Path) -> None:
+def test_each_tensor_is_computed_once_and_in_turn(tmp_path: Path) -> None:
     made: list[str] = []
 
     def entry(name: str) -> Entry:

@@ -1,7 +1,34 @@
-"""A forward pass that stops in front of modules and goes on from there, so that what is measured on the way and changed
-behind it costs no second pass.
+"""A forward pass that pauses in front of chosen modules and resumes there.
 
-Each pass is a greenlet: a stack of calls that can be left and returned to, whatever the code of the model between.
+**Why.** A block is calibrated step by step: the inputs of its first linears are measured, these are quantized, and
+only then can the inputs of the next linears be measured, because they depend on the quantized outputs. With plain
+hooks, each step needs another pass through the block from its start, although nothing in front of the step changes any
+more: n + 1 passes for n steps. A paused pass runs each module once. All batches are brought in front of the first step
+and wait there while it is quantized; then they continue, through the quantized linears, to the next step.
+
+**How.** A pass is a greenlet: a stack of Python calls that can be left in the middle and entered again, without threads
+and whatever code of the model is in between. `to` switches to the pass's stack. A forward pre-hook on each module
+(`listening`) asks the pass whether it pauses there and, if so, switches back to the caller, who gets the module's
+input. The next `to`, or `finish`, switches to the stack again, and the hook returns as if nothing had happened.
+
+    caller      to(["q", "k", "v"])            to(["out"])              finish()
+                  |            ^                 |         ^             |        ^
+    pass          forward ... hook of q ........ q, k, v, hook of out ... out ... output
+
+**What to know.**
+- Parameters may be replaced between two calls of `to`: the pass continues with the new values. The modules in front of
+  the pause have run already, so they must be final.
+- Hooks are found by the current greenlet, so the same module can be inside many waiting passes. Other passes through it
+  are not affected.
+- A waiting pass holds the variables of its calls: the residual stream, attention masks, caches. `waiting` lists their
+  tensors so that the activation store can move them to disk meanwhile. No code may keep a reference to the pass inside
+  its own stack, or it would never be freed; a pass that is dropped unwinds its stack with GreenletExit.
+- Inference mode and other thread-local states of torch belong to the thread, not to the greenlet: caller and pass must
+  run under the same ones. A pass cannot move to another thread.
+- If a module is called twice in a pass, the first call counts.
+
+Test: tests/calibrate/activations/test_replay.py compares every captured input of every family, bit by bit, with plain
+hooks and one whole pass through the block for every step.
 """
 
 from __future__ import annotations
@@ -15,13 +42,13 @@ from typing import Any
 import greenlet
 from torch import Tensor, nn
 
-DEPTH = 2  # of the containers of a call that are looked into: its arguments are a tuple, which may hold one
+DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, which may hold another container
 
 
 class PausableForward:
-    """One forward pass through modules that are listened to (`listening`).
+    """One forward pass through modules with hooks (`listening`).
 
-    `captured`: the inputs of modules that it went through, of those in `wanted`.
+    `wanted`: the modules whose inputs are kept when the pass goes through them; `captured`: those inputs.
     """
 
     def __init__(self, forward: Callable[[], Any]) -> None:
@@ -33,7 +60,7 @@ class PausableForward:
         self.captured: dict[str, Tensor] = {}
 
     def run_until(self, names: Sequence[str]) -> Tensor:
-        """The input of that one of these modules which is called first; the pass waits in front of it."""
+        """Continues up to the first call of one of these modules, and gives its input."""
         if self._here is None or self._here[0] not in names:
             self._until, self._here = names, None
             self._stack.switch()
@@ -42,14 +69,13 @@ class PausableForward:
         return self._here[1]
 
     def finish(self) -> Any:
-        """What the forward pass gives back."""
+        """Continues to the end of the forward pass, and gives its output."""
         self._until, self._here = (), None
         self.captured.clear()
         return self._stack.switch()
 
     def held_tensors(self) -> list[Tensor]:
-        """What the calls that wait here hold: the variables of each, and what is in those that are containers, but for
-        parameters."""
+        """The tensors in the variables of the waiting calls, also those in containers, but no parameters."""
         found, frame = list(self.captured.values()), self._stack.gr_frame
         while frame is not None:
             found += tensors_in(_variables(frame))
@@ -57,9 +83,9 @@ class PausableForward:
         return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
 
     def pause_before(self, name: str, tensor: Tensor) -> bool:
-        """Called by the modules, in the pass; whether it is to wait here.
+        """Called by a module's hook, inside the pass: whether the pass pauses here.
 
-        Of a module that is called again, as DeBERTa's keys are for positions, the first call counts.
+        If a module is called again, as DeBERTa's keys are for positions, the first call counts.
         """
         if name in self._seen:
             return False
@@ -71,7 +97,7 @@ class PausableForward:
 
 
 class _Stack(greenlet.greenlet):
-    """The calls of a pass."""
+    """The stack of a pass."""
 
     def __init__(self, forward: Callable[[], Any], forward_pass: PausableForward) -> None:
         super().__init__(forward)
@@ -82,13 +108,13 @@ def _variables(frame: FrameType) -> list[Any]:
     """The values of a call's variables."""
     variables = frame.f_locals
     found = list(variables.values())
-    if isinstance(variables, dict):  # before Python 3.13 a copy that the call would keep, and all that is in it
+    if isinstance(variables, dict):  # before Python 3.13, a copy that would keep them alive
         variables.clear()
     return found
 
 
 def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
-    """The tensors among some values, and those in tuples, lists and dicts among them."""
+    """The tensors among the values, also those in tuples, lists and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -106,11 +132,11 @@ def _waits(name: str, tensor: Tensor) -> bool:
 
 @contextmanager
 def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Inside, passes through the module stop in front of these of its modules, if they want to."""
+    """Inside the block, passes through the module can pause in front of these of its modules."""
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if _waits(name, args[0]):  # no name here may hold the pass, which would then never be freed
+            if _waits(name, args[0]):  # no variable here may hold the pass: it would never be freed
                 greenlet.getcurrent().parent.switch()  # type: ignore[union-attr]
 
         return hear

@@ -19,7 +19,8 @@ from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.lora.config import PROMPTS, read_config
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.open import open_base, open_expert, refuse_unread
-from epmq_cli.pipeline.fingerprints import Fingerprints
+from epmq_cli.pipeline.keys import hash_model
+from epmq_cli.store.cache import FileHashes
 
 MERGE = "merge it with merge_and_unload of PEFT, save that model with save_pretrained, and give its folder"
 SHAPES = {"model.layers.0.q.weight": (4, 4), "model.layers.1.q.weight": (4, 4), "model.table.weight": (6, 4)}
@@ -208,7 +209,7 @@ def test_a_file_is_an_adapter_where_its_config_is_beside(base: ModelFolder, tmp_
     ):
         opened(path, base)
     assert torch.equal(opened(file, base).tensor("model.layers.0.q.weight"), expected)
-    assert Fingerprints(tmp_path / "memory").model(file).keys() == {"adapter_model.bin", "adapter_config.json"}
+    assert hash_model(file, FileHashes(None)).keys() == {"adapter_model.bin", "adapter_config.json"}
 
 
 def test_a_folder_of_adapters_names_them(base: ModelFolder, tmp_path: Path) -> None:
