@@ -129,10 +129,12 @@ class _Inputs:
 def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     """Opens models and data, and the cache as `cache` of the config says; all that can be refused is refused here,
     before anything is computed."""
+    from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
+    from epmq_cli.quantize.mixed_precision import transforms
 
     opened_cache = open_cache(cache)
     models, model, dtype = steps.open_models(job, folder)
@@ -141,6 +143,8 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
     check_blocks(model, job.family, drawn)
+    if transforms(job.quantizer):
+        check_producers(model, job.family, drawn)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
     return _Inputs(models, model, dtype, shared, processors, tasks, drawn)

@@ -15,7 +15,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, shown
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer
+from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer, Transform
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
@@ -48,6 +48,11 @@ def formats_of(quantizer: Quantizer | MixedPrecision) -> tuple[NumberFormat, ...
     """The formats that a linear can get, by their bits; none if weights stay dense."""
     own = (quantizer.low, quantizer.high) if isinstance(quantizer, MixedPrecision) else (quantizer,)
     return tuple(one.format for one in own if one.format is not None)
+
+
+def transforms(quantizer: Quantizer | MixedPrecision) -> bool:
+    """Whether the quantizer scales input channels."""
+    return isinstance(quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer, Transform)
 
 
 def allocate(

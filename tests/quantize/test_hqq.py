@@ -6,9 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
+from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.quantize.formats.format import Grid, fit_grid
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.hqq import Hqq, lp_error, shrink, solve_grid
@@ -118,3 +121,14 @@ def test_bad_options_are_refused(change: dict[str, object], message: str) -> Non
     good |= {"lp_norm": 0.7, "beta": 10, "kappa": 1.01, "iterations": 20}
     with pytest.raises(ConfigError, match=message):
         Hqq(**{**good, **change})  # type: ignore[arg-type]
+
+
+def test_real_zero_points_are_refused_where_the_checkpoint_cannot_hold_them() -> None:
+    def job(*overrides: str) -> Job:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return make_job(compose("run", overrides=["device=cpu", "out=unused", "quant=hqq", *overrides]))
+
+    assert job().quantizer.format == IntFormat(4, 64, "whole")  # type: ignore[union-attr]
+    assert job("quant.zero_point=real", "pack=dense").quantizer.format == IntFormat(4, 64, "real")  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="whole zero points.*; use quant.zero_point=integer or pack=dense"):
+        job("quant.zero_point=real")
