@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from epmq_cli.calibrate.progress import WalkResult
+    from epmq_cli.checkpoint.write import Contents
     from epmq_cli.data.batching import Batch
     from epmq_cli.data.microbatch import MicroBatcher
     from epmq_cli.evaluate.score import ScoredTask, Scores
@@ -63,7 +65,7 @@ def _done(folder: Path, cfg: DictConfig) -> bool:
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
-    """Does the job of the config, or goes on with it; afterwards the folder holds `checkpoint/` and `metrics.json`."""
+    """Runs or continues the job of a config, which writes `checkpoint/` and `metrics.json` into the folder."""
     quiet_libraries()
     memory.keep_freed()
     from torch import OutOfMemoryError
@@ -114,8 +116,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run starts from: the opened suite, the base model and its type, what is cached, and each task's test
-    samples, calibration batches and, where it is not the base's, tokenizer or image processor."""
+    """The inputs of a run: the opened suite, the base model and its type, the cache, and each task's test samples,
+    calibration batches and own tokenizer or image processor."""
 
     models: SuiteModels
     model: nn.Module
@@ -127,8 +129,7 @@ class _Inputs:
 
 
 def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
-    """Opens models and data, and the cache as `cache` of the config says; all that can be refused is refused here,
-    before anything is computed."""
+    """Opens models, data and the cache; every refusal happens here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
@@ -153,18 +154,16 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
 def _made(
     cfg: DictConfig, job: Job, folder: Path, choices: dict[str, str], stages: Stages, scoring: MicroBatcher
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
-    """Writes `checkpoint/`; gives the tasks with the heads that suit it, the scores of what came before, and what
-    metrics.json says of it all. Models, samples and moments end with this function."""
+    """Writes `checkpoint/`. Returns the tasks with their new heads, the scores of base, experts and merge, and the
+    entries of metrics.json. Models, samples and moments are freed when it returns."""
     from epmq_cli.calibrate.reference_weights import copy_into
-    from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
-    from epmq_cli.checkpoint.write import Contents, write_checkpoint
+    from epmq_cli.checkpoint.write import write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.keys import run_key
     from epmq_cli.pipeline.progress import opened, refuse_results
-    from epmq_cli.pipeline.task_processors import save_processors
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     scores: Scores = {}
@@ -198,25 +197,36 @@ def _made(
     if not distributed.is_main():
         return tasks, scores, {}
     with stages.stage("pack"):
-        contents = Contents(
-            exporter=job.exporter,
-            model=model,
-            weights=calibrated.walk.weights,
-            dequantize=job.family.dequantize_on_load,
-            heads={task.name: task.head for task in tasks},
-            base=models.base.path,
-            texts=record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors),
-            save_others=also_open_clip(
-                job.exporter.open_clip,
-                partial(save_processors, models.base.path, read.processors, job.family.reads),
-                partial(dequantized_entries, model, calibrated.walk.weights, read.dtype),
-            ),
-            dtype=read.dtype,
-            changes=models.ties.changes,
-        )
+        texts = record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors)
+        contents = _contents(job, read, calibrated.walk, tasks, texts)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = micro.halved
     return tasks, scores, measured | {"expert_checks": {task: asdict(found) for task, found in checks.items()}}
+
+
+def _contents(job: Job, read: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:
+    """The contents of `checkpoint/`. `texts`: the model card and the record, by file name."""
+    from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
+    from epmq_cli.checkpoint.write import Contents
+    from epmq_cli.pipeline.task_processors import save_processors
+
+    base = read.models.base.path
+    return Contents(
+        exporter=job.exporter,
+        model=read.model,
+        weights=walk.weights,
+        dequantize=job.family.dequantize_on_load,
+        heads={task.name: task.head for task in tasks},
+        base=base,
+        texts=texts,
+        save_others=also_open_clip(
+            job.exporter.open_clip,
+            partial(save_processors, base, read.processors, job.family.reads),
+            partial(dequantized_entries, read.model, walk.weights, read.dtype),
+        ),
+        dtype=read.dtype,
+        changes=read.models.ties.changes,
+    )
