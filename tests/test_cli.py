@@ -38,8 +38,9 @@ def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"experiment={option.name}", "out=x"])
         other = compose("run", overrides=[f"experiment={option.name}", "suite=tiny", "bits=3", "out=x"])
-    for group in ("suite", "merge", "guidance", "quant"):
+    for group in ("suite", "merge", "guidance"):
         build(group, cfg[group])
+    build_quantizer(cfg.quant)
     assert (other.suite.name, other.bits) == ("tiny", 3)
     assert cfg.suite.name != "tiny"
 
