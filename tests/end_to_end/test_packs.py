@@ -85,9 +85,9 @@ def test_the_int4_kernel_is_refused_for_dense_weights_before_anything_is_calibra
 @pytest.mark.parametrize("pack", [pack for pack in PACKS if exporter_of(pack).packs])
 def test_real_zero_points_are_refused_before_a_model_is_opened(pack: str, bert_hub: Path) -> None:
     options = ("quant=hqq", "quant.zero_point=real", "suite.base=nowhere")
-    with pytest.raises(ConfigError, match="those of this quantizer are real numbers; use pack=dense"):
+    with pytest.raises(ConfigError, match="those of this quantizer are real numbers; use .*pack=dense"):
         make_job(config(bert_hub, f"pack={pack}", *options))
-    assert make_job(config(bert_hub, "pack=dense", *options)).exporter == exporter_of("dense")
+    assert not make_job(config(bert_hub, "pack=dense", *options)).exporter.packs
 
 
 @pytest.mark.parametrize("pack", PACKS)
