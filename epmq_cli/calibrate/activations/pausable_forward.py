@@ -16,13 +16,13 @@ module's input. The next `run_until`, or `finish`, switches to the stack again, 
     pass          forward .... hook of q ....... q, k, v .. hook of out ....... out ...... output
 
 **What to know.**
-- Parameters may be replaced between two calls of `run_until`: the pass continues with the new values. The modules in front of
-  the pause have run already, so they must be final.
+- Parameters may be replaced between two calls of `run_until`: the pass continues with the new values. The modules in
+  front of the pause have run already, so they must be final.
 - Hooks are found by the current greenlet, so the same module can be inside many waiting passes. Other passes through it
   are not affected.
-- A waiting pass holds the variables of its calls: the residual stream, attention masks, caches. `held_tensors` lists their
-  tensors so that the activation store can move them to disk meanwhile. No code may keep a reference to the pass inside
-  its own stack, or it would never be freed; a pass that is dropped unwinds its stack with GreenletExit.
+- A waiting pass holds the variables of its calls: the residual stream, attention masks, caches. `held_tensors` lists
+  their tensors so that the activation store can move them to disk meanwhile. No code may keep a reference to the pass
+  inside its own stack, or it would never be freed; a pass that is dropped unwinds its stack with GreenletExit.
 - Inference mode and other thread-local states of torch belong to the thread, not to the greenlet: caller and pass must
   run under the same ones. A pass cannot move to another thread.
 - If a module is called twice in a pass, the first call counts.
