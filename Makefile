@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEVICE ?= cpu
 PROCESSES ?= 1 2
+# Python compiles a module when it first imports it; pip would compile all of them.
+PIP_FLAGS ?= --quiet --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo format check test test-all test-gpu test-standin coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
@@ -15,10 +17,16 @@ install: $(VENV)/.installed ## make the environment and install epmq with what d
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev]"
+	touch $(VENV)/.runs $@
+
+# What running needs, in the same environment: `make install` adds the rest.
+$(VENV)/.runs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) --editable .
 	touch $@
 
-demo: install ## the main job on the built-in suite: merge, calibrate, quantize, pack, score
+demo: $(VENV)/.runs ## the main job on the built-in suite: merge, calibrate, quantize, pack, score
 	$(BIN)/epmq run merge=ties quant=gptq bits=4
 
 format: install ## format the code

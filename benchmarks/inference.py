@@ -41,11 +41,12 @@ from torch.nn.functional import gelu, silu
 import epmq_cli
 from epmq_cli.checkpoint.int4_linear import Int4Linear
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.report.stage_timer import Stages
 
-SPEC = GridSpec(4, 128, True, "minmax")
+FORMAT = IntFormat(4, 128, "none")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("int4", *DENSE)
 LONG = 20.0  # seconds after which a batch has no more turns
@@ -76,10 +77,8 @@ def linear(kind: str, inputs: int, outputs: int, device: torch.device) -> nn.Mod
     """A linear without bias of random weights; the same numbers for every kind."""
     generator = torch.Generator().manual_seed(inputs + outputs)
     values = torch.randint(-8, 8, (outputs, inputs), generator=generator, dtype=torch.int8)
-    scale = torch.full((outputs, inputs // SPEC.group_size), inputs**-0.5 / 5)
-    weight = QuantizedWeight(
-        values.to(device), scale.to(device), torch.zeros_like(scale).to(device), SPEC, torch.float32
-    )
+    scale = torch.full((outputs, inputs // FORMAT.group_size), inputs**-0.5 / 5)
+    weight = QuantizedWeight(values.to(device), Grid(scale.to(device), None), FORMAT, torch.float32)
     if kind == "int4":
         return Int4Linear(weight, None)
     found = nn.Linear(inputs, outputs, bias=False, device="meta")
@@ -178,7 +177,9 @@ def write_decoder(folder: Path, blocks: int) -> None:
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
-    weights = {name: rtn(module.weight.detach().float(), SPEC, torch.float16) for name, module in linears.items()}
+    weights = {
+        name: rtn(module.weight.detach().float(), FORMAT, "minmax", torch.float16) for name, module in linears.items()
+    }
     write_checkpoint(
         folder / "checkpoint", Contents(model, weights, False, {}, folder / "base", {}, torch.float16), 5 * 10**9
     )

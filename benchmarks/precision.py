@@ -25,6 +25,7 @@ from torch import Tensor
 from epmq_cli.calibrate.activations.hidden_state import inputs
 from epmq_cli.calibrate.moments import Measure, real_tokens, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import copy_into, swapped_weights
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
@@ -32,7 +33,6 @@ from epmq_cli.families.structure import Linears
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from epmq_cli.quantize.layer_problem import Affine
 
 
 def rounded(bits: int) -> Callable[[Tensor], Tensor]:

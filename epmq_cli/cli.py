@@ -1,6 +1,6 @@
-"""The `epmq` command: takes the subcommand off the command line and hands the rest to it.
+"""The `epmq` command: removes the subcommand from the command line and passes it the rest.
 
-Imports neither torch nor hydra, so that help and completion answer at once. Hydra reads sys.argv when a command's
+Imports neither torch nor Hydra, so help and completion answer at once. Hydra reads sys.argv when a command's
 main is called, and COMP_LINE when the shell asks for completions: the subcommand is taken off both.
 """
 
@@ -18,10 +18,10 @@ from epmq_cli.runtime.imports import importing
 
 COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
-    "merge": "only merge, into a dense model",
-    "eval": "score a checkpoint on the tasks that it was made for",
-    "verify": "check that a checkpoint is what epmq wrote",
-    "list": "show what each config group offers",
+    "merge": "merge into a dense model",
+    "eval": "score a checkpoint on the tasks of its suite",
+    "verify": "check the files, tensors and scores of a checkpoint",
+    "list": "show the options of each config group",
 }
 
 INTERRUPTED = {
@@ -33,7 +33,7 @@ INTERRUPTED = {
 """What a command says when a signal ends it."""
 
 DEBUG = "--debug"
-"""Tracebacks in place of sentences, with every command."""
+"""Prints tracebacks, with every command."""
 
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
 
@@ -49,7 +49,7 @@ examples
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq COMMAND --help                                all options of a command
-  epmq COMMAND --debug ...                           tracebacks in place of sentences
+  epmq COMMAND --debug ...                           print tracebacks
   epmq --version
   eval "$(epmq -sc install=bash)"                    completion in bash
 """
@@ -131,7 +131,7 @@ def _with_checkpoint(arguments: list[str]) -> list[str]:
 
 
 def _is_checkpoint(argument: str) -> bool:
-    """Whether it is the path of one: no override, unless there is a folder of just that name."""
+    """Whether an argument is a checkpoint's path: no override, unless a folder has exactly that name."""
     override = "=" in argument or argument.startswith(("~", "+"))
     return not override or Path(argument).is_dir()
 
@@ -142,7 +142,7 @@ def _checkpoint_override(argument: str) -> str:
 
 
 def complete(arguments: list[str]) -> None:
-    """Answers the shell: names of commands first, then what Hydra knows of the command that the line has."""
+    """Answers the shell: the names of commands, then Hydra's completions for the command on the line."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
     named = len(words) > 2 or (len(words) == 2 and line.endswith(" "))

@@ -1,29 +1,29 @@
-"""Every error that a user can cause, in one small tree.
+"""The errors that a user can cause.
 
     EpmqError
     ├── ConfigError       an option or a config file: what was typed is not allowed
     │   └── TokenError    it holds a token of the hub
     ├── ModelError        base or experts: files, tensor names, shapes, values
     ├── DataError         the data of a task
-    ├── CheckpointError   a checkpoint that cannot be written, or was not written by epmq
+    ├── CheckpointError   a checkpoint that cannot be written or read
     └── RunError          the run folder or its processes: in use, cannot be written, ended
 
 The message is one sentence that names what was given, what is allowed and what to do. The commands print it without a
-traceback and exit with 1, as they do for what the system refuses (OSError: a full disk, a folder that may not be
-written; MemoryError). Ctrl-C exits with 130 and SIGTERM with 143, whatever is raised behind it; a closed pipe with 141.
+traceback and exit with 1, also for OSError (a full disk, a folder without write permission) and MemoryError. Ctrl-C
+exits with 130, SIGTERM with 143, a closed pipe with 141.
 
-Anything else that is raised is a defect of epmq: the commands say so in one sentence and exit with 70. Its traceback is
-in the run folder's log, and on the screen with --debug or HYDRA_FULL_ERROR=1, which show those of mistakes as well.
+Every other exception is an internal error: the commands print one sentence and exit with 70. The traceback is in the
+run folder's log. --debug or HYDRA_FULL_ERROR=1 prints tracebacks of all errors.
 """
 
 from __future__ import annotations
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""What CUDA, torch, cuBLAS and cuDNN say where there is none."""
+"""Texts in the out-of-memory errors of CUDA, torch, cuBLAS and cuDNN."""
 
 
 class EpmqError(Exception):
-    """A mistake in the input; the command prints it without a traceback and exits with status 1."""
+    """A mistake in the input. The command prints one sentence and exits with 1."""
 
 
 class ConfigError(EpmqError):
@@ -31,7 +31,7 @@ class ConfigError(EpmqError):
 
 
 class TokenError(ConfigError):
-    """A config holds a token of the hub, which must not be written down."""
+    """A config holds a token of the hub, which must not be written."""
 
 
 class ModelError(EpmqError):
@@ -51,25 +51,25 @@ class RunError(EpmqError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its type where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether memory was wanting, of the machine or of an accelerator; torch has ways of its own to say so."""
+    """Whether an error is an out-of-memory error of the machine or of an accelerator."""
     said = type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in NO_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def placed(error: ConfigError, where: str) -> ConfigError:
-    """The error of a part such as data, which knows its own name alone, with where in the config it is."""
+    """The error of a part of the config, such as data, with the part's full path."""
     part = where.rpartition(".")[2]
     text = str(error)
     return ConfigError(f"{where}{text.removeprefix(part)}") if text.startswith(f"{part}.") else error
 
 
 def shown(value: object) -> str:
-    """A value as the user would have typed it."""
+    """A value as the user types it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, (list, tuple)):

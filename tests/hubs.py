@@ -75,7 +75,7 @@ def walk(hub: Path, *overrides: str) -> Walk:
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     calibrated = guide.calibrate(job, model, taught.batches, tasks, merged)
-    return Walk(job, model, calibrated.walked, taught.batches)
+    return Walk(job, model, calibrated.walk, taught.batches)
 
 
 class Scene:

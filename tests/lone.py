@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.reference_weights import copy_into
+from epmq_cli.checkpoint.dense import DenseExporter
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.checkpoint.write_merged import write_dense
-from epmq_cli.config.schema import Pack
 from epmq_cli.data.suite import Suite
 from epmq_cli.data.table import Table
 from epmq_cli.families import FAMILIES
@@ -26,7 +27,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 Copies = Mapping[str, str]
 """Tied tensors that are stored too, by the names of their sources."""
 CPU = torch.device("cpu")
-PACK = Pack("auto", "5GB")
+PACK = DenseExporter("auto", "5GB", False)
 
 
 def store(
@@ -55,22 +56,22 @@ def suite_of(family: str, base: Path, experts: Mapping[str, Path], **fields: Any
     return Suite("mini", family, str(base), tasks, **fields)
 
 
-def merged_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = None) -> Path:
+def merged_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: Any = None) -> Path:
     """What `epmq merge` writes of a suite."""
     models = SuiteModels(suite, FAMILIES[suite.family], whole=True)
     merged = LazyMerge(models.source, method or Average(), torch.float32)
-    write_dense(folder, models, merged, pack, ProcessorFiles(models.base.path))
+    write_dense(folder, models, merged, exporter, ProcessorFiles(models.base.path))
     return folder
 
 
-def run_folder(folder: Path, suite: Suite, pack: Pack = PACK, method: Any = None) -> Path:
+def run_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: Any = None) -> Path:
     """What `epmq run quant=none` writes of a suite if its walk changes nothing."""
     family = FAMILIES[suite.family]
     models = SuiteModels(suite, family)
-    dtype = written_dtype(models.source, pack.dtype)
+    dtype = written_dtype(models.source, exporter.dtype)
     model = fit_source(load_model(family, models.base.path, CPU, torch.float32), models)
     copy_into(model, LazyMerge(models.source, method or Average(), dtype))
-    contents = Contents(model, {}, False, {}, models.base.path, {}, dtype, models.ties.changes)
+    contents = Contents(exporter, model, {}, False, {}, models.base.path, {}, dtype, models.ties.changes)
     write_checkpoint(folder, contents, 5 * 10**9)
     return folder
 

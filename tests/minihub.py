@@ -67,8 +67,17 @@ def texts(folder: Path, **fields: Any) -> dict[str, Any]:
     return entries
 
 
+def modernbert(pooling: str) -> Any:
+    """A ModernBERT classifier of one block with global attention and one with a window of 5 tokens."""
+    import transformers as t
+
+    ids = {**IDS, "cls_token_id": 1, "sep_token_id": 2}
+    sizes = {**SIZE, **ids, "num_labels": 3, "max_position_embeddings": 40, "local_attention": 4}
+    return t.ModernBertForSequenceClassification(t.ModernBertConfig(**sizes, classifier_pooling=pooling))
+
+
 def encoder_hub(folder: Path, kind: str) -> Path:
-    """Classifiers of texts: roberta, deberta or distilbert."""
+    """Classifiers of texts: one of ENCODERS."""
     import transformers as t
 
     made: dict[str, Callable[[], Any]] = {
@@ -103,11 +112,13 @@ def encoder_hub(folder: Path, kind: str) -> Path:
                 max_position_embeddings=40,
             )
         ),
+        "modernbert": lambda: modernbert("mean"),
+        "modernbert-cls": lambda: modernbert("cls"),
     }
     torch.manual_seed(0)
     models(folder, made[kind]().eval())
     tokenizer(folder / "base", end=False)
-    write_suite(folder, {"family": kind, "base": str(folder / "base"), "tasks": texts(folder)})
+    write_suite(folder, {"family": kind.partition("-")[0], "base": str(folder / "base"), "tasks": texts(folder)})
     return folder
 
 
@@ -190,7 +201,8 @@ def decoder_files(folder: Path, base: Any) -> Path:
     return folder
 
 
-ENCODERS, DECODERS = ("roberta", "deberta", "distilbert"), ("llama", "qwen3", "mistral", "gemma3", "phi3")
+ENCODERS = ("roberta", "deberta", "distilbert", "modernbert", "modernbert-cls")
+DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
 KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
 Hub = Callable[[str], Path]

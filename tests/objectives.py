@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, Moments, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.quantize.layer_problem import Affine, LayerProblem
+from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 
 OUT, IN, TASKS = 6, 8, 3
 
@@ -39,7 +39,7 @@ class Given:
     def s(self, kind: str = "frobenius") -> list[float]:
         return [task_weight(m.norm, m.tokens, kind) for m in self.moments()]
 
-    def problem(self, lam: float, intercepts: bool, kind: str = "frobenius") -> LayerProblem:
+    def problem(self, lam: float, intercepts: bool, kind: str = "frobenius") -> QuadraticProblem:
         objective = Objective(self.anchor, lam, intercepts)
         for moments, expert, s in zip(self.moments(), self.experts, self.s(kind), strict=True):
             objective.add(moments, expert, s)
@@ -63,7 +63,7 @@ class Given:
         return total
 
 
-def relative(problem: LayerProblem, Q: Tensor) -> float:
+def relative(problem: QuadraticProblem, Q: Tensor) -> float:
     energy = float(problem.energy().sum())
     return float(problem.loss(Q, *problem.solve()).sum()) / energy if energy else 0.0
 

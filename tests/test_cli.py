@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 
 from epmq_cli import __version__, cli
 from epmq_cli.config.instantiate import build, conf_dir
+from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
-
-
+METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
 BUILT = [path for path in GROUPS if path not in EXPERIMENTS]
 
@@ -29,7 +29,7 @@ def test_every_config_composes_and_is_made(option: Path) -> None:
     given = [part for part in command if part.startswith(f"{group}.")]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"{group}={option.name}", *given, "out=x"])
-    built = build(group, cfg[group])
+    built = build_quantizer(cfg.quant) if group == "quant" else build(group, cfg[group])
     assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
 
 
@@ -104,7 +104,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
 
 
 WRONG = {
-    "run merge=nope": "merge=nope does not exist; the options are average, none, task_arithmetic, ties (see ",
+    "run merge=nope": f"merge=nope does not exist; the options are {METHODS} (see ",
     "run merge.nope=1": "merge has no option 'nope', the options are scale\n",
     "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine; did you ",
     "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",

@@ -1,9 +1,9 @@
-"""What makes the first stream: tables of embeddings, and convolutions over patches with a table of positions.
+"""Solves what computes the first hidden state: embedding tables, and patch convolutions with a table of positions.
 
-They read the samples themselves, so that student and teacher have the same inputs, and the objective is that of
-objective.py with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear of one-hot
-inputs, whose H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up.
-The anchor is the merged value, whatever rho: rows that no calibration sample looks up stay as merged.
+They read the samples themselves, so student and teacher have the same inputs. The objective is that of objective.py
+with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear with one-hot inputs,
+whose H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up. The anchor
+is the merged value for any rho, so rows that no calibration sample looks up stay as merged.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn.functional import unfold
 from epmq_cli.calibrate.activations.hidden_state import calls
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.student import Student
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Mask, Patches, Stack, Table
-from epmq_cli.quantize.layer_problem import Affine
-from epmq_cli.runtime.distributed import all_reduce
+from epmq_cli.runtime import distributed
 
 
 def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Solves all that the first stream of a stack is made of."""
+    """Solves every part of the first hidden state of a stack."""
     for part in stack.stem:
         if isinstance(part, Patches):
             solve_patches(student, batches, part)
@@ -34,9 +34,9 @@ def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Ba
 
 
 def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
-    """The rows (rows, width) nearest to the experts' in the mean over look-ups; the anchor's where there are none.
+    """The rows (rows, width) closest to the experts' in the mean over look-ups; without look-ups the anchor's.
 
-    `counts` (rows,) of each task, scaled by its weight.
+    `counts` (rows,): look-ups of each task, scaled by its weight.
     """
     total = sum(counts, torch.zeros_like(counts[0])) + lam
     moved = torch.zeros_like(anchor, dtype=torch.float64)
@@ -66,12 +66,12 @@ def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, r
         found = torch.bincount(ids.flatten(), minlength=rows).double()
         total = found if total is None else total + found
     assert total is not None
-    return all_reduce(total)
+    return distributed.all_reduce(total)
 
 
 def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:
-    """Solves a convolution and the positions of its patches together, and takes the mean of the experts for what is the
-    same in every sample: the class token and its position."""
+    """Solves a convolution and the positions of its patches together. The class token and its position, which are the
+    same in every sample, become the mean of the experts'."""
     kernel, positions = f"{patches.convolution}.weight", f"{patches.positions}.weight"
     tokens = [patches.class_token] if patches.class_token else []
     own, lam = {name: student.own(name) for name in (kernel, positions, *tokens)}, float(student.guidance.lam)
@@ -81,18 +81,18 @@ def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patc
     for task, group in batches.items():
         expert = {name: student.expert(task, name) for name in own}
         joined, anchor = (_joined(e[kernel], e[positions][skip:]) for e in (expert, own))
-        measure = Measure()
+        measure = Measure(distributed)
         for batch in group:
             measure.add(_patch_rows(student, batch, patches.convolution), None, None)
         moments = measure.moments()
         if objective is None:
-            objective = Objective(Affine(anchor, None), lam, intercepts=False)
+            objective = Objective(Affine(anchor, None), lam, False, distributed)
         s = task_weight(moments.norm, moments.tokens, student.guidance.task_weight)
         objective.add(moments, Affine(joined, None), s * student.guidance.factor(task))
         for name in own:
             means[name] += student.guidance.factor(task) * expert[name].double()
     assert objective is not None
-    target = objective.closed().solution().weight
+    target = objective.closed().solution(distributed).weight
     width = own[kernel][0].numel()
     places = torch.cat([means[positions][:skip] / total, target[:, width:].T])
     student.put({kernel: target[:, :width].reshape(own[kernel].shape), positions: places})
@@ -100,12 +100,12 @@ def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patc
 
 
 def _joined(kernel: Tensor, positions: Tensor) -> Tensor:
-    """A convolution and its patches' positions as one linear (width, pixels of a patch + patches)."""
+    """A convolution and the positions of its patches as one linear (width, pixels of a patch + patches)."""
     return torch.cat([kernel.flatten(1), positions.T], 1)
 
 
 def _patch_rows(student: Student, batch: Batch, name: str) -> Tensor:
-    """The inputs of that linear: pixels of each patch, and which patch it is, as one-hot."""
+    """The inputs of that linear: the pixels of each patch, and its index as one-hot."""
     convolution = student.model.get_submodule(name)
     forward = lambda: student.family.features(student.model, batch)  # noqa: E731
     pixels = calls([convolution], forward)[0][0][0]

@@ -73,6 +73,12 @@ class Guidance:
         """Whether the teachers' own activations are needed."""
         return self.alpha != 0 or self.beta != 0
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration must measure inputs. Otherwise every part's target is the merged value itself."""
+        solved = self.intercepts or self.norms or self.embeddings or self.readout
+        return self.targets != "merged" or self.rho != 1 or self.teaches or solved
+
     def factor(self, task: str) -> float:
         """What the task's s_t is multiplied with."""
         return 1.0 if self.weights is None else self.weights.get(task, 1.0)

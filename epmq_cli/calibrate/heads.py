@@ -1,4 +1,4 @@
-"""A task's own head solved again: a linear with one task, from the student's features to the expert's logits."""
+"""Solves a task's own head: a linear with one task, from the student's features to the expert's logits."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.quantize.layer_problem import Affine
-from epmq_cli.runtime.distributed import all_reduce
+from epmq_cli.calibrate.quadratic import Affine
+from epmq_cli.calibrate.sharing import ALONE, Sharing
 
 
-def solved_head(own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, lam: float) -> Affine:
-    """The head (classes, width) that brings the student's inputs of it, batches of (samples, width), nearest to the
-    logits that the expert's inputs give with the given head, anchored there with weight `lam` as in objective.py.
+def solved_head(
+    own: Sequence[Tensor], teacher: Sequence[Tensor], head: Affine, lam: float, sharing: Sharing = ALONE
+) -> Affine:
+    """The head (classes, width) whose logits for the student's inputs are nearest to those of `head` for the expert's.
 
-    The bias is free where the head has one.
+    `own` and `teacher`: batches of these inputs, (samples, width). `lam`: weight of the anchor, `head`, as in
+    objective.py. The bias is free if the head has one. `sharing`: how processes share the samples.
     """
-    measure = Measure()
+    measure = Measure(sharing)
     for mine, others in zip(own, teacher, strict=True):
         measure.add(mine, (others - mine) @ head.weight.T, None)
     moments = measure.moments()
-    objective = Objective(head, lam, intercepts=head.bias is not None)
+    objective = Objective(head, lam, head.bias is not None, sharing)
     objective.add(moments, head, task_weight(moments.norm, moments.tokens, "frobenius"))
-    found = objective.closed().solution()
+    found = objective.closed().solution(sharing)
     return Affine(found.weight.to(head.weight.dtype), None if found.bias is None else found.bias.to(head.weight.dtype))
 
 
-def relative_error(own: Tensor, teacher: Tensor) -> float:
-    """Squared distance of the student's features or logits from the expert's (samples, width), relative to the latter's
-    variance; 0 where that is 0. The samples of all processes count."""
-    wanted, found = teacher.double(), own.double()
-    count, sums = all_reduce(torch.tensor(float(len(wanted)))), all_reduce(wanted.sum(0))
-    squares, error = all_reduce(wanted.square().sum()), all_reduce((found - wanted).square().sum())
+def relative_error(own: Tensor, teacher: Tensor, sharing: Sharing = ALONE) -> float:
+    """Squared distance of the student's features or logits (samples, width) from the expert's, relative to the variance
+    of the expert's; 0 if that is 0. `sharing`: how processes share the samples."""
+    wanted, found, add = teacher.double(), own.double(), sharing.all_reduce
+    count, sums = add(torch.tensor(float(len(wanted)))), add(wanted.sum(0))
+    squares, error = add(wanted.square().sum()), add((found - wanted).square().sum())
     spread = float(squares - sums.square().sum() / count)
     return float(error) / spread if spread > 1e-12 * float(squares) else 0.0

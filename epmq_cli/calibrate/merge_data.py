@@ -16,9 +16,10 @@ from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.moments import Products, real_tokens
 from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.data.batching import Batch, split
-from epmq_cli.data.microbatch import MicroBatcher
-from epmq_cli.families.family import Family, Head
+from epmq_cli.data.microbatch import MicroBatcher, joined
+from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Mask
+from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime import distributed
 
@@ -49,7 +50,7 @@ class ExpertMeasurements:
 
     def logits(self, task: str, batch: Batch) -> Tensor:
         """(samples, classes) of a task's head, with the weights that the model has now."""
-        return self.family.logits(self.family.features(self.model, batch), self.heads[task])
+        return self.family.logits(self.model, self.family.features(self.model, batch), self.heads[task])
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """The merged linears that the family knows; those in one group read the same inputs."""
@@ -65,17 +66,10 @@ class ExpertMeasurements:
 
     def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
         """The moments over some batches, so many samples at a time. `masks`: of the real tokens, by linear."""
-        products, tokens = {name: Products() for name in masks}, dict.fromkeys(masks, 0)
-        for part in (part for batch in batches for part in split(batch, samples)):
-
-            def add(name: str, rows: Tensor, part: Batch = part) -> None:
-                real = real_tokens(rows, masks[name](part) if rows.ndim > 2 else None)
-                products[name].add_square(real)
-                tokens[name] += len(real)
-
-            with first_inputs(self.model, masks, add):
-                self.family.features(self.model, part)
-        return {name: _mean(products[name], tokens[name]) for name in masks}
+        sums = InputSums(masks)
+        for batch in batches:
+            sums.add(self.model, partial(self.family.features, self.model), split(batch, samples))
+        return sums.means()
 
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
         """The diagonal of the Fisher information of a task's expert, in float32, by tensor name.
@@ -88,7 +82,7 @@ class ExpertMeasurements:
         own = {name: parameter for name, parameter in model.named_parameters() if name in names}
         sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in own.items()}
         head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # made in inference mode
-        micro, count = gradient_batcher(), 0
+        micro, count = gradient_batcher(self.micro), 0
         with trained(own.values()), sdpa_kernel(SDPBackend.MATH):  # other kernels have no batched backward pass
             for sample in (part for batch in self.batches[task] for part in split(batch, 1)):
                 logits = partial(self._sample_logits, head, sample)
@@ -100,7 +94,7 @@ class ExpertMeasurements:
 
     def _sample_logits(self, head: Head, sample: Batch) -> Tensor:
         """(classes,) of one sample."""
-        return self.family.logits(self.family.features(self.model, sample), head)[0]
+        return self.family.logits(self.model, self.family.features(self.model, sample), head)[0]
 
     def _inputs(self) -> Iterator[tuple[tuple[str, ...], Mask]]:
         """The merged linears that read the same inputs, and the mask of the real tokens there."""
@@ -113,6 +107,42 @@ class ExpertMeasurements:
                         group = tuple(name for name in names if f"{name}.weight" in merged)
                         if group:
                             yield group, stack.memory if step.memory else stack.mask
+
+
+class InputSums:
+    """Sums of x x' over the inputs x of linears. `masks`: of the real tokens, by linear.
+
+    The rows of a batch are multiplied together, however many samples go through the model at a time, so that smaller
+    micro-batches give the same bytes.
+    """
+
+    def __init__(self, masks: Mapping[str, Mask]) -> None:
+        self._masks = masks
+        self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
+
+    def add(self, model: nn.Module, forward: Callable[[Batch], object], parts: Sequence[Batch]) -> None:
+        """Adds the inputs in the forward passes of a batch, which comes in parts."""
+        rows: dict[str, list[Tensor]] = {name: [] for name in self._masks}
+
+        def take(name: str, inputs: Tensor) -> None:
+            mask = self._masks[name](parts[len(rows[name])]) if inputs.ndim > 2 else None
+            rows[name].append(real_tokens(inputs, mask))
+            if len(rows[name]) == len(parts):
+                self._tokens[name] += sum(map(len, rows[name]))
+                self._products[name].add_square(joined(rows.pop(name)))
+
+        for part in parts:
+            with first_inputs(model, self._masks, take):
+                forward(part)
+
+    def means(self) -> dict[str, Tensor]:
+        """E[x x'] (in, in) over the tokens of all processes, by linear; to be asked for once."""
+        return {name: self._mean(name) for name in self._masks}
+
+    def _mean(self, name: str) -> Tensor:
+        rows = self._products.pop(name).square_rows()
+        tokens = distributed.all_reduce(torch.tensor(self._tokens[name], dtype=torch.float64))
+        return distributed.all_gather_rows(rows, rows.shape[1]) / float(tokens)
 
 
 def expected_squares(
@@ -135,15 +165,22 @@ def expected_squares(
             outputs, list(parameters.values()), rows, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
         for total, gradients in zip(sums.values(), found, strict=True):
-            if gradients is not None:
-                total += gradients.square().sum(0)
+            for gradient in () if gradients is None else gradients:  # one by one, whatever shares a pass
+                total.addcmul_(gradient, gradient)
     return sums
 
 
-def gradient_batcher() -> MicroBatcher:
-    """How many classes share a backward pass."""
+def gradient_batcher(samples: MicroBatcher) -> MicroBatcher:
+    """The number of classes that share a backward pass. Halvings are counted by the batcher of samples."""
     remedy = "use a device with more memory, or device=cpu"
-    return MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
+    made = MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
+
+    def count(_: int) -> None:
+        samples.halved += 1
+        samples.keep(samples.halved)
+
+    made.keep = count
+    return made
 
 
 @contextmanager
@@ -179,10 +216,3 @@ def first_inputs(model: nn.Module, names: Collection[str], add: Callable[[str, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _mean(products: Products, tokens: int) -> Tensor:
-    """E[x x'] (in, in) over the tokens of all processes."""
-    rows = products.square_rows()
-    total = distributed.all_gather_rows(rows, rows.shape[1])
-    return total / float(distributed.all_reduce(torch.tensor(tokens, dtype=torch.float64)))

@@ -1,5 +1,4 @@
-"""Statistics of a linear's inputs and targets. Moments are sums over tokens: they add up over batches, processes and
-machines."""
+"""Moments of a linear's inputs and targets: sums over tokens, which add up over batches, processes and machines."""
 
 from __future__ import annotations
 
@@ -8,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_cli.runtime import distributed
+from epmq_cli.calibrate.sharing import ALONE, Sharing
 
-PANEL = 512  # columns of a symmetric product made at a time, from the diagonal down
+PANEL = 512  # columns of a symmetric product computed at a time, from the diagonal down
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -22,36 +21,35 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
 class Products:
     """The sum over rows of a b' for rows a (tokens, high) and b (tokens, wide), (high, wide) in float64.
 
-    The product of each batch is made in the type of its rows. Sums of such numbers in float64 are exact but for the
-    rarest of cases, so that they do not drift, and do not depend on which process had which batch.
+    The product of each batch is computed in the type of its rows. Their sum in float64 is exact but for the rarest of
+    cases, so it does not drift, and does not depend on which process has which batch.
     """
 
-    def __init__(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)
+    def __init__(self, sharing: Sharing) -> None:
+        self._total, self._sharing = torch.zeros((), dtype=torch.float64), sharing
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """A batch."""
-        self._room(a, b).add_(a.T @ b)
+        """Adds a batch."""
+        self._sum_for(a, b).add_(a.T @ b)
 
     def add_square(self, a: Tensor) -> None:
-        """A batch with a for b: half the work, since only the lower triangle is made."""
-        total = self._room(a, a)
+        """Adds a batch with b = a; half the work, because only the lower triangle is computed."""
+        total = self._sum_for(a, a)
         for start in range(0, a.shape[1], PANEL):
             end = start + PANEL
             total[start:, start:end] += a[:, start:].T @ a[:, start:end]
 
     def rows(self) -> Tensor:
-        """This process's rows of the sum over all processes, to be asked for once; a zero of no shape before any
-        row."""
-        return distributed.reduce_rows(self._total) if self._total.ndim else self._total
+        """This process's rows of the sum over all processes, once; a zero without shape if no row was added."""
+        return self._sharing.reduce_rows(self._total) if self._total.ndim else self._total
 
     def square_rows(self) -> Tensor:
-        """`rows` of what `add_square` added."""
+        """`rows` of the sum of `add_square`."""
         for end in range(PANEL, len(self._total) if self._total.ndim else 0, PANEL):
             self._total[end - PANEL : end, end:] = self._total[end:, end - PANEL : end].T
         return self.rows()
 
-    def _room(self, a: Tensor, b: Tensor) -> Tensor:
+    def _sum_for(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._total.ndim:
             self._total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
         return self._total
@@ -59,12 +57,12 @@ class Products:
 
 @dataclass
 class Moments:
-    """One task's sums for a linear's input x (in), each token weighted by w, and the part p (out) of its target that is
-    no weight times x; all in float64.
+    """One task's sums for the inputs x (in) of a linear, each token weighted by w, and for the part p (out) of its
+    target that is no linear function of x; all in float64.
 
-    Of matrices each process has its own rows (`ranks.rows`): `xx` of sum w x x' (in, in), `xp` of sum w x p' (in, out).
-    `norm` ||sum w x x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part
-    `xp`, `p` and `pp` are zeros of no shape.
+    `xx` sum w x x' (in, in) and `xp` sum w x p' (in, out): of these each process has its own rows. `norm` ||sum w x
+    x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part `xp`, `p` and `pp`
+    are zeros without shape.
     """
 
     xx: Tensor
@@ -77,10 +75,11 @@ class Moments:
 
 
 class Measure:
-    """Sums up one task's moments, batch by batch."""
+    """Sums up one task's moments, batch by batch; `sharing`: how processes share them."""
 
-    def __init__(self) -> None:
-        self._xx, self._xp, self._dd = Products(), Products(), Products()
+    def __init__(self, sharing: Sharing = ALONE) -> None:
+        self._sharing = sharing
+        self._xx, self._xp, self._dd = Products(sharing), Products(sharing), Products(sharing)
         zero = torch.zeros((), dtype=torch.float64)
         self._x, self._p, self._pp, self.tokens = zero, zero.clone(), zero.clone(), 0.0
 
@@ -93,33 +92,30 @@ class Measure:
             self._pp = self._pp + (square.sum(0) if weights is None else weights @ square).double()
 
     def add_drift(self, rows: Tensor, drift: Tensor, weights: Tensor | None) -> None:
-        """Rows x, and how far the teacher's are from them, both (tokens, in), for a part that is a weight times the
-        drift: less work than the part itself where the linear is wider than x."""
+        """Rows x and the teacher's rows minus x, both (tokens, in), for a part that is a weight times this drift; less
+        work than the part itself if the linear is wider than x."""
         self._add_part(self._add_inputs(rows, weights), drift, weights)
         self._dd.add_square(drift if weights is None else drift * weights[:, None].sqrt())
 
     def moments(self, factor: Tensor | None = None) -> Moments:
-        """The sums over all that was added by all processes, to be asked for once.
+        """The sums over the rows of all processes, once.
 
-        `factor` (out, in): what the drift is to be multiplied with to give the part.
+        `factor` (out, in): the weight that turns the drift into the part.
         """
-        xx, xp, p, pp = (
-            self._xx.square_rows(),
-            self._xp.rows(),
-            distributed.all_reduce(self._p),
-            distributed.all_reduce(self._pp),
-        )
+        shared = self._sharing
+        xx, xp = self._xx.square_rows(), self._xp.rows()
+        p, pp = shared.all_reduce(self._p), shared.all_reduce(self._pp)
         if factor is not None:
-            own, W = distributed.row_range(factor.shape[1]), factor
+            own, W = shared.row_range(factor.shape[1]), factor
             drift, xp = self._dd.square_rows().to(W.dtype), (xp.to(W.dtype) @ W.T).double()
             p = (W @ p.to(W.dtype)).double()
-            pp = distributed.all_reduce(((W @ drift.T) * W[:, own]).sum(1).double())
-        norm = float(distributed.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
-        tokens = float(distributed.all_reduce(torch.tensor(self.tokens, dtype=torch.float64)))
-        return Moments(xx, norm, distributed.all_reduce(self._x), tokens, xp, p, pp)
+            pp = shared.all_reduce(((W @ drift.T) * W[:, own]).sum(1).double())
+        norm = float(shared.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
+        tokens = float(shared.all_reduce(torch.tensor(self.tokens, dtype=torch.float64)))
+        return Moments(xx, norm, shared.all_reduce(self._x), tokens, xp, p, pp)
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:
-        """Adds to the sums of x alone; the rows, each times its weight."""
+        """Adds to the sums of x alone; returns each row times its weight."""
         self._xx.add_square(rows if weights is None else rows * weights[:, None].sqrt())
         weighted = rows if weights is None else rows * weights[:, None]
         self._x = self._x + weighted.sum(0).double()
@@ -132,7 +128,7 @@ class Measure:
 
 
 def task_weight(norm: float, tokens: float, kind: str) -> float:
-    """s_t: `frobenius` 1 / ||X'X||_F, so that tasks of different scale count alike; `tokens` 1 / tokens. 0 for no
-    signal."""
+    """s_t: `frobenius` 1 / ||X'X||_F, so that tasks of different scale count alike; `tokens` 1 / tokens. 0 for inputs
+    that are all 0."""
     size = norm if kind == "frobenius" else tokens
     return 1 / size if size > 0 else 0.0

@@ -1,9 +1,9 @@
-"""Layer norms and RMS norms, whose gain g and bias b act on the normalised input z: a ridge problem for each channel.
+"""Layer norms and RMS norms, whose gain g and bias b act on the normalised input z: one ridge problem per channel.
 
     J(g, b) = sum_t 1/n_t sum (g z + b - y)^2 + lam (g - g_A)^2 + lam (b - b_A)^2        y = g_t z_T + b_t
 
-with z_T = (1 - alpha) z_X + alpha z_E between the student's and the teacher's. A norm without bias is solved for its
-gain alone; one without gain is not solved.
+where z_T = (1 - alpha) z_X + alpha z_E lies between the student's and the teacher's z. A norm without bias is solved
+for its gain alone; a norm without gain is not solved.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from epmq_cli.runtime.distributed import all_reduce
+from epmq_cli.calibrate.sharing import ALONE, Sharing
 
 
 def has_gain(norm: nn.Module) -> bool:
-    """Whether a norm has a gain to solve; those of OLMo 1 have none."""
+    """Whether a norm has a gain to solve; the norms of OLMo 1 have none."""
     return isinstance(getattr(norm, "weight", None), nn.Parameter)
 
 
 def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
-    """What the norm makes of rows (tokens, width) before its gain and bias."""
+    """The output of the norm for rows (tokens, width), before its gain and bias."""
     return _with_weight(norm, rows, 1 - unit(norm))
 
 
 def unit(norm: nn.Module) -> float:
-    """What the norm itself adds to its weight to make its gain: 1 in Gemma, else 0."""
+    """The number that the norm adds to its weight to get its gain: 1 in Gemma, else 0."""
     weight = norm.get_parameter("weight")
     rows = torch.arange(1, len(weight) + 1, dtype=weight.dtype, device=weight.device)[None]
     return float(_with_weight(norm, rows, 0).detach().abs().max() > 0)
@@ -39,18 +39,19 @@ def _with_weight(norm: nn.Module, rows: Tensor, weight: float) -> Tensor:
 
 
 class NormObjective:
-    """J of one norm, accumulated task by task in float64: gain and bias (width,) of the anchor, bias None if it has
-    none."""
+    """J of one norm, accumulated task by task in float64; `gain` and `bias` (width,) of the anchor, the bias None if it
+    has none; `sharing`: how processes share the sums."""
 
-    def __init__(self, gain: Tensor, bias: Tensor | None, lam: float) -> None:
+    def __init__(self, gain: Tensor, bias: Tensor | None, lam: float, sharing: Sharing = ALONE) -> None:
         self._gain, self._bias, self._lam = gain.double(), None if bias is None else bias.double(), lam
+        self._sharing = sharing
         self._sums = torch.zeros(4, len(gain), dtype=torch.float64, device=gain.device)
         self._n = 0.0
         self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
 
     def add(self, z: Tensor, taught: Tensor, weights: Tensor | None, gain: Tensor, bias: Tensor | None) -> None:
-        """A batch of one task: the student's z and z_T, both (tokens, width), the weights of the tokens (tokens,) or
-        None for 1, and the expert's gain and bias."""
+        """Adds a batch of one task: the student's z and z_T, both (tokens, width), the weights of the tokens (tokens,)
+        or None for 1, and the expert's gain and bias."""
         z = z.double()
         rest = gain.double() * taught.double() - self._gain * z
         if bias is not None and self._bias is not None:
@@ -60,14 +61,14 @@ class NormObjective:
         self._task_n += float(w.sum())
 
     def close(self, factor: float) -> None:
-        """Ends a task, which counts `factor` in all; what other processes added to it is counted too."""
-        tokens = float(all_reduce(self._task_sums.new_tensor(self._task_n)))
-        self._sums += factor / max(tokens, 1e-300) * all_reduce(self._task_sums)
+        """Ends a task, with its batches of all processes, and gives it the weight `factor`."""
+        tokens = float(self._sharing.all_reduce(self._task_sums.new_tensor(self._task_n)))
+        self._sums += factor / max(tokens, 1e-300) * self._sharing.all_reduce(self._task_sums)
         self._n += factor
         self._task_sums, self._task_n = torch.zeros_like(self._sums), 0.0
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
-        """The best gain and bias; channels without a unique one keep the anchor's."""
+        """The best gain and bias; channels without a unique solution keep the anchor's."""
         zz, z, zy, y = self._sums
         a, d = zz + self._lam, self._n + self._lam
         if self._bias is None:

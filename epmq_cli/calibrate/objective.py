@@ -1,4 +1,4 @@
-"""The objective that calibration hands to a quantizer, and its unquantized optimum (E-PMQ,
+"""The objective that calibration gives to a quantizer, and its unquantized optimum (E-PMQ,
 https://arxiv.org/abs/2605.16882; with alpha, rho and intercepts FeatCal, https://arxiv.org/abs/2605.13030).
 
 For one linear with anchor A, a and experts W_t, b_t; the student's inputs X_t and the targets Y_t,
@@ -6,16 +6,16 @@ For one linear with anchor A, a and experts W_t, b_t; the student's inputs X_t a
     J(Q, b) = sum_t s_t || X_t Q' + b - Y_t ||_F^2  +  lam || Q - A ||_F^2  +  lam || b - a ||^2
     Y_t     = X_t W_t' + b_t + P_t        P_t = alpha (E_t - X_t) W_t' + beta (r_E - r_X).
 
-It is kept in terms of D = Q - A and d = b - a, so that experts equal to the anchor give D = 0 to the last bit. With
+The sums are in terms of D = Q - A and d = b - a, so that experts equal to the anchor give D = 0 to the last bit. With
 the moments H = sum_t s_t X_t'X_t + lam I, h and u the weighted sums of the inputs and of Y_t - X_t A' - a, and N the
-sum of the weights, the best intercept of any Q is d = (u - D h) / (N + lam), which leaves
+sum of the weights, the best intercept of any Q is d = (u - D h) / (N + lam), which gives
 
     J = tr D H D' - 2 tr D S' + c         H <- H - h h' / (N + lam)         S <- S - u h' / (N + lam)
     W* = A + S H^-1
 
-and J(Q) = tr (Q - W*) H (Q - W*)' + const: what GPTQ minimises when it is given W* and H. Without intercepts h = 0.
+and J(Q) = tr (Q - W*) H (Q - W*)' + const, which is what GPTQ minimises, given W* and H. Without intercepts h = 0.
 
-Several processes share the work: each adds up its own rows of H and columns of S, and its own part of the vectors.
+Processes can share the work: each sums up its own rows of H and columns of S, and its own part of the vectors.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from functools import partial
 import torch
 
 from epmq_cli.calibrate.moments import Moments
-from epmq_cli.quantize.layer_problem import Affine, LayerProblem
-from epmq_cli.runtime import distributed
+from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
+from epmq_cli.calibrate.sharing import ALONE, Sharing
 
 
 class Objective:
-    """J of a linear, or of several stacked that share one input, accumulated task by task in float64.
+    """J of a linear, or of several stacked ones that read the same input, accumulated task by task in float64.
 
-    `anchor`: in the type that large products are made in. `intercepts`: whether the biases are free; the anchor must
-    have one then.
+    `anchor`: in the type of large products. `intercepts`: whether the biases are free, if the anchor has them.
+    `sharing`: how processes share the sums; moments must come from the same sharing.
     """
 
-    def __init__(self, anchor: Affine, lam: float, intercepts: bool) -> None:
+    def __init__(self, anchor: Affine, lam: float, intercepts: bool, sharing: Sharing = ALONE) -> None:
         out, width = anchor.weight.shape
-        self._anchor, self._rows, self._columns = anchor, distributed.row_range(out), distributed.row_range(width)
+        self._anchor, self._sharing = anchor, sharing
+        self._rows, self._columns = sharing.row_range(out), sharing.row_range(width)
         self._intercepts, self._lam, self._N = intercepts and anchor.bias is not None, lam, lam
         zeros = partial(torch.zeros, dtype=torch.float64, device=anchor.weight.device)
         columns = len(range(width)[self._columns])
@@ -47,7 +48,7 @@ class Objective:
         self._u, self._constant, self._beyond = zeros((out,)), zeros((out,)), zeros((out,))
 
     def add(self, moments: Moments, expert: Affine, s: float) -> None:
-        """One task of weight s_t: its moments, and the expert."""
+        """Adds a task with weight s_t: its moments, and the expert."""
         self._H.add_(moments.xx, alpha=s)
         self._h.add_(moments.x, alpha=s)
         self._N += s * moments.tokens
@@ -69,17 +70,17 @@ class Objective:
             self._constant.add_(((pushed + 2 * px) * moved).sum(1), alpha=s)
             self._beyond.add_((pushed * (before + after)).sum(1), alpha=s)
 
-    def closed(self) -> LayerProblem:
-        """The problem over what all processes have added, to be asked for once, when all is added."""
-        width = len(self._h)
-        H = distributed.all_gather_rows(self._H, width)
-        S = self._S if distributed.world_size() == 1 else distributed.all_gather_rows(self._S.T.contiguous(), width).T
-        u, constant, beyond = (distributed.all_reduce(sums) for sums in (self._u, self._constant, self._beyond))
+    def closed(self) -> QuadraticProblem:
+        """The problem over the tasks and rows of all processes; call it once, at the end."""
+        shared, width = self._sharing, len(self._h)
+        H = shared.all_gather_rows(self._H, width)
+        S = self._S if shared.world_size() == 1 else shared.all_gather_rows(self._S.T.contiguous(), width).T
+        u, constant, beyond = (shared.all_reduce(sums) for sums in (self._u, self._constant, self._beyond))
         per_token = 1 / self._N if self._intercepts and self._N > 0 else 0.0
         if per_token:
             H.addr_(self._h, self._h, alpha=-per_token)
             S.addr_(u, self._h, alpha=-per_token)
-        return LayerProblem(
+        return QuadraticProblem(
             anchor=self._anchor,
             H=H,
             S=S,

@@ -1,4 +1,4 @@
-"""Walks through one student, one or several, and the widths of the last."""
+"""The walks of a calibration: one or several passes through the student, and the formats of the last."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from epmq_cli.calibrate.walk import QuantizerOf, walk
 from epmq_cli.data.batching import ALL, Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears
-from epmq_cli.quantize.mixed_precision import Trial, allocate
+from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 
 ProgressFor = Callable[[str, Account | None], WalkProgress]
-"""The progress of the walk of this name, with what is kept beside it."""
+"""Opens the progress of the walk with this name; the account is stored beside it."""
 
 
 def in_memory(name: str, account: Account | None = None) -> WalkProgress:
-    """The progress of a walk that keeps nothing on disk."""
+    """Progress that is kept in memory only."""
     return WalkProgress(account=account)
 
 
@@ -35,7 +35,7 @@ def run_passes(
     batches: Mapping[str, Sequence[Batch]],
     reference: ReferenceWeights,
     guidance: Guidance,
-    quantizer: Quantizer,
+    quantizer: Quantizer | MixedPrecision,
     dtype: torch.dtype,
     store: ActivationStore | None = None,
     progress_for: ProgressFor = in_memory,
@@ -43,35 +43,32 @@ def run_passes(
 ) -> WalkResult:
     """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
 
-    Where the quantizer has two widths, what they lose is measured in the first walk, which is done twice if it is the
-    only one; q, k and v get the same width, as kernels that fuse them need it. `progress_for`: keeps the progress of
-    each walk. `samples`: see walk.
+    Mixed precision measures the losses of its two formats in the first walk, which is done twice if it is the only one.
+    `progress_for`: keeps the progress of each walk. `samples`: see walk.
     """
     groups = _groups(student, family)
-    trial = Trial(quantizer)
-    mixed = len(quantizer.widths) > 1
-    first: QuantizerOf = lambda names: trial.of(groups[names[0]]) if mixed else NoQuantizer()  # noqa: E731
+    trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
+    first: QuantizerOf = lambda names: NoQuantizer() if trial is None else trial.of(groups[names[0]])  # noqa: E731
 
     def run_walk(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> WalkResult:
         progress = progress_for(name, account)
         return walk(student, family, batches, reference, guidance, quantizer_of, dtype, store, progress, samples)
 
-    if mixed and guidance.sweeps == 1:
+    if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)
         reference.restore(student)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
         run_walk(f"sweep-{number}", chosen, trial if number == 0 else None)
         guidance = replace(guidance, rho=1)
-    if not mixed:
-        return run_walk("last", lambda _: quantizer)
-    widths = allocate(trial.losses, trial.sizes, quantizer.bits)
-    last: QuantizerOf = lambda names: quantizer.at(widths[groups[names[0]]])  # noqa: E731
-    return run_walk("last", last)
+    if trial is None:
+        return run_walk("last", lambda _: single)
+    chosen_for = trial.choose()
+    return run_walk("last", lambda names: chosen_for[groups[names[0]]])
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:
-    """For each linear of the blocks the first of those that read the same input."""
+    """The first linear of the group that each linear of the blocks belongs to."""
     return {
         block.name(name): block.name(step.names[0])
         for block in family.blocks(student)

@@ -22,7 +22,8 @@ from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.solve_layer import LayerRecord
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
+from epmq_cli.quantize.formats.names import as_json, from_json
 from epmq_cli.runtime import distributed
 from epmq_cli.store.atomic import atomic_file
 from epmq_cli.store.safetensors_writer import of, write_file
@@ -30,7 +31,6 @@ from epmq_cli.store.safetensors_writer import of, write_file
 Weight = QuantizedWeight | DenseWeight
 HEADER = "epmq"
 SUFFIX = ".safetensors"
-PARTS = ("values", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class WalkProgress:
             tensors = {f"tensor.{name}": own[name].to(student.dtype) for name in dense}
             for name, weight in self._weights.items():
                 if isinstance(weight, QuantizedWeight):
-                    tensors |= {f"{part}.{name}": getattr(weight, part) for part in PARTS}
+                    tensors |= {f"{part}.{name}": tensor for part, tensor in _parts(weight).items()}
             write_tensors(path, tensors, header)
         self._end(list(self._weights), path)
 
@@ -152,9 +152,16 @@ class LazyWeights(Mapping[str, Weight]):
             grid = _header(file)["weights"][name]
             if grid is None:
                 return DenseWeight(file.get_tensor(f"tensor.{name}.weight").float())
-            spec, dtype = GridSpec(**grid["spec"]), getattr(torch, grid["dtype"])
-            values, scale, zero = (file.get_tensor(f"{part}.{name}") for part in PARTS)
-            return QuantizedWeight(values, scale, zero, spec, dtype)
+            format, dtype = from_json(grid["format"]), getattr(torch, grid["dtype"])
+            zero = None if format.zero_points == "none" else file.get_tensor(f"zero.{name}")
+            own = Grid(file.get_tensor(f"scale.{name}"), zero)
+            return QuantizedWeight(file.get_tensor(f"codes.{name}"), own, format, dtype)
+
+
+def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a weight."""
+    found = {"codes": weight.codes, "scale": weight.grid.scale}
+    return found if weight.grid.zero is None else {**found, "zero": weight.grid.zero}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
@@ -193,7 +200,7 @@ def _header(file: Any) -> Any:
 
 
 def _described(weight: Weight) -> dict[str, Any] | None:
-    """The grid of a weight as JSON has it; None where it has none."""
+    """The format of a weight as JSON; None if it stays dense."""
     if not isinstance(weight, QuantizedWeight):
         return None
-    return {"spec": asdict(weight.spec), "dtype": str(weight.dtype).removeprefix("torch.")}
+    return {"format": as_json(weight.format), "dtype": str(weight.dtype).removeprefix("torch.")}

@@ -33,7 +33,7 @@ from epmq_cli.data.batching import Batch, split
 from epmq_cli.errors import EpmqError, first_line, lacks_memory
 from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.structure import Linears, Norm, Section, Stack, Table
+from epmq_cli.families.structure import MEAN, Linears, Norm, Section, Stack, Table, pooled
 from epmq_cli.quantize.linalg import is_finite
 
 SAMPLES = 2  # that are looked at
@@ -131,9 +131,9 @@ class _Check:
             else:
                 self._check_norm(step)
         self._check_fixed_point()
-        if self.is_block and self.stack.read_token is not None:
+        if self.is_block and (token := self.stack.lone_token) is not None:
             for step in self.section.steps:
-                self._check_mixing(step, self.stack.read_token)
+                self._check_mixing(step, token)
 
     def _pass(self, hidden: Tensor, change: Change | None = None) -> Trace:
         """One pass through the section from this input, in which modules give something else where it is said."""
@@ -278,7 +278,8 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
         batch = {**batch, stack.handed: own}
         rows = family.features(model, batch)
     else:
-        rows = real_tokens(own, stack.mask(batch) if own.ndim > 2 else None)
+        mask = stack.mask(batch)
+        rows = pooled(own, MEAN, mask) if stack.read_token == MEAN else real_tokens(own, mask if own.ndim > 2 else None)
     if rows.shape != features.shape or not _close(features, rows):
         raise _FoundError(f"the model does not read its last block through {', '.join(_readout_names(stack))} alone")
     return batch

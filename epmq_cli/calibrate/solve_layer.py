@@ -1,4 +1,4 @@
-"""One group of linears that read the same input: from its objective to weights on a grid, and the record of it."""
+"""Solves one group of linears that read the same input: from its objective to quantized weights, and their records."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
-from epmq_cli.quantize.layer_problem import LayerProblem
-from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
+from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 
 @dataclass(frozen=True)
 class SolvedLinear:
-    """What a linear becomes: its weight, and its bias (out,), or None where that stays as it is."""
+    """What a linear becomes: its weight, and its bias (out,), or None where the bias stays as it is."""
 
     weight: QuantizedWeight | DenseWeight
     bias: Tensor | None
@@ -25,13 +25,13 @@ class SolvedLinear:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What metrics.json says of one linear.
+    """The entry of one linear in metrics.json.
 
-    `bits`: its width, None where it stays dense. `condition` of H (estimated from below); `target_damping` and
-    `damping`: what H needed, relative to its mean diagonal, to solve for the target and to quantize;
-    `damping_retries`: how often one of the two had to be raised; losses relative to the energy of what the experts'
-    weights give, of the anchor, of the unquantized target and of the result; `fallback`: the method that stood in, if
-    any.
+    `bits`: its width, None where it stays dense. `tokens`: 0 where the inputs were not measured. `condition` of H
+    (estimated from below). `target_damping` and `damping`: the damping that H needed to solve for the target and to
+    quantize, relative to its mean diagonal; `damping_retries`: how often one of the two was raised. The losses of the
+    anchor, of the unquantized target and of the result are relative to the energy of the outputs of the experts'
+    weights; None where the inputs were not measured. `fallback`: the method that replaced the quantizer, if any.
     """
 
     name: str
@@ -41,64 +41,87 @@ class LayerRecord:
     target_damping: float | None
     damping: float
     damping_retries: int
-    loss_merged: float
-    loss_target: float
-    loss: float
+    loss_merged: float | None
+    loss_target: float | None
+    loss: float | None
     fallback: str | None
 
 
 def solve(
-    problem: LayerProblem,
+    problem: QuadraticProblem,
     names: Sequence[str],
     outs: list[int],
     tokens: int,
     quantizer: Quantizer,
     dtype: torch.dtype,
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
-    """Targets and quantized weights of the linears of one group, stacked in the problem with so many rows each
-    (`outs`): they are quantized in one go since they share H. One process solves while another prepares for the
-    quantizer; then each does its own rows."""
-    (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepared, problem.H)])
+    """Targets and quantized weights of the linears of one group.
+
+    The linears are stacked in the problem, with `outs` rows each, and quantized in one go because they share H. One
+    process solves for the target while another prepares the quantizer; then each process does its own rows.
+    """
+    (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
     wanted = target[problem.rows]
-    outcome = quantizer(wanted.float(), problem.H, prepared, dtype)
-    own = outcome.weight.dequantize()
+    anchor = problem.anchor.weight[problem.rows].float()
+    result = quantizer.quantize(LayerProblem(tuple(names), wanted.float(), anchor, problem.H, dtype), prepared)
+    own = result.weight.dequantize()
     losses_of = partial(problem.loss, target=target, solved=solved)
     columns = [problem.anchor_loss(), losses_of(wanted), losses_of(own), problem.energy()]
     bias = problem.bias(own)
-    found = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
-    weights, rows = _split(outcome.weight, outs), torch.split(found, outs)
-    losses = [_relative(part) for part in rows]
-    records = [
-        LayerRecord(
-            name=name,
-            bits=getattr(getattr(weights[index], "spec", None), "bits", None),
-            tokens=tokens,
-            condition=None if solved is None else solved.condition,
-            target_damping=None if solved is None else solved.damping,
-            damping=outcome.damping,
-            damping_retries=outcome.retries + (0 if solved is None else solved.retries),
-            loss_merged=losses[index][0],
-            loss_target=losses[index][1],
-            loss=losses[index][2],
-            fallback=outcome.fallback,
-        )
-        for index, name in enumerate(names)
-    ]
+    gathered = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
+    weights, rows = _split(result.weight, outs), torch.split(gathered, outs)
+    records = []
+    for index, name in enumerate(names):
+        record = _record(name, weights[index], result)
+        merged, best, found = _relative(rows[index])
+        record = replace(record, tokens=tokens, loss_merged=merged, loss_target=best, loss=found, target_damping=None)
+        if solved is not None:
+            retries = result.retries + solved.retries
+            record = replace(record, condition=solved.condition, target_damping=solved.damping, damping_retries=retries)
+        records.append(record)
     biases = [None if bias is None else part[:, 4] for part in rows]
     return [SolvedLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
 
 
+def quantize_anchor(
+    anchor: Affine, names: Sequence[str], outs: list[int], quantizer: Quantizer, dtype: torch.dtype
+) -> tuple[list[SolvedLinear], list[LayerRecord]]:
+    """`solve` without inputs, where the anchor is the target and the quantizer needs no Hessian."""
+    own = anchor.weight[distributed.row_range(sum(outs))].float()
+    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), NOTHING)
+    weights = _split(result.weight, outs)
+    records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
+    return [SolvedLinear(weight, None) for weight in weights], records
+
+
+def _record(name: str, weight: QuantizedWeight | DenseWeight, result: QuantizationResult) -> LayerRecord:
+    """The record of a linear whose inputs were not measured."""
+    return LayerRecord(
+        name=name,
+        bits=weight.format.bits if isinstance(weight, QuantizedWeight) else None,
+        tokens=0,
+        condition=None,
+        target_damping=0.0,
+        damping=result.damping,
+        damping_retries=result.retries,
+        loss_merged=None,
+        loss_target=None,
+        loss=None,
+        fallback=result.fallback,
+    )
+
+
 def _relative(rows: Tensor) -> list[float]:
-    """The three losses of a linear relative to its energy, from those of its rows; 0 where that is 0."""
+    """The three losses of a linear relative to its energy, from those of its rows; 0 where the energy is 0."""
     *losses, energy = rows[:, :4].sum(0).tolist()
     return [max(loss, 0.0) / energy if energy > 0 else 0.0 for loss in losses]
 
 
 def _split(part: QuantizedWeight | DenseWeight, outs: list[int]) -> Sequence[QuantizedWeight | DenseWeight]:
-    """The weights of so many rows each, of which each process has its part."""
+    """The weight of each linear, with `outs` rows each, gathered from the rows of all processes."""
     if isinstance(part, DenseWeight):
         return DenseWeight(distributed.all_gather_rows(part.weight, sum(outs))).split(outs)
-    values, scale, zero = (
-        distributed.all_gather_rows(tensor, sum(outs)) for tensor in (part.values, part.scale, part.zero)
-    )
-    return replace(part, values=values, scale=scale, zero=zero).split(outs)
+    codes = distributed.all_gather_rows(part.codes.view(torch.int8), sum(outs)).view(part.format.storage)
+    scale = distributed.all_gather_rows(part.grid.scale, sum(outs))
+    zero = None if part.grid.zero is None else distributed.all_gather_rows(part.grid.zero, sum(outs))
+    return QuantizedWeight(codes, Grid(scale, zero), part.format, part.dtype).split(outs)

@@ -1,14 +1,42 @@
-"""The moments of one task at a step, from what student and teacher bring there."""
+"""The moments of a task, and the objective of all tasks, from the rows that reach a group of linears."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from epmq_cli.calibrate.activations.capture import LayerInputs
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.moments import Measure, Moments
+from epmq_cli.calibrate.moments import Measure, Moments, task_weight
+from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
+from epmq_cli.calibrate.student import Student
+from epmq_cli.errors import ModelError
+from epmq_cli.runtime import distributed
+
+
+def measure_objective(
+    student: Student, names: Sequence[str], tasks: Iterable[tuple[str, Iterator[LayerInputs]]], scale: float | None
+) -> tuple[Objective, int]:
+    """The objective of linears that read the same input, stacked, and its tokens over all processes.
+
+    `tasks`: what reaches them, batch by batch. `scale`: see `measured`. ModelError where the inputs are not finite.
+    """
+    guidance, total = student.guidance, 0
+    objective = Objective(student.stacked_anchor(names), float(guidance.lam), guidance.intercepts, distributed)
+    for task, batches in tasks:
+        expert = Affine.stacked([student.affine_expert(task, name) for name in names])
+        moments, tokens = measured(batches, expert.weight, scale, guidance)
+        if not math.isfinite(moments.norm):
+            raise ModelError(
+                f"the inputs of {names[0]} hold NaN or infinity on task {task}; check the experts and the merge"
+            )
+        s = task_weight(moments.norm, moments.tokens, guidance.task_weight)
+        objective.add(moments, expert, s * guidance.factor(task))
+        total += tokens
+    return objective, sum(distributed.all_gather(total))
 
 
 def measured(
@@ -16,12 +44,11 @@ def measured(
 ) -> tuple[Moments, int]:
     """The moments of one task, and the tokens of this process.
 
-    `expert`: the weights (out, in) of all linears of the step. `scale`: what their outputs are multiplied with
-    before they are added to the residual stream, whose drift their targets then make up for too; None where they write
-    into no stream.
+    `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs where these are
+    added to the residual stream, so that their targets also compensate the drift of the stream; None elsewhere.
     """
-    measure, tokens, (out, width) = Measure(), 0, expert.shape
-    # the multiplications of a token: 2 out width by way of the part, 3 / 2 width^2 by way of the drift
+    measure, tokens, (out, width) = Measure(distributed), 0, expert.shape
+    # multiplications per token: 2 out width by way of the part, 3 / 2 width^2 by way of the drift
     by_drift = guidance.teaches and scale is None and 4 * out > 3 * width
     for rows in batches:
         if by_drift:
@@ -33,13 +60,13 @@ def measured(
 
 
 def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:
-    """How far the teacher's inputs are from the student's, times alpha: (tokens, in)."""
+    """alpha times the distance of the teacher's inputs from the student's: (tokens, in)."""
     drift: Tensor = float(guidance.alpha) * (rows.teacher[0] - rows.student[0])
     return drift
 
 
 def _part(rows: LayerInputs, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
-    """The part of the linears' targets (tokens, out) that is no weight times the student's inputs."""
+    """The part of the targets (tokens, out) that is no linear function of the student's inputs."""
     if not guidance.teaches:
         return None
     part = _drift(rows, guidance) @ expert.T

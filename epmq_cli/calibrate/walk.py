@@ -1,18 +1,19 @@
 """The engine: walks the student section by section, calibrating and quantizing each group of linears on the way.
 
-The student's inputs always come through the prefix that is already quantized. Inside a block the steps go in the order
-of the forward pass, and each reads what the ones before it give when they are quantized ("true sequential"): every
-batch's forward pass waits in front of a step until that is solved. Where guidance asks for them, each expert's own
-activations of the same samples walk along, one block of one expert in memory at a time.
+The student's inputs always come through the prefix that is already quantized. Inside a block the steps follow the
+forward pass, and each reads the outputs of the quantized steps before it ("true sequential"): the forward pass of every
+batch pauses in front of a step until the step is solved. If guidance needs them, each expert's own activations of the
+same samples are computed alongside, with one block of one expert in memory at a time.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -23,23 +24,21 @@ from epmq_cli.calibrate.activations.hidden_state import HiddenState, enter, hand
 from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.embeddings import solve_stem
+from epmq_cli.calibrate.fold import fold_block
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.moments import real_tokens, task_weight
-from epmq_cli.calibrate.norms import NormObjective, has_gain, normalised, unit
-from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.moments import real_tokens
+from epmq_cli.calibrate.norms import has_gain
 from epmq_cli.calibrate.progress import WalkProgress, WalkResult
 from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into, swapped_weights
-from epmq_cli.calibrate.solve_layer import solve
+from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
+from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
-from epmq_cli.calibrate.task_moments import measured
+from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.data.batching import ALL, Batch, split
-from epmq_cli.errors import ModelError
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import Norm, Section, Stack
-from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
-from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 
 Batches = Mapping[str, Sequence[Batch]]
@@ -59,12 +58,11 @@ def walk(
     progress: WalkProgress | None = None,
     samples: int = ALL,
 ) -> WalkResult:
-    """Calibrates the student and quantizes its blocks' linears; its tensors are replaced by what comes out.
+    """Calibrates the student and quantizes the linears of its blocks; its tensors are replaced by the results.
 
-    `batches`: calibration batches of each task, on the student's device. `dtype`: the type that scales and all that is
-    not quantized are stored in. `depot`: where activations wait; in memory unless given. `journal`: where what is
-    finished is kept; likewise. `samples`: how many of a batch go through the model at a time, which changes nothing in
-    what comes out.
+    `batches`: calibration batches of each task, on the student's device. `dtype`: the type in which scales and dense
+    tensors are stored. `store` holds activations and `progress` finished sections, both in memory unless given.
+    `samples`: how many samples of a batch go through the model at a time; the results do not depend on it.
     """
     store = store or ActivationStore(math.inf)
     own = Student(student, family, reference, guidance, dtype)
@@ -87,6 +85,7 @@ class _Walk:
         self.progress = progress or WalkProgress()
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
+        self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
         self.whole = batches
         parts = {task: [split(batch, samples) for batch in group] for task, group in batches.items()}
         self.counts = {task: [len(found) for found in group] for task, group in parts.items()}  # of each batch
@@ -95,10 +94,10 @@ class _Walk:
         self.streams: dict[str, list[HiddenState]] = {}
         self.taught: dict[str, list[HiddenState]] = {}
         self.blocks: dict[str, dict[str, Tensor]] = {}
-        """Tensors of the section that is at work, of those experts that there is room for."""
+        """The tensors of the present section, of as many experts as fit into memory."""
 
     def run(self) -> WalkResult:
-        """Every section in order; what the journal has is installed, and batches are only sent through it."""
+        """Solves every section in order. Finished sections are restored, and batches only pass through them."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
         if self.progress.restore_all([name for names in entries for name in names], self.student):
@@ -117,11 +116,13 @@ class _Walk:
         return self.progress.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
-        """Sends every batch to the first block of a stack, solving what is in front of it on the way."""
+        """Solves what is in front of the first block of a stack, and runs every batch up to that block."""
         model = self.student.model
         if not self.progress.restore(entry, self.student):
             self._solve_stem(stack)
             self.progress.write(entry, self.student)
+        if not self.measures:
+            return
         values: list[int] = []
         for task in self.own:
             self.streams[task] = enter(model, self.family, stack, self.own[task], self.store, values)
@@ -135,7 +136,7 @@ class _Walk:
         if self.guidance.embeddings:
             solve_stem(self.student, stack, self.whole)
         if self.guidance.norms and norm is not None and has_gain(self.student.model.get_submodule(norm)):
-            self._norm(norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
+            solve_norm(self.student, norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 
     def _stem(self, task: str) -> dict[str, Tensor]:
         """The expert's tensors in front of the blocks."""
@@ -145,7 +146,7 @@ class _Walk:
         return {name: reference.expert(task, name) for name in reference.names(behind)}
 
     def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[LayerInputs]:
-        """What reaches the first norm."""
+        """The inputs of the first norm."""
         own = self._first_inputs(stack, self.own[task], norm)
         taught = own
         if self.guidance.teaches:
@@ -156,7 +157,7 @@ class _Walk:
             yield LayerInputs.joined([LayerInputs([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
-        """The rows of real tokens that reach the first norm as the model is now, batch by batch."""
+        """The inputs of the first norm in the model as it is now, real tokens only, batch by batch."""
         model, module, found = self.student.model, self.student.model.get_submodule(norm), []
         for batch in batches:
             reached = inputs([module], lambda batch=batch: self.family.features(model, batch))  # type: ignore[misc]
@@ -164,20 +165,22 @@ class _Walk:
         return found
 
     def _section(self, stack: Stack, section: Section) -> None:
-        """Every step of a section, each batch's pass through it waiting in front of one after the other."""
+        """Solves every step of a section, while the forward pass of each batch pauses in front of it."""
         teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
-        token = stack.read_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
+        token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
                 hooks.enter_context(pause_hooks(module, section.modules))
+            self._fold(section, token)
             for index, step in enumerate(section.steps):
                 spec = CaptureSpec.of(section.steps[index:], token)
                 if isinstance(step, Norm):
                     if self.guidance.norms and has_gain(section.module.get_submodule(step.name)):
-                        self._norm(section.name(step.name), self._rows(section, teacher, spec))
+                        solve_norm(self.student, section.name(step.name), self._rows(section, teacher, spec))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
-                    self._linears(section, teacher, own, spec)
+                    if own:  # none where queries, keys and values are one linear
+                        self._linears(section, teacher, own, spec)
                     self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
                     self._linears(section, teacher, step.names, spec)
@@ -190,8 +193,16 @@ class _Walk:
         self.store.release(sum(map(_bytes, self.blocks.values())))
         self.blocks.clear()
 
+    def _fold(self, section: Section, token: int | None) -> None:
+        """Folds the scales of quantizers that are transforms into the section, see fold.py."""
+        rows_of = lambda spec: ((task, self._task_rows(section, None, task, spec)) for task in self.streams)  # noqa: E731
+        if self.measures and fold_block(self.student, section, partial(self._quantizer, section), rows_of, token):
+            for streams in self.streams.values():
+                for stream in streams:
+                    stream.rewind()
+
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
-        """Makes the teacher's module the expert's, which is read once for all steps if there is room for it."""
+        """Copies the expert's section into the teacher; it is read once for all steps if it fits into memory."""
         if not self.guidance.teaches:
             return
         found = self.blocks.get(task)
@@ -205,13 +216,15 @@ class _Walk:
     def _rows(
         self, section: Section, teacher: nn.Module, spec: CaptureSpec
     ) -> Iterator[tuple[str, Iterator[LayerInputs]]]:
-        """For each task, what reaches a step, batch by batch."""
+        """The inputs of a step, task by task and batch by batch."""
         for task in self.streams:
             self._load(section, teacher, task)
             yield task, self._task_rows(section, teacher, task, spec)
 
-    def _task_rows(self, section: Section, teacher: nn.Module, task: str, spec: CaptureSpec) -> Iterator[LayerInputs]:
-        """The rows of each batch, its parts together, so that sums over batches are the same whatever the parts."""
+    def _task_rows(
+        self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
+    ) -> Iterator[LayerInputs]:
+        """The inputs of a step for one task; parts of a batch are joined, so that sums do not depend on them."""
         parts = self._part_rows(section, teacher, task, spec)
         for count in self.counts[task]:
             if count == 1:
@@ -219,64 +232,54 @@ class _Walk:
             else:
                 yield LayerInputs.joined([part.copied() for part in islice(parts, count)])
 
-    def _part_rows(self, section: Section, teacher: nn.Module, task: str, spec: CaptureSpec) -> Iterator[LayerInputs]:
-        taught = self.taught.get(task)
+    def _part_rows(
+        self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
+    ) -> Iterator[LayerInputs]:
+        """The inputs of a step for each part of a batch. Without a teacher, its inputs are the student's."""
+        taught, scales = self.taught.get(task), self.student.read_scales(section.name(spec.names[0]))
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
                 own = spec.rows(stream, section.module)
                 weights = stream.weights(spec.token, self.guidance.readout_weight)
-                if taught is None:
+                if taught is None or teacher is None:
                     yield LayerInputs(own, own, weights)
                 else:
                     with taught[index].loaded():
-                        yield LayerInputs(own, spec.rows(taught[index], teacher), weights)
-
-    def _norm(self, name: str, tasks: Iterable[tuple[str, Iterator[LayerInputs]]]) -> None:
-        """Solves a norm."""
-        norm, anchor = self.student.model.get_submodule(name), self.student.affine_anchor(name)
-        added = unit(norm)
-        objective = NormObjective(anchor.weight + added, anchor.bias, float(self.guidance.lam))
-        for task, batches in tasks:
-            expert = self.student.affine_expert(task, name)
-            for rows in batches:
-                z = normalised(norm, rows.student[0])
-                taught = z + float(self.guidance.alpha) * (normalised(norm, rows.teacher[0]) - z)
-                objective.add(z, taught, rows.weights, expert.weight + added, expert.bias)
-            objective.close(self.guidance.factor(task))
-        gain, bias = objective.solve()
-        self.student.put_affine(name, gain - added, bias)
+                        others = spec.rows(taught[index], teacher)
+                        if scales is not None:
+                            others[0] = others[0] / scales
+                        yield LayerInputs(own, others, weights)
 
     def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], spec: CaptureSpec) -> None:
         """Solves and quantizes linears that read the same input."""
-        names = [section.name(name) for name in local]
-        objective, tokens = self._measure(section, teacher, names, spec)
-        in_block = all(section is not stack.readout for stack in self.stacks)
-        quantizer = self.quantizer_of(names) if in_block else NoQuantizer()
+        names, dtype = [section.name(name) for name in local], self.student.dtype
+        quantizer, in_block = self._quantizer(section, names), self._in_block(section)
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
-        found, records = solve(objective.closed(), names, outs, tokens, quantizer, self.student.dtype)
+        if self.measures:
+            rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
+            objective, tokens = measure_objective(self.student, names, rows, scale)
+            found, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
+        else:
+            found, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
         for name, solution in zip(names, found, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
         weights = [solution.weight for solution in found]
         self.progress.note(names if in_block else [], weights if in_block else [], records)
 
-    def _measure(
-        self, section: Section, teacher: nn.Module, names: Sequence[str], spec: CaptureSpec
-    ) -> tuple[Objective, int]:
-        """The objective of the linears of one group, stacked, and the tokens it was measured on."""
-        anchor = Affine.stacked([self.student.affine_anchor(name) for name in names])
-        objective, total = Objective(anchor, float(self.guidance.lam), self.guidance.intercepts), 0
-        for task, batches in self._rows(section, teacher, spec):
-            expert = Affine.stacked([self.student.affine_expert(task, name) for name in names])
-            moments, tokens = measured(batches, expert.weight, spec.scale if spec.stream else None, self.guidance)
-            if not math.isfinite(moments.norm):
-                raise ModelError(
-                    f"the inputs of {names[0]} hold a NaN or an infinity on task {task}; "
-                    "check the experts and the merge"
-                )
-            s = task_weight(moments.norm, moments.tokens, self.guidance.task_weight)
-            objective.add(moments, expert, s * self.guidance.factor(task))
-            total += tokens
-        return objective, sum(distributed.all_gather(total))
+    def _in_block(self, section: Section) -> bool:
+        """Whether a section is a block; the linears of others stay dense."""
+        return all(section is not stack.readout for stack in self.stacks)
+
+    def _quantizer(self, section: Section, names: Sequence[str]) -> Quantizer:
+        """The quantizer of linears of a section."""
+        return self.quantizer_of(names) if self._in_block(section) else NoQuantizer()
+
+    def _quantizers_need_inputs(self) -> bool:
+        for block in self.family.blocks(self.student.model):
+            groups = [step.names for step in block.steps if isinstance(step, Linears)]
+            if any("inputs" in self.quantizer_of([*map(block.name, names)]).needs for names in groups):
+                return True
+        return False
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -284,5 +287,5 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _entries(number: int, first: bool) -> list[str]:
-    """What the journal calls a section and, for the first of a stack, what is in front of it."""
+    """The progress entries of a section and, for the first of a stack, of what is in front of it."""
     return [f"{number:04}", f"{number:04}-stem"] if first else [f"{number:04}"]

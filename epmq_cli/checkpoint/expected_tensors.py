@@ -1,123 +1,91 @@
-"""The tensors that the model of a checkpoint's config.json has, and how they must be stored; for the values see
-verification.py."""
+"""The tensors that a checkpoint's config.json implies: names, shapes, types. pipeline/verify.py checks their values."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from epmq_cli.checkpoint.compressed_tensors import grid_of
+from epmq_cli.checkpoint.exporter import ExpectedTensor
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import blank_model, model_config
 from epmq_cli.errors import CheckpointError, first_line
 from epmq_cli.models.model_class import ModelClass, equal, model_class, untied_config
 from epmq_cli.models.model_folder import SafetensorsFiles, TensorInfo, read_json
-from epmq_cli.quantize.formats.int import GridSpec
 
 ROLE = "checkpoint"
 
 
-def finite(tensor: Tensor) -> str | None:
-    """What is wrong with the values of any tensor; None where nothing is."""
-    return "holds NaN or infinity" if tensor.is_floating_point() and not tensor.isfinite().all() else None
-
-
-def signed_scale(tensor: Tensor) -> str | None:
-    """Likewise, of scales of either sign."""
-    return finite(tensor) or (None if (tensor != 0).all() else "holds scales of 0")
-
-
-def positive_scale(tensor: Tensor) -> str | None:
-    """Likewise, of scales above 0."""
-    return finite(tensor) or (None if (tensor > 0).all() else "holds scales that are not above 0")
-
-
-def equal_to(values: list[int], tensor: Tensor) -> str | None:
-    """Likewise, of a tensor whose values are known."""
-    return None if tensor.tolist() == values else f"is {tensor.tolist()}, config.json implies {values}"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a tensor must be: its shape, the safetensors name of its type (None for any), and a check of its values."""
-
-    shape: tuple[int, ...]
-    dtype: str | None = None
-    check: Callable[[Tensor], str | None] = finite
-
-
 def check_described(folder: Path) -> None:
-    """CheckpointError where the tensors of a checkpoint that `epmq run` wrote are not those that its config.json
-    describes, by names, shapes and types; their values are not read."""
+    """CheckpointError if the tensors of a checkpoint of `epmq run` have other names, shapes or types than its
+    config.json implies; reads no values."""
     files = SafetensorsFiles(folder, ROLE)
     model = described_model(folder, files)
-    wanted = wanted_tensors(folder, model, signed=False)
-    found = name_problems(model, files, wanted)
-    found += [problem for name, info in files.infos.items() if (problem := layout_problem(name, info, wanted))]
-    if found:
+    expected = expected_tensors(folder, model, signed=False)
+    problems = name_problems(model, files, expected)
+    problems += [problem for name, info in files.infos.items() if (problem := layout_problem(name, info, expected))]
+    if problems:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes another model than the files beside it hold: {found[0]}; fetch both "
-            "again, or make them again with epmq run"
+            f"{folder / 'config.json'} describes another model than the files beside it hold: {problems[0]}; fetch "
+            "both again, or make them again with epmq run"
         )
 
 
-def name_problems(model: nn.Module, files: SafetensorsFiles, wanted: Mapping[str, Wanted]) -> list[str]:
-    """The tensors that are missing, but for tied ones, and those that the model has not, a phrase for each."""
+def name_problems(model: nn.Module, files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -> list[str]:
+    """A phrase for each tensor that is missing and not tied, and for each that the model does not have."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    found = [f"{name} is missing" for name in wanted if name not in files.infos and name not in tied]
-    return found + [f"{name} is no tensor of the model" for name in files.infos if name not in wanted]
+    missing = [f"{name} is missing" for name in expected if name not in files.infos and name not in tied]
+    return missing + [f"{name} is not a tensor of the model" for name in files.infos if name not in expected]
 
 
 def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
-    """Where the tied tensors in the files of a checkpoint are not those of its config.json, a phrase for each.
+    """A phrase for each tensor that is not tied as config.json says.
 
-    A copy that config.json ties has its source's values if it is stored; but for output layers of classes that no
-    setting unties, such as T5's, which transformers takes as they are stored. One that it does not tie is there.
+    A stored copy that config.json ties must have the values of its source. This does not hold for output layers that no
+    setting unties, such as those of T5: transformers reads these as they are stored. A copy that config.json does not
+    tie must be stored.
     """
-    config, found = read_json(folder, "config.json", ROLE), list[str]()
+    config, problems = read_json(folder, "config.json", ROLE), list[str]()
     known = model_class(config, files.infos)
     if known is None:
         return []
     for copy, source in known.tieable.items():
         stored, origin = (_stored(name, known, files) for name in (copy, source))
         if copy not in known.tied and stored is None and origin is not None:
-            found.append(f"{copy} is missing, which config.json does not tie to {source}")
+            problems.append(f"{copy} is missing, which config.json does not tie to {source}")
         settled = copy in known.tied and stored is not None and origin is not None
         settled = settled and (copy not in known.outputs or untied_config(config, files.infos, [copy]) is not None)
         if settled and not equal((files, str(stored)), (files, str(origin))):
-            found.append(f"{stored} has other values than {origin}, to which config.json ties it")
-    return found
+            problems.append(f"{stored} has other values than {origin}, to which config.json ties it")
+    return problems
 
 
 def lacking_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
-    """The tensors that the class of a dense merge has and its files have not, a phrase for each."""
+    """A phrase for each tensor that the model class of a dense merge has and its files do not."""
     known = model_class(read_json(folder, "config.json", ROLE), files.infos)
     return [f"{name} is missing" for name in known.lacking(files.infos)] if known is not None else []
 
 
 def _stored(name: str, known: ModelClass, files: SafetensorsFiles) -> str | None:
-    """What the files call a tensor of the class, with or without the prefix of its body, or by another name."""
+    """The stored name of a tensor of the class, which may lack the prefix of its body or be an older name."""
     names = {known.own_name(stored): stored for stored in files.infos}
     return next((names[own] for own in (name, name.removeprefix(f"{known.prefix}.")) if own in names), None)
 
 
-def layout_problem(name: str, info: TensorInfo, wanted: Mapping[str, Wanted]) -> str | None:
-    """What is wrong with shape or type of a stored tensor; None where nothing is, or nothing is known of it."""
-    want = wanted.get(name, Wanted(info.shape))
-    if info.shape != want.shape:
-        return f"{name} is {list(info.shape)}, config.json implies {list(want.shape)}"
-    if want.dtype not in (None, info.dtype):
-        return f"{name} is of type {info.dtype}, config.json implies {want.dtype}"
+def layout_problem(name: str, info: TensorInfo, expected: Mapping[str, ExpectedTensor]) -> str | None:
+    """What is wrong with the shape or type of a stored tensor; None if nothing is, or the tensor is unknown."""
+    wanted = expected.get(name, ExpectedTensor(info.shape))
+    if info.shape != wanted.shape:
+        return f"{name} is {list(info.shape)}, config.json implies {list(wanted.shape)}"
+    if wanted.dtype not in (None, info.dtype):
+        return f"{name} is of type {info.dtype}, config.json implies {wanted.dtype}"
     return None
 
 
 def described_model(folder: Path, files: SafetensorsFiles) -> nn.Module:
-    """The model that config.json describes, without memory for its tensors."""
+    """The model that config.json describes, on the meta device."""
     settings = model_config(folder, files)
     try:
         with torch.device("meta"):
@@ -131,34 +99,11 @@ def described_model(folder: Path, files: SafetensorsFiles) -> nn.Module:
         ) from error
 
 
-def wanted_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, Wanted]:
-    """Every tensor of the model, packed where config.json says so; `signed`: whether scales may be negative."""
-    wanted = {name: Wanted(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    quantization = read_json(folder, "config.json", ROLE).get("quantization_config")
-    if quantization is None:
-        return wanted
+def expected_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, ExpectedTensor]:
+    """Every tensor of the model, stored as config.json says; `signed`: whether scales may be negative."""
+    expected = {name: ExpectedTensor(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    layout = layout_of(folder)
     for name, module in model.named_modules():
-        spec = grid_of(folder, quantization, name) if isinstance(module, nn.Linear) else None
-        if spec is not None:
-            rows, columns = wanted.pop(f"{name}.weight").shape
-            wanted |= {f"{name}.{part}": want for part, want in _packed(rows, columns, spec, signed).items()}
-    return wanted
-
-
-def _packed(rows: int, columns: int, spec: GridSpec, signed: bool) -> dict[str, Wanted]:
-    """The tensors that stand for a weight (rows, columns)."""
-    groups = math.ceil(columns / spec.columns(columns))
-    scale = signed_scale if signed and spec.symmetric else positive_scale
-    found = {
-        "weight_packed": Wanted((rows, _words(columns, spec.bits)), "I32"),
-        "weight_scale": Wanted((rows, groups), check=scale),
-        "weight_shape": Wanted((2,), "I64", partial(equal_to, [rows, columns])),
-    }
-    if not spec.symmetric:
-        found["weight_zero_point"] = Wanted((_words(rows, spec.bits), groups), "I32")
-    return found
-
-
-def _words(count: int, bits: int) -> int:
-    """How many int32 so many integers are packed into by `pack_to_int32`, which would take memory for them."""
-    return -(-count * bits // 32)
+        if isinstance(module, nn.Linear) and layout.format_of(name) is not None:
+            expected |= layout.expected(name, torch.Size(expected.pop(f"{name}.weight").shape), signed)
+    return expected

@@ -1,4 +1,4 @@
-"""A checkpoint as a model of transformers whose packed linears stay packed."""
+"""Loads a checkpoint as a model of transformers; linears that the int4 kernel takes stay packed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq_cli.checkpoint.compressed_tensors import PACKED, grid_of, unpacked_linear
+from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
 from epmq_cli.models.pretrained import from_folder
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat
 
 GENERATION = "generation_config.json"
 
@@ -28,13 +29,13 @@ GENERATION = "generation_config.json"
 def load(
     checkpoint: str | Path, device: str = "auto", kernel: str = "auto", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model of a checkpoint folder that epmq wrote, ready to be called.
+    """The model of a checkpoint folder that epmq wrote, in evaluation mode.
 
-    `device`: auto, cpu, cuda or cuda:<index>. `dtype` of all that is not packed and of activations between linears:
-    unless given float32 on the CPU, bfloat16 on a GPU. `kernel`: `int4` multiplies with packed weights, and is refused
-    where a linear does not allow that; `dequantize` makes them dense; `auto` takes int4 for every linear that allows
-    it. Tensors are read one by one, and no packed weight is ever dense under int4. ConfigError: the kernel is refused.
-    CheckpointError: no such checkpoint.
+    `device`: auto, cpu, cuda or cuda:<index>. `dtype`: the type of dense weights and of activations; float32 on the CPU
+    and bfloat16 on a GPU if not given. `kernel`: `auto` multiplies with packed weights where the int4 kernel takes
+    them, and dequantizes the others, such as FP8; `int4` refuses a checkpoint with a linear that the kernel does not
+    take; `dequantize` makes all weights dense. Tensors are read one by one. Weights that stay packed are never dense in
+    memory. ConfigError: the kernel is refused. CheckpointError: the folder is not a checkpoint of epmq.
     """
     from transformers import GenerationConfig
 
@@ -42,25 +43,27 @@ def load(
     folder, where = Path(checkpoint), device_of(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint; give the checkpoint folder that epmq run wrote")
+        raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
     config = model_config(folder, files)
     with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
-    specs = _packed_linears(folder, model, files)
-    obstacles = {name: obstacle(spec, _weight(model, name).shape, where) for name, spec in specs.items()}
+    layout = layout_of(folder)
+    formats = _quantized_linears(folder, model, files, layout)
+    shapes = {name: _weight(model, name).shape for name in formats}
+    obstacles = {name: obstacle(format, shapes[name], where) for name, format in formats.items()}
     if kernel == "int4":
         refuse(obstacles)
     dense = {}
     for name, reason in obstacles.items():
-        weight = unpacked_linear(files, name, specs[name], _weight(model, name).shape, where)
+        weight = layout.read(files, name, shapes[name], where)
         if kernel != "dequantize" and reason is None:
             model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
-    packed = tuple(f"{name}.weight_" for name in specs)
+    stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
     for name in files.infos:
-        if not name.startswith(packed):
+        if name not in stored:
             tensor = files.tensor(name)
             dense[name] = tensor.to(where, dtype if tensor.is_floating_point() else tensor.dtype)
     _fill(folder, model, dense)
@@ -70,16 +73,16 @@ def load(
 
 
 def refuse(obstacles: Mapping[str, str | None]) -> None:
-    """ConfigError where the int4 kernel cannot take one of the linears, or there are none; see `obstacle`."""
+    """ConfigError if no linear is quantized, or the int4 kernel does not take one of them (`obstacle`)."""
     if not obstacles:
         raise ConfigError("kernel=int4 needs quantized linears and there are none; use kernel=auto")
     for name, reason in obstacles.items():
         if reason is not None:
-            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes such")
+            raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes it")
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """How many linears of a model are packed, and how many are dense."""
+    """The number of packed linears and of dense ones."""
     found = {"int4": 0, "dense": 0}
     for module in model.modules():
         found["int4"] += isinstance(module, Int4Linear)
@@ -88,7 +91,7 @@ def kernels(model: nn.Module) -> dict[str, int]:
 
 
 def model_config(folder: Path, files: SafetensorsFiles) -> Any:
-    """The config of a checkpoint's model as transformers has it, without how it is quantized."""
+    """The model config of a checkpoint, without its quantization_config."""
     from transformers import AutoConfig
 
     check_counts(folder / "config.json", "checkpoint", read_json(folder, "config.json", "checkpoint"), len(files.infos))
@@ -99,7 +102,7 @@ def model_config(folder: Path, files: SafetensorsFiles) -> Any:
 
 
 def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
-    """The model that config.json names, as it is made, without a pooler where the checkpoint has none."""
+    """The model that config.json names, with its initial weights; without a pooler if the checkpoint has none."""
     from transformers import PreTrainedModel
 
     names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
@@ -115,7 +118,7 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """What a module gets in place of a parameter; its buffers, such as rotary frequencies, are made as ever."""
+    """The parameter on the meta device. Buffers, such as rotary frequencies, are made as usual."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
@@ -123,21 +126,22 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _packed_linears(folder: Path, model: nn.Module, files: SafetensorsFiles) -> dict[str, GridSpec]:
-    """The grid of each packed linear."""
-    quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
-    found = {}
+def _quantized_linears(
+    folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
+) -> dict[str, NumberFormat]:
+    """The number format of each quantized linear."""
+    formats = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}{PACKED}" in files.infos:
-            spec = grid_of(folder, quantization, name)
-            if spec is None:
+        if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
+            format = layout.format_of(name)
+            if format is None:
                 raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
-            found[name] = spec
-    return found
+            formats[name] = format
+    return formats
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors in their places in the model; CheckpointError where they do not fit, or one is missing."""
+    """Assigns tensors to the parameters of a model; CheckpointError if they do not fit, or one is missing."""
     try:
         found = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
@@ -149,5 +153,5 @@ def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
     if found.unexpected_keys:
         raise CheckpointError(
-            f"{folder} has a tensor that its model has not: {found.unexpected_keys[0]}; see epmq verify"
+            f"{folder} has a tensor that its model lacks: {found.unexpected_keys[0]}; see epmq verify"
         )

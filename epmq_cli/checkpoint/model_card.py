@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from string import Template
 
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.data.suite import Suite
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat
 
 SPECIAL = re.compile(r"[\\`*\[\]#~]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
 CARD = Template("""---
 library_name: transformers
-tags: [merge, epmq, compressed-tensors]
+tags: [$tags]
 ---
 
 # $name: one model of $count experts
@@ -25,40 +26,35 @@ Made by epmq $version: merged with $merge, calibrated with $guidance, quantized 
 - weights of the transformer blocks' linears: $weights
 
 ```python
-from transformers import $architecture
+from transformers import $architecture$requires
 
 model = $architecture.from_pretrained("path/of/this/folder")
 ```
 
-Heads of the tasks (class embeddings or classifiers), where they have some, are in `heads/heads.safetensors`, as
-`<task>.weight`, `<task>.bias` and the like.
+The heads of the tasks (class embeddings or classifiers), if they have any, are in `heads/heads.safetensors`, as
+`<task>.weight`, `<task>.bias` and so on.
 $processors`epmq eval path/of/this/folder` scores the model on every task; \
-`epmq.json` holds the settings it was made with.
+`epmq.json` holds the settings of the run.
 """)
 
 
 def model_card(
     suite: Suite,
     choices: Sequence[str],
-    spec: GridSpec | None,
-    widths: Sequence[int],
+    formats: Sequence[NumberFormat],
     bits: float | None,
+    exporter: Exporter,
     architecture: str,
     version: str,
     processors: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of README.md; `choices`: the names of merge, guidance and quantizer; `widths`: those that a linear could
-    get; `bits`: on average; `architecture`: the model's class in transformers;
-    `processors`: where in the checkpoint tasks have a tokenizer or an image processor of their own."""
+    """The text of README.md.
+
+    `choices`: the names of merge, guidance and quantizer. `formats`: those that a linear can get. `bits`: the average
+    width. `exporter`: how weights are stored. `architecture`: the model's class in transformers. `processors`: the
+    folder in the checkpoint of each tokenizer or image processor that belongs to one task.
+    """
     merge, guidance, quantizer = choices
-    grid = (
-        "dense"
-        if spec is None or bits is None
-        else (
-            f"{bits:.4g} bits{_mixed(widths, bits)}, {'symmetric' if spec.symmetric else 'asymmetric'}, "
-            + ("one scale a row" if spec.group_size == -1 else f"groups of {spec.group_size}")
-        )
-    )
     return CARD.substitute(
         name=_plain(suite.name),
         count=len(suite.members),
@@ -69,18 +65,20 @@ def model_card(
         quantizer=_code(quantizer),
         base=_code(suite.base),
         experts=_experts(suite),
-        weights=grid,
+        weights=_weights(formats, bits) + (", stored dequantized" if formats and not exporter.packs else ""),
+        tags=", ".join(["merge", "epmq", *exporter.tags]),
+        requires=f"  # needs: pip install {' '.join(exporter.requires)}" if exporter.requires else "",
         processors=_processors(processors or {}),
     )
 
 
 def _processors(places: Mapping[str, str]) -> str:
-    """The lines on tasks that are read with their expert's own tokenizer or image processor."""
+    """The lines on tasks whose samples their expert's own tokenizer or image processor reads."""
     if not places:
         return ""
     lines = "\n".join(f"- {_plain(task)}: {_code(place)}" for task, place in places.items())
     return (
-        "\nThe tokenizer or image processor beside the model is the base's. These tasks have their expert's own, which "
+        "\nThe tokenizer or image processor beside the model is the base's. These tasks need their expert's own, which "
         f"makes other inputs; load it from its folder:\n\n{lines}\n"
     )
 
@@ -101,5 +99,20 @@ def _code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
-def _mixed(widths: Sequence[int], bits: float) -> str:
-    return "" if bits in widths else f" on average ({' and '.join(map(str, widths))})"
+def _weights(formats: Sequence[NumberFormat], bits: float | None) -> str:
+    """How the weights of the blocks' linears are stored."""
+    if not formats or bits is None:
+        return "dense"
+    shared = formats[0]
+    symmetric = "symmetric" if shared.zero_points == "none" else "asymmetric"
+    groups = "one scale a row" if shared.group_size == -1 else f"groups of {shared.group_size}"
+    return f"{bits:.4g} bits{_named(formats, bits)}, {symmetric}, {groups}"
+
+
+def _named(formats: Sequence[NumberFormat], bits: float) -> str:
+    """The formats in brackets; integers by their bits alone, and left out if all weights have the same."""
+    integers = all(format.name == f"int{format.bits}" for format in formats)
+    names = " and ".join(str(format.bits) if integers else format.name for format in formats)
+    if bits in [format.bits for format in formats]:
+        return "" if integers else f" ({names})"
+    return f" on average ({names})"

@@ -27,7 +27,7 @@ from epmq_cli.models.open_clip.export import Fused, NotExpressibleError, fused, 
 from epmq_cli.models.open_clip.preprocess import vocabulary
 from epmq_cli.models.pretrained import config_of, from_folder
 from epmq_cli.models.processor_folder import processor_files
-from epmq_cli.quantize.formats.int import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
 
 FOLDER = "open_clip"
@@ -38,12 +38,12 @@ Entries = Mapping[str, Entry]
 
 def check_family(family: Family, name: str) -> None:
     """ConfigError where models of a family cannot be written for open_clip."""
-    if not isinstance(family, Clip):
+    if not isinstance(family.architecture, Clip):
         raise ConfigError(f"pack.open_clip=true needs suite.family clip or open_clip, got {name}")
 
 
 def check_base(base: ModelFolder) -> None:
-    """ModelError where open_clip has no model with the same features as the base."""
+    """ModelError if open_clip has no model with the same features as the base."""
     try:
         open_clip_config(base.path)
         fused(base.infos)
@@ -54,7 +54,7 @@ def check_base(base: ModelFolder) -> None:
 
 
 def open_clip_config(folder: Path) -> dict[str, Any]:
-    """The open_clip_config.json of a CLIPModel's folder; NotExpressibleError where open_clip has no such model."""
+    """The open_clip_config.json for a folder with a CLIPModel; NotExpressibleError if open_clip has no such model."""
     from transformers import AutoImageProcessor
 
     config = config_of(folder)
@@ -72,7 +72,7 @@ def open_clip_config(folder: Path) -> dict[str, Any]:
 
 
 def _own_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a folder; None where there is none, or it is CLIP's, which open_clip has itself."""
+    """The tokenizer of a folder; None if there is none, or if it is CLIP's, which open_clip contains."""
     from transformers import AutoTokenizer
 
     if not processor_files(folder, "texts"):
@@ -84,7 +84,8 @@ def _own_tokenizer(folder: Path) -> Any | None:
 def also_open_clip(
     wanted: bool, save_others: Callable[[Path], None], entries_of: Callable[[Path], Entries]
 ) -> Callable[[Path], None]:
-    """What writes the other files of a checkpoint; `wanted`: pack.open_clip, for which it writes `open_clip/` too."""
+    """`save_others`, which writes further files of a checkpoint; if `wanted` (pack.open_clip), followed by
+    `write_open_clip`."""
 
     def save(checkpoint: Path) -> None:
         save_others(checkpoint)
@@ -94,8 +95,8 @@ def also_open_clip(
 
 
 def write_open_clip(entries_of: Callable[[Path], Entries], checkpoint: Path) -> None:
-    """Adds `open_clip/` to a checkpoint folder that has its config and its processors; `entries_of` gives the tensors
-    of its CLIPModel."""
+    """Adds `open_clip/` to a checkpoint folder that already has its config and processors. `entries_of` returns the
+    tensors of its CLIPModel."""
     folder = checkpoint / FOLDER
     folder.mkdir()
     text = json.dumps(open_clip_config(checkpoint), indent=2) + "\n"
@@ -113,8 +114,10 @@ def dequantized_entries(
     dtype: torch.dtype,
     checkpoint: Path,
 ) -> Entries:
-    """The tensors of a run's checkpoint, dense. `model`: the student; `weights`: those of its linears by module name;
-    `dtype`: of the checkpoint."""
+    """The tensors of a run's checkpoint, dequantized.
+
+    `model`: the student. `weights`: the weights of its linears by module name. `dtype`: the type of the checkpoint.
+    """
     entries = {}
     for name, tensor in model.state_dict().items():
         weight = weights.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -129,7 +132,7 @@ def _dequantized(weight: QuantizedWeight | DenseWeight, dtype: torch.dtype) -> T
 
 
 def stored_entries(checkpoint: Path) -> Entries:
-    """The tensors of a dense checkpoint, read when they are written again."""
+    """The tensors of a dense checkpoint, each read when it is written again."""
     folder, types = ModelFolder(checkpoint, "checkpoint"), {name: dtype for dtype, name in NAMES.items()}
     return {
         name: Entry(name, types[info.dtype], info.shape, partial(folder.tensor, name))
@@ -138,7 +141,7 @@ def stored_entries(checkpoint: Path) -> Entries:
 
 
 def _entry(tensor: Fused, parts: list[Entry]) -> Entry:
-    """The entry of open_clip's tensor, made of those of CLIPModel's."""
+    """The entry of a tensor of open_clip, made of the entries of CLIPModel's tensors."""
     dtype = reduce(torch.promote_types, [part.dtype for part in parts])
     shape = parts[0].shape[::-1] if tensor.transposed else parts[0].shape
     if len(parts) > 1:

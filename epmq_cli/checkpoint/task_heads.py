@@ -1,4 +1,4 @@
-"""The heads of a checkpoint's tasks as heads/heads.safetensors has them: `<task>.<part>`, in float32."""
+"""Reads and checks the heads of a checkpoint's tasks: `<task>.<part>` in heads/heads.safetensors, in float32."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from epmq_cli.models.pretrained import config_of
 from epmq_cli.quantize.linalg import is_finite
 
 STORED = "F32"
-DENSE = "dense_"
-"""How the parts of the layer in front of a head's linear begin."""
+DENSE, NORM = "dense_", "norm_"
+"""Prefixes of the parts of the dense layer in front of a head's linear, and of the norm between the two."""
 
 
 def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each task's head; CheckpointError where they are not those of the suite's tasks and the model."""
+    """The tensors of each task's head; CheckpointError if they do not fit the suite's tasks and the model."""
     if family.heads == "none":
         return {task.name: {} for task in suite.members}
     path = heads_file(checkpoint)
     try:
         if not path.is_file():
-            raise FileNotFoundError("it is no file")
+            raise FileNotFoundError("it is not a file")
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); run epmq run again") from error
     heads: dict[str, dict[str, Tensor]] = {task.name: {} for task in suite.members}
-    there = {name.rpartition(".")[0] for name in tensors}
-    missing = [task for task in heads if task not in there]
+    stored = {name.rpartition(".")[0] for name in tensors}
+    missing = [task for task in heads if task not in stored]
     if missing:
-        raise CheckpointError(f"{path} has no head for task {missing[0]}; its tasks are {', '.join(sorted(there))}")
+        raise CheckpointError(f"{path} has no head for task {missing[0]}; its tasks are {', '.join(sorted(stored))}")
     wanted = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in heads}
     infos = SafetensorsFiles(path, "checkpoint").infos
     problems = head_problems({name: infos[name] for name in wanted}, heads, family, config_of(checkpoint))
@@ -47,7 +47,9 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
         (f"{name} holds NaN or infinity" for name, tensor in wanted.items() if not is_finite(tensor)), None
     )
     if problem:
-        raise CheckpointError(f"{path} holds no heads of this model: {problem}; fetch it again, or run epmq run again")
+        raise CheckpointError(
+            f"{path} does not hold the heads of this model: {problem}; fetch it again, or run epmq run again"
+        )
     for name, tensor in wanted.items():
         task, _, part = name.rpartition(".")
         heads[task][part] = tensor
@@ -57,14 +59,14 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
 def head_problems(
     infos: Mapping[str, TensorInfo], tasks: Collection[str], family: Family, config: Any
 ) -> Iterator[str]:
-    """Where stored heads are not those of such tasks and a model with such a config, a phrase for each."""
+    """A phrase for each tensor of the heads that does not fit the tasks, or a model with this config."""
     width = int(getattr(config, family.head_width, 0))
     for task in tasks:
         yield from (f"{task}.{part} is missing" for part in family.head_parts if _needed(infos, f"{task}.{part}"))
     for name, info in infos.items():
         task, _, part = name.rpartition(".")
         if task not in tasks or part not in family.head_parts:
-            yield f"{name} is no part of a head"
+            yield f"{name} is not a part of a head"
         elif info.dtype != STORED:
             yield f"{name} is of type {info.dtype}, epmq writes {STORED}"
         elif not info.shape or info.shape != (wanted := _shape(infos, task, part, width, info)):
@@ -72,15 +74,15 @@ def head_problems(
 
 
 def _needed(infos: Mapping[str, TensorInfo], name: str) -> bool:
-    """Whether a part is wanting; biases need not be there."""
+    """Whether a required part is missing; biases are optional."""
     return name not in infos and name.endswith("weight")
 
 
 def _shape(infos: Mapping[str, TensorInfo], task: str, part: str, width: int, info: TensorInfo) -> tuple[int, ...]:
-    """The shape that a part must have, which has rows of some number: as many as its weight, whose inputs are the
-    features or the outputs of the layer before it."""
-    prefix = DENSE if part.startswith(DENSE) else ""
-    if part.endswith("bias"):
+    """The shape that a part must have. A linear has any number of rows, and the inputs that the layer in front of it
+    gives, or the features; its bias is of its rows; a norm behind the dense layer is of that layer's rows."""
+    prefix = DENSE if part.startswith((DENSE, NORM)) else ""
+    if part.endswith("bias") or part.startswith(NORM):
         return (_rows(infos, f"{task}.{prefix}weight"),)
     before = f"{task}.{DENSE}weight"
     return (max(info.shape[0], 1), width if prefix or before not in infos else _rows(infos, before))

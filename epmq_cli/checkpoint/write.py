@@ -1,8 +1,4 @@
-"""Writes a checkpoint that transformers loads with nothing of ours installed: compressed-tensors, pack-quantized.
-
-vLLM 0.32 was tried on a CPU with decoders, BERT and CLIP. It loads unquantized checkpoints and 4 bits, in groups of 32,
-64 or 128 inputs or with one scale a row, symmetric or not. It refuses 3, 8 and mixed bits there: no kernel takes them.
-Its sources have kernels for 8 bits (Marlin) and for all widths (Humming) on CUDA only.
+"""Writes the checkpoint folder of `epmq run`: the model's tensors, its config, heads, processors, record and card.
 
 The folder appears under its name in one step, when all of its files are on disk.
 """
@@ -22,50 +18,34 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.models.processor_files import ProcessorFiles
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import atomic_folder
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest
-from epmq_cli.store.safetensors_writer import Entry, check_finite, of, write_model
+from epmq_cli.store.safetensors_writer import Entry, check_finite, write_model
 
 HEADS = "heads/heads.safetensors"
-"""In a folder of its own: vLLM takes every .safetensors file beside config.json for a part of the model."""
+"""In a folder of its own, since vLLM reads every .safetensors file beside config.json as a part of the model."""
 OLD_HEADS = "heads.safetensors"
-"""Where earlier versions of epmq wrote it."""
+"""Where earlier versions of epmq wrote the heads."""
 RECORD = "epmq.json"
-
-
-def packed_linear(name: str, weight: QuantizedWeight) -> list[Entry]:
-    """The tensors of one linear, each packed when it is written."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    rows, columns = weight.values.shape
-    bits, groups = weight.spec.bits, weight.scale.shape[1]
-    words = pack_to_int32(weight.values[:1].cpu(), bits).shape[1]
-    entries = [
-        Entry(f"{name}.weight_packed", torch.int32, (rows, words), lambda: pack_to_int32(weight.values.cpu(), bits)),
-        Entry(f"{name}.weight_scale", weight.dtype, (rows, groups), lambda: weight.scale.to(weight.dtype)),
-        of(f"{name}.weight_shape", torch.tensor([rows, columns])),
-    ]
-    if not weight.spec.symmetric:
-        zero = weight.zero.to(torch.int8).cpu()
-        entries.append(of(f"{name}.weight_zero_point", pack_to_int32(zero, bits, packed_dim=0).contiguous()))
-    return entries
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a checkpoint is made of.
+    """The contents of a checkpoint.
 
-    `model`: the student as the walk left it. `weights`: its blocks' linears by module name, each on a grid of its own
-    or dense. `dequantize`: see `quantization_config`. `heads`: tensors of each task's head. `base`: the folder whose
-    config and processor files are taken over. `texts`: further files by name. `dtype`: of all that is not packed.
-    `changes`: entries of config.json that are other than the base's. `save_others`: writes further files and folders
-    into the checkpoint's.
+    `exporter`: how quantized weights are stored. `model`: the student as the walk left it. `weights`: the weights of
+    its blocks' linears by module name, quantized or dense. `dequantize`: see Exporter.config. `heads`: the tensors of
+    each task's head. `base`: the folder whose config and processor files are copied. `texts`: further files by name.
+    `dtype`: the type of all that is not quantized. `changes`: the entries of config.json that differ from the base's.
+    `save_others`: writes further files and folders into the checkpoint folder.
     """
 
+    exporter: Exporter
     model: nn.Module
     weights: Mapping[str, QuantizedWeight | DenseWeight]
     dequantize: bool
@@ -76,71 +56,37 @@ class Contents:
     changes: Mapping[str, Any] = field(default_factory=dict)
     save_others: Callable[[Path], None] = lambda folder: None
 
+    @property
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        """The weights that are quantized."""
+        return {name: weight for name, weight in self.weights.items() if isinstance(weight, QuantizedWeight)}
+
 
 def entries(contents: Contents) -> list[Entry]:
-    """All tensors of the model: quantized linears packed, the other parameters and buffers in `dtype`."""
-    packed = {name: weight for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    found = []
+    """All tensors of the model: quantized linears as the exporter stores them, all others in `dtype`."""
+    quantized = contents.quantized
+    dense = []
     for name, tensor in untied(contents.model).items():
-        if name.removesuffix(".weight") not in packed:
+        if name.removesuffix(".weight") not in quantized:
             dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
-            found.append(Entry(name, dtype, tuple(tensor.shape), partial(tensor.to, dtype)))
-    return found + [entry for name, weight in packed.items() for entry in packed_linear(name, weight)]
+            dense.append(Entry(name, dtype, tuple(tensor.shape), partial(tensor.to, dtype)))
+    return dense + [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors, each once: of those that are tied the one that the others are tied to."""
+    """The model's tensors without those that are tied to another one."""
     own = model.state_dict()
     sources = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {name for name, source in sources.items() if own[name].data_ptr() == own[source].data_ptr()}
     return {name: tensor for name, tensor in own.items() if name not in tied}
 
 
-def quantization_config(model: nn.Module, specs: Mapping[str, GridSpec], dequantize: bool) -> dict[str, Any]:
-    """The entry of config.json from which readers of compressed-tensors know how the linears are packed, given the grid
-    of each by name.
-
-    One group where all have the same grid, else one for each. `dequantize` makes transformers do so while it loads;
-    asymmetric grids need that in any case. With several widths it must not, since it would take the first for all.
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kinds = sorted(set(specs.values()), key=lambda spec: spec.bits)
-    groups = {
-        f"group_{index}": {
-            "targets": ["Linear"] if len(kinds) == 1 else [name for name in linears if specs.get(name) == spec],
-            "weights": _weights_entry(spec),
-        }
-        for index, spec in enumerate(kinds)
-    }
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": [name for name in linears if name not in specs],
-        "config_groups": groups,
-    }
-    loads_wrong = len(kinds) > 1  # dequantizing on load, transformers takes the first width for all
-    wanted = not loads_wrong and (dequantize or not kinds[0].symmetric)
-    return {**config, "dequantize": True} if wanted else config
-
-
-def _weights_entry(spec: GridSpec) -> dict[str, Any]:
-    channel = spec.group_size == -1
-    return {
-        "num_bits": spec.bits,
-        "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": "channel" if channel else "group",
-        "group_size": None if channel else spec.group_size,
-        "dynamic": False,
-    }
-
-
 @contextmanager
 def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
-    """A folder to write into, which is on disk and has its name when the block is over; CheckpointError where the disk
-    does not take it. Its manifest is written last; files that the block puts into the dict are not read for it. Nothing
-    is left of a block that fails."""
+    """Yields a folder to write into, which gets its name when the block ends and all files are on disk.
+
+    The manifest is written last; files that the block puts into the dict are not hashed again for it. If the block
+    fails, nothing is left behind. CheckpointError: the disk is full or read-only."""
     known: dict[str, Content] = {}
     try:
         with atomic_folder(folder) as temporary:
@@ -153,14 +99,14 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
 
 
 def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
-    """Writes the checkpoint folder whole or not at all; CheckpointError where the disk does not take it."""
+    """Writes the complete checkpoint folder, or nothing; CheckpointError if the disk is full or read-only."""
     with whole(folder) as (temporary, known):
         known |= write_model(temporary, entries(contents), shard_bytes)
         _write_others(temporary, contents)
 
 
 def _write_others(folder: Path, contents: Contents) -> None:
-    """Everything but the model's tensors."""
+    """Writes everything but the model's tensors."""
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
@@ -176,10 +122,12 @@ def _write_others(folder: Path, contents: Contents) -> None:
     if "vocab_size" in config:  # larger than the base's where vocabularies were padded
         own: Any = contents.model.config
         config["vocab_size"] = own.vocab_size
-    specs = {name: weight.spec for name, weight in contents.weights.items() if isinstance(weight, QuantizedWeight)}
-    if specs:
-        config["quantization_config"] = quantization_config(contents.model, specs, contents.dequantize)
-    for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **contents.texts}.items():
+    texts = dict(contents.texts)
+    if contents.quantized:
+        quantization = contents.exporter.config(contents.model, contents.quantized, contents.dequantize)
+        config |= {"quantization_config": quantization} if quantization else {}
+        texts |= contents.exporter.files(quantization)
+    for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
         (folder / name).write_text(text, encoding="utf-8")
     ProcessorFiles(contents.base).copy(folder)
     contents.save_others(folder)
@@ -189,15 +137,15 @@ def _write_others(folder: Path, contents: Contents) -> None:
 
 
 def heads_file(folder: Path) -> Path:
-    """Where a checkpoint keeps the heads of its tasks: `HEADS`, or `OLD_HEADS` where only that is there."""
+    """The file with the heads of a checkpoint's tasks: `HEADS`, or `OLD_HEADS` if only that exists."""
     old = folder / OLD_HEADS
     return old if old.is_file() and not (folder / HEADS).is_file() else folder / HEADS
 
 
 def linear_bytes(contents: Contents) -> int:
-    """Bytes of the calibrated linears' weights in a checkpoint."""
+    """The stored size of the calibrated linears' weights, in bytes."""
     return sum(
-        sum(entry.size for entry in packed_linear(name, weight))
+        sum(entry.size for entry in contents.exporter.entries(name, weight))
         if isinstance(weight, QuantizedWeight)
         else weight.weight.numel() * contents.dtype.itemsize
         for name, weight in contents.weights.items()
@@ -205,5 +153,5 @@ def linear_bytes(contents: Contents) -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the model's safetensors files in a folder, task heads not counted."""
+    """The size of the model's safetensors files in a folder, in bytes, without task heads."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != OLD_HEADS)

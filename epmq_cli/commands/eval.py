@@ -1,4 +1,4 @@
-"""`epmq eval CHECKPOINT`: scores a checkpoint, read from disk by transformers, on the tasks it was made for."""
+"""`epmq eval CHECKPOINT`: scores a checkpoint, which transformers loads from disk, on the tasks of its suite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from epmq_cli.store.run_lock import refuse_used
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="eval")
 @log_errors
 def main(cfg: DictConfig) -> None:
-    """One checkpoint, or one of each job of a sweep."""
+    """Scores one checkpoint, or one in each job of a sweep."""
     evaluate(cfg, Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
 
 

@@ -1,4 +1,4 @@
-"""`epmq run --help` and those of merge and eval: the options as their YAML files explain them."""
+"""`epmq run --help`, also for merge and eval: the options with the comments of their YAML files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ examples
 """,
     "merge": """usage: epmq merge [group=option ...] [key.name=value ...] [-m] [--config-dir FOLDER]
 
-Merges the experts of a suite into a dense model, from disk to disk and tensor by tensor; no data is read.
+Merges the experts of a suite into a dense model, from disk to disk, tensor by tensor.
 
 examples
   epmq merge suite=flan_t5_base_glue merge=ties
@@ -33,7 +33,7 @@ examples
 """,
     "eval": """usage: epmq eval CHECKPOINT [key.name=value ...] [-m] [--config-dir FOLDER]
 
-Scores a checkpoint, read from disk by transformers, on the tasks that it was made for.
+Scores a checkpoint, which transformers loads from disk, on the tasks of its suite.
 
 examples
   epmq eval runs/NAME/checkpoint
@@ -42,14 +42,14 @@ examples
 """,
 }
 TAIL = """
--m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: what else Hydra takes.
---debug: a traceback in place of the sentence that says what went wrong.
-A shipped name always means the shipped thing: --config-dir adds options and shadows none.
+-m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: Hydra's options.
+--debug: print tracebacks.
+--config-dir adds options and replaces none: a shipped name always means the shipped thing.
 """
 
 
 def show(command: str) -> None:
-    """Prints the page of a command."""
+    """Prints the help of a command."""
     primary = conf_dir() / f"{command}.yaml"
     chosen = dict(
         line.strip(" -").split(": ") for line in _part(primary, "defaults:", "\n\n").splitlines() if ": " in line

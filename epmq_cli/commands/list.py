@@ -1,4 +1,4 @@
-"""`epmq list [GROUP]`: what each config group offers. A YAML in conf/ is all it takes to appear here."""
+"""`epmq list [GROUP]`: the options of each config group, one for each YAML in conf/."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from epmq_cli.runtime.console import console
 
 
 def main(arguments: list[str]) -> None:
-    """Prints one line an option; exits with 1 where there is no such group."""
-    parser = argparse.ArgumentParser(prog="epmq list", description="Show what each config group offers.")
-    parser.add_argument("group", nargs="?", help="only this group")
-    parser.add_argument("--config-dir", type=Path, help="a folder of your own configs, as for epmq run")
+    """Prints one line for each option; exits with 1 for an unknown group."""
+    parser = argparse.ArgumentParser(prog="epmq list", description="Show the options of each config group.")
+    parser.add_argument("group", nargs="?", help="show only this group")
+    parser.add_argument("--config-dir", type=Path, help="a folder with your own configs, as in epmq run")
     chosen = parser.parse_args(arguments)
     folders = [conf_dir()] + ([chosen.config_dir] if chosen.config_dir else [])
     for folder in folders:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
 
 
 def options(folders: list[Path]) -> dict[str, dict[str, str]]:
-    """group -> option -> its summary, from every YAML one level down; in a group shipped options come first."""
+    """group -> option -> summary, for every YAML one level down; in a group, shipped options come first."""
     found: dict[str, dict[str, str]] = {}
     for folder in folders:
         for path in sorted(folder.glob("*/*.yaml")):
@@ -39,21 +39,21 @@ def options(folders: list[Path]) -> dict[str, dict[str, str]]:
 
 
 def summary(path: Path) -> str:
-    """The second comment line of a config, which says in a sentence what it is; the first is its command line."""
+    """The second comment line of a config, its summary; the first is its command line."""
     if not path.is_file():
-        raise ConfigError(f"a config file cannot be read: {path} is no file; remove it")
+        raise ConfigError(f"a config file cannot be read: {path} is not a file; remove it")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"a config file cannot be read: {path} is no text in UTF-8; save it as such") from error
+        raise ConfigError(f"a config file cannot be read: {path} is not UTF-8 text; save it in UTF-8") from error
     except OSError as error:
-        raise ConfigError(f"a config file cannot be read: {path} ({error.strerror}); mend or remove it") from error
+        raise ConfigError(f"a config file cannot be read: {path} ({error.strerror}); repair or remove it") from error
     comments = [line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")]
     return comments[1] if len(comments) > 1 else ""
 
 
 def show(found: dict[str, dict[str, str]]) -> None:
-    """A table as wide as the terminal; elsewhere one line an option, for grep."""
+    """Prints a table as wide as the terminal; without a terminal one line for each option."""
     rows = [(f"{group}={option}", text) for group, summaries in found.items() for option, text in summaries.items()]
     if not console.is_terminal:
         print("\n".join(f"{name:<32} {text}".rstrip() for name, text in rows))

@@ -1,4 +1,4 @@
-"""`epmq merge`: the dense merge of a suite's experts, tensor by tensor from disk to disk."""
+"""`epmq merge`: merges a suite's experts into one dense model, tensor by tensor from disk to disk."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands.error_report import log_errors
-from epmq_cli.config import instantiate, schema
+from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
 
-PROBE = 8  # tokens of the texts on which tokenizers are compared, as a merge reads no data
+PROBE = 8  # tokens of the made-up texts on which tokenizers are compared
 
 
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="merge")
 @log_errors
 def main(cfg: DictConfig) -> None:
-    """One merge, or one of each job of a sweep."""
+    """Runs one merge, or one for each job of a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with alone(folder):
         merge(cfg, folder, list(HydraConfig.get().overrides.task))
 
 
 def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Writes `checkpoint/`, which is loaded as the base is, and `metrics.json`."""
+    """Writes `metrics.json` and `checkpoint/`, a model folder like the base's."""
     with importing():
         import torch
 
+        from epmq_cli.checkpoint.exporter import Exporter
         from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
@@ -44,12 +45,12 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.report.stage_timer import Stages
         from epmq_cli.runtime.console import say
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where there is a tokenizer to check
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imported only to check tokenizers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_used(folder, "checkpoint", "metrics.json")
     instantiate.check_complete(cfg, "merge")
     suite, method = instantiate.build("suite", cfg.suite), instantiate.build("merge", cfg.merge)
-    pack: schema.Pack = instantiate.build("pack", cfg.pack)
+    exporter: Exporter = instantiate.build("pack", cfg.pack)
     check_method(method, [task.name for task in suite.members])
     refuse_needs(method)
     device = torch.device("cpu")
@@ -57,19 +58,20 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
         family = suite_family(suite)
-        if pack.open_clip:
+        exporter.check(family, ())
+        if exporter.open_clip:
             check_family(family, suite.family)
         models = SuiteModels(suite, family, whole=True)
-        if pack.open_clip:
+        if exporter.open_clip:
             check_base(models.base)
-        files = ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is merged
+        files = ProcessorFiles(models.base.path)  # refuses what transformers cannot load
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         merged = LazyMerge(models.source, method, torch.float32)
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
-        others = also_open_clip(pack.open_clip, processors_of_tasks, stored_entries)
-        size = write_dense(checkpoint, models, merged, pack, files, others)
+        others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
+        size = write_dense(checkpoint, models, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(

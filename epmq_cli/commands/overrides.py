@@ -1,4 +1,4 @@
-"""What of the command line is checked before Hydra sees it, which would stumble over it, and what it stumbles over."""
+"""Checks of the command line before Hydra reads it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OPTIONAL = re.compile(r"suite\.(each\.|tasks\.[^=]+\.)?(processor|heads)=")
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
-    """ConfigError where an override cannot be read (readable.py), takes an option out of the config, gives a group
-    something else than one of its names, or `out` something that is no folder."""
+    """ConfigError if an override is unreadable (readable.py), deletes an option, gives a group a value that is not a
+    name, or `out` a value that is not a folder."""
     known, groups = options_of(command), groups_of(command)
     for override in parsed(texts):
         name = override.key_or_group
         if override.is_delete():
             if name in known:
-                raise ConfigError(f"{name} cannot be taken out of the config, got {override.input_line}")
+                raise ConfigError(f"{name} cannot be deleted from the config, got {override.input_line}")
         elif name in groups:
             _check_group(name, override)
         elif name == "out" and (override.value() in ("", None) or isinstance(override.value(), (list, dict))):
@@ -34,12 +34,12 @@ def check_overrides(command: str, texts: Sequence[str]) -> None:
 
 
 def addable(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with options of a suite that its file may leave out marked as such for Hydra (++)."""
+    """The arguments, with Hydra's `++` before options that a suite's file may omit."""
     return [f"++{argument}" if OPTIONAL.match(argument) else argument for argument in arguments]
 
 
 def unreadable(error: Exception, flags: Sequence[str]) -> str:
-    """Which config file cannot be read, and why; `flags`: with --config-dir, where those of the user are."""
+    """The unreadable config file and the reason; `flags`: with the user's --config-dir."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
@@ -47,7 +47,7 @@ def unreadable(error: Exception, flags: Sequence[str]) -> str:
     paths = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
     found = [path for path in paths if not _is_text(path)] if isinstance(error, UnicodeDecodeError) else []
     reason = first_line(error)
-    return f"{found[0]} is no text in UTF-8" if found else reason
+    return f"{found[0]} is not UTF-8 text" if found else reason
 
 
 def _is_text(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a process that Ray starts for jobs of a sweep does first (conf/hydra/launcher/ray_cluster.yaml)."""
+"""Setup of a process that Ray starts for jobs of a sweep (conf/hydra/launcher/ray_cluster.yaml)."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ FOLDER = "EPMQ_FOLDER"
 
 
 def enter() -> None:
-    """Goes to the folder in which the sweep was started, as jobs of Slurm do: relative paths then mean the same."""
+    """Changes to the folder in which the sweep started, as Slurm does, so relative paths mean the same."""
     os.chdir(os.environ[FOLDER])

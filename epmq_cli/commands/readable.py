@@ -1,4 +1,4 @@
-"""Whether Hydra can read what was typed; what it says of it itself has no remedy."""
+"""Checks that Hydra can read an override, and says how to write it if not; Hydra's own messages have no remedy."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from hydra.errors import OverrideParseException
 from epmq_cli.errors import ConfigError
 
 LEXER = "LexerNoViableAltException"
-"""What Hydra says of characters that its grammar does not have outside of quotes."""
+"""Hydra's name for the error of a character that needs quotes."""
 MARKS = frozenset("{}[]()=")
-"""What has a meaning in Hydra's grammar; a comma has one too, but a list without quotes is a sweep."""
+"""Characters with a meaning in Hydra's grammar; a comma has one too, but an unquoted list is a sweep."""
 NESTED = re.compile(r"\s*(\[|\{(?!\w*\}))")
-"""How a list or a dict begins; `{task}` is a placeholder."""
+"""The start of a list or a dict; `{task}` is a placeholder."""
 FUNCTION = re.compile(r"(bool|choice|float|glob|int|interval|range|shuffle|sort|str|tag)\(")
 LOGGING = "hydra/job_logging"
 WITHOUT_FILE = ("disabled", "none", "stdout")
-"""Hydra's options of it that do not have what epmq's configs write run.log by."""
+"""Options of it without the file handler that writes run.log."""
 
 
 def parsed(texts: Sequence[str]) -> list[Override]:
-    """The overrides; ConfigError where one is no text, needs quotes, names no option, or does away with run.log."""
+    """The parsed overrides; ConfigError if one is not UTF-8, needs quotes, names no option, or removes run.log."""
     found = []
     for text in texts:
         if not _is_unicode(text):
             readable = text.encode(errors="backslashreplace").decode()
-            raise ConfigError(f"{readable} is no text in UTF-8; give names that are, and rename files that have others")
+            raise ConfigError(f"{readable} is not UTF-8; use names in UTF-8 and rename files with others")
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except OverrideParseException as error:
@@ -46,21 +46,21 @@ def parsed(texts: Sequence[str]) -> list[Override]:
 
 
 def _way_out(text: str, said: str) -> str | None:
-    """What to type instead of an override that Hydra cannot read; None where quotes would not help."""
+    """What to type instead of an unreadable override; None if quotes do not help."""
     key, equals, value = text.partition("=")
     if said.startswith(LEXER) and not NESTED.match(value):
-        return f"{text} has characters that must be in quotes; write {quoted(text)}"
+        return f"{text} has characters that need quotes; write {quoted(text)}"
     if not equals or FUNCTION.match(value) or not (MARKS & set(value) or said.startswith(LEXER)):
         return None
     if NESTED.match(value):
         example = shlex.quote(f'{key}=["a text with {{}}", "another"]')
         return f"{text} cannot be read as a list or dict; put quotes around each text in it, as in {example}"
     marks = " ".join(sorted(MARKS & set(value)))
-    return f"{text} has {marks} in its value, which must be in quotes; write {quoted(text)}"
+    return f"{text} has {marks} in its value, which needs quotes; write {quoted(text)}"
 
 
 def quoted(text: str) -> str:
-    """An override as it is to be typed: its value quoted for Hydra, the whole for the shell."""
+    """An override to type: its value quoted for Hydra, all of it for the shell."""
     key, _, value = text.partition("=")
     escaped = value.strip("'\"").replace('"', r"\"")
     return shlex.quote(f'{key}="{escaped}"')

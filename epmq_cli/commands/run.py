@@ -195,6 +195,7 @@ def _made(
         return tasks, scores, {}
     with stages.stage("pack"):
         contents = Contents(
+            exporter=job.exporter,
             model=model,
             weights=calibrated.walk.weights,
             dequantize=job.family.dequantize_on_load,
@@ -202,7 +203,7 @@ def _made(
             base=models.base.path,
             texts=record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors),
             save_others=also_open_clip(
-                job.pack.open_clip,
+                job.exporter.open_clip,
                 partial(save_processors, models.base.path, read.processors, job.family.reads),
                 partial(dequantized_entries, model, calibrated.walk.weights, read.dtype),
             ),
@@ -210,7 +211,7 @@ def _made(
             changes=models.ties.changes,
         )
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.pack.shard_size))
+            write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = micro.halved

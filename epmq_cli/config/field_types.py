@@ -1,4 +1,4 @@
-"""Whether the values of a config are of the types that the fields of its class are annotated with."""
+"""Checks the values of a config against the annotated types of its class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from epmq_cli.errors import ConfigError, shown
 
 ONE = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 MANY = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text", type(None): "null"}
-"""What values of a type are called, one and several of them."""
+"""The names of types in messages, for one value and for several."""
 
 
 def required(kind: type) -> list[str]:

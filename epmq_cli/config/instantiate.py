@@ -33,7 +33,8 @@ MOVED = {
     "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
     "epmq_cli.data.tiny.Tiny": "epmq_cli.data.tiny.tasks.Tiny",
     "epmq_cli.config.Calib": "epmq_cli.config.schema.Calib",
-    "epmq_cli.config.Pack": "epmq_cli.config.schema.Pack",
+    "epmq_cli.config.Pack": "epmq_cli.checkpoint.compressed_tensors.CompressedTensorsExporter",
+    "epmq_cli.config.schema.Pack": "epmq_cli.checkpoint.compressed_tensors.CompressedTensorsExporter",
     "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
     "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
 }
@@ -95,10 +96,7 @@ def build(group: str, node: DictConfig) -> Any:
     its values of their types."""
     import hydra
 
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
-    if "_target_" not in node:
-        raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
+    _check_node(group, node)
     node = _with_current_names(node)
     _check_parts(group, node)
     try:
@@ -111,6 +109,29 @@ def build(group: str, node: DictConfig) -> Any:
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
+
+
+def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
+    """The fields of the class that a config group names, and whether each must be given."""
+    _check_node(group, node)
+    node = _with_current_names(node)
+    kind = _class_of(f"{group}._target_", node._target_)
+    needed = required(kind)
+    return {field.name: field.name in needed for field in dataclasses.fields(kind)}
+
+
+def references(node: DictConfig) -> dict[str, str]:
+    """The options that values of a node stand for, by key: `bits` for `bits: ${bits}`."""
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    return {key: found[1] for key, value in raw.items() if (found := REFERENCE.fullmatch(str(value)))}
+
+
+def _check_node(group: str, node: object) -> None:
+    """ConfigError unless a config group describes an object."""
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
+    if "_target_" not in node:
+        raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
 
 
 def _with_current_names(node: DictConfig) -> DictConfig:

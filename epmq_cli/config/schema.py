@@ -22,7 +22,7 @@ STAGES = ("base", "experts", "merged", "quantized")
 
 
 def bytes_of(name: str, text: object) -> int:
-    """The number of bytes that a text such as 5GB says; ConfigError, naming the option, where it says none."""
+    """The number of bytes in a text such as 5GB; ConfigError naming the option if it is none."""
     number = text[:-2] if isinstance(text, str) else ""
     unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
     if unit is None or not number.isdecimal() or int(number) == 0:
@@ -50,17 +50,22 @@ class Calib:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """`pack=<name>`: `dtype` of scales and of all that is not quantized, `auto` for the type of most elements
-    that the base stores (`epmq merge` leaves each tensor in its own); `shard_size` such as 5GB; `open_clip`: whether
-    CLIP models are written for open_clip as well (checkpoint/open_clip.py)."""
+    """What all options of `pack` have: `dtype` of scales and of all that is not quantized, `auto` for the type of most
+    elements that the base stores (`epmq merge` keeps the type of each tensor); `shard_size` such as 5GB."""
 
     dtype: str
     shard_size: object
-    open_clip: bool
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)
         bytes_of("pack.shard_size", self.shard_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenClipPack(Pack):
+    """`open_clip`: whether CLIP models are written for open_clip as well (checkpoint/open_clip.py)."""
+
+    open_clip: bool
 
 
 @dataclasses.dataclass(frozen=True)

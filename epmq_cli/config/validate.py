@@ -18,7 +18,7 @@ def check_range(
     open_low: bool = False,
     integer: bool = False,
 ) -> None:
-    """Refuses `value` unless it is a number (an int where `integer`) in [low, high]; (low, high] where `open_low`."""
+    """ConfigError unless `value` is a number (`integer`: an int) in [low, high] (`open_low`: in (low, high])."""
     wanted = "a whole number" if integer else "a number"
     span = f"{'(' if open_low else '['}{low}, {high}{')' if high == float('inf') else ']'}"
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
@@ -28,7 +28,7 @@ def check_range(
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Refuses `value` unless it is one of `allowed`."""
+    """ConfigError unless `value` is one of `allowed`."""
     options = list(allowed)
     if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
         known = ", ".join(option if isinstance(option, str) else shown(option) for option in options)
@@ -36,7 +36,7 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
-    """Refuses keys that are not known, suggesting the nearest one, and the absence of required ones."""
+    """ConfigError if a key is unknown (with the closest known one) or a required one is missing."""
     known, given = list(known), list(given)
     for key in given:
         if key not in known:

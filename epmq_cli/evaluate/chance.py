@@ -1,4 +1,5 @@
-"""Whether an expert does its own task better than chance. One that does not was fed wrongly, or is no expert of it."""
+"""Whether an expert beats chance on its own task. One that does not reads wrong inputs, or is an expert of another
+task."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from epmq_cli.evaluate.score import ScoredTask, Scores
 
 log = logging.getLogger("epmq")
 
-ERRORS = 2.0  # standard errors that a score may be above chance by luck
-WORSE = 2.0  # times the base's perplexity
+ERRORS = 2.0  # standard errors above chance that count as luck
+WORSE = 2.0  # times the perplexity of the base
 CAUSES = {
     "images": "the order of the labels, the image processor",
     "texts": "the order of the labels, the tokenizer, the columns of the text",
@@ -27,10 +28,10 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Check:
-    """An expert's score beside the one that chance gives on the same samples.
+    """An expert's score, and the score of guessing on the same samples.
 
-    `at_chance`: whether it is at most that, up to luck; of perplexities, whether it is as bad as a uniform
-    guess among all tokens, or more than `WORSE` times that of the base.
+    `at_chance`: whether the score is not above that by more than luck; for perplexity, whether it is no better than a
+    uniform guess among all tokens, or more than `WORSE` times the base's.
     """
 
     score: float
@@ -39,25 +40,25 @@ class Check:
 
 
 def check_experts(tasks: Sequence[ScoredTask], scores: Scores, model: nn.Module) -> dict[str, Check]:
-    """A check of each expert that was scored, with a warning for each that is at chance. `model`: the base."""
+    """Checks each expert that was scored, and warns of those at chance. `model`: the base."""
     experts, base, checks = scores.get("experts", {}), scores.get("base", {}), {}
     for task in tasks:
         if task.name in experts:
-            found = check(task, experts[task.name], base.get(task.name), vocabulary(model))
-            checks[task.name] = found
-            if found.at_chance:
-                log.warning("%s", warning(task, found, base.get(task.name)))
+            result = check(task, experts[task.name], base.get(task.name), vocabulary(model))
+            checks[task.name] = result
+            if result.at_chance:
+                log.warning("%s", warning(task, result, base.get(task.name)))
     return checks
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many tokens a model knows; 1 where it reads none."""
+    """The size of a model's vocabulary; 1 where it reads no text."""
     config: Any = model.config
     return int(getattr(config.get_text_config(), "vocab_size", 1))
 
 
 def check(task: ScoredTask, score: float, base: float | None, tokens: int) -> Check:
-    """One expert's score beside chance."""
+    """Compares the score of an expert with chance."""
     if task.metric == PERPLEXITY:
         chance = float(tokens)
         return Check(score, chance, score >= chance or (base is not None and score > WORSE * base))
@@ -66,8 +67,8 @@ def check(task: ScoredTask, score: float, base: float | None, tokens: int) -> Ch
 
 
 def expected(task: ScoredTask) -> tuple[float, float]:
-    """What guessing scores on a task's samples, and its standard error: for accuracy the share of the largest class, or
-    of one among all classes; for correlations 0."""
+    """The expected score of guessing on a task's samples, and its standard error. For accuracy that is the share of the
+    largest class, or one over the number of classes if that is more; for correlations it is 0."""
     count, labels = len(task.samples), task.samples.labels
     if task.metric != "accuracy" or labels is None:
         return 0.0, 1 / math.sqrt(count)
@@ -77,17 +78,17 @@ def expected(task: ScoredTask) -> tuple[float, float]:
     return chance, math.sqrt(chance * (1 - chance) / count)
 
 
-def warning(task: ScoredTask, found: Check, base: float | None) -> str:
-    """What the user should know of an expert that is at chance."""
+def warning(task: ScoredTask, result: Check, base: float | None) -> str:
+    """The warning of an expert at chance."""
     if task.metric == PERPLEXITY:
-        beside = f"the base's is {base:.4g}" if base is not None else ""
-        beside = f"a uniform guess has {found.chance:.4g}" if found.score >= found.chance else beside
+        other = f"the base's is {base:.4g}" if base is not None else ""
+        other = f"a uniform guess has {result.chance:.4g}" if result.score >= result.chance else other
         return (
-            f"task {task.name}: the expert's perplexity is {found.score:.4g}, and {beside}; check {CAUSES[PERPLEXITY]}"
+            f"task {task.name}: the expert's perplexity is {result.score:.4g}, and {other}; check {CAUSES[PERPLEXITY]}"
         )
     kind = "texts" if isinstance(task.samples.inputs[0], (str, tuple)) else "images"
     return (
-        f"task {task.name}: the expert scores {100 * found.score:.1f} ({task.metric} in %) on {len(task.samples)} test "
-        f"samples, where chance is {100 * found.chance:.1f}; check {CAUSES[kind]}, and that the expert is one of this "
-        "task"
+        f"task {task.name}: the expert scores {100 * result.score:.1f} ({task.metric} in %) on {len(task.samples)} "
+        f"test samples, where chance is {100 * result.chance:.1f}; check {CAUSES[kind]}, and that the expert was "
+        "trained for this task"
     )

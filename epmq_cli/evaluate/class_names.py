@@ -1,9 +1,9 @@
-"""The labels of a task's data against the classes of its head, by name.
+"""Matches the labels of a task's data with the classes of its head, by name.
 
-A head has its classes in the order in which it was trained, or in which a suite lists them; a data source has its own,
-such as that of sorted class folders. Where both are known by name, labels are translated into the order of the head.
-Where they are not, labels are taken by position, and that is said; where names contradict each other, the task is
-refused, since every position could be wrong.
+A head has its classes in the order of its training, or of the suite; a data source has an order of its own, such as
+that of sorted class folders. Where both have names, labels are translated into the order of the head. Where one has
+none, labels are taken by position, and the user is told. Where names contradict each other, the task is refused, since
+any position could be wrong.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from epmq_cli.data.suite import POSITION, Task
 from epmq_cli.errors import DataError
 
 DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
-"""The names that transformers gives to classes that have none."""
+"""The names that transformers gives to unnamed classes."""
 NUMBER = re.compile(r"-?\d+")
-SHOWN = 8  # names of a long list
-QUIRKS = 0.1  # of the names that prompts share with the data, how many may be at other positions
-SHORT = 3  # letters that an abbreviation has at least
+SHOWN = 8  # names shown of a long list
+QUIRKS = 0.1  # the share of names, common to prompts and data, that may be at other positions
+SHORT = 3  # letters of an abbreviation at least
 
 Order = tuple[int | None, ...]
-"""The class of the head that each label of the data is, by label; None where the head has no such class."""
+"""The class of the head for each label of the data; None where the head has no such class."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """What is known of the classes of a task's head.
+    """The known facts about the classes of a task's head.
 
-    `names`: in order; None where it has none, as an adapter or a head with transformers' own LABEL_0, LABEL_1, ...
-    `count`: how many there are; None where that is not known. `own`: whether the head was trained with the expert, so
-    that its names are those of the data it was trained on; others are prompts or answers, which need not be spelled
-    as the data does it.
+    `names`: in order; None where it has none, such as a LoRA adapter or a head with the default LABEL_0, LABEL_1, ...
+    `count`: the number of classes; None where that is not known. `own`: whether the head was trained with the expert,
+    so that its names are those of its training data; others are prompts or answers, which data may spell differently.
     """
 
     task: str
@@ -49,16 +48,16 @@ class Heading:
 
 @dataclass(frozen=True)
 class Match:
-    """How labels of the data are those of the head: None for by position. `said`: what the user should know of it."""
+    """The order that translates labels of the data, None for by position. `said`: the notice for the user."""
 
     order: Order | None
     said: str | None = None
 
 
 def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
-    """How the labels of a task's test samples are translated; DataError where names contradict each other.
+    """The match for the labels of a task's test samples; DataError where names contradict each other.
 
-    Where the source knows no names, the classes that the suite lists in label order are those of the data.
+    Where the source has no names, the classes of the suite, in label order, are those of the data.
     """
     data = samples.classes or task.classes
     if task.match_labels == POSITION or (data == heading.names and data is not None):
@@ -69,8 +68,8 @@ def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
 
 
 def _by_value(heading: Heading, labels: Tensor) -> Match | None:
-    """The match of labels of data without names where the names of the head are numbers other than 0, 1, ..., such as 1
-    to 5, and the labels are those; None elsewhere. DataError where they may be positions as well."""
+    """The match for unnamed labels where the head's classes are named by numbers other than 0, 1, ..., such as 1 to 5,
+    and the labels are among them; else None. DataError where the labels could be positions as well."""
     numbers = _numbers(heading.names or ())
     if numbers is None or not len(labels) or sorted(numbers) == list(range(len(numbers))):
         return None
@@ -90,7 +89,7 @@ def _by_value(heading: Heading, labels: Tensor) -> Match | None:
 
 
 def translated(samples: Samples, order: Order | None, heading: Heading) -> Samples:
-    """The samples with labels in the order of the head; DataError where one of them is not a class of it."""
+    """The samples with labels in the order of the head; DataError where one is not a class of the head."""
     if order is None or samples.labels is None:
         return samples
     there = set(samples.labels.tolist())
@@ -107,8 +106,8 @@ def translated(samples: Samples, order: Order | None, heading: Heading) -> Sampl
 
 
 def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) -> Match:
-    """How labels with these names (None for unnamed ones) are classes of the head; DataError where names contradict
-    each other. `listed`: whether the suite gives the data's names, and so their order."""
+    """The match for labels with these names (None for unnamed ones); DataError where names contradict each other.
+    `listed`: whether the suite gives the data's names, and so their order."""
     head = heading.names
     if data is None:
         numbers = _numbers(head or ())
@@ -123,7 +122,7 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
         return _unnamed_head(heading, data, listed)
     head_keys, data_keys = _keys(head, data)
     if head_keys is None or data_keys is None:
-        return _incomparable(heading, data, "a name is there twice")
+        return _incomparable(heading, data, "a name occurs twice")
     head_numbers, data_numbers = _numbers(head), _numbers(data)
     if data_numbers is not None and head_numbers is None:
         return _numbered_data(heading, data, data_numbers, listed)
@@ -135,7 +134,7 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
 
 
 def _check_numbered_head(heading: Heading, data: tuple[str, ...], numbers: Sequence[int]) -> None:
-    """DataError where the names of the head are numbers out of order, and those of the data are words."""
+    """Raises DataError where the names of the head are numbers out of order, and those of the data are words."""
     if list(numbers) != sorted(numbers):
         raise DataError(
             f"task {heading.task}: the classes of the head are numbers in another order, {shown(heading.names or ())}, "
@@ -145,12 +144,12 @@ def _check_numbered_head(heading: Heading, data: tuple[str, ...], numbers: Seque
 
 
 def numbers_first(numbers: Sequence[int]) -> Order:
-    """Where each of the numbers 0, 1, ... is in a list of all of them."""
+    """The position of each of the numbers 0, 1, ... in a list of all of them."""
     return tuple(numbers.index(number) for number in range(len(numbers)))
 
 
 def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
-    """The match by name of data whose labels were found at these classes of the head."""
+    """The match by name, where `order` gives the class of the head for each label of the data."""
     head = heading.names or ()
     found = [label for label, place in enumerate(order) if place is not None]
     moved = [label for label in found if order[label] != label]
@@ -168,8 +167,8 @@ def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
 
 
 def _with_abbreviations(order: Order, head: Sequence[str], data: Sequence[str]) -> Order:
-    """The order with the names that begin alike, as neg and negative, where that gives each of the rest one of its own;
-    the order itself elsewhere."""
+    """The order completed by names that begin alike, such as neg and negative, if that gives each remaining label a
+    class of its own; else the order itself."""
     rest = {place: head[place] for place in range(len(head)) if place not in order}
     found = dict(enumerate(order))
     for label in (label for label, place in enumerate(order) if place is None):
@@ -186,7 +185,7 @@ def _alike(one: str, other: str) -> bool:
 
 
 def _unnamed_head(heading: Heading, data: tuple[str, ...], listed: bool) -> Match:
-    """For heads without names of their own: those of transformers, where the data has these; else by position."""
+    """The match for a head without names: by the default names, if the data has those; else by position."""
     if heading.count is not None and all(map(DEFAULT.fullmatch, data)):
         names = tuple(f"LABEL_{index}" for index in range(heading.count))
         order = tuple(names.index(name.upper()) if name.upper() in names else None for name in data)
@@ -196,7 +195,7 @@ def _unnamed_head(heading: Heading, data: tuple[str, ...], listed: bool) -> Matc
 
 
 def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[int], listed: bool) -> Match:
-    """For data whose names are numbers: by the numbers in the names of the head, as of "1 star"; else by position."""
+    """The match for data named by numbers: by the numbers in names such as "1 star"; else by position."""
     head = heading.names or ()
     parts = [NUMBER.findall(name) for name in head]
     if all(len(part) == 1 for part in parts):
@@ -208,8 +207,8 @@ def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[in
 
 
 def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int] | None, listed: bool) -> None:
-    """DataError where the names of the data are numbers out of order, as those of sorted folders 0, 1, 10, 2 are: the
-    position that a head has a class at may be the one or the other. `listed`: whether the user gave the order."""
+    """Raises DataError where the names of the data are numbers out of order, such as sorted folders 0, 1, 10, 2: the
+    position of a class in the head is then ambiguous. `listed`: whether the user gave the order."""
     if numbers is not None and list(numbers) != sorted(numbers) and not listed:
         classes = f"its classes are {shown(heading.names)}" if heading.names else "its head names no classes"
         raise DataError(
@@ -219,7 +218,7 @@ def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int
 
 
 def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
-    """By position, where names say nothing; DataError where a trained head has more classes than the data, or fewer."""
+    """The match by position; DataError where a trained head has another number of classes than the data."""
     if heading.own and heading.count is not None and heading.count != len(data):
         raise DataError(
             f"task {heading.task}: its head has {heading.count} classes and the data {len(data)}, {shown(data)}; name "
@@ -242,8 +241,8 @@ def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
 
 
 def _keys(head: tuple[str, ...], data: tuple[str, ...]) -> tuple[list[str] | None, list[str] | None]:
-    """Both lists as they are compared: folded, or as they are where folding makes two names one; None where a name is
-    there twice even so."""
+    """Both lists in the form for comparison: folded, or unchanged where folding makes two names equal; None where a
+    name occurs twice even so."""
     for key in (fold, str.strip):
         both = [[key(name) for name in names] for names in (head, data)]
         if all(len(set(keys)) == len(keys) for keys in both):
@@ -252,7 +251,7 @@ def _keys(head: tuple[str, ...], data: tuple[str, ...]) -> tuple[list[str] | Non
 
 
 def fold(name: str) -> str:
-    """A name without case, spaces, `_` and `-`; a whole number as it is usually written."""
+    """The name without case, spaces, `_` and `-`; a whole number in its usual form."""
     name = unicodedata.normalize("NFKC", name).strip()
     if NUMBER.fullmatch(name):
         return str(int(name))
@@ -261,18 +260,18 @@ def fold(name: str) -> str:
 
 
 def _numbers(names: Sequence[str]) -> list[int] | None:
-    """The numbers that all names are, as those of transformers' LABEL_1, LABEL_0; None where they are not."""
+    """The names as numbers, such as 1, 0 for LABEL_1, LABEL_0; None where one is not a number."""
     found = [DEFAULT.fullmatch(name.strip()) for name in names]
     texts = [part[1] if part else name.strip() for part, name in zip(found, names, strict=True)]
     return [int(text) for text in texts] if texts and all(map(NUMBER.fullmatch, texts)) else None
 
 
 def shown(names: Sequence[str]) -> str:
-    """Names in a sentence, a long list cut short."""
+    """Names for a sentence; a long list is cut."""
     rest = len(names) - SHOWN
     return ", ".join([*names[:SHOWN], *([f"... ({rest} more)"] if rest > 0 else [])])
 
 
 def unnamed(names: Sequence[str]) -> bool:
-    """Whether names are those that transformers gives to classes without one, in order."""
+    """Whether names are the defaults of transformers, in order."""
     return all((part := DEFAULT.fullmatch(name)) is not None and int(part[1]) == i for i, name in enumerate(names))

@@ -16,8 +16,8 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.models.pretrained import from_folder
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
-"""The metric that is reported of a task that has several; otherwise its first one. Where the harness reads a metric out
-of the answers by several filters, the first that the task names counts (strict-match of gsm8k)."""
+"""The metrics to report for a task that has several; without any of these, its first one. Where the harness computes a
+metric through several filters, the first filter of the task counts (strict-match for gsm8k)."""
 
 
 def harness_scores(
@@ -33,8 +33,8 @@ def harness_scores(
     """The score of each task or group under the name `<task>/<metric>`; patterns (arc_*), tags (ai2_arc) and groups
     without a score of their own stand for their tasks.
 
-    `folder` has the tokenizer. `include_path`: a folder of the user's own task files. `shots`: examples in the prompt,
-    None for each task's own number. `limit`: at most so many samples of each. Needs the extra `lm_eval`; ConfigError
+    `folder` has the tokenizer. `include_path`: a folder with task files of the user. `shots`: examples in the prompt,
+    None for each task's own number. `limit`: the most samples of each task. Needs the extra `lm_eval`; ConfigError
     where it is missing or does not know a task.
     """
     try:
@@ -71,7 +71,7 @@ def harness_scores(
 
     scores: dict[str, float] = {}
     named = dict.fromkeys(name for names in matched.values() for name in names)
-    for name in named:  # one by one, as what comes back does not say which tasks a tag stood for
+    for name in named:  # one by one, as the results do not say which tasks a tag stood for
         found = micro.run(partial(evaluated, name))
         results = {**found["results"], **found.get("groups", {})}
         scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
@@ -80,14 +80,14 @@ def harness_scores(
 
 @lru_cache(maxsize=1)
 def _known(include_path: str | None) -> Any:
-    """The tasks that the harness knows, which it takes seconds to read, and the user's own."""
+    """The task manager of the harness, which takes seconds to build, with the user's own tasks."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The preferred metric of each task; `results` as the harness gives them, with keys such as "acc_norm,none"."""
+    """The preferred metric of each task; `results` from the harness, with keys such as "acc_norm,none"."""
     scores = {}
     for task in tasks:
         found = numbers(results[task])
@@ -97,7 +97,7 @@ def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one task by their names without the filter, in the task's order."""
+    """The metrics of one task by name without the filter, in the task's order."""
     found: dict[str, float] = {}
     for key, value in result.items():
         metric, comma, _ = key.partition(",")

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from epmq_cli.errors import DataError, ModelError
 
-LARGEST = 700.0  # loss of a token: the exponential of more is no number that JSON has
-PLACES = 1 << 26  # logits that are turned into losses at a time: 0.25 GB in float32
+LARGEST = 700.0  # mean loss: the exponential of more overflows
+PLACES = 1 << 26  # logits turned into losses at a time: 0.25 GB in float32
 
 Window = tuple[int, int, int]
-"""Where a window starts and ends, and how many of its last tokens no window before it had."""
+"""Start and end of a window, and the number of its last tokens that no window before it had."""
 
 
 def perplexity(
@@ -27,12 +27,12 @@ def perplexity(
 ) -> float:
     """exp of the mean loss of the predicted tokens of `ids` (tokens,), read in windows of `length` tokens.
 
-    `losses_of`: what `window_losses` gives of some windows (windows, tokens). A window starts `stride` tokens behind
-    the one before it, and only what is new in it counts. With a stride of `length`, the protocol of GPTQ and most
-    tables, windows do not overlap and the first token of each is not predicted; with a smaller one each token but the
-    very first counts once. The last window may be shorter, and counts; GPTQ (https://github.com/IST-DASLab/gptq,
-    `llama_eval`) drops it, whose number is that of `ids` cut to whole windows.
-    DataError where nothing can be predicted, ModelError where logits are NaN; a loss is taken as at most `LARGEST`.
+    `losses_of` returns `window_losses` for windows (windows, tokens). Each window starts `stride` tokens after the one
+    before it, and only its new tokens count. With `stride` equal to `length`, the protocol of GPTQ and most tables,
+    windows do not overlap and the first token of each is not predicted; with a smaller stride each token but the very
+    first counts once. The last window may be shorter, and counts; GPTQ (https://github.com/IST-DASLab/gptq,
+    `llama_eval`) drops it, which equals this on `ids` cut to whole windows.
+    DataError where no token is predicted, ModelError where logits are NaN. The mean loss is capped at `LARGEST`.
     """
     total, count = 0.0, 0
     for group in batched(windows(len(ids), length, stride), batch_size):
@@ -48,7 +48,7 @@ def perplexity(
 
 
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
-    """The windows over so many tokens, the last one up to their end."""
+    """The windows over this number of tokens; the last one ends with them."""
     reached = 0
     for start in range(0, tokens, stride):
         end = min(start + length, tokens)
@@ -58,10 +58,10 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def batched(found: Iterator[Window], size: int) -> Iterator[list[Window]]:
-    """Windows of one length, at most `size` at a time."""
+def batched(given: Iterator[Window], size: int) -> Iterator[list[Window]]:
+    """Groups of at most `size` windows of one length."""
     group: list[Window] = []
-    for window in found:
+    for window in given:
         if group and (len(group) == size or window[1] - window[0] != group[0][1] - group[0][0]):
             yield group
             group = []
@@ -71,8 +71,8 @@ def batched(found: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 
 def window_losses(logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """The loss of each predicted token, (windows, tokens - 1) in float64 on the CPU, of windows (windows, tokens);
-    `logits_of` them: (windows, tokens, vocabulary)."""
+    """The loss of each predicted token, (windows, tokens - 1) in float64 on the CPU, for windows `ids` (windows,
+    tokens); `logits_of` returns (windows, tokens, vocabulary)."""
     logits, wanted = logits_of(ids)[:, :-1], ids[:, 1:]
     rows = max(1, PLACES // max(1, logits[0].numel()))
     parts = [

@@ -19,14 +19,16 @@ from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.metrics import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
-from epmq_cli.families.family import Family, Head, LanguageModel, Predict
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head, Predict
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime.console import bar
 
 Scores = dict[str, dict[str, float]]
 """stage -> task -> score: a fraction of 1, or a perplexity."""
 
 ScoreCache = Callable[["ScoredTask", Callable[[], float]], float]
-"""Gives a task's score, which the function makes if it is not known."""
+"""Returns a task's score from a cache, or else computes it by the function."""
 
 
 UNSCORED = Samples(())
@@ -35,12 +37,12 @@ UNSCORED = Samples(())
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """A task ready to be scored: its test samples, how they become batches, its head on the device, what the model says
-    of a sample, and what is made of that.
+    """A task ready to be scored: its test samples, the functions that make batches and predictions, its head on the
+    device, and the metric.
 
-    `classes`: how many there are, where the head does not say it; `names`: what the head's are called. `processor`: the
-    folder of the tokenizer or image processor where that is not the base's. For perplexity `samples` has one input, the
-    tokens of all documents (tokens,), which are read `length` at a time.
+    `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
+    of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
+    all documents (tokens,), which are read `length` at a time.
     """
 
     name: str
@@ -61,12 +63,12 @@ class ScoredTask:
 
     @property
     def steps(self) -> int:
-        """How much there is to do, in samples or windows of tokens."""
+        """The amount of work, in samples or windows of tokens."""
         return math.ceil(len(self.samples.inputs[0]) / self.length) if self.metric == PERPLEXITY else len(self.samples)
 
 
 def check_labelled(task: str, labels: Tensor) -> None:
-    """DataError where samples have no labels, which data sets of the hub write as -1."""
+    """Raises DataError where samples have no labels, which data sets of the hub write as -1."""
     if len(labels) and bool((labels == UNLABELLED).all()):
         raise DataError(
             f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; give a split or "
@@ -75,7 +77,7 @@ def check_labelled(task: str, labels: Tensor) -> None:
 
 
 def check_samples(task: ScoredTask) -> None:
-    """DataError where a task's metric cannot compare what its head says with its labels."""
+    """Raises DataError where a task's metric cannot compare its predictions with its labels."""
     labels, where = task.samples.labels, f"task {task.name}"
     if len(task.samples) == 0:
         raise DataError(f"{where} has no test samples to score on")
@@ -110,7 +112,7 @@ def check_samples(task: ScoredTask) -> None:
 
 
 def _check_varied(where: str, metric: str, labels: Tensor) -> None:
-    """DataError where a correlation is asked for of labels that are all the same, which have none."""
+    """Raises DataError where a correlation is undefined because all labels are equal."""
     if metric != "accuracy" and bool((labels == labels[0]).all()):
         raise DataError(
             f"{where}: {metric} needs labels that differ, and those of all {len(labels)} test samples are "
@@ -119,7 +121,7 @@ def _check_varied(where: str, metric: str, labels: Tensor) -> None:
 
 
 def _check_numbers(where: str, metric: str, outputs: int | None) -> None:
-    """DataError where labels that are numbers meet a metric or a head of classes."""
+    """Raises DataError where labels are numbers and the metric or the head is for classes."""
     if metric != "spearman":
         raise DataError(f"{where}: {metric} compares classes, and the labels of the data are numbers; use spearman")
     if outputs not in (None, 1):
@@ -137,14 +139,15 @@ def score(
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
 ) -> float:
-    """The task's metric; `advance` is called with the samples that are done."""
+    """The value of the task's metric; `advance` is called with the number of finished samples."""
     with torch.inference_mode():
-        if not isinstance(family, LanguageModel):
+        language = family.tasks
+        if not isinstance(language, LanguageModel):
             predictions, labels = predicted(model, task, micro, device, advance)
             return MEASURES[task.metric](predictions, labels)
 
         def losses(batch: Batch) -> Tensor:
-            return window_losses(lambda ids: family.token_logits(model, ids.to(device)), batch["ids"])
+            return window_losses(lambda ids: language.token_logits(model, ids.to(device)), batch["ids"])
 
         def losses_of(ids: Tensor) -> Tensor:
             found = micro.rows(losses, {"ids": ids})
@@ -158,7 +161,7 @@ def score(
 def predicted(
     model: nn.Module, task: ScoredTask, micro: MicroBatcher, device: torch.device, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    """What the model says of each test sample, and the labels, both (samples,) on the CPU."""
+    """The predictions for the test samples, and the labels, both (samples,) on the CPU."""
     samples, found = task.samples.by_length(), []
     for batch in batches(samples, task.collate, micro.most, device):
         found.append(micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
@@ -168,14 +171,14 @@ def predicted(
 
 
 def micro_batcher(batch_size: int) -> MicroBatcher:
-    """So many samples are scored at a time."""
+    """The number of samples that are scored at a time."""
     return MicroBatcher(
         batch_size, "scoring", "lower max_length of the suite's tasks, use a device with more memory, or device=cpu"
     )
 
 
 def compute(task: ScoredTask, make: Callable[[], float]) -> float:
-    """The score as it is made."""
+    """Computes the score, without a cache."""
     return make()
 
 
@@ -189,7 +192,7 @@ def scores(
     before: Callable[[ScoredTask], None] = lambda task: None,
     score_cache: ScoreCache = compute,
 ) -> Scores:
-    """Scores by task name, under the stage's name; `before` is called before each task that has to be scored."""
+    """Scores by task name, under the stage's name; `before` is called before each task that is computed."""
 
     def made(task: ScoredTask) -> float:
         before(task)

@@ -1,41 +1,36 @@
-"""Decoder-only language models built of attention and a feed-forward, such as Llama, Qwen, Mistral, Gemma and Phi.
+"""Decoder-only language models of attention and feed-forward blocks, such as Llama, Qwen, Mistral, Gemma and Phi.
 
-Base and experts: whatever `AutoModelForCausalLM` loads, of one architecture, whose blocks are built as decoder.py says.
-Model types that are not listed here are taken too where the checks before calibration find nothing unknown. The model's
-own blocks are called with its own masks and positions, so rotary embeddings, grouped queries and sliding windows are
-what they are there. Tables and the output layer stay dense.
+Base and experts: models of one architecture that `AutoModelForCausalLM` loads, with a block layout of decoder.py. Model
+types that are not listed here are taken too if the checks before calibration find nothing unknown. The model's own
+blocks run with its own masks and positions, so rotary embeddings, grouped queries and sliding windows work as they are.
+Embeddings and the output layer stay dense.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from epmq_cli.data.batching import Batch, Collate
-from epmq_cli.data.chats import Chat
-from epmq_cli.data.suite import Task
+from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
+from epmq_cli.families.architecture import Architecture
 from epmq_cli.families.decoder import KEPT, block_steps
-from epmq_cli.families.family import LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
-from epmq_cli.families.processors import check_kept, tokens
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.rendering import chat_ids
-from epmq_cli.families.structure import Section, Table
+from epmq_cli.families.structure import Section, Stack, Table
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
-from epmq_cli.models.processor_folder import Processor
 
 PREFIX = "model."
 LAYERS = "model.layers"
 FREQUENCIES = "rotary_emb.inv_freq"
-SEPARATOR = "\n\n"  # between documents, as in the usual protocol of perplexity on WikiText
 NORM = "model.norm"
 TABLE = "model.embed_tokens"
 SETTINGS = (
@@ -64,42 +59,40 @@ SETTINGS = (
 )
 
 
-class CausalLM(LanguageModel):
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Architecture):
     """`family: causal_lm`."""
 
-    model_types = (
+    name: str = "causal_lm"
+    model_types: tuple[str, ...] = (
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3"),
         *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense"),
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
     )
-    heads = "none"
-    dequantize_on_load = True  # exporters such as that of ONNX read linears before the model is first called
-    sample_types = (str, Chat)
-    stem = (Table(TABLE),)
-    kept = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
+    kept: tuple[str, ...] = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
+    dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
     def check_type(self, folder: ModelFolder) -> None:
-        """ModelError where another family takes models of this type. Those that no family lists are tensors to merge;
-        before `epmq run` calibrates one, its parts are checked."""
+        """Raises ModelError where another family takes models of this type. Types that no family lists are taken:
+        `epmq run` checks their parts before it calibrates them."""
         from epmq_cli.families import FAMILIES
 
         found = folder.config.get("model_type")
         for name, family in FAMILIES.items():
-            if family is not self and found in family.model_types:
+            if name != self.name and found in family.model_types:
                 raise ModelError(
                     f"{folder.role}: {folder.path} holds a model of type {found}, which family {name} takes; "
                     f"set suite.family={name}"
                 )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors but rotary frequencies, which transformers computes; those of an output layer that is tied to the
-        table, too, where they are stored."""
+        """All tensors but rotary frequencies, which transformers computes; stored copies of a tied output layer too."""
         self.check_type(folder)
         return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All stored tensors; files of the body alone lack its prefix, and old ones may have other names."""
+        """All stored tensors; files of the body alone lack its prefix, and old files may have other names."""
         if any(name.startswith(PREFIX) for name in folder.infos):
             return {name: name for name in folder.infos}
         known = model_class(folder.config, folder.infos)
@@ -110,7 +103,7 @@ class CausalLM(LanguageModel):
         return {prefix + name if bare and name not in tensors else name: stored for stored, name in own.items()}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of the blocks, their positions and masks."""
+        """The settings of the blocks, their positions and masks."""
         return block_settings(folder, names=SETTINGS)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
@@ -121,11 +114,19 @@ class CausalLM(LanguageModel):
         return model
 
     def positions(self, folder: Path) -> int | None:
-        """Those that the base was trained for."""
+        """The positions that the model was trained for."""
         return decoder_positions(config_of(folder).get_text_config())
 
-    def blocks(self, model: nn.Module) -> list[Section]:
-        """The layers; ModelError where they are not what this family knows."""
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """The layers, then the last norm; ModelError where the layout of a layer is not known."""
+        return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),))]
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The output of the last norm: (tokens, width)."""
+        hidden: Tensor = model.get_submodule("model")(**batch, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def _blocks(self, model: nn.Module) -> list[Section]:
         kind = type(model).__name__
         modules = dict(model.named_modules())
         for name in (LAYERS, NORM, TABLE):
@@ -137,37 +138,5 @@ class CausalLM(LanguageModel):
         except ModelError as error:
             raise refused(self, str(error)) from None
 
-    def readout(self, model: nn.Module) -> Section:
-        """The last norm."""
-        return LastNorm.section(model, NORM)
 
-    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
-        """Sequences of one length."""
-
-        def collate(sequences: list[Any]) -> Batch:
-            return {"input_ids": torch.stack(sequences)}
-
-        return collate
-
-    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
-        """The tokens of all documents, two line breaks between them; the tokenizer's own start token comes once.
-
-        Of conversations the tokens that the chat template writes, one conversation behind the other.
-        """
-        chats = [document for document in documents if isinstance(document, Chat)]
-        if chats:
-            return torch.cat(chat_ids(folder, chats, processor))
-        encode = tokens(folder, processor=processor)
-        ids: Tensor = encode(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
-        check_kept(processor.folder if processor else folder, documents, len(ids))
-        return ids
-
-    def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Those of the output layer, in float32."""
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits.float()
-
-    def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The last norm's output: (tokens, width)."""
-        hidden: Tensor = model.get_submodule("model")(**batch, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)
+CAUSAL_LM = Family(CausalLM(), LanguageModel())

@@ -1,8 +1,8 @@
-"""The blocks of decoders: which steps they have, by the names of their modules.
+"""The steps of the blocks of decoders, by the names of their modules.
 
-A block is attention and a feed-forward, one after the other, each with a norm before it, behind it, or both. The names
-say which of the layouts below a block has. They prove nothing: `self_check` compares the steps with what the block
-computes before a run calibrates it.
+A block is attention followed by a feed-forward, each with a norm before it, behind it, or both. The names select one of
+the layouts below. They prove nothing: before a run calibrates a block, `self_check` compares its steps with what it
+computes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Step = Linears | Norm
 
 @dataclass(frozen=True)
 class Layout:
-    """The norms of a block: before attention, behind it, before the feed-forward, behind it; None where there is none.
+    """The norms of a block around attention and the feed-forward; None where there is none.
 
-    A norm behind a part norms what the part adds to the residual stream.
+    A norm behind a part normalizes what the part adds to the residual stream.
     """
 
     before_attention: str | None
@@ -33,9 +33,9 @@ class Layout:
 
     @property
     def norms(self) -> list[str]:
-        """The norms that it has."""
-        found = (self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp)
-        return [name for name in found if name is not None]
+        """The names of the norms."""
+        names = (self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp)
+        return [name for name in names if name is not None]
 
 
 LAYOUTS = (
@@ -58,17 +58,21 @@ FEED_FORWARD = (
     (("mlp.up_proj",), "mlp.down_proj"),  # Arcee, Nemotron
     (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2
 )
+LINEAR = (ATTENTION[0][0], FEED_FORWARD[0][0])
+"""Linears of which the last, v_proj or up_proj, makes the input of what follows channel by channel."""
 KEPT = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
     r"self_attn\.[qk]_layernorm\.norms\.\d+\.(weight|bias)",  # StableLM
-    r"mlp\.act_fn\.\w+",  # of activations with parameters, as Apertus has
+    r"mlp\.act_fn\.\w+",  # activations with parameters, such as those of Apertus
 )
-"""Tensors of a block that no step solves. They act between two steps and stay as merged."""
+"""Patterns of the tensors of a block that no step solves. They act between two steps and stay as merged."""
 
 
 def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
-    """The steps of a block in the order of its forward pass; ModelError where it has no known layout. `where`: its name
-    in errors."""
+    """The steps of a block in the order of its forward pass; ModelError where its layout is not known.
+
+    `where`: the name of the block in errors.
+    """
     names = {name for name, _ in block.named_modules()}
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     fitting = [layout for layout in LAYOUTS if names.issuperset(layout.norms)]
@@ -93,12 +97,12 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
 
 
 def _part(linears: tuple[tuple[str, ...], str], before: str | None, behind: str | None, scale: float) -> Iterator[Step]:
-    """The steps of attention or of a feed-forward. What is normed before it is added writes into no stream."""
+    """The steps of attention or of a feed-forward. Linears with a norm behind them write into no stream."""
     reading, writing = linears
     stream = None if behind else before or reading[0]
     if before:
         yield Norm(before)
-    yield Linears(reading)
-    yield Linears((writing,), stream=stream, scale=scale)
+    yield Linears(reading, producer=before)
+    yield Linears((writing,), stream=stream, scale=scale, producer=reading[-1] if reading in LINEAR else None)
     if behind:
         yield Norm(behind)

@@ -1,4 +1,4 @@
-"""Whether the inputs of a task are of a kind that its family reads."""
+"""Checks that the inputs of a task are of a kind that its family reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _reads(family: Family, first: Any) -> bool:
 
 
 def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
-    """DataError where the first input is none that models of the family read."""
+    """Raises DataError where the family does not read inputs such as the first one."""
     if not len(inputs) or _reads(family, first := inputs[0]):
         return
-    name = type(family).__module__.rpartition(".")[2]
     found = next((kind for each, kind in KINDS.items() if isinstance(first, each)), type(first).__name__)
     where = f"{first.where} holds" if isinstance(first, Chat) else "its data are"
     wanted = " or ".join(KINDS.get(each, each.__name__) for each in family.sample_types)
     raise DataError(
-        f"task {task}: {where} {found}, and family {name} reads {wanted}; choose other columns or another data source"
+        f"task {task}: {where} {found}, and family {family.name} reads {wanted}; choose other columns or another data "
+        "source"
     )

@@ -1,4 +1,4 @@
-"""What several families share: the norm behind the blocks, settings of a config, batches of images."""
+"""Readouts that several architectures share, and the settings of a config."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq_cli.families.structure import Norm, Section
+from epmq_cli.models.answers import kept_answer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
 
+class FirstToken(nn.Module):
+    """The readout of heads that read the first token of the last block's output."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) from (samples, tokens, width)."""
+        return hidden[:, 0]
+
+
 class LastNorm(nn.Module):
-    """The norm behind the last block, under its own name, of one token or of all."""
+    """The readout that norms one token, or all, under the norm's own name."""
 
     def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
         super().__init__()
@@ -21,14 +30,14 @@ class LastNorm(nn.Module):
         self.add_module(name, model.get_submodule(name))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(samples, width) of the token, or (samples, tokens, width)."""
+        """(samples, width) of the token, or (samples, tokens, width) of all."""
         read = hidden if self._token is None else hidden[:, self._token]
         normed: Tensor = self.get_submodule(self._name)(read)
         return normed
 
     @classmethod
     def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
-        """The readout that consists of the norm at this path alone."""
+        """The readout with the norm at this path."""
         prefix, _, name = path.rpartition(".")
         return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
 
@@ -38,9 +47,15 @@ def block_settings(
     part: str | None = None,
     names: Sequence[str] = ("num_attention_heads", "hidden_act", "layer_norm_eps"),
 ) -> dict[str, Any]:
-    """These settings of a folder's config, defaults filled in; of its sub-config `part` where it has that."""
-    from transformers import AutoConfig
+    """The settings of these names in a folder's config, or its sub-config `part` if it has one, defaults filled in."""
 
-    config = from_folder(AutoConfig, folder.path)
-    config = getattr(config, part, config) if part else config
-    return {name: getattr(config, name, None) for name in names}
+    def ask() -> dict[str, Any]:
+        from transformers import AutoConfig
+
+        config = from_folder(AutoConfig, folder.path)
+        config = getattr(config, part, config) if part else config
+        return {name: getattr(config, name, None) for name in names}
+
+    question = {"settings of": folder.config, "part": part, "names": list(names)}
+    settings: dict[str, Any] = kept_answer(question, ask, __file__)
+    return settings

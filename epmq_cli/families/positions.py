@@ -1,4 +1,4 @@
-"""How many positions a model has: as many tokens as it was made to read at a time."""
+"""The number of positions of a model: the most tokens that it reads at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
-"""How configs call it."""
+"""Its names in configs."""
 
 STRETCHED = ("linear", "dynamic", "yarn")
 """Scalings of rotary embeddings whose configs may state the positions before the scaling."""
 
 
 def decoder_positions(config: Any) -> int | None:
-    """Those of a decoder with its scaling of rotary embeddings; None where its config states none, as with relative
-    positions. A sliding window does not limit them."""
+    """The positions of a decoder, scaling of rotary embeddings included; None where its config states none, as with
+    relative positions. A sliding window does not limit them."""
     stated = next((value for name in NAMES if isinstance(value := getattr(config, name, None), int)), None)
     if stated is None or stated < 1:
         return None
@@ -32,8 +32,8 @@ def _scaled(config: Any, stated: int) -> Iterator[float]:
             yield stated * factor
 
 
-def _ropes(found: Any) -> Iterator[Mapping[str, Any]]:
-    """The parameters of all layers, or those of each kind of layer."""
-    if isinstance(found, Mapping):
-        kinds = [value for value in found.values() if isinstance(value, Mapping)]
-        yield from kinds or [found]
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of all layers, or of each kind of layer."""
+    if isinstance(parameters, Mapping):
+        kinds = [value for value in parameters.values() if isinstance(value, Mapping)]
+        yield from kinds or [parameters]

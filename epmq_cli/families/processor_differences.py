@@ -1,4 +1,4 @@
-"""How two tokenizers or two image processors differ, by what they make of the same samples."""
+"""Compares two tokenizers or two image processors by their outputs for the same samples."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError, ModelError
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.processor_folder import Processor
 
 TOLERANCE = 0.005
-"""The mean difference of pixels, in their standard deviations, up to which two image processors are taken as one. What
-Pillow and torchvision make of a picture differs by 0.0001, bicubic and bilinear resampling by 0.02."""
+"""The mean difference of pixels, in standard deviations, up to which two image processors count as equal. Pillow and
+torchvision differ by 0.0001, bicubic and bilinear resampling by 0.02."""
 CHUNK = 16  # samples at a time
 LONGEST = 4000  # characters of a document
 SHOWN_IDS, SHOWN_TEXT, SHOWN_SETTINGS = 12, 60, 4
@@ -33,15 +34,15 @@ ASIDE = (
     "_processor_class",
     "_valid_processor_keys",
 )
-"""Settings of image processors that are told first, and those that say nothing of what they do."""
+"""Settings of image processors that are named first, and those that do not affect the output."""
 
 
 def difference(
     family: Family, base: Path, task: Task, expert: Processor, samples: Sequence[Any], own: Processor | None = None
 ) -> str | None:
-    """What an expert's processor makes of a task's samples that the base's does not, as a phrase that goes on behind
-    "its tokenizer" or "its image processor"; None where both make the same. `base` has the base's config, and its
-    processor unless `own` says where it is. ModelError where the expert's cannot read them."""
+    """How the outputs of an expert's processor for a task's samples differ from the base's, as a phrase to follow "its
+    tokenizer" or "its image processor"; None where they are equal. `base` has the base's config, and its processor
+    unless `own` gives another place. ModelError where the expert's processor fails."""
     theirs, bases = _read(family, base, task, expert), None
     for start in range(0, len(samples), CHUNK):
         chunk = [samples[i] for i in range(start, min(start + CHUNK, len(samples)))]
@@ -59,8 +60,8 @@ def difference(
 
 
 def _read(family: Family, folder: Path, task: Task, processor: Processor | None) -> Collate:
-    """Samples -> batch, as the family feeds them."""
-    if not isinstance(family, LanguageModel):
+    """The function from samples to batches that the family uses."""
+    if not isinstance(family.tasks, LanguageModel):
         return family.collate(folder, task, processor)
     encode = tokens(folder, processor=processor)
 
@@ -81,20 +82,20 @@ def _same(family: Family, one: Batch, other: Batch) -> bool:
 
 
 def _filled(batch: Batch) -> Batch:
-    """A batch with token types, which are 0 where they are left out."""
+    """The batch with token types, which are 0 by default."""
     ids = batch.get("input_ids")
     return batch if ids is None else {"token_type_ids": torch.zeros_like(ids), **batch}
 
 
 def pixels_agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two batches of pixels are the same up to how libraries round when they resample."""
+    """Whether two batches of pixels are equal up to the rounding of resampling."""
     if one.shape != other.shape:
         return False
     return float((one - other).abs().mean()) <= TOLERANCE * float(other.std())
 
 
 def _first_text(theirs: Collate, bases: Collate, chunk: Sequence[Any]) -> str:
-    """The first text that is read in two ways, and both."""
+    """The first text that the two tokenize differently, and both results."""
     for sample in chunk:
         one, other = theirs([sample]), bases([sample])
         for name in [*one, *(name for name in other if name not in one)]:
@@ -134,11 +135,11 @@ def _settings(base: Path, expert: Processor, own: Processor | None) -> str:
     phrases = [f"{name} {one.get(name)} where the base's has {other.get(name)}" for name in found[:SHOWN_SETTINGS]]
     if not phrases:
         kinds = [type(own_images(base, processor)).__name__ for processor in (expert, own)]
-        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which make other pixels of the task's pictures"
+        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which make other pixels from the task's images"
     more = f" and {len(found) - SHOWN_SETTINGS} more" if len(found) > SHOWN_SETTINGS else ""
     return f"({file}) has {', '.join(phrases)}{more}"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as JSON has them, so that a tuple is a list and an enumeration its number."""
+    """Settings as JSON, so that a tuple equals a list and an enumeration its number."""
     return {name: json.dumps(value, default=str) for name, value in settings.items() if value is not None}

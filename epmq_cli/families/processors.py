@@ -1,5 +1,5 @@
-"""What a tokenizer or an image processor makes of samples; what it cannot make, or the model cannot read, ends in one
-sentence that names the file."""
+"""Tokenizers and image processors as functions of samples. A sample that one cannot process, or that the model cannot
+read afterwards, ends in one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from epmq_cli.models.processor_folder import PIXELS, WHOLE, Processor
 from epmq_cli.quantize.linalg import is_finite
 
 LETTERS = 30
-"""Of a text for each of its tokens, and for as many more: no tokenizer keeps a text in fewer."""
+"""Letters a token, and tokens in reserve: no tokenizer keeps a whole text in fewer tokens than these give."""
 
 
 def own(kind: Any, folder: Path, processor: Processor | None) -> Any:
-    """What an Auto class of transformers makes of a processor's files; where there is no config.json beside them, as in
-    an adapter's folder, the config of the model in `folder` says which class to take."""
+    """The processor that an Auto class of transformers loads. Where there is no config.json beside its files, as in the
+    folder of a LoRA adapter, the config of the model in `folder` selects the class."""
     where = processor.folder if processor else folder
     options = {} if (where / "config.json").is_file() else {"config": config_of(folder)}
     return from_folder(kind, where, **options)
 
 
 def own_tokenizer(folder: Path, processor: Processor | None = None) -> Any:
-    """A folder's tokenizer; ModelError where it knows no words."""
+    """The tokenizer of a folder; ModelError where it has no vocabulary."""
     from transformers import AutoTokenizer
 
     tokenizer = own(AutoTokenizer, folder, processor)
@@ -42,9 +42,9 @@ def own_tokenizer(folder: Path, processor: Processor | None = None) -> Any:
 
 
 def tokens(folder: Path, longest: int | None = None, processor: Processor | None = None) -> Callable[..., Any]:
-    """A tokenizer as a function of texts, which gives tensors; ModelError where it cannot, or where the model in
-    `folder` has no row for one of its ids. `longest`: as many tokens as it cuts texts to, where itself it would keep
-    more. `processor`: where it is, if not in `folder`."""
+    """A tokenizer as a function from texts to tensors; ModelError where it fails, or where the model in `folder` has no
+    row for one of its ids. `longest`: the length that it cuts texts to, if its own is larger. `processor`: its place,
+    if not `folder`."""
     tokenizer = own_tokenizer(folder, processor)
     where, rows = folder, config_of(folder).get_text_config().vocab_size
     if processor:
@@ -58,32 +58,32 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
     if longest is not None and longest < most:
         tokenizer.model_max_length = longest
     tokenizer.padding_side = "right"  # heads read the first token, and positions count from it
-    if tokenizer.pad_token is None:  # masked wherever it is, so that any token does
+    if tokenizer.pad_token is None:  # padding is masked, so any token serves
         tokenizer.pad_token = _filler(tokenizer)
 
     def encoded(texts: Any, **options: Any) -> Any:
         try:
-            found = tokenizer(texts, return_tensors="pt", **options)
+            encoding = tokenizer(texts, return_tensors="pt", **options)
         except Exception as error:
             if lacks_memory(error):
                 raise
             raise ModelError(
                 f"the tokenizer in {where} fails on a text ({first_line(error)}); fetch its files again"
             ) from error
-        ids = found["input_ids"]
+        ids = encoding["input_ids"]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise ModelError(
-                f"the tokenizer in {where} gives a text the token {int(ids.max())}, and the model {_has(processor)} "
-                f"{rows} of them; fetch both again"
+                f"the tokenizer in {where} returns the token id {int(ids.max())}, and the model {_has(processor)} "
+                f"{rows} tokens; fetch both again"
             )
-        return found
+        return encoding
 
     return encoded
 
 
 def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
-    """ModelError where a tokenizer makes so few tokens of texts that it must have dropped most of them, as one does
-    that transformers reads with another class than it was made for."""
+    """Raises ModelError where a tokenizer returns so few tokens that it must have dropped most of the text, which
+    happens when transformers loads it with the wrong class."""
     letters = sum(len("".join(text.split())) for text in texts)
     if letters > LETTERS * (count + LETTERS):
         raise ModelError(
@@ -94,10 +94,10 @@ def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
 
 
 def _filler(tokenizer: Any) -> str:
-    """A token to pad with for a tokenizer that has none for that."""
+    """A padding token for a tokenizer that defines none."""
     kinds = (tokenizer.eos_token, tokenizer.sep_token, tokenizer.unk_token, tokenizer.bos_token)
-    found: str = next((token for token in kinds if token), None) or tokenizer.convert_ids_to_tokens(0)
-    return found
+    token: str = next((kind for kind in kinds if kind), None) or tokenizer.convert_ids_to_tokens(0)
+    return token
 
 
 def _has(processor: Processor | None) -> str:
@@ -110,16 +110,16 @@ def image_file(folder: Path) -> Path:
 
 
 def own_images(folder: Path, processor: Processor | None = None) -> Any:
-    """A folder's image processor."""
+    """The image processor of a folder."""
     from transformers import AutoImageProcessor
 
     return own(AutoImageProcessor, folder, processor)
 
 
 def images(folder: Path, processor: Processor | None = None) -> Collate:
-    """Images through an image processor, as RGB; ModelError where it cannot, or where what it makes is not what the
-    model in `folder` reads. `processor`: where it is, if not in `folder`."""
-    made = own_images(folder, processor)
+    """An image processor as a function from images, taken as RGB, to batches; ModelError where it fails, or where the
+    model in `folder` reads other shapes. `processor`: its place, if not `folder`."""
+    process = own_images(folder, processor)
     file = image_file(processor.folder if processor else folder)
     config = config_of(folder)
     config = getattr(config, "vision_config", config)
@@ -128,19 +128,19 @@ def images(folder: Path, processor: Processor | None = None) -> Collate:
 
     def collate(pictures: list[Any]) -> Batch:
         try:
-            found = made(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
-            pixels = torch.as_tensor(found["pixel_values"])
+            output = process(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+            pixels = torch.as_tensor(output["pixel_values"])
         except Exception as error:
             if lacks_memory(error):
                 raise
-            raise ModelError(f"{file} fails on a picture ({first_line(error)}); fetch it again") from error
+            raise ModelError(f"{file} fails on an image ({first_line(error)}); fetch it again") from error
         if pixels.shape[1:] != wanted:
             raise ModelError(
-                f"{file} makes pictures of {list(pixels.shape[1:])}, and the model{' beside it' * (processor is None)} "
+                f"{file} makes images of {list(pixels.shape[1:])}, and the model{' beside it' * (processor is None)} "
                 f"reads {list(wanted)}; set its size and crop_size to that"
             )
         if not is_finite(pixels):
-            raise ModelError(f"{file} makes pixels that are a NaN or an infinity; check mean and std in it")
+            raise ModelError(f"{file} makes pixels that are NaN or infinite; check mean and std in it")
         return {"pixel_values": pixels}
 
     return collate

@@ -1,24 +1,29 @@
-"""The error for models that `epmq run` cannot calibrate."""
+"""Errors for models that `epmq run` cannot calibrate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Protocol
 
 from epmq_cli.errors import ModelError
-from epmq_cli.families.family import Family
+
+
+class Named(Protocol):
+    """A family, or its architecture."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_types(self) -> tuple[str, ...]: ...
+
 
 MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
-"""What is left to the user whose model `epmq run` refuses."""
-
-
-def family_name(family: Family) -> str:
-    """What `suite.family` calls a family."""
-    return type(family).__module__.rpartition(".")[2]
+"""The way out for a model that `epmq run` refuses."""
 
 
 def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Iterable[str]) -> str | None:
-    """The first tensor that is neither weight nor bias of these modules nor matches a pattern of what stays as
+    """The first tensor that is neither a weight or bias of these modules nor matches a pattern of tensors that stay as
     merged."""
     patterns = re.compile("|".join(kept) or "(?!)")
     for name in tensors:
@@ -28,8 +33,7 @@ def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Itera
     return None
 
 
-def refused(family: Family, reason: str) -> ModelError:
-    """The error for a base that this family cannot calibrate; `reason` names the part of the model and what is unknown
-    of it."""
+def refused(family: Named, reason: str) -> ModelError:
+    """The error for a base that this family cannot calibrate; `reason` names the part of the model and the problem."""
     types = ", ".join(family.model_types)
-    return ModelError(f"base: {reason}; epmq run with family {family_name(family)} takes {types}; {MERGES}")
+    return ModelError(f"base: {reason}; epmq run with family {family.name} takes {types}; {MERGES}")

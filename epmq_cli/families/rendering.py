@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template makes of conversations (https://huggingface.co/docs/transformers/chat_templating)."""
+"""Conversations as text, by a tokenizer's chat template (https://huggingface.co/docs/transformers/chat_templating)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.runtime.console import log
 
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
-"""Of templates that write the date into a conversation, so that a run gives the same bytes on every day; the one that
-Llama's template falls back to."""
+"""The date for templates that write one, so that a run gives the same bytes on every day: the default of Llama's
+template."""
 CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('{part}', '{value}')" for part, value in DATE.items())
     + " }}{% endmacro %}\n"
 )
-AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # a chat template writes them itself
-THOUGHT = "</think>"  # templates leave out what earlier answers have in front of it
+AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # the chat template writes special tokens itself
+THOUGHT = "</think>"  # templates drop the text of earlier answers in front of it
 
 
 def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
-    """The token ids (tokens,) of each conversation, as the chat template writes it, or that in `folder` where a
-    `processor` elsewhere has none; both as for Family.collate."""
+    """The token ids (tokens,) of each conversation by the chat template of `processor`, or of `folder` where that has
+    none; both as for TaskAdapter.collate."""
     encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
     if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
         processor, tokenizer = None, own_tokenizer(folder)
@@ -37,10 +37,11 @@ def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = 
 
 
 def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
-    """The text of each conversation, with all the special tokens that the template writes; DataError where there is no
-    template or it refuses a conversation. `folder`: the tokenizer's, for messages.
+    """The text of each conversation with the special tokens of the template; DataError where there is no template or it
+    refuses a conversation. `folder`: the tokenizer's, for messages.
 
-    Templates run in the sandbox of transformers. Messages that they leave out are a warning, tool calls an error.
+    Templates run in the sandbox of transformers. A template that leaves out messages is a warning, one that leaves out
+    tool calls an error.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(

@@ -1,27 +1,30 @@
-"""RoBERTa classifiers (https://arxiv.org/abs/1907.11692) and the models built like it: XLM-RoBERTa, CamemBERT.
+"""RoBERTa classifiers (https://arxiv.org/abs/1907.11692), and XLM-RoBERTa and CamemBERT, which are built alike.
 
-Base: any checkpoint of the encoder. Experts: `RobertaForSequenceClassification` and its like, whose dense layer and
+Base: any checkpoint of the encoder. Experts: `RobertaForSequenceClassification` and the like, whose dense layer and
 out_proj are the task's head.
 """
 
 from __future__ import annotations
 
-from epmq_cli.families.bert import STEPS
-from epmq_cli.families.classifier import TextClassifier
-from epmq_cli.families.structure import Table
+from epmq_cli.families.bert import STEPS, TABLES
+from epmq_cli.families.encoder import Encoder
+from epmq_cli.families.family import Family
+from epmq_cli.families.heads.classifier import ClassifierHead
+from epmq_cli.families.tasks.classifier import TextClassifier
 
-
-class Roberta(TextClassifier):
-    """`family: roberta`."""
-
-    model_types = ("roberta", "xlm-roberta", "camembert")
-    prefix = "roberta."
-    parts = ("embeddings.", "encoder.")
-    layers = "encoder.layer"
-    steps = STEPS
-    stem = tuple(Table(f"embeddings.{kind}_embeddings") for kind in ("word", "position", "token_type"))
-    first_norm = "embeddings.LayerNorm"
-    kept = (r"embeddings\.(position|token_type)_ids",)
-    dense, linear = "classifier.dense", "classifier.out_proj"
-    reserved = 2  # positions start behind that of the padding
-    options = {"add_pooling_layer": False}  # noqa: RUF012 - never changed
+ROBERTA = Family(
+    Encoder(
+        name="roberta",
+        model_types=("roberta", "xlm-roberta", "camembert"),
+        prefix="roberta.",
+        parts=("embeddings.", "encoder."),
+        layers="encoder.layer",
+        steps=STEPS,
+        stem=TABLES,
+        first_norm="embeddings.LayerNorm",
+        kept=(r"embeddings\.(position|token_type)_ids",),
+        reserved=2,  # positions start after the padding id
+        options={"add_pooling_layer": False},
+    ),
+    TextClassifier(ClassifierHead(dense="classifier.dense", linear="classifier.out_proj")),
+)

@@ -1,47 +1,60 @@
-"""What a model consists of, for the walk: steps, sections, stacks."""
+"""The parts of a model that calibration goes through: stacks of blocks, and the steps of a block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch
 
 Mask = Callable[[Batch], Tensor | None]
-"""(samples, tokens) bool of a batch, True for the tokens that are real; None where all are."""
+"""(samples, tokens) bool of a batch, True for real tokens; None where all are."""
+
+MEAN: Literal["mean"] = "mean"
+ReadToken = int | Literal["mean"] | None
+"""The tokens that heads read behind the last block: the one at this position, the mean of all, or all (None)."""
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Linears that read the same input.
-
-    `stream`: the module whose input is the residual stream that their outputs are added to, if they are. `mixing`:
-    those whose outputs reach the other tokens, as keys and values do. `memory`: whether they read the output of
-    another stack, as keys and values of cross-attention do. `scale`: what their outputs are multiplied with before they
-    are added to the stream.
-    """
+    """Linears that read the same input."""
 
     names: tuple[str, ...]
+
     stream: str | None = None
+    """The module whose input is the residual stream that the outputs are added to, if they are."""
+
     mixing: tuple[str, ...] = ()
+    """The linears whose outputs reach other tokens, such as keys and values."""
+
     memory: bool = False
+    """Whether the input is the output of another stack, as for keys and values of cross-attention."""
+
     scale: float = 1.0
+    """The factor of the outputs before they are added to the stream."""
+
+    producer: str | None = None
+    """The norm or linear whose output channels are the input channels, each times a factor independent of it, and are
+    used nowhere else; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm, which is solved where it has a gain. `mixing`: whether its output reaches the other tokens."""
+    """A norm, which is solved where it has a gain."""
 
     name: str
+
     mixing: bool = False
+    """Whether its output reaches other tokens."""
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A convolution whose kernel is its stride and that has no bias, the table of positions that is added to what it
-    gives, and the class token that comes first, if there is one."""
+    """A convolution without bias whose stride is its kernel, the table of positions that is added to its output, and
+    the class token that comes first, if there is one."""
 
     convolution: str
     positions: str
@@ -50,7 +63,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of embeddings, and the module that looks it up where that is another one of the same weight."""
+    """A table of embeddings, and the module that looks it up where that is another one with the same weight."""
 
     name: str
     reader: str | None = None
@@ -58,9 +71,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the model that is walked through in one go: its steps in the order of the forward pass.
+    """A part of the model that is calibrated in one pass, with its steps in the order of the forward pass.
 
-    Names in `steps` are the module's own; with `prefix` before them they are the model's.
+    Names in `steps` are the module's own; with `prefix` in front they are the model's.
     """
 
     prefix: str
@@ -74,11 +87,11 @@ class Section:
 
     @property
     def modules(self) -> list[str]:
-        """The module's own names of all that its steps name, its norms included."""
+        """The module's own names of its linears and norms, in the order of the steps."""
         return [name for step in self.steps for name in (step.names if isinstance(step, Linears) else (step.name,))]
 
     def name(self, local: str) -> str:
-        """The name in the model of a module or tensor of this section."""
+        """The model's name of a module or tensor of this section."""
         return f"{self.prefix}.{local}" if self.prefix else local
 
 
@@ -89,25 +102,49 @@ def all_real(batch: Batch) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that one stream runs through, what makes that stream, and what is behind them.
-
-    `readout`: a module of its own that shares its tensors with the model and makes of the last block's output (samples,
-    tokens, width) what the heads, or the next stack, read. `stem`: what the first stream is the sum of. `first_norm`:
-    the norm that it goes through before the first block. `read_token`: the one token that is read out behind the last
-    block; None where all are. `mask` of the stream, `memory` of what cross-attention reads. `handed`: the key of a
-    batch under which what the readout makes of it goes to the next stack.
-    """
+    """Blocks with one residual stream, the modules that make that stream, and the readout behind them."""
 
     blocks: list[Section]
+
     readout: Section
+    """A module of its own that shares its tensors with the model. It turns the last block's output (samples, tokens,
+    width) into what the heads, or the next stack, read; the mean over tokens comes after it."""
+
     stem: tuple[Patches | Table, ...] = ()
+    """The modules whose outputs are summed to the first stream."""
+
     first_norm: str | None = None
-    read_token: int | None = None
+    """The norm between the stem and the first block."""
+
+    read_token: ReadToken = None
+
     mask: Mask = all_real
+    """The real tokens of the stream."""
+
     memory: Mask = all_real
+    """The real tokens that cross-attention reads."""
+
     handed: str | None = None
+    """The key under which the next stack finds the readout's output in a batch."""
 
     @property
     def sections(self) -> list[Section]:
-        """The blocks and what is behind them."""
+        """The blocks and the readout."""
         return [*self.blocks, self.readout]
+
+    @property
+    def lone_token(self) -> int | None:
+        """The only token that heads read; None where all count alike."""
+        return self.read_token if isinstance(self.read_token, int) else None
+
+
+def pooled(hidden: Tensor, token: ReadToken, mask: Tensor | None) -> Tensor:
+    """The part of hidden states (samples, tokens, width) that heads read: (samples, width), or all of it where they
+    read all tokens. `mask` (samples, tokens): the real tokens; None where all are."""
+    if token is None:
+        return hidden
+    if token != MEAN:
+        return hidden[:, token]
+    if mask is None:
+        return hidden.mean(1)
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -41,8 +41,8 @@ ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "tor
 class SuiteModels:
     """The opened models of a suite, and their tensors side by side (`source`).
 
-    `whole`: whether all is merged that base and experts have, as in `epmq merge`, and not only what the family names.
-    `ties`: how tied tensors come out.
+    `whole`: merges all tensors that base and experts share, as `epmq merge` does, and not only those that the family
+    names. `ties`: which tied tensors stay tied.
     """
 
     def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
@@ -85,7 +85,7 @@ def _member(family: Family, folder: ModelFolder) -> Member:
 
 
 def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
-    """The expert under the base's names: without what a wrapper added. Tables that may be tied may lack."""
+    """The expert under the base's names, without what a wrapper added. It may lack tables that can be tied."""
     wanted = {*base.merged}
     if not wanted <= {*merged_names(expert, family.tensor_names)}:
         ask_classes(family, [base])
@@ -95,8 +95,8 @@ def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
 
 
 def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:
-    """How tied tensors come out, with the base's tensors that are left out; what is left out of the experts is a
-    warning. The members' merged tensors become those of the result."""
+    """Resolves tied tensors, task heads and tensors that are not merged, and warns of each tensor that is left out. The
+    merged tensors of all members become those of the result."""
     if not (whole and are_plain(base, experts)):
         ask_classes(family, [base, *experts.values()])
         skip_ignored(base, experts)
@@ -131,21 +131,20 @@ def _strange(base: Member, stored: Collection[str]) -> str:
 
 
 def _check_complete(base: Member) -> None:
-    """ModelError where no model of the suite has a tensor that the base's class has: transformers would fill it up with
-    random numbers."""
+    """ModelError where the base lacks a tensor of its class, which transformers would fill with random numbers."""
     known = base.known or model_class(base.folder.config, base.folder.infos)
     lacking = known.lacking(base.folder.infos) if known is not None else []
     if known is not None and lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ModelError(
             f"base: {base.folder.path / 'config.json'} describes a {known.name} with {lacking[0]}{more}, which its "
-            "files have not; fetch it again"
+            "files do not have; fetch it again"
         )
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:
-    """The config but for what says nothing of the model. Where it is the same, so are all settings, and transformers,
-    which knows their defaults but takes seconds to import, need not be asked."""
+    """The part of a config that describes the model. If it is equal in two models, so are all settings. Then
+    transformers, which knows the defaults but takes seconds to import, is not asked."""
     return {name: value for name, value in folder.config.items() if name not in ASIDE}
 
 
@@ -159,7 +158,7 @@ def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolde
 
 
 def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
-    """One model; `base` is None where it is the base that is opened."""
+    """One model; `base` is None for the base itself."""
     path = locate(source, role, root)
     opened = family.open(path, role, base)
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
@@ -168,12 +167,12 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
 
 
 def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
-    """An expert with the base's tensors in place of those of these names that it does not have."""
+    """An expert that takes the tensors of these names from the base where it lacks them."""
     return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
 
 
 def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:
-    """The type of a result by `pack.dtype`: under `auto` the one of most of the base's merged elements."""
+    """The type of the result by `pack.dtype`; under `auto`, the type of most of the base's merged elements."""
     if wanted != "auto":
         found: torch.dtype = getattr(torch, wanted)
         return found
@@ -192,8 +191,8 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
-    """The base model as the result is built: copies that are tensors of their own there have their own memory, and
-    there is room for the largest vocabulary of the suite, with the base's rows of `source` in it."""
+    """The base model in the shape of the result: copies that are untied there get memory of their own, and tables get
+    the rows of the suite's largest vocabulary, filled with the base's rows of `source`."""
     listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
     own = [copy for copy, source in listed(all_submodels=True).items() if not _shared(model, copy, source)]
     own += [copy for copy in models.ties.untied if copy not in own and copy in model.state_dict()]
@@ -202,7 +201,7 @@ def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
     if source.vocabulary_size is not None:
         resized: Any = model
         resized.resize_token_embeddings(source.vocabulary_size, mean_resizing=False)
-        _untie(model, own)  # resizing ties them again
+        _untie(model, own)  # resizing has tied them again
         tensors = model.state_dict()
         with torch.no_grad():
             for name in source.padded:

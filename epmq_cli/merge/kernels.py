@@ -1,4 +1,4 @@
-"""The loops of TIES over the elements of a piece, in machine code."""
+"""The loops of TIES over the elements of a piece, compiled by numba."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count_upper(values: Any, counts: Any) -> None:
 
 @compiled
 def count_lower(values: Any, high: Any, counts: Any) -> None:
-    """Adds to `counts` (65536,) the lower 16 bits of those magnitudes whose upper 16 are `high`."""
+    """Adds to `counts` (65536,) the lower 16 bits of the magnitudes whose upper 16 are `high`."""
     bits = values.view(np.int32)
     for i in range(len(bits)):
         if (bits[i] & 0x7FFFFFFF) >> 16 == high:
@@ -30,8 +30,8 @@ def count_lower(values: Any, high: Any, counts: Any) -> None:
 
 @compiled
 def trim(base: Any, expert: Any, threshold: Any, kept: Any, total: Any, number: Any) -> None:
-    """Puts into `kept` a task vector (n,), zero below its threshold, and adds it to `total`, and to `number` 1 where it
-    is not zero."""
+    """Writes a task vector (n,), with zeros below its threshold, to `kept`; adds it to `total`, and 1 to `number` where
+    it is not zero."""
     zero, one = np.float32(0), np.float32(1)
     for i in range(len(base)):
         value = expert[i] - base[i]
@@ -66,8 +66,8 @@ def sum_signs(base: Any, experts: Any, thresholds: Any, signs: Any) -> None:
 def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, mean: Any, merged: Any) -> None:
     """Trims, elects and merges the elements of `base` (n,) and `experts` (experts, n) into `merged` (n,).
 
-    `majority`: the sign where task vectors cancel. `mean`: whether those that agree are averaged. Steps without
-    branches over slices of `BLOCK` elements at a time, so that they are vectorised and stay in the nearest cache.
+    `majority`: the sign where task vectors cancel. `mean`: averages the values that agree with the sign. Each step is a
+    loop without branches over `BLOCK` elements, so that it is vectorised and stays in the nearest cache.
     """
     tasks, zero, one = len(experts), np.float32(0), np.float32(1)
     every = np.empty((tasks, BLOCK), np.float32)
@@ -94,7 +94,7 @@ def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, m
 
 @compiled
 def agree(kept: Any, sign: Any, agreed: Any, number: Any) -> None:
-    """Adds what is left of a task vector (n,) to `agreed` where it has this sign, and there 1 to `number`."""
+    """Where a trimmed task vector (n,) has this sign, adds it to `agreed`, and 1 to `number`."""
     zero, one = np.float32(0), np.float32(1)
     for i in range(len(kept)):
         same = kept[i] * sign[i] > zero

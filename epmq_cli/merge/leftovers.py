@@ -1,4 +1,4 @@
-"""Tensors that are not merged: which ones every model has beside those of the family, and which ones are left out."""
+"""Tensors beside those that the family names: which of them are merged, and which are left out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from epmq_cli.models.model_class import equal
 from epmq_cli.models.model_folder import DTYPES
 
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
-"""Buffers that old files hold and that transformers computes."""
+"""Buffers that old files store and that transformers computes."""
 
 
 def skip_ignored(base: Member, experts: Mapping[str, Member]) -> None:
-    """Takes out what the base's class does not load on purpose, such as buffers of old versions."""
+    """Drops tensors that the base's class ignores on purpose, such as buffers of old versions."""
     if base.known is None:
         return
     for member in (base, *experts.values()):
@@ -29,7 +29,7 @@ def skip_ignored(base: Member, experts: Mapping[str, Member]) -> None:
 
 
 def skip_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
-    """Takes out of all models what fine-tuning adds to some of them (`Family.added`), where one has none."""
+    """Drops, from all models, tensors that fine-tuning adds (`Family.added`) and that some model lacks."""
     members = [base, *experts.values()]
     for name in {name for member in members for name in member.merged if name.startswith(family.added)}:
         if any(name not in member.merged for member in members):
@@ -38,7 +38,7 @@ def skip_added(family: Family, base: Member, experts: Mapping[str, Member]) -> N
 
 
 def check_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
-    """ModelError where a model lacks what `epmq run` needs of it and not all models have (`Family.added`)."""
+    """ModelError where a model lacks tensors that fine-tuning adds (`Family.added`) and that `epmq run` needs."""
     for member in (base, *experts.values()):
         for part in family.added:
             if not any(name.startswith(part) for name in member.merged):
@@ -49,8 +49,8 @@ def check_added(family: Family, base: Member, experts: Mapping[str, Member]) -> 
 
 
 def skip_foreign(base: Member, experts: Mapping[str, Member], whole: bool) -> frozenset[str]:
-    """Takes out of the base what its class has no module for, such as the value head that TRL stores: all of it where
-    the result is a model in memory, and what an expert lacks in a merge of all (`whole`). Returns the stored names."""
+    """Drops tensors that the base's class has no module for, such as the value head that TRL stores; a `whole` merge
+    keeps those that every expert has. Returns the stored names of those that are dropped."""
     found = set()
     for name in foreign(base):
         if not whole or any(name not in expert.merged for expert in experts.values()):
@@ -60,12 +60,12 @@ def skip_foreign(base: Member, experts: Mapping[str, Member], whole: bool) -> fr
 
 
 def foreign(base: Member) -> set[str]:
-    """The merged tensors of the base that transformers does not load, as its class has no such module."""
+    """The merged tensors of the base that its class has no module for; transformers does not load them."""
     return base.known.foreign(base.stored) & base.merged.keys() if base.known is not None else set()
 
 
 def take_common(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
-    """Has everything merged that base and all experts have, such as a head of pretraining; but no heads of tasks."""
+    """Merges all tensors that base and experts share, such as a pretraining head, except task heads."""
     members = [base, *experts.values()]
     common = set.intersection(*({*member.stored, *member.tied} for member in members))
     for name in common:
@@ -76,7 +76,7 @@ def take_common(family: Family, base: Member, experts: Mapping[str, Member]) -> 
 
 
 def _fits(name: str, members: list[Member]) -> bool:
-    """Whether a tensor is of a floating type and of one shape in all models, but for the rows of a vocabulary."""
+    """Whether a tensor has a floating-point type and the same shape in all models, vocabulary rows aside."""
     having = [member.folder for member in members if name in member.stored]
     infos = [member.folder.infos[member.stored[name]] for member in members if name in member.stored]
     return all(
@@ -87,10 +87,10 @@ def _fits(name: str, members: list[Member]) -> bool:
 
 
 def left_out(family: Family, base: Member, experts: Mapping[str, Member]) -> list[str]:
-    """What experts have that is not in the result, a sentence for each; these tensors are no longer merged.
+    """One sentence for each expert that has tensors which the result lacks; these are no longer merged.
 
-    Tensors under a module that the base's class has not are left out, as transformers does not load them either. Not
-    counted are heads of tasks, buffers that are computed, and what equals the base's.
+    Tensors of modules that the base's class lacks are left out, as transformers does not load them either. Task heads,
+    computed buffers and tensors that equal the base's are not mentioned.
     """
     said = []
     for expert in experts.values():
@@ -108,7 +108,7 @@ def left_out(family: Family, base: Member, experts: Mapping[str, Member]) -> lis
 
 
 def _lost(family: Family, name: str, base: Member, expert: Member) -> bool:
-    """Whether an expert's tensor that is not merged says something that the result does not have."""
+    """Whether an expert's tensor that is not merged holds information that the result lacks."""
     stored = expert.stored[name]
     if name in expert.merged:  # the family merges it, and the base does not have it
         return base.known is not None and stored.partition(".")[0] not in base.known.parts

@@ -1,6 +1,6 @@
-"""Task heads in a merge of whole models: merged where base and all experts have them for the same classes.
+"""Task heads in a merge of whole models: merged where base and all experts have heads for the same classes.
 
-The base's own head is never written beside a merged encoder: it would answer for experts that it was not trained with.
+The base's own head is never written beside a merged encoder, which it was not trained with.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from epmq_cli.runtime.console import log, plain, say
 
 @dataclass(frozen=True)
 class MergedHeads:
-    """`dropped`: the stored names of the base's head that are not written. `changes`: what changes in config.json."""
+    """`dropped`: stored names of the base's head that are not written. `changes`: keys to change in config.json."""
 
     dropped: frozenset[str] = frozenset()
     changes: dict[str, Any] = field(default_factory=dict)
 
 
 def settle_heads(family: Family, base: Member, experts: Mapping[str, Member]) -> MergedHeads:
-    """Puts the heads among the merged tensors where they are for the same classes; says what becomes of them."""
+    """Merges the heads where they are for the same classes, and tells the user either way."""
     if family.heads != "own":
         return MergedHeads()
     head = _head(family, base)
@@ -33,8 +33,8 @@ def settle_heads(family: Family, base: Member, experts: Mapping[str, Member]) ->
     if not head:
         if having:
             say(
-                f"the task heads of {', '.join(having)} are not merged, as the base has none; with a base that has a "
-                "head for the same classes they are"
+                f"the task heads of {', '.join(having)} are not merged, as the base has none; they are merged with a "
+                "base that has a head for the same classes"
             )
         return MergedHeads()
     reason = next((why for expert in experts.values() if (why := _difference(family, base, expert))), None)
@@ -57,11 +57,14 @@ def settle_heads(family: Family, base: Member, experts: Mapping[str, Member]) ->
 
 
 def _head(family: Family, member: Member) -> list[str]:
+    """The tensors of a task's head; none where the linear is missing, as in a base that was trained on masked words."""
+    if f"{family.head_linear}.weight" not in member.stored:
+        return []
     return [name for name in member.stored if family.in_head(name)]
 
 
 def _difference(family: Family, base: Member, expert: Member) -> str | None:
-    """Why an expert's head cannot be merged with the base's; None where it can."""
+    """Why an expert's head cannot be merged with the base's; None if it can."""
     head, role = _head(family, base), expert.folder.role
     if set(head) != set(_head(family, expert)):
         return f"the {role} has {'another' if _head(family, expert) else 'no'} head"
@@ -81,7 +84,7 @@ def _labels(member: Member) -> Mapping[Any, Any]:
 
 
 def _body(base: Member, head: list[str]) -> dict[str, Any]:
-    """What says in config.json that the result is the encoder alone; nothing where the base's class has no head."""
+    """The keys of config.json that make the result the encoder alone; none where the base's class has no head."""
     known = base.known or model_class(base.folder.config, base.folder.infos)
     if known is None or not any(base.stored[name].partition(".")[0] in known.parts for name in head):
         return {}

@@ -1,9 +1,9 @@
-"""Which tensors of a suite's models are tied, and what that makes of the merge.
+"""Tied tensors of a suite's models, and which of them stay tied in the merge.
 
-What can be tied is asked of the model's class in transformers. What is tied is decided by config and tensors, as
-transformers does when it loads: a stored copy that equals its source is the source, one that differs is a tensor of its
-own, and where only a copy is stored it is the source. A copy stays tied if it is in the base and in every expert.
-Otherwise the result is untied: models in which it is tied give their source's values for it.
+The model's class in transformers says which tensors can be tied. Config and tensors decide which are, as when
+transformers loads a model: a stored copy that equals its source is tied, one that differs is a tensor of its own, and a
+copy that is stored alone holds the source's values. A copy stays tied if it is tied in the base and in every expert.
+Otherwise it becomes a tensor of its own, for which models that tie it give their source's values.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from epmq_cli.models.model_folder import ModelFolder
 
 @dataclass
 class Member:
-    """One model of a suite: `stored`, all of its tensors; `merged`, those that are merged (name -> stored name)."""
+    """One model of a suite: all its tensors (`stored`) and those to merge (`merged`), both name -> stored name."""
 
     folder: ModelFolder
     stored: dict[str, str]
     merged: dict[str, str]
     known: ModelClass | None = None
     tied: dict[str, str] = field(default_factory=dict)
-    """copy -> source, as the config says."""
+    """copy -> source, by the config."""
     tieable: dict[str, str] = field(default_factory=dict)
-    """Likewise, if it said that embeddings are tied."""
+    """copy -> source, if the config said that embeddings are tied."""
     spelled: dict[str, str] = field(default_factory=dict)
-    """What the class calls these tensors."""
+    """name -> the class's name, for these tensors."""
     sources: dict[str, str] = field(default_factory=dict)
-    """source -> the stored name that has its values, where the source is not stored itself."""
+    """source -> the stored name of its values, where the source itself is not stored."""
 
     def value(self, name: str) -> str | None:
         """The stored name of a source's values."""
@@ -50,12 +50,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Ties:
-    """How the ties of the models come out.
+    """The result's ties.
 
-    `written`: the names in the result's files of merged tensors that the base stores under another name or not at all.
-    `dropped`: the stored names of the base's tensors that are not written, such as copies. `untied`: the copies that
-    are tied in the base and tensors of their own in the result. `changes`: what changes in config.json. `said`: a
-    sentence, if untied.
+    `written`: names in the result's files of merged tensors that the base stores under another name or not at all.
+    `dropped`: stored names of the base's tensors that are not written, such as copies. `untied`: copies that are tied
+    in the base and tensors of their own in the result. `changes`: keys to change in config.json. `said`: a sentence for
+    the user where a copy was untied.
     """
 
     written: dict[str, str] = field(default_factory=dict)
@@ -66,8 +66,8 @@ class Ties:
 
 
 def are_plain(base: Member, experts: Mapping[str, Member]) -> bool:
-    """Whether nothing can be tied or copied differently in these models, as far as names, shapes and configs say: then
-    transformers, which takes seconds to import, need not be asked."""
+    """Whether names, shapes and configs show that no model ties its tensors differently. Then transformers, which takes
+    seconds to import, is not asked."""
     settings = {str(_setting(member.folder.config)) for member in (base, *experts.values())}
     names = [set(member.stored) for member in (base, *experts.values())]
     twice = any(_tables(member.folder) > 1 for member in (base, *experts.values()))
@@ -80,14 +80,14 @@ def _setting(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _tables(folder: ModelFolder) -> int:
-    """How many matrices over the vocabulary, or over the rows of the largest one, there are."""
+    """The number of matrices with a row for each token, or with as many rows as the longest matrix."""
     shapes = [info.shape for info in folder.infos.values() if len(info.shape) == 2]
     rows = vocabulary_of(folder.config) or max((shape[0] for shape in shapes), default=0)
     return sum(shape[0] == rows for shape in shapes)
 
 
 def ask_classes(family: Family, members: list[Member]) -> None:
-    """Fills in what transformers says of each model's class, and what is tied by its config."""
+    """Fills in the class of each model, and which tensors its config ties."""
     for member in members:
         member.known = model_class(member.folder.config, member.folder.infos)
         if member.known is not None:
@@ -103,12 +103,12 @@ def ask_classes(family: Family, members: list[Member]) -> None:
 
 
 def resolve_ties(family: Family, base: Member, experts: Mapping[str, Member]) -> Ties:
-    """How the ties come out; the members' merged tensors become those of the result. ModelError where they cannot be as
-    the models have them."""
+    """The ties of the result; the merged tensors of all members become its own. ModelError where a model's tensors
+    do not fit its class."""
     members = [base, *experts.values()]
     spelled = {name: own for member in reversed(members) for name, own in member.spelled.items()}
     pairs = {copy: source for member in members for copy, source in member.tieable.items()}
-    for member in members if family.heads == "none" else ():  # the others have none of these tensors in their models
+    for member in members if family.heads == "none" else ():  # models of other families have no output layer
         for copy, source in member.tieable.items():
             _check_there(member, copy, source)
     wanted = {copy for copy in pairs if any(copy in member.merged for member in members)}
@@ -135,8 +135,8 @@ def _tied_by(family: Family, config: Mapping[str, Any], base: Member) -> set[str
 
 
 def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: str) -> ModelFolder | None:
-    """The first model that has a tensor of its own in place of a copy; None where it is tied in all, or in none of the
-    models that have it stored."""
+    """The first model that has a tensor of its own in place of a copy; None where every model ties it, or the base has
+    no such tensor."""
     if copy not in base.tied:
         return base.folder if copy in base.stored else None
     for member in (base, *experts.values()):
@@ -146,7 +146,7 @@ def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: s
 
 
 def _check_there(member: Member, copy: str, source: str) -> None:
-    """ModelError where a model has neither a copy nor what it is tied to, though its class has such a tensor."""
+    """ModelError where a model lacks a tensor that its config does not tie, though its class can."""
     loose = copy in member.tieable and copy not in member.tied
     if loose and copy not in member.stored and source in member.stored:
         raise ModelError(
@@ -162,8 +162,8 @@ def _changes(
     owners: Mapping[str, ModelFolder | None],
     pairs: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What says in config.json that these copies, which it ties, are not tied. ModelError where the class ties them in
-    any case; but for an output layer: transformers loads what is stored there."""
+    """The keys of config.json that untie these copies. ModelError where the class always ties them. Output layers need
+    no key: transformers loads them from the files."""
     if not own or base.known is None:
         return {}
     found = untied_config(base.folder.config, base.folder.infos, [spelled[copy] for copy in own])
@@ -181,8 +181,8 @@ def _changes(
 
 
 def _place(members: list[Member], copy: str, source: str, own: bool) -> None:
-    """Puts a copy among the merged tensors of each model where it is a tensor of its own, else takes it out; and the
-    stored name that has the source's values."""
+    """Merges a copy in each model if it is a tensor of its own (`own`), else drops it; and finds the stored name of the
+    source's values."""
     scope = own or any(copy in member.merged for member in members)
     for member in members:
         stored, origin = member.stored.get(copy), member.value(source)

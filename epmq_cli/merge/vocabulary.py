@@ -1,4 +1,4 @@
-"""Vocabularies of different sizes: which tensors are over them, and the rows that the base lacks."""
+"""Vocabularies of different sizes: which tensors have a row for each token, and the rows that the base lacks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from epmq_cli.models.model_folder import TensorInfo
 def is_over_vocabulary(
     base: TensorInfo, base_config: Mapping[str, Any], expert: TensorInfo, expert_config: Mapping[str, Any]
 ) -> bool:
-    """Whether two tensors differ in the number of rows alone, and those are each config's `vocab_size`.
+    """Whether two tensors differ in rows alone, and have as many rows as the `vocab_size` of their configs.
 
-    An expert that has no config of its own, such as an adapter, has the base's: then its rows are taken as they are.
+    An expert without a config of its own, such as an adapter, has the base's; its rows are not checked.
     """
     return (
         base.shape[1:] == expert.shape[1:]
@@ -26,13 +26,13 @@ def is_over_vocabulary(
 
 
 def vocabulary_of(config: Mapping[str, Any]) -> int | None:
-    """The `vocab_size` of a config, or of its text model's."""
+    """The `vocab_size` of a config, or of its text model."""
     size: int | None = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size
 
 
 def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config with another size of the vocabulary, at the place where it has one."""
+    """The config with another `vocab_size`, at the place where it has one."""
     text = config.get("text_config")
     if "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text:
         return {**config, "text_config": {**text, "vocab_size": size}}
@@ -40,7 +40,7 @@ def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def mean_rows(tables: Sequence[Tensor]) -> Tensor:
-    """(rows of the longest, ...): row by row the mean over the tables that have the row."""
+    """(rows of the longest table, ...): the mean, row by row, over the tables that have the row."""
     longest = max(tables, key=len)
     total, count = torch.zeros_like(longest), torch.zeros(len(longest))
     for table in tables:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from epmq_cli.models.answers import kept_answer
 from epmq_cli.models.model_folder import Tensors
 
 TIE = "tie_word_embeddings"
@@ -37,13 +38,13 @@ class ModelClass:
     parts: frozenset[str]
     prefix: str
     ignored: tuple[str, ...]
-    renamings: tuple[Any, ...] = ()
+    renamings: Callable[[], tuple[Any, ...]] = tuple
 
     def own_name(self, stored: str) -> str:
         """What the class calls a stored tensor that transformers reads under another name; else the stored name."""
         if stored in self.tensors:
             return stored
-        found = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings)
+        found = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings())
         return next((name for name in found if name in self.tensors), stored)
 
     def ignores(self, name: str) -> bool:
@@ -86,6 +87,33 @@ def model_class(config: Mapping[str, Any], stored: Collection[str]) -> ModelClas
 
 @lru_cache(maxsize=32)
 def _model_class(config: str, tops: frozenset[str]) -> ModelClass | None:
+    """The class as transformers described it, now or earlier; renamings, which few need, are asked for when needed."""
+
+    def ask() -> dict[str, Any] | None:
+        described = _ask(config, tops)
+        return None if described is None else _as_json(described)
+
+    answer = kept_answer({"class of": config, "tops": sorted(tops)}, ask, __file__)
+    return None if answer is None else _from_json(answer, lambda: _renamings_of(config, tops))
+
+
+def _as_json(described: ModelClass) -> dict[str, Any]:
+    values = {field.name: getattr(described, field.name) for field in fields(described) if field.name != "renamings"}
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
+
+
+def _from_json(answer: Mapping[str, Any], renamings: Callable[[], tuple[Any, ...]]) -> ModelClass:
+    sets = {name: frozenset(answer[name]) for name in ("outputs", "tensors", "parameters", "parts")}
+    return ModelClass(**{**answer, **sets, "ignored": tuple(answer["ignored"])}, renamings=renamings)
+
+
+def _renamings_of(config: str, tops: frozenset[str]) -> tuple[Any, ...]:
+    described = _ask(config, tops)
+    return () if described is None else described.renamings()
+
+
+@lru_cache(maxsize=32)
+def _ask(config: str, tops: frozenset[str]) -> ModelClass | None:
     best: ModelClass | None = None
     with _quiet():
         for found in _classes(json.loads(config)):
@@ -149,6 +177,7 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
     body = getattr(model, prefix, None) if prefix else None
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = parameters | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    renamings = tuple(_renamings(model))
     return ModelClass(
         made.__name__,
         tied,
@@ -159,7 +188,7 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
         frozenset(name.partition(".")[0] for part in (model, body) if part is not None for name in _names(part)),
         prefix,
         tuple(map(str, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
-        tuple(_renamings(model)),
+        lambda: renamings,
     )
 
 

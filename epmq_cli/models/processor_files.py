@@ -7,16 +7,20 @@ as the `tokenizer.model` of llama.cpp, are known by the shape of their names.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import CheckpointError, ModelError, first_line
+from epmq_cli.models.answers import kept_answer
 from epmq_cli.models.model_folder import CODE, WEIGHTS, read_json
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.runtime.links import leaves
+from epmq_cli.store.hashing import content
 
 TOKENIZER = (
     "tokenizer*",
@@ -43,6 +47,7 @@ OTHERS = (
     "generation_config.json",
 )
 PICTURES, COMBINED = "preprocessor_config.json", "processor_config.json"
+LARGEST = 256 << 20  # bytes of a file that a tokenizer may read
 PROBE = "The quick brown fox, 12345 jumps!\n  \u00c4\u00f6\u00fc \u4f60\u597d  Over."
 """A text of letters in both cases, digits, spaces, accents and another script."""
 
@@ -56,18 +61,19 @@ class ProcessorFiles:
     def __init__(self, base: Path) -> None:
         self._base = base
         known = [name for name in own_files(base) if matches(name, TOKENIZER)]
-        self._tokenizer = _tokenizer(base) if known or _other_names(base) else None
-        if known and self._tokenizer is None:
+        self._loaded = _loaded(
+            base, tokenizer=bool(known or _other_names(base)), pictures=bool({PICTURES, COMBINED} & {*own_files(base)})
+        )
+        if known and self._loaded.tokenizer is None:
             raise ModelError(
                 f"base: {base} has files of a tokenizer ({', '.join(known[:3])}) in which transformers finds no words; "
                 f"{_REMEDY}"
             )
-        self._pictures = _pictures(base) if {PICTURES, COMBINED} & {*own_files(base)} else None
 
     @property
     def files(self) -> list[str]:
         """The files by their paths in the base's folder, in order. ModelError where one is a link out of it."""
-        read = _vocabulary_files(self._tokenizer, self._base)
+        read = self._loaded.vocabulary
         found = [name for name in own_files(self._base) if name in read or matches(name, (*TOKENIZER, *OTHERS))]
         for name in found:
             if leaves(self._base / name, self._base):
@@ -80,17 +86,48 @@ class ProcessorFiles:
         for name in self.files:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._base / name, folder / name)
+        before = self._loaded
         try:
-            found = None if self._tokenizer is None else _tokenizer(folder)
-            pictures = None if self._pictures is None else _pictures(folder)
+            after = _loaded(folder, tokenizer=before.tokenizer is not None, pictures=before.pictures is not None)
         except ModelError as error:
             raise CheckpointError(f"the checkpoint is not written, since {error}") from error
-        if _read(found) != _read(self._tokenizer) or type(pictures) is not type(self._pictures):
-            what = "tokenizer" if _read(found) != _read(self._tokenizer) else "image processor"
+        if (after.tokenizer, after.pictures) != (before.tokenizer, before.pictures):
+            what = "tokenizer" if after.tokenizer != before.tokenizer else "image processor"
             raise CheckpointError(
                 f"the checkpoint is not written, since transformers makes another {what} of its files than of those in "
                 f"{self._base}; save the base's again with save_pretrained, and give that folder"
             )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What transformers makes of a folder: a digest of what tells its tokenizer from others, None without one; the
+    files that tokenizers of its class read; and the class of its image processor or feature extractor."""
+
+    tokenizer: str | None
+    vocabulary: tuple[str, ...]
+    pictures: str | None
+
+
+def _loaded(folder: Path, tokenizer: bool, pictures: bool) -> _Loaded:
+    """The answer of transformers, now or for the same files earlier; ModelError where it cannot load them."""
+
+    def ask() -> list[Any]:
+        found = _tokenizer(folder) if tokenizer else None
+        own = None if found is None else hashlib.sha256(repr(_read(found)).encode()).hexdigest()
+        processor = _pictures(folder) if pictures else None
+        kind = None if processor is None else f"{type(processor).__module__}.{type(processor).__name__}"
+        return [own, sorted(_vocabulary_files(found, folder)), kind]
+
+    files = {name: _identity(folder / name) for name in own_files(folder)}
+    own, vocabulary, kind = kept_answer({"loaded": files, "asked": [tokenizer, pictures]}, ask, __file__)
+    return _Loaded(own, tuple(vocabulary), kind)
+
+
+def _identity(path: Path) -> str | list[int]:
+    """The sha256 of a file; of one that is too large for a tokenizer's, its size and date."""
+    state = path.stat()
+    return content(path).sha256 if state.st_size <= LARGEST else [state.st_size, state.st_mtime_ns]
 
 
 _REMEDY = "put its files there, or take all of them out to merge the weights alone"
@@ -184,11 +221,11 @@ def _read(tokenizer: Any | None) -> Any:
     if tokenizer is None:
         return None
     rules = getattr(tokenizer, "backend_tokenizer", None)
-    found: list[Any] = [type(tokenizer), tokenizer.chat_template]
+    found: list[Any] = [f"{type(tokenizer).__module__}.{type(tokenizer).__name__}", tokenizer.chat_template]
     if rules is not None:
         return [*found, rules.to_str()]
     try:
         ids = tokenizer(PROBE)["input_ids"]
     except Exception as error:  # one that reads no plain text, such as that of a table
         ids = [type(error).__name__]
-    return [*found, tokenizer.get_vocab(), ids]
+    return [*found, sorted(tokenizer.get_vocab().items(), key=repr), ids]

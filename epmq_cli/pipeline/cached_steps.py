@@ -130,8 +130,7 @@ class CachedSteps:
         return self._samples_hashes[task.name]
 
     def _key(self, kind: str, **parts: Any) -> dict[str, Any]:
-        family = type(self._job.family)
-        general = {"family": f"{family.__module__}.{family.__qualname__}", "dtype": str(self._dtype)}
+        general = {"family": self._job.family.name, "dtype": str(self._dtype)}
         return {"kind": kind, "in": environment(self._job.device), **general, **parts}
 
     def _model(self, stage: str, task: str) -> dict[str, Any]:

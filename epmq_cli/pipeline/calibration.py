@@ -1,5 +1,4 @@
-"""The steps of `epmq run` between the merged model and the quantized one: what the experts would do, the walks towards
-it, and the heads."""
+"""The calibration steps of `epmq run`: teacher outputs, the walks from the merged to the quantized model, the heads."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.progress import WalkResult
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
@@ -30,26 +30,24 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.runtime import distributed, memory
 
 Batches = Mapping[str, Sequence[Batch]]
 ExpertOutputs = tuple[list[Batch], Tensor | None]
-"""A task's calibration batches as its expert completed them, and the features that it has of them, if wanted."""
+"""A task's calibration batches as its expert completed them, and the expert's features if wanted."""
 TeacherCache = Callable[[str, Sequence[Batch], bool, Callable[[], ExpertOutputs]], ExpertOutputs]
-"""Gives what the expert of a task makes of its batches, with features or without; the function makes it if it is not
-known."""
+"""Gives the expert's outputs on a task's batches, with or without features, from the cache or from the function."""
 
-MATRICES = 6  # of float64, (in, in), that are held at a time at most, holes between them included
+MATRICES = 6  # of float64, (in, in), held at a time at most, fragmentation included
 
 FEATURES = "features"
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The calibration batches of each task as its expert completed them, and the features (samples, width) that it has
-    of them, where heads are solved towards them."""
+    """The calibration batches of each task as its expert completed them, and the expert's features (samples, width) if
+    heads are solved."""
 
     batches: Batches
     features: Mapping[str, Tensor]
@@ -57,7 +55,7 @@ class TeacherOutputs:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What the walks found, the guidance they went by, and how its open options were chosen, if any were."""
+    """The result of the last walk, its guidance, and how `auto` options were chosen, if any."""
 
     walk: WalkResult
     guidance: Guidance
@@ -73,10 +71,9 @@ def run_teachers(
     teacher_cache: TeacherCache | None = None,
     micro: MicroBatcher | None = None,
 ) -> TeacherOutputs:
-    """What each expert makes of the calibration batches that were drawn for its task.
+    """Runs each expert on the calibration batches of its task.
 
-    The model's merged tensors may be overwritten. `state`: where what is finished is kept. `room`: how many samples go
-    through the model at a time.
+    Overwrites the model's merged tensors. `state`: keeps what is finished.
     """
     attempt = (micro or micro_batcher(job)).run
     calibration, taught = dict(drawn), {}
@@ -102,7 +99,7 @@ def _asked(
 
 
 def _added(batches: Sequence[Batch], ask: Callable[[], ExpertOutputs]) -> dict[str, Tensor]:
-    """What the task's expert adds to its batches, by number and name, and their features."""
+    """The tensors that the expert adds to its task's batches, by number and name, and its features."""
     completed, features_of = ask()
     found: dict[str, Tensor] = {}
     for index, (batch, drawn) in enumerate(zip(completed, batches, strict=True)):
@@ -111,13 +108,13 @@ def _added(batches: Sequence[Batch], ask: Callable[[], ExpertOutputs]) -> dict[s
 
 
 def _of(found: Mapping[str, Tensor], index: int) -> Batch:
-    """What was added to one batch."""
+    """The tensors added to one batch."""
     return {key.partition(".")[2]: tensor for key, tensor in found.items() if key.startswith(f"{index}.")}
 
 
 @torch.inference_mode()
 def features(family: Family, model: nn.Module, batches: Sequence[Batch], samples: int = ALL) -> Tensor:
-    """The features (rows, width) of some batches, made of so many samples at a time."""
+    """The features (rows, width) of some batches, computed for `samples` samples at a time."""
     return torch.cat([family.features(model, part) for batch in batches for part in split(batch, samples)])
 
 
@@ -221,7 +218,9 @@ def tune_guidance(
     taught = {}
     for task in tasks:
         copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        taught[task.name] = job.family.logits(features(job.family, model, holdout[task.name], samples), task.head)
+        taught[task.name] = job.family.logits(
+            model, features(job.family, model, holdout[task.name], samples), task.head
+        )
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
@@ -229,8 +228,8 @@ def tune_guidance(
         run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part.of_walk, samples)
         total = 0.0
         for task in tasks:
-            own = job.family.logits(features(job.family, model, holdout[task.name], samples), task.head)
-            total += guidance.factor(task.name) * relative_error(own, taught[task.name])
+            own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
+            total += guidance.factor(task.name) * relative_error(own, taught[task.name], distributed)
         return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, lambda guidance: kept.finished(_trial(guidance), lambda: error(guidance)))
@@ -243,7 +242,7 @@ def _trial(guidance: Guidance) -> str:
 
 
 def solves_heads(job: Job) -> bool:
-    """Whether heads are solved again."""
+    """Whether heads are solved."""
     wanted = {"always": ("own", "made"), "own": ("own",), "never": ()}[job.guidance.heads]
     return job.family.heads in wanted
 
@@ -271,16 +270,18 @@ def _solved_heads(
         with batch_invariant(model):
             found = [features(job.family, model, [batch], samples) for batch in taught.batches[task.name]]
         taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
-        own, teacher = ([job.family.head_inputs(part, task.head) for part in parts] for parts in (found, taught_rows))
+        own, teacher = (
+            [job.family.head_inputs(model, part, task.head) for part in parts] for parts in (found, taught_rows)
+        )
         head = Affine(task.head["weight"], task.head.get("bias"))
-        result = solved_head(own, teacher, head, float(guidance.lam))
+        result = solved_head(own, teacher, head, float(guidance.lam), distributed)
         tensors = {"weight": result.weight} | ({} if result.bias is None else {"bias": result.bias})
         solved.append(replace(task, head={**task.head, **tensors}))
     return solved
 
 
 def summary(job: Job, calibrated: CalibrationResult) -> dict[str, Any]:
-    """What metrics.json says of the guidance: the values that were used, and the trials that led to them."""
+    """The guidance in metrics.json: the values and the trials that led to them."""
     used = {name: float(getattr(calibrated.guidance, name)) for name in LIMITS}
     trials = calibrated.choice.trials if calibrated.choice else []
     return {**used, "chosen": job.guidance.open, "trials": trials, "heads_solved": solves_heads(job)}

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.open_clip import check_family
 from epmq_cli.config import instantiate, schema
 from epmq_cli.config.validate import check_choice, check_keys
@@ -18,6 +19,8 @@ from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
 from epmq_cli.pipeline.preflight import check_gradients, check_scoring
 from epmq_cli.pipeline.scored_tasks import scores_samples
+from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
 
 
@@ -30,8 +33,8 @@ class Job:
     merge: MergeMethod
     guidance: Guidance
     calib: schema.Calib
-    quantizer: Quantizer
-    pack: schema.Pack
+    quantizer: Quantizer | MixedPrecision
+    exporter: Exporter
     evaluation: schema.Evaluation
     device: torch.device
     seed: int
@@ -61,8 +64,10 @@ def make_job(cfg: DictConfig) -> Job:
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
         raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
-    pack: schema.Pack = instantiate.build("pack", cfg.pack)
-    if pack.open_clip:
+    quantizer = build_quantizer(cfg.quant)
+    exporter: Exporter = instantiate.build("pack", cfg.pack)
+    exporter.check(family, formats_of(quantizer))
+    if exporter.open_clip:
         check_family(family, suite.family)
     return Job(
         suite=suite,
@@ -70,8 +75,8 @@ def make_job(cfg: DictConfig) -> Job:
         merge=merge,
         guidance=guidance,
         calib=calib,
-        quantizer=instantiate.build("quant", cfg.quant),
-        pack=pack,
+        quantizer=quantizer,
+        exporter=exporter,
         evaluation=evaluation,
         device=device,
         seed=instantiate.seed_of(cfg.seed),

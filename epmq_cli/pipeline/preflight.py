@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.evaluate.metrics import PERPLEXITY
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
-from epmq_cli.quantize.quantizer import Quantizer
 
 SMALLEST_GROUP = 8  # that a message offers
 
@@ -33,10 +33,9 @@ SMALLEST_GROUP = 8  # that a message offers
 def check_gradients(method: MergeMethod, family: Family) -> None:
     """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
     if "gradients" in method.needs and family.heads == "none":
-        name = type(family).__module__.rpartition(".")[2]
         raise ConfigError(
             f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
-            f"{name} have no heads; use another merge method"
+            f"{family.name} have no heads; use another merge method"
         )
 
 
@@ -51,7 +50,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
             )
-    if isinstance(evaluation, Harness) and not isinstance(family, LanguageModel):
+    if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
         raise ConfigError(
             f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
         )
@@ -130,15 +129,13 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def check_groups(student: nn.Module, family: Family, spec: GridSpec | None) -> None:
+def check_groups(student: nn.Module, family: Family, formats: Sequence[NumberFormat]) -> None:
     """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
-    if spec is None:
-        return
     widths = {name: width for name, (_, width) in linear_shapes(student, family)}
-    for name, width in widths.items():
-        if width % spec.columns(width):
+    for format, (name, width) in product(formats, widths.items()):
+        if width % group_columns(format, width):
             raise ConfigError(
-                f"group_size={spec.group_size} must divide the {width} inputs of {name}; {_possible(widths.values())}"
+                f"group_size={format.group_size} must divide the {width} inputs of {name}; {_possible(widths.values())}"
             )
 
 
@@ -161,15 +158,15 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def check_kernel(
-    model: nn.Module, family: Family, quantizer: Quantizer, wanted: Evaluation, device: torch.device
+    model: nn.Module, family: Family, formats: Sequence[NumberFormat], wanted: Evaluation, device: torch.device
 ) -> None:
-    """Refuses, before anything is calibrated, to score on the int4 kernel what it will not take."""
+    """Refuses to score on the int4 kernel what it does not take, before anything is calibrated. `formats`: those that
+    the checkpoint stores packed."""
     if wanted.kernel != "int4" or "quantized" not in wanted.stages:
         return
-    obstacles = {}
-    if quantizer.spec is not None:
-        widest = replace(quantizer.spec, bits=max(quantizer.widths))
-        obstacles = {name: obstacle(widest, shape, device) for name, shape in linear_shapes(model, family)}
+    obstacles: dict[str, str | None] = {}
+    for format, (name, shape) in product(formats, linear_shapes(model, family)):
+        obstacles[name] = obstacles.get(name) or obstacle(format, shape, device)
     refuse(obstacles)
 
 

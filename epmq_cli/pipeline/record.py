@@ -1,4 +1,4 @@
-"""What is written of a run beside the weights: the checkpoint's record and card, and metrics of the walk."""
+"""The texts and measures of a run: the checkpoint's record and card, and the metrics of the walk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from epmq_cli.checkpoint.model_card import model_card
 from epmq_cli.checkpoint.write import RECORD, Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.pipeline.task_processors import PROCESSORS, Processors, place
-from epmq_cli.quantize.formats.int import QuantizedWeight
+from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.mixed_precision import formats_of
 
 if TYPE_CHECKING:
     from epmq_cli.pipeline.job import Job
@@ -25,10 +26,10 @@ RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "gro
 
 
 def average_bits(walk: WalkResult) -> float | None:
-    """The mean width over all quantized weights; None where there are none."""
+    """The mean width over all quantized weights; None if there are none."""
     found = [weight for weight in walk.weights.values() if isinstance(weight, QuantizedWeight)]
-    count = sum(weight.values.numel() for weight in found)
-    return sum(weight.spec.bits * weight.values.numel() for weight in found) / count if count else None
+    count = sum(weight.codes.numel() for weight in found)
+    return sum(weight.format.bits * weight.codes.numel() for weight in found) / count if count else None
 
 
 def texts(
@@ -40,10 +41,10 @@ def texts(
     tasks: Sequence[ScoredTask],
     processors: Processors,
 ) -> dict[str, str]:
-    """The checkpoint's model card, and the record from which `epmq eval` knows the tasks, the classes of their heads
-    and their `processors`.
+    """The model card, and the record from which `epmq eval` reads the tasks, the classes of their heads and
+    their `processors`.
 
-    Nothing in them depends on time or on the run's folder, so that the same run gives the same bytes.
+    They do not depend on time or on the run's folder, so that the same run gives the same bytes.
     """
     record = {
         "epmq": __version__,
@@ -54,15 +55,14 @@ def texts(
     if processors:
         record[PROCESSORS] = list(processors)
     names = (choices["merge"], choices["guidance"], choices["quant"])
-    spec, widths = job.quantizer.spec, job.quantizer.widths
     return {
         RECORD: json.dumps(record, indent=2) + "\n",
         "README.md": model_card(
             job.suite,
             names,
-            spec,
-            widths,
+            formats_of(job.quantizer),
             average_bits(walk),
+            job.exporter,
             type(model).__name__,
             __version__,
             {task: place(task) for task in processors},
@@ -71,13 +71,13 @@ def texts(
 
 
 def measured(walk: WalkResult) -> dict[str, Any]:
-    """What metrics.json says of the walk."""
+    """The entries of metrics.json on the walk."""
     layers = [asdict(record) for record in walk.records]
     return {"layers": layers, "average_bits": average_bits(walk), "events": events(walk)}
 
 
 def events(walk: WalkResult) -> dict[str, int]:
-    """How many linears were calibrated, and how many of them needed more damping or a stand-in."""
+    """The number of calibrated linears, and of those that needed more damping or a fallback."""
     records = walk.records
     return {
         "linears": len(records),
@@ -88,7 +88,7 @@ def events(walk: WalkResult) -> dict[str, int]:
 
 
 def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
-    """Bytes of the weights: the whole model and its calibrated linears alone, dense and as packed."""
+    """The bytes of the whole model and of its calibrated linears, dense and as stored."""
     size = contents.dtype.itemsize
     elements = {name: tensor.numel() for name, tensor in untied(contents.model).items()}
     return {

@@ -19,7 +19,8 @@ from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families import suite_family
-from epmq_cli.families.family import Family, Head
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import exact
@@ -30,7 +31,7 @@ from epmq_cli.runtime.paths import read_regular
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was made with; CheckpointError where there is no record of them."""
+    """The settings of the run that wrote a checkpoint; CheckpointError if the checkpoint does not record them."""
     try:
         record: dict[str, Any] = json.loads(read_regular(checkpoint / RECORD))
         complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
@@ -44,7 +45,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def recorded_tasks(checkpoint: Path) -> tuple[str, list[str]]:
-    """The family and the names of the tasks in a checkpoint's record, nothing of which is made or looked up."""
+    """The family and the names of the tasks in a checkpoint's record; nothing is instantiated."""
     suite = read_record(checkpoint)["config"]["suite"]
     tasks = suite.get("tasks") or suite.get("experts")
     if not isinstance(tasks, dict) or not isinstance(suite.get("family"), str):
@@ -53,17 +54,17 @@ def recorded_tasks(checkpoint: Path) -> tuple[str, list[str]]:
 
 
 def check_own(path: Path, node: Any, remedy: str) -> None:
-    """CheckpointError where a config that came with a checkpoint names code that is not epmq's, or asks for values from
-    elsewhere, such as the environment; `remedy`: what to do for those who trust it."""
+    """CheckpointError if a config that came with a checkpoint names a class outside of epmq, or refers to values from
+    elsewhere, such as the environment. `remedy`: what users who trust the config can do."""
     foreign = [target for target in instantiate.targets(node) if not _is_own(target)]
     if foreign:
-        raise CheckpointError(f"{path} names {foreign[0]}, which is not epmq's; if you trust it, {remedy}")
+        raise CheckpointError(f"{path} names {foreign[0]}, which is not a class of epmq; if you trust it, {remedy}")
     if "${" in json.dumps(node):
         raise CheckpointError(f"{path} holds a reference such as ${{...}}, which epmq does not write; {remedy}")
 
 
 def _is_own(target: str) -> bool:
-    """Whether a class is defined in epmq, and not only imported there."""
+    """Whether a class is defined in epmq, rather than imported there."""
     import hydra
 
     try:
@@ -73,8 +74,8 @@ def _is_own(target: str) -> bool:
 
 
 def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
-    """The suite that a checkpoint was made from, with its data in the mirror `root` where that is given, or the suite
-    that is given; CheckpointError where there is no record of it."""
+    """The suite that a checkpoint records, or the `given` one; CheckpointError if the checkpoint does not record one.
+    `root`: a mirror of the hub that replaces the recorded one."""
     record = read_record(checkpoint)["config"]["suite"]
     if given is None:
         check_own(checkpoint / RECORD, record, "give the suite by suite=NAME")
@@ -84,7 +85,7 @@ def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | Non
 
 
 def _moved(node: Any, root: str) -> Any:
-    """A config with every `root` in it another one."""
+    """A config in which every `root` is replaced."""
     if isinstance(node, dict):
         return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
     return [_moved(child, root) for child in node] if isinstance(node, list) else node
@@ -93,7 +94,7 @@ def _moved(node: Any, root: str) -> Any:
 def ready(
     checkpoint: Path, suite: Suite, evaluation: schema.Evaluation, device: torch.device
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
-    """All that it takes to score a checkpoint on the tasks of its suite."""
+    """The family, the model and the tasks of a checkpoint, ready to be scored."""
     exact()
     ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
     check_described(checkpoint)
@@ -114,14 +115,14 @@ def ready(
 
 
 def recorded_seed(record: Mapping[str, Any]) -> int:
-    """The seed of the run, by which test samples are drawn again as they were there."""
+    """The seed of the run, which draws the same test samples again."""
     found = record["config"].get("seed", 0)
     return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else 0
 
 
 def recorded_classes(record: Mapping[str, Any], task: Task, family: Family, head: Head) -> tuple[str, ...] | None:
-    """The names of the classes of a task's head in a checkpoint; None where its record has none, as those of epmq 0.1
-    do. What a task without a head is answered with is in its suite."""
+    """The names of the classes of a task's head; None if the record has none, as records of epmq 0.1. Tasks without a
+    head have their classes in the suite."""
     classes = record.get("classes")
     found = classes.get(task.name) if isinstance(classes, dict) else None
     if family.heads != "none" and isinstance(found, list) and len(found) == len(head["weight"]):

@@ -1,4 +1,4 @@
-"""From a task of a suite to one that is ready to be scored: its test samples, with labels in the order of its head."""
+"""Prepares tasks for scoring: test samples with labels in the order of the head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from epmq_cli.errors import ModelError
 from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
-from epmq_cli.families.family import Family, Head, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.inputs import check_inputs
+from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.runtime.console import say
@@ -27,7 +29,7 @@ def scores_samples(evaluation: schema.Evaluation) -> bool:
 
 
 def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
-    """The names of the classes of a task's head; ModelError where they cannot be, unless the task is not scored."""
+    """The class names of a task's head; ModelError if they are invalid and the task is scored."""
     try:
         return family.class_names(task, models.experts[task.name], models.base, head)
     except ModelError:
@@ -54,8 +56,8 @@ def scored_task(
     """
     samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
     check_inputs(family, task.name, samples.inputs)
-    if isinstance(family, LanguageModel) and samples is not UNSCORED:
-        samples = Samples([family.tokens(folder, samples.inputs, processor)])
+    if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
+        samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
     if samples.labels is not None and not samples.labels.is_floating_point():
         check_labelled(task.name, samples.labels)
         heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.merge_data import Batches, ExpertMeasurements
 from epmq_cli.calibrate.reference_weights import copy_into
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
@@ -23,9 +24,10 @@ from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, Scores, compute, micro_batcher, scores
-from epmq_cli.families.family import Family, LanguageModel, load_model
+from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
@@ -37,10 +39,12 @@ from epmq_cli.pipeline.preflight import (
     check_kernel,
     check_lengths,
     check_parts,
+    linear_shapes,
     rounded,
 )
 from epmq_cli.pipeline.scored_tasks import head_names, scored_task, scores_samples
 from epmq_cli.pipeline.task_processors import Processors
+from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.disk_offload import Disk
@@ -53,10 +57,10 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
     """
     models = SuiteModels(job.suite, job.family)
-    if job.pack.open_clip:
+    if job.exporter.open_clip:
         check_base(models.base)
     ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
-    dtype = written_dtype(models.source, job.pack.dtype)
+    dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
     read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
@@ -65,8 +69,10 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     check_described(model, job.family, models)
     own = model.state_dict().items()
     copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
-    check_groups(model, job.family, job.quantizer.spec)
-    check_kernel(model, job.family, job.quantizer, job.evaluation, job.device)
+    formats = formats_of(job.quantizer)
+    check_groups(model, job.family, formats)
+    job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats)
+    check_kernel(model, job.family, formats if job.exporter.packs else [], job.evaluation, job.device)
     return models, model, dtype
 
 
@@ -107,7 +113,7 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
-        if isinstance(job.family, LanguageModel):
+        if isinstance(job.family.tasks, LanguageModel):
             samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
@@ -123,11 +129,10 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
     return drawn
 
 
-def _tokens(
-    family: LanguageModel, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
-) -> Tensor:
+def _tokens(family: Family, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]) -> Tensor:
     check_inputs(family, task.name, documents)
-    return family.tokens(folder, documents, processor)
+    assert isinstance(family.tasks, LanguageModel)
+    return family.tasks.tokens(folder, documents, processor)
 
 
 def score(
@@ -166,8 +171,8 @@ def stage_scores(
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
-    """The model of a checkpoint, as transformers dequantizes it or with its linears packed."""
-    if kernel == "dequantize":
+    """The model of a checkpoint, dequantized by transformers where it can do so, or with its linears packed."""
+    if kernel == "dequantize" and layout_of(checkpoint).plain:
         return load_model(family, checkpoint, device)
     return load(checkpoint, str(device), kernel, torch.float32)
 

@@ -1,5 +1,5 @@
-"""Which tokenizer or image processor the samples of each task go through: the base's, or the expert's own where that
-makes other inputs of them, as `suite.processor` says."""
+"""Chooses each task's tokenizer or image processor: the base's, or the expert's own if it gives other inputs
+(`suite.processor`)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from epmq_cli.data.chats import Chat
 from epmq_cli.data.sampling import task_seed
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import CheckpointError, DataError, ModelError
-from epmq_cli.families.family import Family, LanguageModel
+from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
-from epmq_cli.models.open_clip.convert import own_processor
+from epmq_cli.models.open_clip.convert import CONFIG, own_processor
 from epmq_cli.models.pretrained import config_of
 from epmq_cli.models.processor_files import PROBE
 from epmq_cli.models.processor_folder import Processor, processor_files, same_files
 from epmq_cli.runtime.console import say
 
 PROCESSORS = "processors"
-"""The folder of a checkpoint in which tasks have processors of their own."""
+"""The folder of a checkpoint with the tasks' own processors."""
 SAMPLES = {"texts": 256, "pictures": 32}
-"""How many of a task's calibration samples are compared at most."""
-VARIED = 32  # of them that are compared in other forms, too
+"""The largest number of a task's calibration samples that are compared."""
+VARIED = 32  # of them are also compared in other forms
 SIZES = ((320, 320), (480, 320), (300, 400))
 FORMS: tuple[Callable[[str], str], ...] = (
     str.upper,
@@ -44,17 +45,16 @@ FORMS: tuple[Callable[[str], str], ...] = (
 log = logging.getLogger("epmq")
 
 Processors = Mapping[str, Processor]
-"""The tasks that are read with another tokenizer or image processor than the base's, and where that is."""
+"""The tasks with their own tokenizer or image processor, and its folder."""
 SamplesOf = Callable[[Task], Sequence[Any]]
-"""The samples of a task on which processors are compared."""
+"""Gives the samples of a task on which processors are compared."""
 
 
 def task_processors(
     family: Family, models: SuiteModels, tasks: Sequence[Task], samples_of: SamplesOf
 ) -> dict[str, Processor]:
-    """The tasks that are read with their expert's own tokenizer or image processor, and where that is; all others are
-    read with the base's. ModelError where an expert's differs and the task's `processor` is `same`, or it cannot be
-    used."""
+    """The tasks that use their expert's own tokenizer or image processor, and its folder; the others use the base's.
+    ModelError if an expert's differs and the task's `processor` is `same`, or if it is unusable."""
     found = {}
     for task in tasks:
         own = _chosen(family, models, task, samples_of)
@@ -68,7 +68,7 @@ def calibration_samples(seed: int, family: Family) -> SamplesOf:
 
     def drawn(task: Task) -> Sequence[Any]:
         most = SAMPLES[family.reads]
-        if isinstance(family, LanguageModel) and task.documents is not None:
+        if isinstance(family.tasks, LanguageModel) and task.documents is not None:
             most = min(most, task.documents)
         return task.data.load("train", most, task_seed(seed, task.name)).inputs
 
@@ -76,11 +76,12 @@ def calibration_samples(seed: int, family: Family) -> SamplesOf:
 
 
 def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: SamplesOf) -> Processor | None:
-    """The expert's own processor where the task is read with it."""
+    """The expert's own processor if the task uses it."""
     base, expert = models.base, models.experts[task.name]
     bases = processor_files(base.path, family.reads)
     folder = expert.path
-    if family.reads == "pictures" and not processor_files(folder, family.reads):
+    described = (folder / CONFIG).is_file()  # else transformers, which takes seconds to import, need not be asked
+    if family.reads == "pictures" and described and not processor_files(folder, family.reads):
         folder = own_processor(folder, config_of(base.path), expert.role) or folder
     files = processor_files(folder, family.reads)
     if not files or same_files(files, bases):
@@ -103,8 +104,8 @@ def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: Samples
 
 
 def _elsewhere(family: Family, base: Path, task: Task, own: Processor, samples: Sequence[Any]) -> str | None:
-    """The difference in what is made of variations of samples: test samples may be written otherwise than those to
-    calibrate on, such as in capitals, or be pictures of other sizes. None where the expert's processor reads none."""
+    """The difference between the inputs of varied samples: test samples may differ from calibration samples, such as
+    texts in capitals or pictures of other sizes. None if the expert's processor reads none of them."""
     try:
         return difference(family, base, task, own, variations(samples))
     except (ModelError, DataError):
@@ -128,7 +129,7 @@ def _written(sample: Any, form: Callable[[str], str]) -> Any:
 
 
 def _by_option(expert: ModelFolder, task: Task, own: Processor, found: str) -> Processor | None:
-    """What `processor` of the task makes of a difference."""
+    """Handles a difference as the task's `processor` says."""
     if task.processor == "same":
         raise ModelError(
             f"{expert.role} ({expert.path}): {found}; set suite.processor=expert to read its task with its own, or "
@@ -142,7 +143,7 @@ def _by_option(expert: ModelFolder, task: Task, own: Processor, found: str) -> P
 
 
 def _instead(base: ModelFolder, expert: ModelFolder, task: Task, own: Processor, what: str) -> Processor:
-    """The expert's processor where the base has none."""
+    """The expert's processor for a base without one."""
     if task.processor != "expert":
         raise ModelError(
             f"base: {base.path} has no {what}, and {expert.role} has one of its own; put the base's files there, or "
@@ -159,7 +160,7 @@ KINDS = {"texts": "tokenizer", "pictures": "image processor"}
 
 
 def place(task: str) -> str:
-    """Where a checkpoint has the processor of a task: a name that leads nowhere else and is not hidden."""
+    """The folder of a task's processor in a checkpoint: a plain name, not hidden."""
     name = quote(task, safe=" ")
     return f"{PROCESSORS}/{f'%2E{name[1:]}' if name.startswith('.') else name}"
 
@@ -189,7 +190,7 @@ def saved_processors(checkpoint: Path, record: Mapping[str, Any], tasks: Collect
 
 
 def probes(family: Family, models: SuiteModels) -> SamplesOf:
-    """Samples that are made up, for a merge, which reads no data: texts out of the base's own vocabulary, or noise."""
+    """Synthetic samples for a merge without data: texts from the base's vocabulary, or noise."""
     made: list[Sequence[Any]] = []
 
     def made_up(task: Task) -> Sequence[Any]:

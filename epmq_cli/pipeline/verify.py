@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors and scores are what epmq wrote; for its files see checkpoint/manifest.py."""
+"""Checks that a checkpoint's tensors and scores are what epmq wrote; store/manifest.py checks its files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from omegaconf import OmegaConf
 
 from epmq_cli.checkpoint.expected_tensors import (
     ROLE,
-    Wanted,
     described_model,
-    finite,
+    expected_tensors,
     lacking_problems,
     layout_problem,
     name_problems,
     tie_problems,
-    wanted_tensors,
 )
+from epmq_cli.checkpoint.exporter import ExpectedTensor, finite
 from epmq_cli.checkpoint.task_heads import head_problems
 from epmq_cli.checkpoint.write import RECORD, heads_file
 from epmq_cli.config import instantiate, schema
@@ -38,79 +37,80 @@ CLOSE = 1e-6  # relative: sums of floats depend on the number of threads
 
 
 def tensor_problems(folder: Path) -> list[str]:
-    """Where the tensors of a checkpoint are not those that its config.json describes, a phrase for each.
+    """A phrase for each tensor of a checkpoint that is not as its config.json implies.
 
-    A dense merge has the base's tensors under the base's names, some of which the model may not have: of those only
-    the values are looked at.
+    A dense merge stores the base's tensors under the base's names. The model may not have all of these; of those that
+    it does not have, only the values are checked.
     """
     files = SafetensorsFiles(folder, ROLE)
-    model, found = described_model(folder, files), []
-    wanted = wanted_tensors(folder, model, _signed(folder))
+    model = described_model(folder, files)
+    expected = expected_tensors(folder, model, _signed(folder))
     if (folder / RECORD).is_file():
-        found += name_problems(model, files, wanted)
+        problems = name_problems(model, files, expected)
     else:
-        found += lacking_problems(folder, files)
-        wanted = _renamed(wanted, files, str(getattr(model, "base_model_prefix", "")))
-    ties = [problem for problem in tie_problems(folder, files) if not any(known in problem for known in found)]
-    found += ties
-    found += _problems(files, wanted)
-    return found + _head_problems(folder, model.config)
+        problems = lacking_problems(folder, files)
+        expected = _renamed(expected, files, str(getattr(model, "base_model_prefix", "")))
+    problems += [problem for problem in tie_problems(folder, files) if not any(known in problem for known in problems)]
+    problems += _problems(files, expected)
+    return problems + _head_problems(folder, model.config)
 
 
 def _head_problems(folder: Path, config: Any) -> list[str]:
-    """Where the file of the heads does not hold those of the recorded tasks, by name and shape, or holds a NaN."""
+    """A phrase for each tensor in the file of the heads that does not belong to a recorded task, has another shape than
+    the model's `config` implies, or holds NaN or infinity."""
     path = heads_file(folder)
     if not path.is_file() and not (folder / RECORD).is_file():
         return []
-    found: list[str] = []
+    problems: list[str] = []
     where = path.relative_to(folder).as_posix()
     if (folder / RECORD).is_file():
         name, tasks = recorded_tasks(folder)
         family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
         if not path.is_file():
             return [] if family.heads == "none" else [f"{where} is missing"]
-        found += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, config)
-    found += _problems(SafetensorsFiles(path, ROLE), {})
-    return [f"{problem} ({where})" for problem in found]
+        problems += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, config)
+    problems += _problems(SafetensorsFiles(path, ROLE), {})
+    return [f"{problem} ({where})" for problem in problems]
 
 
 def _signed(folder: Path) -> bool:
-    """Whether scales may be negative: of all searches for scales only one chooses such (quantize/search.py)."""
+    """Whether scales may be negative. Only one search for scales chooses such (quantize/scale_search.py)."""
     if read_json(folder, "config.json", ROLE).get("quantization_config") is None:
         return False
     return bool(read_record(folder)["config"]["quant"].get("grid") == "hessian")
 
 
-def _renamed(wanted: Mapping[str, Wanted], files: SafetensorsFiles, prefix: str) -> dict[str, Wanted]:
-    """What is known of stored tensors, whether they are stored with the prefix of the model's body or without."""
-    found: dict[str, Wanted] = {}
+def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, prefix: str) -> dict[str, ExpectedTensor]:
+    """The expected tensors by their stored names, which have the prefix of the model's body or lack it."""
+    renamed: dict[str, ExpectedTensor] = {}
     for stored in files.infos:
         spellings = (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}."))
-        known = next((wanted[name] for name in spellings if name in wanted), None)
+        known = next((expected[name] for name in spellings if name in expected), None)
         if known is not None:
-            found[stored] = known
-    return found
+            renamed[stored] = known
+    return renamed
 
 
-def _problems(files: SafetensorsFiles, wanted: Mapping[str, Wanted]) -> Iterator[str]:
-    """Of each tensor the first problem, with one tensor in memory at a time."""
+def _problems(files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -> Iterator[str]:
+    """The first problem of each tensor; only one tensor is in memory at a time."""
     for name, info in files.infos.items():
-        check = wanted[name].check if name in wanted else finite
-        if layout := layout_problem(name, info, wanted):
+        check = expected[name].check if name in expected else finite
+        if layout := layout_problem(name, info, expected):
             yield layout
         elif problem := check(files.tensor(name)):
             yield f"{name} {problem}"
 
 
 def score_problems(checkpoint: Path, device: torch.device, root: str | None) -> list[str]:
-    """Where the scores of a checkpoint, measured again as its run did, are not those of the run's metrics.json, a
-    phrase for each; CheckpointError where there is none. `root`: a mirror of the hub."""
+    """Scores a checkpoint as its run did; a phrase for each score that differs from the run's metrics.json.
+
+    `root`: a mirror of the hub. CheckpointError: there is no such metrics.json."""
     recorded, evaluation = _run_scores(checkpoint.resolve().parent / METRICS)
     suite = checkpoint_suite(checkpoint, None, root)
     family, model, tasks = ready(checkpoint, suite, evaluation, device)
-    found = steps.stage_scores(evaluation, family, model, tasks, device, STAGE, checkpoint)[STAGE]
-    names = dict.fromkeys([*recorded, *found])
-    pairs = {name: (recorded.get(name), found.get(name)) for name in names}
+    scores = steps.stage_scores(evaluation, family, model, tasks, device, STAGE, checkpoint)[STAGE]
+    names = dict.fromkeys([*recorded, *scores])
+    pairs = {name: (recorded.get(name), scores.get(name)) for name in names}
     return [f"{name} scores {new}, {METRICS} has {old}" for name, (old, new) in pairs.items() if not _same(old, new)]
 
 
@@ -119,14 +119,14 @@ def _same(old: float | None, new: float | None) -> bool:
 
 
 def _run_scores(path: Path) -> tuple[dict[str, float], schema.Evaluation]:
-    """The scores of a run's checkpoint by task, and how they were measured."""
+    """The scores of a run's checkpoint by task, and the evaluation that measured them."""
     try:
         content = json.loads(read_regular(path))
         entry = dict(content["config"]["eval"])
         scores = {task: float(stages[STAGE]) for task, stages in content["scores"]["tasks"].items() if STAGE in stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no readable metrics.json of epmq run; give a checkpoint that is in its run folder, or leave "
+            f"{path} is not a readable metrics.json of epmq run; give a checkpoint that is in its run folder, or leave "
             "out --scores"
         ) from error
     if not scores:

@@ -11,14 +11,13 @@ from torch import Tensor
 RETRIES = 8  # each with ten times the damping, from SMALLEST or the first try's up
 SMALLEST = 1e-8
 ITERATIONS = 8
-SETTLED = 0.003  # the change at which an estimate is taken
+SETTLED = 0.003  # relative change at which power iteration stops
 SMALL = 256
 
 
 @dataclass(frozen=True)
 class Factor:
-    """`lower` L with L L' = H + damping * mean(diag H) * I, and how it was had: the damping used, and how often it had
-    to be raised."""
+    """`lower` L with L L' = H + damping * mean(diag H) * I; the damping used, and how often it was raised."""
 
     lower: Tensor
     damping: float
@@ -26,15 +25,15 @@ class Factor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no item is a NaN or an infinity; the sum says so quickly, unless it overflows itself."""
+    """Whether all items are finite; the sum is a fast test, unless it overflows itself."""
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
 def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Factor | None:
     """The Cholesky factor of a symmetric matrix, with more damping where it is not positive definite.
 
-    `damping` is relative to the mean of the diagonal; `backwards`: the factor of H with its rows and columns in reverse
-    order. None where no try succeeds: H holds a NaN or is not a moment.
+    `damping` is relative to the mean of the diagonal; `backwards`: factors H with its rows and columns in reversed
+    order. None if no try succeeds, because H holds NaN or is no moment matrix.
     """
     diagonal_mean, used = H.diagonal().mean(), damping
     for retries in range(RETRIES + 1):
@@ -50,8 +49,7 @@ def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Facto
 def triangular_inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, itself lower triangular.
 
-    By halves, down to `SMALL`: a third of the multiplications of a solve that does not know that the right side is
-    triangular too.
+    It recurses by halves down to `SMALL`, which takes a third of the multiplications of a general triangular solve.
     """
     n = len(lower)
     if n <= SMALL:
@@ -69,8 +67,8 @@ def triangular_inverse(lower: Tensor) -> Tensor:
 def condition(H: Tensor, factor: Factor) -> float:
     """Estimate from below of the 2-norm condition number of L L', by power iteration on it and on its inverse.
 
-    At most `ITERATIONS` products with H and as many solves with L; within a few percent where the extreme eigenvalues
-    stand apart.
+    At most `ITERATIONS` products with H and as many solves with L; within a few percent if the extreme eigenvalues
+    are well separated.
     """
     damping = factor.damping * H.diagonal().mean()
     high = _largest(lambda x: H @ x + damping * x, H)
@@ -79,7 +77,7 @@ def condition(H: Tensor, factor: Factor) -> float:
 
 
 def _largest(multiply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue, from below, of a positive definite matrix of the shape of another."""
+    """The largest eigenvalue, from below, of a positive definite matrix with the shape of `like`."""
     vector = torch.linspace(1, 2, len(like), dtype=like.dtype, device=like.device)[:, None]
     vector, found = vector / vector.norm(), 0.0
     for _ in range(ITERATIONS):

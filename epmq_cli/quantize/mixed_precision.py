@@ -1,4 +1,7 @@
-"""Mixed precision: which of two widths each group of linears gets, under a budget of bits on average."""
+"""Mixed precision: two number formats in one model, under a budget of bits on average.
+
+Every group of linears that read the same input gets one of the two formats, as kernels that fuse q, k and v need it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,51 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.errors import ConfigError, shown
+from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import Prepared, QuantizationResult, Quantizer
+from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer
 from epmq_cli.runtime import distributed
 
 Group = TypeVar("Group", bound=Hashable)
 
 
+@dataclass(frozen=True)
+class MixedPrecision:
+    """A quantizer in two formats: `low`, and `high` with more bits, which differ in their format alone.
+
+    `bits`: the average over all weights, at most. A first walk measures what each group loses in each format (`Trial`);
+    the last walk quantizes each group in the format that the trial chooses.
+    """
+
+    low: Quantizer
+    high: Quantizer
+    bits: float
+
+    def __post_init__(self) -> None:
+        low, high = (quantizer.format for quantizer in (self.low, self.high))
+        if low is None or high is None or not low.bits < self.bits < high.bits:
+            raise ConfigError(f"mixed precision needs bits between those of its two formats, got {shown(self.bits)}")
+
+    @property
+    def quantizers(self) -> dict[int, Quantizer]:
+        """The two quantizers by the bits of their formats."""
+        return {quantizer.format.bits: quantizer for quantizer in (self.low, self.high) if quantizer.format is not None}
+
+
+def formats_of(quantizer: Quantizer | MixedPrecision) -> tuple[NumberFormat, ...]:
+    """The formats that a linear can get, by their bits; none if weights stay dense."""
+    own = (quantizer.low, quantizer.high) if isinstance(quantizer, MixedPrecision) else (quantizer,)
+    return tuple(one.format for one in own if one.format is not None)
+
+
 def allocate(
     losses: Mapping[Group, Mapping[int, float]], sizes: Mapping[Group, int], budget: float
 ) -> dict[Group, int]:
-    """The width of each group, so that the mean over all weights is at most `budget` bits.
+    """The bits of each group, so that the mean over all weights is at most `budget`.
 
-    `losses`: what each group loses at each of the two widths; `sizes`: its weights. Groups get the larger width in the
-    order of what that gains for each weight, as long as it fits (the greedy rule of the knapsack problem).
+    `losses`: the loss of each group at each of two widths; `sizes`: its weights. Groups get the larger width in the
+    order of their gain per weight, as long as it fits (the greedy rule of the knapsack problem).
     """
     low, high = sorted(next(iter(losses.values())))
     left = (budget - low) * sum(sizes.values())
@@ -37,61 +70,61 @@ def allocate(
 
 @dataclass
 class Trial:
-    """A stand-in for a quantizer that quantizes nothing, but notes what its widths would lose.
+    """Measures what the groups would lose in either format; weights stay dense.
 
-    `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group and width; `sizes`: weights.
+    `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group and bits; `sizes`: weights by group.
     """
 
-    quantizer: Quantizer
+    mixed: MixedPrecision
     losses: dict[str, dict[int, float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     def state(self) -> Any:
-        """All that was noted so far, as JSON has it."""
+        """The losses and sizes so far, as JSON."""
         return {"losses": {group: list(losses.items()) for group, losses in self.losses.items()}, "sizes": self.sizes}
 
     def restore(self, state: Any) -> None:
-        """Notes this instead."""
+        """Replaces losses and sizes by those of `state`."""
         self.losses = {group: dict(losses) for group, losses in state["losses"].items()}
         self.sizes = dict(state["sizes"])
 
     def of(self, group: str) -> Quantizer:
-        """The stand-in for linears of this group."""
-        return _Account(self, group)
+        """A quantizer for linears of this group that measures and returns the weight itself."""
+        return _Measuring(self, group)
 
-    def note(self, group: str, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> None:
-        """Tries every width on a weight (out, in) and adds what it loses, all processes' rows together, to the group's
-        account."""
-        target = weight.double()
-        sums = [float(weight.numel()), float(((target @ hessian) * target).sum())]
-        for width in self.quantizer.widths:
-            found = self.quantizer.at(width)(weight, hessian, prepared, dtype).weight
-            error = found.dequantize().double() - target
+    def choose(self) -> dict[str, Quantizer]:
+        """The quantizer of each group, by the losses so far."""
+        widths, known = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
+        return {group: known[width] for group, width in widths.items()}
+
+    def measure(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
+        """Quantizes a layer in either format and adds the losses, summed over all ranks' rows, to the group's."""
+        target, hessian, quantizers = layer.weight.double(), layer.measured(), self.mixed.quantizers
+        sums = [float(target.numel()), float(((target @ hessian) * target).sum())]
+        for quantizer in quantizers.values():
+            error = quantizer.quantize(layer, prepared).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
         size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
-        losses = self.losses.setdefault(group, dict.fromkeys(self.quantizer.widths, 0.0))
+        losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
         self.sizes[group] = self.sizes.get(group, 0) + int(size)
-        for width, error in zip(self.quantizer.widths, errors, strict=True):
-            losses[width] += error / energy if energy > 0 else 0.0
+        for bits, error in zip(quantizers, errors, strict=True):
+            losses[bits] += error / energy if energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
-class _Account:
+class _Measuring:
     trial: Trial
     group: str
-    bits: float = 0.0
-    widths: tuple[int, ...] = ()
+    format: NumberFormat | None = None
 
     @property
-    def spec(self) -> GridSpec | None:
-        return None
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
 
-    def at(self, width: int) -> Quantizer:
-        return self
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """What both formats share, since nothing but the format differs."""
+        return self.trial.mixed.low.prepare(hessian)
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        return self.trial.quantizer.prepared(hessian)
-
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        self.trial.note(self.group, weight, hessian, prepared, dtype)
-        return NoQuantizer()(weight, hessian, prepared, dtype)
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        self.trial.measure(self.group, layer, prepared)
+        return NoQuantizer().quantize(layer, prepared)

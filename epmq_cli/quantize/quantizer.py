@@ -1,20 +1,45 @@
-"""What every quantizer is and returns."""
+"""What a quantizer sees of a layer, what it returns, and what every quantizer and transform offers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import DenseWeight, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
+
+Need = Literal["inputs", "gradients", "block"]
+"""What a quantizer reads beyond the weight: second moments of the layer's inputs, gradients, or the whole block."""
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Linears that read the same input, stacked, as a quantizer sees them.
+
+    `names`: the linears. `weight`: the target, float32 (out, in). `anchor`: the merged weight, float32 (out, in).
+    `hessian`: H of the objective tr (Q - W) H (Q - W)', float64 (in, in); None where the inputs were not measured,
+    because neither the guidance nor the quantizer needs them. `dtype`: the type that scales are stored in.
+    """
+
+    names: tuple[str, ...]
+    weight: Tensor
+    anchor: Tensor
+    hessian: Tensor | None
+    dtype: torch.dtype
+
+    def measured(self) -> Tensor:
+        """The Hessian of a layer whose inputs were measured."""
+        if self.hessian is None:
+            raise RuntimeError(f"the inputs of {self.names[0]} were not measured; its quantizer must need inputs")
+        return self.hessian
 
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """A quantized weight; the relative damping that was used, and how often it had to be raised; where the method could
-    not be applied, the name of the one that stood in for it."""
+    """A quantized weight; the relative damping, and how often it was raised; `fallback`: the method that replaced the
+    quantizer where it could not be applied."""
 
     weight: QuantizedWeight | DenseWeight
     damping: float = 0.0
@@ -23,31 +48,47 @@ class QuantizationResult:
 
 
 Prepared = tuple[Tensor, tuple[float, int] | None]
-"""What a quantizer makes of a hessian before it sees a weight: a tensor, and how it was had; the same for all rows."""
+"""What a quantizer computes once for all rows of a layer: a tensor, and the damping and retries that it took."""
 NOTHING: Prepared = (torch.empty(0), None)
 
 
 class Quantizer(Protocol):
-    """A layer-wise quantizer: close to W in the sense of tr (Q - W) H (Q - W)', or simply close to W."""
+    """Quantizes one layer: close to the target in the sense of tr (Q - W) H (Q - W)', or simply close to it."""
 
     @property
-    def spec(self) -> GridSpec | None:
-        """The grid, at the smallest of the widths; None where nothing is quantized."""
+    def format(self) -> NumberFormat | None:
+        """The number format of the weights; None if they stay dense."""
 
     @property
-    def bits(self) -> float:
-        """The width of the quantized weights on average, at most; 0 without a grid."""
+    def needs(self) -> frozenset[Need]:
+        """What `prepare` and `quantize` read beyond the weight. Without "inputs" the Hessian may be None."""
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The bits that a linear can get: one width, or two where `bits` lies between them; none without a grid."""
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """Computes from the Hessian (in, in) what is the same for all rows.
 
-    def at(self, width: int) -> Quantizer:
-        """The same quantizer with this width alone."""
+        The result depends on the format's group size alone, so that two formats of a mix share it.
+        """
 
-    def prepared(self, hessian: Tensor) -> Prepared:
-        """What this quantizer, at any of its widths, makes of a hessian (in, in)."""
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """Quantizes a layer. Rows are independent of each other, so that processes can share them out."""
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        """`weight` float32 (out, in), `hessian` float64 (in, in) and what was prepared of it, `dtype` the type that
-        scales are stored in. Rows do not look at each other."""
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What a transform sees of the inputs x (in,) of a layer, as weighted sums over tokens, float64: `hessian` sum x x'
+    (in, in), and `magnitude`, the mean of |x| (in,)."""
+
+    hessian: Tensor
+    magnitude: Tensor
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A quantizer that first scales the input channels of a layer.
+
+    The layer's weight is multiplied by the scales, and the outputs of its producer (the norm or linear in front of it)
+    are divided by them, so that the unquantized model computes the same function.
+    """
+
+    def scales(self, weight: Tensor, inputs: InputStatistics, dtype: torch.dtype) -> Tensor | None:
+        """The scales (in,) of a layer with this weight, float32 (out, in); None where it is better left as it is."""

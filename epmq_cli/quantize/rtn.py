@@ -1,55 +1,45 @@
-"""Round to nearest: every weight to the nearest integer of its grid, inputs not looked at."""
+"""Round to nearest: each weight becomes the nearest number of its grid; no inputs are needed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight, by_group, find_grid, quantize, widths_of
-from epmq_cli.quantize.quantizer import NOTHING, Prepared, QuantizationResult
+from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
 
 
-def rtn(weight: Tensor, spec: GridSpec, dtype: torch.dtype) -> QuantizedWeight:
-    """The weight (out, in) rounded to the grids of its groups; scales are rounded to `dtype` first."""
-    grid = find_grid(weight, spec, dtype)
-    groups = by_group(weight, spec)
-    values = quantize(groups, grid.scale[:, :, None], grid.zero[:, :, None], spec).reshape(weight.shape)
-    return QuantizedWeight(values.to(torch.int8), grid.scale, grid.zero, spec, dtype)
+def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> QuantizedWeight:
+    """The weight (out, in) rounded to the grids of its groups; `search`: see `NumberFormat.fit`; scales are rounded to
+    `dtype` first."""
+    groups = by_group(weight, format)
+    grid = format.fit(groups, search, dtype)
+    codes = format.encode(groups, grid.over_columns()).reshape(weight.shape)
+    return QuantizedWeight(codes, grid, format, dtype)
 
 
 @dataclass(frozen=True)
 class Rtn:
-    """`quant=rtn`; `bits`: see `widths_of`; the other fields are those of GridSpec."""
+    """`quant=rtn`; `format`: see FormatOptions; `grid`: how scales are found (`NumberFormat.fit`)."""
 
-    bits: float
-    group_size: int
-    symmetric: bool
+    format: NumberFormat
     grid: str
 
     def __post_init__(self) -> None:
-        check_choice("quant.grid", self.grid, ("minmax", "mse"))  # nothing else without a look at the inputs
-        _ = self.spec
+        check_choice("quant.grid", self.grid, SEARCHES)
 
     @property
-    def spec(self) -> GridSpec:
-        """The grid that these fields describe, at the smaller width where there are two."""
-        return GridSpec(self.widths[0], self.group_size, self.symmetric, self.grid)
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """See result.py."""
-        return widths_of(self.bits, self.symmetric)
-
-    def at(self, width: int) -> Rtn:
-        """See result.py."""
-        return replace(self, bits=width)
-
-    def prepared(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor) -> Prepared:
         """Nothing."""
         return NOTHING
 
-    def __call__(self, weight: Tensor, hessian: Tensor, prepared: Prepared, dtype: torch.dtype) -> QuantizationResult:
-        return QuantizationResult(rtn(weight, self.spec, dtype))
+    def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
+        """See Quantizer."""
+        return QuantizationResult(rtn(layer.weight, self.format, self.grid, layer.dtype))

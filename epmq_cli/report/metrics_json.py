@@ -1,4 +1,4 @@
-"""metrics.json: what a command did and measured, in the form of metrics.schema.json beside this file."""
+"""metrics.json: results and measurements of a command, as metrics.schema.json describes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def schema() -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that the numbers hold for."""
+    """The versions and hardware behind the numbers."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -41,8 +41,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """The scores by task then stage, and the mean over tasks of each stage; `kinds`: the metric of each task, those of
-    other tasks being lm-evaluation-harness's."""
+    """Scores by task and stage, and the mean over tasks by stage; `kinds`: the metric of each task. Tasks without one
+    are lm-evaluation-harness's."""
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
     return {
         "metrics": {task: kinds.get(task, HARNESS) for task in tasks},
@@ -59,7 +59,7 @@ def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
 def metrics(
     command: str, overrides: Sequence[str], config: Any, device: torch.device, measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The whole content; `measured` are the entries that the command itself knows."""
+    """The content of metrics.json; `measured`: the entries of the command."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
@@ -72,7 +72,7 @@ def metrics(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all; RunError where the disk does not take it."""
+    """Writes the file atomically; RunError if the disk refuses it."""
     try:
         write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:

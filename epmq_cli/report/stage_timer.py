@@ -18,17 +18,17 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Stages:
-    """Measures stages one after the other; `records` is what metrics.json takes over."""
+    """Measures the stages of a command; `records` goes into metrics.json."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
-            torch.cuda.init()  # type: ignore[no-untyped-call]  # which counts of its memory do not do by themselves
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # memory counters do not initialize CUDA themselves
         self._device = device
         self.records: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the block's wall seconds and peak bytes (host, and device where there is one) under the name."""
+        """Records the block's wall seconds and peak bytes (host; device if there is one) under the name."""
         _reset_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -47,7 +47,7 @@ class Stages:
 
 
 def _reset_peak() -> None:
-    """Linux starts the count of the peak anew; where it cannot, peaks are those since the start of the process."""
+    """Resets Linux's peak counter; elsewhere peaks count from the start of the process."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:

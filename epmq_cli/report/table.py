@@ -1,4 +1,4 @@
-"""What a person reads at the end of a command."""
+"""The summary that a command prints at its end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from epmq_cli.runtime.console import console, log
 
 
 def counted(number: int, noun: str) -> str:
-    """The number and the noun, in the plural where it is not one."""
+    """The number with the noun in singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def score_table(scores: Mapping[str, Any]) -> Table:
-    """One row a task and one for the mean, one column a stage; in %, but for perplexities."""
+    """One row for each task and the mean, one column for each stage; in % except perplexities."""
     stages, metrics = list(scores["average"]), scores["metrics"]
     kinds = set(metrics.values())
     one = len(kinds) == 1
@@ -40,13 +40,13 @@ TROUBLE = {
     "target_without_factor": "kept the merged weight as target",
     "fallbacks": "were rounded to nearest",
 }
-"""What events in metrics.json mean."""
+"""Texts for the events in metrics.json."""
 HALVED = {"batches_halved": "calibration", "eval_batches_halved": "scoring"}
-"""Likewise, where they count how often."""
+"""Texts for the events that count halvings."""
 
 
 def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
-    """Scores, sizes, times and where the results are."""
+    """Prints scores, sizes, times and the paths of the results."""
     _line(title)
     if measured["scores"]["tasks"]:
         console.print(score_table(measured["scores"]))
@@ -67,13 +67,13 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
         _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")
     halved = [f"{name} {events[key]} times" for key, name in HALVED.items() if events[key]]
     if halved:
-        _line(f"memory      did not suffice: samples at a time were halved in {' and in '.join(halved)}")
+        _line(f"memory      ran out: the micro-batch was halved in {' and in '.join(halved)}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
 
 
 def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
-    """Scores, times and where the results are."""
+    """Prints scores, times and the paths of the results."""
     _line(title)
     console.print(score_table(measured["scores"]))
     _line(f"time        {_times(measured['stages'])}")
@@ -81,7 +81,7 @@ def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
 
 
 def show_merge(measured: Mapping[str, Any], folder: Path) -> None:
-    """Size, times and where the results are."""
+    """Prints size, times and the paths of the results."""
     _line(f"weights     {_megabytes(measured['bytes']['model_dense'])}")
     _line(f"time        {_times(measured['stages'])}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
@@ -89,7 +89,7 @@ def show_merge(measured: Mapping[str, Any], folder: Path) -> None:
 
 
 def near(path: Path) -> Path:
-    """The path as a person would type it from here."""
+    """The path relative to the working folder, if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

@@ -46,8 +46,9 @@ class Cache:
     have changed since its key was made.
     """
 
-    def __init__(self, folder: Path, capacity: int) -> None:
+    def __init__(self, folder: Path, capacity: int, failure: int = logging.WARNING) -> None:
         self._folder, self._capacity, self._failed = folder, capacity, False
+        self._failure = failure
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
         """The number of entries that were there."""
@@ -104,7 +105,12 @@ class Cache:
             self._evict()
         except OSError as error:
             if not self._failed:
-                log.warning("%s cannot keep results of this run (%s); cache=false keeps none", self._folder, error)
+                log.log(
+                    self._failure,
+                    "%s cannot keep results of this run (%s); cache=false keeps none",
+                    self._folder,
+                    error,
+                )
             self._failed = True
             return False
         return True

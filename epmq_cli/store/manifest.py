@@ -1,4 +1,7 @@
-"""manifest.json: the size and sha256 of every file in a checkpoint folder, by its path in the folder; written last."""
+"""manifest.json: the size and sha256 of every file in a checkpoint folder and its sub-folders, by relative path.
+
+It is written last. It detects corruption, not tampering: whoever changes a file can change the manifest too.
+"""
 
 from __future__ import annotations
 
@@ -18,56 +21,54 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
-    """Lists every file of the folder; the manifest depends on neither time nor place. `known`: the contents of files
-    that need not be read again."""
-    there = files_within(folder)
-    read = contents([path for name, path in there.items() if name not in known])
-    files = {name: asdict(known[name] if name in known else read[path]) for name, path in there.items()}
+    """Writes the manifest of a folder; it does not depend on time or place. `known`: the contents of files that need
+    not be read again."""
+    present = files_within(folder)
+    read = contents([path for name, path in present.items() if name not in known])
+    files = {name: asdict(known[name] if name in known else read[path]) for name, path in present.items()}
     text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def file_problems(folder: Path) -> list[str]:
-    """The differences between a folder and its manifest, one phrase for each file; CheckpointError if there is no
-    manifest that epmq can have written.
+    """A phrase for each file of a folder that differs from the manifest; CheckpointError if epmq did not write the
+    manifest, or there is none.
 
-    Files and folders whose names begin with a dot are ignored: hubs and file managers add them.
+    Files and folders whose names begin with a dot are ignored, since hubs and file managers add such.
     """
-    listed, there = _listed(folder), files_within(folder)
-    found = [f"{name} is missing" for name in listed if name not in there]
-    found += [f"{name} is not listed in {MANIFEST}" for name in there if name not in listed]
-    links = {name for name, path in {**there, MANIFEST: folder / MANIFEST}.items() if leaves(path, folder)}
-    found += [f"{name} is a link out of the folder" for name in links]
-    regular = {name for name, path in there.items() if path.is_file()}  # opening a pipe would block
-    found += [f"{name} is not a regular file" for name in listed if name in there and name not in regular]
+    listed, present = _listed(folder), files_within(folder)
+    problems = [f"{name} is missing" for name in listed if name not in present]
+    problems += [f"{name} is not listed in {MANIFEST}" for name in present if name not in listed]
+    links = {name for name, path in {**present, MANIFEST: folder / MANIFEST}.items() if leaves(path, folder)}
+    problems += [f"{name} is a link that leads out of the folder" for name in links]
+    regular = {name for name, path in present.items() if path.is_file()}  # opening a pipe would block
+    problems += [f"{name} is not a regular file" for name in listed if name in present and name not in regular]
     same_size = {}
     for name in listed.keys() & regular:
-        size = there[name].stat().st_size
+        size = present[name].stat().st_size
         if size == listed[name].size:
-            same_size[name] = there[name]
+            same_size[name] = present[name]
         else:
-            found.append(f"{name} has {size} bytes instead of {listed[name].size}")
+            problems.append(f"{name} has {size} bytes instead of {listed[name].size}")
     read = contents([path for name, path in same_size.items() if name not in links])
-    found += [
-        f"{name} has different bytes"
-        for name, path in same_size.items()
-        if read.get(path, listed[name]) != listed[name]
+    problems += [
+        f"{name} has another sha256" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]
     ]
-    return sorted(found)
+    return sorted(problems)
 
 
 def files_within(folder: Path) -> dict[str, Path]:
-    """All files of a folder and its subfolders except the manifest, by their paths in the folder, sorted; a link to a
-    folder counts as a file."""
-    found = dict(_walked(folder))
-    found.pop(MANIFEST, None)
-    return found
+    """All files of a folder and its sub-folders except the manifest, sorted by relative path; a link to a folder counts
+    as a file."""
+    files = dict(_relative_paths(folder))
+    files.pop(MANIFEST, None)
+    return files
 
 
-def _walked(folder: Path) -> Iterator[tuple[str, Path]]:
+def _relative_paths(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if path.is_dir() and not path.is_symlink():
-            yield from ((f"{path.name}/{name}", inner) for name, inner in _walked(path))
+            yield from ((f"{path.name}/{name}", inner) for name, inner in _relative_paths(path))
         else:
             yield path.name, path
 
@@ -83,13 +84,13 @@ def _listed(folder: Path) -> dict[str, Content]:
         ) from error
     if not sound:
         raise CheckpointError(
-            f"{folder / MANIFEST} lists something that is not a file of that folder; fetch the checkpoint again"
+            f"{folder / MANIFEST} lists names that are not files of that folder; fetch the checkpoint again"
         )
     return listed
 
 
 def _sound(name: str, content: Content) -> bool:
-    """Whether epmq can have written an entry; its name leads to no other folder."""
+    """Whether epmq can have written an entry; its name must not lead out of the folder."""
     parts = name.split("/")
     plain = all(part and Path(part).name == part and not part.startswith(".") for part in parts)
     return (

@@ -35,6 +35,7 @@ NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 """The safetensors name of each type."""
 
@@ -119,6 +120,8 @@ def _bytes(entry: Entry) -> memoryview:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """CheckpointError if a tensor to write holds a NaN or an infinity."""
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.float()  # torch does not sum FP8
     if tensor.is_floating_point() and not is_finite(tensor):
         raise CheckpointError(
             f"{name} would hold a NaN or an infinity in {str(tensor.dtype).removeprefix('torch.')}, and nothing is "

@@ -56,10 +56,12 @@ def test_look_ups_are_counted_without_padding(bert_hub: Path) -> None:
     student, batches = student_of(bert_hub)
     group = batches["first"]
     rows = student.model.get_parameter("embeddings.word_embeddings.weight").shape[0]
-    words = _lookups(student, group, "embeddings.word_embeddings", rows, student.family.token_mask)
+    words = _lookups(student, group, "embeddings.word_embeddings", rows, student.family.stacks(student.model)[0].mask)
     real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in group])
     assert torch.equal(words, torch.bincount(real, minlength=rows).double())
-    places = _lookups(student, group, "embeddings.position_embeddings", 32, student.family.token_mask)
+    places = _lookups(
+        student, group, "embeddings.position_embeddings", 32, student.family.stacks(student.model)[0].mask
+    )
     assert places[0] == sum(len(batch["input_ids"]) for batch in group)
     assert places.sum() == words.sum()
 

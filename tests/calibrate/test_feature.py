@@ -98,7 +98,7 @@ def parts(found: Walk) -> dict[str, set[str]]:
     sections = [*family.blocks(model), readout]
     linears = {section.name(name) for section in sections for name in section.linears}
     norms = {section.name(step.name) for section in sections for step in section.steps if isinstance(step, Norm)}
-    norms.add(str(family.first_norm))
+    norms.add(str(family.stacks(model)[0].first_norm))
     stem = {name for name, _ in model.named_parameters() if "embeddings." in name and "text" not in name}
     names = {name for name, _ in model.named_parameters()}
     return {

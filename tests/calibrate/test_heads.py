@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.heads import relative_error, solved_head
-from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.calibrate.quadratic import Affine
 
 CLASSES, WIDTH = 3, 8
 

@@ -162,6 +162,15 @@ def test_input_moments_of_cross_attention_are_over_what_the_encoder_read(tmp_pat
     same(data.input_moments(TASK, names), wanted)
 
 
+def test_smaller_micro_batches_give_the_same_bytes(bert_hub: Path) -> None:
+    data = measurements(bert_hub)
+    names = [group[0] for group in data.linear_groups()]
+    found = data.input_moments(TASK, names)
+    data.micro.samples = 1
+    again = data.input_moments(TASK, names)
+    assert all(torch.equal(found[name], again[name]) for name in names)
+
+
 def test_an_expert_is_in_the_model_until_the_next(clip_hub: Path) -> None:
     data = measurements(clip_hub)
     name = data.source.names[0]

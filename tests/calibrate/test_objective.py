@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.objective import Objective
-from epmq_cli.quantize.formats.int import GridSpec
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.quantize.gptq import gptq
-from epmq_cli.quantize.layer_problem import Affine
+from tests.formats import ints
 from tests.objectives import IN, OUT, TASKS, given_problem, rand, relative
 
 
@@ -113,9 +113,8 @@ def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercep
         H, h, N = H + s * (X.T @ X), h + s * X.sum(0), N + s * len(X)
     if intercepts:
         H = H - torch.outer(h, h) / N
-    spec = GridSpec(4, 4, True, "mse")
     found, reference = (
-        gptq(weight.float(), hessian, spec, torch.float32, 0.01, 128, False).weight.dequantize()
+        gptq(weight.float(), hessian, ints(4, 4), "mse", torch.float32, 0.01, 128, False).weight.dequantize()
         for weight, hessian in ((target, problem.H), (given.anchor.weight, H))
     )
     assert torch.equal(found, reference)

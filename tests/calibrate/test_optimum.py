@@ -187,7 +187,7 @@ def test_linears_are_the_minimum_and_biases_that_beside_the_quantized_weights(
 @pytest.mark.parametrize("name", ["clip", "bert"])
 def test_norms_are_the_minimum(name: str, request: pytest.FixtureRequest) -> None:
     given = scene(request.getfixturevalue(f"{name}_hub"), "bits=3")
-    norms = [(str(given.found.job.family.first_norm), False)]
+    norms = [(str(given.found.job.family.stacks(given.found.student)[0].first_norm), False)]
     norms += [(full(s.name), last and not s.mixing) for s, full, last in given.steps() if isinstance(s, Norm)]
     for norm, weighted in norms:
         tensors = [f"{norm}.{part}" for part in ("weight", "bias")]

@@ -18,7 +18,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.progress import RunProgress
-from epmq_cli.quantize.formats.int import QuantizedWeight
+from epmq_cli.quantize.formats.format import QuantizedWeight
 from tests.hubs import config
 
 OPTIONS = {
@@ -26,6 +26,7 @@ OPTIONS = {
     "zero points, float16": ("quant.symmetric=false", "pack.dtype=float16"),
     "dense": ("quant=none", "pack.dtype=bfloat16"),
     "two widths": ("bits=3.5",),
+    "folded": ("quant=awq", "quant.alpha=0.5"),
 }
 
 
@@ -51,10 +52,10 @@ def assert_same(
         assert torch.equal(weight.dequantize(), others.dequantize())
         if isinstance(weight, QuantizedWeight):
             assert isinstance(others, QuantizedWeight)
-            assert (weight.spec, weight.dtype) == (others.spec, others.dtype)
-            assert all(
-                torch.equal(getattr(weight, part), getattr(others, part)) for part in ("values", "scale", "zero")
-            )
+            assert (weight.format, weight.dtype) == (others.format, others.dtype)
+            assert torch.equal(weight.codes.view(torch.uint8), others.codes.view(torch.uint8))
+            assert torch.equal(weight.grid.scale, others.grid.scale)
+            assert torch.equal(weight.grid.zeros, others.grid.zeros)
     assert all(torch.equal(one[1][name], tensor) for name, tensor in other[1].items())
 
 
@@ -81,7 +82,7 @@ def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: 
     found, _ = walked(bert_hub, RunProgress(tmp_path))
     weight = next(iter(found.weights.values()))
     assert isinstance(weight, QuantizedWeight)
-    address, maps = weight.values.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
+    address, maps = weight.codes.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
     spans = [(line, *(int(end, 16) for end in line.split()[0].split("-"))) for line in maps]
     assert [line for line, start, end in spans if start <= address < end and str(tmp_path) in line]
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from epmq_cli.calibrate import self_check
 from epmq_cli.calibrate.self_check import check_blocks
 from epmq_cli.errors import ModelError
-from epmq_cli.families.causal_lm import CausalLM
+from epmq_cli.families.causal_lm import CAUSAL_LM
+from epmq_cli.families.clip import CLIP
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section
 from tests.architectures import GROUPED, TAKEN, built
@@ -32,20 +33,25 @@ def llama() -> Any:
 
 
 def check(model: Any, family: Family | None = None) -> None:
-    check_blocks(model, family or CausalLM(), {"first": [{"input_ids": IDS}]})
+    check_blocks(model, family or CAUSAL_LM, {"first": [{"input_ids": IDS}]})
 
 
-def claimed(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> CausalLM:
+def claimed(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> Family:
     """A family that says something else of the steps of its blocks."""
 
-    class Claimed(CausalLM):
-        def blocks(self, model: nn.Module) -> list[Section]:
-            return [replace(block, steps=change(block.steps)) for block in super().blocks(model)]
-
-    return Claimed()
+    return with_blocks(CAUSAL_LM, lambda blocks: [replace(block, steps=change(block.steps)) for block in blocks])
 
 
-def with_step(number: int, **changes: Any) -> CausalLM:
+def with_blocks(family: Family, change: Callable[[list[Section]], list[Section]]) -> Family:
+    """A family that says something else of its blocks."""
+    changed = Family(family.architecture, family.tasks)
+    changed.stacks = lambda model: [  # type: ignore[method-assign, assignment]
+        replace(stack, blocks=change(stack.blocks)) for stack in family.stacks(model)
+    ]
+    return changed
+
+
+def with_step(number: int, **changes: Any) -> Family:
     return claimed(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
 
 
@@ -77,7 +83,7 @@ def test_every_decoder_that_auto_takes_passes(kind: str) -> None:
     check(built(TAKEN[kind]))
 
 
-CLAIMS: dict[str, tuple[CausalLM, str]] = {
+CLAIMS: dict[str, tuple[Family, str]] = {
     "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read what .*o_proj gives"),
     "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to what"),
     "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to what .*input_layernorm reads"),
@@ -206,7 +212,7 @@ def like_llama(steps: tuple[Linears | Norm, ...]) -> tuple[Linears | Norm, ...]:
 
 def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
     """The norms that the steps of Llama leave out, whatever they are called."""
-    assert like_llama(CausalLM().blocks(TAKEN["glm4"]())[0].steps)[2] == CausalLM().blocks(llama())[0].steps[2]
+    assert like_llama(CAUSAL_LM.blocks(TAKEN["glm4"]())[0].steps)[2] == CAUSAL_LM.blocks(llama())[0].steps[2]
     with pytest.raises(ModelError, match="o_proj is not added to what model.layers.0.input_layernorm reads"):
         check(built(TAKEN["glm4"]), claimed(like_llama))
 
@@ -214,18 +220,15 @@ def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
 @pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1 gives for a token"), (1, "self_attn.q_proj gives")])
 def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: Path) -> None:
     """CLIP's keys, values and first norm, claimed to stay with their token."""
-    from epmq_cli.families.clip import Clip
 
-    class Claimed(Clip):
-        def blocks(self, model: nn.Module) -> list[Section]:
-            return [
-                replace(b, steps=(*b.steps[:step], replace(b.steps[step], mixing=()), *b.steps[step + 1 :]))
-                for b in super().blocks(model)
-            ]
+    def change(blocks: list[Section]) -> list[Section]:
+        return [
+            replace(b, steps=(*b.steps[:step], replace(b.steps[step], mixing=()), *b.steps[step + 1 :])) for b in blocks
+        ]
 
     scene = Scene(clip_hub)
     with pytest.raises(ModelError, match=f"{said}.* for a token reaches other tokens|{said}.* reaches other tokens"):
-        check_blocks(scene.model, Claimed(), {"first": scene.batches})
+        check_blocks(scene.model, with_blocks(CLIP, change), {"first": scene.batches})
 
 
 def test_one_sample_is_enough_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, multiprocessing
 
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
-from epmq_cli.quantize.layer_problem import Affine
 from epmq_cli.runtime import distributed
+from tests.formats import ints
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
-GPTQ = Gptq(bits=3, group_size=4, symmetric=True, grid="hessian", damping=0.01, block_size=128, act_order=False)
+GPTQ = Gptq(ints(3, 4), grid="hessian", damping=0.01, block_size=128, act_order=False)
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -32,9 +33,9 @@ def affine(seed: int) -> Affine:
 def solved(by_drift: bool) -> dict[str, Tensor]:
     """What this process has in the end, of the batches that are its part."""
     anchor = affine(100)
-    objective = Objective(anchor, 0.05, intercepts=True)
+    objective = Objective(anchor, 0.05, True, distributed)
     for task in range(TASKS):
-        expert, measure = affine(200 + 10 * task), Measure()
+        expert, measure = affine(200 + 10 * task), Measure(distributed)
         for batch in distributed.rank_slice(range(BATCHES)):
             X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
             if by_drift:
@@ -44,7 +45,10 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
         moments = measure.moments(expert.weight if by_drift else None)
         objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
     problem = objective.closed()
-    target, (found, records) = problem.solution(), solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32)
+    target, (found, records) = (
+        problem.solution(distributed),
+        solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32),
+    )
     assert target.bias is not None
     weights = torch.cat([solution.weight.dequantize() for solution in found])
     biases = torch.cat([solution.bias for solution in found if solution.bias is not None])
@@ -59,23 +63,23 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
     }
 
 
-def work(number: int, folder: Path, by_drift: bool) -> None:
+def work(number: int, folder: Path) -> None:
     """One of the processes."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(PROCESSES)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=number, world_size=PROCESSES
     )
-    torch.save(solved(by_drift), folder / f"{number}.pt")
+    for by_drift in (False, True):
+        torch.save(solved(by_drift), folder / f"{number}-{by_drift}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_has_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # the other processes import this module
+def test_every_process_has_what_one_process_would(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks beside threads
+        multiprocessing.start_processes(work, (tmp_path,), PROCESSES, start_method="fork")  # type: ignore[no-untyped-call]
     for by_drift in (False, True):
-        folder = tmp_path / str(by_drift)
-        folder.mkdir()
-        multiprocessing.spawn(work, (folder, by_drift), PROCESSES)  # type: ignore[no-untyped-call]
         alone = solved(by_drift)
         for number in range(PROCESSES):
-            found = torch.load(folder / f"{number}.pt")
+            found = torch.load(tmp_path / f"{number}-{by_drift}.pt")
             torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, Moments
 from epmq_cli.calibrate.objective import Objective
+from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
-from epmq_cli.quantize.formats.int import QuantizedWeight
-from epmq_cli.quantize.layer_problem import Affine
+from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.rtn import Rtn
+from tests.formats import ints
 
 IN, OUTS, NAMES = 8, (6, 3), ("query", "key")
 DTYPE = torch.float32
@@ -33,7 +34,7 @@ def objective(indices: tuple[int, ...] = (0, 1), scale: float = 1, lam: float = 
 
 
 def rtn() -> Rtn:
-    return Rtn(bits=3, group_size=4, symmetric=True, grid="mse")
+    return Rtn(ints(3, 4), "mse")
 
 
 def test_linears_of_a_group_are_those_solved_alone() -> None:

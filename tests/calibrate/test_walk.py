@@ -121,7 +121,7 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold a NaN"):
+    with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold NaN"):
         guide.calibrate(job, model, batches, [], LazyMerge(models.source, job.merge, dtype))
 
 

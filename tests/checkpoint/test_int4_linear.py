@@ -7,24 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.int4_linear import Int4Linear, for_cuda, kernel_group, obstacle, pairs_of
-from epmq_cli.quantize.formats.int import GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import IntFormat
+from tests.formats import ints
 from tests.gpu import DEVICE
 
 CPU = torch.device("cpu")
 
 
-def drawn(spec: GridSpec, rows: int = 48, columns: int = 256, device: str = "cpu") -> QuantizedWeight:
-    """Random integers over the whole grid, scales of powers of two and either sign, zero points where asymmetric."""
-    generator = torch.Generator().manual_seed(spec.bits)
-    grid = rows, columns // spec.columns(columns)
+def drawn(format: IntFormat, rows: int = 48, columns: int = 256, device: str = "cpu") -> QuantizedWeight:
+    """Random codes, scales of powers of two and either sign, and zero points if the format has them."""
+    generator = torch.Generator().manual_seed(format.bits)
+    shape = rows, columns // group_columns(format, columns)
 
     def integers(*shape: int) -> Tensor:
-        return torch.randint(spec.lowest, spec.highest + 1, shape, generator=generator)
+        return torch.randint(format.lowest, format.highest + 1, shape, generator=generator)
 
-    scale = 2.0 ** torch.randint(-3, 3, grid, generator=generator) * (1 - 2 * (integers(*grid) % 2))
-    zero = torch.zeros(grid) if spec.symmetric else integers(*grid).float()
-    values = integers(rows, columns).to(torch.int8)
-    return QuantizedWeight(values.to(device), scale.to(device), zero.to(device), spec, torch.float32)
+    scale = 2.0 ** torch.randint(-3, 3, shape, generator=generator) * (1 - 2 * (integers(*shape) % 2))
+    zero = None if format.zero_points == "none" else integers(*shape).float().to(device)
+    codes = integers(rows, columns).to(torch.int8)
+    return QuantizedWeight(codes.to(device), Grid(scale.to(device), zero), format, torch.float32)
 
 
 def inputs(*shape: int) -> Tensor:
@@ -42,14 +45,14 @@ def product(weight: QuantizedWeight, x: Tensor) -> Tensor:
 def test_the_kernel_multiplies_with_the_dequantized_weight(
     bits: int, symmetric: bool, group_size: int, columns: int
 ) -> None:
-    weight, x = drawn(GridSpec(bits, group_size, symmetric, "minmax"), columns=columns), inputs(3, 5, columns)
+    weight, x = drawn(ints(bits, group_size, symmetric), columns=columns), inputs(3, 5, columns)
     bias = nn.Parameter(torch.arange(48.0))
     assert torch.equal(Int4Linear(weight, bias)(x), product(weight, x) + bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_inputs_may_have_any_type_and_layout(dtype: torch.dtype) -> None:
-    weight = drawn(GridSpec(4, 64, True, "minmax"))
+    weight = drawn(ints(4, 64, True))
     linear = Int4Linear(weight, None)
     for x in (inputs(256, 4).T, inputs(4, 3, 256)[:, 1], inputs(256), inputs(0, 256)):
         found = linear(x.to(dtype))
@@ -59,12 +62,12 @@ def test_inputs_may_have_any_type_and_layout(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_may_be_given_another_type(dtype: torch.dtype) -> None:
-    weight, x = drawn(GridSpec(4, 64, True, "minmax")), inputs(4, 256)
+    weight, x = drawn(ints(4, 64, True)), inputs(4, 256)
     assert torch.equal(Int4Linear(weight, None).to(dtype)(x), product(weight, x))
 
 
 def test_weights_take_half_a_byte_each_and_four_bytes_a_group() -> None:
-    linear = Int4Linear(drawn(GridSpec(3, 128, True, "minmax")), None)
+    linear = Int4Linear(drawn(ints(3, 128, True)), None)
     assert sum(tensor.nbytes for tensor in linear.buffers()) == 48 * 256 // 2 + 4 * 48 * 2
     assert list(linear.parameters()) == []
     assert repr(linear) == "Int4Linear(in_features=256, out_features=48, group=128)"
@@ -87,9 +90,9 @@ def test_cuda_gets_the_largest_tiles_that_fit(columns: int, tiles: int) -> None:
 @pytest.mark.parametrize("columns", [256, 192, 96])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_on_cuda_the_kernel_gives_the_same(columns: int, symmetric: bool) -> None:
-    spec, x = GridSpec(4, 32, symmetric, "minmax"), inputs(7, columns)
-    found = Int4Linear(drawn(spec, columns=columns, device=DEVICE), None)(x.to(DEVICE))
-    torch.testing.assert_close(found.cpu(), product(drawn(spec, columns=columns), x), rtol=2**-6, atol=2**-6)
+    format, x = ints(4, 32, symmetric), inputs(7, columns)
+    found = Int4Linear(drawn(format, columns=columns, device=DEVICE), None)(x.to(DEVICE))
+    torch.testing.assert_close(found.cpu(), product(drawn(format, columns=columns), x), rtol=2**-6, atol=2**-6)
 
 
 def test_the_kernels_group_is_the_largest_that_divides() -> None:
@@ -110,4 +113,9 @@ def test_the_kernels_group_is_the_largest_that_divides() -> None:
 def test_what_the_kernel_does_not_take_is_said(
     bits: int, group_size: int, shape: tuple[int, int], reason: str | None
 ) -> None:
-    assert obstacle(GridSpec(bits, group_size, True, "minmax"), torch.Size(shape), CPU) == reason
+    assert obstacle(ints(bits, group_size), torch.Size(shape), CPU) == reason
+
+
+def test_the_kernel_takes_integers_alone() -> None:
+    format: NumberFormat = Fp8Format(-1)
+    assert obstacle(format, torch.Size((16, 96)), CPU) == "its format is fp8, the kernel takes integers"

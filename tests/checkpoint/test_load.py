@@ -184,7 +184,7 @@ def test_no_dense_weight_is_ever_made(kernel: str, dense: bool, made: Made) -> N
 def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kernel must be one of auto, int4, dequantize, got 'marlin'"):
         load(tmp_path, "cpu", "marlin")
-    with pytest.raises(CheckpointError, match="is no checkpoint; give the checkpoint folder that epmq run wrote"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint; give the checkpoint folder that epmq run wrote"):
         load(tmp_path, "cpu")
 
 
@@ -216,7 +216,7 @@ def longer(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     [
         (deeper, r"has no tensor model.layers.2.\S+; run epmq run again"),
         (ungrouped, r"config\.json does not say how model\.layers\.\S+ is packed; run epmq run again"),
-        (stray, r"has a tensor that its model has not: model\.stray\.weight_packed; see epmq verify"),
+        (stray, r"has a tensor that its model lacks: model\.stray\.weight_packed; see epmq verify"),
         (longer, r"does not fit its config\.json \(size mismatch for model\.norm\.weight: .*\); see epmq verify"),
     ],
 )

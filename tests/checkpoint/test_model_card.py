@@ -13,6 +13,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.data.suite import Suite
 from epmq_cli.data.table import Table
 from tests.hubs import CHOICES, config
+from tests.packs import exporter_of
 
 EVIL = "<script>alert(1)</script> [x](javascript:1)\n# heading `code` **bold** ![i](u) _it_ &amp; $base"
 SHOWN = (
@@ -24,7 +25,7 @@ SHOWN = (
 def card(name: str, source: str) -> str:
     entry = {"expert": source, "data": Table("a.tsv", "b.tsv")}
     suite = Suite(name=name, family="bert", base=source, tasks={name: entry})
-    return model_card(suite, ("ties", "feature", "gptq"), None, (), None, "BertModel", "1")
+    return model_card(suite, ("ties", "feature", "gptq"), (), None, exporter_of("compressed_tensors"), "BertModel", "1")
 
 
 def test_plain_names_stay_as_they_are() -> None:

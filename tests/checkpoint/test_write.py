@@ -14,23 +14,27 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 
 from epmq_cli.checkpoint import write as written
+from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import load_model
 from epmq_cli.families.structure import Linears
-from epmq_cli.quantize.formats.int import BITS, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.formats.int import BITS
 from epmq_cli.quantize.rtn import rtn
+from tests.formats import ints
 from tests.hubs import Walk, run_in, walk
 
 
 def contents(hub: Path, found: Walk) -> written.Contents:
     return written.Contents(
+        exporter=found.job.exporter,
         model=found.student,
         weights=found.walked.weights,
         dequantize=found.job.family.dequantize_on_load,
         heads={"first": {"weight": torch.ones(3, 4)}},
         base=hub / "base",
         texts={"x.txt": "y"},
-        dtype=getattr(torch, found.job.pack.dtype, torch.float32),
+        dtype=getattr(torch, found.job.exporter.dtype, torch.float32),
     )
 
 
@@ -44,18 +48,18 @@ def write(folder: Path, hub: Path, found: Walk, shard_bytes: int = 5 * 10**9) ->
 @pytest.mark.parametrize("group_size", [-1, 16])
 def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
-    found = rtn(weight, GridSpec(bits, group_size, symmetric, "mse"), torch.float16)
-    entries = written.packed_linear("linear", found)
+    found = rtn(weight, ints(bits, group_size, symmetric), "mse", torch.float16)
+    entries = CompressedTensorsExporter("auto", "5GB", False).entries("linear", found)
     tensors = {entry.name.removeprefix("linear."): entry.make() for entry in entries}
     assert all(tuple(entry.make().shape) == entry.shape for entry in entries)
-    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.values)
+    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.codes)
     assert tensors["weight_packed"].shape == (24, -(-48 * bits // 32))  # dense: no bit is wasted at 3 bits either
-    assert torch.equal(tensors["weight_scale"].float(), found.scale)
+    assert torch.equal(tensors["weight_scale"].float(), found.grid.scale)
     assert tensors["weight_shape"].tolist() == [24, 48]
     assert ("weight_zero_point" in tensors) == (not symmetric)
     if not symmetric:
-        zero = unpack_from_int32(tensors["weight_zero_point"], bits, torch.Size(found.zero.shape), packed_dim=0)
-        assert torch.equal(zero.float(), found.zero)
+        zero = unpack_from_int32(tensors["weight_zero_point"], bits, found.grid.zeros.shape, packed_dim=0)
+        assert torch.equal(zero.float(), found.grid.zeros)
 
 
 @pytest.mark.parametrize("hub_name", ["clip", "bert"])
@@ -71,6 +75,8 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
         "bits=4 quant.act_order=true",
         "bits=4 pack.dtype=bfloat16",
         "bits=4 pack.dtype=float16",
+        "bits=8 quant.format=fp8 quant=rtn group_size=-1 pack.dtype=bfloat16",
+        "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16",
         "quant=rtn",
         "quant=none",
     ],
@@ -89,7 +95,7 @@ def test_reloaded_outputs_equal_the_dequantized_models_exactly(
     assert torch.equal(found.features(reloaded), found.features(found.student))
     plain = AutoModel.from_pretrained(folder).eval()
     assert type(plain) is type(found.student)
-    if len({weight.spec.bits for weight in found.walked.weights.values() if isinstance(weight, QuantizedWeight)}) > 1:
+    if len({weight.format.bits for weight in found.walked.weights.values() if isinstance(weight, QuantizedWeight)}) > 1:
         plain.hf_quantizer.compressor.decompress_model(plain)  # a call of the whole model would do it too
     assert plain.dtype == dtype
     assert torch.equal(found.features(plain), found.features(found.student.to(dtype)))
@@ -182,17 +188,17 @@ def test_mixed_widths_keep_to_the_budget_and_share_it_among_fused_linears(
     hub: Path = request.getfixturevalue(f"{hub_name}_hub")
     found = walk(hub, "bits=3.5", "guidance=feature", "guidance.heads=never")
     weights = {name: w for name, w in found.walked.weights.items() if isinstance(w, QuantizedWeight)}
-    count = sum(weight.values.numel() for weight in weights.values())
-    assert {weight.spec.bits for weight in weights.values()} == {3, 4}
-    assert 3.2 < sum(weight.spec.bits * weight.values.numel() for weight in weights.values()) / count <= 3.5
+    count = sum(weight.codes.numel() for weight in weights.values())
+    assert {weight.format.bits for weight in weights.values()} == {3, 4}
+    assert 3.2 < sum(weight.format.bits * weight.codes.numel() for weight in weights.values()) / count <= 3.5
     for block in found.job.family.blocks(found.student):
         for step in block.steps:
             if isinstance(step, Linears):
-                assert len({weights[block.name(name)].spec.bits for name in step.names}) == 1
+                assert len({weights[block.name(name)].format.bits for name in step.names}) == 1
     folder = write(tmp_path / "checkpoint", hub, found)
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
     for group in groups.values():
-        assert {weights[name].spec.bits for name in group["targets"]} == {group["weights"]["num_bits"]}
+        assert {weights[name].format.bits for name in group["targets"]} == {group["weights"]["num_bits"]}
     assert sorted(name for group in groups.values() for name in group["targets"]) == sorted(weights)
 
 
@@ -233,7 +239,7 @@ def test_metrics_and_card_say_the_widths(
 
 def test_negative_scales_are_used_and_survive_packing(bert_hub: Path, tmp_path: Path) -> None:
     found = walk(bert_hub, "bits=2", "quant.grid=hessian")
-    scales = [w.scale for w in found.walked.weights.values() if isinstance(w, QuantizedWeight)]
+    scales = [w.grid.scale for w in found.walked.weights.values() if isinstance(w, QuantizedWeight)]
     assert any((scale < 0).any() for scale in scales)
     plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", bert_hub, found)).eval()
     assert torch.equal(found.features(plain), found.features(found.student))

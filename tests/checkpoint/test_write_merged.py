@@ -12,8 +12,8 @@ import transformers as t
 from safetensors.torch import load_file
 from torch import Tensor
 
+from epmq_cli.checkpoint.dense import DenseExporter
 from epmq_cli.commands.verify import verify
-from epmq_cli.config.schema import Pack
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.merge.engine import SuiteModels, written_dtype
@@ -88,7 +88,7 @@ def test_experts_of_a_wider_type_are_said_and_pack_dtype_keeps_them(
     assert written_dtype(source, "auto") == BRAIN
     said = "".join(capsys.readouterr().err.split("\n"))
     assert "experts of x are stored in float32, the result in bfloat16 as the base is; pack.dtype=float32 keeps" in said
-    made = merged_folder(tmp_path / "made", suite, Pack("float32", "5GB"))
+    made = merged_folder(tmp_path / "made", suite, DenseExporter("float32", "5GB", False))
     found, wanted = (load_file(folder / "model.safetensors") for folder in (made, expert))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
     assert settings_of(made)["dtype"] == "float32"

@@ -11,10 +11,12 @@ from hydra.errors import OverrideParseException
 
 from epmq_cli.commands.overrides import addable
 from epmq_cli.commands.readable import parsed, quoted
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
 from tests.conftest import Run
 
-MERGES = "average, none, task_arithmetic, ties (see epmq list merge)"
+METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
+MERGES = f"{METHODS} (see epmq list merge)"
 TYPED = {
     "run merge=null": f"merge must be one of {MERGES}, got null",
     "run merge=": f"merge must be one of {MERGES}, got ''",
@@ -23,21 +25,21 @@ TYPED = {
     "run -m merge=ties,null": f"merge must be one of {MERGES}, got null",
     "merge suite=null": "suite must be one of causal_lm, clip_vit_b16_ta8, ",
     "eval x eval=null": "eval must be one of default, lm_eval (see epmq list eval), got null",
-    "run ~merge": "merge cannot be taken out of the config, got ~merge",
-    "run ~seed": "seed cannot be taken out of the config, got ~seed",
+    "run ~merge": "merge cannot be deleted from the config, got ~merge",
+    "run ~seed": "seed cannot be deleted from the config, got ~seed",
     "run out=null": "out must be a folder, got null",
     "run out=": "out must be a folder, got ''",
     "run out=[a,b]": "out must be a folder, got ['a', 'b']",
     "run out={a:1}": "out must be a folder, got {a: 1}",
-    "run out=a=b": """out=a=b has = in its value, which must be in quotes; write 'out="a=b"'""",
-    "merge suite.experts=/x/{task}": """{ } in its value, which must be in quotes; write 'suite.experts="/x/{task}"'""",
+    "run out=a=b": """out=a=b has = in its value, which needs quotes; write 'out="a=b"'""",
+    "merge suite.experts=/x/{task}": """{ } in its value, which needs quotes; write 'suite.experts="/x/{task}"'""",
     "run out=/proc/none/x": "the system says of /proc/none: No such file or directory",
     "run --config-dir nowhere": "nowhere' not found",
-    "run out=rün✓": """out=rün✓ has characters that must be in quotes; write 'out="rün✓"'""",
-    "run out=a'b": """out=a'b has characters that must be in quotes; write 'out="a'"'"'b"'""",
-    "run out=\udcff": "out=?udcff is no text in UTF-8; give names that are, and rename files that have others",
-    "run suite.name='\udcff'": "suite.name='?udcff' is no text in UTF-8; give names",
-    "eval \udcff": "checkpoint='?udcff' is no text in UTF-8; give names",
+    "run out=rün✓": """out=rün✓ has characters that need quotes; write 'out="rün✓"'""",
+    "run out=a'b": """out=a'b has characters that need quotes; write 'out="a'"'"'b"'""",
+    "run out=\udcff": "out=?udcff is not UTF-8; use names in UTF-8 and rename files with others",
+    "run suite.name='\udcff'": "suite.name='?udcff' is not UTF-8; use names",
+    "eval \udcff": "checkpoint='?udcff' is not UTF-8; use names",
     "run =1": "=1 names no option; write key=value",
     "run ~=1": "~=1 names no option; write key=value",
     "run hydra/job_logging=none": "hydra/job_logging must be default, or one of yours with a file handler for run.log",
@@ -48,7 +50,7 @@ WRITTEN = {
     "a key twice": (b"name: a\nname: b\n", "mine.yaml, line 2: found duplicate key name"),
     "a list that does not end": (b"name: [a\n", "mine.yaml, line 2: expected ',' or ']', but got '<stream end>'"),
     "a tab": (b"name:\n\t- a\n", "mine.yaml, line 2: found character '?t' that cannot start any token"),
-    "no UTF-8": (b"name: \xff\xfe\n", "mine.yaml is no text in UTF-8"),
+    "no UTF-8": (b"name: \xff\xfe\n", "mine.yaml is not UTF-8 text"),
     "a zero byte": (b"\0", "unacceptable character #x0000"),
     "an endless list": (b"a: &x [*x]\n", "maximum recursion depth exceeded"),
     "Python": (b"a: !!python/object/apply:os.system [ls]\n", "mine.yaml, line 1: could not determine a constructor"),
@@ -84,7 +86,7 @@ def test_hydra_takes_a_value_as_it_is_said_to_be_quoted(value: str) -> None:
 QUOTED = {
     "suite.experts=/path/{task}": """write 'suite.experts="/path/{task}"'""",
     "suite.experts={task}/best": """write 'suite.experts="{task}/best"'""",
-    "suite.base=/models/llama(old)": """has ( ) in its value, which must be in quotes""",
+    "suite.base=/models/llama(old)": """has ( ) in its value, which needs quotes""",
     "suite.base=/models/[1]": """write 'suite.base="/models/[1]"'""",
     "suite.experts={a: /x (1), b: /y}": """cannot be read as a list or dict; put quotes around each text in it""",
     "suite.each.templates=[a photo of a {}.]": "as in 'suite.each.templates=[",

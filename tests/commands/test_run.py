@@ -136,7 +136,7 @@ def test_a_quantized_model_is_no_base(clip_hub: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_runs_and_its_checkpoint_evaluates_to_the_same_scores(
-    bert_hub: Path, epmq: Run, tmp_path: Path
+    bert_hub: Path, epmq: Run, epmq_inside: Run, tmp_path: Path
 ) -> None:
     options = ("--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "out=here")
     result = epmq("run", *options)
@@ -149,7 +149,7 @@ def test_the_command_runs_and_its_checkpoint_evaluates_to_the_same_scores(
     )
     first = json.loads((tmp_path / "here" / "metrics.json").read_text())
     assert first["overrides"] == list(options[2:])
-    again = epmq("eval", "here/checkpoint", "out=there")
+    again = epmq_inside("eval", "here/checkpoint", "out=there")
     assert again.returncode == 0, again.stderr
     second = json.loads((tmp_path / "there" / "metrics.json").read_text())
     jsonschema.validate(second, schema())
@@ -195,8 +195,8 @@ def test_a_sweep_runs_every_combination_in_folders_of_its_own(bert_hub: Path, ep
         (("eval",), "epmq: checkpoint must be given"),
     ],
 )
-def test_errors_of_the_command_have_no_traceback(arguments: tuple[str, ...], message: str, epmq: Run) -> None:
-    result = epmq(*arguments)
+def test_errors_of_the_command_have_no_traceback(arguments: tuple[str, ...], message: str, epmq_inside: Run) -> None:
+    result = epmq_inside(*arguments)
     assert result.returncode == 1
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr + result.stdout
@@ -218,7 +218,7 @@ def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path
     record.write_text(record.read_text().replace("epmq_cli.data.table.Table", "tests.data.evil.Table"))
     result = epmq_inside("eval", str(checkpoint))
     assert result.returncode == 1
-    assert "names tests.data.evil.Table, which is not epmq's; if you trust it" in result.stderr
+    assert "names tests.data.evil.Table, which is not a class of epmq; if you trust it" in result.stderr
     trusted = epmq_inside("eval", str(checkpoint), "--config-dir", str(bert_hub / "configs"), "suite=mini")
     assert trusted.returncode == 0, trusted.stderr
 

@@ -95,10 +95,10 @@ def link_away(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip, "{} has different bytes; fetch it again"),
+        (flip, "{} has another sha256; fetch it again"),
         (truncate, r"{} has \d+ bytes instead of \d+; fetch"),
         (Path.unlink, "{} is missing; fetch"),
-        (link_away, "{} is a link out of the folder; fetch"),
+        (link_away, "{} is a link that leads out of the folder; fetch"),
     ],
 )
 def test_damaged_files_are_named(damage: Callable[[Path], None], message: str, name: str, checkpoint: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, checkpoin
     content = json.loads((checkpoint / MANIFEST).read_text())
     content["files"][name] = content["files"]["config.json"]
     (checkpoint / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="lists something that is not a file of that folder"):
+    with pytest.raises(CheckpointError, match="lists names that are not files of that folder"):
         check(checkpoint)
 
 
@@ -167,21 +167,18 @@ def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path)
         ('{"files": {"a": {"size": 1}}}', "has no readable manifest.json; give"),
         (
             '{"files": {"../a": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
-            "lists something that is not a file of that folder",
+            "lists names that are not files of that folder",
         ),
-        (
-            '{"files": {"/etc/passwd": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
-            "lists something that is not a file of that",
-        ),
+        ('{"files": {"/etc/passwd": {"size": 1, "sha256": "' + "0" * 64 + '"}}}', "lists names that are not files of"),
         (
             '{"files": {"..": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
-            "lists something that is not a file of that folder",
+            "lists names that are not files of that folder",
         ),
-        ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists something that is not a file of that folder"),
+        ('{"files": {"a": {"size": 1, "sha256": "0"}}}', "lists names that are not files of that folder"),
         ("[" * 100_000, "has no readable manifest.json; give"),
         (
             '{"files": {"a\\ud800": {"size": 1, "sha256": "' + "0" * 64 + '"}}}',
-            "lists something that is not a file of that folder",
+            "lists names that are not files of that folder",
         ),
     ],
     ids=range(9),
@@ -201,7 +198,7 @@ def scaled(name: str, factor: float) -> Callable[[dict[str, Tensor]], object]:
 
 
 WRONG_TENSORS = {
-    "extra": (put("extra", torch.ones(1)), "extra is no tensor of the model"),
+    "extra": (put("extra", torch.ones(1)), "extra is not a tensor of the model"),
     "missing": (lambda t: t.pop("logit_scale"), "logit_scale is missing"),
     "shape": (
         put("vision_model.post_layernorm.weight", torch.ones(31)),
@@ -250,7 +247,7 @@ def test_heads_are_finite(checkpoint: Path) -> None:
         (put("first.weight", torch.ones(3, 5)), r"first.weight is \[3, 5\], config.json implies \[3, \d+\]"),
         (put("first.weight", torch.tensor(1.0)), r"first.weight is \[\], config.json implies another shape"),
         (lambda tensors: tensors.update(first=tensors.pop("first.weight")), "first.weight is missing"),
-        (put("third.weight", torch.ones(1)), "third.weight is no part of a head"),
+        (put("third.weight", torch.ones(1)), "third.weight is not a part of a head"),
         (lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}), "is of type F16, epmq writes F32"),
     ],
     ids=["width", "no dimension", "no weight", "another task", "half"],
@@ -307,15 +304,15 @@ def test_scores_are_those_of_the_run(checkpoint: Path) -> None:
     metrics["config"]["eval"]["_target_"] = "tests.evil.Evaluation"
     path.write_text(json.dumps(metrics))
     with pytest.raises(
-        CheckpointError, match="names tests.evil.Evaluation, which is not epmq's; if you trust it, score"
+        CheckpointError, match="names tests.evil.Evaluation, which is not a class of epmq; if you trust it, score"
     ):
         check(checkpoint, scores=True)
     for odd in (3, None, "x", [1]):
         path.write_text(json.dumps(metrics | {"config": {"eval": odd}}))
-        with pytest.raises(CheckpointError, match=r"metrics.json is no readable metrics.json of epmq run; give"):
+        with pytest.raises(CheckpointError, match=r"metrics.json is not a readable metrics.json of epmq run; give"):
             check(checkpoint, scores=True)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"metrics.json is no readable metrics.json of epmq run; give"):
+    with pytest.raises(CheckpointError, match=r"metrics.json is not a readable metrics.json of epmq run; give"):
         check(checkpoint, scores=True)
 
 
@@ -328,7 +325,7 @@ def test_the_command_prints_every_problem_and_exits_with_1(checkpoint: Path, epm
     (checkpoint / "README.md").unlink()
     broken = epmq_inside("verify", str(checkpoint))
     assert broken.returncode == 1
-    assert broken.stdout.splitlines() == ["README.md is missing", "model.safetensors has different bytes"]
+    assert broken.stdout.splitlines() == ["README.md is missing", "model.safetensors has another sha256"]
     assert broken.stderr.startswith(
         f"epmq: {checkpoint} is not what epmq wrote: README.md is missing and 1 more (above)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,11 +55,12 @@ def paths(node: object) -> Iterator[tuple[str | int, ...]]:
         yield from ((key, *path) for path in paths(child))
 
 
-def test_whatever_stands_in_a_config_ends_in_sentences(checkpoint: Path) -> None:
+@pytest.mark.parametrize("value", ["x", *(pytest.param(value, marks=pytest.mark.slow) for value in (-1, None, []))])
+def test_whatever_stands_in_a_config_ends_in_sentences(value: object, checkpoint: Path) -> None:
     """Each value of config.json replaced by one of another type or out of range."""
     file = checkpoint / "config.json"
     text, wrong = file.read_text(), 0
-    for path, value in itertools.product(paths(json.loads(text)), ["x", -1, None, []]):
+    for path in paths(json.loads(text)):
         config = json.loads(text)
         functools.reduce(lambda node, key: node[key], path[:-1], config)[path[-1]] = value
         file.write_text(json.dumps(config))
@@ -69,4 +69,4 @@ def test_whatever_stands_in_a_config_ends_in_sentences(checkpoint: Path) -> None
         except EpmqError as error:
             wrong += 1
             assert "\n" not in str(error)
-    assert wrong > 100
+    assert wrong > 20

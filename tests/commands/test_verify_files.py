@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from epmq_cli.checkpoint.expected_tensors import _words
+from epmq_cli.checkpoint.exporter import words
 from epmq_cli.errors import CheckpointError
 from epmq_cli.pipeline.reload import read_record
 from epmq_cli.pipeline.verify import score_problems
@@ -47,14 +47,14 @@ def test_pipes_for_the_record_and_the_scores_are_refused(checkpoint: Path) -> No
         os.mkfifo(path)
     with pytest.raises(CheckpointError, match=r"has no readable epmq.json; give"):
         read_record(checkpoint)
-    with pytest.raises(CheckpointError, match=r"is no readable metrics.json of epmq run; give"):
+    with pytest.raises(CheckpointError, match=r"is not a readable metrics.json of epmq run; give"):
         score_problems(checkpoint, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_words_are_counted_as_they_are_packed(bits: int) -> None:
     for count in range(1, 100):
-        assert _words(count, bits) == pack_to_int32(torch.zeros(1, count, dtype=torch.int8), bits).shape[1]
+        assert words(count, bits) == pack_to_int32(torch.zeros(1, count, dtype=torch.int8), bits).shape[1]
 
 
 def test_a_config_of_enormous_widths_takes_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

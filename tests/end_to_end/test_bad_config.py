@@ -45,7 +45,13 @@ GIVEN = {
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
-    **dict.fromkeys(("merge.density", "quant.damping", "guidance.readout_weight"), ("fraction",)),
+    **dict.fromkeys(("merge.density", "merge.floor", "quant.damping", "guidance.readout_weight"), ("fraction",)),
+    "merge.alpha": NUMBERS,
+    "merge.classes": ("null",),
+    "merge.fraction": ("null", "fraction"),
+    "merge.normalize": ("true",),
+    "merge.seed": ("zero",),
+    "merge.weights": ("null", "empty mapping"),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
     "quant.symmetric": ("true",),
@@ -57,6 +63,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "eval.include_path": ("null",),
     "group_size": ("minus", "huge"),
     "seed": ("zero",),
+    "pack.open_clip": ("true",),
     "cache": ("null",),
     "data_root": TEXT_OR_NULL,
     **dict.fromkeys(("suite.name", "suite.base", "suite.tasks.*.expert", "suite.experts.*"), ("text",)),

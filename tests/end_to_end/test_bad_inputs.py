@@ -92,7 +92,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     ),
     "prompts longer than the text tower": (
         "clip", entry(templates=["a photo of " * 40 + "a {}"]), ConfigError,
-        "tokens, and the base's text tower reads at most",
+        "tokens, and the text tower of the base reads at most",
     ),
     "a single token": ("llama", file("first_test.jsonl", '{"text": ""}\n'), D, "at least two tokens of text, got 1"),
     "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "no value in column text"),
@@ -103,9 +103,9 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "clip", tensors("first", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3 in the expert",
     ),
     "a base of 8 bits": (
-        "clip", tensors("base", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3, merged are F64, ",
+        "clip", tensors("base", lambda t: t.to(torch.float8_e4m3fn)), M, "is of type F8_E4M3, and epmq merges F64, ",
     ),
-    "a base of integers": ("clip", tensors("base", lambda t: (100 * t).char()), M, "is of type I8, merged are"),
+    "a base of integers": ("clip", tensors("base", lambda t: (100 * t).char()), M, "is of type I8, and epmq merges"),
     "an expert of other shapes": (
         "bert", tensors("first", lambda t: t[:-1], "word_emb"), M, "is [17, 32] in the expert and [18, 32] in",
     ),
@@ -161,18 +161,18 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "no vocabulary of BERT": ("bert", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
     "no vocabulary of T5": ("t5", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json or a vocab.txt"),
     "no vocabulary of CLIP": ("clip", no_tokenizer, M, "has no vocabulary, such as a tokenizer.json"),
-    "tokens without rows, BERT": ("bert", other_ids, M, "and the model beside it has 18 of them; fetch both again"),
-    "tokens without rows, CLIP": ("clip", other_ids, M, "and the model beside it has 17 of them; fetch both again"),
-    "tokens without rows, T5": ("t5", other_ids, M, "and the model beside it has 24 of them; fetch both again"),
-    "tokens without rows, Llama": ("llama", other_ids, M, "and the model beside it has 24 of them; fetch both again"),
+    "tokens without rows, BERT": ("bert", other_ids, M, "and the model beside it has 18 tokens; fetch both again"),
+    "tokens without rows, CLIP": ("clip", other_ids, M, "and the model beside it has 17 tokens; fetch both again"),
+    "tokens without rows, T5": ("t5", other_ids, M, "and the model beside it has 24 tokens; fetch both again"),
+    "tokens without rows, Llama": ("llama", other_ids, M, "and the model beside it has 24 tokens; fetch both again"),
     "a length in words": (
         "clip", content(f"base/{TOKENS}", model_max_length="x"), M, "has a model_max_length of 'x', which must be a",
     ),
     "no end of texts": (
-        "clip", part_settings("base", "text_config", eos_token_id=None), M, "a text_config.eos_token_id of null, at",
+        "clip", part_settings("base", "text_config", eos_token_id=None), M, "a text_config.eos_token_id of null, the",
     ),
     "another end of texts": (
-        "clip", part_settings("base", "text_config", eos_token_id=99), M, "a text_config.eos_token_id of 99, at which",
+        "clip", part_settings("base", "text_config", eos_token_id=99), M, "a text_config.eos_token_id of 99, the",
     ),
     "no start of answers": (
         "t5", both_settings(decoder_start_token_id=None), M, "has a decoder_start_token_id of null, which must be one",
@@ -181,20 +181,20 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "t5", both_settings(decoder_start_token_id=99), M, "has a decoder_start_token_id of 99, which must be one of",
     ),
     "no end of answers": ("t5", both_settings(eos_token_id=None), M, "has a eos_token_id of null, which must be one"),
-    "odd answers": ("t5", content(f"base/{GENERATION}", repetition_penalty=-1.0), M, "lets it give no answers ("),
+    "odd answers": ("t5", content(f"base/{GENERATION}", repetition_penalty=-1.0), M, "base cannot generate answers"),
     "smaller pictures": (
         "clip", content(f"base/{PIXELS}", crop_size={"height": 8, "width": 8}), M,
-        "makes pictures of [3, 8, 8], and the model beside it reads [3, 16, 16]; set its size",
+        "makes images of [3, 8, 8], and the model beside it reads [3, 16, 16]; set its size",
     ),
     "smaller pictures of ViT": (
-        "vit", content(f"base/{PIXELS}", size={"height": 8, "width": 8}), M, "makes pictures of [3, 8, 8], and the",
+        "vit", content(f"base/{PIXELS}", size={"height": 8, "width": 8}), M, "makes images of [3, 8, 8], and the",
     ),
     "pictures of nothing": (
-        "clip", content(f"base/{PIXELS}", size={"shortest_edge": 0}), M, "fails on a picture (",
+        "clip", content(f"base/{PIXELS}", size={"shortest_edge": 0}), M, "fails on an image (",
     ),
-    "two means": ("clip", content(f"base/{PIXELS}", image_mean=[0.5, 0.5]), M, "fails on a picture ("),
+    "two means": ("clip", content(f"base/{PIXELS}", image_mean=[0.5, 0.5]), M, "fails on an image ("),
     "a deviation of 0": ("clip", content(f"base/{PIXELS}", image_std=[0, 0, 0]), M, "preprocessor_config.json "),
-    "no such resampling": ("clip", content(f"base/{PIXELS}", resample=99), M, "fails on a picture ("),
+    "no such resampling": ("clip", content(f"base/{PIXELS}", resample=99), M, "fails on an image ("),
     "a tokenizer that is none": ("clip", file("base/tokenizer.json", "{}"), M, "does not load in transformers"),
     "no processor": ("clip", file("base/preprocessor_config.json", None), M, "read by AutoImageProcessor"),
     "half a processor": ("clip", file("base/preprocessor_config.json", "{"), M, "read by AutoImageProcessor"),

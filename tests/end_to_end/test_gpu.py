@@ -25,12 +25,12 @@ from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
-from epmq_cli.quantize.formats.int import GridSpec
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.kernels.select import kernel_for
 from tests.checkpoint.test_load import apart, dequantized, features
 from tests.faults.driver import files
 from tests.faults.short import measured
+from tests.formats import ints
 from tests.gpu import DEVICE, OWN, STANDIN
 from tests.hubs import Scene, eval_config, run_in
 from tests.minihub import KINDS, build
@@ -123,7 +123,7 @@ def scene_of(hub: Path) -> Scene:
 def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
     which: str, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int
 ) -> None:
-    columns = kernel_for(torch.zeros(1, 1, device=DEVICE))
+    columns = kernel_for(torch.zeros(1, 1, device=DEVICE), ints(bits, -1, symmetric))
     if which == "triton":
         pytest.importorskip("triton", reason="this build of torch comes without Triton")
         if STANDIN:
@@ -139,10 +139,10 @@ def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
 def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: bool) -> None:
     W = problem(40, 96)[0]
     X = torch.randn(300, 96, generator=torch.Generator().manual_seed(1)).double().cumsum(1)
-    H, spec, found = X.T @ X, GridSpec(4, 32, True, search), []
+    H, found = X.T @ X, []
     for device in ("cpu", DEVICE):
-        weight = gptq(W.to(device), H.to(device), spec, torch.float16, 0.01, 16, act_order).weight
-        assert weight.values.device.type == torch.device(device).type
+        weight = gptq(W.to(device), H.to(device), ints(4, 32), search, torch.float16, 0.01, 16, act_order).weight
+        assert weight.codes.device.type == torch.device(device).type
         error = weight.dequantize().cpu().double() - W
         found.append(float(((error @ H) * error).sum()))
     assert found[1] == pytest.approx(found[0], rel=0.05)

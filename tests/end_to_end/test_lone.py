@@ -109,9 +109,16 @@ CASES: list[Any] = [
     for files in (FILES if kind.copies else FILES[:1])
 ]
 FAST = ("llama tied", "t5 tied", "bert", "clip")
-CASES = [case if case[0] in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+def quick(name: str, command: str, files: str = FILES[0]) -> bool:
+    """Whether a case is in the quick tier: merges, and runs of one kind and of models as they are saved."""
+    return name in FAST and (command == "merge" or (name == FAST[0] and files == FILES[0]))
+
+
+CASES = [case if quick(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 UNTIED = [
-    pytest.param(name, command, marks=[] if name in FAST else [pytest.mark.slow])
+    pytest.param(name, command, marks=[] if quick(name, command) else [pytest.mark.slow])
     for name, kind in KINDS.items()
     for command in kind.commands
     if kind.copies
@@ -157,7 +164,10 @@ def test_a_lone_expert_is_itself_whichever_tied_tensors_its_files_store(
     assert_same(wanted, expert)  # the files hold the expert
 
 
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.commands == MERGE and name != "gpt2"])
+ENCODERS = [name for name, kind in KINDS.items() if kind.commands == MERGE and name != "gpt2"]
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])
 def test_the_encoder_of_a_lone_expert_is_itself_in_a_run(
     name: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
 ) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
+from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.errors import ConfigError
+from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.pipeline import cached_steps, steps
 from epmq_cli.pipeline import calibration as guide
-from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.store.cache import Cache
 from tests.hubs import config, run_in
 from tests.minihub import build
@@ -29,8 +29,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
 
 
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "model.safetensors")
+def measured(hub: Path, *overrides: str) -> tuple[Job, SuiteModels, ExpertMeasurements | None]:
+    """A job, its models, and what its merge measures the experts on."""
+    job = make_job(config(hub, *PLAIN, *overrides))
+    models, model, _ = steps.open_models(job)
+    tasks = steps.prepare_tasks(job, model, models)
+    drawn = steps.calibration_batches(job, models.base.path)
+    batches = guide.run_teachers(job, model, models.source, drawn).batches
+    return job, models, steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
 
 
 @pytest.mark.parametrize(("kind", "method"), [("t5", "regmean"), ("llama", "regmean"), ("deberta", "fisher")])
@@ -38,9 +44,9 @@ def test_equal_experts_come_out_as_they_are(kind: str, method: str, tmp_path: Pa
     hub = build(tmp_path / "hub", kind)
     shutil.rmtree(hub / "second")
     shutil.copytree(hub / "first", hub / "second")
-    found = weights(run_in(tmp_path / "run", hub, *PLAIN, f"merge={method}"))
-    wanted = weights(run_in(tmp_path / "average", hub, *PLAIN, "merge=average"))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    job, models, data = measured(hub, f"merge={method}")
+    for name, tensor in LazyMerge(models.source, job.merge, torch.float32, data):
+        torch.testing.assert_close(tensor, models.source.expert("first", name), rtol=1e-5, atol=1e-6)
 
 
 def test_a_merge_from_the_cache_is_the_merge(bert_hub: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ HOPELESS: dict[str, tuple[str, tuple[str, ...], Change, str]] = {
     ),
     "activations that overflow": (
         "clip", ("eval.stages=[]",), lambda hub: edited.scale(hub, "layers.0.mlp.fc2.weight", 1e30),
-        "the inputs of vision_model.encoder.layers.1.self_attn.q_proj hold a NaN or an infinity on task first; check",
+        "the inputs of vision_model.encoder.layers.1.self_attn.q_proj hold NaN or infinity on task first; check",
     ),
     "logits that overflow": (
         "clip", (), lambda hub: edited.scale(hub, "layers.0.mlp.fc2.weight", 1e30),
@@ -113,12 +114,12 @@ def test_a_walk_that_ends_in_a_nan_writes_nothing(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong before: the last look is at what is written."""
-    from epmq_cli.quantize.formats.int import QuantizedWeight, find_grid, quantize
+    from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
+    from epmq_cli.quantize.rtn import rtn
 
-    def broken(weight: Any, spec: Any, dtype: Any) -> QuantizedWeight:
-        grid = find_grid(weight, spec, dtype)
-        values = quantize(weight, grid.scale.repeat_interleave(16, 1), grid.zero.repeat_interleave(16, 1), spec)
-        return QuantizedWeight(values.char(), grid.scale * NAN, grid.zero, spec, dtype)
+    def broken(*options: Any) -> QuantizedWeight:
+        found = rtn(*options)
+        return replace(found, grid=Grid(found.grid.scale * NAN, None))
 
     monkeypatch.setattr("epmq_cli.quantize.rtn.rtn", broken)
     with pytest.raises(EpmqError, match=r"NaN or an infinity"):

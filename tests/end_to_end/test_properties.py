@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from epmq_cli.checkpoint.compressed_tensors import unpacked_linear
-from epmq_cli.checkpoint.write import packed_linear
+from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import MergeMethod
@@ -25,14 +24,17 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo
-from epmq_cli.quantize.formats.int import BITS, GridSpec, QuantizedWeight
+from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
+from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
 from tests.counts import CLAIMS, TRIED
+from tests.packs import LINEAR, PACKS, exporter_of, model_of
 
 FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 CPU = torch.device("cpu")
-SPECS = st.builds(GridSpec, st.sampled_from(BITS), st.integers(1, 9), st.booleans(), st.sampled_from(["minmax", "mse"]))
+FORMATS = st.builds(IntFormat, st.sampled_from(BITS), st.integers(1, 9), st.sampled_from(["none", "whole"]))
+SEARCHES = st.sampled_from(["minmax", "mse"])
 SEEDS = st.integers(0, 1 << 30)
 
 
@@ -52,50 +54,57 @@ def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrate
 
 @FEW_OR_MANY
 def test_what_is_rounded_is_on_its_grid_and_half_a_step_away_at_most(examples: int) -> None:
-    def claim(spec: GridSpec, rows: int, groups: int, seed: int, exponent: int, dtype: torch.dtype) -> None:
+    def claim(
+        format: IntFormat, search: str, rows: int, groups: int, seed: int, exponent: int, dtype: torch.dtype
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(rows, groups * spec.group_size, generator=generator) * 2.0**exponent
-        found = rtn(weight, spec, dtype)
-        assert int(found.values.min()) >= spec.lowest
-        assert int(found.values.max()) <= spec.highest
-        assert torch.equal(found.scale, found.scale.to(dtype).float())
-        step = found.scale.repeat_interleave(spec.group_size, 1)
-        points = found.zero.repeat_interleave(spec.group_size, 1)
-        assert bool((found.zero == found.zero.round()).all())
-        error = ((found.values - points) * step - weight).abs()
-        if spec.search == "minmax":  # a scale that is rounded down leaves the ends of the range out
-            missed = (spec.highest - spec.lowest) * torch.finfo(dtype).eps
+        weight = torch.randn(rows, groups * format.group_size, generator=generator) * 2.0**exponent
+        found = rtn(weight, format, search, dtype)
+        scale, zero = found.grid.scale, found.grid.zeros
+        assert int(found.codes.min()) >= format.lowest
+        assert int(found.codes.max()) <= format.highest
+        assert torch.equal(scale, scale.to(dtype).float())
+        step = scale.repeat_interleave(format.group_size, 1)
+        points = zero.repeat_interleave(format.group_size, 1)
+        assert bool((zero == zero.round()).all())
+        error = ((found.codes - points) * step - weight).abs()
+        if search == "minmax":  # a scale that is rounded down leaves the ends of the range out
+            missed = (format.highest - format.lowest) * torch.finfo(dtype).eps
             assert bool((error <= (0.5 + missed + 1e-4) * step).all())
         else:
-            plain = rtn(weight, GridSpec(spec.bits, spec.group_size, spec.symmetric, "minmax"), torch.float32)
+            plain = rtn(weight, format, "minmax", torch.float32)
             if dtype == torch.float32:
                 assert float(error.square().sum()) <= 1.0001 * float((plain.dequantize() - weight).square().sum())
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, SPECS, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types)
+    hold(examples, claim, FORMATS, SEARCHES, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types)
 
 
 @FEW_OR_MANY
 def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) -> None:
-    def claim(spec: GridSpec, rows: int, groups: int, seed: int, dtype: torch.dtype) -> None:
+    def claim(format: IntFormat, rows: int, groups: int, seed: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
-        shape = (rows, groups * spec.group_size)
-        values = torch.randint(spec.lowest, spec.highest + 1, shape, generator=generator, dtype=torch.int8)
-        scale = torch.rand(rows, groups, generator=generator).to(dtype).float()
-        zero = torch.zeros_like(scale)
-        if not spec.symmetric:
-            zero = torch.randint(spec.lowest, spec.highest + 1, scale.shape, generator=generator).float()
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "x.safetensors"
-            write_file(path, packed_linear("x", QuantizedWeight(values, scale, zero, spec, dtype)))
-            found = unpacked_linear(SafetensorsFiles(path, "checkpoint"), "x", spec, values.shape, CPU)
-        assert torch.equal(found.values, values)
-        assert torch.equal(found.scale, scale)
-        assert torch.equal(found.zero, zero)
-        assert found.dtype == dtype
+
+        def integers(*shape: int) -> Tensor:
+            return torch.randint(format.lowest, format.highest + 1, shape, generator=generator, dtype=torch.int8)
+
+        codes, scale = integers(rows, groups * format.group_size), torch.rand(rows, groups, generator=generator)
+        zero = None if format.zero_points == "none" else integers(rows, groups).float()
+        weight = QuantizedWeight(codes, Grid(scale.to(dtype).float(), zero), format, dtype)
+        for exporter in filter(lambda exporter: exporter.packs, map(exporter_of, PACKS)):
+            with tempfile.TemporaryDirectory() as name:
+                path = Path(name) / "x.safetensors"
+                write_file(path, exporter.entries(LINEAR, weight))
+                quantization = exporter.config(model_of(codes.shape), {LINEAR: weight}, dequantize=False)
+                layout = LAYOUTS[quantization["quant_method"]](Path(name), quantization)
+                found = layout.read(SafetensorsFiles(path, "checkpoint"), LINEAR, codes.shape, CPU)
+            assert torch.equal(found.codes, codes)
+            assert torch.equal(found.grid.scale, weight.grid.scale)
+            assert torch.equal(found.grid.zeros, weight.grid.zeros)
+            assert found.dtype == dtype
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, SPECS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
+    hold(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
 
 
 class Held:

@@ -16,8 +16,9 @@ from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.metrics import MEASURES
 from epmq_cli.evaluate.score import ScoredTask, micro_batcher, score
-from epmq_cli.families.bert import Bert
-from epmq_cli.families.clip import Clip
+from epmq_cli.families.bert import BERT
+from epmq_cli.families.clip import CLIP
+from epmq_cli.families.family import Family
 from epmq_cli.families.heads import classifier, zero_shot
 
 
@@ -43,16 +44,16 @@ def test_classifier_logits_are_those_of_a_linear() -> None:
         torch.testing.assert_close(classifier.logits(features, {"weight": linear.weight}), features @ linear.weight.T)
 
 
-class Identity(Clip):
-    """A family whose features are its inputs."""
-
-    def features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return batch["x"]
+def reading_inputs(family: Family) -> Family:
+    """The family with a model's inputs as its features."""
+    found = Family(family.architecture, family.tasks)
+    found.features = lambda model, batch: batch["x"]  # type: ignore[method-assign, misc]
+    return found
 
 
 def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
     samples = Samples(inputs, torch.tensor(labels, dtype=torch.int64))
-    predict = Identity().predict(Path(), Task("t", "expert", Npz("t.npz")))
+    predict = reading_inputs(CLIP).predict(Path(), Task("t", "expert", Npz("t.npz")))
     return ScoredTask("t", samples, lambda items: {"x": torch.tensor(items)}, {"weight": torch.eye(3)}, predict)
 
 
@@ -60,7 +61,7 @@ def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
 def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
-    assert score(Identity(), nn.Identity(), task, micro_batcher(batch_size), torch.device("cpu")) == 0.8
+    assert score(reading_inputs(CLIP), nn.Identity(), task, micro_batcher(batch_size), torch.device("cpu")) == 0.8
 
 
 @pytest.mark.parametrize("label", [3, -2])
@@ -79,20 +80,13 @@ def test_a_head_with_one_output_gives_a_number() -> None:
     labels = torch.tensor([0.5, 3.0, 1.0, 2.0])
     task = Task("t", "expert", Npz("t.npz"), metric="spearman")
     head = {"weight": torch.tensor([[2.0]])}
-    predict = Numbers().predict(Path(), task)
+    predict = reading_inputs(BERT).predict(Path(), task)
     scored = ScoredTask("t", Samples(labels[:, None].tolist(), labels), collate, head, predict, "spearman")
-    assert score(Numbers(), nn.Identity(), scored, micro_batcher(3), torch.device("cpu")) == pytest.approx(1)
+    assert score(reading_inputs(BERT), nn.Identity(), scored, micro_batcher(3), torch.device("cpu")) == pytest.approx(1)
 
 
 def collate(items: list[Any]) -> dict[str, Tensor]:
     return {"x": torch.tensor(items)}
-
-
-class Numbers(Bert):
-    """A classifier whose features are its inputs."""
-
-    def features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return batch["x"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +120,7 @@ def test_labels_that_a_metric_says_nothing_of_are_refused(metric: str, labels: l
     """The unlabelled test split of STS-B, and correlations with a constant, which have no value."""
     head = {"weight": torch.ones(3 if isinstance(labels[0], int) else 1, 1)}
     task = Task("t", "expert", Npz("t.npz"), metric=metric)
-    predict = Identity().predict(Path(), task)
+    predict = reading_inputs(CLIP).predict(Path(), task)
     with pytest.raises(DataError, match=message):
         ScoredTask("t", Samples([[1.0]] * 2, torch.tensor(labels)), lambda items: {}, head, predict, metric)
 

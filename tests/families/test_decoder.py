@@ -37,7 +37,7 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
     return tuple(float((x - wanted).square().mean()) for x in (far, found.features(found.student)))  # type: ignore[return-value]
 
 
-FAST = ("glm4", "granite", "olmo", "starcoder2")
+FAST = ("glm4", "olmo")  # norms on both sides of a part, and behind it alone
 
 
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in TAKEN])
@@ -117,6 +117,6 @@ def test_a_type_that_no_family_lists_is_taken_where_the_checks_find_nothing(tmp_
     model = t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model("internlm3", **GROUPED))
     assert model.config.model_type == "internlm3"
     hub = decoder_files(tmp_path / "hub", model.eval())
-    with pytest.raises(ModelError, match=r"no family takes a model of type internlm3.*suite.family=causal_lm tries"):
+    with pytest.raises(ModelError, match=r"no family takes models of type internlm3.*suite.family=causal_lm tries"):
         claiming(json.loads((hub / "base" / "config.json").read_text()))
     assert (run_in(tmp_path / "run", hub, "eval.stages=[]") / "config.json").is_file()

@@ -94,7 +94,7 @@ def test_steps_are_every_linear_and_norm_in_the_order_of_a_real_forward_pass(
         for step in section.steps
         for local in ([step.name] if isinstance(step, Norm) else step.names)
     ]
-    wanted = [*([family.first_norm] if family.first_norm else []), *steps]
+    wanted = [str(family.stacks(model)[0].first_norm), *steps]
     tower = "vision_" if name == "clip" else ""
     parts = {
         child
@@ -167,7 +167,7 @@ def test_in_the_last_block_other_tokens_matter_through_what_mixes_alone(
         features = family.features(model, batch)
         handle.remove()
         gradient = torch.autograd.grad(features.square().sum(), outputs[local])[0]
-        assert family.read_token == 0
+        assert family.stacks(model)[0].read_token == 0
         assert gradient[:, 0].abs().max() > 0
         real = gradient[:, 1:][batch["attention_mask"][:, 1:].bool()] if name == "bert" else gradient[:, 1:]
         assert bool(real.abs().max() > 0) is (local in mixing), local
@@ -181,14 +181,14 @@ def test_what_makes_the_first_stream_is_all_that_is_in_front_of_the_blocks(
     hub: Path = request.getfixturevalue(f"{name}_hub")
     model = load_model(family, hub / "base", CPU)
     tensors: set[str] = set()
-    for part in family.stem:
+    for part in family.stacks(model)[0].stem:
         if isinstance(part, Table):
             tensors.add(f"{part.name}.weight")
         else:
             tensors |= {f"{part.convolution}.weight", f"{part.positions}.weight", str(part.class_token)}
     sections = [*family.blocks(model), family.readout(model)]
     behind = {section.name(local) for section in sections for local in section.module.state_dict()}
-    norm = {f"{family.first_norm}.{part}" for part in ("weight", "bias")}
+    norm = {f"{family.stacks(model)[0].first_norm}.{part}" for part in ("weight", "bias")}
     merged = set(family.tensor_names(ModelFolder(hub / "base", "base")))
     assert tensors == merged - behind - norm
 
@@ -207,7 +207,8 @@ def test_logits_are_linear_in_what_the_head_is_multiplied_with(name: str) -> Non
     family, generator = FAMILIES[name], torch.Generator().manual_seed(0)
     features, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (3, 8), (3,)))
     head = {"weight": weight} if name == "clip" else {"weight": weight, "bias": bias}
-    found, x = family.logits(features, head), family.head_inputs(features, head)
+    model = nn.Identity()
+    found, x = family.logits(model, features, head), family.head_inputs(model, features, head)
     assert x.shape == features.shape
     wanted = x @ weight.T + bias if name == "bert" else 100 * x @ weight.T
     torch.testing.assert_close(found, wanted)
@@ -265,7 +266,9 @@ def test_bert_scores_are_those_of_the_experts_own_classifier(bert_hub: Path) -> 
         list(task.samples.inputs), padding=True, return_tensors="pt"
     )
     with torch.inference_mode():
-        logits = job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
+        logits = job.family.logits(
+            model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head
+        )
         torch.testing.assert_close(logits, whole(**batch).logits)
 
 
@@ -279,7 +282,9 @@ def test_clip_scores_are_those_of_the_whole_model_with_one_template(clip_hub: Pa
     inputs = processor(text=texts, images=list(task.samples.inputs), return_tensors="pt", padding=True)
     with torch.inference_mode():
         expected = whole(**inputs).logits_per_image / whole.logit_scale.exp() * 100
-        logits = job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
+        logits = job.family.logits(
+            model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head
+        )
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from transformers import T5ForConditionalGeneration
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.families.t5 import _number
+from epmq_cli.families.tasks.generated_text import _number
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.edited import copied
@@ -78,7 +78,7 @@ def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -
     found = json.loads((tmp_path / "metrics.json").read_text())["scores"]["tasks"]["first"]["base"]
     scene = Scene(folder)
     texts = [json.loads(line)["text"] for line in (folder / "first_test.jsonl").read_text().splitlines()]
-    ids = scene.family.tokens(folder / "base", texts)
+    ids = scene.family.tasks.tokens(folder / "base", texts)
     losses = []
     for window in ids.split(12):
         if len(window) > 1:

@@ -1,4 +1,4 @@
-"""Oracles: open_clip's own features of an expert, and transformers' loading of the checkpoint."""
+"""Oracles: open_clip's own features of an expert, and the checkpoint as transformers and open_clip load it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> No
 
 
 def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
-    """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights: what comes out is the same."""
+    """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights; the results are the same."""
     models = steps.open_models(make_job(config(hub)))[0]
     ready, *_ = steps.open_models(make_job(config(hub, f"suite.base={models.base.path}")))
     assert ready.base.path == models.base.path

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError
-from epmq_cli.families.causal_lm import CausalLM
 from epmq_cli.families.inputs import check_inputs
+from epmq_cli.families.tasks.language_model import LanguageModel
 from tests.minihub import IDS, SIZE, tokenizer
 
 TEMPLATE = (
@@ -42,19 +42,19 @@ def test_conversations_are_the_tokens_of_the_chat_template(tmp_path: Path) -> No
     """So that the start token, which the tokenizer adds to a text by itself, comes once for each."""
     own = AutoTokenizer.from_pretrained(folder(tmp_path, TEMPLATE))
     wanted = [own.apply_chat_template(list(chat.messages), return_dict=False) for chat in CHATS]
-    ids = CausalLM().tokens(tmp_path, CHATS)
+    ids = LanguageModel().tokens(tmp_path, CHATS)
     assert ids.tolist() == [token for each in wanted for token in each]
     assert (ids == own.bos_token_id).sum() == 2
 
 
 def test_texts_are_read_as_before(tmp_path: Path) -> None:
     own = AutoTokenizer.from_pretrained(folder(tmp_path, TEMPLATE))
-    assert CausalLM().tokens(tmp_path, ["red", "blue"]).tolist() == own("red\n\nblue")["input_ids"]
+    assert LanguageModel().tokens(tmp_path, ["red", "blue"]).tolist() == own("red\n\nblue")["input_ids"]
 
 
 def test_without_a_template_conversations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1 holds a conversation, and the tokenizer in .* has no chat template"):
-        CausalLM().tokens(folder(tmp_path, None), CHATS)
+        LanguageModel().tokens(folder(tmp_path, None), CHATS)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_what_a_template_refuses_is_one_sentence(template: str, reason: str, tmp
     with pytest.raises(
         DataError, match=rf"row \d: the chat template in .* does not take .* \(.*{reason}.*\)"
     ) as raised:
-        CausalLM().tokens(folder(tmp_path, template), CHATS)
+        LanguageModel().tokens(folder(tmp_path, template), CHATS)
     assert "\n" not in str(raised.value)
 
 
 def test_messages_that_a_template_leaves_out_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "epmq"):
-        CausalLM().tokens(folder(tmp_path, USER_ONLY), CHATS)
+        LanguageModel().tokens(folder(tmp_path, USER_ONLY), CHATS)
     wanted = f"the chat template in {tmp_path} leaves out 2 of 4 messages, such as one with the role assistant of row 1"
     assert caplog.messages == [wanted]
 
@@ -80,7 +80,7 @@ def test_thoughts_that_a_template_leaves_out_are_not(tmp_path: Path, caplog: pyt
     thinking = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}{% endfor %}"
     chat = Chat([{"role": "assistant", "content": "<think>red</think> good"}], "row 1")
     with caplog.at_level(logging.WARNING, "epmq"):
-        CausalLM().tokens(folder(tmp_path, thinking), [chat])
+        LanguageModel().tokens(folder(tmp_path, thinking), [chat])
     assert not caplog.messages
 
 
@@ -88,9 +88,9 @@ def test_tool_calls_are_rendered_or_refused(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "red", "arguments": {}}}
     chat = Chat([{"role": "assistant", "content": "", "tool_calls": [call]}], "row 1")
     with pytest.raises(DataError, match="row 1 has tool calls, which the chat template in .* leaves out"):
-        CausalLM().tokens(folder(tmp_path / "a", TEMPLATE), [chat])
+        LanguageModel().tokens(folder(tmp_path / "a", TEMPLATE), [chat])
     calls = "{% for c in messages[0].tool_calls %}{{ c.function.name }}{% endfor %}"
-    ids = CausalLM().tokens(folder(tmp_path / "b", calls), [chat])
+    ids = LanguageModel().tokens(folder(tmp_path / "b", calls), [chat])
     assert ids.tolist() == AutoTokenizer.from_pretrained(tmp_path / "b")("red", add_special_tokens=False)["input_ids"]
 
 

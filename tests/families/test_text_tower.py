@@ -40,7 +40,7 @@ def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
     task = steps.prepare_tasks(job, model, models)[0]
     copy_into(model, models.source.model("first"))
     with torch.inference_mode():
-        return job.family.logits(job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
+        return job.family.logits(model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
 
 
 def by_transformers(hub: Path) -> torch.Tensor:

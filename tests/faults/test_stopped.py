@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch
-from epmq_cli.families.bert import Bert
+from epmq_cli.families.bert import BERT
 from tests.faults.driver import at_file, at_stage, attempt, command, files, mini
 
 SENTENCE = "epmq: interrupted; start the same command again to continue after the last finished block\n"
@@ -44,14 +44,14 @@ def test_a_device_without_room_for_the_batches_of_the_scores_makes_them_smaller(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No room for batches of more than 8 samples, as a CUDA device says it."""
-    real = Bert.features
+    real = BERT.features
 
-    def features(self: Bert, model: nn.Module, batch: Batch) -> Tensor:
+    def features(model: nn.Module, batch: Batch) -> Tensor:
         if len(batch["input_ids"]) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, model, batch)
+        return real(model, batch)
 
-    monkeypatch.setattr(Bert, "features", features)
+    monkeypatch.setattr(BERT, "features", features)
     status, said = command(tmp_path, *mini(bert_hub, "eval.samples=20", "eval.stages=[quantized]", "out=run"))
     assert status == 0, said
     assert "there is not enough memory for scoring with 20 samples at a time; epmq retries with 10\n" in said

@@ -51,7 +51,7 @@ def test_what_a_base_stores_beside_the_model_is_no_part_of_it(
 def test_a_tensor_that_no_model_of_the_suite_has_is_missed(tmp_path: Path) -> None:
     """transformers would fill it up with random numbers; verify finds it in a folder that was made before."""
     folders = [store(llama(seed), tmp_path / str(seed), without=[UP]) for seed in (0, 1)]
-    with pytest.raises(ModelError, match=rf"describes a LlamaForCausalLM with {UP}, which its files have not"):
+    with pytest.raises(ModelError, match=rf"describes a LlamaForCausalLM with {UP}, which its files do not have"):
         merged_folder(tmp_path / "made", suite_of("causal_lm", folders[0], {"x": folders[1]}))
     write_manifest(folders[0], {})
     with pytest.raises(CheckpointError, match=f"{UP} is missing"):

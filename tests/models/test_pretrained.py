@@ -66,7 +66,7 @@ def test_a_run_refuses_models_with_code_of_their_own(folder: Path, bert_hub: Pat
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}, model_type="evil")
     with pytest.raises(ModelError, match="base: .* holds a model of type evil, family bert takes bert"):
         run_in(tmp_path / "run", bert_hub, f"suite.base={folder}")
-    with pytest.raises(ModelError, match="base: no family takes a model of type evil, they take"):
+    with pytest.raises(ModelError, match="base: no family takes models of type evil, the families take"):
         run_in(tmp_path / "run", bert_hub, f"suite.base={folder}", "suite.family=auto")
 
 

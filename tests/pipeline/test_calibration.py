@@ -95,8 +95,8 @@ def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
         assert after.samples is before.samples
         if solved:
             own, teacher = guide.features(job.family, model, batches[before.name]), taught.features[before.name]
-            wanted = job.family.logits(teacher, before.head)
-            errors = [(job.family.logits(own, task.head) - wanted).square().sum() for task in (before, after)]
+            wanted = job.family.logits(model, teacher, before.head)
+            errors = [(job.family.logits(model, own, task.head) - wanted).square().sum() for task in (before, after)]
             assert errors[1] < 0.5 * errors[0]
 
 
@@ -131,7 +131,7 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
     fitted, held = holdout_split(batches)
 
     def logits(task: ScoredTask) -> Tensor:
-        return job.family.logits(guide.features(job.family, model, held[task.name]), task.head)
+        return job.family.logits(model, guide.features(job.family, model, held[task.name]), task.head)
 
     expected = {}
     for task in tasks:

@@ -12,7 +12,7 @@ from torch import nn
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.pipeline.preflight import check_groups, check_parts
-from epmq_cli.quantize.formats.int import GridSpec
+from tests.formats import ints
 from tests.minihub import IDS
 
 ENCODER = {"num_hidden_layers": 1, "vocab_size": IDS["vocab_size"], "hidden_size": 32, "intermediate_size": 64}
@@ -40,7 +40,7 @@ def llama(width: int, inner: int) -> Any:
 def test_the_group_sizes_that_are_possible_are_named(width: int, inner: int, said: str) -> None:
     """The common divisors of both numbers of inputs; 576 and 1536 are SmolLM2's."""
     with pytest.raises(ConfigError) as found:
-        check_groups(llama(width, inner), FAMILIES["causal_lm"], GridSpec(4, 128, True, "mse"))
+        check_groups(llama(width, inner), FAMILIES["causal_lm"], [ints(4, 128)])
     assert f"group_size=128 must divide the {width} inputs of model.layers.0.self_attn.q_proj; " in str(found.value)
     assert said in str(found.value)
 
@@ -48,7 +48,7 @@ def test_the_group_sizes_that_are_possible_are_named(width: int, inner: int, sai
 def test_a_group_size_that_is_named_is_taken() -> None:
     """The sentence itself."""
     for size in (8, 12, 96, 192, -1):
-        check_groups(llama(576, 1536), FAMILIES["causal_lm"], GridSpec(4, size, True, "mse"))
+        check_groups(llama(576, 1536), FAMILIES["causal_lm"], [ints(4, size)])
 
 
 MODELS: dict[str, Any] = {

@@ -54,7 +54,9 @@ def test_a_record_makes_its_suite_and_takes_another_mirror(tmp_path: Path) -> No
 )
 def test_code_that_is_not_epmqs_is_refused_before_it_is_imported(target: str, tmp_path: Path) -> None:
     data = {"first": {**TASKS["first"], "data": {**DATA, "_target_": target}}}
-    with pytest.raises(CheckpointError, match="epmq.json names .*, which is not epmq's; if you trust it, give the"):
+    with pytest.raises(
+        CheckpointError, match="epmq.json names .*, which is not a class of epmq; if you trust it, give the"
+    ):
         checkpoint_suite(recorded(tmp_path, tasks=data), None, None)
     assert "this" not in sys.modules
 
@@ -123,7 +125,7 @@ WRONG_HEADS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "half": ({"weight": torch.ones(3, 2).half()}, "first.weight is of type F16, epmq writes F32"),
     "integers": ({"bias": torch.ones(3).int()}, "first.bias is of type I32, epmq writes F32"),
     "no weight": ({"weight": None}, "first.weight is missing"),
-    "another part": ({"foo": torch.ones(1)}, "first.foo is no part of a head"),
+    "another part": ({"foo": torch.ones(1)}, "first.foo is not a part of a head"),
     "NaN": ({"weight": torch.full((3, 2), torch.nan)}, "first.weight holds NaN or infinity"),
 }
 
@@ -132,6 +134,8 @@ WRONG_HEADS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
 def test_heads_that_are_none_of_the_model_are_refused(case: str, tmp_path: Path) -> None:
     parts, message = WRONG_HEADS[case]
     headed(tmp_path, **parts)
-    with pytest.raises(CheckpointError, match=f"holds no heads of this model: {message}; fetch it again") as raised:
+    with pytest.raises(
+        CheckpointError, match=f"does not hold the heads of this model: {message}; fetch it again"
+    ) as raised:
         read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)

@@ -313,7 +313,7 @@ def test_an_image_processor_that_the_model_cannot_read_is_refused_with_the_way_o
     found = picture_hub(hub("vit"), tmp_path / "hub", lambda _, pictures: torch.zeros(len(pictures)).long())
     path = found / "first" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 32, "width": 32}}))
-    with pytest.raises(ModelError, match=r"makes pictures of \[3, 32, 32\], and the model reads \[3, 16, 16\].*=base"):
+    with pytest.raises(ModelError, match=r"makes images of \[3, 32, 32\], and the model reads \[3, 16, 16\].*=base"):
         chosen(found)
     assert chosen(found, "++suite.processor=base") == {}
 

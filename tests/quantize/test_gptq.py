@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.quantize.formats.int import GridSpec, find_grid, quantize
+from epmq_cli.quantize.formats.format import NumberFormat, group_columns
+from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.gptq import Gptq, column_order, gptq, inverse_factor
 from epmq_cli.quantize.rtn import rtn
+from tests.formats import ints
 
 
 def problem(rows: int = 6, columns: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -23,10 +25,10 @@ def loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
     return float(torch.trace((Q - W) @ H @ (Q - W).T))
 
 
-def reference(W: Tensor, H: Tensor, spec: GridSpec, damping: float, act_order: bool) -> Tensor:
+def reference(W: Tensor, H: Tensor, format: NumberFormat, search: str, damping: float, act_order: bool) -> Tensor:
     """Optimal brain quantization with a fixed order: after each column the inverse of what is left of H is formed
     anew."""
-    size = spec.columns(len(H))
+    size = group_columns(format, len(H))
     groups = [range(start, start + size) for start in range(0, len(H), size)]
     if act_order:
         groups = sorted(groups, key=lambda group: -sum(float(H[i, i]) for i in group) / size)
@@ -37,9 +39,8 @@ def reference(W: Tensor, H: Tensor, spec: GridSpec, damping: float, act_order: b
         group = column // size
         if group not in grids:
             current = W[:, group * size : (group + 1) * size]
-            grids[group] = find_grid(current, GridSpec(spec.bits, -1, spec.symmetric, spec.search), torch.float64)
-        scale, zero = grids[group].scale[:, 0], grids[group].zero[:, 0]
-        rounded = (quantize(W[:, column], scale, zero, spec) - zero) * scale
+            grids[group] = format.fit(current, search, torch.float64)
+        rounded = format.decode(format.encode(W[:, column], grids[group]), grids[group])
         left = order[position:]
         inverse = torch.linalg.inv(H[left][:, left])
         error = (W[:, column] - rounded) / inverse[0, 0]
@@ -48,50 +49,50 @@ def reference(W: Tensor, H: Tensor, spec: GridSpec, damping: float, act_order: b
     return out
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "fp8"])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("group_size", "block_size"), [(-1, 3), (-1, 128), (4, 128), (4, 2), (4, 3), (2, 5), (8, 6)])
-def test_gptq_is_the_plain_column_by_column_loop(
-    symmetric: bool, act_order: bool, group_size: int, block_size: int
-) -> None:
+def test_gptq_is_the_plain_column_by_column_loop(kind: str, act_order: bool, group_size: int, block_size: int) -> None:
     W, H = problem()
-    spec = GridSpec(4, group_size, symmetric, "mse")
-    found = gptq(W, H, spec, torch.float64, damping=0.01, block_size=block_size, act_order=act_order)
-    torch.testing.assert_close(found.weight.dequantize(), reference(W, H, spec, 0.01, act_order), rtol=1e-9, atol=1e-12)
+    spec = (Fp8Format(group_size) if kind == "fp8" else ints(4, group_size, kind == "symmetric"), "mse")
+    found = gptq(W, H, *spec, torch.float64, damping=0.01, block_size=block_size, act_order=act_order)
+    torch.testing.assert_close(
+        found.weight.dequantize(), reference(W, H, *spec, 0.01, act_order), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_with_a_diagonal_hessian_is_rtn(act_order: bool) -> None:
+@pytest.mark.parametrize("format", [ints(3, 4), ints(3, 4, False), Fp8Format(4), Fp8Format(-1)], ids=repr)
+def test_gptq_with_a_diagonal_hessian_is_rtn(format: NumberFormat, act_order: bool) -> None:
     W, _ = problem()
     H = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
-    spec = GridSpec(3, 4, True, "mse")
-    found = gptq(W, H, spec, torch.float64, 0.01, 128, act_order)
-    assert torch.equal(found.weight.values, rtn(W, spec, torch.float64).values)
+    found = gptq(W, H, format, "mse", torch.float64, 0.01, 128, act_order)
+    assert torch.equal(found.weight.codes.float(), rtn(W, format, "mse", torch.float64).codes.float())
 
 
 def test_gptq_never_beats_the_best_of_all_roundings_and_is_nearer_to_it_than_rtn() -> None:
-    spec = GridSpec(2, -1, True, "minmax")
+    spec = (ints(2, -1, True), "minmax")
     gptq_total = rtn_total = best_total = 0.0
     for seed in range(8):
         W, H = problem(rows=1, columns=5, seed=seed)
-        found = gptq(W, H, spec, torch.float64, 1e-6, 128, False).weight
-        levels = [found.scale.item() * value for value in range(-2, 2)]
+        found = gptq(W, H, *spec, torch.float64, 1e-6, 128, False).weight
+        levels = [found.grid.scale.item() * value for value in range(-2, 2)]
         every = torch.tensor(list(itertools.product(levels, repeat=5)), dtype=torch.float64) - W
         best = float(((every @ H) * every).sum(1).min())
         assert loss(W, found.dequantize(), H) >= best * (1 - 1e-12)
         best_total += best
         gptq_total += loss(W, found.dequantize(), H)
-        rtn_total += loss(W, rtn(W, spec, torch.float64).dequantize(), H)
+        rtn_total += loss(W, rtn(W, *spec, torch.float64).dequantize(), H)
     assert gptq_total - best_total < 0.75 * (rtn_total - best_total)
 
 
 def test_gptq_beats_rtn_on_average() -> None:
-    spec = GridSpec(3, 16, True, "mse")
+    spec = (ints(3, 16, True), "mse")
     ratios = []
     for seed in range(5):
         W, H = problem(16, 32, seed)
-        found = gptq(W, H, spec, torch.float64, 0.01, 128, False).weight.dequantize()
-        ratios.append(loss(W, found, H) / loss(W, rtn(W, spec, torch.float64).dequantize(), H))
+        found = gptq(W, H, *spec, torch.float64, 0.01, 128, False).weight.dequantize()
+        ratios.append(loss(W, found, H) / loss(W, rtn(W, *spec, torch.float64).dequantize(), H))
     assert sum(ratios) / 5 < 0.7
 
 
@@ -105,7 +106,7 @@ def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
 def test_inputs_are_not_changed() -> None:
     W, H = problem()
     before = W.clone(), H.clone()
-    gptq(W, H, GridSpec(4, 4, True, "mse"), torch.float64, 0.01, 128, True)
+    gptq(W, H, ints(4, 4, True), "mse", torch.float64, 0.01, 128, True)
     assert torch.equal(W, before[0])
     assert torch.equal(H, before[1])
 
@@ -113,13 +114,13 @@ def test_inputs_are_not_changed() -> None:
 @pytest.mark.parametrize("search", ["mse", "hessian"])
 @pytest.mark.parametrize("group_size", [-1, 4])
 def test_act_order_beats_the_natural_order_on_average(group_size: int, search: str) -> None:
-    spec, ratios = GridSpec(3, group_size, True, search), []
+    spec, ratios = (ints(3, group_size, True), search), []
     for seed in range(8):
         W, H = problem(16, 32, seed)
         spread = torch.logspace(-1, 1, 32, dtype=torch.float64)
         H = H * spread * spread[:, None]  # the columns that matter most come last
         lost = [
-            loss(W, gptq(W, H, spec, torch.float64, 0.001, 128, act_order).weight.dequantize(), H)
+            loss(W, gptq(W, H, *spec, torch.float64, 0.001, 128, act_order).weight.dequantize(), H)
             for act_order in (True, False)
         ]
         ratios.append(lost[0] / lost[1])
@@ -142,8 +143,8 @@ def test_act_order_takes_groups_whole_and_the_largest_first(group_size: int) -> 
 def test_act_order_is_the_natural_order_where_columns_come_sorted(search: str) -> None:
     W, H = problem()
     order = torch.argsort(H.diagonal(), descending=True)
-    spec = GridSpec(3, 4, True, search)
-    found, plain = (gptq(W, H[order][:, order], spec, torch.float64, 0.01, 128, o).weight for o in (True, False))
+    spec = (ints(3, 4, True), search)
+    found, plain = (gptq(W, H[order][:, order], *spec, torch.float64, 0.01, 128, o).weight for o in (True, False))
     assert torch.equal(found.dequantize(), plain.dequantize())
 
 
@@ -153,34 +154,34 @@ def test_dead_columns_have_no_say_in_the_scales(scale: float, act_order: bool) -
     W, H = problem(16, 8)
     H[2:6], H[:, 2:6] = 0, 0
     live = [0, 1, 6, 7]
-    spec = GridSpec(3, -1, True, "hessian")
-    found = gptq(W, scale * H, spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
-    alone = gptq(W[:, live], H[live][:, live], spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
+    spec = (ints(3, -1, True), "hessian")
+    found = gptq(W, scale * H, *spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
+    alone = gptq(W[:, live], H[live][:, live], *spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
     lost = [loss(W[:, live], Q, H[live][:, live]) for Q in (found[:, live], alone)]
     assert lost[0] < 1.05 * lost[1]  # candidates span the range of all columns, hence not quite the same
 
 
 def test_a_hessian_of_zeros_is_rtn() -> None:
     W, H = problem()
-    spec = GridSpec(4, 4, True, "mse")
-    found = gptq(W, 0 * H, spec, torch.float64, 0.01, 128, True)
+    spec = (ints(4, 4, True), "mse")
+    found = gptq(W, 0 * H, *spec, torch.float64, 0.01, 128, True)
     assert found.fallback is None
-    assert torch.equal(found.weight.dequantize(), rtn(W, spec, torch.float64).dequantize())
+    assert torch.equal(found.weight.dequantize(), rtn(W, *spec, torch.float64).dequantize())
 
 
 def test_a_dead_column_is_rounded_to_nearest() -> None:
     W, H = problem()
     H[3], H[:, 3] = 0, 0
-    spec = GridSpec(4, -1, True, "mse")
-    found = gptq(W, H, spec, torch.float64, 0.01, 128, True).weight
-    assert torch.equal(found.values[:, 3], rtn(W, spec, torch.float64).values[:, 3])
+    spec = (ints(4, -1, True), "mse")
+    found = gptq(W, H, *spec, torch.float64, 0.01, 128, True).weight
+    assert torch.equal(found.codes[:, 3], rtn(W, *spec, torch.float64).codes[:, 3])
 
 
 def test_a_hessian_of_rank_one_is_quantized_with_damping() -> None:
     W, _ = problem()
     direction = torch.arange(1.0, 9.0, dtype=torch.float64)
     H = torch.outer(direction, direction)
-    outcome = gptq(W, H, GridSpec(4, -1, True, "mse"), torch.float64, 0.01, 128, False)
+    outcome = gptq(W, H, ints(4, -1, True), "mse", torch.float64, 0.01, 128, False)
     assert outcome.fallback is None
     assert outcome.damping == 0.01
     assert torch.isfinite(outcome.weight.dequantize()).all()
@@ -188,10 +189,10 @@ def test_a_hessian_of_rank_one_is_quantized_with_damping() -> None:
 
 def test_a_hessian_that_no_damping_helps_falls_back_to_rtn() -> None:
     W, H = problem()
-    spec = GridSpec(4, 4, True, "mse")
-    outcome = gptq(W, -H, spec, torch.float64, 0.01, 128, False)
+    spec = (ints(4, 4, True), "mse")
+    outcome = gptq(W, -H, *spec, torch.float64, 0.01, 128, False)
     assert outcome.fallback == "rtn"
-    assert torch.equal(outcome.weight.dequantize(), rtn(W, spec, torch.float64).dequantize())
+    assert torch.equal(outcome.weight.dequantize(), rtn(W, *spec, torch.float64).dequantize())
 
 
 @pytest.mark.parametrize(
@@ -202,14 +203,12 @@ def test_a_hessian_that_no_damping_helps_falls_back_to_rtn() -> None:
         ({"block_size": 0}, "quant.block_size"),
         ({"block_size": 1.5}, "quant.block_size must be a whole number"),
         ({"act_order": 2}, "quant.act_order"),
-        ({"bits": 16}, "bits must be one of"),
+        ({"grid": "best"}, "quant.grid must be one of minmax, mse, hessian, got 'best'"),
     ],
 )
 def test_bad_options_are_refused(change: dict[str, object], message: str) -> None:
     good = {
-        "bits": 4,
-        "group_size": 64,
-        "symmetric": True,
+        "format": ints(4, 64),
         "grid": "mse",
         "damping": 0.01,
         "block_size": 128,

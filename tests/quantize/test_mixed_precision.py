@@ -7,9 +7,13 @@ import itertools
 import pytest
 import torch
 
-from epmq_cli.quantize.mixed_precision import Trial, allocate
-from epmq_cli.quantize.quantizer import NOTHING
+from epmq_cli.errors import ConfigError
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial, allocate, formats_of
+from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
 from epmq_cli.quantize.rtn import Rtn
+from tests.formats import ints
 
 LOSSES = {"a": {3: 9.0, 4: 1.0}, "b": {3: 5.0, 4: 1.0}, "c": {3: 4.0, 4: 3.5}, "d": {3: 2.0, 4: 2.5}}
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10}
@@ -89,15 +93,30 @@ def test_a_trial_notes_the_losses_of_each_width_and_changes_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 8, generator=generator)
     inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64)
-    H, quantizer = inputs.T @ inputs, Rtn(3.5, 4, True, "mse")
-    trial = Trial(quantizer)
-    outcome = trial.of("q")(weight, H, trial.of("q").prepared(H), torch.float32)
+    H, mixed = inputs.T @ inputs, MixedPrecision(Rtn(ints(3, 4), "mse"), Rtn(Fp8Format(4), "mse"), 3.5)
+    trial = Trial(mixed)
+    layer = LayerProblem(("q",), weight, weight, H, torch.float32)
+    outcome = trial.of("q").quantize(layer, trial.of("q").prepare(H))
     assert torch.equal(outcome.weight.dequantize(), weight)
     assert trial.sizes == {"q": 48}
     energy = (inputs @ weight.double().T).square().sum()
-    for width in (3, 4):
-        rounded = quantizer.at(width)(weight, H, NOTHING, torch.float32).weight.dequantize()
+    for width, quantizer in ((3, mixed.low), (8, mixed.high)):
+        rounded = quantizer.quantize(layer, NOTHING).weight.dequantize()
         lost = (inputs @ (rounded - weight).double().T).square().sum() / energy
         assert trial.losses["q"][width] == pytest.approx(float(lost), rel=1e-9)
-    trial.of("q")(weight, H, NOTHING, torch.float32)
+    trial.of("q").quantize(layer, NOTHING)
     assert trial.sizes == {"q": 96}
+    assert trial.choose() == {"q": mixed.low}
+
+
+def test_formats_are_those_that_a_linear_can_get() -> None:
+    one, other = Rtn(ints(4, 64), "mse"), Rtn(Fp8Format(64), "mse")
+    assert formats_of(MixedPrecision(one, other, 5)) == (ints(4, 64), Fp8Format(64))
+    assert formats_of(other) == (Fp8Format(64),)
+    assert formats_of(NoQuantizer()) == ()
+
+
+@pytest.mark.parametrize("bits", [3.5, 4, 8, 9])
+def test_bits_outside_of_the_two_formats_are_refused(bits: float) -> None:
+    with pytest.raises(ConfigError, match="mixed precision needs bits between those of its two formats, got"):
+        MixedPrecision(Rtn(ints(4, 64), "mse"), Rtn(Fp8Format(64), "mse"), bits)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec
+from epmq_cli.quantize.formats.format import Grid
 from epmq_cli.quantize.gptq import gptq, inverse_factor
 from epmq_cli.quantize.kernels.select import TorchKernel
 from epmq_cli.quantize.scale_search import hessian_grid
+from tests.formats import ints
 from tests.quantize.test_gptq import loss as quadratic
 from tests.quantize.test_gptq import problem
 
@@ -27,10 +28,10 @@ def factor_of(H: Tensor) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_loss_is_the_quadratic_form_that_gptq_ends_with(symmetric: bool, columns: int) -> None:
     W, H = problem(6, columns)
-    spec = GridSpec(3, -1, symmetric, "mse")
-    found = gptq(W, H, spec, torch.float64, DAMPING, 128, False).weight
-    grid = Grid(found.scale.T.double(), found.zero.T.double())
-    total = TORCH.loss(W, factor_of(H), grid, spec)
+    format = ints(3, -1, symmetric)
+    found = gptq(W, H, format, "mse", torch.float64, DAMPING, 128, False).weight
+    grid = Grid(found.grid.scale.T, None if symmetric else found.grid.zeros.T)
+    total = TORCH.loss(W, factor_of(H), grid, format)
     assert total.shape == (1, len(W))
     torch.testing.assert_close(float(total.sum()), quadratic(W, found.dequantize().double(), H), rtol=1e-6, atol=0.0)
 
@@ -39,15 +40,15 @@ def test_loss_is_the_quadratic_form_that_gptq_ends_with(symmetric: bool, columns
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_grid_is_never_worse_than_any_coarse_candidate(bits: int, symmetric: bool) -> None:
     W, H = problem()
-    U, spec = factor_of(H), GridSpec(bits, -1, symmetric, "hessian")
-    found = hessian_grid(W, U, spec, torch.float64, TORCH)
-    best = TORCH.loss(W, U, Grid(found.scale.T, found.zero.T), spec)[0]
+    U, format = factor_of(H), ints(bits, -1, symmetric)
+    found = hessian_grid(W, U, format, torch.float64, TORCH)
+    best = TORCH.loss(W, U, Grid(found.scale.T, None if symmetric else found.zeros.T), format)[0]
     high = W.abs().amax(1) if symmetric else None
     for shrink in torch.linspace(0.25, 1, 16, dtype=torch.float64):
         for sign in (1, -1):
             if high is not None:
                 scale = sign * shrink * 2 * high / (2**bits - 1)
-                assert (best <= TORCH.loss(W, U, Grid(scale[None], 0 * scale[None]), spec)[0] + 1e-9).all()
+                assert (best <= TORCH.loss(W, U, Grid(scale[None], None), format)[0] + 1e-9).all()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -58,7 +59,7 @@ def test_it_loses_less_than_the_search_by_squared_error(bits: int, gain: float, 
         W, H = problem(16, 32, seed)
         lost = []
         for search in ("hessian", "mse"):
-            found = gptq(W, H, GridSpec(bits, 16, True, search), torch.float64, 0.01, 128, act_order).weight
+            found = gptq(W, H, ints(bits, 16, True), search, torch.float64, 0.01, 128, act_order).weight
             lost.append(quadratic(W, found.dequantize().double(), H))
         ratios.append(lost[0] / lost[1])
     assert sum(ratios) / len(ratios) < gain
@@ -66,16 +67,16 @@ def test_it_loses_less_than_the_search_by_squared_error(bits: int, gain: float, 
 
 def test_rows_are_searched_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H = problem()
-    U, spec = factor_of(H), GridSpec(3, -1, True, "hessian")
-    whole = hessian_grid(W, U, spec, torch.float64, TORCH)
+    U, format = factor_of(H), ints(3, -1)
+    whole = hessian_grid(W, U, format, torch.float64, TORCH)
     monkeypatch.setattr("epmq_cli.quantize.scale_search.CHUNK", 1)
-    parts = hessian_grid(W, U, spec, torch.float64, TORCH)
+    parts = hessian_grid(W, U, format, torch.float64, TORCH)
     assert torch.equal(whole.scale, parts.scale)
 
 
 def test_a_row_of_zeros_has_a_grid() -> None:
     W, H = problem()
     W[2] = 0
-    found = hessian_grid(W, factor_of(H), GridSpec(4, -1, True, "hessian"), torch.float16, TORCH)
+    found = hessian_grid(W, factor_of(H), ints(4, -1), torch.float16, TORCH)
     assert torch.isfinite(found.scale).all()
     assert (found.scale != 0).all()

@@ -99,7 +99,7 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     assert "8.00 MB -> 2.00 MB, calibrated linears 4.0 times smaller at 3.48 bits on average\n" in printed
     assert "trouble     of 1 linears 1 needed more damping; see layers in metrics.json\n" in printed
     assert "cache       reused 16 results of earlier runs; cache=false recomputes them\n" in printed
-    assert "memory      did not suffice: samples at a time were halved in calibration 2 times\n" in printed
+    assert "memory      ran out: the micro-batch was halved in calibration 2 times\n" in printed
     measured["guidance"] = {"chosen": []}
     measured["cache"] = None
     measured["average_bits"] = 4.0

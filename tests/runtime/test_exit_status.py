@@ -122,10 +122,10 @@ def test_list_names_the_config_that_it_cannot_read(
     path.parent.mkdir(parents=True)
     arguments, said = ("list", "--config-dir", "mine"), "epmq: a config file cannot be read: mine/suite/birds.yaml"
     path.write_bytes(b"# epmq run\n# V\xf6gel\n")
-    assert epmq_inside(*arguments).stderr == f"{said} is no text in UTF-8; save it as such\n"
+    assert epmq_inside(*arguments).stderr == f"{said} is not UTF-8 text; save it in UTF-8\n"
     path.unlink()
     os.mkfifo(path)
-    assert epmq_inside(*arguments).stderr == f"{said} is no file; remove it\n"
+    assert epmq_inside(*arguments).stderr == f"{said} is not a file; remove it\n"
     path.unlink()
     path.write_text("")
 
@@ -137,4 +137,4 @@ def test_list_names_the_config_that_it_cannot_read(
         return real(self, encoding)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    assert epmq_inside(*arguments).stderr == f"{said} (Permission denied); mend or remove it\n"
+    assert epmq_inside(*arguments).stderr == f"{said} (Permission denied); repair or remove it\n"

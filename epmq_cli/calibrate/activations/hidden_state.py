@@ -89,6 +89,12 @@ class HiddenState:
         assert self.forward_pass is not None
         return self.forward_pass.captured[name]
 
+    def rewind(self) -> None:
+        """Drops the pass through a section, so that the next one begins at its input."""
+        self.load()
+        self.forward_pass = None
+        self.offload()
+
     def finish(self, module: nn.Module) -> None:
         """Goes through the rest of a section, to the next."""
         output = self._passage(module).finish()

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SCALE = 100.0  # CLIP's logit scale at the end of its training, and the protocol's
+SCALE = 100.0  # the logit scale of a trained CLIP and of the protocol
 
 
 def class_embeddings(embed: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, width), rows of length 1: for each class the embeddings of all templates, normalised, averaged,
-    normalised.
+    """(classes, width), rows of length 1: for each class the normalized embeddings of all templates, averaged and
+    normalized again.
 
-    `embed` gives (texts, width) for a list of texts.
+    `embed` returns (texts, width) for a list of texts.
     """
     rows = []
     for name in classes:

@@ -1,4 +1,4 @@
-"""open_clip's model configs as transformers' CLIPConfig, where CLIPModel computes the same."""
+"""Translates open_clip's model configs into transformers' CLIPConfig, if CLIPModel computes the same."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from epmq_cli.errors import ModelError
 
 VOCABULARY = 49408
-"""Tokens of CLIP; the last is the end of a text."""
+"""The number of CLIP's tokens; the last one ends a text."""
 
 TRANSLATED = {
     "": ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"),
     "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"),
     "text_cfg": ("layers", "width", "heads", "mlp_ratio", "context_length", "norm_kwargs"),
 }
-"""Options of a model_cfg that CLIPConfig has as well."""
+"""Options of a model_cfg that CLIPConfig has too."""
 WITHOUT_EFFECT = {
     "": ("custom_text", "init_logit_scale", "output_dict"),
     "vision_cfg": (
@@ -40,10 +40,11 @@ EQUIVALENT: Mapping[tuple[str, str], tuple[object, ...]] = {
 
 
 def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
-    """The CLIPConfig of an open_clip_config.json; ModelError where CLIPModel computes something else.
+    """The CLIPConfig of an open_clip_config.json; ModelError if CLIPModel does not compute the same.
 
-    `where`: what the config was read from, for the error.
+    `where`: the source of the config, for the error.
     """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
     from transformers import CLIPConfig
 
     model = config.get("model_cfg") or {}
@@ -52,23 +53,23 @@ def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
             f"{role}: {refused} in {where}; family open_clip needs a plain vision transformer with a class token and "
             "CLIP's own text tower, as transformers' CLIPModel has them"
         )
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    width = vision.get("width", 768)
+    vision = {**vars(CLIPVisionCfg()), **model["vision_cfg"]}
+    text = {**vars(CLIPTextCfg()), **model["text_cfg"]}
     common = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
     return CLIPConfig(
         projection_dim=model["embed_dim"],
         architectures=["CLIPModel"],
         vision_config={
             **common,
-            **_sizes(vision, width, width // vision.get("head_width", 64), model["embed_dim"]),
-            "image_size": _square(vision.get("image_size", 224)),
-            "patch_size": _square(vision.get("patch_size", 16)),
+            **_sizes(vision, vision["width"] // vision["head_width"], model["embed_dim"]),
+            "image_size": _square(vision["image_size"]),
+            "patch_size": _square(vision["patch_size"]),
         },
         text_config={
             **common,
-            **_sizes(text, text.get("width", 512), text.get("heads", 8), model["embed_dim"]),
+            **_sizes(text, text["heads"], model["embed_dim"]),
             "vocab_size": VOCABULARY,
-            "max_position_embeddings": text.get("context_length", 77),
+            "max_position_embeddings": text["context_length"],
             "bos_token_id": VOCABULARY - 2,
             "eos_token_id": VOCABULARY - 1,  # CLIPModel reads the features of its first occurrence
             "pad_token_id": VOCABULARY - 1,
@@ -76,11 +77,11 @@ def clip_config(config: Mapping[str, Any], where: Path | str, role: str) -> Any:
     )
 
 
-def _sizes(tower: Mapping[str, Any], width: int, heads: int, projection: int) -> dict[str, Any]:
+def _sizes(tower: Mapping[str, Any], heads: int, projection: int) -> dict[str, Any]:
     return {
-        "hidden_size": width,
-        "intermediate_size": int(width * tower.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": tower.get("layers", 12),
+        "hidden_size": tower["width"],
+        "intermediate_size": int(tower["width"] * tower["mlp_ratio"]),
+        "num_hidden_layers": tower["layers"],
         "num_attention_heads": heads,
         "projection_dim": projection,
         "layer_norm_eps": (tower.get("norm_kwargs") or {}).get("eps", 1e-5),
@@ -88,7 +89,7 @@ def _sizes(tower: Mapping[str, Any], width: int, heads: int, projection: int) ->
 
 
 def _refused(model: Mapping[str, Any]) -> str | None:
-    """The first option that CLIPModel does not support, as a phrase; None where it supports all."""
+    """The first option that CLIPModel does not support, as a phrase; None if it supports all."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     if not model.get("embed_dim"):
@@ -116,10 +117,10 @@ def _supported(part: str, name: str, value: object, default: object) -> bool:
     """Whether CLIPModel computes the same with this option as open_clip."""
     if name in (*TRANSLATED[part], *WITHOUT_EFFECT[part]) or value in EQUIVALENT.get((part, name), ()):
         return True
-    return value == default or not value  # None, False and 0 leave out a part of a tower
+    return value == default or not value  # None, False and 0 turn an option off
 
 
 def _square(size: int | Iterable[int]) -> int | None:
-    """The side of a square that is given as one number or two; None where the two differ."""
+    """The side of a square, given as one number or two; None if the two differ."""
     sides = {size} if isinstance(size, int) else set(size)
     return sides.pop() if len(sides) == 1 else None

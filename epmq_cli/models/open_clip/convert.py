@@ -149,7 +149,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _write(target: Path, tensors: Translated, config: Any, processor: Any, role: str) -> None:
-    """Writes the whole folder or nothing; ModelError where the disk is full."""
+    """Writes the whole folder or nothing; ModelError if the disk is full."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -1,6 +1,6 @@
-"""From a CLIPModel of transformers back to open_clip: its config, its preprocessing and its tensors.
+"""Translates a CLIPModel of transformers back to open_clip: its config, preprocessing and tensors.
 
-What open_clip cannot express exactly is refused by name.
+Models that open_clip cannot express exactly are refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from epmq_cli.models.open_clip.preprocess import image_processor
 from epmq_cli.models.open_clip.tensors import MODULES, NAMES, TRANSPOSED
 
 ACTIVATIONS = {"gelu": False, "quick_gelu": True}
-"""Activations of a CLIPConfig, and whether they are open_clip's quick_gelu."""
+"""Activations of a CLIPConfig, and open_clip's option quick_gelu for each."""
 LARGEST = 2
-"""The eos_token_id of old CLIPConfigs, for which CLIPModel reads a text at its largest token id, as open_clip does."""
+"""The eos_token_id of old CLIPConfigs, with which CLIPModel pools texts at the largest token id, as open_clip does."""
 EPS = 1e-5
-"""Of open_clip's layer norms where the config does not say."""
+"""The default epsilon of open_clip's layer norms."""
 PIXELS = (
     "do_resize",
     "size",
@@ -40,18 +40,18 @@ BUFFERS = (".position_ids",)
 
 
 class NotExpressibleError(Exception):
-    """What open_clip has no counterpart for, as a phrase."""
+    """Says, as a phrase, what open_clip does not have."""
 
 
 def model_cfg(config: Any) -> dict[str, Any]:
-    """The model_cfg of a CLIPConfig, with the same features; NotExpressibleError where open_clip has no such model."""
+    """The model_cfg of a CLIPConfig, which gives the same features; NotExpressibleError if there is none."""
     vision, text = config.vision_config, config.text_config
     activations = {vision.hidden_act, text.hidden_act}
     if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
         raise NotExpressibleError(f"hidden_act is {' and '.join(sorted(activations))}")
     if vision.num_channels != 3:
         raise NotExpressibleError(f"vision_config.num_channels is {vision.num_channels}")
-    found = {
+    cfg = {
         "embed_dim": config.projection_dim,
         "vision_cfg": {
             "image_size": vision.image_size,
@@ -67,7 +67,7 @@ def model_cfg(config: Any) -> dict[str, Any]:
             **_pooling(text),
         },
     }
-    return {**found, "quick_gelu": True} if ACTIVATIONS[vision.hidden_act] else found
+    return {**cfg, "quick_gelu": True} if ACTIVATIONS[vision.hidden_act] else cfg
 
 
 def _sizes(tower: Any) -> dict[str, Any]:
@@ -80,38 +80,40 @@ def _sizes(tower: Any) -> dict[str, Any]:
 
 
 def _pooling(text: Any) -> dict[str, Any]:
-    """How a text is read: at its largest token id, which is open_clip's default, or at the end token."""
+    """The pooling of texts: at the largest token id, which is open_clip's default, or at the end token."""
     if text.eos_token_id in (LARGEST, text.vocab_size - 1):
         return {}
     return {"pool_type": "eos", "eos_id": text.eos_token_id}
 
 
 def preprocess_cfg(processor: Any, side: int) -> dict[str, Any]:
-    """The preprocess_cfg of an image processor whose pixels open_clip's transform makes; NotExpressibleError where
-    open_clip has no such transform for images of `side` pixels."""
-    found = processor.to_dict()
-    squash = not found.get("do_center_crop")
+    """The preprocess_cfg of an image processor, for images of `side` pixels; NotExpressibleError if there is none."""
+    own = processor.to_dict()
+    squash = not own.get("do_center_crop")
     cfg = {
-        "mean": list(found.get("image_mean") or ()),
-        "std": list(found.get("image_std") or ()),
-        "interpolation": Image.Resampling(found.get("resample", Image.Resampling.BICUBIC)).name.lower(),
+        "mean": list(own.get("image_mean") or ()),
+        "std": list(own.get("image_std") or ()),
+        "interpolation": _interpolation(own.get("resample")),
         "resize_mode": "squash" if squash else "shortest",
     }
-    try:
-        same = image_processor(cfg, side).to_dict()
-    except ValueError as error:
-        raise NotExpressibleError(f"resample of the image processor is {cfg['interpolation']}") from error
+    back = image_processor(cfg, side).to_dict()
     for name in PIXELS:
-        if name == "crop_size" and squash:
-            continue
-        if found.get(name) != same.get(name):
-            raise NotExpressibleError(f"{name} of the image processor is {found.get(name)}")
+        if own.get(name) != back.get(name) and not (squash and name == "crop_size"):
+            raise NotExpressibleError(f"{name} of the image processor is {own.get(name)}")
     return cfg
+
+
+def _interpolation(resample: Any) -> str:
+    """open_clip's name of one of Pillow's filters."""
+    names: dict[Any, str] = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+    if resample not in names:
+        raise NotExpressibleError(f"resample of the image processor is {resample}")
+    return names[resample]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A tensor of open_clip: the tensors of CLIPModel that it is made of, one below the other, or one transposed."""
+    """A tensor of open_clip, and the tensors of CLIPModel that it is made of: one, or several concatenated by rows."""
 
     name: str
     parts: tuple[str, ...]
@@ -119,17 +121,16 @@ class Fused:
 
 
 def fused(names: Iterable[str]) -> list[Fused]:
-    """open_clip's tensors of a CLIPModel's, by the names of the latter; NotExpressibleError names one that open_clip
-    does not have."""
-    found: dict[str, Fused] = {}
+    """open_clip's tensors for the tensors of a CLIPModel; NotExpressibleError if open_clip lacks one of them."""
+    tensors: dict[str, Fused] = {}
     for name in names:
         if name.endswith(BUFFERS):
             continue
         tensor = _fused(name)
         if tensor is None:
             raise NotExpressibleError(f"the model has {name}")
-        found[tensor.name] = tensor
-    return list(found.values())
+        tensors[tensor.name] = tensor
+    return list(tensors.values())
 
 
 def _fused(name: str) -> Fused | None:
@@ -152,7 +153,7 @@ OWN_MODULES = {part: own for own, parts in MODULES.items() for part in parts}
 
 
 def named_model(cfg: Mapping[str, Any]) -> str | None:
-    """The name of open_clip's own model with this model_cfg; None where it has none."""
+    """The name of the model with this model_cfg in open_clip's list; None if it has none."""
     import open_clip
 
     wanted = _normalized(cfg)

@@ -29,11 +29,11 @@ SHOWN = 8  # names in an error
 
 
 def locate_open_clip(source: str, role: str, root: str | None = None) -> Path:
-    """The folder of a model that is named as open_clip names it.
+    """The folder of a model by open_clip's own name.
 
-    A model with a tag is converted, so that its folder is one of transformers in the cache. Weights are looked for in
-    the mirror `root` first, then in the cache of the hub, then on the hub. ModelError: a model or tag that open_clip
-    does not have, before anything is read or fetched.
+    A model with a tag is converted into a folder of transformers in the cache. Weights are searched in the mirror
+    `root`, then in the cache of the hub, then on the hub. ModelError if open_clip does not have the model or the tag,
+    before anything is read or fetched.
     """
     name = source.removeprefix(SCHEME)
     if name.startswith((FOLDER, *PATH)):
@@ -65,13 +65,13 @@ def _repository(name: str, source: str, role: str, root: str | None) -> Path:
 
 
 def _mirror(repository: str, root: str | None) -> Path | None:
-    """The folder of a repository in a mirror; None where there is none."""
+    """The folder of a repository in a mirror; None if there is none."""
     folder = expanded(root, "suite.root") / repository if root else None
     return folder if folder is not None and folder.is_dir() else None
 
 
 def _known(name: str, source: str, role: str) -> tuple[str, str]:
-    """The model and the tag of a name; ModelError lists close names where open_clip does not have them."""
+    """The model and the tag of a name; ModelError with close names if open_clip does not have them."""
     from open_clip import list_models, list_pretrained, list_pretrained_tags_by_model
 
     model, _, tag = name.rpartition("/") if "/" in name else (name, "", "")
@@ -104,8 +104,8 @@ def _close(name: str, known: Sequence[str]) -> str:
 def _config(model: str, tag: str) -> dict[str, Any]:
     """The open_clip_config.json that a model with a tag would have.
 
-    The activation is the one that the weights were trained with, as in open_clip 2; open_clip 3 takes that of the model
-    and warns where the two differ, as for ViT-B-32 with openai.
+    The activation is the one that the weights were trained with, as in open_clip 2. open_clip 3 uses that of the model
+    and warns if the two differ, as for ViT-B-32 with openai.
     """
     from open_clip import get_model_config, get_pretrained_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -118,8 +118,8 @@ def _config(model: str, tag: str) -> dict[str, Any]:
 
 
 def _weights(model: str, tag: str, role: str, root: str | None) -> Path:
-    """The file of a tag's weights: safetensors where the repository has them, else a pickle, of which only tensors are
-    read."""
+    """The file of a tag's weights: safetensors if the repository has them, else a pickle, which is read with
+    weights_only=True."""
     from open_clip import get_pretrained_cfg
 
     place = str(get_pretrained_cfg(model, tag).get("hf_hub", ""))  # owner/name/ or owner/name/file
@@ -140,10 +140,10 @@ def _fetched(repository: str, file: str, role: str, root: str | None, safe: str 
 
     try:
         return Path(download_pretrained_from_hf(repository, filename=file))
-    except Exception as error:  # open_clip has no errors of its own for this
-        wanted = safe or file
+    except Exception as error:  # open_clip and the hub raise unrelated errors
+        wanted, other = safe or file, f" (or {file})" if safe not in (None, file) else ""
         places = f"in {root}/{repository}" if root else "in a mirror (data_root)"
         raise ModelError(
             f"{role}: {wanted} of {repository} is neither {places} nor in the cache of the hub, and the hub does not "
-            f"give it ({first_line(error)}); on a machine with a network run: hf download {repository} {wanted}"
+            f"give it ({first_line(error)}); on a machine with a network run: hf download {repository} {wanted}{other}"
         ) from error

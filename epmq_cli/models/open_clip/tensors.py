@@ -120,7 +120,7 @@ def _own_names(tensors: Tensors, path: Path, role: str) -> dict[str, str]:
 
 
 def _targets(name: str) -> list[str]:
-    """CLIPModel's names of the tensors that one of open_clip's is translated to; empty where it has none."""
+    """CLIPModel's names of the tensors that one of open_clip's becomes; empty if there are none."""
     if name in NAMES:
         return [NAMES[name]]
     block = BLOCK.fullmatch(name)

@@ -1,5 +1,4 @@
-"""GPTQ's loop over columns for the CPU: one row after the other in the processor's cache, compiled by numba when first
-used; the machine code is kept on disk."""
+"""GPTQ's loop over columns on the CPU: row by row in the processor's cache, compiled by numba at first use."""
 
 from __future__ import annotations
 
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec
+from epmq_cli.quantize.formats.format import Grid, NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.runtime.jit import compiled
 
-LEAST = 64  # rows that are worth a thread
-LANES = 32  # candidates tried at once: as many as keep 128 columns of them in the processor's nearest cache
-STRIP = 4  # columns whose errors go to the others in one pass; `_loss` spells them out
+LEAST = 64  # rows per thread, at least
+LANES = 32  # candidates tried at once: 128 columns of them fit into the L1 cache
+STRIP = 4  # columns whose errors are spread in one pass; `_loss` unrolls them
 
 
 @compiled
@@ -40,7 +40,7 @@ def _walk(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, values: An
 
 @compiled
 def _strip(w: Any, U: Any, s: Any, z: Any, low: Any, high: Any, start: int, errors: Any, sums: Any) -> None:
-    """Quantizes up to `STRIP` columns from `start` on, each one's error made up for by the rest of the strip."""
+    """Quantizes up to `STRIP` columns from `start` on, and spreads the error of each over the rest of the strip."""
     end = min(start + STRIP, len(w))
     for i in range(start, end):
         d, here, error = U[i, i], w[i], errors[i - start]
@@ -56,7 +56,7 @@ def _strip(w: Any, U: Any, s: Any, z: Any, low: Any, high: Any, start: int, erro
 
 @compiled
 def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any) -> None:
-    """Candidates of one row or several go side by side, so that few of them fill the processor's vectors too."""
+    """Candidates of several rows lie side by side, so that few candidates also fill the SIMD vectors."""
     columns, candidates, count = W.shape[1], scale.shape[1], scale.size
     scales, zeros, totals = scale.reshape(count), zero.reshape(count), total.reshape(count)
     w, errors = np.empty((columns, LANES), W.dtype), np.zeros((STRIP, LANES), W.dtype)
@@ -80,30 +80,31 @@ def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any
 
 
 class NumbaKernel:
-    """See columns.py; rows are shared out to as many threads as torch uses."""
+    """See select.py; rows are split over as many threads as torch uses."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
-        """See columns.py."""
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """See select.py."""
         values, errors = torch.empty(weight.shape), torch.empty(weight.shape)
-        inputs = (weight, U, grid.scale[:, 0], grid.zero[:, 0])
-        _by_rows(_walk, inputs, spec, (values, errors))
-        return values, errors
+        inputs = (weight, U, grid.scale[:, 0], grid.zeros[:, 0])
+        _by_rows(_walk, inputs, format, (values, errors))
+        return values.to(format.storage), errors
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-        """See columns.py."""
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
+        """See select.py."""
         total = torch.zeros(len(weight), len(grid.scale))
-        _by_rows(_loss, (weight, U, grid.scale.T, grid.zero.T), spec, (total,))
+        _by_rows(_loss, (weight, U, grid.scale.T, grid.zeros.T), format, (total,))
         return total.T
 
 
 def _by_rows(
     kernel: Callable[..., None],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    spec: GridSpec,
+    format: NumberFormat,
     outputs: tuple[Tensor, ...],
 ) -> None:
+    assert isinstance(format, IntFormat)
     W, U, scale, zero = (tensor.contiguous().numpy() for tensor in inputs)
-    low, high, found = np.float32(spec.lowest), np.float32(spec.highest), [tensor.numpy() for tensor in outputs]
+    low, high, found = np.float32(format.lowest), np.float32(format.highest), [tensor.numpy() for tensor in outputs]
     threads = max(1, min(torch.get_num_threads(), len(W) // LEAST))
     bounds = [len(W) * part // threads for part in range(threads + 1)]
 
@@ -120,5 +121,5 @@ def _by_rows(
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of a process, of which a forked one has none; they are started as they are needed."""
+    """The threads of a process; a forked process has none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count())

@@ -1,7 +1,8 @@
-"""GPTQ's loop over the columns of one group, in plain torch; and which of its implementations serves a weight.
+"""GPTQ's loop over the columns of one group in plain torch, and the choice among its implementations.
 
-All do the same float operations in the same order, and so give the same integers to the last bit:
-this one (any type, any device), columns_numba (float32 on the CPU), columns_triton (float32 on a GPU).
+All implementations do the same float operations in the same order, so that their codes are equal to the last bit: the
+one here (any format, type and device), numba.py (integers, float32 on the CPU) and triton.py (integers, float32 on a
+GPU).
 """
 
 from __future__ import annotations
@@ -15,29 +16,30 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import first_line
-from epmq_cli.quantize.formats.int import Grid, GridSpec, quantize
+from epmq_cli.quantize.formats.format import Grid, NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
 
 log = logging.getLogger("epmq")
 
 
 class ColumnKernel(Protocol):
-    """An implementation."""
+    """An implementation of the loop."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
-        """Quantizes columns one after the other, each with the errors of those before it: the integers and the errors,
-        both (out, columns).
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """Quantizes one column after the other and spreads its error over the rest: the codes and the errors, both
+        (out, columns).
 
-        `weight` (out, columns), which is left as it is; `U` (columns, columns) of these columns, upper triangular;
-        `grid` (out, 1).
+        `weight` (out, columns), which is not changed; `U` (columns, columns), upper triangular; `grid` (out, 1).
         """
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-        """What that loop ends with, the sum of the squared errors, for each of several grids; grids and result
-        (candidates, out)."""
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
+        """The sum of the squared errors of that loop for each of several grids; grids and result (candidates, out)."""
 
 
-def kernel_for(weight: Tensor) -> ColumnKernel:
-    """The implementation for a weight."""
+def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
+    """The implementation for a weight and its format."""
+    if not isinstance(format, IntFormat) or format.zero_points == "real":
+        return TorchKernel()
     if weight.dtype == torch.float32 and weight.device.type == "cpu":
         from epmq_cli.quantize.kernels.numba import NumbaKernel
 
@@ -52,41 +54,40 @@ def kernel_for(weight: Tensor) -> ColumnKernel:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton is there and can build kernels for the device, which takes a C compiler and Python's headers."""
+    """Whether Triton can build kernels for the device, which takes a C compiler and Python's headers."""
     if find_spec("triton") is None:
         return False
     try:
         from epmq_cli.quantize.kernels.triton import TritonKernel
 
         one = torch.ones(1, 1, device=device)
-        TritonKernel().walk(one, one, Grid(one, one), GridSpec(4, 1, True, "minmax"))
-    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
-        log.warning("Triton builds no kernels here, which makes GPTQ slower (%s)", first_line(error))
+        TritonKernel().quantize(one, one, Grid(one, one), IntFormat(4, 1, "none"))
+    except Exception as error:  # from Triton, its compiler or the driver
+        log.warning("Triton cannot build kernels here (%s); GPTQ runs slower without them", first_line(error))
         return False
     return True
 
 
 class TorchKernel:
-    """Column by column, all rows and candidates at a time."""
+    """Column by column, all rows and candidates at once."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
-        """See Columns."""
-        W, values, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-        scale, zero = grid.scale[:, 0], grid.zero[:, 0]
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """See ColumnKernel."""
+        W, errors = weight.clone(), torch.empty_like(weight)
+        codes = torch.empty_like(weight, dtype=format.storage)
         for i in range(weight.shape[1]):
-            q = quantize(W[:, i], scale, zero, spec)
-            error = (W[:, i] - (q - zero) * scale) / U[i, i]
-            W[:, i + 1 :] -= error[:, None] * U[i, i + 1 :]
-            values[:, i], errors[:, i] = q, error
-        return values, errors
+            q = format.encode(W[:, i : i + 1], grid)
+            error = (W[:, i : i + 1] - format.decode(q, grid)) / U[i, i]
+            W[:, i + 1 :] -= error * U[i, i + 1 :]
+            codes[:, i : i + 1], errors[:, i : i + 1] = q, error
+        return codes, errors
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-        """See Columns; columns come first in memory here."""
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
+        """See ColumnKernel; columns are the first dimension in memory."""
         W = weight.T[:, None].repeat(1, len(grid.scale), 1)
         total = torch.zeros_like(grid.scale)
         for i in range(weight.shape[1]):
-            rounded = (quantize(W[i], grid.scale, grid.zero, spec) - grid.zero) * grid.scale
-            error = (W[i] - rounded) / U[i, i]
+            error = (W[i] - format.decode(format.encode(W[i], grid), grid)) / U[i, i]
             W[i + 1 :] -= U[i, i + 1 :, None, None] * error
             total += error * error
         return total

@@ -1,7 +1,7 @@
-"""GPTQ's loop over columns for the GPU: a tile of rows walks the columns of a group on the chip.
+"""GPTQ's loop over columns on a GPU: each program keeps a tile of rows in registers and loops over the columns.
 
-TRITON_INTERPRET=1 runs the kernels on the CPU. No two operations are fused, divisions are exact, and rounding is half
-to even, so that the integers are those of the other implementations.
+TRITON_INTERPRET=1 runs the kernels on the CPU. No operations are fused, divisions are exact, and rounding is half to
+even, so that codes are equal to those of the other implementations.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty_like, zeros_like
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec
+from epmq_cli.quantize.formats.format import Grid, NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.kernels.select import TorchKernel
 
-SEARCHED = 4096  # weights of a tile of one of many candidates, all of them in registers
-WALKED = 1024  # of a tile of a weight, of which a GPU takes few at a time, with its integers and errors
-WIDEST = 512  # columns of a tile; wider groups are searched by torch
+SEARCHED = 4096  # weights of a tile in the search, one of many candidates
+WALKED = 1024  # weights of a tile that is quantized, which also holds its codes and errors
+WIDEST = 512  # columns of a tile; wider groups are left to torch
 
 
 @triton.jit
 def _rounded(x):
-    """The nearest integer, half to even: adding 1.5 x 2^23 leaves a float32 no bits for a fraction."""
+    """The nearest integer, half to even: adding 1.5 x 2^23 leaves no bits for a fraction in float32."""
     x = tl.minimum(tl.maximum(x, -1048576.0), 1048576.0)
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _step(W, U, i, s, z, low, high, cols, width):
-    """One column: its integers and errors (rows,), and the tile with the errors handed on to later columns."""
+    """One column: its codes and errors (rows,), and the tile after its errors are spread over later columns."""
     w = tl.sum(tl.where(cols[None, :] == i, W, 0.0), 1)
     q = tl.minimum(tl.maximum(_rounded(tl.div_rn(w, s)) + z, low), high)
     error = tl.div_rn(w - (q - z) * s, tl.load(U + i * width + i))
@@ -67,36 +68,38 @@ def _loss(W, U, scale, zero, total, rows, width, low, high, R: tl.constexpr, C: 
 
 
 class TritonKernel:
-    """See columns.py."""
+    """See select.py."""
 
-    def walk(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> tuple[Tensor, Tensor]:
-        """See columns.py."""
+    def quantize(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> tuple[Tensor, Tensor]:
+        """See select.py."""
+        assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchKernel().walk(weight, U, grid, spec)
+            return TorchKernel().quantize(weight, U, grid, format)
         values, errors = empty_like(weight).contiguous(), empty_like(weight).contiguous()
         R, C = _tile(width, WALKED)
-        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zero[:, 0])]
+        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale[:, 0], grid.zeros[:, 0])]
         _walk[(triton.cdiv(rows, R),)](
-            *inputs, values, errors, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
+            *inputs, values, errors, rows, width, format.lowest, format.highest, R=R, C=C, enable_fp_fusion=False
         )
-        return values, errors
+        return values.to(format.storage), errors
 
-    def loss(self, weight: Tensor, U: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
-        """See columns.py."""
+    def loss(self, weight: Tensor, U: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
+        """See select.py."""
+        assert isinstance(format, IntFormat)
         rows, width = weight.shape
         if width > WIDEST:
-            return TorchKernel().loss(weight, U, grid, spec)
+            return TorchKernel().loss(weight, U, grid, format)
         total = zeros_like(grid.scale).contiguous()
         R, C = _tile(width, SEARCHED)
-        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zero)]
+        inputs = [tensor.contiguous() for tensor in (weight, U, grid.scale, grid.zeros)]
         _loss[(triton.cdiv(rows, R), len(total))](
-            *inputs, total, rows, width, spec.lowest, spec.highest, R=R, C=C, enable_fp_fusion=False
+            *inputs, total, rows, width, format.lowest, format.highest, R=R, C=C, enable_fp_fusion=False
         )
         return total
 
 
 def _tile(width: int, weights: int) -> tuple[int, int]:
-    """Rows and columns of a tile of so many weights, powers of two."""
+    """Rows and columns of a tile with this many weights, powers of two."""
     columns = max(16, triton.next_power_of_2(width))
     return max(1, weights // columns), columns

@@ -41,7 +41,7 @@ def _lacking(kind: Kind, combination: Combination) -> str | None:
     """What is refused of some kinds alone."""
     if kind.family == "t5" and combination.saving in ("buffers-base", "buffers-expert"):
         return "a table of positions that one of the two does not have"
-    if combination.adapter == "all-linear" and kind.name in ("vit", "deberta"):
+    if combination.adapter == "all-linear" and kind.name in ("vit", "deberta", "modernbert"):
         return "it adapts linears of the head, which the base, an encoder alone, does not have"
     return None
 

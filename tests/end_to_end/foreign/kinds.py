@@ -151,6 +151,18 @@ KINDS = {
             ("pooler", "classifier"),
             WORDS,
         ),
+        Kind(
+            "modernbert",
+            "modernbert",
+            _text(
+                "ModernBertForSequenceClassification", "ModernBertConfig", classifier_pooling="mean", local_attention=4
+            ),
+            "model.",
+            ("Wqkv",),
+            "embeddings.tok_embeddings",
+            ("head", "classifier"),
+            "SEQ_CLS",
+        ),
         _classifier(
             "vit",
             lambda: _made("ViTForImageClassification", "ViTConfig", **PICTURES, num_labels=CLASSES),

@@ -1,4 +1,4 @@
-"""Oracles: the folder that a conversion without disturbance writes, and a disk without room."""
+"""Oracles: the folder that an undisturbed conversion writes, and a full disk."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("file", "content"), [("model.safetensors", b""), ("manifest.json", None), (None, b""), (None, None)]
 )
-def test_a_damaged_conversion_is_made_anew(file: str | None, content: bytes | None, tmp_path: Path) -> None:
-    """As a power cut may have left it: files that are empty or not there, or a folder without any."""
+def test_a_damaged_conversion_is_converted_again(file: str | None, content: bytes | None, tmp_path: Path) -> None:
+    """After a power cut, files can be empty or missing, or the folder can be empty."""
     source = stored(tmp_path / "base", build())
     folder = converted(source, "base")
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -36,7 +36,7 @@ def test_a_damaged_conversion_is_made_anew(file: str | None, content: bytes | No
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_conversion_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(convert, "sync", synced.append)
     folder = converted(stored(tmp_path / "base", build()), "base")
@@ -47,7 +47,7 @@ def test_a_conversion_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("room", [1000, 200_000])
 def test_a_full_disk_ends_a_conversion_in_one_sentence(room: int, tmp_path: Path, cache: Path) -> None:
-    """Of files with room for so many bytes."""
+    """`room`: the largest size of a file, in bytes."""
     source = stored(tmp_path / "base", build())
     code = f"""
 import resource, signal
@@ -70,7 +70,7 @@ except ModelError as error:
 def test_a_tokenizer_that_does_not_fit_on_the_disk_ends_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tokenizers raises Exception itself; what is a defect stays one."""
+    """The tokenizers library raises Exception itself; other errors are defects and stay unchanged."""
     source = stored(tmp_path / "base", build())
     for error, seen in ((Exception("No space left on device"), ModelError), (KeyError("x"), KeyError)):
         monkeypatch.setattr(convert, "tokenizer", Mock(side_effect=error))

@@ -109,7 +109,7 @@ def test_a_pickle_behind_a_tag_is_read_as_tensors_only(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named_with_the_command_that_fetches_it(root: str | None) -> None:
     place = f"in {root}/owner/tiny-web" if root else "in a mirror \\(data_root\\)"
     wanted = f"base: open_clip_model.safetensors of owner/tiny-web is neither {place} nor in the cache of the hub"
-    remedy = "run: hf download owner/tiny-web open_clip_model.safetensors$"
+    remedy = r"run: hf download owner/tiny-web open_clip_model.safetensors \(or open_clip_pytorch_model.bin\)$"
     with pytest.raises(ModelError, match=f"{wanted}, and .*{remedy}") as found:
         locate("open_clip:tiny-B-32/web", "base", root)
     assert "\n" not in str(found.value)

@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.int import Grid, GridSpec, grid_of_range, range_of
+from epmq_cli.quantize.formats.format import Grid, range_of
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.gptq import inverse_factor, quantize_columns
 from epmq_cli.quantize.kernels.numba import NumbaKernel
 from epmq_cli.quantize.kernels.select import ColumnKernel, TorchKernel, kernel_for, triton_works
+from tests.formats import ints
 
 ROOT = Path(__file__).parents[3]
 CASES = [
@@ -43,24 +46,24 @@ def compare(
 ) -> None:
     """Asserts that losses of many grids, integers and errors on a device are those of plain torch on the CPU."""
     W, U = problem(rows, width)
-    spec, reference = GridSpec(bits, width, symmetric, "hessian"), TorchKernel()
-    low, high = range_of(W, spec)
+    format, reference = ints(bits, width, symmetric), TorchKernel()
+    low, high = range_of(W, format)
     shrinks = torch.linspace(1, 0.2, 7)[:, None]
-    grids = grid_of_range(shrinks * low, shrinks * high, spec, dtype)
+    grids = format.span(shrinks * low, shrinks * high, dtype)
     grids = Grid(grids.scale * (1 - 2 * (torch.arange(7)[:, None] % 2) * symmetric), grids.zero)
     there = W.to(device), U.to(device)
-    losses = columns.loss(*there, _on(device, grids), spec)
+    losses = columns.loss(*there, _on(device, grids), format)
     assert losses.device.type == torch.device(device).type
-    assert torch.equal(losses.cpu(), reference.loss(W, U, grids, spec))
+    assert torch.equal(losses.cpu(), reference.loss(W, U, grids, format))
     for index in (0, 1):
-        grid = Grid(grids.scale[index][:, None], grids.zero[index][:, None])
-        found = columns.walk(*there, _on(device, grid), spec)
-        for one, other in zip(found, reference.walk(W, U, grid, spec), strict=True):
+        grid = Grid(grids.scale[index], None if grids.zero is None else grids.zero[index]).over_columns()
+        found = columns.quantize(*there, _on(device, grid), format)
+        for one, other in zip(found, reference.quantize(W, U, grid, format), strict=True):
             assert torch.equal(one.cpu(), other)
 
 
 def _on(device: str, grid: Grid) -> Grid:
-    return Grid(grid.scale.to(device), grid.zero.to(device))
+    return Grid(grid.scale.to(device), None if grid.zero is None else grid.zero.to(device))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "dtype", "rows", "width"), CASES)
@@ -120,17 +123,19 @@ def test_triton_builds_for_gpus_and_fuses_nothing(
 @pytest.mark.parametrize(("group_size", "block_size"), [(16, 128), (16, 7), (-1, 10), (48, 20)])
 def test_whole_weights_come_out_the_same(search: str, group_size: int, block_size: int) -> None:
     W, U = problem(20, 48)
-    spec, groups = GridSpec(4, group_size, True, search), torch.arange(48) // (group_size if group_size > 0 else 48)
-    options = (spec, torch.float16, block_size, groups)
+    groups = torch.arange(48) // (group_size if group_size > 0 else 48)
+    options = (ints(4, group_size), search, torch.float16, block_size, groups)
     one, other = (quantize_columns(W, U, *options, columns) for columns in (NumbaKernel(), TorchKernel()))
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1].scale, other[1].scale)
-    assert torch.equal(one[1].zero, other[1].zero)
+    assert one[1].zero is None
 
 
-def test_each_type_has_its_implementation() -> None:
-    assert isinstance(kernel_for(torch.zeros(2, 2)), NumbaKernel)
-    assert isinstance(kernel_for(torch.zeros(2, 2, dtype=torch.float64)), TorchKernel)
+def test_each_type_and_format_has_its_implementation() -> None:
+    assert isinstance(kernel_for(torch.zeros(2, 2), ints(4, -1)), NumbaKernel)
+    assert isinstance(kernel_for(torch.zeros(2, 2, dtype=torch.float64), ints(4, -1)), TorchKernel)
+    assert isinstance(kernel_for(torch.zeros(2, 2), Fp8Format(-1)), TorchKernel)
+    assert isinstance(kernel_for(torch.zeros(2, 2), IntFormat(4, -1, "real")), TorchKernel)
 
 
 def test_where_triton_builds_nothing_plain_torch_does_it(
@@ -140,7 +145,7 @@ def test_where_triton_builds_nothing_plain_torch_does_it(
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
     triton_works.cache_clear()
     assert not triton_works(torch.device("cpu"))
-    assert "Triton builds no kernels here, which makes GPTQ slower (" in caplog.text
+    assert "Triton cannot build kernels here (" in caplog.text
     triton_works.cache_clear()
     monkeypatch.setattr("epmq_cli.quantize.kernels.select.find_spec", lambda name: None)
     assert not triton_works(torch.device("cpu"))
@@ -149,8 +154,8 @@ def test_where_triton_builds_nothing_plain_torch_does_it(
 
 def test_weights_stay_as_they_are() -> None:
     W, U = problem(9, 16)
-    kept, spec = W.clone(), GridSpec(4, 16, True, "hessian")
+    kept, format = W.clone(), ints(4, 16)
     for columns in (NumbaKernel(), TorchKernel()):
-        columns.walk(W, U, Grid(torch.ones(9, 1), torch.zeros(9, 1)), spec)
-        columns.loss(W, U, Grid(torch.ones(2, 9), torch.zeros(2, 9)), spec)
+        columns.quantize(W, U, Grid(torch.ones(9, 1), torch.zeros(9, 1)), format)
+        columns.loss(W, U, Grid(torch.ones(2, 9), torch.zeros(2, 9)), format)
         assert torch.equal(W, kept)

@@ -1,4 +1,4 @@
-"""The quadratic problem that the sums of objective.py make, and what is asked of it: W*, biases and losses."""
+"""The quadratic problem that the sums of objective.py define, and its solution: W*, biases and losses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from epmq_cli.calibrate.sharing import ALONE, Sharing
 from epmq_cli.quantize.linalg import condition, damped_cholesky
-from epmq_cli.runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Affine:
 
     @classmethod
     def stacked(cls, parts: Sequence[Affine]) -> Affine:
-        """The linears of one input as one, with a bias if all have one."""
+        """Linears that read the same input as one linear, with a bias if all have one."""
         biases = [part.bias for part in parts if part.bias is not None]
         weight = parts[0].weight if len(parts) == 1 else torch.cat([part.weight for part in parts])
         return cls(weight, torch.cat(biases) if len(biases) == len(parts) else None)
@@ -30,8 +30,8 @@ class Affine:
 
 @dataclass(frozen=True)
 class SolveInfo:
-    """What H needed: its damping, relative to its mean diagonal, how often that had to be raised, and the condition
-    number that it then had (estimated from below); None where nothing was to be solved."""
+    """How H was factored: the damping, relative to its mean diagonal, how often it was raised, and the condition number
+    with it (estimated from below), None if nothing had to be solved."""
 
     damping: float
     retries: int
@@ -39,13 +39,13 @@ class SolveInfo:
 
 
 @dataclass(frozen=True)
-class LayerProblem:
-    """J of a linear, or of several stacked that share one input, in the letters of objective.py and in float64.
+class QuadraticProblem:
+    """J of a linear, or of several stacked ones that read the same input, in the letters of objective.py, in float64.
 
-    `H` (in, in) and `S` (out, in), centred where `intercepts` says that biases are free; `h` (in,) and `u` (out,);
-    `per_token` 1 / (N + lam), or 0 without intercepts. By row: `constant`, J of the anchor with the anchor's bias, and
-    `beyond`, what the experts' weights give beyond the anchor's. `rows`: those whose biases and losses this process is
-    asked for, with weights (rows, in).
+    `H` (in, in) and `S` (out, in), centred if `intercepts` (biases are free); `h` (in,) and `u` (out,); `per_token`
+    1 / (N + lam), or 0 without intercepts. By row: `constant`, J of the anchor with the anchor's bias, and `beyond`,
+    the energy of the experts' outputs minus that of the anchor's. `rows`: the rows whose biases and losses this process
+    computes, from weights (rows, in).
     """
 
     anchor: Affine
@@ -61,8 +61,7 @@ class LayerProblem:
     rows: slice
 
     def solve(self) -> tuple[Tensor, SolveInfo | None]:
-        """W* (out, in), and what H needed for it; the anchor where nothing pulls away from it; the anchor and None
-        where H has no factor.
+        """W* (out, in), and how H was factored; the anchor if S is 0, and the anchor and None if H has no factor.
 
         Columns whose input is always zero keep the anchor's value.
         """
@@ -75,16 +74,16 @@ class LayerProblem:
         found = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
         return found, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
 
-    def solution(self) -> Affine:
-        """W* and the best biases beside it, of all rows."""
+    def solution(self, sharing: Sharing = ALONE) -> Affine:
+        """W* and its best biases, of all rows; `sharing`: that of the objective."""
         weight = self.solve()[0]
         bias = self.bias(weight[self.rows])
-        return Affine(weight, None if bias is None else distributed.all_gather_rows(bias, len(weight)))
+        return Affine(weight, None if bias is None else sharing.all_gather_rows(bias, len(weight)))
 
     def bias(self, weight: Tensor) -> Tensor | None:
-        """The best bias (rows,) beside a weight; None without intercepts.
+        """The best bias (rows,) for a weight; None without intercepts.
 
-        It makes up for the mean of the quantization error too.
+        It also compensates the mean of the quantization error.
         """
         if not self.intercepts or self.anchor.bias is None:
             return None
@@ -92,14 +91,14 @@ class LayerProblem:
         return self.anchor.bias[self.rows].double() + self.per_token * moved
 
     def anchor_loss(self) -> Tensor:
-        """`loss` of the anchor, which the sums hold as it is."""
+        """`loss` of the anchor, which the sums hold directly."""
         return self._at_best_bias(self.constant[self.rows])
 
     def loss(self, weight: Tensor, target: Tensor, solved: SolveInfo | None) -> Tensor:
-        """J of a weight with its best bias, by row (rows,); `target` and `solved`: what `solve` gave.
+        """J of a weight with its best bias, by row (rows,); `target` and `solved`: the results of `solve`.
 
-        As J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is no difference of large numbers; D H D' in J(W*) is
-        what W* was solved for.
+        Computed as J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is not a difference of large numbers; D H in
+        J(W*) comes from the equations that W* solves.
         """
         best, S = target[self.rows], self.S[self.rows]
         delta, error = best - self._own, weight.double() - best
@@ -111,8 +110,8 @@ class LayerProblem:
     def energy(self) -> Tensor:
         """sum_t s_t || X_t W_t' ||^2 by row (rows,).
 
-        W W' = A A' + (W - A)(W + A)' in the product with X'X, so that beyond what each task adds anyway there is one
-        product and not one for each task.
+        With W W' = A A' + (W - A)(W + A)' in the product with X'X, A A' takes one product for all tasks together, and
+        `beyond` none that the sums do not need anyway.
         """
         centred = self.per_token * (self._own @ self.h).square()
         own = self._energy_of(self._own) + centred - self.lam * self._own.square().sum(1)

@@ -1,0 +1,87 @@
+"""Folds a transform's channel scales into a block before anything in it is measured or solved.
+
+A layer's columns are multiplied by s, and the outputs of its producer (the norm or linear in front of it) divided by s.
+Base, experts and merged model all get the same scales, so that each computes what it did before, and everything behind
+the fold (moments, guidance, any quantizer) works in the scaled channels without knowing of them. A fold at the layer's
+own step would instead have to change a producer that is quantized already, and forward passes that wait behind it. The
+price is a second measurement of the inputs of foldable layers, with the weights of the block as merged.
+
+The experts' own forward passes stay as they are, because a fold changes no output; what they bring to a folded layer is
+divided by s (`Student.read_scales`). So a resumed walk repeats their bits without the scales of finished blocks. The
+ridge lam ||Q - A||^2 acts on the scaled weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from epmq_cli.calibrate.activations.capture import CaptureSpec, LayerInputs
+from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.moments import Measure, task_weight
+from epmq_cli.calibrate.norms import has_gain
+from epmq_cli.calibrate.student import Student
+from epmq_cli.families.structure import Linears, Section
+from epmq_cli.quantize.quantizer import InputStatistics, Quantizer, Transform
+from epmq_cli.runtime import distributed
+
+TaskRows = Iterable[tuple[str, Iterator[LayerInputs]]]
+
+
+def fold_block(
+    student: Student,
+    block: Section,
+    quantizer_of: Callable[[Sequence[str]], Quantizer],
+    rows_of: Callable[[CaptureSpec], TaskRows],
+    token: int | None,
+) -> bool:
+    """Folds the scales of all layers of a block whose quantizer is a transform; whether inputs were read for it.
+
+    `rows_of`: what reaches a step in the block as it is. `token`: see Reading. All scales are found before any is
+    folded, so that each is that of the original weights.
+    """
+    folds, read = [], False
+    for step in foldable(block):
+        names = [block.name(name) for name in step.names]
+        transform = quantizer_of(names)
+        if isinstance(transform, Transform):
+            reading = CaptureSpec(step.names, None, frozenset(), None if step.mixing else token, step.memory)
+            inputs, read = measure_inputs(rows_of(reading), student.guidance), True
+            weight = torch.cat([student.own(f"{name}.weight") for name in names])
+            folds.append((step, names, transform.scales(weight, inputs, student.dtype)))
+    for step, names, scales in folds:
+        if scales is not None and step.producer is not None:
+            student.fold(block.name(step.producer), names, scales)
+    return read
+
+
+def foldable(block: Section) -> list[Linears]:
+    """The layers of a block with a producer that can be scaled channel by channel: a norm with a gain, or a linear with
+    an output for each of the layer's inputs (grouped-query attention has fewer values than that)."""
+    steps = [step for step in block.steps if isinstance(step, Linears) and step.producer is not None]
+    return [step for step in steps if _fits(block.module, step.names[0], step.producer or "")]
+
+
+def _fits(module: nn.Module, reader: str, producer: str) -> bool:
+    made_by = module.get_submodule(producer)
+    width = module.get_parameter(f"{reader}.weight").shape[1]
+    return has_gain(made_by) and len(made_by.get_parameter("weight")) == width
+
+
+def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
+    """The statistics of the student's inputs over all tasks, weighted as in the objective, and over all processes."""
+    hessian, magnitude, total, width = torch.zeros(()), torch.zeros(()), 0.0, 0
+    for task, batches in tasks:
+        measure, absolute = Measure(distributed), torch.zeros((), dtype=torch.float64)
+        for rows in batches:
+            x, weights = rows.student[0], rows.weights
+            measure.add(x, None, weights)
+            absolute = absolute + (x.abs().sum(0) if weights is None else weights @ x.abs()).double()
+            width = x.shape[1]
+        moments = measure.moments()
+        s = task_weight(moments.norm, moments.tokens, guidance.task_weight) * guidance.factor(task)
+        hessian, magnitude = hessian + s * moments.xx, magnitude + s * distributed.all_reduce(absolute)
+        total += s * moments.tokens
+    return InputStatistics(distributed.all_gather_rows(hessian, width), magnitude / total if total > 0 else magnitude)

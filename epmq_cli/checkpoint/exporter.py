@@ -1,0 +1,140 @@
+"""The interface of a checkpoint format: an `Exporter` writes it (`pack=<name>`), a `Layout` reads it.
+
+They are two objects, because a checkpoint is read without the options of the run that wrote it: all that a layout knows
+is the folder's config.json (layouts.py). Code outside of this folder asks these two and never for the name of a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.errors import CheckpointError
+from epmq_cli.families.family import Family
+from epmq_cli.models.model_folder import Tensors
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
+from epmq_cli.store.safetensors_writer import Entry
+
+
+class Exporter(Protocol):
+    """How `epmq run` stores quantized weights. Everything else in a checkpoint is the same for all exporters."""
+
+    packs: ClassVar[bool]
+    """Whether weights stay packed in the checkpoint, so that a kernel can multiply with them."""
+
+    tags: ClassVar[tuple[str, ...]]
+    """Tags of the model card."""
+
+    requires: ClassVar[tuple[str, ...]]
+    """Packages that transformers needs to load the checkpoint, beside those that epmq itself needs."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of scales and of all that is not quantized; `auto`: the type that most of the base is stored in."""
+
+    @property
+    def shard_size(self) -> object:
+        """The largest size of a file, such as 5GB."""
+
+    @property
+    def open_clip(self) -> bool:
+        """Whether CLIP models are written for open_clip as well (open_clip.py)."""
+
+    def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
+        """ConfigError where the exporter cannot store these formats, or loaders do not take the family; called before
+        any model is opened. `formats`: those that a linear can get, none under `quant=none`."""
+
+    def check_linears(
+        self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
+    ) -> None:
+        """ConfigError where the linears of a model cannot be stored; called before anything is calibrated. `linears`:
+        the shape (out, in) of each weight that will be quantized, by module name."""
+
+    def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
+        """The tensors that store the weight of a linear, each made when it is written."""
+
+    def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
+        """The `quantization_config` of config.json; empty if readers need none. `dequantize`: whether transformers must
+        dequantize while it loads, rather than when the model is first called."""
+
+    def files(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Further text files that loaders read, by name; `config`: what the method `config` returns."""
+
+
+class Layout(Protocol):
+    """How the linears of a checkpoint are stored, by its config.json."""
+
+    scale: ClassVar[str]
+    """The suffix of the tensor with the scales, which every quantized linear has; empty if none is quantized."""
+
+    plain: ClassVar[bool]
+    """Whether transformers loads the checkpoint with the packages that epmq itself needs."""
+
+    def format_of(self, name: str) -> NumberFormat | None:
+        """The number format of a linear; None if it is dense. CheckpointError if epmq did not write the config."""
+
+    def expected(self, name: str, shape: torch.Size, signed: bool) -> dict[str, ExpectedTensor]:
+        """The tensors that store a quantized weight of this shape; `signed`: whether scales may be negative."""
+
+    def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> QuantizedWeight:
+        """The quantized weight (out, in) of a linear; CheckpointError where its tensors do not fit config.json."""
+
+
+def finite(tensor: Tensor) -> str | None:
+    """What is wrong with the values of a tensor of any kind; None if nothing is."""
+    if not tensor.is_floating_point():
+        return None
+    known = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not look into FP8
+    return None if known.isfinite().all() else "holds NaN or infinity"
+
+
+def signed_scale(tensor: Tensor) -> str | None:
+    """What is wrong with scales of either sign."""
+    return finite(tensor) or (None if (tensor != 0).all() else "holds scales of 0")
+
+
+def positive_scale(tensor: Tensor) -> str | None:
+    """What is wrong with scales that must be positive."""
+    return finite(tensor) or (None if (tensor > 0).all() else "holds scales that are not above 0")
+
+
+def scale_check(format: NumberFormat, signed: bool) -> Callable[[Tensor], str | None]:
+    """The check of the scales of a format; negative ones are of use only if codes are not mirrored."""
+    return signed_scale if signed and not format.mirrored else positive_scale
+
+
+def equal_to(values: list[int], tensor: Tensor) -> str | None:
+    """What is wrong with a short tensor whose values are known."""
+    return None if tensor.tolist() == values else f"is {tensor.tolist()}, config.json implies {values}"
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """The shape of a stored tensor, the safetensors name of its type (None for any), and a check of its values."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    check: Callable[[Tensor], str | None] = finite
+
+
+def words(count: int, bits: int) -> int:
+    """The number of int32 that hold this many integers of `bits` bits without a gap."""
+    return -(-count * bits // 32)
+
+
+def foreign_config(folder: Path) -> CheckpointError:
+    """The error for a quantization_config that epmq did not write."""
+    return CheckpointError(
+        f"{folder / 'config.json'} has a quantization_config that epmq does not write; give the checkpoint folder that "
+        "epmq run wrote"
+    )
+
+
+def unfit(name: str) -> CheckpointError:
+    """The error for a linear whose tensors do not fit config.json."""
+    return CheckpointError(f"the tensors of {name} are not those that config.json describes; see epmq verify")

@@ -1,0 +1,113 @@
+"""What one kind of model is: how it is opened, what its tensors are called, and what the walk goes through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq_cli.data.batching import Batch
+from epmq_cli.data.suite import Task
+from epmq_cli.errors import ModelError
+from epmq_cli.families.structure import Section, Stack
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.open import open_base, open_expert
+
+Experts = Mapping[str, ModelFolder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ABC):
+    """One architecture. Names of tensors and modules are those of the model that `load` returns.
+
+    A new encoder is a row, see Encoder; anything else is a subclass with the five abstract methods.
+    """
+
+    name: str
+    """The name for `suite.family`."""
+
+    model_types: tuple[str, ...]
+    """`model_type` in config.json of the models it takes, as base or expert."""
+
+    added: tuple[str, ...] = ()
+    """Prefixes of tensors that only some of its models have and that fine-tuning adds: `epmq merge` merges them where
+    all models have them, `epmq run` needs them."""
+
+    kept: tuple[str, ...] = ()
+    """Patterns of the tensors that no step solves and that are right as merged."""
+
+    repeated: tuple[str, ...] = ()
+    """Modules that a block calls more than once; the first call reads the residual stream."""
+
+    dequantize_on_load: bool = False
+    """Whether transformers must dequantize while it loads. Otherwise it does so when the whole model is first called,
+    which is too late for models that are used through other methods or that read their linears' weights."""
+
+    mixes_formats: bool = True
+    """Whether transformers can load its linears packed. Otherwise all must have one width, for `dequantize_on_load`."""
+
+    def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
+        """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""
+        if base is None:
+            return open_base(path, role)
+        return open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
+
+    def check_type(self, folder: ModelFolder) -> None:
+        """Raises ModelError where a folder's model type is not one of `model_types`."""
+        found = folder.config.get("model_type")
+        if found not in self.model_types:
+            *others, last = self.model_types
+            known = f"{', '.join(others)} and {last}" if others else last
+            raise ModelError(
+                f"{folder.role}: {folder.path} holds a model of type {found}, family {self.name} takes {known}"
+            )
+
+    def positions(self, folder: Path) -> int | None:
+        """The number of tokens that the model in a folder can read; None where nothing limits them."""
+        return None
+
+    @abstractmethod
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """The tensors of base or expert that are merged, stored copies of tied ones included: name in the model ->
+        name in the folder's files. ModelError where the folder holds another architecture."""
+
+    def all_names(self, folder: ModelFolder) -> dict[str, str]:
+        """The same for all stored tensors, those that `epmq run` does not merge included."""
+        return {self.spelling(name): name for name in folder.infos}
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a tensor that a class of transformers, or a file, stores under another name."""
+        return stored
+
+    def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
+        """Further tensors to merge, by stored name; reports what experts have trained that is not merged."""
+        return []
+
+    @abstractmethod
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """The settings that base and experts must share and that tensor shapes do not show, such as the number of
+        heads."""
+
+    @abstractmethod
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """The whole model as transformers loads it, or what its from_pretrained returns under `options`."""
+
+    @abstractmethod
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """The stacks in the order of the forward pass. The linears of their blocks are what is quantized."""
+
+    def blocks(self, model: nn.Module) -> list[Section]:
+        """The blocks of all stacks in order."""
+        return [block for stack in self.stacks(model) for block in stack.blocks]
+
+    def readout(self, model: nn.Module) -> Section:
+        """The readout of the last stack."""
+        return self.stacks(model)[-1].readout
+
+    @abstractmethod
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the heads read: (rows, width), one row a sample, or one a token for families without heads."""

@@ -1,0 +1,143 @@
+"""Encoders of transformers, each described by a row: the names of its modules, and how it reads out its last block.
+
+Base: any checkpoint of the encoder. Experts: its `...ForSequenceClassification` or the like; the modules behind the
+encoder there are the task's head. The linears of the blocks are quantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq_cli.data.batching import Batch
+from epmq_cli.errors import ModelError
+from epmq_cli.families.architecture import Architecture
+from epmq_cli.families.parts import FirstToken, LastNorm, block_settings
+from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.pretrained import config_of, from_folder
+
+GAMMA_AND_BETA = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+"""The names of layer norms in old checkpoints, and today's."""
+POOLING: Mapping[str, ReadToken] = {"cls": 0, "mean": MEAN}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Architecture):
+    """One stack of blocks between embeddings and a readout."""
+
+    prefix: str
+    """The prefix of the encoder's tensors in models that have more than the encoder."""
+
+    parts: tuple[str, ...]
+    """The prefixes of the encoder's own tensors."""
+
+    layers: str
+    """The module that holds the blocks."""
+
+    steps: tuple[Linears | Norm, ...]
+    """The steps of each block."""
+
+    stem: tuple[Table, ...] = ()
+    first_norm: str | None = None
+    """See Stack."""
+
+    last_norm: str | None = None
+    """The norm behind the blocks."""
+
+    pooler: str | None = None
+    """A module with a linear `dense` that reads the first token, where heads read its output."""
+
+    pooling: str | None = None
+    """The setting of the config that says whether heads read the first token (`cls`) or the mean of all (`mean`).
+    Without it they read the first."""
+
+    shared: tuple[str, ...] = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    """The settings that base and experts must share."""
+
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    """Settings with the only value that the steps describe."""
+
+    old_names: tuple[tuple[str, str], ...] = GAMMA_AND_BETA
+    """Patterns of tensor names in older files, and today's names."""
+
+    reserved: int = 0
+    """The number of positions that no token can have."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options for from_pretrained."""
+
+    def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
+        """Everything but task heads."""
+        self.check_type(folder)
+        return {
+            name: stored
+            for name, stored in self.all_names(folder).items()
+            if name.startswith(self.parts) and not name.endswith("position_ids")
+        }
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a stored tensor."""
+        stored = stored.removeprefix(self.prefix)
+        for old, new in self.old_names:
+            stored = re.sub(old, new, stored)
+        return stored
+
+    def settings(self, folder: ModelFolder) -> dict[str, Any]:
+        """Those of the row; ModelError where the encoder is not built like the blocks that are walked."""
+        for name, usual in self.fixed.items():
+            found = folder.config.get(name, usual)
+            if found != usual:
+                raise ModelError(
+                    f"{folder.role}: {folder.path} has {name} {found}, family {self.name} takes {usual} only"
+                )
+        return block_settings(folder, names=self.shared)
+
+    def positions(self, folder: Path) -> int | None:
+        """Those of the table of positions; None for encoders of pictures."""
+        found: int | None = getattr(config_of(folder), "max_position_embeddings", None)
+        return None if found is None else found - self.reserved
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        """The encoder alone."""
+        from transformers import AutoModel
+
+        model: nn.Module = from_folder(AutoModel, folder, **self.options, **options)
+        return model
+
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """The blocks and their readout."""
+        layers, token = model.get_submodule(self.layers), self.read_token(model)
+        blocks = [Section(f"{self.layers}.{index}", layer, self.steps) for index, layer in layers.named_children()]
+        return [Stack(blocks, self._readout(model, token), self.stem, self.first_norm, token, token_mask)]
+
+    def read_token(self, model: nn.Module) -> ReadToken:
+        """What heads read of the last block."""
+        config: Any = model.config
+        return 0 if self.pooling is None else POOLING[getattr(config, self.pooling)]
+
+    def _readout(self, model: nn.Module, token: ReadToken) -> Section:
+        if self.pooler is not None:
+            return Section(self.pooler, model.get_submodule(self.pooler), (Linears(("dense",)),))
+        if self.last_norm is not None:
+            return LastNorm.section(model, self.last_norm, None if token == MEAN else token)
+        return Section("", FirstToken(), ())
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the pooler gives, or the token or mean that is read: (samples, width)."""
+        output = model(**batch)
+        if self.pooler is not None:
+            features: Tensor = output.pooler_output
+            return features
+        return pooled(output.last_hidden_state, self.read_token(model), token_mask(batch))
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """True where there is no padding: (samples, tokens); None for pictures, which have none."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()

@@ -1,0 +1,113 @@
+"""What is done with a model of some architecture: how samples become batches, and how outputs become predictions."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.data.batching import Batch
+from epmq_cli.data.suite import Task
+from epmq_cli.errors import ModelError
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.processor_folder import Processor
+from epmq_cli.quantize.linalg import is_finite
+
+ALL = sys.maxsize  # samples of a batch
+
+Collate = Callable[[list[Any]], Batch]
+Features = Callable[[nn.Module, Batch], Tensor]
+Head = Mapping[str, Tensor]
+Predict = Callable[[nn.Module, Batch, Head], Tensor]
+"""The prediction for each sample of a batch: a class or a number, (samples,)."""
+
+
+def size(batch: Batch) -> int:
+    """The number of samples."""
+    return len(next(iter(batch.values())))
+
+
+def split(batch: Batch, samples: int) -> list[Batch]:
+    """The batch in parts of at most `samples` samples, padded as they are; the batch itself where it has no more."""
+    if size(batch) <= samples:
+        return [batch]
+    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
+
+
+class TaskAdapter(ABC):
+    """Tasks of one kind, for any architecture that gives the features they need. The defaults suit tasks without
+    heads."""
+
+    reads: ClassVar[Literal["texts", "pictures"]] = "texts"
+    """What samples are, and so whether a tokenizer or an image processor turns them into batches."""
+
+    heads: ClassVar[Literal["own", "made", "none"]] = "none"
+    """Whether each task has a head trained with its expert, one that the base makes, or none."""
+
+    head_parts: tuple[str, ...] = ()
+    """The tensors of a head; biases are optional."""
+
+    head_linear: str | None = None
+    """The module of experts that gives the logits; without it a model has no head of a task."""
+
+    head_width: ClassVar[str] = "hidden_size"
+    """The setting of the config that gives the number of features."""
+
+    answers: ClassVar[bool] = False
+    """Whether experts add to the calibration batches of their tasks (`complete`)."""
+
+    sample_types: ClassVar[tuple[type, ...]] = (object,)
+    """The types of samples that `collate` takes."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "matthews")
+    """The metrics that tasks can be scored by, the usual one first."""
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor of this name in the model belongs to a task's head."""
+        return False
+
+    def check_task(self, task: Task) -> None:  # noqa: B027 - most need nothing
+        """Raises ConfigError where a task lacks what its kind needs."""
+
+    @abstractmethod
+    def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Returns the function that makes a batch of samples. `folder` has the model's config and, unless `processor`
+        gives another place, the tokenizer or image processor."""
+
+    def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
+        """A calibration batch with the answers of the task's expert, `model`, run on `samples` samples at a time."""
+        return batch
+
+    def head(self, model: nn.Module, base: Path, task: Task, expert: ModelFolder, device: torch.device) -> Head:
+        """The tensors of a task's own head. `model` is the base."""
+        return {}
+
+    def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
+        """The names of the classes of a task's head, or of its answers, in order; None where they are not known."""
+        return task.classes
+
+    def head_inputs(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
+        """The inputs (samples, width) of the head's linear."""
+        return features
+
+    def logits(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
+        """(samples, classes); the features themselves for tasks without heads."""
+        return features
+
+    def predict(self, features: Features, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
+        """Returns the function that predicts; `folder` and `processor` as for `collate`. A head with one output, such
+        as that of a regression, gives a number, others give the class of the largest logit."""
+
+        def predicted(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+            logits = self.logits(model, features(model, batch), head)
+            if not is_finite(logits):
+                raise ModelError(f"the logits on task {task.name} contain NaN or infinity; check the model's weights")
+            return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+
+        return predicted

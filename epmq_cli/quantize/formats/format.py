@@ -1,0 +1,204 @@
+"""Number formats of weights: what a format can do, and the data types that quantizers, exporters and readers share.
+
+A format turns weights into codes and back. A group of input columns of one row shares a scale, and a zero point where
+the format has them. Scales are rounded to the type that the checkpoint stores before any code is chosen, so that codes
+are the best ones for the scale that a reader finds.
+
+To add a format, write a module with a frozen dataclass that has the members of `NumberFormat`, and list it in names.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from epmq_cli.errors import ConfigError
+
+ZeroPoints = Literal["none", "whole", "real"]
+SEARCHES = ("minmax", "mse")
+SHRINKS = 80  # candidates of the mse search: the full range times 1.00, 0.99, ... 0.21
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points, of one shape: (out, groups) for a weight, (...) for groups (..., columns).
+
+    `zero` is None in formats without zero points.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+
+    @property
+    def zeros(self) -> Tensor:
+        """The zero points; 0 in formats without them."""
+        return torch.zeros_like(self.scale) if self.zero is None else self.zero
+
+    @classmethod
+    def cat(cls, parts: Sequence[Grid], dim: int) -> Grid:
+        """Grids of one format as one, along a dimension."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(torch.cat([part.scale for part in parts], dim), torch.cat(zeros, dim) if zeros else None)
+
+    def over_columns(self) -> Grid:
+        """The grid with one more axis, so that (...) broadcasts against groups (..., columns)."""
+        return Grid(self.scale[..., None], None if self.zero is None else self.zero[..., None])
+
+    def where(self, better: Tensor, other: Grid) -> Grid:
+        """This grid where `better`, elsewhere the other one."""
+        scale = torch.where(better, self.scale, other.scale)
+        if self.zero is None or other.zero is None:
+            return Grid(scale, None)
+        return Grid(scale, torch.where(better, self.zero, other.zero))
+
+
+class NumberFormat(Protocol):
+    """A number format, with its bits and the size of its groups. Formats are hashable; equal formats decode alike."""
+
+    @property
+    def name(self) -> str:
+        """What users call it, such as int4."""
+
+    @property
+    def bits(self) -> int:
+        """The bits of one code."""
+
+    @property
+    def group_size(self) -> int:
+        """The input columns that share a scale; -1 for one scale a row."""
+
+    @property
+    def zero_points(self) -> ZeroPoints:
+        """What zero points it can hold."""
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The torch type of codes."""
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the negative of every code is a code too. If not, a negative scale reaches other values."""
+
+    def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
+        """The grid (...) of groups (..., columns); `dtype` is the type that scales are stored in.
+
+        `search`: `minmax` spans the range of each group, `mse` shrinks that range to the least squared error.
+        """
+
+    def span(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Grid:
+        """The grid whose smallest and largest value are `low` <= 0 and `high` >= 0, of any shape."""
+
+    def encode(self, x: Tensor, grid: Grid) -> Tensor:
+        """The codes nearest to `x`, against which the grid broadcasts."""
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The numbers that codes stand for, in the type of the scales; the grid broadcasts against the codes."""
+
+
+def check_group_size(group_size: object) -> None:
+    """ConfigError unless this is a size of groups."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if not whole or group_size == 0 or group_size < -1:  # type: ignore[operator]
+        raise ConfigError(
+            f"group_size must be a whole number of input columns above 0, or -1 for one group a row, got {group_size!r}"
+        )
+
+
+def group_columns(format: NumberFormat, in_features: int) -> int:
+    """The input columns of one group of a linear with this many inputs."""
+    return in_features if format.group_size == -1 else format.group_size
+
+
+def by_group(weight: Tensor, format: NumberFormat) -> Tensor:
+    """A weight (out, in) as groups (out, groups, columns)."""
+    rows, width = weight.shape
+    size = group_columns(format, width)
+    return weight.reshape(rows, width // size, size)
+
+
+def fit_grid(groups: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> Grid:
+    """`NumberFormat.fit` for formats that have `span`: the full range, or the shrunk range of least squared error."""
+    low, high = range_of(groups, format)
+    best = format.span(low, high, dtype)
+    if search == "minmax":
+        return best
+    least = _squared_error(groups, best, format)
+    for step in range(1, SHRINKS):
+        shrink = 1 - step / 100
+        grid = format.span(shrink * low, shrink * high, dtype)
+        error = _squared_error(groups, grid, format)
+        better = error < least
+        least, best = torch.where(better, error, least), grid.where(better, best)
+    return best
+
+
+def range_of(groups: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The smallest and largest weight of each group (..., columns), zero included; (-high, high) without zero
+    points."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if format.zero_points != "none":
+        return low, high
+    high = torch.maximum(-low, high)
+    return -high, high
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to the type that they are stored in, at least its smallest normal number; 1 instead of 0."""
+    kept = scale.clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(scale == 0, 1.0, kept).to(dtype).to(scale.dtype)
+
+
+def _squared_error(groups: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
+    own = grid.over_columns()
+    return (format.decode(format.encode(groups, own), own) - groups).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in a number format: `codes` (out, in) in `format.storage`; `grid` (out, groups) in float32.
+
+    `dtype`: the type that the checkpoint stores scales in, and that its readers dequantize in.
+    """
+
+    codes: Tensor
+    grid: Grid
+    format: NumberFormat
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.codes.shape
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, rounded to `dtype` as readers do, in float32 (out, in)."""
+        exact = self.format.decode(by_group(self.codes, self.format), self.grid.over_columns())
+        return exact.to(self.dtype).to(exact.dtype).reshape(self.shape)
+
+    def split(self, rows: list[int]) -> list[QuantizedWeight]:
+        """One weight for each count of rows, from the top, in memory of its own."""
+        parts = [torch.split(self.codes, rows), torch.split(self.grid.scale, rows)]
+        zeros = [None] * len(rows) if self.grid.zero is None else torch.split(self.grid.zero, rows)
+        return [
+            QuantizedWeight(c.clone(), Grid(s.clone(), None if z is None else z.clone()), self.format, self.dtype)
+            for c, s, z in zip(*parts, zeros, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that stays dense, float32 (out, in)."""
+
+    weight: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The weight itself."""
+        return self.weight
+
+    def split(self, rows: list[int]) -> list[DenseWeight]:
+        """One weight for each count of rows, from the top, in memory of its own."""
+        return [DenseWeight(part.clone()) for part in torch.split(self.weight, rows)]

@@ -1,0 +1,68 @@
+"""FP8 weights: E4M3 with a scale, as compressed-tensors' float-quantized stores them (https://arxiv.org/abs/2209.05433).
+
+A code c is one of 253 numbers up to 448 with 3 bits of mantissa, and stands for c scale. There are no infinities, and
+NaN is never written. Errors are relative to the size of each weight, down to 2^-6 of the scale. So outliers cost
+little, and one scale per row (group_size=-1) is nearly as good as groups. By its sources vLLM takes no FP8 in groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_cli.quantize.formats.format import Grid, ZeroPoints, check_group_size, fit_grid, stored_scale
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class Fp8Format:
+    """`quant.format=fp8`; see NumberFormat."""
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+
+    @property
+    def name(self) -> str:
+        """fp8."""
+        return "fp8"
+
+    @property
+    def bits(self) -> int:
+        """8."""
+        return 8
+
+    @property
+    def zero_points(self) -> ZeroPoints:
+        """None: codes lie symmetrically around 0."""
+        return "none"
+
+    @property
+    def storage(self) -> torch.dtype:
+        """E4M3 as torch has it."""
+        return torch.float8_e4m3fn
+
+    @property
+    def mirrored(self) -> bool:
+        """Yes: the sign is a bit of its own."""
+        return True
+
+    def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
+        """See NumberFormat."""
+        return fit_grid(groups, self, search, dtype)
+
+    def span(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Grid:
+        """See NumberFormat."""
+        return Grid(stored_scale((high - low) / (2 * LARGEST), dtype), None)
+
+    def encode(self, x: Tensor, grid: Grid) -> Tensor:
+        """See NumberFormat. Halfway between two codes the one with the even mantissa is taken."""
+        return (x / grid.scale).clamp(-LARGEST, LARGEST).to(self.storage)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """See NumberFormat."""
+        return codes.to(grid.scale.dtype) * grid.scale

@@ -1,0 +1,102 @@
+"""Names of number formats: what users write in quant.format and bits, and formats as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from epmq_cli.config.validate import check_choice
+from epmq_cli.errors import ConfigError, shown
+from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import BITS, IntFormat
+
+KINDS: dict[str, type[Any]] = {"int": IntFormat, "fp8": Fp8Format}
+"""The classes of formats by the name of quant.format."""
+NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
+"""The formats that a mix may name."""
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """The options of a quantizer that describe its number formats.
+
+    `bits` of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`: `int`,
+    `fp8`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
+    """
+
+    bits: float
+    group_size: int
+    symmetric: bool
+    format: str | Sequence[str] = "int"
+
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """One format, or two of which the second has more bits; ConfigError where the options name none."""
+        check_choice("quant.symmetric", self.symmetric, (True, False))
+        if not isinstance(self.format, str):
+            return self._mixed(self.format)
+        check_choice("quant.format", self.format, KINDS)
+        if self.format == "fp8":
+            if self.bits != 8:
+                raise ConfigError(f"quant.format=fp8 needs bits=8, got bits={shown(self.bits)}")
+            return (self._named("fp8"),)
+        return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
+
+    def _mixed(self, names: Sequence[str]) -> tuple[NumberFormat, ...]:
+        for name in names:
+            check_choice("quant.format", name, NAMES)
+        found = sorted((self._named(name) for name in names), key=lambda format: format.bits)
+        if len(found) != 2 or found[0].bits == found[1].bits:
+            raise ConfigError(
+                f"quant.format must be int, fp8, or a list of two formats with different bits such as [int4, fp8], "
+                f"got {shown(names)}"
+            )
+        if not found[0].bits < self.bits < found[1].bits:
+            raise ConfigError(
+                f"bits must lie between {found[0].bits} and {found[1].bits} with quant.format={shown(names)}, "
+                f"got {shown(self.bits)}"
+            )
+        if not self.symmetric:
+            raise ConfigError("quant.symmetric=false takes one format; a mix of formats needs quant.symmetric=true")
+        return tuple(found)
+
+    def _named(self, name: str) -> NumberFormat:
+        """The format of one of `NAMES`."""
+        if name == "fp8":
+            if not self.symmetric:
+                raise ConfigError("fp8 has no zero points; use quant.symmetric=true")
+            return Fp8Format(self.group_size)
+        return IntFormat(int(name.removeprefix("int")), self.group_size, "none" if self.symmetric else "whole")
+
+
+def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:
+    """The bits of integers that have this many on average: itself, or its two neighbours; ConfigError if there are
+    none.
+
+    Two need formats without zero points: transformers reads those with zero points only if it dequantizes while it
+    loads, and then it takes the first format for all linears.
+    """
+    if bits in BITS and not isinstance(bits, bool):
+        return (int(bits),)
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not BITS[0] < bits < BITS[-1]:
+        named = ", ".join(map(str, BITS))
+        raise ConfigError(f"bits must be one of {named}, or a number between them for a mix such as 3.5, got {bits!r}")
+    if not symmetric:
+        raise ConfigError(
+            f"bits must be one of {', '.join(map(str, BITS))} with quant.symmetric=false, got {bits!r}; "
+            "a mix of bits needs quant.symmetric=true"
+        )
+    return max(width for width in BITS if width < bits), min(width for width in BITS if width > bits)
+
+
+def as_json(format: NumberFormat) -> dict[str, Any]:
+    """A format as JSON."""
+    kind = next(name for name, kind in KINDS.items() if isinstance(format, kind))
+    return {"kind": kind, **asdict(format)}  # type: ignore[call-overload]  # formats are dataclasses
+
+
+def from_json(fields: Mapping[str, Any]) -> NumberFormat:
+    """The format that `as_json` wrote; LookupError or TypeError if it did not."""
+    found: NumberFormat = KINDS[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
+    return found

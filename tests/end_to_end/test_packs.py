@@ -1,0 +1,113 @@
+"""Oracles: the weights and scores of pack=compressed_tensors, for every option of conf/pack; an uninterrupted run, byte
+for byte; one process, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmq_cli.checkpoint.load import kernels, load
+from epmq_cli.commands.eval import evaluate
+from epmq_cli.commands.verify import verify
+from epmq_cli.errors import ConfigError
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.steps import open_models
+from epmq_cli.store.atomic import PARTIAL
+from tests.faults.driver import at_file, attempt, command, files, mini
+from tests.faults.test_processes import ended, start
+from tests.hubs import config, eval_config, run_in
+from tests.minihub import build
+from tests.packs import PACKS, exporter_of
+from tests.runtime.test_distributed import TORCHRUN
+
+OPTIONS = ("quant=rtn", "pack.dtype=float16", "calib.samples=8", "eval.samples=8", "eval.stages=[quantized]")
+"""Of all runs."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each option on a decoder, under its name."""
+    folder = tmp_path_factory.mktemp("packs")
+    hub = build(folder / "hub", "llama")
+    for pack in PACKS:
+        run_in(folder / pack, hub, f"pack={pack}", "quant.symmetric=false", "group_size=32", *OPTIONS)
+    return folder
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_every_pack_verifies_and_holds_the_same_weights_with_the_same_scores(pack: str, runs: Path) -> None:
+    verify(runs / pack / "checkpoint", True, "cpu", None)
+    model, other = (load(runs / name / "checkpoint", "cpu", "dequantize") for name in (pack, "compressed_tensors"))
+    wanted = other.state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    scores = [json.loads((runs / name / "metrics.json").read_text())["scores"] for name in (pack, "compressed_tensors")]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_every_pack_is_scored_by_eval(pack: str, runs: Path, tmp_path: Path) -> None:
+    evaluate(eval_config(runs / pack / "checkpoint", "eval.samples=8"), tmp_path, [])
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["scores"] == json.loads((runs / pack / "metrics.json").read_text())["scores"]
+    assert found["kernels"]["int4"] == 0
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_card_and_record_say_how_weights_are_stored(pack: str, runs: Path) -> None:
+    exporter, checkpoint = exporter_of(pack), runs / pack / "checkpoint"
+    card = (checkpoint / "README.md").read_text()
+    assert f"tags: [{', '.join(['merge', 'epmq', *exporter.tags])}]\n" in card
+    assert ("4 bits, asymmetric, groups of 32, stored dequantized\n" in card) != exporter.packs
+    assert all(package in card for package in exporter.requires)
+    record = json.loads((checkpoint / "epmq.json").read_text())
+    assert record["config"]["pack"]["_target_"].endswith(f".{type(exporter).__name__}")
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert ("quantization_config" in config) == exporter.packs
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_packed_weights_go_to_the_int4_kernel(pack: str, runs: Path) -> None:
+    found = kernels(load(runs / pack / "checkpoint", "cpu", "auto"))
+    assert (found["int4"] > 0) == exporter_of(pack).packs
+
+
+def test_the_int4_kernel_is_refused_for_dense_weights_before_anything_is_calibrated(runs: Path) -> None:
+    job = make_job(config(runs / "hub", "pack=dense", "eval.kernel=int4"))
+    with pytest.raises(ConfigError, match="kernel=int4 needs quantized linears and there are none; use"):
+        open_models(job)
+
+
+@pytest.mark.parametrize("pack", [pack for pack in PACKS if exporter_of(pack).packs])
+def test_real_zero_points_are_refused_before_a_model_is_opened(pack: str, bert_hub: Path) -> None:
+    options = ("quant=hqq", "quant.zero_point=real", "suite.base=nowhere")
+    with pytest.raises(ConfigError, match="those of this quantizer are real numbers; use pack=dense"):
+        make_job(config(bert_hub, f"pack={pack}", *options))
+    assert make_job(config(bert_hub, "pack=dense", *options)).exporter == exporter_of("dense")
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_a_run_killed_while_it_packs_ends_with_the_same_bytes(pack: str, bert_hub: Path, tmp_path: Path) -> None:
+    options, run = (f"pack={pack}", *OPTIONS, "eval.stages=[]"), tmp_path / "run"
+    assert attempt(tmp_path / "whole", bert_hub, *options) == 0
+    hook = at_file(3, run / PARTIAL.format("checkpoint"))
+    assert attempt(run, bert_hub, *options, hook=hook) == -signal.SIGKILL
+    assert not (run / "checkpoint").exists()
+    assert attempt(run, bert_hub, *options) == 0
+    assert files(run) == files(tmp_path / "whole")
+    verify(run / "checkpoint", False, "cpu", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", PACKS)
+def test_two_processes_write_the_bytes_of_one(pack: str, bert_hub: Path, tmp_path: Path) -> None:
+    arguments = (*mini(bert_hub), f"pack={pack}", *OPTIONS, "eval.stages=[]")
+    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments, "out=two"))
+    assert status == 0, said
+    status, said = command(tmp_path, *arguments, "out=one")
+    assert status == 0, said
+    assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -1,0 +1,84 @@
+"""Oracle: what transformers says when it is asked again, with nothing kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmq_cli.models import answers, model_class, processor_files
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.processor_files import ProcessorFiles
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the answers, which is empty, with no answer left in memory."""
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
+    forget()
+    return tmp_path / "cache" / "transformers"
+
+
+def forget() -> None:
+    model_class._model_class.cache_clear()
+    model_class._ask.cache_clear()
+
+
+def refuse(*_: Any) -> Any:
+    raise AssertionError("transformers is asked again")
+
+
+@pytest.mark.parametrize("hub", ["bert_hub", "clip_hub"])
+def test_a_kept_class_is_the_class_and_takes_no_second_question(
+    hub: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ModelFolder(request.getfixturevalue(hub) / "base", "base")
+    first = model_class.model_class(base.config, base.infos)
+    asked = model_class._ask(json.dumps(base.config, sort_keys=True, default=str), frozenset(tops(base)))
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(model_class, "_ask", refuse)
+        kept = model_class.model_class(base.config, base.infos)
+    assert first is not None and kept is not None and asked is not None
+    for field in fields(kept):
+        if field.name != "renamings":
+            assert getattr(kept, field.name) == getattr(first, field.name) == getattr(asked, field.name)
+    assert [type(renaming) for renaming in kept.renamings()] == [type(renaming) for renaming in asked.renamings()]
+
+
+def tops(folder: ModelFolder) -> set[str]:
+    return {name.partition(".")[0] for name in folder.infos}
+
+
+def test_other_contents_of_a_tokenizers_files_are_another_question(
+    bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(bert_hub / "base", tmp_path / "base")
+    files = ProcessorFiles(folder).files
+    with monkeypatch.context() as patched:
+        patched.setattr(processor_files, "_tokenizer", refuse)
+        assert ProcessorFiles(folder).files == files
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 7}))
+        with pytest.raises(AssertionError, match="asked again"):
+            ProcessorFiles(folder)
+
+
+def test_another_version_of_transformers_is_asked_itself(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers.kept_answer({"q": 1}, lambda: [1], __file__) == [1]
+    assert answers.kept_answer({"q": 1}, refuse, __file__) == [1]
+    monkeypatch.setattr(answers, "version", lambda name: "0")
+    assert answers.kept_answer({"q": 1}, lambda: [2], __file__) == [2]
+    assert len(list(kept.glob("*.json"))) == 2
+
+
+def test_where_nothing_can_be_kept_each_question_is_asked(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept.parent.mkdir()
+    kept.write_text("no folder")
+    assert [answers.kept_answer({"q": 1}, partial(list, (number,)), __file__) for number in range(2)] == [[0], [1]]
+    assert not caplog.records

@@ -1,0 +1,111 @@
+"""Oracles: the nearest of all 256 codes, torch's own cast, compressed-tensors' own compressor, and closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from epmq_cli.errors import ConfigError
+from epmq_cli.quantize.formats.format import Grid, by_group
+from epmq_cli.quantize.formats.fp8 import LARGEST, Fp8Format
+
+ONE = Grid(torch.ones(1), None)
+
+
+def weight(rows: int = 6, columns: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def codes() -> Tensor:
+    """All codes but NaN, as torch reads their bits."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return every[~every.float().isnan()]
+
+
+def test_there_are_253_numbers_and_each_survives_the_round_trip() -> None:
+    """254 codes, two of which are 0."""
+    found = Fp8Format(-1).encode(codes().float(), ONE)
+    assert len(codes()) == 254
+    assert len(set(codes().float().tolist())) == 253
+    assert torch.equal(found.view(torch.uint8), codes().view(torch.uint8))
+
+
+def test_every_code_is_the_nearest_of_all() -> None:
+    """Exhaustive; halfway between two the even mantissa is nearest too, so that distances are what is compared."""
+    known = codes().double().sort().values
+    between = (known[:-1] + known[1:]) / 2
+    x = torch.cat([weight(40, 100).flatten() * 3, weight(40, 100).flatten() * 200, between.float(), known.float()])
+    format = Fp8Format(-1)
+    found = format.decode(format.encode(x, ONE), ONE).double()
+    nearest = (x.double()[:, None] - known).abs().amin(1)
+    assert torch.equal((x.double() - found).abs(), nearest)
+
+
+def test_encode_is_torchs_cast_up_to_448_and_ends_there() -> None:
+    x = torch.cat([weight().flatten() * 100, torch.tensor([448.0, -448.0, 463.0, 1e6, -1e30])])
+    found = Fp8Format(-1).encode(x, ONE)
+    inside = x.abs() <= LARGEST
+    assert torch.equal(found[inside].float(), x[inside].to(torch.float8_e4m3fn).float())
+    assert found[~inside].float().tolist() == [448.0, 448.0, -448.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_it_is_what_compressed_tensors_writes_and_reads(group_size: int, dtype: torch.dtype) -> None:
+    """Given the same scales: the compressor of float-quantized."""
+    format, W = Fp8Format(group_size), weight().to(dtype).float()
+    grid = format.fit(by_group(W, format), "minmax", dtype)
+    found = format.encode(by_group(W, format), grid.over_columns()).reshape(W.shape)
+    strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=8, type="float", **strategy))
+    compressor = BaseCompressor.get_value_from_registry("float-quantized")
+    theirs = compressor.compress({"weight": W, "weight_scale": grid.scale}, scheme)
+    assert torch.equal(found.view(torch.uint8), theirs["weight"].view(torch.uint8))
+    read = compressor.decompress({"weight": found, "weight_scale": grid.scale.to(dtype)}, scheme)["weight"]
+    own = format.decode(by_group(found, format), grid.over_columns()).to(dtype).reshape(W.shape)
+    assert torch.equal(own, read)
+
+
+def test_the_largest_weight_of_a_group_is_the_largest_code() -> None:
+    format, W = Fp8Format(8), weight()
+    grid = format.fit(by_group(W, format), "minmax", torch.float32)
+    torch.testing.assert_close(grid.scale, by_group(W, format).abs().amax(-1) / 448)
+    assert grid.zero is None
+    found = format.encode(by_group(W, format), grid.over_columns())
+    assert (found.float().abs().amax(-1) == 448).all()
+
+
+def test_errors_are_within_half_a_step_of_each_weights_own_size() -> None:
+    """Three bits of mantissa: 2^-4 of the weight; below 2^-6 of the scale half of 2^-9."""
+    format, W = Fp8Format(-1), weight(20, 64)
+    grid = format.fit(by_group(W, format), "minmax", torch.float32).over_columns()
+    error = (format.decode(format.encode(by_group(W, format), grid), grid) - by_group(W, format)).abs()
+    assert (error <= torch.maximum(by_group(W, format).abs() * 2**-4, grid.scale * 2**-10) * (1 + 1e-5)).all()
+
+
+def test_mse_search_never_does_worse_than_minmax_in_any_group() -> None:
+    format, W = Fp8Format(16), weight(32, 64)
+    lost = []
+    for search in ("mse", "minmax"):
+        grid = format.fit(by_group(W, format), search, torch.float32).over_columns()
+        error = format.decode(format.encode(by_group(W, format), grid), grid) - by_group(W, format)
+        lost.append(error.square().sum(-1))
+    assert (lost[0] <= lost[1]).all()
+    assert lost[0].sum() < 0.95 * lost[1].sum()
+
+
+def test_rows_of_zeros_or_of_tiny_weights_stay_finite() -> None:
+    format, tiny = Fp8Format(-1), torch.cat([torch.zeros(1, 4), torch.full((1, 4), 1e-30)])
+    grid = format.fit(by_group(tiny, format), "mse", torch.float16)
+    assert grid.scale[0] == 1
+    assert grid.scale[1] == torch.finfo(torch.float16).tiny
+    assert not format.decode(format.encode(by_group(tiny, format), grid.over_columns()), grid.over_columns()).any()
+
+
+@pytest.mark.parametrize("group_size", [0, -2, 1.5, True, "64"])
+def test_other_group_sizes_are_refused(group_size: object) -> None:
+    with pytest.raises(ConfigError, match="group_size must be a whole number of input columns above 0, or -1"):
+        Fp8Format(group_size)  # type: ignore[arg-type]

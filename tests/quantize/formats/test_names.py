@@ -1,0 +1,77 @@
+"""Oracles: tables of options and the formats that they name, and JSON there and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from epmq_cli.errors import ConfigError
+from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import BITS, IntFormat
+from epmq_cli.quantize.formats.names import FormatOptions, as_json, from_json, widths_of
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths"), [(2, (2,)), (8, (8,)), (3.0, (3,)), (2.5, (2, 3)), (3.25, (3, 4)), (5, (4, 8)), (7.9, (4, 8))]
+)
+def test_bits_are_the_ones_given_or_their_neighbours(bits: float, widths: tuple[int, ...]) -> None:
+    assert widths_of(bits, symmetric=True) == widths
+    assert FormatOptions(bits, 32, True).formats() == tuple(IntFormat(width, 32, "none") for width in widths)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 1.5, 8.5, True, "4", "some", None, float("nan")])
+def test_other_bits_are_refused(bits: object) -> None:
+    with pytest.raises(ConfigError, match="bits must be one of 2, 3, 4, 8, or a number between them for a mix"):
+        widths_of(bits, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "format", "formats"),
+    [
+        (4, False, "int", (IntFormat(4, 64, "whole"),)),
+        (8, True, "fp8", (Fp8Format(64),)),
+        (5, True, ["int4", "fp8"], (IntFormat(4, 64, "none"), Fp8Format(64))),
+        (5, True, ["fp8", "int4"], (IntFormat(4, 64, "none"), Fp8Format(64))),
+        (2.5, True, ["int2", "int8"], (IntFormat(2, 64, "none"), IntFormat(8, 64, "none"))),
+    ],
+)
+def test_options_name_formats(
+    bits: float, symmetric: bool, format: str | Sequence[str], formats: tuple[NumberFormat, ...]
+) -> None:
+    assert FormatOptions(bits, 64, symmetric, format).formats() == formats
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "format", "message"),
+    [
+        (3.5, False, "int", "bits must be one of 2, 3, 4, 8 with quant.symmetric=false, got 3.5"),
+        (4, "yes", "int", "quant.symmetric must be one of true, false, got 'yes'"),
+        (4, True, "fp8", "quant.format=fp8 needs bits=8, got bits=4"),
+        (8, False, "fp8", "fp8 has no zero points; use quant.symmetric=true"),
+        (4, True, "fp4", "quant.format must be one of int, fp8, got 'fp4'"),
+        (4, True, "int4", "quant.format must be one of int, fp8, got 'int4'"),
+        (5, True, ["int4", "int5"], "quant.format must be one of int2, int3, int4, int8, fp8, got 'int5'"),
+        (8, True, ["int8", "fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got"),
+        (5, True, ["fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got \['fp8'\]"),
+        (4, True, ["int4", "fp8"], r"bits must lie between 4 and 8 with quant.format=\['int4', 'fp8'\], got 4"),
+        (3, False, ["int2", "int4"], "quant.symmetric=false takes one format; a mix of formats needs"),
+    ],
+)
+def test_options_that_name_none_are_refused(
+    bits: float, symmetric: bool, format: str | Sequence[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FormatOptions(bits, 64, symmetric, format).formats()
+
+
+EVERY: list[NumberFormat] = [Fp8Format(-1), Fp8Format(64)]
+EVERY += [IntFormat(bits, size, zero) for bits in BITS for size in (-1, 64) for zero in ("none", "whole", "real")]
+
+
+@pytest.mark.parametrize("format", EVERY, ids=repr)
+def test_formats_survive_json_and_equal_themselves_alone(format: NumberFormat) -> None:
+    assert from_json(json.loads(json.dumps(as_json(format)))) == format
+    assert [other for other in EVERY if other == format] == [format]
