@@ -7,22 +7,22 @@ more: n + 1 passes for n steps. A paused pass runs each module once. All batches
 and wait there while it is quantized; then they continue, through the quantized linears, to the next step.
 
 **How.** A pass is a greenlet: a stack of Python calls that can be left in the middle and entered again, without threads
-and whatever code of the model is in between. `to` switches to the pass's stack. A forward pre-hook on each module
-(`listening`) asks the pass whether it pauses there and, if so, switches back to the caller, who gets the module's
-input. The next `to`, or `finish`, switches to the stack again, and the hook returns as if nothing had happened.
+and whatever code of the model is in between. `run_until` switches to the pass's stack. A forward pre-hook on each
+module (`pause_hooks`) asks the pass whether it pauses there and, if so, switches back to the caller, who gets the
+module's input. The next `run_until`, or `finish`, switches to the stack again, and the hook returns.
 
-    caller      to(["q", "k", "v"])            to(["out"])              finish()
-                  |            ^                 |         ^             |        ^
-    pass          forward ... hook of q ........ q, k, v, hook of out ... out ... output
+    caller      run_until(["q", "k", "v"])     run_until(["out"])            finish()
+                  |            ^                 |          ^                   |          ^
+    pass          forward .... hook of q ....... q, k, v .. hook of out ....... out ...... output
 
 **What to know.**
-- Parameters may be replaced between two calls of `to`: the pass continues with the new values. The modules in front of
-  the pause have run already, so they must be final.
+- Parameters may be replaced between two calls of `run_until`: the pass continues with the new values. The modules in
+  front of the pause have run already, so they must be final.
 - Hooks are found by the current greenlet, so the same module can be inside many waiting passes. Other passes through it
   are not affected.
-- A waiting pass holds the variables of its calls: the residual stream, attention masks, caches. `waiting` lists their
-  tensors so that the activation store can move them to disk meanwhile. No code may keep a reference to the pass inside
-  its own stack, or it would never be freed; a pass that is dropped unwinds its stack with GreenletExit.
+- A waiting pass holds the variables of its calls: the residual stream, attention masks, caches. `held_tensors` lists
+  their tensors so that the activation store can move them to disk meanwhile. No code may keep a reference to the pass
+  inside its own stack, or it would never be freed; a pass that is dropped unwinds its stack with GreenletExit.
 - Inference mode and other thread-local states of torch belong to the thread, not to the greenlet: caller and pass must
   run under the same ones. A pass cannot move to another thread.
 - If a module is called twice in a pass, the first call counts.
@@ -46,7 +46,7 @@ DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, 
 
 
 class PausableForward:
-    """One forward pass through modules with hooks (`listening`).
+    """One forward pass through modules with hooks (`pause_hooks`).
 
     `wanted`: the modules whose inputs are kept when the pass goes through them; `captured`: those inputs.
     """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.capture import CaptureSpec
 from epmq_cli.calibrate.activations.hidden_state import Call, CarriedOutput, enter
-from epmq_cli.calibrate.activations.pausable_forward import listening
+from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.families.structure import Linears, Section, Stack
 from tests.hubs import Scene
@@ -87,19 +87,19 @@ def test_paused_passes_capture_what_a_replay_with_hooks_captures(folder: Path) -
             for section in stack.sections:
                 captured += check_section(stack, section, streams, replays)
             if stack.handed:
-                batches = [{**b, stack.handed: s.leave()} for b, s in zip(batches, streams, strict=True)]
+                batches = [{**b, stack.handed: s.load()} for b, s in zip(batches, streams, strict=True)]
     assert captured > 0
 
 
 def check_section(stack: Stack, section: Section, streams: Sequence[Any], replays: Sequence[Replay]) -> int:
     """Compares every step's inputs, and the section's output; how many inputs were compared."""
     compared, module = 0, section.module
-    with listening(module, section.modules):
+    with pause_hooks(module, section.modules):
         for index, step in enumerate(section.steps):
             reading = CaptureSpec.of(section.steps[index:], None)
             residual = [reading.stream] if reading.stream else []
             for stream, replay in zip(streams, replays, strict=True):
-                with stream.awake():
+                with stream.loaded():
                     found = reading.rows(stream, module)
                 caught = replay.inputs(module, [*reading.names, *residual])
                 wanted = [
@@ -114,7 +114,7 @@ def check_section(stack: Stack, section: Section, streams: Sequence[Any], replay
                     compared += 1
             change(module, step.names if isinstance(step, Linears) else [step.name])
         for stream, replay in zip(streams, replays, strict=True):
-            with stream.awake():
+            with stream.loaded():
                 stream.finish(module)
             replay.advance(module)
             assert torch.equal(stream.hidden, replay.hidden)
