@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from epmq_cli import __version__
 from epmq_cli.checkpoint.exporter import ExpectedTensor, foreign_config, scale_check, signed_scale, unfit, words
 from epmq_cli.config.schema import Pack
-from epmq_cli.config.validate import check_choice
+from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import DTYPES, Tensors
@@ -65,6 +65,8 @@ class GptqExporter(Pack):
         check_choice("pack.dtype", self.dtype, ("float16", "bfloat16"))
         super().__post_init__()
         check_choice("pack.format", self.format, FORMATS)
+        if self.damping is not None:
+            check_range("pack.damping", self.damping, 0, 1)
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
@@ -266,8 +268,11 @@ def unpacked(stored: Tensor, bits: int, shape: tuple[int, int], dim: Literal[0, 
     """The integers int8 of this shape that `packed` packed."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    found: Tensor = unpack_from_int32(stored.contiguous(), bits, torch.Size(shape), packed_dim=dim)
-    return found
+    if dim == 0:  # along the last axis: compressed-tensors cannot unpack a single row of int32 along the first
+        return unpacked(stored.T, bits, (shape[1], shape[0]), 1).T
+    stored = stored.clone(memory_format=torch.contiguous_format)  # an axis of length 1 may have any stride
+    integers: Tensor = unpack_from_int32(stored, bits, torch.Size(shape), packed_dim=1)
+    return integers
 
 
 def group_index(columns: int, size: int) -> Tensor:

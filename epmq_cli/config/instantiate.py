@@ -137,10 +137,10 @@ def _check_node(group: str, node: object) -> None:
 def _with_current_names(node: DictConfig) -> DictConfig:
     """The config with the current name of every class in `MOVED`."""
     plain = OmegaConf.to_container(node, resolve=False)
-    if not any(part["_target_"] in MOVED for _, part in _targets("", plain)):
+    if not any(str(part["_target_"]) in MOVED for _, part in _targets("", plain)):
         return node
     for _, part in _targets("", plain):
-        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
+        part["_target_"] = MOVED.get(str(part["_target_"]), part["_target_"])
     current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
     current._set_parent(node._get_parent())  # for its interpolations
     current._set_key(node._key())

@@ -98,6 +98,7 @@ class Awq:
             check_range("quant.alpha", self.alpha, 0, 1)
         check_range("quant.candidates", self.candidates, 1, 1000, integer=True)
         check_choice("quant.clip", self.clip, (True, False))
+        Gptq(self.format, "mse", self.damping, self.block_size, self.act_order)  # checks its options
         _ = self.rounder
 
     @property

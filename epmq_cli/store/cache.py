@@ -117,6 +117,7 @@ class Cache:
 
     def _write_tensors(self, path: Path, key: Key, entries: Sequence[Entry]) -> None:
         with atomic_file(path.with_suffix(".safetensors"), shared=True) as partial:
+            partial.touch(mode=0o600)
             sha256 = write_file(partial, entries).sha256
         self._write_record(path, key, sha256, None)
 
@@ -124,6 +125,7 @@ class Cache:
         if not self.sound():
             raise OSError("the files that it was computed from have changed meanwhile")
         with atomic_file(path, shared=True) as partial:
+            partial.touch(mode=0o600)
             partial.write_text(json.dumps({"key": key, "sha256": sha256, "value": value}), encoding="utf-8")
 
     def _evict(self) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.families.family import Family
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps
 from epmq_cli.quantize.formats.int import IntFormat
@@ -74,8 +73,8 @@ def test_without_need_of_inputs_no_batch_goes_through_the_model(
         raise AssertionError("the model was called")
 
     job = walk(clip_hub, "guidance=merged", "quant=none").job
-    monkeypatch.setattr(type(job.family), "features", called)
-    monkeypatch.setattr(Family, "complete", called)
+    monkeypatch.setattr(job.family, "features", called)
+    monkeypatch.setattr(job.family, "complete", called)
     found = walk(clip_hub, "guidance=merged", f"quant={quant}", "merge=none")
     assert {record.tokens for record in found.walked.records} == {0}
     assert {record.loss for record in found.walked.records} == {None}

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import PANEL, Measure, Products, real_tokens, task_weight
+from epmq_cli.calibrate.sharing import ALONE
 
 IN, OUT = 8, 9
 
@@ -63,7 +64,7 @@ def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool
 def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None:
     """The same sums in another order, to the last bit; the float64 product but for what float32 loses in a batch."""
     rows = (1 + 0.1 * rand(200_000, 4, seed=0)).float()
-    forward, backward = Products(), Products()
+    forward, backward = Products(ALONE), Products(ALONE)
     for part in rows.split(1000):
         forward.add_square(part)
     for part in reversed(rows.split(1000)):
@@ -75,7 +76,7 @@ def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None
 
 def test_a_square_wider_than_its_panels_is_whole() -> None:
     rows = rand(20, 2 * PANEL + 3, seed=0)
-    products = Products()
+    products = Products(ALONE)
     products.add_square(rows)
     torch.testing.assert_close(products.square_rows(), rows.T @ rows)
 

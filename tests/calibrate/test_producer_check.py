@@ -35,6 +35,6 @@ def test_wrong_producers_are_refused(wrong: str | None, clip_hub: Path, monkeypa
     if wrong is None:
         check_producers(model, job.family, batches)
         return
-    monkeypatch.setattr(type(job.family), "stacks", lambda *_: changed)
+    monkeypatch.setattr(job.family, "stacks", lambda *_: changed)
     with pytest.raises(ConfigError, match=rf"cannot be folded into .*{wrong} of CLIPModel; use quant=gptq"):
         check_producers(model, job.family, batches)

@@ -82,7 +82,7 @@ def test_transformers_alone_says_what_the_dequantized_model_says(
 
 def test_a_mix_that_transformers_cannot_load_is_refused_before_any_work() -> None:
     """Oracle: transformers, which cannot initialize T5 when linears have no weight."""
-    exporter, formats = CompressedTensorsExporter("auto", "5GB"), [ints(4, -1), Fp8Format(-1)]
+    exporter, formats = CompressedTensorsExporter("auto", "5GB", False), [ints(4, -1), Fp8Format(-1)]
     exporter.check(FAMILIES["causal_lm"], formats)
     exporter.check(FAMILIES["t5"], formats[:1])
     with pytest.raises(ConfigError, match="cannot load this family with two formats in one checkpoint, got int4 and"):

@@ -21,6 +21,7 @@ from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.formats.int import BITS
 from epmq_cli.quantize.rtn import rtn
+from epmq_cli.store import atomic
 from tests.formats import ints
 from tests.hubs import Walk, run_in, walk
 
@@ -152,7 +153,7 @@ def test_a_write_that_fails_leaves_no_folder(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(write, "sync", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left.*choose another out"):
         write(tmp_path / "checkpoint", clip_hub, found)
     assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,7 @@ WRONG: dict[str, Any] = {
 ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", *ONE_LM, "eval.tasks=[x]"],
+    "pack/gptq": ["suite=causal_lm", *ONE_LM],
     "suite/causal_lm": ONE_LM,
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
@@ -64,6 +65,13 @@ TAKES: dict[str, tuple[str, ...]] = {
     "group_size": ("minus", "huge"),
     "seed": ("zero",),
     "pack.open_clip": ("true",),
+    "pack.damping": ("null", "zero", "fraction"),
+    "quant.alpha": NUMBERS,
+    "quant.clip": ("true",),
+    "quant.solve_scale": ("true",),
+    "quant.lp_norm": ("fraction",),
+    "quant.beta": ("fraction",),
+    "quant.iterations": ("zero",),
     "cache": ("null",),
     "data_root": TEXT_OR_NULL,
     **dict.fromkeys(("suite.name", "suite.base", "suite.tasks.*.expert", "suite.experts.*"), ("text",)),

@@ -31,7 +31,7 @@ def fold_all(student: Student, blocks: list[Any], seed: int = 0) -> int:
     return count
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("modernbert")])  # has no producers
 def test_a_fold_changes_no_output(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     unused: Any = None

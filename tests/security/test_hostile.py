@@ -94,10 +94,10 @@ def test_a_header_that_promises_much_takes_no_memory(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from epmq_cli.checkpoint.reader import ModelFolder
+from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.errors import ModelError
-from epmq_cli.inference.load import load
-from epmq_cli.verification import tensor_problems
+from epmq_cli.checkpoint.load import load
+from epmq_cli.pipeline.verify import tensor_problems
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)

@@ -22,7 +22,7 @@ SOURCES = sorted([*(ROOT / "epmq_cli").rglob("*.py"), *(ROOT / ".ci").glob("*.py
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.Popen", "subprocess.run"}
 PICKLES = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "joblib.load", "yaml.load", "dill.load"}
 UNPACKS = {"extract", "extractall", "unpack_archive", "ZipFile", "TarFile"}
-ONE_DOOR = ROOT / "epmq_cli" / "checkpoint" / "pretrained.py"
+ONE_DOOR = ROOT / "epmq_cli" / "models" / "pretrained.py"
 
 
 def offences(source: str, path: Path = ROOT) -> Iterator[str]:
