@@ -1,8 +1,8 @@
-"""The least time in which a device can have read so many bytes and done so many operations, by its data sheet.
+"""Lower bounds on the time a device needs to read a number of bytes and do a number of operations, by its data sheet.
 
-Sources, NVIDIA's data sheets: https://www.nvidia.com/en-us/data-center/h200/ and .../h100/ (SXM), .../a100/ (SXM,
-80 GB); TF32 on tensor cores at half the rate with sparsity. Devices are known by the exact names that torch gives:
-other variants (PCIe, NVL, 40 GB, parts of a GPU by MIG) have other rates.
+The sources are NVIDIA's data sheets: https://www.nvidia.com/en-us/data-center/h200/ and .../h100/ (SXM), .../a100/
+(SXM, 80 GB). TF32 on tensor cores is half the rate with sparsity. Devices are looked up by the exact names that torch
+reports, because other variants (PCIe, NVL, 40 GB, MIG slices) have other rates.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a device: `bandwidth` of its memory in bytes a second; operations a second in `float32` outside the tensor
-    cores, in which epmq makes its products, and in `tf32` on them, which it leaves to the user's own setting."""
+    """The rates of a device.
+
+    `bandwidth` is that of its memory, in bytes per second. `float32` is operations per second outside the tensor cores,
+    where epmq computes its products. `tf32` is operations per second on the tensor cores; epmq uses TF32 only if the
+    user turns it on.
+    """
 
     bandwidth: float
     float32: float
@@ -28,8 +32,10 @@ RATES = {
 
 
 def floors(device: str, processes: int, operations: float, read: float) -> list[str]:
-    """Seconds for the operations in float32 and in TF32 and for the bytes, shared out among as many devices; nothing
-    for a device whose rates are not known."""
+    """Returns the seconds for the operations in float32 and in TF32 and for the bytes, with one device per process.
+
+    The list is empty for a device whose rates are unknown.
+    """
     if device not in RATES:
         return []
     rates = RATES[device]

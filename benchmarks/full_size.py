@@ -1,11 +1,11 @@
-"""Time and peak memory of the whole pipeline at the true size of published models, with random weights.
+"""Measures time and peak memory of the whole pipeline at the true size of published models, with random weights.
 
     python benchmarks/full_size.py clip-vit-base-patch32 --samples 32
     python benchmarks/full_size.py flan-t5-base --samples 32
     python benchmarks/full_size.py clip-vit-base-patch32 flan-t5-base --samples 256 --device cuda
 
-Two experts, random data, `epmq run` as a user would start it. Scores mean nothing here. Models and data that are in
-runs/full/<model> already are taken from there, unless they were made for another number of samples.
+It uses two experts and random data and starts `epmq run` as a user does. The scores are meaningless. Models and data
+in runs/full/<model> are reused if they were made for the same number of samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import (
 )
 
 TASKS = ("first", "second")
-DRIFT = 0.02  # noise of an expert, relative to the weights' own spread
+DRIFT = 0.02  # noise of an expert, relative to the standard deviation of the weights
 FLAN_T5_BASE = {
     "d_model": 768,
     "d_kv": 64,
@@ -48,7 +48,7 @@ FLAN_T5_BASE = {
 
 
 def save(folder: Path, base: Any, tasks: Sequence[str] = TASKS) -> None:
-    """The base and its experts."""
+    """Saves the base and its experts."""
     base.save_pretrained(folder / "base")
     for task in tasks:
         generator, expert = torch.Generator().manual_seed(zlib.crc32(task.encode())), copy.deepcopy(base)
@@ -60,7 +60,7 @@ def save(folder: Path, base: Any, tasks: Sequence[str] = TASKS) -> None:
 
 
 def tokenizer(folder: Path, words: list[str], start: str, end: str) -> None:
-    """A tokenizer of whole words."""
+    """Saves a tokenizer of whole words with the base."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "<start>", *words])}
@@ -73,7 +73,7 @@ def tokenizer(folder: Path, words: list[str], start: str, end: str) -> None:
 
 
 def clip(folder: Path, samples: int) -> dict[str, Any]:
-    """CLIP-ViT-B/32, whose configuration is the default of CLIPConfig."""
+    """Makes CLIP-ViT-B/32, the default configuration of CLIPConfig, and returns its suite."""
     torch.manual_seed(0)
     config = CLIPConfig()
     config.text_config.eos_token_id = 1
@@ -92,12 +92,12 @@ def clip(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def t5(folder: Path, samples: int) -> dict[str, Any]:
-    """FLAN-T5-base, with an output layer of its own."""
+    """Makes FLAN-T5-base with an untied output layer and returns its suite."""
     torch.manual_seed(0)
     base = T5ForConditionalGeneration(T5Config(**FLAN_T5_BASE, tie_word_embeddings=False)).eval()
     base.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn(base.lm_head.weight.shape))
     save(folder, base)
-    for name in ("base", *TASKS):  # as the published files have it
+    for name in ("base", *TASKS):  # as in the published files
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
     words = [f"w{number}" for number in range(30000)]
@@ -118,7 +118,7 @@ MODELS = {"clip-vit-base-patch32": clip, "flan-t5-base": t5}
 
 
 def measure(name: str, arguments: argparse.Namespace) -> None:
-    """Makes the suite, runs it and prints the stages of metrics.json."""
+    """Makes the suite, runs it and prints the stages from metrics.json."""
     folder = arguments.out / name
     config = folder / "configs" / "suite" / "full.yaml"
     named = f"{name}-{arguments.samples}"
@@ -149,7 +149,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Parses the command line and measures each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=list(MODELS))
     parser.add_argument("--samples", type=int, default=32)

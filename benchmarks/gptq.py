@@ -1,17 +1,18 @@
-"""GPTQ alone, 4 bits in groups of 128, on a random Llama: epmq against llm-compressor's `oneshot` and GPTQModel.
+"""Compares GPTQ in epmq with llm-compressor's `oneshot` and GPTQModel: a random Llama, 4 bits in groups of 128.
 
     python benchmarks/gptq.py [--repeats 3] [--device cpu]
     python benchmarks/gptq.py --device cuda
 
-Hidden 512, intermediate 1408, 8 layers, 2000 tokens; calibrated on the same 32 sequences of 256 tokens; made once in
-runs/gptq, as are the others' own environments (GPTQModel's has a newer torch, which it asks for). Whole processes, one
-side after the other in every round; `quantize` is what each spends in GPTQ itself (the stage of metrics.json; the call
-of `oneshot` or `quantize`), and peak memory is the process's. Nobody reorders columns; dampings are each one's own.
-All work on one device: for `cpu` no GPU is visible to them (llm-compressor would take it by itself), for `cuda` only
-the first, and its peak is what torch's tensors took of it.
+The model has hidden size 512, intermediate size 1408, 8 layers and 2000 tokens. All tools calibrate on the same 32
+sequences of 256 tokens. The model is made once in runs/gptq, and so are the environments of the other tools (GPTQModel
+requires a newer torch). Every round runs the tools as whole processes, one after the other. `quantize` is the time in
+GPTQ itself (the stage in metrics.json, or the call of `oneshot` or `quantize`), and peak memory is that of the process.
+No tool reorders columns. Each tool uses its own damping. All tools use one device. For `cpu`, no GPU is visible
+(otherwise llm-compressor uses it). For `cuda`, only the first GPU is visible, and its peak is that of torch's tensors.
 
-Errors are of the checkpoints that were written, on the calibration tokens, against the dense model: of the linears, all
-given the dense model's inputs, ||X (W - Q)^T||^2 / ||X W^T||^2 summed over linears; and of the logits.
+Errors compare the written checkpoints with the dense model on the calibration tokens. The error of the linears is
+||X (W - Q)^T||^2 / ||X W^T||^2, each sum over all linears, with the dense model's inputs X. The other error is that of
+the logits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
 
-folder, out, _ = sys.argv[1:]  # of the devices it takes the first GPU that it sees
+folder, out, _ = sys.argv[1:]  # the device is unused: oneshot uses the first visible GPU
 ids = torch.load(f"{folder}/ids.pt").tolist()
 data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(ids[0])] * len(ids)})
 model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
@@ -91,7 +92,7 @@ json.dump({"quantize": seconds, "device": device}, open(f"{out}/seconds.json", "
 
 
 def make(folder: Path) -> None:
-    """The model with a tokenizer of one word a token, and the calibration tokens as text and as numbers."""
+    """Makes the model, a tokenizer with one word per token, and the calibration tokens as text and as ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -112,11 +113,11 @@ def make(folder: Path) -> None:
     (folder / "configs" / "suite").mkdir(parents=True, exist_ok=True)
     suite["base"] = str(folder / "model")
     (folder / "configs" / "suite" / "gptq.yaml").write_text(json.dumps(suite))  # JSON is YAML
-    torch.save(token_blocks(ids, LENGTH, SAMPLES, task_seed(0, "text")), folder / "ids.pt")  # what epmq draws
+    torch.save(token_blocks(ids, LENGTH, SAMPLES, task_seed(0, "text")), folder / "ids.pt")  # as epmq draws them
 
 
 def environment(folder: Path, name: str) -> str:
-    """The Python that has one of the others."""
+    """Returns the Python of the environment of another tool, and makes the environment if it is missing."""
     place = folder / f"env-{name}"
     if not place.is_dir():
         venv.create(place, with_pip=True)
@@ -125,14 +126,14 @@ def environment(folder: Path, name: str) -> str:
 
 
 def variables(device: str) -> dict[str, str]:
-    """The environment of every side, in which there is the one device alone."""
-    if device == "cpu":  # GPTQModel would take one of two cores, and then miss the second
+    """Returns environment variables that make only the one device visible."""
+    if device == "cpu":  # by default GPTQModel uses only one of the two cores
         return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"}
     return {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
 
 
 def sides(folder: Path, device: str) -> dict[str, list[str]]:
-    """The command of each side; each writes `out`."""
+    """Returns the command of each tool; each writes to `out`."""
     start = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=gptq"]
     options = ["merge=none", "guidance=merged", "bits=4", "group_size=128", f"calib.samples={SAMPLES}"]
     ours = [*start, *options, "eval.stages=[]", "cache=false", f"device={device}", f"out={folder / 'out'}"]
@@ -147,7 +148,7 @@ def sides(folder: Path, device: str) -> dict[str, list[str]]:
 
 
 def run(command: list[str], out: Path, environment: Mapping[str, str]) -> dict[str, float]:
-    """Wall seconds, seconds of quantization, and peak MB of the process and, where there is one, of the device."""
+    """Returns wall seconds, seconds of quantization, and peak MB of the process and of the GPU if there is one."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     start = time.perf_counter()
@@ -171,7 +172,7 @@ def run(command: list[str], out: Path, environment: Mapping[str, str]) -> dict[s
 
 @torch.inference_mode()
 def errors(folder: Path) -> tuple[float, float]:
-    """Relative squared errors of the linears and of the logits of the checkpoint in `out`."""
+    """Returns the relative squared errors of the linears and of the logits for the checkpoint in `out`."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.load(folder / "ids.pt")
@@ -181,7 +182,7 @@ def errors(folder: Path) -> tuple[float, float]:
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         for path in (folder / "model", folder / "out" / "checkpoint")
     )
-    own = packed(input_ids=ids).logits  # in which compressed-tensors unpacks what is packed
+    own = packed(input_ids=ids).logits  # the first call: compressed-tensors unpacks the weights
     weights = packed.state_dict()
     sums = [0.0, 0.0]
     for name, module in dense.model.named_modules():
@@ -192,9 +193,9 @@ def errors(folder: Path) -> tuple[float, float]:
 
 
 def make_dense(checkpoint: Path) -> None:
-    """Unpacks GPTQModel's checkpoint in place, since transformers reads it with GPTQModel alone.
+    """Unpacks GPTQModel's checkpoint in place, because transformers needs GPTQModel to read it.
 
-    A word has eight rows of the transposed weight, or eight columns of zero points less one, lowest bits first.
+    A word packs eight rows of the transposed weight, or eight columns of zero points minus one, lowest bits first.
     """
     tensors, config = load_file(checkpoint / "model.safetensors"), json.loads((checkpoint / "config.json").read_text())
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
@@ -210,7 +211,7 @@ def make_dense(checkpoint: Path) -> None:
 
 
 def hook(quantized: Tensor, sums: list[float]):  # type: ignore[no-untyped-def]
-    """Adds the error of a linear with these weights, and the size of its output."""
+    """Returns a forward hook that adds the squared error of a linear with these weights and its squared output."""
 
     def add(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
         sums[0] += (args[0] @ (module.weight - quantized.float()).T).double().square().sum().item()
@@ -220,7 +221,7 @@ def hook(quantized: Tensor, sums: list[float]):  # type: ignore[no-untyped-def]
 
 
 def show(rounds: list[Mapping[str, dict[str, float]]], found: Mapping[str, tuple[float, float]]) -> None:
-    """Medians, and ratios of each round."""
+    """Prints medians over the rounds, and the median of the ratios of each round."""
     columns = list(rounds[0]["epmq"])
     titles = ["", *columns, "times epmq's", "error of linears", "of logits"]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
@@ -231,7 +232,7 @@ def show(rounds: list[Mapping[str, dict[str, float]]], found: Mapping[str, tuple
 
 
 def main() -> None:
-    """Prints the table."""
+    """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

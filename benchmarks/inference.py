@@ -1,22 +1,23 @@
-"""How fast, and in how much memory, linears run on torch's int4 kernel and as dense matrices of each type.
+"""Measures speed and memory of linears on torch's int4 kernel and as dense matrices of each type.
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py
     OMP_NUM_THREADS=1 python benchmarks/inference.py --models b32 --batches 1 16 --repeats 3 --kinds int4 float32
     python benchmarks/inference.py --device cuda
     OMP_NUM_THREADS=1 python benchmarks/inference.py --load 6
 
-Random weights of 4 bits in groups of 128. Stacks of two blocks that consist of their linears and activations (attention
-itself is the same for all and left out); the time of one block is told. Of a batch of pictures all tokens are rows (50,
-197 or 257 for each picture), of a batch of texts that a decoder writes one token each. Contestants take turns in one
-process, and the median is told. int4 gets what it gets in a model that epmq_cli.load gives and gives it back: float32
-on the CPU, bfloat16 on a GPU.
+Weights are random, of 4 bits in groups of 128. The models are stacks of two blocks of linears and activations;
+attention is left out, because it is the same for all. Times are for one block. In a batch of images, all tokens are
+rows (50, 197 or 257 per image). In a batch of texts that a decoder writes, each text has one row. The kinds take turns
+in one process, and the table shows medians. int4 gets and returns the types that it has in a model from epmq_cli.load:
+float32 on the CPU, bfloat16 on a GPU.
 
-So that it takes about ten minutes on one core: batches of more than 2000 rows go through one block alone (weights that
-wait in a cache matter only where few rows share them), and a batch has no more turns once 20 seconds have passed. The
-first turn warms up and counts only where it was the last, as in batches that take longer: `turns` is what counted.
+Two limits keep the whole benchmark at about ten minutes on one core. Batches of more than 2000 rows run through one
+block only, since cached weights matter only if few rows share them. A batch gets no further turns after 20 seconds. The
+first turn is a warm-up; it counts only if it is the only one, as in batches that take longer. `turns` is the number of
+turns that count.
 
-`--load N`: instead of that, the peak memory of loading a decoder of N blocks from a checkpoint in float16 by each
-kernel, each in a process of its own.
+With `--load N`, the script instead measures the peak memory of loading a decoder of N blocks from a float16 checkpoint
+with each kernel, each in its own process.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ from epmq_cli.report.stage_timer import Stages
 FORMAT = IntFormat(4, 128, "none")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("int4", *DENSE)
-LONG = 20.0  # seconds after which a batch has no more turns
-MANY = 2000  # rows; more go through one block alone
+LONG = 20.0  # seconds after which a batch gets no further turns
+MANY = 2000  # rows; larger batches run through one block only
 
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of block: `width` of the stream, `inner` of the feed-forward, whether that is gated; `tokens` of
-    one picture, or one of a text that is being written."""
+    """The shape of a block.
+
+    `width` is that of the residual stream, `inner` that of the feed-forward, and `gated` says whether the feed-forward
+    is gated. `tokens` is the number of tokens of one image, or 1 for a text that is being written.
+    """
 
     name: str
     width: int
@@ -74,7 +78,7 @@ MODELS = {
 
 
 def linear(kind: str, inputs: int, outputs: int, device: torch.device) -> nn.Module:
-    """A linear without bias of random weights; the same numbers for every kind."""
+    """Returns a linear without bias; its random weights are the same for every kind."""
     generator = torch.Generator().manual_seed(inputs + outputs)
     values = torch.randint(-8, 8, (outputs, inputs), generator=generator, dtype=torch.int8)
     scale = torch.full((outputs, inputs // FORMAT.group_size), inputs**-0.5 / 5)
@@ -87,7 +91,7 @@ def linear(kind: str, inputs: int, outputs: int, device: torch.device) -> nn.Mod
 
 
 class Block(nn.Module):
-    """The linears of a block, with residuals and the activation between them."""
+    """The linears of a block, with residual connections and the activation between them."""
 
     def __init__(self, model: Model, kind: str, device: torch.device) -> None:
         super().__init__()
@@ -97,19 +101,19 @@ class Block(nn.Module):
         self.up, self.down = linear(kind, width, inner, device), linear(kind, inner, width, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, width) of (rows, width)."""
+        """Maps (rows, width) to (rows, width)."""
         x = x + self.o(self.q(x) + self.k(x) + self.v(x))
         inner = gelu(self.up(x)) if self.gate is None else silu(self.gate(x)) * self.up(x)
         return x + self.down(inner)
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Of all weights, scales included."""
+    """Returns the bytes of all weights, scales included."""
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def seconds(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> tuple[list[float], int]:
-    """The median time of each call, all taking turns, and the number of turns that it is of."""
+    """Runs the calls in turn; returns the median time of each call and the number of turns that count."""
     taken: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
     for _ in range(1 + repeats):
@@ -126,12 +130,12 @@ def seconds(calls: Sequence[Callable[[], object]], repeats: int, device: torch.d
 
 
 def input_type(kind: str, device: torch.device) -> torch.dtype:
-    """What a contestant gets and gives."""
+    """Returns the type of the inputs and outputs of a kind."""
     return DENSE.get(kind, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def compare(model: Model, stacks: dict[str, nn.Sequential], options: argparse.Namespace) -> None:
-    """Prints a row of the table for each batch: of one block."""
+    """Prints one table row per batch, with the times of one block."""
     for batch in options.batches:
         rows = batch * model.tokens
         blocks = 1 if rows > MANY else options.blocks
@@ -146,12 +150,12 @@ def compare(model: Model, stacks: dict[str, nn.Sequential], options: argparse.Na
 
 
 def head(columns: Sequence[str]) -> None:
-    """The first two lines of a table."""
+    """Prints the first two lines of a table."""
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
 def tables(options: argparse.Namespace) -> None:
-    """Times and bytes of each model; ratios are how many times the time of the first kind the others take."""
+    """Prints times and bytes of each model; ratios are relative to the time of the first kind."""
     kinds, sizes = options.kinds, {}
     ratios = [f"{kind} / {kinds[0]}" for kind in kinds[1:]]
     head(["a block of", "batch", "rows", *(f"{kind}, ms" for kind in kinds), *ratios, "turns"])
@@ -167,7 +171,7 @@ def tables(options: argparse.Namespace) -> None:
 
 
 def write_decoder(folder: Path, blocks: int) -> None:
-    """Writes a checkpoint of a decoder in float16, its blocks' linears quantized by rounding."""
+    """Writes a float16 checkpoint of a decoder; the linears of its blocks are rounded to nearest."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = MODELS["1b"]
@@ -186,10 +190,10 @@ def write_decoder(folder: Path, blocks: int) -> None:
 
 
 def measure(folder: Path, kernel: str, device: torch.device) -> dict[str, int]:
-    """Peak bytes of this process, on the device where it is none of the CPU, by stage."""
+    """Returns the peak bytes of each stage: of this process on the CPU, of the device on a GPU."""
     from transformers import LlamaForCausalLM
 
-    assert LlamaForCausalLM and epmq_cli.load  # imported before anything is measured
+    assert LlamaForCausalLM and epmq_cli.load  # import them before the measurements
     stages = Stages(device)
     with stages.stage("before"):
         pass
@@ -204,7 +208,7 @@ def measure(folder: Path, kernel: str, device: torch.device) -> dict[str, int]:
 
 
 def peaks(options: argparse.Namespace) -> None:
-    """Prints what loading a decoder by each kernel takes, and the first call behind it."""
+    """Prints the memory to load a decoder with each kernel, and to make the first call after that."""
     per_block = 4 * MODELS["1b"].width ** 2 + 3 * MODELS["1b"].width * MODELS["1b"].inner
     print(f"\nlinears of {options.load} blocks as float32: {4 * options.load * per_block / 1e6:.0f} MB")
     head(["kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB"])
@@ -218,12 +222,12 @@ def peaks(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Prints tables in markdown."""
+    """Parses the command line and prints the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 128], help="pictures, or texts")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 128], help="numbers of images or texts")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--load", type=int, metavar="N")

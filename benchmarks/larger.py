@@ -1,10 +1,11 @@
-"""A model that is larger than the memory it is allowed: merged, calibrated, quantized and written, in a cgroup.
+"""Merges, calibrates, quantizes and writes a model that is larger than its memory limit, in a cgroup.
 
     sudo python benchmarks/larger.py [--limit 1500] [--layers 40]
 
-A random Llama (hidden 1024, intermediate 2816; 40 layers are 2.05 GB in float32) and two experts in bfloat16, made once
-in runs/larger. `epmq run` with feature guidance and `calib.student=disk` in a memory cgroup (version 1 or 2; making one
-takes root) of so many MB; then with the student in memory, which the system must stop, or the limit would show nothing.
+The model is a random Llama (hidden 1024, intermediate 2816; 40 layers are 2.05 GB in float32) with two experts in
+bfloat16. It is made once in runs/larger. `epmq run` with feature guidance and `calib.student=disk` runs in a memory
+cgroup (version 1 or 2; root is needed) of `--limit` MB. A second run keeps the student in memory. The system must
+stop that run; otherwise the limit shows nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def make(folder: Path, layers: int) -> None:
-    """Base, experts, text and suite."""
+    """Makes base, experts, text and suite."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -59,7 +60,7 @@ def make(folder: Path, layers: int) -> None:
 
 @contextmanager
 def cgroup(limit: int) -> Iterator[Path]:
-    """A new memory cgroup of so many bytes, without swap."""
+    """Creates a memory cgroup of `limit` bytes without swap, and removes it at the end."""
     old = GROUPS / "memory"
     folder = (old if old.is_dir() else GROUPS) / f"epmq-{os.getpid()}"
     try:
@@ -77,7 +78,7 @@ def cgroup(limit: int) -> Iterator[Path]:
 
 
 def run(folder: Path, limit: int, student: str) -> tuple[int, float, str]:
-    """The exit status, the seconds, and the last line that was printed."""
+    """Returns the exit status, the seconds and the last printed line of a run in a cgroup."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     options = ["guidance=feature", f"calib.samples={SAMPLES}", "calib.memory=50MB", f"calib.student={student}"]
@@ -96,9 +97,9 @@ def run(folder: Path, limit: int, student: str) -> tuple[int, float, str]:
 
 
 def main() -> None:
-    """Prints a row for each place of the student."""
+    """Parses the command line and prints one row per location of the student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=1500, help="MB")
+    parser.add_argument("--limit", type=int, default=1500, help="memory limit in MB")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("runs/larger"))
     arguments = parser.parse_args()

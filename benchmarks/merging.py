@@ -1,10 +1,11 @@
-"""Merging three experts of SmolLM2-135M's shape: epmq against mergekit and against `cp`.
+"""Compares merging in epmq with mergekit and with `cp`: three experts of SmolLM2-135M's shape.
 
     python benchmarks/merging.py [--repeats 3]
 
-Random weights in bfloat16, made once in runs/merging; mergekit in an environment of its own, made there too. Whole
-processes, one side after the other in every round: wall seconds, and the largest process's peak memory. `cp` copies the
-same four models that the others read, and writes so much more than they; its bytes are what it reads.
+The weights are random, in bfloat16, and made once in runs/merging. mergekit has its own environment there. Every round
+runs the commands as whole processes, one after the other, and measures wall seconds and the largest process's peak
+memory. `cp` copies the four models that the others read, so it writes more than they do; its rate counts the bytes that
+it reads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SHAPE = {
 
 
 def make(folder: Path) -> None:
-    """Base and experts."""
+    """Makes base and experts."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,7 +58,7 @@ def make(folder: Path) -> None:
 
 
 def environment(folder: Path) -> Path:
-    """The command mergekit-yaml."""
+    """Returns the command mergekit-yaml, and installs mergekit if it is missing."""
     command = folder / "env" / "bin" / "mergekit-yaml"
     if not command.is_file():
         venv.create(folder / "env", with_pip=True)
@@ -66,7 +67,7 @@ def environment(folder: Path) -> Path:
 
 
 def sides(folder: Path, mergekit: Path) -> dict[str, list[str]]:
-    """The command of each side; each writes runs/merging/out."""
+    """Returns the commands to compare; each writes to runs/merging/out."""
     out = str(folder / "out")
     data = {"_target_": "epmq_cli.data.table.Table", "train": "unused.tsv", "test": "unused.tsv"}
     tasks = {name: {"expert": str(folder / name), "data": data, "metric": "perplexity"} for name in EXPERTS}
@@ -89,7 +90,7 @@ def sides(folder: Path, mergekit: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str], out: Path) -> tuple[float, float]:
-    """Wall seconds and peak GB."""
+    """Runs a command; returns wall seconds and peak GB."""
     shutil.rmtree(out, ignore_errors=True)
     if command[0] == "cp":
         out.mkdir()
@@ -106,7 +107,7 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints medians, and ratios to epmq's."""
+    """Parses the command line, runs the rounds and prints medians and ratios to epmq's times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/merging"))

@@ -1,16 +1,17 @@
-"""Time and peak memory of the whole pipeline by experts and samples, on CLIP-ViT-B/32's shapes with random weights.
+"""Measures time and peak memory of the pipeline by experts and samples: CLIP-ViT-B/32's shapes, random weights.
 
-    python benchmarks/pipeline.py                             # 8 experts of 256 samples
-    python benchmarks/pipeline.py --experts 2 4 8 20          # how it grows with experts
-    python benchmarks/pipeline.py --samples 64 128 256 512    # and with samples
-    python benchmarks/pipeline.py --processes 1 2             # torchrun, one thread a process
+    python benchmarks/pipeline.py                             # 8 experts, 256 samples each
+    python benchmarks/pipeline.py --experts 2 4 8 20          # growth with experts
+    python benchmarks/pipeline.py --samples 64 128 256 512    # growth with samples
+    python benchmarks/pipeline.py --processes 1 2             # torchrun, one thread per process
     python benchmarks/pipeline.py --device cuda
 
-Each is `epmq run` as a user starts it, with `eval.stages=[]`: scores of random weights mean nothing. Models and images
-are made once, in runs/pipeline. Peak memory is what no file stands for (watch.py), less that of as many processes which
-only import. On a GPU it is what tensors take there at most (`peak_device_bytes` in metrics.json, of the first process),
-and three floors by the data sheet (floors.py) stand beside the times: the calibration's large products, in float32 as
-epmq makes them and in TF32, and reading base and experts once. Of several processes each has a GPU of its own.
+Each point is `epmq run` as a user starts it, with `eval.stages=[]`, since scores of random weights are meaningless.
+Models and images are made once, in runs/pipeline. Peak memory is anonymous memory (watch.py), minus that of the same
+number of processes that only import. On a GPU it is the peak of the tensors there (`peak_device_bytes` in metrics.json,
+of the first process). The table then also has three lower bounds by the data sheet (floors.py): the time for the
+calibration's large products in float32, which epmq uses, and in TF32, and the time to read base and experts once.
+Several processes have one GPU each.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Point:
 
 
 def make(folder: Path, size: str, experts: int) -> None:
-    """Base and experts, as far as they are not there yet."""
+    """Makes the base and the experts that are missing."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     width, inner, layers, heads, image, patch = SIZES[size]
@@ -78,11 +79,11 @@ def make(folder: Path, size: str, experts: int) -> None:
 
 
 SPLITS = {"train": MOST, "test": 2}
-"""Images of each; the test split, which every task keeps in memory, is not scored."""
+"""Number of images in each split; every task keeps the test split in memory, and it is not scored."""
 
 
 def suite(folder: Path, experts: int) -> Path:
-    """The config folder of a suite with so many experts."""
+    """Writes a suite with this number of experts; returns its config folder."""
     data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / "images.npz")}
     shared = {"data": data, "classes": ["cat", "dog"], "templates": ["a photo of a {}"]}
     tasks = {f"task{index}": {"expert": str(folder / f"task{index}"), **shared} for index in range(experts)}
@@ -94,7 +95,7 @@ def suite(folder: Path, experts: int) -> Path:
 
 
 def measured(command: list[str], threads: int) -> Watched:
-    """What a command took."""
+    """Runs a command and returns its measurements."""
     found = watched(command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
     if found.status:
         raise subprocess.CalledProcessError(found.status, command)
@@ -102,13 +103,13 @@ def measured(command: list[str], threads: int) -> Watched:
 
 
 def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of one run, its wall seconds and its peak."""
+    """Returns the metrics of one run with its wall seconds and its peaks."""
     configs, out = suite(folder, point.experts), folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     start = [sys.executable, "-m", "epmq_cli", "run"]
     if arguments.processes:
         start[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
-    device = "auto" if arguments.processes and arguments.device != "cpu" else arguments.device  # each process's own GPU
+    device = "auto" if arguments.processes and arguments.device != "cpu" else arguments.device  # one GPU per process
     options = [f"suite=random_{point.experts}", f"calib.samples={point.samples}", f"device={device}"]
     options += [f"out={out}", "eval.stages=[]", "cache=false", f"guidance={arguments.guidance}", *arguments.overrides]
     threads = 1 if arguments.processes else arguments.threads
@@ -122,11 +123,11 @@ def run(folder: Path, point: Point, arguments: argparse.Namespace) -> dict[str, 
 
 
 def operations(size: str, point: Point, teaches: bool) -> float:
-    """Multiplications and additions of the calibration's large products.
+    """Counts multiplications and additions in the calibration's large products.
 
-    A token costs 2 x 12 d^2 in a block's linears (ffn 4 d), for student and teacher; X'X is d^2 for each of qkv, out
-    and fc1 and (4 d)^2 for fc2; with a teacher the drift's moments are 2 d^2 + d^2 for qkv and fc1, and 4 d out for the
-    parts of out and fc2.
+    Per token, the linears of a block cost 2 x 12 d^2 (ffn 4 d) for the student and again for the teacher. X'X costs
+    d^2 for each of qkv, out and fc1, and (4 d)^2 for fc2. With a teacher, the drift's moments cost 2 d^2 + d^2 for qkv
+    and fc1, and 4 d out for the parts of out and fc2.
     """
     width, inner, layers, _, image, patch = SIZES[size]
     tokens = point.experts * point.samples * ((image // patch) ** 2 + 1)
@@ -137,7 +138,7 @@ def operations(size: str, point: Point, teaches: bool) -> float:
 
 
 def exponent(points: list[Point], runs: list[dict[str, Any]], name: str) -> str:
-    """The slope of time against experts or samples in logarithms, where these differ."""
+    """Fits the log-log slope of time against experts or samples; empty if all points have the same number."""
     xs = [math.log(getattr(point, name)) for point in points]
     if len(set(xs)) < 2:
         return ""
@@ -146,14 +147,14 @@ def exponent(points: list[Point], runs: list[dict[str, Any]], name: str) -> str:
 
 
 def teaches(arguments: argparse.Namespace) -> bool:
-    """Whether the guidance that is asked for needs the teachers' own activations."""
+    """Returns whether the chosen guidance needs the teachers' own activations."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=["out=unused", f"guidance={arguments.guidance}", *arguments.overrides])
     return bool(build("guidance", cfg.guidance).teaches)
 
 
 def refuse_shared(arguments: argparse.Namespace) -> None:
-    """Ends where several processes would have to share a GPU."""
+    """Exits if several processes would share a GPU."""
     needed, found = max(arguments.processes, default=1), torch.cuda.device_count()
     if (
         needed > 1
@@ -164,7 +165,7 @@ def refuse_shared(arguments: argparse.Namespace) -> None:
 
 
 def cells(point: Point, found: dict[str, Any], products: float, student: int, imports: int) -> list[str]:
-    """A row of the table; `products`: their operations; `student` and `imports`: their bytes."""
+    """Returns a table row; `products` is in operations, `student` and `imports` are in bytes."""
     seconds = {name: record["seconds"] for name, record in found["stages"].items()}
     peak, students = found["peak_device"], 1
     if peak is None:
@@ -177,7 +178,7 @@ def cells(point: Point, found: dict[str, Any], products: float, student: int, im
 
 
 def show(points: list[Point], runs: list[dict[str, Any]], arguments: argparse.Namespace, rows: list[list[str]]) -> None:
-    """The table."""
+    """Prints the table."""
     on_device = runs[0]["peak_device"] is not None
     print(f"{arguments.size}, guidance {arguments.guidance}, {runs[0]['device']}, medians of {arguments.repeats}\n")
     columns = ["experts", "samples", "processes", "whole, s", *STAGES.values()]

@@ -1,13 +1,13 @@
-"""How far the unquantized optimum W* is from the float64 one when moments are made of narrower numbers.
+"""Measures the error of the unquantized optimum W* against float64 when moments use narrower number types.
 
     python benchmarks/precision.py
     python benchmarks/precision.py --suite text4 --config-dir benchmarks/text4/configs
     python benchmarks/precision.py --device cuda
 
-For every group of linears in the blocks: inputs of the merged model and of the experts on the calibration samples, the
-objective of feature guidance, and W* from moments whose rows are float64, float32, or rounded to TF32 (10 bits of
-mantissa) or BF16 (7 bits) with products summed in float32, as tensor cores do it; no tensor core is used, on a GPU
-neither.
+For every group of linears in the blocks, it captures the inputs of the merged model and of the experts on the
+calibration samples and solves the objective of feature guidance for W*. The rows of the moments are float64, float32,
+TF32 (10 bits of mantissa) or BF16 (7 bits). For TF32 and BF16, rows are rounded and products are summed in float32, as
+on tensor cores. No tensor core is used, not even on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from epmq_cli.pipeline.job import make_job
 
 
 def rounded(bits: int) -> Callable[[Tensor], Tensor]:
-    """float32 rounded to nearest with so many of its 23 bits of mantissa."""
+    """Returns a function that rounds float32 to nearest with `bits` of its 23 bits of mantissa."""
     drop = 23 - bits
 
     def convert(rows: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def captured(job: steps.Job, model: torch.nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-    """The rows (tokens, width) that reach the first linear of each group in the blocks."""
+    """Captures the rows (tokens, width) that reach the first linear of each group in the blocks."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     stack = job.family.stacks(model)[0]
     names = [block.name(s.names[0]) for block in stack.blocks for s in block.steps if isinstance(s, Linears)]
@@ -72,7 +72,7 @@ def target(
     lam: float,
     convert: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """W* (out, in) for inputs of the student and of each expert."""
+    """Solves for W* (out, in) from the inputs of the student and of each expert."""
     objective = Objective(anchor, lam, intercepts=anchor.bias is not None)
     for own, taught, expert in rows:
         measure = Measure()
@@ -84,7 +84,7 @@ def target(
 
 
 def opened(arguments: argparse.Namespace) -> steps.Job:
-    """The job of the suite that is asked for."""
+    """Returns the job of the chosen suite."""
     overrides = [f"suite={arguments.suite}", f"device={arguments.device}", "out=runs/precision"]
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[{arguments.config_dir.resolve()}]")
@@ -95,7 +95,7 @@ def opened(arguments: argparse.Namespace) -> steps.Job:
 def relative_errors(
     job: steps.Job, model: torch.nn.Module, models: SuiteModels, drawn: dict[str, list[Batch]], lam: float
 ) -> dict[str, list[float]]:
-    """The error of W* for each type of rows, group by group; the model must be the merged one."""
+    """Returns the error of W* by row type and group; the model must hold the merged weights."""
     own, taught = {}, {}
     with torch.inference_mode():
         for task, batches in drawn.items():
@@ -117,7 +117,7 @@ def relative_errors(
 
 
 def main() -> None:
-    """Prints the median and the largest error over all linears."""
+    """Prints the median and the largest error over all groups of linears."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="tiny")
     parser.add_argument("--config-dir", type=Path)

@@ -1,12 +1,12 @@
-"""What each part of feature guidance adds, at 4, 3 and 2 bits, beside the unquantized methods and the experts.
+"""Measures what each part of feature guidance adds at 4, 3 and 2 bits, beside unquantized methods and the experts.
 
     make bench-quality
     python benchmarks/quality.py --suite vision3 --config-dir benchmarks/vision3/configs --bits 4 --seeds 0
 
-One process a suite: models are read once, every row merges, calibrates and quantizes anew and scores the student, whose
-weights are those that a checkpoint of it would be reloaded with (tests/checkpoint/test_pack.py). Medians over the
-seeds of the calibration samples, with the seconds of calibration. 2 bits use groups of 32. What is there already
-under --out is not measured again.
+One process measures a suite and reads its models once. Every row merges, calibrates and quantizes from the start and
+scores the student. The student's weights equal those of its reloaded checkpoint (tests/checkpoint/test_write.py). The
+table has medians over the seeds of the calibration samples, with the seconds of calibration. 2 bits use groups of 32.
+Results under --out are reused.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ ROWS: dict[str, dict[str, str]] = {
     "+ heads": {**FEATURE, "guidance.heads": "always"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
-"""What is overridden in each row; from E-PMQ on each adds to the one before, up to `+ auto`, which is without heads."""
+"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ auto` leaves out the heads."""
 
 
 class Session:
-    """One suite with its models, and the results that are known."""
+    """One suite with its models and the results so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -75,7 +75,7 @@ class Session:
         self.loaded = False
 
     def job(self, merge: str, overrides: dict[str, str]) -> steps.Job:
-        """The job of a row."""
+        """Returns the job of a row."""
         lines = [f"suite={self.arguments.suite}", f"merge={merge}", "out=unused", *self.arguments.overrides]
         if self.arguments.config_dir:
             lines.append(f"hydra.searchpath=[file://{self.arguments.config_dir.resolve()}]")
@@ -92,13 +92,13 @@ class Session:
         self.loaded = True
 
     def keep(self, key: str, entry: dict[str, Any]) -> None:
-        """Writes a result down."""
+        """Adds a result and writes all results to the file."""
         self.known[key] = entry
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.known, indent=1))
 
     def calibration(self, job: steps.Job) -> guide.TeacherOutputs:
-        """The batches of a seed, and what the experts make of them."""
+        """Returns the batches of a seed with the experts' outputs."""
         key = f"{job.calib.samples} {job.seed} {guide.solves_heads(job)}"
         if key not in self.samples:
             drawn = steps.calibration_batches(job, self.models.base.path)
@@ -107,7 +107,7 @@ class Session:
         return found
 
     def measure(self, row: str, merge: str, bits: str, seed: int) -> dict[str, Any]:
-        """Accuracy in %, and seconds of calibration, of one row."""
+        """Returns the accuracy in % and the seconds of calibration of one row."""
         dense = row.endswith("dense")
         key = f"{merge} {'dense' if dense else bits} {row} {seed}"
         if key not in self.known:
@@ -131,7 +131,7 @@ class Session:
 
     @property
     def base_state(self) -> dict[str, Tensor]:
-        """The tensors that are not merged, as they were read."""
+        """The original tensors that are not merged."""
         if not hasattr(self, "_state"):
             self._state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self._state = {name: t for name, t in self._state.items() if name not in self.models.source.names}
@@ -139,14 +139,14 @@ class Session:
 
 
 def average(job: steps.Job, scores: dict[str, float]) -> float:
-    """The mean over tasks, in % but for perplexities."""
+    """Returns the average over tasks, in % except for perplexities."""
     metric = next(iter(job.suite.metrics.values()))
     mean = metrics.average(list(scores.values()), metric)
     return mean if metric == metrics.PERPLEXITY else 100 * mean
 
 
 def table(session: Session, arguments: argparse.Namespace) -> None:
-    """Measures what is missing, the rows side by side in time, and prints a Markdown table."""
+    """Measures missing results, all rows of a column in succession, and prints a Markdown table."""
     columns = [(merge, bits) for merge in arguments.merges for bits in arguments.bits]
     found = {
         (row, column, seed): session.measure(row, *column, seed)
@@ -170,7 +170,7 @@ def table(session: Session, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="tiny")
     parser.add_argument("--config-dir", type=Path)

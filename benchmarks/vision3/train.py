@@ -1,13 +1,13 @@
-"""Base and four experts for the vision3 benchmark: a small CLIP on real pictures of letters, digits and alphabets.
+"""Makes the vision3 models: a small CLIP and four experts on real images of letters, digits and alphabets.
 
     python benchmarks/vision3/train.py --data FOLDER
 
-FOLDER holds notmnist.npz, kannada.npz and omniglot.npz; the fourth task is scikit-learn's digits, enlarged and split
-here. The base is trained briefly on all four at once, then the vision tower of each expert on one task. Tasks, classes
-and templates are those of configs/suite/vision3.yaml. The amounts of training are a prototype's, where they were set
-for a base that is about 60% right; this script chooses nothing by a test sample and scores the whole test splits at
-the end. It took 18 minutes on two cores that other work shared; an accelerator is used where there is one. Nothing is
-fetched; scikit-learn must be installed. A model that is already in `--out` is left as it is.
+FOLDER holds notmnist.npz, kannada.npz and omniglot.npz. The fourth task is scikit-learn's digits, which the script
+enlarges and splits. The script trains the base briefly on all four tasks at once, then the vision tower of each expert
+on one task. configs/suite/vision3.yaml defines tasks, classes and templates. The training settings come from a
+prototype, where they were set for a base that is about 60% right. This script chooses nothing by a test sample and
+scores the whole test splits at the end. It took 18 minutes on two cores shared with other work. It uses an accelerator
+if one is available. It downloads nothing and needs scikit-learn. It keeps models that already exist in `--out`.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from tiny.train import (
 )
 
 SUITE = Path(__file__).with_name("configs") / "suite" / "vision3.yaml"
-TRAIN_DIGITS = 1437  # of 1797, the rest is for testing
+TRAIN_DIGITS = 1437  # of 1797; the rest is for testing
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The amounts of training."""
+    """The training settings."""
 
     seed: int = 0
     base_steps: int = 220
     base_rate: float = 1.5e-3
-    base_batch: int = 48  # pictures of each task
+    base_batch: int = 48  # images of each task
     expert_steps: int = 600
     expert_rate: float = 8e-4
     expert_batch: int = 128
 
 
 def write_digits(path: Path) -> None:
-    """scikit-learn's 8 x 8 digits as 32 x 32 pictures in the layout of the other tasks, split by a fixed seed."""
+    """Writes scikit-learn's 8 x 8 digits as 32 x 32 images in the layout of the other tasks, split by a fixed seed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -91,7 +91,7 @@ def write_digits(path: Path) -> None:
 
 
 def read_split(path: Path, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures as the processor returns them, (n, 3, 32, 32), and labels (n,)."""
+    """Returns images in the processor's format, (n, 3, 32, 32), and labels (n,)."""
     if not path.is_file():
         raise SystemExit(f"--data must hold notmnist.npz, kannada.npz and omniglot.npz, but {path} does not exist")
     with np.load(path, allow_pickle=False) as arrays:
@@ -101,7 +101,7 @@ def read_split(path: Path, split: str, device: torch.device) -> tuple[Tensor, Te
 
 
 def read_prompts() -> dict[str, list[list[str]]]:
-    """Task -> its prompts, a row a template, a column a class."""
+    """Returns the prompts by task: one row per template, one column per class."""
     tasks = OmegaConf.load(SUITE).tasks
     return {
         str(name): [[template.format(label) for label in task.classes] for template in task.templates]
@@ -110,14 +110,14 @@ def read_prompts() -> dict[str, list[list[str]]]:
 
 
 def on(device: torch.device, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
-    """The batches of token ids on a device."""
+    """Moves the batches of token ids to a device."""
     return {
         task: [{name: ids.to(device) for name, ids in batch.items()} for batch in rows] for task, rows in tokens.items()
     }
 
 
 def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained CLIP: the vision tower 6 blocks of width 128, 16 patches; the text tower 2 blocks of width 64."""
+    """Returns an untrained CLIP: a vision tower of 6 blocks (width 128, 16 patches), a text tower of 2 (width 64)."""
     marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
     text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
     vision = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 6}
@@ -132,7 +132,7 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 def train_base(
     recipe: Recipe, tokenizer: CLIPTokenizer, tokens: dict[str, Tokens], paths: dict[str, Path], device: torch.device
 ) -> CLIPModel:
-    """A CLIP trained briefly on all tasks at once."""
+    """Trains a CLIP briefly on all tasks at once."""
     torch.manual_seed(recipe.seed)
     model = new_model(tokenizer).to(device)
     model.logit_scale.requires_grad_(False)
@@ -153,7 +153,7 @@ def train_base(
 
 
 def train_expert(recipe: Recipe, clip: CLIPModel, tokens: Tokens, path: Path, device: torch.device) -> CLIPVisionModel:
-    """The base's vision tower after training on one task; projection and text tower stay as they are."""
+    """Trains the base's vision tower on one task; projection and text tower stay fixed."""
     vision, projection = clip.vision_model, clip.visual_projection.weight.detach()
     with torch.no_grad():
         head = class_embeddings(clip, tokens)
@@ -168,7 +168,7 @@ def train_expert(recipe: Recipe, clip: CLIPModel, tokens: Tokens, path: Path, de
 
 
 def make(folder: Path, work: Callable[[Path], None]) -> None:
-    """Calls `work` with a folder that becomes `folder` when it is complete, unless that exists."""
+    """Calls `work` with a temporary folder and renames it to `folder`; does nothing if `folder` exists."""
     say(f"{folder.name} is there" if folder.exists() else folder.name)
     if folder.exists():
         return
@@ -179,7 +179,7 @@ def make(folder: Path, work: Callable[[Path], None]) -> None:
 
 
 def make_all(recipe: Recipe, paths: dict[str, Path], out: Path, device: torch.device) -> None:
-    """Writes `out`/base and `out`/<task>."""
+    """Trains the missing models; writes `out`/base and `out`/<task>."""
     prompts = read_prompts()
     tokenizer = train_tokenizer([prompt for rows in prompts.values() for row in rows for prompt in row])
     tokens = on(device, tokenize(tokenizer, prompts))
@@ -206,7 +206,7 @@ def make_all(recipe: Recipe, paths: dict[str, Path], out: Path, device: torch.de
 
 @torch.no_grad()
 def score_all(paths: dict[str, Path], out: Path, device: torch.device) -> dict[str, list[float]]:
-    """Row -> accuracy in percent on each task's whole test split, of the files as they were written."""
+    """Scores the written files; returns, by row, the accuracy in percent on each task's whole test split."""
     clip = load_clip(out / "base").to(device).eval()
     tokens = on(device, tokenize(CLIPTokenizer.from_pretrained(out / "base"), read_prompts()))
     base = weights(clip.vision_model)
@@ -233,9 +233,9 @@ def score_all(paths: dict[str, Path], out: Path, device: torch.device) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the three npz files")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with the three npz files")
     parser.add_argument("--out", type=Path, default=Path("runs/vision3"), help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto takes an accelerator where there is one")
+    parser.add_argument("--device", default="auto", help="auto uses an accelerator if one is available")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
