@@ -1,6 +1,6 @@
-"""Keeps answers of transformers on disk: importing it takes seconds, and the same files give the same answer.
+"""Caches answers of transformers on disk: its import takes seconds, and the same files give the same answer.
 
-An answer is kept under all that it depends on: what was asked, the versions of the libraries, and the code that asks.
+The cache key covers everything that an answer depends on: the question, the library versions and the calling code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from epmq_cli.store.hashing import content
 
 LIBRARIES = ("transformers", "tokenizers", "torch")
 LIMIT = 64 << 20
-"""Bytes of all answers together."""
+"""The maximum size of the cache in bytes."""
 
 
 def kept_answer(question: Mapping[str, Any], ask: Callable[[], Any], code: str) -> Any:
-    """What `ask` returns, as JSON holds it, or returned earlier for the same question; `code`: the file of the module
-    that asks. Where nothing can be kept, it is asked each time."""
+    """Returns the JSON value of `ask()`, from the cache if the same question was answered before.
+
+    `code`: the source file of the calling module. Without a writable cache, every call runs `ask`.
+    """
     versions = {name: version(name) for name in LIBRARIES}
     key = {"question": question, "versions": versions, "code": content(Path(code)).sha256}
     return Cache(cache_folder() / "transformers", LIMIT, failure=logging.DEBUG).value(key, ask)

@@ -1,4 +1,4 @@
-"""What transformers knows of the class of a model, without its weights: which tensors are tied, and which exist."""
+"""The model class that transformers builds from a config, without weights: its tensors, and which of them are tied."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from epmq_cli.models.answers import kept_answer
 from epmq_cli.models.model_folder import Tensors
 
 TIE = "tie_word_embeddings"
-PIECE = 1 << 22  # elements that are compared at a time
+PIECE = 1 << 22  # elements per comparison
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """The class of a model, as its config makes it. All names are those of the class.
+    """A model class, built from a config. All names are the names of the class.
 
-    `tied`: copy -> source, as the config says. `tieable`: likewise, if it said that embeddings are tied. `outputs`: the
-    tensors of the output layer. `tensors`: all parameters and buffers; `parameters`: the former alone. `parts`: the
-    modules at the top of the model and of its body. `prefix`: the name of the body. `ignored`: patterns of stored names
-    that the class does not load. `renamings`: those of transformers, which reads tensors of files under other names.
+    `tied`: copy -> source under this config. `tieable`: copy -> source if the config tied the embeddings. `outputs`:
+    the tensors of the output layer. `tensors`: all parameters and buffers. `parameters`: the parameters only. `parts`:
+    the top-level modules of the model and of its body. `prefix`: the name of the body. `ignored`: patterns of stored
+    names that the class does not load. `renamings`: the rules by which transformers renames stored tensors.
     """
 
     name: str
@@ -41,19 +41,22 @@ class ModelClass:
     renamings: Callable[[], tuple[Any, ...]] = tuple
 
     def own_name(self, stored: str) -> str:
-        """What the class calls a stored tensor that transformers reads under another name; else the stored name."""
+        """The class's name for a stored tensor if transformers renames it, otherwise the stored name."""
         if stored in self.tensors:
             return stored
-        found = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings())
-        return next((name for name in found if name in self.tensors), stored)
+        names = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings())
+        return next((name for name in names if name in self.tensors), stored)
 
     def ignores(self, name: str) -> bool:
-        """Whether the class skips a stored tensor on purpose, such as a buffer that old versions stored."""
+        """Whether the class deliberately skips a stored tensor, such as a buffer from an old version."""
         return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
 
     def lacking(self, stored: Collection[str]) -> list[str]:
-        """The parameters that are not among stored tensors, in order. Not counted are tied ones, and modules at the top
-        of which nothing is stored, such as heads; empty where files name tensors otherwise than the class."""
+        """The parameters that are missing from the stored tensors, sorted.
+
+        Tied parameters and top-level modules without any stored tensor, such as heads, do not count as missing. The
+        list is empty if the files use other names than the class.
+        """
         own = {self._local(name) for name in stored if not self.ignores(name)}
         known = {self._local(name) for name in self.tensors}
         tops = {name.partition(".")[0] for name in own}
@@ -64,8 +67,10 @@ class ModelClass:
         return [name for name in rest if self._local(name).partition(".")[0] in tops]
 
     def foreign(self, stored: Collection[str]) -> set[str]:
-        """The stored tensors, under the class's own names, of modules that the class has not; none where a parameter is
-        not stored under the name that it has in the class, as these may be that parameter."""
+        """The stored tensors of modules that the class does not have, under the class's own names.
+
+        The set is empty if a parameter is missing under its own name, because a foreign tensor may be that parameter.
+        """
         if self._unstored({self._local(name) for name in stored}):
             return set()
         return {name for name in stored if self._local(name).partition(".")[0] not in self.parts}
@@ -79,15 +84,17 @@ class ModelClass:
 
 
 def model_class(config: Mapping[str, Any], stored: Collection[str]) -> ModelClass | None:
-    """The class that a config.json names, or the one of its model type that has the stored tensors' modules; None where
-    transformers has no such class."""
+    """The class that a config.json names, or the class of its model type that has the modules of the stored tensors.
+
+    None if transformers has no such class.
+    """
     tops = frozenset(name.partition(".")[0] for name in stored)
     return _model_class(json.dumps(config, sort_keys=True, default=str), tops)
 
 
 @lru_cache(maxsize=32)
 def _model_class(config: str, tops: frozenset[str]) -> ModelClass | None:
-    """The class as transformers described it, now or earlier; renamings, which few need, are asked for when needed."""
+    """The class from the cache or from transformers. Its renamings are computed on first use: few models need them."""
 
     def ask() -> dict[str, Any] | None:
         described = _ask(config, tops)
@@ -116,17 +123,17 @@ def _renamings_of(config: str, tops: frozenset[str]) -> tuple[Any, ...]:
 def _ask(config: str, tops: frozenset[str]) -> ModelClass | None:
     best: ModelClass | None = None
     with _quiet():
-        for found in _classes(json.loads(config)):
-            if tops <= found.parts:
-                return found
-            if best is None or len(tops & found.parts) > len(tops & best.parts):
-                best = found
+        for candidate in _classes(json.loads(config)):
+            if tops <= candidate.parts:
+                return candidate
+            if best is None or len(tops & candidate.parts) > len(tops & best.parts):
+                best = candidate
     return best
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers says nothing of what it makes here."""
+    """Silences the log of transformers while it builds models."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -138,32 +145,32 @@ def _quiet() -> Iterator[None]:
 
 
 def _classes(config: dict[str, Any]) -> Iterator[ModelClass]:
-    """The class that the config names, then the usual ones of its model type."""
+    """Yields the class that the config names, then the standard classes of its model type."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
     kind, named = config.get("model_type"), config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     for group in ("PRETRAINING", "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
-        found = getattr(auto, f"MODEL_FOR_{group}_MAPPING_NAMES", {}).get(kind)
-        names += [found] if isinstance(found, str) else []
+        standard = getattr(auto, f"MODEL_FOR_{group}_MAPPING_NAMES", {}).get(kind)
+        names += [standard] if isinstance(standard, str) else []
     for name in dict.fromkeys(names):
-        made = getattr(transformers, name, None)
-        if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
-            described = _described(made, config)
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            described = _described(cls, config)
             if described is not None:
                 yield described
 
 
-def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
-    """What a class says of itself; None where it does not take the config."""
+def _described(cls: Any, config: dict[str, Any]) -> ModelClass | None:
+    """Describes a class; None if it does not accept the config."""
     settings = config_object(config)
     if settings is None:
         return None
     try:
         with torch.device("meta"):
-            model = made(settings)
-    except Exception:  # a config may hold anything, and a class may be made for another one
+            model = cls(settings)
+    except Exception:  # a config can contain anything, and the class may expect another config
         return None
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for part in (settings, *(getattr(settings, name, None) for name in getattr(settings, "sub_configs", ()))):
@@ -179,7 +186,7 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
     tensors = parameters | {name for name, _ in model.named_buffers(remove_duplicate=False)}
     renamings = tuple(_renamings(model))
     return ModelClass(
-        made.__name__,
+        cls.__name__,
         tied,
         tieable,
         frozenset(_outputs(model)),
@@ -193,11 +200,11 @@ def _described(made: Any, config: dict[str, Any]) -> ModelClass | None:
 
 
 def _renamings(model: Any) -> Iterator[Any]:
-    """Those that keep each tensor as it is."""
+    """Yields the conversion rules that only rename tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    yield from (found for found in get_model_conversion_mapping(model) if type(found) is WeightRenaming)
+    yield from (rule for rule in get_model_conversion_mapping(model) if type(rule) is WeightRenaming)
 
 
 def _names(model: Any) -> Iterator[str]:
@@ -215,26 +222,27 @@ def _outputs(model: Any) -> Iterator[str]:
 
 
 def config_object(config: Mapping[str, Any]) -> Any:
-    """The config of transformers that a config.json makes, without how the model is quantized; None where transformers
-    has none."""
+    """Builds the transformers config from a config.json, without its quantization; None if transformers rejects it."""
     from transformers import AutoConfig
 
     content = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         return AutoConfig.for_model(**content)
-    except Exception:  # a config may hold anything
+    except Exception:  # a config can contain anything
         return None
 
 
 def untied_config(config: Mapping[str, Any], stored: Collection[str], own: Collection[str]) -> dict[str, Any] | None:
-    """What changes in a config.json that says that these tensors are not tied; None where no setting says that, or only
-    one that changes more than that."""
+    """The changes to a config.json that untie these tensors.
+
+    None if no setting unties them, or if the setting also changes something else.
+    """
     nested = {key: {**value, TIE: False} for key, value in config.items() if isinstance(value, dict) and "_" in key}
     texts = {key: value for key, value in nested.items() if key in ("text_config", "decoder_config")}
     for changes in ({TIE: False}, {TIE: False, **texts}):
         changed = {**config, **changes}
-        found = model_class(changed, stored)
-        if found is not None and not set(own) & set(found.tied) and _same_but_ties(config, changed):
+        known = model_class(changed, stored)
+        if known is not None and not set(own) & set(known.tied) and _same_but_ties(config, changed):
             return changes
     return None
 
@@ -252,7 +260,7 @@ def _without_ties(content: Any) -> Any:
 
 
 def equal(one: tuple[Tensors, str], other: tuple[Tensors, str]) -> bool:
-    """Whether two stored tensors have equal values, as the narrower of their types has them."""
+    """Whether two stored tensors have equal values in the narrower of their types."""
     if len({tensors.infos[name].shape for tensors, name in (one, other)}) > 1:
         return False
     first, second = (tensors.tensor(name).flatten() for tensors, name in (one, other))

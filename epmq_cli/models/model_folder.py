@@ -1,4 +1,4 @@
-"""Lazy reading of a model: one tensor at a time, from one or many safetensors files or from another kind of source."""
+"""Reads a model lazily, one tensor at a time, from one or more safetensors files or from another source."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from epmq_cli.runtime.links import leaves
 from epmq_cli.runtime.paths import check_permitted
 from epmq_cli.store.safetensors_writer import INDEX, SINGLE
 
-NAMED = "transformers_weights"  # of a config.json
+NAMED = "transformers_weights"  # key in config.json
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Floating types by their safetensors names."""
+"""The floating-point types by safetensors name."""
 READ = (
     "*.safetensors",
     "*.json",
@@ -36,9 +36,9 @@ READ = (
     "*.tiktoken",
     "*.tokenizer",
 )
-"""Names of the files of a model folder that epmq or transformers read: no pickles among them."""
+"""Patterns of the files in a model folder that epmq or transformers reads. Pickles are excluded."""
 TEMPLATES = "additional_chat_templates"
-"""The folder in a model folder that is read too."""
+"""The only subfolder of a model folder that is also read."""
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 WEIGHTS = (
     *PICKLES,
@@ -55,15 +55,15 @@ WEIGHTS = (
     ".tflite",
 )
 CODE = (".ipynb", ".py", ".sh")
-"""Endings of files that hold neither settings nor words."""
-MOST = 1 << 63  # items that a shape can describe
+"""Suffixes of code files, which contain neither settings nor a vocabulary."""
+MOST = 1 << 63  # elements in a shape
 LAYERS = re.compile(r"^(?!max_).*layers?$")
 LABELS = 1 << 20  # more than any classifier has
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header of a file says of one tensor: shape, and the safetensors name of its type such as "F16"."""
+    """The header entry of one tensor: its shape and the safetensors name of its type, such as "F16"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -75,15 +75,15 @@ class Tensors(Protocol):
     infos: dict[str, TensorInfo]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name, on the CPU, in the type that `infos` says."""
+        """Returns the tensor of this name on the CPU, in the type from `infos`."""
 
 
 class SafetensorsFiles:
-    """The tensors of a folder's safetensors files, or of one such file. Opening reads headers only.
+    """The tensors of one safetensors file, or of all safetensors files in a folder. Opening reads headers only.
 
-    ModelError: no safetensors, or files that are damaged or made to mislead. The library itself refuses headers of
-    more than 100 MB or than the file has, and tensors that overlap, leave gaps, or do not have the bytes of their type
-    and shape, before it takes memory for them.
+    Raises ModelError if there are no safetensors files, or if a file is corrupted or malicious. Before it allocates
+    memory, the safetensors library rejects headers that are larger than 100 MB or than the file. It also rejects
+    tensors that overlap, leave gaps, or whose size does not match their type and shape.
     """
 
     def __init__(self, path: Path, role: str) -> None:
@@ -94,15 +94,17 @@ class SafetensorsFiles:
         self.infos = {name: self._info(name) for name in self._file_of}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this stored name, on the CPU, in the type it is stored in."""
+        """Returns the tensor of this stored name on the CPU, in its stored type."""
         try:
             tensor: Tensor = self._file_of[name].get_tensor(name)
             return tensor
         except SafetensorError as error:
-            raise ModelError(f"{self._role}: {name} in {self._folder} cannot be read ({error})") from error
+            raise ModelError(
+                f"{self._role}: {name} in {self._folder} cannot be read ({error}); fetch it again"
+            ) from error
 
     def _weight_map(self) -> dict[str, str]:
-        if (self._folder / SINGLE).is_file():  # before an index, as transformers does
+        if (self._folder / SINGLE).is_file():  # takes precedence over an index, as in transformers
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         if (self._folder / INDEX).is_file():
             return self._index()
@@ -110,7 +112,7 @@ class SafetensorsFiles:
         if len(files) == 1:
             return dict.fromkeys(self._open(files[0]).keys(), files[0])
         raise ModelError(
-            f"{self._role}: {self._folder} has no {SINGLE} and no {INDEX}; "
+            f"{self._role}: {self._folder} has neither {SINGLE} nor {INDEX}; "
             "save the model with save_pretrained of transformers"
         )
 
@@ -118,7 +120,7 @@ class SafetensorsFiles:
         weight_map = read_json(self._folder, INDEX, self._role).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ModelError(
-                f"{self._role}: {self._folder / INDEX} has no weight_map from tensors to files; save the model with "
+                f"{self._role}: {self._folder / INDEX} has no weight_map (tensor name: file name); save the model with "
                 "save_pretrained of transformers"
             )
         return weight_map
@@ -128,15 +130,16 @@ class SafetensorsFiles:
             path = self._folder / file
             if path.name != file or not path.is_file():
                 raise ModelError(
-                    f"{self._role}: {file!r}, which the index of {self._folder} names, is not in that folder"
+                    f"{self._role}: the index of {self._folder} names {file!r}, which is not in that folder; "
+                    "fetch the model again"
                 )
-            check_permitted(path, ModelError, self._role)  # the library says that it is not there
+            check_permitted(path, ModelError, self._role)  # safetensors would report a missing file
             try:
                 self._files[file] = safe_open(path, framework="pt")
                 _refuse_repeated_names(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise ModelError(
-                    f"{self._role}: {path} is damaged or not safetensors ({error}); fetch it again"
+                    f"{self._role}: {path} is corrupted or not a safetensors file ({error}); fetch it again"
                 ) from error
         return self._files[file]
 
@@ -145,20 +148,24 @@ class SafetensorsFiles:
             header = self._file_of[name].get_slice(name)
         except SafetensorError as error:
             raise ModelError(
-                f"{self._role}: {name!r}, which the index of {self._folder} names, is in no file"
+                f"{self._role}: the index of {self._folder} names the tensor {name!r}, which is not in its file; "
+                "fetch the model again"
             ) from error
         shape = tuple(header.get_shape())
-        if prod(max(size, 1) for size in shape) >= MOST:  # the library lets this pass beside a size of 0
-            raise ModelError(f"{self._role}: {name} in {self._folder} has the impossible shape {list(shape)}")
+        if prod(max(size, 1) for size in shape) >= MOST:  # safetensors accepts it if another axis has size 0
+            raise ModelError(
+                f"{self._role}: {name} in {self._folder} has the impossible shape {list(shape)}; fetch it again"
+            )
         return TensorInfo(shape, header.get_dtype())
 
 
 class ModelFolder:
     """The tensors and config of a model. Opening it reads headers only; `tensor` reads one tensor.
 
-    `path`: the folder, or the file that a suite named. `role` names the model in errors. `config`: its config.json
-    unless given, as it is for sources that have none of their own: those have the base's, the very same object.
-    `tensors`: the folder's safetensors files unless given. ModelError: no config.json, no safetensors, or damage.
+    `path`: the folder, or the file that a suite names. `role`: the name of the model in error messages. `config`:
+    defaults to the folder's config.json; a source without its own config shares the base's config object. `tensors`:
+    defaults to the folder's safetensors files. Raises ModelError if config.json or the safetensors files are missing
+    or corrupted.
     """
 
     def __init__(
@@ -171,8 +178,8 @@ class ModelFolder:
         self.config = read_json(path, "config.json", role) if config is None else config
         if self.config.get(NAMED) is not None:
             raise ModelError(
-                f"{role}: {path / 'config.json'} names files of its own ({NAMED}), which transformers would read and "
-                f"epmq does not; call them {SINGLE} or {INDEX} and take {NAMED} out"
+                f"{role}: {path / 'config.json'} sets {NAMED}, which epmq does not support; rename the weights to "
+                f"{SINGLE} or {INDEX} and remove {NAMED}"
             )
         self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
         self.infos = self._tensors.infos
@@ -181,35 +188,37 @@ class ModelFolder:
 
     @property
     def source(self) -> Tensors:
-        """What the tensors are read from."""
+        """The source of the tensors."""
         return self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this stored name, on the CPU, in the type that `infos` says."""
+        """Returns the tensor of this stored name on the CPU, in the type from `infos`."""
         return self._tensors.tensor(name)
 
 
 class Completed:
-    """An expert's tensors, and the base's in place of those that it does not have."""
+    """An expert's tensors, with the base's tensors for those that the expert lacks."""
 
     def __init__(self, expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> None:
         self._expert, self._base = expert, base
         self.infos: dict[str, TensorInfo] = {name: base.infos[name] for name in names} | expert.infos
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this stored name."""
+        """Returns the tensor of this stored name."""
         return (self._expert if name in self._expert.infos else self._base).tensor(name)
 
 
 def _refuse_repeated_names(path: Path) -> None:
-    """ValueError where the header of a file that the library accepts names a tensor twice: it takes the last one, other
-    readers may not."""
+    """Raises ValueError if a file's header repeats a tensor name.
+
+    The safetensors library accepts this and takes the last entry; other readers may take another.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("its header has a name twice")
-        return found
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("its header repeats a name")
+        return entries
 
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -217,7 +226,7 @@ def _refuse_repeated_names(path: Path) -> None:
 
 
 def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
-    """The object in a model folder's JSON file; ModelError where there is none, or the folder has links out of it."""
+    """Reads a JSON object from a model folder. Raises ModelError if it is missing or a link leaves the folder."""
     path = folder / file
     if not path.is_file():
         raise ModelError(f"{role}: {folder} has no {file}; give the folder that save_pretrained wrote")
@@ -227,13 +236,15 @@ def read_json(folder: Path, file: str, role: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{role}: {path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{role}: {path} holds no JSON object; give the folder that save_pretrained wrote")
+        raise ModelError(f"{role}: {path} is not a JSON object; give the folder that save_pretrained wrote")
     return content
 
 
 def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) -> None:
-    """ModelError where the config in a file asks for more layers than there are tensors, or for too many labels:
-    transformers makes an object of each before it looks at the tensors."""
+    """Raises ModelError if a config asks for more layers than the model has tensors, or for too many labels.
+
+    transformers creates an object for each layer and label before it reads the tensors.
+    """
     rest = [config]
     while rest:
         for key, value in rest.pop().items():
@@ -248,19 +259,21 @@ def check_counts(path: Path, role: str, config: dict[str, Any], tensors: int) ->
 
 
 def read_files(folder: Path) -> list[Path]:
-    """The files of a model folder that epmq or transformers read, in order; hidden ones are not."""
+    """The files of a model folder that epmq or transformers reads, sorted, without hidden files."""
     inner = folder / TEMPLATES
     paths = [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]
-    found = [path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in READ) and not path.is_dir()]
-    return sorted(path for path in found if not path.name.startswith("."))
+    files = [path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in READ) and not path.is_dir()]
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def refuse_links(folder: Path, role: str) -> None:
-    """ModelError where one of a folder's files is a link out of it, as what it leads to could end up in a checkpoint,
-    or may not be read."""
+    """Raises ModelError if one of a folder's files is unreadable or a link that leaves the folder.
+
+    The target of such a link could end up in a checkpoint.
+    """
     for path in read_files(folder):
         check_permitted(path, ModelError, role)
         if leaves(path, folder):
             raise ModelError(
-                f"{role}: {path} is a link to {path.resolve()}, outside of its folder; put the file itself there"
+                f"{role}: {path} is a link to {path.resolve()}, outside its folder; replace the link with the file"
             )

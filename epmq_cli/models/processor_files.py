@@ -1,8 +1,7 @@
-"""The files beside a model's weights from which transformers makes its tokenizer, its processors and its generation
-settings: which they are, copies of them, and whether a copy makes what the original makes.
+"""Finds and copies the tokenizer, processor and generation config files of a model, and checks the copies.
 
-What a tokenizer reads is what its class says (`vocab_files_names`). Files that engines beside transformers read, such
-as the `tokenizer.model` of llama.cpp, are known by the shape of their names.
+The class of a tokenizer lists the files that it reads (`vocab_files_names`). Name patterns cover the files that other
+inference engines read, such as the `tokenizer.model` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ OTHERS = (
     "generation_config.json",
 )
 PICTURES, COMBINED = "preprocessor_config.json", "processor_config.json"
-LARGEST = 256 << 20  # bytes of a file that a tokenizer may read
+LARGEST = 256 << 20  # bytes; larger files are not tokenizer files
 PROBE = "The quick brown fox, 12345 jumps!\n  \u00c4\u00f6\u00fc \u4f60\u597d  Over."
-"""A text of letters in both cases, digits, spaces, accents and another script."""
+"""A text with both letter cases, digits, whitespace, accents and a second script."""
 
 
 class ProcessorFiles:
-    """The tokenizer and the image processor or feature extractor of a base, and the files that they are made from.
+    """The tokenizer and the image processor or feature extractor of a base, and their files.
 
-    ModelError where the base has files of one of them and transformers cannot load it: a checkpoint could not, either.
+    Raises ModelError if the base has such files but transformers cannot load them, because a checkpoint would fail too.
     """
 
     def __init__(self, base: Path) -> None:
@@ -66,23 +65,27 @@ class ProcessorFiles:
         )
         if known and self._loaded.tokenizer is None:
             raise ModelError(
-                f"base: {base} has files of a tokenizer ({', '.join(known[:3])}) in which transformers finds no words; "
+                f"base: {base} has tokenizer files ({', '.join(known[:3])}) in which transformers finds no vocabulary; "
                 f"{_REMEDY}"
             )
 
     @property
     def files(self) -> list[str]:
-        """The files by their paths in the base's folder, in order. ModelError where one is a link out of it."""
+        """The sorted file paths, relative to the base's folder. Raises ModelError if a link leaves the folder."""
         read = self._loaded.vocabulary
-        found = [name for name in own_files(self._base) if name in read or matches(name, (*TOKENIZER, *OTHERS))]
-        for name in found:
+        names = [name for name in own_files(self._base) if name in read or matches(name, (*TOKENIZER, *OTHERS))]
+        for name in names:
             if leaves(self._base / name, self._base):
-                raise ModelError(f"base: {self._base / name} is a link out of its folder; put the file itself there")
-        return found
+                raise ModelError(
+                    f"base: {self._base / name} is a link out of its folder; replace the link with the file"
+                )
+        return names
 
     def copy(self, folder: Path) -> None:
-        """Copies the files into a checkpoint folder that has its config.json; CheckpointError where transformers does
-        not make of them what it makes of the base's."""
+        """Copies the files to a checkpoint folder that already has its config.json.
+
+        Raises CheckpointError if transformers does not load the same tokenizer and image processor from the copies.
+        """
         for name in self.files:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._base / name, folder / name)
@@ -90,19 +93,22 @@ class ProcessorFiles:
         try:
             after = _loaded(folder, tokenizer=before.tokenizer is not None, pictures=before.pictures is not None)
         except ModelError as error:
-            raise CheckpointError(f"the checkpoint is not written, since {error}") from error
+            raise CheckpointError(f"the checkpoint cannot be written: {error}") from error
         if (after.tokenizer, after.pictures) != (before.tokenizer, before.pictures):
             what = "tokenizer" if after.tokenizer != before.tokenizer else "image processor"
             raise CheckpointError(
-                f"the checkpoint is not written, since transformers makes another {what} of its files than of those in "
-                f"{self._base}; save the base's again with save_pretrained, and give that folder"
+                f"the checkpoint cannot be written: transformers loads a different {what} from it than from "
+                f"{self._base}; save the base's {what} again with save_pretrained and give that folder"
             )
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What transformers makes of a folder: a digest of what tells its tokenizer from others, None without one; the
-    files that tokenizers of its class read; and the class of its image processor or feature extractor."""
+    """What transformers loads from a folder.
+
+    `tokenizer`: a digest of the tokenizer, or None. `vocabulary`: the files that tokenizers of its class read.
+    `pictures`: the class of the image processor or feature extractor, or None.
+    """
 
     tokenizer: str | None
     vocabulary: tuple[str, ...]
@@ -110,14 +116,14 @@ class _Loaded:
 
 
 def _loaded(folder: Path, tokenizer: bool, pictures: bool) -> _Loaded:
-    """The answer of transformers, now or for the same files earlier; ModelError where it cannot load them."""
+    """Loads a folder with transformers, or reads the cached answer for the same files. Raises ModelError on failure."""
 
     def ask() -> list[Any]:
-        found = _tokenizer(folder) if tokenizer else None
-        own = None if found is None else hashlib.sha256(repr(_read(found)).encode()).hexdigest()
+        loaded = _tokenizer(folder) if tokenizer else None
+        own = None if loaded is None else hashlib.sha256(repr(_read(loaded)).encode()).hexdigest()
         processor = _pictures(folder) if pictures else None
         kind = None if processor is None else f"{type(processor).__module__}.{type(processor).__name__}"
-        return [own, sorted(_vocabulary_files(found, folder)), kind]
+        return [own, sorted(_vocabulary_files(loaded, folder)), kind]
 
     files = {name: _identity(folder / name) for name in own_files(folder)}
     own, vocabulary, kind = kept_answer({"loaded": files, "asked": [tokenizer, pictures]}, ask, __file__)
@@ -125,16 +131,16 @@ def _loaded(folder: Path, tokenizer: bool, pictures: bool) -> _Loaded:
 
 
 def _identity(path: Path) -> str | list[int]:
-    """The sha256 of a file; of one that is too large for a tokenizer's, its size and date."""
+    """The sha256 of a file, or its size and date if it is too large for a tokenizer file."""
     state = path.stat()
     return content(path).sha256 if state.st_size <= LARGEST else [state.st_size, state.st_mtime_ns]
 
 
-_REMEDY = "put its files there, or take all of them out to merge the weights alone"
+_REMEDY = "add the missing files, or remove all files of the tokenizer to merge only the weights"
 
 
 def own_files(folder: Path) -> Iterator[str]:
-    """The files of a folder and of its chat templates that are neither weights nor code, hidden ones left out."""
+    """Yields the files of a folder and its chat templates, without weights, code and hidden files."""
     paths = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
     for path in sorted(paths):
         if path.is_file() and not path.name.startswith(".") and path.suffix not in (*WEIGHTS, *CODE):
@@ -146,38 +152,42 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _other_names(folder: Path) -> list[str]:
-    """Files of unknown purpose; a tokenizer may read one of them."""
+    """The files of unknown purpose, since a tokenizer may read them."""
     known = (*OTHERS, "config.json", "*.safetensors", "*.index.json", "*.md", "LICENSE*", "NOTICE*", "*_state.json")
     return [name for name in own_files(folder) if not any(fnmatch(name, pattern) for pattern in known)]
 
 
 def _tokenizer(folder: Path) -> Any | None:
-    """The tokenizer; None where the folder has none or one without words. ModelError where it cannot be loaded."""
+    """Loads the tokenizer; None if it is missing or empty. Raises ModelError if it does not load."""
     from transformers import AutoTokenizer
 
     marked = any(matches(name, TOKENIZER) for name in own_files(folder))
     try:
-        found = from_folder(AutoTokenizer, folder)
+        tokenizer = from_folder(AutoTokenizer, folder)
     except ModelError as error:
         if not marked:
             return None
         reason = error.__cause__ or error
         code = "trust_remote_code" in str(reason)
-        why = "it needs code of its own, which epmq never runs" if code else first_line(reason)
+        why = "it needs its own code, which epmq never runs" if code else first_line(reason)
         raise ModelError(f"the tokenizer in {folder} does not load in transformers ({why}); {_REMEDY}") from error
-    return found if has_words(found) else None
+    return tokenizer if has_words(tokenizer) else None
 
 
 def has_words(tokenizer: Any) -> bool:
-    """Whether a tokenizer knows words: without a vocabulary transformers makes an empty one, to which every word is
-    unknown."""
+    """Whether a tokenizer has a vocabulary.
+
+    Without vocabulary files, transformers creates an empty tokenizer that maps every word to the unknown token.
+    """
     special = set(tokenizer.all_special_tokens)
     return any(word not in special and word.strip("\u2581 ") for word in tokenizer.get_vocab())
 
 
 def _pictures(folder: Path) -> Any | None:
-    """The image processor, or the feature extractor where the settings are those of one; None where the folder has
-    neither. ModelError where it cannot be loaded."""
+    """Loads the image processor or the feature extractor; None if the folder has neither.
+
+    Raises ModelError if it does not load.
+    """
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     combined = folder / COMBINED
@@ -194,7 +204,7 @@ def _pictures(folder: Path) -> Any | None:
 
 
 def _vocabulary_files(tokenizer: Any | None, folder: Path) -> set[str]:
-    """What the classes of a tokenizer read: of the one that was loaded, and of the one that its settings name."""
+    """The names of the files that the loaded tokenizer's class and the class in its config read."""
     if tokenizer is None:
         return set()
     path = folder / "tokenizer_config.json"
@@ -205,27 +215,29 @@ def _vocabulary_files(tokenizer: Any | None, folder: Path) -> set[str]:
 
 
 def _class(name: str) -> type | None:
-    """The class of a tokenizer; None where transformers has none of this name, or not what it needs."""
+    """The tokenizer class of this name; None if transformers lacks the class or a dependency of it."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     try:
-        found: type | None = tokenizer_class_from_name(name)
-        return found if found is not None and found.__mro__ else None
+        cls: type | None = tokenizer_class_from_name(name)
+        return cls if cls is not None and cls.__mro__ else None
     except ImportError:
         return None
 
 
 def _read(tokenizer: Any | None) -> Any:
-    """What tells two tokenizers apart: their class and template, and their rules, or their words and the tokens of a
-    text where those are in Python."""
+    """The features that identify a tokenizer: its class, its chat template, and its rules.
+
+    A tokenizer in pure Python has no rules to compare; its vocabulary and the tokens of a test text stand for them.
+    """
     if tokenizer is None:
         return None
     rules = getattr(tokenizer, "backend_tokenizer", None)
-    found: list[Any] = [f"{type(tokenizer).__module__}.{type(tokenizer).__name__}", tokenizer.chat_template]
+    features: list[Any] = [f"{type(tokenizer).__module__}.{type(tokenizer).__name__}", tokenizer.chat_template]
     if rules is not None:
-        return [*found, rules.to_str()]
+        return [*features, rules.to_str()]
     try:
         ids = tokenizer(PROBE)["input_ids"]
-    except Exception as error:  # one that reads no plain text, such as that of a table
+    except Exception as error:  # a tokenizer that does not accept plain text, such as one for tables
         ids = [type(error).__name__]
-    return [*found, sorted(tokenizer.get_vocab().items(), key=repr), ids]
+    return [*features, sorted(tokenizer.get_vocab().items(), key=repr), ids]

@@ -1,11 +1,11 @@
-"""From what a suite calls a model to the folder or file that holds it.
+"""Resolves a model name in a suite to a local folder or file.
 
 shipped:tiny/base            inside this package
-open_clip:ViT-B-32/openai    by one of open_clip's own names (open_clip/registry.py)
+open_clip:ViT-B-32/openai    a pretrained model of open_clip (open_clip/registry.py)
 models/base, experts/a.pt    on disk: a folder, or one file (.safetensors, .pt, .pth, .bin)
-owner/name                   of the hub, or of its mirror where the suite has a root
-owner/name@revision          likewise: a branch, tag or commit; in a mirror the folder of that very name
-owner/name:path/in/it        likewise: a folder or a file inside
+owner/name                   on the hub, or in a mirror if the suite has a root
+owner/name@revision          a branch, tag or commit; a mirror has a folder of exactly this name
+owner/name:path/in/it        a folder or a file inside the repository
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def locate(source: str, role: str, root: str | None = None) -> Path:
-    """The folder or file of a model.
+    """Returns the folder or file of a model.
 
-    What is on disk under this name comes first, then `root`, a mirror with the layout `<root>/<owner>/<name>`, then
-    the hub, from where it is downloaded once into the hub's own cache (nothing is fetched under HF_HUB_OFFLINE=1).
-    `role` names the model in errors, such as "base" or "expert of task sst2".
+    A local path takes precedence. Next comes `root`, a mirror with the layout `<root>/<owner>/<name>`. Last comes the
+    hub, which downloads the model once to its own cache. With HF_HUB_OFFLINE=1, nothing is downloaded. `role`: the name
+    of the model in error messages, such as "base" or "expert of task sst2".
     """
     if source.startswith(SHIPPED_SCHEME):
         name = source.removeprefix(SHIPPED_SCHEME)
         folder = SHIPPED / name
         if escapes(name) or not folder.is_dir():
-            raise ModelError(f"{role}: nothing called {source} is shipped with epmq")
+            raise ModelError(f"{role}: {source} is not shipped with epmq; check the name")
         return folder
     if source.startswith(SCHEME):
         return locate_open_clip(source, role, root)
     path = expanded(source, role)
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
         return path
-    found = HUB_ID.fullmatch(source)
-    if found is None or escapes(source.replace(":", "/")) or path.exists() or Path(found["repo"]).suffix in FILES:
+    hub_id = HUB_ID.fullmatch(source)
+    if hub_id is None or escapes(source.replace(":", "/")) or path.exists() or Path(hub_id["repo"]).suffix in FILES:
         raise ModelError(
-            f"{role}: {source} is not a folder or file ({', '.join(FILES)}) that is there; "
-            "give one, or an id of the hub (owner/name, owner/name@revision, owner/name:path/in/it)"
+            f"{role}: {source} is neither an existing folder or file ({', '.join(FILES)}) nor a hub id (owner/name, "
+            "owner/name@revision, owner/name:path/in/it); check the path"
         )
-    mirrored = _in_mirror(expanded(root, "suite.root"), source, found) if root else None
-    return mirrored or _download(found["repo"], found["revision"], found["inside"], role, root)
+    mirrored = _in_mirror(expanded(root, "suite.root"), source, hub_id) if root else None
+    return mirrored or _download(hub_id["repo"], hub_id["revision"], hub_id["inside"], role, root)
 
 
-def _in_mirror(root: Path, source: str, found: re.Match[str]) -> Path | None:
-    path = root / source.partition(":")[0] / (found["inside"] or "")
+def _in_mirror(root: Path, source: str, hub_id: re.Match[str]) -> Path | None:
+    path = root / source.partition(":")[0] / (hub_id["inside"] or "")
     return path if path.exists() else None
 
 
@@ -64,19 +64,19 @@ def _download(repo: str, revision: str | None, inside: str | None, role: str, ro
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(READ)  # the pickles that some repositories also have only where they are named
-    if inside:  # a file, and the configs beside it; or a folder
+    patterns = list(READ)  # without pickles, which are downloaded only if the suite names them
+    if inside:  # a file with the configs beside it, or a folder
         file = inside.endswith(FILES)
         patterns = [inside, str(Path(inside).parent / "*.json")] if file else [f"{inside}/{p}" for p in READ]
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / (inside or "")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
-        places = f"here nor under {root}" if root else "here"
+        places = f"locally or under {root}" if root else "locally"
         raise ModelError(
-            f"{role}: {repo} is neither a folder {places} nor can it be had from the hub; "
-            f"check the name and the network ({reason})"
+            f"{role}: {repo} was not found {places} and cannot be downloaded from the hub ({reason}); "
+            "check the name and the network"
         ) from error
     if not path.exists():
-        raise ModelError(f"{role}: {repo} has no {inside}; check the path behind the colon")
+        raise ModelError(f"{role}: {repo} has no {inside}; check the path after the colon")
     return path

@@ -1,5 +1,7 @@
-"""Whether experts read texts with the tokens of their base: the same words must have the same numbers, or rows of the
-embeddings that mean different words are merged."""
+"""Checks that experts use the token ids of their base.
+
+If a token has different ids, the merge combines embedding rows of different tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ log = logging.getLogger("epmq")
 
 
 def check_tokens(base: ModelFolder, experts: Mapping[str, ModelFolder], processors: Mapping[str, str]) -> None:
-    """ModelError where an expert's tokenizer numbers a token in another way than the base's, whatever files they are
-    made of; `processors`: the option of each task, with `base` of which it is a warning. Tokens that only one of them
-    has are allowed: see `vocabulary` of a suite. A warning where two experts give one number to different tokens.
+    """Raises ModelError if an expert's tokenizer gives a token another id than the base's tokenizer does.
 
-    Without files of its own an expert has the base's tokenizer. transformers is asked where files differ.
+    `processors`: the `suite.processor` option of each task; with `base`, the error becomes a warning. Tokens that only
+    one of the tokenizers has are allowed: see `suite.vocabulary`. If two experts give one id to different tokens, epmq
+    warns. An expert without tokenizer files uses the base's tokenizer. Only different files are loaded with
+    transformers.
     """
     bases = processor_files(base.path, "texts")
     known: dict[str, int] = {}
@@ -35,27 +38,26 @@ def check_tokens(base: ModelFolder, experts: Mapping[str, ModelFolder], processo
         if bases and not known:
             known = vocabulary(base.path, base.path)
         try:
-            found = vocabulary(expert.path, base.path)
+            ids = vocabulary(expert.path, base.path)
         except ModelError as error:
             _refused(f"{expert.role}: its own tokenizer cannot be read: {error}", processors[task])
             continue
         if first is None:
-            first, known = expert, found
-        token = next((token for token in sorted(known, key=known.__getitem__) if _differs(token, known, found)), None)
+            first, known = expert, ids
+        token = next((token for token in sorted(known, key=known.__getitem__) if _differs(token, known, ids)), None)
         if token is not None:
             _refused(
-                f"{expert.role} ({expert.path}) has another tokenizer than {_named(first)}: token {token!r} is "
-                f"{found[token]} in its tokenizer and {known[token]} in the other, so it was trained on other rows of "
-                "the embeddings",
+                f"{expert.role} ({expert.path}) has a different tokenizer than {_named(first)}: token {token!r} has id "
+                f"{ids[token]} in its tokenizer and id {known[token]} in the other, so the embedding rows do not match",
                 processors[task],
             )
             continue
-        _note_added(expert, {token: number for token, number in found.items() if token not in known}, added)
+        _note_added(expert, {token: number for token, number in ids.items() if token not in known}, added)
 
 
-def _differs(token: str, known: Mapping[str, int], found: Mapping[str, int]) -> bool:
-    """Whether both number a token, in two ways."""
-    return found.get(token, known[token]) != known[token]
+def _differs(token: str, known: Mapping[str, int], ids: Mapping[str, int]) -> bool:
+    """Whether both vocabularies have a token, with different ids."""
+    return ids.get(token, known[token]) != known[token]
 
 
 def _named(model: ModelFolder) -> str:
@@ -63,29 +65,31 @@ def _named(model: ModelFolder) -> str:
 
 
 def _refused(problem: str, processor: str) -> None:
-    """The problem as an error, or as a warning where the task is read with the base's tokenizer in any case."""
+    """Raises the problem as an error, or logs a warning if the task uses the base's tokenizer anyway."""
     if processor != "base":
         raise ModelError(f"{problem}; {REMEDY}")
     log.warning("%s; %s", problem, REMEDY)
 
 
 def _note_added(expert: ModelFolder, tokens: Mapping[str, int], added: dict[int, tuple[str, str]]) -> None:
-    """Adds the tokens that an expert has beyond the base's to those of the experts before it."""
+    """Records the tokens that an expert adds to the base's. Warns if an earlier expert uses an id for another token."""
     for token, number in tokens.items():
         other, role = added.setdefault(number, (token, expert.role))
         if other != token:
             log.warning(
-                "%s: token %d is %r in its tokenizer and %r in that of the %s; their rows of the embeddings are merged",
+                "%s: token id %d is %r in its tokenizer and %r in that of the %s, but their embedding rows are merged",
                 expert.role, number, token, other, role,
             )  # fmt: skip
             return
 
 
 def vocabulary(folder: Path, base: Path) -> dict[str, int]:
-    """Token -> number of a folder's tokenizer, as transformers reads it. The config of the base says of which kind it
-    is where there is none in the folder, such as an adapter's."""
+    """Token -> id of a folder's tokenizer, as transformers reads it.
+
+    If the folder has no config, as with an adapter, the base's config determines the type of the tokenizer.
+    """
     from transformers import AutoTokenizer
 
     options = {} if (folder / "config.json").is_file() else {"config": config_of(base)}
-    found: dict[str, int] = from_folder(AutoTokenizer, folder, **options).get_vocab()
-    return found
+    ids: dict[str, int] = from_folder(AutoTokenizer, folder, **options).get_vocab()
+    return ids

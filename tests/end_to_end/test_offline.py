@@ -47,7 +47,9 @@ def test_transformers_asks_nothing_online_either(
 
 
 def test_what_is_not_there_is_not_asked_for_offline(asked: list[Any]) -> None:
-    with pytest.raises(ModelError, match="someone/something is neither a folder here nor can it be had from the hub"):
+    with pytest.raises(
+        ModelError, match="someone/something was not found locally and cannot be downloaded from the hub"
+    ):
         locate("someone/something", "base")
     for count in (None, 3):
         with pytest.raises(DataError, match="data set someone/something cannot be loaded"):

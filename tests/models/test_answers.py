@@ -1,4 +1,4 @@
-"""Oracle: what transformers says when it is asked again, with nothing kept."""
+"""Oracle: a new answer of transformers with an empty cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the answers, which is empty, with no answer left in memory."""
+    """The empty cache folder. The in-memory caches are empty too."""
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
     forget()
     return tmp_path / "cache" / "transformers"

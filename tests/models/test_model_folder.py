@@ -1,4 +1,4 @@
-"""Oracles: tensors written by transformers and safetensors themselves; damage is named."""
+"""Oracle: the tensors that transformers and safetensors write. Error messages name corrupted files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_where_there_is_an_index_too_the_single_file_is_read_as_transformers_doe
 
 def test_a_config_that_names_files_of_its_own_is_refused(single: Path) -> None:
     (single / "config.json").write_text('{"model_type": "x", "transformers_weights": "other.safetensors"}')
-    with pytest.raises(ModelError, match=r"names files of its own \(transformers_weights\)"):
+    with pytest.raises(ModelError, match="sets transformers_weights, which epmq does not support; rename the weights"):
         ModelFolder(single, "base")
 
 
@@ -75,7 +75,9 @@ def test_a_config_that_names_files_of_its_own_is_refused(single: Path) -> None:
 def test_truncated_files_are_named(single: Path, keep: int) -> None:
     path = single / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match=r"base: .*model.safetensors is damaged or not safetensors .*fetch it again"):
+    with pytest.raises(
+        ModelError, match=r"base: .*model.safetensors is corrupted or not a safetensors file .*fetch it again"
+    ):
         ModelFolder(single, "base")
 
 
@@ -83,10 +85,10 @@ def test_missing_parts_are_named(single: Path) -> None:
     (single / "model.safetensors").rename(single / "shard.safetensors")
     index = {"weight_map": {"a": "shard.safetensors", "c": "shard.safetensors"}}
     (single / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="'c', which the index of .* names, is in no file"):
+    with pytest.raises(ModelError, match="the index of .* names the tensor 'c', which is not in its file; fetch"):
         ModelFolder(single, "base")
     (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
-    with pytest.raises(ModelError, match=r"'other.safetensors', which the index .* names, is not in that folder"):
+    with pytest.raises(ModelError, match="the index of .* names 'other.safetensors', which is not in that folder"):
         ModelFolder(single, "base")
 
 
@@ -117,26 +119,26 @@ def test_folders_without_weights_or_config_say_what_to_do(single: Path, tmp_path
 def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
     assert locate(str(tmp_path), "base") == tmp_path
     assert locate("shipped:tiny/base", "base") == SHIPPED / "tiny" / "base"
-    with pytest.raises(ModelError, match="base: nothing called shipped:huge is shipped"):
+    with pytest.raises(ModelError, match="base: shipped:huge is not shipped with epmq"):
         locate("shipped:huge", "base")
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_paths_that_are_not_there_are_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(ModelError, match=r"is not a folder or file .* give one, or an id of the hub"):
+    with pytest.raises(ModelError, match=r"is neither an existing folder or file .* nor a hub id .*; check the path"):
         locate(source, "base")
 
 
 def test_an_id_that_cannot_be_had_offline_says_so() -> None:
     with pytest.raises(
-        ModelError, match="expert of task x: someone/something is neither a folder here nor can it be had"
+        ModelError, match="expert of task x: someone/something was not found locally and cannot be downloaded"
     ):
         locate("someone/something", "expert of task x")
 
 
 @pytest.fixture
 def mirror(tmp_path: Path) -> Path:
-    """owner/name with a file and a folder, and one revision of it."""
+    """A mirror with owner/name, which has a folder and a file, and with one revision of it."""
     for folder in ("owner/name/sub", "owner/name@v1.0", "plain"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "owner/name/sub/expert.pt").touch()
@@ -160,13 +162,13 @@ def test_ids_are_looked_for_in_the_mirror(source: str, path: str, mirror: Path) 
 @pytest.mark.parametrize("source", ["owner/other", "owner/name@v2", "owner/name:sub/none.pt"])
 def test_what_the_mirror_lacks_is_asked_of_the_hub(source: str, mirror: Path) -> None:
     repo = source.partition("@")[0].partition(":")[0]
-    with pytest.raises(ModelError, match=f"{repo} is neither a folder here nor under {mirror} nor can it be had"):
+    with pytest.raises(ModelError, match=f"{repo} was not found locally or under {mirror} and cannot be downloaded"):
         locate(source, "base", str(mirror))
 
 
 @pytest.mark.parametrize("name", ["../../..", "/etc", "tiny/../../shipped", ".."])
 def test_what_is_shipped_is_inside_the_package(name: str) -> None:
-    with pytest.raises(ModelError, match=f"base: nothing called shipped:{name} is shipped"):
+    with pytest.raises(ModelError, match=f"base: shipped:{name} is not shipped with epmq"):
         locate(f"shipped:{name}", "base")
 
 
@@ -182,7 +184,7 @@ def test_what_is_shipped_is_inside_the_package(name: str) -> None:
     ],
 )
 def test_paths_inside_an_id_stay_inside(source: str, mirror: Path) -> None:
-    with pytest.raises(ModelError, match="is not a folder or file .* that is there"):
+    with pytest.raises(ModelError, match="is neither an existing folder or file .* nor a hub id"):
         locate(source, "base", str(mirror))
 
 

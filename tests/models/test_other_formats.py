@@ -1,4 +1,4 @@
-"""Oracles: the folders that other tools write; the commands that messages print, which are run."""
+"""Oracles: the folders that other tools write, and the printed conversion commands, which the tests run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.minihub import IDS, SIZE, tokenizer
 
 
 def saved(folder: Path, shards: bool = False) -> LlamaForCausalLM:
-    """A model as transformers 4 wrote it, with its tokenizer."""
+    """Saves a model and its tokenizer in the format of transformers 4."""
     model = LlamaForCausalLM(LlamaConfig(**SIZE, **IDS))
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
@@ -39,10 +39,10 @@ def saved(folder: Path, shards: bool = False) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_the_command_for_a_folder_of_pickles_makes_a_model_folder(shards: bool, tmp_path: Path) -> None:
-    """Oracle: the tensors that were saved; the folder has a space and a quote in its name."""
+    """Oracle: the saved tensors. The folder name contains a space and a quote."""
     folder = tmp_path / "it's mine"
     model = saved(folder, shards)
-    with pytest.raises(ModelError, match="base: .* holds its weights as a pickle .*; convert it and give") as raised:
+    with pytest.raises(ModelError, match="base: .* stores its weights as a pickle .*; convert it and give") as raised:
         open_base(folder, "base")
     code = shlex.split(str(raised.value).partition("new folder: ")[2])
     assert code[:2] == ["python", "-c"]
@@ -82,11 +82,11 @@ def test_a_trainers_folder_names_the_folders_inside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["model.Q4_K_M.gguf"], "weights of llama.cpp"),
-        (["consolidated.00.pth", "params.json"], "their makers' own names"),
+        (["model.Q4_K_M.gguf"], "contains llama.cpp weights"),
+        (["consolidated.00.pth", "params.json"], "their authors' own format"),
         (["config.json", "tf_model.h5"], "transformers 4 .*from_tf=True"),
         (["config.json", "flax_model.msgpack"], "transformers 4 .*from_flax=True"),
-        (["config.json", "model.onnx"], "an exported graph"),
+        (["config.json", "model.onnx"], "an ONNX export"),
         (["config.json", "__0_0.distcp"], "accelerate merge-weights"),
         (["config.json", "zero_to_fp32.py", "latest"], r"zero_to_fp32.py . OUT"),
         (["config.json", "optimizer.pt", "trainer_state.json"], "the state of a trainer"),

@@ -1,4 +1,4 @@
-"""Oracle: a folder whose JSON files name Python code beside them; the code would leave a file behind if it were run."""
+"""Oracle: a folder whose JSON files name Python code. The code would create a file if it ran."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def edit(path: Path, **fields: Any) -> None:
 
 @pytest.fixture
 def folder(bert_hub: Path, tmp_path: Path) -> Path:
-    """A BERT with code beside it that nothing names yet."""
+    """A BERT folder with a code file that no JSON file names yet."""
     folder = Path(shutil.copytree(bert_hub / "base", tmp_path / "base"))
     (folder / "evil.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
     return folder
@@ -32,7 +32,7 @@ def folder(bert_hub: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Neither is anybody asked."""
+    """Fails if the code runs or if transformers asks on the terminal."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
     yield
     assert not (tmp_path / "ran").exists()
@@ -45,7 +45,7 @@ def test_code_beside_a_model_that_transformers_has_is_left_alone(folder: Path) -
 
 def test_code_of_a_model_that_transformers_lacks_is_refused(folder: Path) -> None:
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Evil"}, model_type="evil")
-    with pytest.raises(ModelError, match="brings code of its own .* which epmq never runs; give a model") as raised:
+    with pytest.raises(ModelError, match="needs its own code .* which epmq never runs; give a model") as raised:
         from_folder(AutoConfig, folder)
     assert "\n" not in str(raised.value)
 
@@ -58,7 +58,7 @@ def test_code_of_a_tokenizer_that_transformers_can_replace_is_left_alone(folder:
 def test_code_of_an_image_processor_is_refused(folder: Path) -> None:
     named = {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "Evil"}
     (folder / "preprocessor_config.json").write_text(json.dumps(named))
-    with pytest.raises(ModelError, match="brings code of its own .* which epmq never runs; give a model"):
+    with pytest.raises(ModelError, match="needs its own code .* which epmq never runs; give a model"):
         from_folder(AutoImageProcessor, folder)
 
 
@@ -76,7 +76,7 @@ def test_an_evaluated_checkpoint_brings_no_code(bert_hub: Path, tmp_path: Path, 
     edit(checkpoint / "config.json", auto_map={"AutoConfig": "evil.Evil"}, model_type="evil")
     result = epmq_inside("eval", str(checkpoint))
     assert result.returncode == 1
-    assert "brings code of its own" in result.stderr
+    assert "needs its own code" in result.stderr
 
 
 def test_pickled_weights_beside_are_not_opened(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Oracles: transformers' own loaders, of the base's folder and of the checkpoint's; what its classes say they read."""
+"""Oracles: transformers' loaders on the base and on the checkpoint, and the files that its classes read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = "good film"
 
 
 def base(folder: Path, kind: str = "llama", **files: str) -> Path:
-    """A folder with a config and these files."""
+    """Creates a folder with a config and these files."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     for name, text in files.items():
@@ -29,14 +29,14 @@ def base(folder: Path, kind: str = "llama", **files: str) -> Path:
 
 
 def copied(source: Path, target: Path) -> set[str]:
-    """The files of a checkpoint, but for its config."""
+    """Copies the files to a checkpoint and returns their names, without the config."""
     base(target, json.loads((source / "config.json").read_text())["model_type"])
     ProcessorFiles(source).copy(target)
     return {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()} - {"config.json"}
 
 
 def phobert(folder: Path) -> Path:
-    """A base whose tokenizer reads vocab.txt and bpe.codes."""
+    """Creates a base whose tokenizer reads vocab.txt and bpe.codes."""
     words = "".join(f"{word} {9 - place}\n" for place, word in enumerate(("good", "film", "b@@", "ad")))
     return base(
         folder,
@@ -60,7 +60,7 @@ def test_what_the_class_of_a_tokenizer_reads_is_copied(tmp_path: Path) -> None:
 def test_a_name_that_nobody_foresaw_is_copied_where_a_class_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next tokenizer: the same one under other names."""
+    """Stands for a future tokenizer: the same files under other names."""
     monkeypatch.setattr(PhobertTokenizer, "vocab_files_names", {"vocab_file": "words.lst", "merges_file": "pairs.lst"})
     source = phobert(tmp_path / "base")
     (source / "vocab.txt").rename(source / "words.lst")
@@ -77,7 +77,7 @@ def test_a_checkpoint_whose_tokenizer_does_not_load_is_never_complete(
     source = phobert(tmp_path / "base")
     known = ProcessorFiles(source)
     monkeypatch.setattr(ProcessorFiles, "files", ["vocab.txt", "tokenizer_config.json"])
-    with pytest.raises(CheckpointError, match=r"the checkpoint is not written, since .*"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint cannot be written: .*"):
         known.copy(base(tmp_path / "made", "roberta"))
 
 
@@ -90,7 +90,9 @@ def test_a_checkpoint_that_reads_texts_otherwise_is_never_complete(
     content = json.loads((source / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}
     (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="makes another tokenizer of its files than of those in"):
+    with pytest.raises(
+        CheckpointError, match="loads a different tokenizer from it than from .*; save the base's tokenizer again"
+    ):
         known.copy(base(tmp_path / "made"))
 
 
@@ -128,10 +130,10 @@ def test_image_processors_and_feature_extractors_load(kind: str, tmp_path: Path)
     ("files", "message"),
     [
         ({"tokenizer.json": "{"}, "the tokenizer in .* does not load in transformers"),
-        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "finds no words|does not load"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "finds no vocabulary|does not load"),
         (
             {"tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["x.T", None]}}), "x.py": "1 / 0"},
-            "it needs code of its own, which epmq never runs.*take all of them out to merge the weights alone",
+            "it needs its own code, which epmq never runs.*remove all files of the tokenizer to merge only the weights",
         ),
         ({"preprocessor_config.json": '{"image_processor_type": "NoSuch"}'}, "cannot be read by AutoImageProcessor"),
     ],
@@ -167,7 +169,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_downloaded_has_the_words_of_every_tokenizer_and_no_pickle() -> None:
-    """Oracle: `vocab_files_names` of all tokenizers that transformers has."""
+    """Oracle: `vocab_files_names` of all tokenizers in transformers."""
     names = {
         kind
         for kinds in TOKENIZER_MAPPING_NAMES.values()
@@ -178,7 +180,7 @@ def test_what_is_downloaded_has_the_words_of_every_tokenizer_and_no_pickle() -> 
     for name in sorted(names):
         try:
             files |= {*getattr(tokenizer_class_from_name(name), "vocab_files_names", {}).values()}
-        except ImportError:  # of an extra that is not installed
+        except ImportError:  # its optional dependency is not installed
             continue
     files |= {"tokenizer.model.v3", "source.spm", "qwen.tiktoken", "additional_chat_templates/tool.jinja"}
     assert len(files) > 15

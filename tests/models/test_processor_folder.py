@@ -1,4 +1,4 @@
-"""Oracle: the files of tokenizers and image processors that transformers writes and reads."""
+"""Oracle: the tokenizer and image processor files that transformers writes and reads."""
 
 from __future__ import annotations
 

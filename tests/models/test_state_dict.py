@@ -1,4 +1,4 @@
-"""Oracle: the tensors that torch.save was given; nothing that is not a state dict is read, and no code is run."""
+"""Oracle: the tensors that torch.save wrote. epmq reads state dicts only and runs no code."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ def test_state_dicts_are_read_in_all_their_wrappings(content: dict[str, Any], zi
 
 
 def test_a_file_with_several_state_dicts_names_them(tmp_path: Path) -> None:
-    """Oracle: the command that the message prints, which makes a file of one of them."""
+    """Oracle: the command in the message, which saves one of them to a file."""
     path = tmp_path / "both.pt"
     torch.save({"model": STATE, "model_ema": STATE, "epoch": 3}, path)
-    with pytest.raises(ModelError, match="holds several state dicts, model, model_ema; save one of them") as raised:
+    with pytest.raises(
+        ModelError, match=r"contains several state dicts \(model, model_ema\); save one of them"
+    ) as raised:
         open_file(path, "expert")
-    command = str(raised.value).partition("such as ")[2].replace("'one.pt'", repr(str(tmp_path / "one.pt")))
+    command = str(raised.value).partition("for example with ")[2].replace("'one.pt'", repr(str(tmp_path / "one.pt")))
     exec(command, {"torch": torch})
     assert torch.equal(open_file(tmp_path / "one.pt", "expert").tensor("a.weight"), STATE["a.weight"])
 
 
 class Marker:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,13 +69,15 @@ def test_pickled_modules_and_code_are_refused_and_not_run(tmp_path: Path) -> Non
     path, trace = tmp_path / "expert.pt", tmp_path / "trace"
     for content in (torch.nn.Linear(2, 2), Marker(trace), {"state_dict": STATE, "callback": Marker(trace)}):
         torch.save(content, path)
-        with pytest.raises(ModelError, match=r"expert: .* is not a plain state dict .* epmq never runs; .*state_dict"):
+        with pytest.raises(
+            ModelError, match=r"expert: .* is not a plain state dict: .* epmq never loads; .*state_dict"
+        ):
             open_file(path, "expert")
     assert not trace.exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [([1, 2], "holds a list, no state dict"), ({"epoch": 3}, "holds no tensors by name")]
+    ("content", "reason"), [([1, 2], "contains a list, not a state dict"), ({"epoch": 3}, "contains no named tensors")]
 )
 def test_other_contents_say_what_to_save(content: Any, reason: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "expert.bin")
@@ -105,7 +109,7 @@ def test_a_file_is_an_expert_with_the_bases_config_and_no_base(tmp_path: Path) -
 
 
 def test_parameters_that_require_gradients_are_tensors_like_others(tmp_path: Path) -> None:
-    """As `torch.save(dict(model.named_parameters()), FILE)` writes them."""
+    """The file comes from `torch.save(dict(model.named_parameters()), FILE)`."""
     model = torch.nn.Linear(2, 3)
     torch.save(dict(model.named_parameters()), tmp_path / "expert.pt")
     found = open_file(tmp_path / "expert.pt", "expert")
@@ -127,5 +131,7 @@ def test_parameters_that_require_gradients_are_tensors_like_others(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_tensors_without_plain_values_are_refused(change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     torch.save({**STATE, "w": change(torch.ones(2, 2))}, tmp_path / "expert.pt")
-    with pytest.raises(ModelError, match=r"expert: .*expert.pt (holds 'w' as a sparse|cannot be read).*; save model"):
+    with pytest.raises(
+        ModelError, match=r"expert: .*expert.pt (contains 'w' as a sparse|cannot be read).*; save model"
+    ):
         open_file(tmp_path / "expert.pt", "expert")

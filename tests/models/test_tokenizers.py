@@ -1,4 +1,4 @@
-"""Oracle: tokenizers of the same and of another vocabulary, saved by transformers or in the files of older versions."""
+"""Oracle: tokenizers with equal and different vocabularies, in the files of current and older transformers versions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def opened(path: Path) -> ModelFolder:
 
 
 def words(path: Path, model: Any, *added: str) -> ModelFolder:
-    """A folder with a tokenizer as transformers 5 saves it."""
+    """Creates a folder with a tokenizer as transformers 5 saves it."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
@@ -52,7 +52,7 @@ def level(vocabulary: Mapping[str, int]) -> Any:
 
 
 def pairs(path: Path, tokens: list[str], **config: Any) -> ModelFolder:
-    """A folder with vocab.json and merges.txt alone."""
+    """Creates a folder with vocab.json, merges.txt and a tokenizer config."""
     found = opened(path)
     (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (path / "merges.txt").write_text("#version: 0.2\n")
@@ -86,7 +86,8 @@ def test_the_same_tokens_must_have_the_same_numbers(
         check(base, other)
     else:
         with pytest.raises(
-            ModelError, match=r"expert \(.*\) has another tokenizer than the base \(.*\): token 'red' is . in its token"
+            ModelError,
+            match=r"expert \(.*\) has a different tokenizer than the base \(.*\): token 'red' has id . in its",
         ):
             check(base, other)
         check(base, other, processor="base")
@@ -97,23 +98,23 @@ def test_vocabularies_are_compared_whatever_files_they_are_in(tmp_path: Path) ->
     base = pairs(tmp_path / "base", PAIRS)
     check(base, pairs(tmp_path / "same", PAIRS), opened(tmp_path / "none"))
     check(base, pairs(tmp_path / "longer", [*PAIRS, "d"]))
-    with pytest.raises(ModelError, match=r"token 'a' is 6 in its tokenizer and 5 in the other"):
+    with pytest.raises(ModelError, match=r"token 'a' has id 6 in its tokenizer and id 5 in the other"):
         check(base, pairs(tmp_path / "swapped", [*PAIRS[:5], "b", "a", "c"]))
-    with pytest.raises(ModelError, match=r"token '<pad>' is 0 in its tokenizer and 1 in the other"):
+    with pytest.raises(ModelError, match=r"token '<pad>' has id 0 in its tokenizer and id 1 in the other"):
         check(base, words(tmp_path / "other", level(WORDS)))
-    (tmp_path / "bare").mkdir()  # as an adapter's folder may be: the base's config says what kind it is
+    (tmp_path / "bare").mkdir()  # like an adapter's folder: the base's config determines the tokenizer type
     shutil.copy(tmp_path / "swapped" / "vocab.json", tmp_path / "bare")
     shutil.copy(tmp_path / "swapped" / "merges.txt", tmp_path / "bare")
     bare = opened(tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
-    with pytest.raises(ModelError, match="token 'a' is 6"):
+    with pytest.raises(ModelError, match="token 'a' has id 6"):
         check(base, bare)
 
 
 def test_experts_of_a_base_without_tokenizer_are_compared_with_each_other(tmp_path: Path) -> None:
     one, other = words(tmp_path / "one", level(WORDS)), words(tmp_path / "two", level({**WORDS, "red": 2, "blue": 1}))
     check(opened(tmp_path / "base"), one)
-    with pytest.raises(ModelError, match=r"two \(.*\) has another tokenizer than the one \(.*\): token 'red'"):
+    with pytest.raises(ModelError, match=r"two \(.*\) has a different tokenizer than the one \(.*\): token 'red'"):
         check(opened(tmp_path / "base"), one, other)
 
 
@@ -124,7 +125,7 @@ def test_two_experts_that_give_a_number_to_different_tokens_are_named(
     experts = [words(tmp_path / name, level(WORDS), name) for name in ("green", "black")]
     with caplog.at_level(logging.WARNING, "epmq"):
         check(base, *experts)
-    assert "black: token 3 is 'black' in its tokenizer and 'green' in that of the green" in caplog.text
+    assert "black: token id 3 is 'black' in its tokenizer and 'green' in that of the green" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"vocab": 3}}', "[" * 100_000])
@@ -147,7 +148,9 @@ def test_a_run_refuses_an_expert_of_another_tokenizer(tmp_path: Path) -> None:
     vocabulary = swapped["model"]["vocab"]
     vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
     (tmp_path / "first" / "tokenizer.json").write_text(json.dumps(swapped))
-    with pytest.raises(ModelError, match="expert of task first .* has another tokenizer than the base .*: token 'red'"):
+    with pytest.raises(
+        ModelError, match="expert of task first .* has a different tokenizer than the base .*: token 'red'"
+    ):
         run_in(tmp_path / "run", source, f"suite.tasks.first.expert={tmp_path / 'first'}")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / "base" / name, tmp_path / "first")

@@ -1,4 +1,4 @@
-"""Oracles: the tensors themselves, under whatever names training code saved them."""
+"""Oracle: the tensors themselves, under the names that training code gives them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLIP = tuple(f"{tower}.encoder.layers.{i}.mlp.fc1.weight" for tower in ("text_mo
 
 
 class Named:
-    """A tensor for each name, whose value is the place of the name."""
+    """One tensor per name; its value is the position of the name."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._values = {name: torch.tensor([float(place)]) for place, name in enumerate(names)}
@@ -79,11 +79,11 @@ def test_wrapped_names_are_read_as_the_bases(case: str, monkeypatch: pytest.Monk
     for name, stored in wanted.items():
         assert torch.equal(found.tensor(own[name]), base.tensor(stored))
     assert len(said) == 1
-    assert said[0].startswith("expert of task a: the names of its tensors are read with")
+    assert said[0].startswith("expert of task a: its tensor names are read with")
 
 
 def test_heads_get_the_same_treatment() -> None:
-    """A renaming that takes in all names wins over one that takes in the encoder's."""
+    """A renaming that covers all names takes precedence over one that covers only the encoder."""
     base, family = folder("bert", BERT, "base"), FAMILIES["bert"]
     expert = folder("bert", (*(f"model.bert.{name}" for name in BERT), "model.classifier.weight"))
     found = unwrapped(expert, base, family.tensor_names(base), family.tensor_names)
@@ -101,7 +101,9 @@ def test_names_that_fit_are_left_alone(name: str) -> None:
 def test_two_models_in_one_file_are_refused() -> None:
     base, family = folder("llama", LLAMA, "base"), FAMILIES["causal_lm"]
     expert = folder("llama", tuple(f"{who}.{name}" for who in ("student", "teacher") for name in LLAMA))
-    with pytest.raises(ModelError, match=r"holds several models, since .* without '(student|teacher).' and without"):
+    with pytest.raises(
+        ModelError, match=r"contains several models, because .* without '(student|teacher).' and without"
+    ):
         unwrapped(expert, base, family.tensor_names(base), family.tensor_names)
 
 
@@ -117,13 +119,13 @@ def test_adapters_that_are_not_merged_are_refused() -> None:
     [
         (
             tuple(n.removeprefix("model.") for n in LLAMA[:-1]),
-            "6 of .* 7 tensors are in it; it was saved without its output",
+            "it contains 6 of .* 7 tensors; it was saved without its output",
         ),
         (
             tuple(f"net.{n}" for n in LLAMA[:-1]),
-            "0 of .* 7 tensors are in it, and 6 when its names are read without 'net.'",
+            "it contains 0 of .* 7 tensors, or 6 if its names are read without 'net.'",
         ),
-        (("h.0.attn.c_attn.weight",), "0 of .* 7 tensors are in it, so it is of another architecture"),
+        (("h.0.attn.c_attn.weight",), "it contains 0 of .* 7 tensors, so it has another architecture"),
     ],
     ids=["no output layer", "wrapped", "another"],
 )
@@ -137,7 +139,10 @@ def test_what_does_not_fit_is_told(names: tuple[str, ...], message: str) -> None
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "student."])
 def test_a_wrapped_base_is_refused_by_the_prefix(prefix: str) -> None:
     refuse_wrapped(folder("llama", LLAMA, "base"))
-    with pytest.raises(ModelError, match=f"base: some/place has '{prefix}', which a wrapper adds, .*save_pretrained"):
+    with pytest.raises(
+        ModelError,
+        match=f"base: some/place has tensor names with '{prefix}', which a training wrapper adds, .*save_pretrained",
+    ):
         refuse_wrapped(folder("llama", tuple(prefix + name for name in LLAMA), "base"))
 
 

@@ -1,7 +1,7 @@
-"""LoRA adapters (https://arxiv.org/abs/2106.09685) in folders of PEFT: merged into the base tensor by tensor.
+"""Merges LoRA adapters (https://arxiv.org/abs/2106.09685) from PEFT folders into the base, tensor by tensor.
 
-Also DoRA, rank-stabilised scales (https://arxiv.org/abs/2312.03732), adapted embeddings and convolutions, the residuals
-of PiSSA, OLoRA and KaSA (see `lora_delta.py`), and what was trained beside: whole tensors, biases, rows of embeddings.
+Supports DoRA, rank-stabilized scaling (https://arxiv.org/abs/2312.03732), embeddings and convolutions, and the
+residuals of PiSSA, OLoRA and KaSA (see `delta.py`). Also merges fully trained tensors, biases and embedding rows.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PICKLE = "adapter_model.bin"
 
 
 class Adapted:
-    """The base's tensors with an adapter merged in, under the names that they have in the base.
+    """The base's tensors with an adapter merged in, under the base's names.
 
-    Tensors that the base does not have, such as a classifier, keep the adapter's name for them. What is adapted comes
-    in float32, the rest in the type it is stored in. `path`: the adapter's folder, or the file in it that the suite
-    names. `merged`: the base's tensors that the family merges. `spelling`: the family's.
+    Tensors that the base does not have, such as a classifier, keep the adapter's names. Adapted tensors are float32;
+    all others keep their stored type. `path`: the adapter's folder, or the file in it that the suite names. `merged`:
+    the base tensors that the family merges. `spelling`: the family's spelling of tensor names.
 
-    On a tied base, a copy that the adapter takes apart from its source is a tensor of its own: these are the tensors
-    that were trained and that PeftModel.from_pretrained loads. (PEFT's merge_and_unload adds what a LoRA of one of them
-    learned to both.) `changed`: the names of all tensors that are not the base's. `copies`: the base's tensors that the
-    adapter's file holds, too.
+    On a tied base, an adapter can untie a copy from its source. The copy then becomes a separate tensor: it was trained
+    as one, and PeftModel.from_pretrained loads it as one. (PEFT's merge_and_unload instead adds the LoRA of one of them
+    to both.) `changed`: the names of all tensors that differ from the base. `copies`: the base tensors that the
+    adapter's file also contains.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Adapted:
         self.changed = frozenset(self.infos) & (own | apart | set(self._follows))
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name."""
+        """Returns the tensor of this name."""
         name = self._follows.get(name, name)
         tensor = self._unadapted(name)
         if name in self._rows:
@@ -75,12 +75,14 @@ class Adapted:
         return self._ties.pairs.keys()
 
     def copy(self, name: str) -> Tensor:
-        """The base's tensor of this name as the adapter's file has it."""
+        """Returns the adapter file's copy of the base tensor of this name."""
         return self._file.tensor(self.copies[name])
 
     def _places(self, files: AdapterFile, merged: Collection[str], spelling: Spelling) -> dict[str, str]:
-        """The base's names of the adapter's tensors; ModelError where the base lacks those that are adapted, or has two
-        places for them."""
+        """Maps the adapter's tensor names to the base's.
+
+        Raises ModelError if the base lacks an adapted tensor, or if the adapter fits two places in the base.
+        """
         adapted, names = files.adapted, [*files.adapted, *files.whole, *files.copies, *files.originals]
         stored = [*self._base.infos, *self._ties.pairs]
 
@@ -89,28 +91,31 @@ class Adapted:
             parts = files.parts.get(module)
             return parts is None or kind == "bias" or self._low_rank(parts).fits(self._base_info(place).shape)
 
-        found = matched(adapted, names, stored, spelling, fits, merged)
-        found = found or matched(adapted, names, stored, spelling, lambda name, place: True, merged)
-        if not found:
+        matches = matched(adapted, names, stored, spelling, fits, merged)
+        matches = matches or matched(adapted, names, stored, spelling, lambda name, place: True, merged)
+        if not matches:
             raise ModelError(
                 f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}), which lacks "
                 f"{lacking(adapted, stored, spelling)}; give the model that the adapter was trained on as the base"
             )
-        if len(found) > 1:
-            one, other = (places[adapted[0]] for places in found[:2])
+        if len(matches) > 1:
+            one, other = (places[adapted[0]] for places in matches[:2])
             raise ModelError(
                 f"{self._role}: the adapter {self.path} fits both {one} and {other} of the base ({self._base.path}); "
-                "save it from the whole model, so that its names say which"
+                "save the adapter from the whole model, so that its tensor names are unique"
             )
-        return found[0]
+        return matches[0]
 
     def _place(self, files: AdapterFile, places: Mapping[str, str]) -> None:
-        """Keeps what the file holds under the base's names; ModelError where it holds one tensor with two values."""
+        """Stores the file's tensor names under the base's names.
+
+        Raises ModelError if the file contains a tensor twice with different values.
+        """
         for name, stored in files.doubles.items():
             if not torch.equal(self._file.tensor(stored), self._file.tensor(files.whole[name])):
                 raise ModelError(
-                    f"{self._role}: {self.path} holds {stored} and {files.whole[name]} with different values, which "
-                    "are one tensor; save the adapter again with save_pretrained of PEFT"
+                    f"{self._role}: {self.path} contains {stored} and {files.whole[name]} with different values, but "
+                    "they are the same tensor; save the adapter again with save_pretrained of PEFT"
                 )
         self._whole = {places[name]: stored for name, stored in files.whole.items()}
         self.copies = {places[name]: stored for name, stored in (files.originals | files.copies).items()}
@@ -126,7 +131,7 @@ class Adapted:
         }
 
     def _settled(self, own: set[str]) -> tuple[dict[str, str], set[str]]:
-        """Decides which tied copies follow their source and which are tensors of their own, and shows them so."""
+        """Decides which tied copies follow their source and which are separate tensors, and updates `infos`."""
         self._ties.refuse_residuals(name for name, (_, parts) in self._parts.items() if "lora_A" in parts)
         self._follows = {}
         saved = {name for name in self._whole if self.config.saves(name.rpartition(".")[0])}
@@ -147,12 +152,12 @@ class Adapted:
         return name if name in self._base.infos else self._ties.pairs[name]
 
     def _unadapted(self, name: str) -> Tensor:
-        """What the adapter's tensors are added to: the base's tensor, unless the file has one in its place."""
+        """The tensor before the adapter is added: the file's replacement if it has one, otherwise the base's tensor."""
         stored = self._replaced.get(name)
         return self._base.tensor(self._base_name(name)) if stored is None else self._file.tensor(stored)
 
     def _changed_info(self, name: str) -> TensorInfo:
-        """Shape and type of a changed tensor; ModelError where the adapter's shapes do not fit it."""
+        """The shape and type of a changed tensor. Raises ModelError if the adapter's shapes do not fit it."""
         stored = self._replaced.get(name)
         info = self._base_info(name) if stored is None else self._file.infos[stored]
         if name in self._rows:
@@ -171,13 +176,16 @@ class Adapted:
 
     def _refuse(self, problem: str | None, name: str) -> None:
         if problem is not None:
-            raise ModelError(f"{self._role}: the adapter {self.path} has for {name} {problem}; train or fetch it again")
-
-    def _check_same(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if found != expected:
             raise ModelError(
-                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}): "
-                f"{name} is {list(found)} in the adapter and {list(expected)} in the base"
+                f"{self._role}: the adapter {self.path} does not fit {name}: {problem}; train or fetch it again"
+            )
+
+    def _check_same(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise ModelError(
+                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}): {name} has "
+                f"the shape {list(shape)} in the adapter and {list(expected)} in the base; give the model that the "
+                "adapter was trained on as the base"
             )
 
     def _low_rank(self, parts: Mapping[str, str]) -> LowRank:
@@ -185,7 +193,7 @@ class Adapted:
         return LowRank(shapes, self.config.is_set("fan_in_fan_out"))
 
     def _with_lora(self, name: str, weight: Tensor) -> Tensor:
-        """A weight in float32 with the LoRA of its module added."""
+        """Adds the LoRA of a module to its weight in float32."""
         _, stored = self._parts[name]
         parts = {part: self._file.tensor(key).float() for part, key in stored.items()}
         shape, low_rank, scale = tuple(weight.shape), self._low_rank(stored), self._scales[name]
@@ -202,21 +210,21 @@ class Adapted:
         _, stored = self._parts[name]
         try:
             return residual(weight, str(self.config.init), self._low_rank(stored).rank, scale, turned)
-        except (ValueError, RuntimeError) as error:  # torch's error where a decomposition fails
+        except (ValueError, RuntimeError) as error:  # torch's error if a decomposition fails
             raise ModelError(
-                f"{self._role}: {self.path} is a LoRA adapter whose initialisation ({self.config.init}) cannot be "
-                f"computed again for {name} ({first_line(error)}); {REMEDY}"
+                f"{self._role}: {self.path} is a LoRA adapter whose initialization ({self.config.init}) cannot be "
+                f"recomputed for {name} ({first_line(error)}); {REMEDY}"
             ) from error
 
 
 def _open(path: Path, role: str) -> Tensors:
-    """The tensors of an adapter's folder, or of the file in it that the suite names, which may be a pickle."""
+    """Opens the tensors of an adapter folder, or of the file in it that the suite names. That file may be a pickle."""
     if path.is_file():
         return open_file(path, role)
     if not (path / WEIGHTS).is_file():
         pickle = path / PICKLE
         way = (
-            f"name the file itself, {pickle}, or save the adapter with save_pretrained of PEFT"
+            f"give the file {pickle} itself, or save the adapter with save_pretrained of PEFT"
             if pickle.is_file()
             else "save the adapter with save_pretrained of PEFT"
         )

@@ -1,5 +1,7 @@
-"""Whether an adapter was trained on the base: what it says, and what can be compared. A LoRA itself fits every model of
-the same shapes."""
+"""Warns if an adapter may have been trained on another base.
+
+A LoRA fits every model of the same shapes, so epmq compares the adapter's config and its copies of base tensors.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,16 @@ SETTINGS = (
     "hidden_act",
     "tie_word_embeddings",
 )
-"""Of a config.json: what two versions of one model have alike."""
+"""Keys in config.json that two versions of a model share."""
 
-COMPARED = 4  # tensors of a local folder whose values are compared
+COMPARED = 4  # tensors compared with a local folder
 
 
 def warn_of_another_base(adapted: Adapted, role: str, base: ModelFolder) -> None:
-    """Warns where an adapter says that it was trained on another model than the base, or holds tensors of another one;
-    says where it names none."""
+    """Warns if an adapter names another base model, or contains tensors of another base.
+
+    Prints a note if the adapter names no base model.
+    """
     named = adapted.config.values.get("base_model_name_or_path")
     differences = [
         *_other_copies(adapted, base),
@@ -43,32 +47,32 @@ def warn_of_another_base(adapted: Adapted, role: str, base: ModelFolder) -> None
         *_other_model(named, adapted, base),
     ]
     for difference in differences:
-        log.warning("%s: %s; check that the adapter %s was trained on the base", role, difference, adapted.path)
+        log.warning("%s: %s; check whether the adapter %s was trained on the base", role, difference, adapted.path)
     if not isinstance(named, str) or not named:
         say(
             f"{role}: the adapter {adapted.path} does not name the model that it was trained on; the names and shapes "
-            f"of its {len(adapted.changed)} tensors fit the base ({base.path}), the weights cannot be compared"
+            f"of its {len(adapted.changed)} tensors fit the base ({base.path}), but the weights cannot be compared"
         )
 
 
 def _other_copies(adapted: Adapted, base: ModelFolder) -> Iterator[str]:
-    """Tensors of the base that the adapter's file holds with other values."""
+    """Yields the base tensors that the adapter's file contains with other values."""
     for name in sorted(adapted.copies):
         if name not in base.infos:
             continue
         own, other = adapted.copy(name), base.tensor(name)
         rows = min(len(own), len(other)) if own.ndim else 0
         if own.shape[1:] != other.shape[1:] or not _alike(own[:rows], other[:rows]):
-            yield f"its file holds {name} of its own base, which differs from that of the base ({base.path})"
+            yield f"its file contains the {name} of its own base, which differs from that of the base ({base.path})"
 
 
 def _other_config(path: Path, base: ModelFolder) -> Iterator[str]:
-    """Settings in a config.json beside the adapter that differ from the base's."""
+    """Yields the settings in a config.json beside the adapter that differ from the base's."""
     if not (path / "config.json").is_file():
         return
     config = read_json(path, "config.json", "")
     for name in _differing(config, base.config):
-        yield f"{path / 'config.json'} has {name} {config[name]}, the base ({base.path}) has {base.config[name]}"
+        yield f"{path / 'config.json'} sets {name}={config[name]}, but the base ({base.path}) has {base.config[name]}"
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -76,7 +80,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _other_model(named: object, adapted: Adapted, base: ModelFolder) -> Iterator[str]:
-    """What tells the model that the adapter names from the base: values, where it is a folder here, else its name."""
+    """Yields how the base differs from the model that the adapter names: in values if it is local, else in name."""
     if not isinstance(named, str) or not named:
         return
     folder = Path(named)
@@ -87,13 +91,13 @@ def _other_model(named: object, adapted: Adapted, base: ModelFolder) -> Iterator
         if here:
             yield from _other_tensors(folder, adapted, base)
             return
-    except (OSError, ValueError, EpmqError):  # a name may hold anything, and its folder too
+    except (OSError, ValueError, EpmqError):  # the name and its folder can contain anything
         pass
     names = _names(base)
     revision = adapted.config.values.get("revision")
     if not _same_name(named, names):
         yield (
-            f"it was trained on {named}, and the base is {base.path}: names and shapes fit, the weights cannot be "
+            f"it was trained on {named}, but the base is {base.path}: names and shapes fit, but the weights cannot be "
             "compared"
         )
     elif (
@@ -101,23 +105,23 @@ def _other_model(named: object, adapted: Adapted, base: ModelFolder) -> Iterator
         and re.fullmatch(r"[0-9a-f]{40}", revision)
         and _snapshot(base) not in (None, revision)
     ):
-        yield f"it was trained on revision {revision} of {named}, and the base is revision {_snapshot(base)}"
+        yield f"it was trained on revision {revision} of {named}, but the base is revision {_snapshot(base)}"
 
 
 def _other_tensors(folder: Path, adapted: Adapted, base: ModelFolder) -> Iterator[str]:
-    """The first difference between the base and the folder that the adapter names, of a few tensors."""
-    found = ModelFolder(folder, "")
-    common = [name for name in base.infos if name in found.infos]
+    """Yields the first difference in a few tensors between the base and the folder that the adapter names."""
+    other = ModelFolder(folder, "")
+    common = [name for name in base.infos if name in other.infos]
     changed = sorted(name for name in adapted.changed if name in common)
     small = sorted(common, key=lambda name: prod(base.infos[name].shape))
     for name in list(dict.fromkeys([*changed[:1], *changed[-1:], *small]))[:COMPARED]:
-        if not _alike(found.tensor(name), base.tensor(name)):
+        if not _alike(other.tensor(name), base.tensor(name)):
             yield f"it was trained on {folder}, whose {name} differs from that of the base ({base.path})"
             return
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, but for rounding where they are of different types."""
+    """Whether two tensors are equal, up to rounding if their types differ."""
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype:
@@ -127,20 +131,19 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _names(base: ModelFolder) -> set[str]:
-    """What the base may be called: its folder, the folder with its parent, its id in the hub's cache, what its config
-    says."""
-    found = {base.path.name, "/".join(base.path.parts[-2:])}
-    found |= {cached["id"].replace("--", "/", 1) for part in base.path.parts if (cached := CACHED.fullmatch(part))}
-    said = base.config.get("_name_or_path")
-    return {name.lower() for name in found | ({said} if isinstance(said, str) else set()) if name}
+    """The possible names of the base: its folder with and without the parent, its hub id, the name in its config."""
+    names = {base.path.name, "/".join(base.path.parts[-2:])}
+    names |= {cached["id"].replace("--", "/", 1) for part in base.path.parts if (cached := CACHED.fullmatch(part))}
+    own = base.config.get("_name_or_path")
+    return {name.lower() for name in names | ({own} if isinstance(own, str) else set()) if name}
 
 
 def _same_name(named: str, names: Collection[str]) -> bool:
-    """Whether one of the names is `named`, or ends like it where one of them has no owner."""
+    """Whether one of the names equals `named`, or has the same last part."""
     own = named.replace("\\", "/").rstrip("/").lower()
     return any(own == name or own.rpartition("/")[2] == name.rpartition("/")[2] for name in names)
 
 
 def _snapshot(base: ModelFolder) -> str | None:
-    """The commit of a base in the hub's cache."""
+    """The commit of a base in the hub's cache, or None."""
     return base.path.name if base.path.parent.name == "snapshots" else None

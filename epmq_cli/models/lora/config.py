@@ -1,4 +1,4 @@
-"""The adapter_config.json of a LoRA adapter of PEFT, checked: the options that change what is merged, and how."""
+"""Reads and checks the adapter_config.json of a PEFT LoRA adapter: the options that affect the merged weights."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ PROMPTS = (
     "SHADOW",
     "XLORA",
 )
-"""Types of PEFT that add to a model what no weight of it can hold."""
+"""PEFT types that cannot be merged into weights."""
 
 UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base's weights as they are."""
+"""Values of `init_lora_weights` that do not change the base's weights."""
 
 RESIDUALS = ("pissa", "olora")
-"""Values that take something from the base's weights, which is computed again from the weights alone."""
+"""Values of `init_lora_weights` that subtract a part of the base's weights. epmq recomputes it from the weights."""
 
 MOVED = {
-    "pissa_niter_": "by a singular value decomposition with random numbers, which no reload repeats",
+    "pissa_niter_": "by a randomized singular value decomposition, which cannot be repeated",
     "corda": "by the covariances of its training data",
     "lora_ga": "by the gradients of its training data",
-    "loftq": "by quantizing them, with one of several quantizers",
+    "loftq": "by quantizing them with an unknown quantizer",
 }
-"""How the values that begin like this change the base's weights, which cannot be repeated."""
+"""Prefixes of values of `init_lora_weights` that change the base's weights in a way that epmq cannot repeat."""
 
 SWITCHES = ("use_rslora", "fan_in_fan_out", "use_dora", "ensure_weight_tying")
 REFUSED = {
@@ -55,7 +55,7 @@ REFUSED = {
     "use_bdlora": REMEDY,
     "use_qalora": REMEDY,
 }
-"""Options that change what is merged in a way not known here where they are set, and the way out."""
+"""Options that epmq does not support if they are set, with the remedy."""
 
 READ = (
     "alpha_pattern",
@@ -97,16 +97,16 @@ IGNORED = (
     "target_modules_to_tie",
     "velora_config",
 )
-"""Options that only matter in training, or that the adapter's tensors show."""
+"""Options that affect training only, or that the adapter's tensors imply."""
 
-PATTERN_SECONDS = 1.0  # for one pattern of the config and one module; a pattern of a stranger can take forever
+PATTERN_SECONDS = 1.0  # per pattern and module; a malicious pattern can backtrack without end
 UNUSABLE = (AttributeError, TypeError, ValueError, OverflowError, RecursionError, TimeoutError, regex.error)
-"""What an alpha that is not a number, or a pattern that is not a regular expression, ends in."""
+"""Exceptions that an invalid alpha or an invalid regular expression raises."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The options of one LoRA adapter. `init`: a member of RESIDUALS, "kasa", or None where the base is unchanged."""
+    """The options of one LoRA adapter. `init`: a member of RESIDUALS, "kasa", or None if the base is unchanged."""
 
     path: Path
     role: str
@@ -118,26 +118,26 @@ class AdapterConfig:
         return bool(self.values.get(option))
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank stabilisation; ModelError where alpha is not a number."""
+        """alpha / r, or alpha / sqrt(r) with rank stabilization. Raises ModelError if alpha is not a finite number."""
         return self._alpha(module) / (math.sqrt(rank) if self.is_set("use_rslora") else rank)
 
     def _alpha(self, module: str) -> float:
         try:
             patterns: dict[str, float] = self.values.get("alpha_pattern") or {}
             name = f"{module}.weight" if self._is_parameter(f"{module}.weight") else module
-            given = (alpha for key, alpha in patterns.items() if _matches(key, name))
-            alpha = next(given, self.values.get("lora_alpha", 8))
+            alphas = (alpha for key, alpha in patterns.items() if _matches(key, name))
+            alpha = next(alphas, self.values.get("lora_alpha", 8))
             if isinstance(alpha, bool) or not math.isfinite(float(alpha)):
                 raise ValueError(f"{alpha} is not a finite number")
             return float(alpha)
         except UNUSABLE as error:
             raise ModelError(
-                f"{self.role}: lora_alpha or alpha_pattern of {self.path / CONFIG} cannot be used ({error}); fetch "
+                f"{self.role}: lora_alpha or alpha_pattern in {self.path / CONFIG} is invalid ({error}); fetch "
                 "the adapter again"
             ) from error
 
     def _is_parameter(self, name: str) -> bool:
-        """Whether `target_parameters` names a tensor; patterns are then about tensors, not about modules."""
+        """Whether `target_parameters` names a tensor. Patterns then match tensors instead of modules."""
         return any(
             name == target or name.endswith(f".{target}") for target in self.values.get("target_parameters") or ()
         )
@@ -148,26 +148,26 @@ class AdapterConfig:
         return any(module == name or module.endswith(f".{name}") for name in names if isinstance(name, str))
 
     def token_rows(self, module: str) -> list[int]:
-        """The rows of a table that were trained, by `trainable_token_indices`; ModelError where they are not ids."""
+        """The trained rows of a table from `trainable_token_indices`. Raises ModelError if they are not token ids."""
         given = self.values.get("trainable_token_indices")
         if isinstance(given, dict):
             given = next((rows for key, rows in given.items() if module == key or module.endswith(f".{key}")), None)
         if not isinstance(given, list) or not all(type(row) is int and row >= 0 for row in given):
             raise ModelError(
-                f"{self.role}: trainable_token_indices of {self.path / CONFIG} must list the token ids of {module}, "
+                f"{self.role}: trainable_token_indices in {self.path / CONFIG} must list the token ids of {module}, "
                 f"got {shown(self.values.get('trainable_token_indices'))}; fetch the adapter again"
             )
         return given
 
 
 def read_config(path: Path, role: str) -> AdapterConfig:
-    """The config of the adapter in a folder; ModelError where epmq cannot merge what it describes."""
+    """Reads the config of the adapter in a folder. Raises ModelError if epmq cannot merge such an adapter."""
     values = read_json(path, CONFIG, role)
     kind = values.get("peft_type")
     if kind != "LORA":
         way = UNMERGEABLE if kind in PROMPTS else REMEDY
         raise ModelError(
-            f"{role}: {path} is an adapter of type {shown(kind)}, epmq merges adapters of type LORA only; {way}"
+            f"{role}: {path} is an adapter of type {shown(kind)}, but epmq merges adapters of type LORA only; {way}"
         )
     for option, way in REFUSED.items():
         if values.get(option):
@@ -184,7 +184,7 @@ def read_config(path: Path, role: str) -> AdapterConfig:
 
 
 def _init(path: Path, role: str, values: dict[str, Any]) -> str | None:
-    """What `init_lora_weights` does to the base's weights: a member of RESIDUALS, or None where it is nothing."""
+    """The effect of `init_lora_weights` on the base's weights: a member of RESIDUALS, or None for no effect."""
     given = values.get("init_lora_weights")
     value = given.lower() if isinstance(given, str) else given
     if any(value is known or (isinstance(known, str) and value == known) for known in UNCHANGED):
@@ -200,15 +200,14 @@ def _init(path: Path, role: str, values: dict[str, Any]) -> str | None:
         )
     raise ModelError(
         f"{role}: {path} is a LoRA adapter with init_lora_weights={given}, which changed the base's weights before "
-        f"training {how}; where it was trained, save it with path_initial_model_for_weight_conversion (PiSSA, CorDA, "
-        "LoRA-GA) or save the model that merge_and_unload returns, or give the changed base as the base and set "
+        f"training {how}; save the adapter again from training with path_initial_model_for_weight_conversion (PiSSA, "
+        "CorDA, LoRA-GA), save the model that merge_and_unload returns, or give the changed base as the base and set "
         f"init_lora_weights to true in {CONFIG}"
     )
 
 
 def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
-    """ModelError where options that are read are of another type, or parameters are adapted that are not a module's
-    weight."""
+    """Raises ModelError if `modules_to_save` is not a list, or if `target_parameters` names anything but weights."""
     saved = values.get("modules_to_save")
     if not isinstance(saved, list | None):
         raise ModelError(
@@ -219,23 +218,23 @@ def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
     odd = [target for target in targets if not str(target).endswith("weight")] if isinstance(targets, list) else [1]
     if odd:
         raise ModelError(
-            f"{role}: {path} is a LoRA adapter with target_parameters {shown(targets)}, epmq merges those that are the "
-            f"weight of a module; {REMEDY}"
+            f"{role}: {path} is a LoRA adapter with target_parameters {shown(targets)}, but epmq merges only those "
+            f"that are the weight of a module; {REMEDY}"
         )
 
 
 def _check_unknown(path: Path, role: str, values: dict[str, Any]) -> None:
-    """ModelError where an option that is not known here is switched on; a warning where it has a value."""
+    """Raises ModelError for an unknown option that is switched on. Warns about an unknown option with another value."""
     known = {*SWITCHES, *REFUSED, *READ, *IGNORED}
     for option, value in values.items():
         if option in known or not value or value == "none":
             continue
         if value is True or isinstance(value, dict | list):
             raise ModelError(
-                f"{role}: {path} is a LoRA adapter with {option}, which this version of epmq does not know; {REMEDY}"
+                f"{role}: {path} is a LoRA adapter with {option}, which this version of epmq does not support; {REMEDY}"
             )
         log.warning(
-            "%s: %s has %s=%s, which this version of epmq does not know and does not use",
+            "%s: %s has %s=%s, which this version of epmq does not know and ignores",
             role,
             path / CONFIG,
             option,
@@ -244,5 +243,5 @@ def _check_unknown(path: Path, role: str, values: dict[str, Any]) -> None:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of PEFT means a module: its name, or the end of it after a dot."""
+    """Whether a PEFT pattern matches a module name, or the end of the name after a dot."""
     return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None

@@ -1,4 +1,4 @@
-"""LoRA as functions of tensors: what is added to a weight, what was taken from it before, and the lengths of DoRA."""
+"""The LoRA formulas on tensors: the product, the residual of an initialization, and the magnitudes of DoRA."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-GAP = 1e-6  # relative; with less between two singular values, their vectors are not determined
+GAP = 1e-6  # relative gap between two singular values; below it, the singular vectors are ambiguous
 
 
 def product(parts: dict[str, Tensor], shape: tuple[int, ...], transposed: bool) -> Tensor:
-    """B A, or B diag(d) A, in the shape of the weight that it is added to. `transposed`: the weight is (in, out)."""
+    """B A, or B diag(d) A, in the shape of the weight. `transposed`: the weight is (in, out)."""
     if "lora_embedding_A" in parts:
         return (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
     b = parts["lora_B"].flatten(1)
-    found = (b * parts["lora_diag"] if "lora_diag" in parts else b) @ parts["lora_A"].flatten(1)
-    return found.T if transposed else found.reshape(shape)
+    delta = (b * parts["lora_diag"] if "lora_diag" in parts else b) @ parts["lora_A"].flatten(1)
+    return delta.T if transposed else delta.reshape(shape)
 
 
 def residual(weight: Tensor, init: str, rank: int, scale: float, transposed: bool) -> Tensor:
-    """What an initialisation leaves of the base's weight (2 axes) before training.
+    """The residual of the base's 2-D weight after an initialization, before training.
 
-    `pissa`: without its `rank` largest singular values (https://arxiv.org/abs/2404.02948). `olora`: without the first
-    `rank` columns of its QR decomposition, times `scale` (https://arxiv.org/abs/2406.01775; PEFT decomposes a
-    transposed weight as it is stored). `kasa`: without its `rank` smallest singular values
-    (https://arxiv.org/abs/2412.06071). All are products that do not depend on the signs of the vectors.
+    `pissa` removes the `rank` largest singular values (https://arxiv.org/abs/2404.02948). `olora` removes the product
+    of the first `rank` columns of Q and rows of R from the QR decomposition, times `scale`
+    (https://arxiv.org/abs/2406.01775; PEFT decomposes a transposed weight as stored). `kasa` removes the `rank`
+    smallest singular values (https://arxiv.org/abs/2412.06071). These products do not depend on the signs of the
+    vectors.
 
-    ValueError: the weight does not determine it, as two singular values are equal.
+    Raises ValueError if two singular values are equal, so that the residual is ambiguous.
     """
     if init == "olora":
         q, r = torch.linalg.qr(weight)
@@ -43,7 +44,7 @@ def residual(weight: Tensor, init: str, rank: int, scale: float, transposed: boo
 
 
 def with_lengths(adapted: Tensor, lengths: Tensor, columns: bool) -> Tensor:
-    """DoRA (https://arxiv.org/abs/2402.09353, equation 5): the rows scaled to these lengths, or the columns."""
+    """Scales the rows, or the columns, to these lengths, as in DoRA (https://arxiv.org/abs/2402.09353, equation 5)."""
     if columns:
         column: Tensor = lengths.flatten() / vector_norm(adapted, dim=0)
         return adapted * column

@@ -1,13 +1,13 @@
-"""Where in the base the tensors of an adapter belong: its names may have another prefix, or another spelling."""
+"""Matches an adapter's tensor names to the base's. They may differ in prefix or spelling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 Spelling = Callable[[str], str]
-"""The model's own name of a stored tensor, where files spell it otherwise."""
+"""Maps a stored name to the model's own name, if the files use another spelling."""
 
-SHOWN = 3  # modules named in an error
+SHOWN = 3  # modules per error message
 
 
 def matched(
@@ -18,30 +18,31 @@ def matched(
     fits: Callable[[str, str], bool],
     preferred: Collection[str],
 ) -> list[dict[str, str]]:
-    """The best ways to find all `adapted` tensors in the base: maps from the adapter's names (`names`, those of
-    `adapted` among them) to the base's. One where it is clear, several where the base has as good a place elsewhere,
-    none where it has no place for all of them.
+    """The best matches of all `adapted` tensors to the base, as maps from `names` to the base's names.
 
-    The adapter may have been trained on a model that wraps the base's, or on a part of it: then all its names have
-    another prefix. The same prefix is better than a longer or a shorter one, that better than another one; among equals
-    the one with more tensors that are `preferred`. `fits(name, base's name)`: whether a tensor may belong there.
+    `names`: the adapter's names, including `adapted`. The list has one map if the match is unique, several if other
+    matches are as good, and none if a tensor has no match.
+
+    If the adapter was trained on a model that wraps the base, or on a part of the base, all its names have another
+    prefix. An equal prefix ranks first, then a longer or shorter one, then a different one. Ties are resolved by the
+    number of `preferred` tensors. `fits(name, base name)`: whether the tensor can belong there.
     """
     stored = {spelling(name): name for name in base}
     own = {name: spelling(name) for name in names}
-    found: dict[tuple[int, int], list[dict[str, str]]] = {}
+    ranked: dict[tuple[int, int], list[dict[str, str]]] = {}
     for strip, add in sorted(_candidates([own[name] for name in adapted], stored)):
         places = {name: stored.get(_moved(other, strip, add)) or stored.get(other) for name, other in own.items()}
         if not all((place := places[name]) is not None and fits(name, place) for name in adapted):
             continue
         rank = bool(strip) + bool(add), -sum(places[name] in preferred for name in adapted)
-        kept = {name: place or name for name, place in places.items()}
-        if kept not in found.setdefault(rank, []):
-            found[rank].append(kept)
-    return found[min(found)] if found else []
+        match = {name: place or name for name, place in places.items()}
+        if match not in ranked.setdefault(rank, []):
+            ranked[rank].append(match)
+    return ranked[min(ranked)] if ranked else []
 
 
 def lacking(adapted: Collection[str], base: Collection[str], spelling: Spelling) -> str:
-    """What of the adapted tensors the base does not have, under the prefix that fits most, and what it has instead."""
+    """Describes the adapted modules that the base lacks under the best prefix, and what the base has instead."""
     stored, own = {spelling(name) for name in base}, [spelling(name) for name in adapted]
     candidates = sorted({*_candidates(own, stored), ("", "")})
     lists = ([name for name in (_moved(other, *pair) for other in own) if name not in stored] for pair in candidates)
@@ -52,7 +53,7 @@ def lacking(adapted: Collection[str], base: Collection[str], spelling: Spelling)
 
 
 def _instead(module: str, stored: Collection[str]) -> str:
-    """What the base has in the nearest part of it that has the same name."""
+    """Describes the children of the nearest parent module that the base has."""
     parent = module
     while parent := parent.rpartition(".")[0]:
         inside = (name.removeprefix(f"{parent}.") for name in stored if name.startswith(f"{parent}."))
@@ -63,15 +64,15 @@ def _instead(module: str, stored: Collection[str]) -> str:
 
 
 def _candidates(names: Sequence[str], stored: Collection[str]) -> set[tuple[str, str]]:
-    """All (prefix to take off, prefix to put on) that make a stored name of the first of these names, or of the first
-    that is in a layer."""
+    """All pairs (prefix to remove, prefix to add) that map the first name, or the first name in a layer, to a stored
+    name."""
     layered = next((name for name in names if any(part.isdigit() for part in name.split("."))), names[0])
     return {pair for name in dict.fromkeys((layered, names[0])) for pair in _prefixes(name, stored)}
 
 
 def _prefixes(name: str, stored: Collection[str]) -> set[tuple[str, str]]:
-    """All (prefix to take off, prefix to put on) that make a stored name of this one, neither with a layer's number."""
-    found = set()
+    """All pairs (prefix to remove, prefix to add), without layer numbers, that map this name to a stored name."""
+    pairs = set()
     parts = name.split(".")
     ends = {".".join(parts[start:]) for start in _starts(parts)}
     for other in stored:
@@ -79,13 +80,13 @@ def _prefixes(name: str, stored: Collection[str]) -> set[tuple[str, str]]:
         for start in _starts(others):
             end = ".".join(others[start:])
             if end in ends:
-                found.add((name[: len(name) - len(end)], other[: len(other) - len(end)]))
+                pairs.add((name[: len(name) - len(end)], other[: len(other) - len(end)]))
                 break
-    return found
+    return pairs
 
 
 def _starts(parts: list[str]) -> range:
-    """Where a name may be cut: before its first number, and before its module where it has none."""
+    """The positions at which a name may be split: up to its first number or, without one, up to its last segment."""
     first = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return range(max(first, 1) if first is not None else max(len(parts) - 1, 1))
 

@@ -1,4 +1,4 @@
-"""Tied tensors of a base that an adapter touches: which copies follow their source, and which are on their own."""
+"""Decides which tied copies in a base follow their source after an adapter changes one, and which become separate."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
 
 HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""Task types of PEFT whose models have no output layer that is tied to a table."""
+"""PEFT task types whose models have no output layer tied to the embedding table."""
 
-CLOSE = 1e-5  # relative; LoRAs of table and output layer that are tied are multiplied in different orders
+CLOSE = 1e-5  # relative; the LoRA products of a table and its tied output layer differ in the order of operations
 
 
 class Ties:
-    """The tied tensors of a base: `pairs` maps the name of each copy to that of its source, both as the base's files
-    have or would have them. Empty where the adapter cannot touch them, as asking transformers takes seconds, or has a
-    head of a task, whose models have no output layer that is tied."""
+    """The tied tensors of a base.
+
+    `pairs`: copy -> source, with the names that the base's files use or would use. It stays empty if the adapter cannot
+    affect tied tensors, because loading transformers takes seconds. It also stays empty if the adapter has a task head,
+    because such models have no tied output layer.
+    """
 
     def __init__(self, base: ModelFolder, config: AdapterConfig, files: AdapterFile) -> None:
         self._base, self._config = base, config
@@ -37,10 +40,10 @@ class Ties:
     def settled(
         self, own: Collection[str], reached: Collection[str], tensor: Callable[[str], Tensor]
     ) -> tuple[dict[str, str], set[str]]:
-        """The copies that follow their source (copy -> source), and the copies that become tensors of their own.
+        """The copies that follow their source (copy -> source), and the copies that become separate tensors.
 
-        `own`: the tensors that the adapter changes. `reached`: those of which a change is one of the copies, too, as
-        the modules share their parameter when PEFT makes it.
+        `own`: the tensors that the adapter changes. `reached`: the tensors whose change also affects their copies,
+        because the modules still share the parameter when PEFT changes it.
         """
         follows, apart = dict[str, str](), set[str]()
         for name, source in self.pairs.items():
@@ -54,18 +57,18 @@ class Ties:
         return follows, apart
 
     def refuse_residuals(self, names: Iterable[str]) -> None:
-        """ModelError where a tied tensor is adapted by an initialisation that takes something from it."""
+        """Raises ModelError if an initialization that changes the base's weights is used on a tied tensor."""
         tied = {*self.pairs, *self.pairs.values()}
         odd = next((name for name in names if name in tied), None)
         if self._config.init is not None and odd is not None:
             raise ModelError(
-                f"{self._config.role}: {self._config.path} is a LoRA adapter with an initialisation that changes the "
+                f"{self._config.role}: {self._config.path} is a LoRA adapter with an initialization that changes the "
                 f"base's weights ({self._config.init}) on {odd}, which is tied to another tensor; save the model that "
-                "merge_and_unload returns where it was trained, and give its folder"
+                "merge_and_unload returns after training, and give its folder"
             )
 
     def _differs(self, name: str, source: str) -> bool:
-        """Whether the base stores a copy that is not one."""
+        """Whether the base stores the copy and its source with different values."""
         infos = self._base.infos
         if name not in infos or source not in infos:
             return False
@@ -84,8 +87,10 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def tied_names(base: ModelFolder) -> dict[str, str]:
-    """Copy -> source of the tensors that the base's class and config tie and whose source its files have, both as the
-    files have or would have them."""
+    """Copy -> source for the tensors that the base's class and config tie.
+
+    The source must be in the base's files. Both names are those that the files use or would use.
+    """
     known = model_class(base.config, base.infos)
     if known is None:
         return {}

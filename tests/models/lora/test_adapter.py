@@ -1,4 +1,4 @@
-"""Oracle: peft itself, whose merge_and_unload gives the merged model."""
+"""Oracle: the model that merge_and_unload of PEFT returns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.open import open_base, open_expert
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft's, of what transformers will remove
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT warns about features that transformers will remove
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
@@ -41,7 +41,7 @@ LLAMA = LlamaConfig(vocab_size=20, num_key_value_heads=1, tie_word_embeddings=Fa
 
 
 def adapter(model: nn.Module, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """Writes an adapter with random tensors, and gives the state dict of the merged model."""
+    """Writes an adapter with random tensors and returns the state dict of the merged model."""
     torch.manual_seed(1)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **options))
     for name, parameter in adapted.named_parameters():
@@ -99,7 +99,7 @@ def test_a_decoder_is_what_peft_merges(
 def test_tables_of_a_larger_vocabulary_are_the_adapters(
     llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
 ) -> None:
-    """peft saves the resized embeddings whole; the merge can pad the base's."""
+    """PEFT saves the resized embeddings as whole tensors. The merge can pad the base's."""
     model, base = llama
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(22, mean_resizing=False)
@@ -115,7 +115,7 @@ def test_tables_of_a_larger_vocabulary_are_the_adapters(
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_classifier_on_a_base_of_other_names_keeps_its_head(wrapped: bool, tmp_path: Path) -> None:
-    """The adapter's names are bert.encoder..., the base's encoder... or, wrapped, bert.encoder... too."""
+    """The adapter uses bert.encoder...; the base uses encoder... or, if wrapped, also bert.encoder..."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BERT)
     expected = adapter(model, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query", "value"])
@@ -131,7 +131,7 @@ def test_a_classifier_on_a_base_of_other_names_keeps_its_head(wrapped: bool, tmp
 
 
 def test_an_adapter_of_a_part_may_be_of_more_modules_than_the_base_stores(tmp_path: Path) -> None:
-    """An adapter of BertModel alone on a base stored as a classifier: names with a prefix less."""
+    """The adapter is for BertModel, and the base is stored as a classifier: the adapter's names lack a prefix."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BERT)
     model.save_pretrained(tmp_path / "base")
@@ -142,7 +142,7 @@ def test_an_adapter_of_a_part_may_be_of_more_modules_than_the_base_stores(tmp_pa
 
 
 def test_of_two_towers_alike_the_merged_one_is_adapted(tmp_path: Path) -> None:
-    """CLIP's towers have the same module names and here the same sizes; patches are a convolution."""
+    """CLIP's towers share module names and, here, sizes. The patch embedding is a convolution."""
     torch.manual_seed(0)
     config = CLIPConfig(
         text_config={**SIZE, "vocab_size": 20},
@@ -172,7 +172,7 @@ def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelF
     model, base = llama
     folder = tmp_path / "adapter"
     adapter(model, folder, target_modules=["q_proj"])
-    with pytest.raises(ModelError, match=r"base: .* is an adapter .*give the model that it was trained on"):
+    with pytest.raises(ModelError, match=r"base: .* is an adapter .*give the model that the adapter was trained on"):
         open_base(folder, "base")
     edited(folder, layer_replication=[[0, 2]])
     with pytest.raises(ModelError, match=r"adapter with layer_replication, .* merge_and_unload of PEFT"):
@@ -183,7 +183,7 @@ def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelF
     edited(folder, peft_type="LORA")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(
-        ModelError, match=r"has no adapter_model.safetensors; name the file itself, .*adapter_model.bin, or save"
+        ModelError, match=r"has no adapter_model.safetensors; give the file .*adapter_model.bin itself, or save"
     ):
         opened(folder, base)
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelF
     ids=["endless", "open", "deep", "no number"],
 )
 def test_a_pattern_that_cannot_be_used_is_named(pattern: str, reason: str, tmp_path: Path) -> None:
-    """Among them one that `re` would work on until the sun goes out."""
+    """One of the patterns causes catastrophic backtracking in `re`."""
     alpha = None if pattern == "q_proj" else 8
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "alpha_pattern": {pattern: alpha}}), encoding="utf-8"
@@ -204,7 +204,7 @@ def test_a_pattern_that_cannot_be_used_is_named(pattern: str, reason: str, tmp_p
     save_file(parts, tmp_path / "adapter_model.safetensors")
     save_file({f"{module}.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "model.safetensors", "base"))
-    with pytest.raises(ModelError, match=f"expert: .*alpha_pattern of .* cannot be used .*{reason}"):
+    with pytest.raises(ModelError, match=f"expert: .*alpha_pattern in .* is invalid .*{reason}"):
         Adapted(tmp_path, "expert", base, [])
 
 
@@ -217,16 +217,21 @@ def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, Mod
         opened(tmp_path / "bert", base)
     wider = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 32}))
     adapter(wider, tmp_path / "wide", target_modules=["q_proj"])
-    with pytest.raises(ModelError, match=r"q_proj.weight is \[16, 32\] in the adapter and \[16, 16\] in the base"):
+    with pytest.raises(
+        ModelError, match=r"q_proj.weight has the shape \[16, 32\] in the adapter and \[16, 16\] in the base"
+    ):
         opened(tmp_path / "wide", base)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["q.lora_A.weight", "q.lora_B.weight", "q.lora_C.weight"], "holds q.lora_C.weight, which epmq cannot merge"),
-        (["q.weight"], "holds no LoRA tensors; train or fetch it again"),
-        (["q.lora_A.weight"], "holds lora_A of q, which epmq cannot merge; merge it with merge_and_unload of PEFT"),
+        (
+            ["q.lora_A.weight", "q.lora_B.weight", "q.lora_C.weight"],
+            "contains q.lora_C.weight, which epmq cannot merge",
+        ),
+        (["q.weight"], "contains no LoRA tensors; train or fetch it again"),
+        (["q.lora_A.weight"], "contains lora_A of q, which epmq cannot merge; merge it with merge_and_unload of PEFT"),
     ],
 )
 def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
@@ -243,29 +248,33 @@ ODD: dict[str, tuple[dict[str, torch.Tensor], tuple[int, ...], str]] = {
     "rank 0": (
         {A: torch.ones(0, 4), B: torch.ones(3, 0)},
         (3, 4),
-        r"has for q.weight A \[0, 4\] and B \[3, 0\], which do not have one rank above 0",
+        r"does not fit q.weight: A \[0, 4\] and B \[3, 0\] must have the same rank above 0",
     ),
-    "two ranks": ({A: torch.ones(1, 4)}, (3, 4), r"A \[1, 4\] and B \[3, 2\], which do not have one rank"),
-    "no dimension": ({A: torch.tensor(1.0), B: torch.tensor(1.0)}, (3, 4), r"A \[\] and B \[\], which do not"),
-    "a vector": ({A: torch.ones(2)}, (3,), r"for q.weight A \[2\] and B \[3, 2\], which do not have .* axes of \[3\]"),
-    "a vector's A": ({}, (3,), r"which do not have one rank above 0 and the axes of \[3\]; train or fetch it again"),
+    "two ranks": ({A: torch.ones(1, 4)}, (3, 4), r"A \[1, 4\] and B \[3, 2\] must have the same rank"),
+    "no dimension": ({A: torch.tensor(1.0), B: torch.tensor(1.0)}, (3, 4), r"A \[\] and B \[\] must have"),
+    "a vector": ({A: torch.ones(2)}, (3,), r"fit q.weight: A \[2\] and B \[3, 2\] must have .* as many axes as \[3\]"),
+    "a vector's A": ({}, (3,), r"the same rank above 0 and as many axes as \[3\]; train or fetch it again"),
     "lengths": (
         {LENGTHS: torch.ones(5)},
         (3, 4),
-        r"for q.weight the lengths \[5\], while the module has 3 outputs; train or fetch",
+        r"fit q.weight: lora_magnitude_vector has the shape \[5\], but the module has 3 outputs; train or fetch",
     ),
     "a kernel in B": (
         {A: torch.ones(2, 4, 2, 2), B: torch.ones(3, 2, 2, 2)},
         (3, 4, 2, 2),
-        r"A \[2, 4, 2, 2\] and B \[3, 2, 2, 2\], which do not",
+        r"A \[2, 4, 2, 2\] and B \[3, 2, 2, 2\] must have",
     ),
-    "complex": ({A: torch.ones(2, 4, dtype=torch.complex64)}, (3, 4), "holds q.lora_A.weight in the type C64"),
-    "integers": ({B: torch.ones(3, 2, dtype=torch.int64)}, (3, 4), "in the type I64, epmq merges F64, F32, F16, BF16"),
+    "complex": ({A: torch.ones(2, 4, dtype=torch.complex64)}, (3, 4), "contains q.lora_A.weight in the type C64"),
+    "integers": (
+        {B: torch.ones(3, 2, dtype=torch.int64)},
+        (3, 4),
+        "in the type I64, but epmq merges F64, F32, F16, BF16",
+    ),
 }
 
 
 def adapted(folder: Path, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], **config: Any) -> Adapted:
-    """The adapter with these tensors in place of sound ones, of a base with one tensor of such a shape."""
+    """An adapter in which these tensors replace valid ones. The base has one tensor of this shape."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     save_file({**SOUND, **tensors}, folder / "adapter_model.safetensors")
     save_file({"q.weight": torch.ones(shape)}, folder / "model.safetensors")
@@ -286,8 +295,8 @@ def test_shapes_and_types_that_cannot_be_merged_are_refused(case: str, tmp_path:
     [
         ("use_rslora", "no", "use_rslora in .*adapter_config.json must be true or false, got 'no'; fetch"),
         ("fan_in_fan_out", 1, "fan_in_fan_out in .* must be true or false, got 1"),
-        ("lora_alpha", True, "lora_alpha or alpha_pattern of .* cannot be used .True is not a finite number"),
-        ("lora_alpha", float("nan"), "lora_alpha or alpha_pattern of .* cannot be used .nan is not a finite number"),
+        ("lora_alpha", True, "lora_alpha or alpha_pattern in .* is invalid .True is not a finite number"),
+        ("lora_alpha", float("nan"), "lora_alpha or alpha_pattern in .* is invalid .nan is not a finite number"),
     ],
 )
 def test_options_of_another_type_are_refused(option: str, value: Any, message: str, tmp_path: Path) -> None:

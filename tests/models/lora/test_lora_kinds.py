@@ -1,5 +1,7 @@
-"""Oracle: PEFT itself. Each adapter is saved, loaded with PeftModel.from_pretrained and merged with merge_and_unload;
-every parameter must be the same."""
+"""Oracle: PEFT. Each adapter is saved, loaded with PeftModel.from_pretrained and merged with merge_and_unload.
+
+Every parameter must be equal.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from epmq_cli.models.lora import ties
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open import open_base, open_expert
 
-pytestmark = [  # of PEFT, about what it was asked for
+pytestmark = [  # PEFT warns about the options of these adapters
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
 ]
 
@@ -69,7 +71,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], list[str]]] = {
     "gemma3": ("causal_lm", made("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER), ["k_proj", "up_proj"]),
     "qwen2": ("causal_lm", made("Qwen2ForCausalLM", "Qwen2Config", **DECODER), ["v_proj", "o_proj"]),
 }
-"""By name: the family, the model, and the modules that are adapted."""
+"""By name: the family, the model and the adapted modules."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "lora_alpha": 5},
@@ -103,14 +105,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[name][1]().eval()
-    with torch.no_grad():  # biases and norms that are not 0 and 1
+    with torch.no_grad():  # so that biases are not 0 and norms are not 1
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape))
     return model
 
 
 def trained(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
-    """A saved adapter whose every parameter has moved from where it began, as training moves it."""
+    """Saves an adapter and changes all its parameters first, as training does."""
     torch.manual_seed(1)
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(**{"r": 4, "lora_alpha": 12, **options}))
     with torch.no_grad():
@@ -126,13 +128,13 @@ def merged_by_peft(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def check(name: str, base: ModelFolder, folder: Path, expected: dict[str, Tensor], changed: int = 1) -> ModelFolder:
-    """Every parameter of the merged model, under the names that it has in the base's files."""
+    """Compares every parameter of the merged model under the names in the base's files."""
     family = FAMILIES[MODELS[name][0]]
     expert = family.open(folder, "expert of task x", base)
     found = {family.spelling(stored): stored for stored in expert.infos}
     moved = 0
     for own, tensor in ((family.spelling(own), tensor) for own, tensor in expected.items()):
-        if own not in found:  # a copy of a tied table, which neither the base nor the expert stores
+        if own not in found:  # a tied copy, which neither the base nor the expert stores
             assert own in ties.tied_names(base)
             continue
         read = expert.tensor(found[own])
@@ -167,7 +169,7 @@ def test_every_special_kind_is_what_peft_merges(tmp_path: Path) -> None:
 
 
 def test_biases_of_lora_are_added_scaled(tmp_path: Path) -> None:
-    """`lora_bias`, with the trained biases of the modules themselves and without."""
+    """Tests `lora_bias` with and without trained biases of the modules."""
     base = saved("bert", tmp_path / "base")
     for bias in ("none", "lora_only"):
         trained(model_of("bert"), tmp_path / bias, target_modules=["query"], lora_bias=True, bias=bias)
@@ -216,7 +218,7 @@ def test_gpt2_stores_its_linears_transposed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", ["vit.layers", "vit.encoder.layer", "encoder.layer", "layers"])
 def test_vit_adapters_have_the_names_of_either_version_of_transformers(named: str, tmp_path: Path) -> None:
-    """The files of ViT have the names of transformers 4, its modules in memory those of 5; an adapter either."""
+    """ViT files use the names of transformers 4, its modules those of transformers 5. An adapter may use either."""
     base, folder = saved("vit", tmp_path / "base"), tmp_path / "adapter"
     trained(model_of("vit"), folder, target_modules=["q_proj", "fc2"], init_lora_weights=False)
     expected = merged_by_peft(model_of("vit"), folder)

@@ -1,4 +1,4 @@
-"""Oracle: the list of what PEFT can make and epmq cannot merge; each is refused in a sentence that says the way out."""
+"""Oracle: the adapters that PEFT creates but epmq cannot merge. Each error message is one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTS = {
 
 
 def folder(path: Path, shapes: dict[str, tuple[int, ...]], file: str, **config: Any) -> Path:
-    """A folder with random tensors and a config."""
+    """Creates a folder with random tensors and a config."""
     path.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(len(shapes))
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, path / file)
@@ -57,7 +57,9 @@ def opened(path: Path, base: ModelFolder) -> ModelFolder:
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
 def test_every_other_type_of_peft_is_refused_with_the_way_out(kind: str, tmp_path: Path) -> None:
     way = "PEFT cannot merge it either; train" if kind in PROMPTS else MERGE
-    with pytest.raises(ModelError, match=rf"^expert: .* is an adapter of type '{kind}', epmq merges .* only; {way}"):
+    with pytest.raises(
+        ModelError, match=rf"^expert: .* is an adapter of type '{kind}', but epmq merges .* only; {way}"
+    ):
         read_config(adapter(tmp_path, peft_type=kind), "expert")
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)]
     assert hasattr(tuner, "merge_and_unload") or kind in PROMPTS
@@ -79,14 +81,14 @@ def test_every_other_type_of_peft_is_refused_with_the_way_out(kind: str, tmp_pat
         ({"target_parameters": "weight"}, "target_parameters 'weight', .* merge_and"),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            "=pissa_niter_4, .* random numbers.*path_initial_model_for_weight_con",
+            "=pissa_niter_4, .* randomized .*path_initial_model_for_weight_con",
         ),
         ({"init_lora_weights": "corda"}, "=corda, .* covariances.*path_initial_model.* or give the changed base"),
         ({"init_lora_weights": "lora_ga"}, "=lora_ga, .* gradients .*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "=loftq, .* quantizing .*the model that merge_and_unload returns"),
         ({"init_lora_weights": "new"}, "init_lora_weights in .* must be true, false or one of gaussian, .* got 'new'"),
-        ({"use_later": True}, "with use_later, which this version of epmq does not know; merge it"),
-        ({"later_config": {"a": 1}}, "with later_config, which this version of epmq does not know; merge it"),
+        ({"use_later": True}, "with use_later, which this version of epmq does not support; merge it"),
+        ({"later_config": {"a": 1}}, "with later_config, which this version of epmq does not support; merge it"),
         ({"modules_to_save": "lm_head"}, "modules_to_save in .* must be a list of modules, got 'lm_head'"),
         ({"ensure_weight_tying": "yes"}, "ensure_weight_tying in .* must be true or false, got 'yes'"),
     ],
@@ -98,14 +100,14 @@ def test_every_option_that_is_not_merged_is_refused(config: dict[str, Any], mess
 
 
 def test_an_unknown_value_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of an option that is no switch and no config; nothing is said of known options or of those that are off."""
+    """The warning is for an unknown option with a plain value. Known options and options that are off cause none."""
     with caplog.at_level(logging.WARNING, "epmq"):
         read_config(
             adapter(tmp_path, r=3, bias="all", later=False, another=None, third="none", qalora_group_size=16), "x"
         )
         assert not caplog.records
         read_config(adapter(tmp_path, later_size=3), "expert")
-    assert "later_size=3, which this version of epmq does not know and does not use" in caplog.text
+    assert "later_size=3, which this version of epmq does not know and ignores" in caplog.text
 
 
 Q0 = "base_model.model.model.layers.0.q"
@@ -123,22 +125,22 @@ WRONG: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "two adapters": (
         {name.replace("_A.", f"_A.{'one' if '.0.' in name else 'two'}."): shape for name, shape in PARTS.items()},
         {},
-        r"holds several adapters \(one, two\); give one, saved on its own",
+        r"contains several adapters \(one, two\); save one of them alone",
     ),
     "two adapters of a module": (
         {**PARTS, f"{Q0}.lora_A.two.weight": (2, 4)},
         {},
-        "one tensor of two adapters; save each",
+        "the same tensor of two adapters; save each",
     ),
     "a nested LoRA": (
         {**PARTS, f"{Q0}.base_layer.lora_A.weight": (2, 4), f"{Q0}.base_layer.lora_B.weight": (4, 2)},
         {},
-        "holds two LoRAs of one module",
+        "contains two LoRAs of one module",
     ),
     "a part that is not known": (
         {**PARTS, f"{Q0}.lora_E": (2, 1)},
         {},
-        r"holds .*q.lora_E, which epmq cannot merge; merge",
+        r"contains .*q.lora_E, which epmq cannot merge; merge",
     ),
     "rows without ids": (
         {**PARTS, "base_model.model.model.table.token_adapter.trainable_tokens_delta": (2, 4)},
@@ -148,12 +150,12 @@ WRONG: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "more rows than ids": (
         {**PARTS, "base_model.model.model.table.token_adapter.trainable_tokens_delta": (2, 4)},
         {"trainable_token_indices": [1]},
-        r"rows of the shape \[2, 4\] for 1 token ids and a table \[6, 4\]; train or fetch it again",
+        r"its rows have the shape \[2, 4\], but there are 1 token ids and a table \[6, 4\]; train or fetch it again",
     ),
     "ids beyond the table": (
         {**PARTS, "base_model.model.model.table.token_adapter.trainable_tokens_delta": (2, 4)},
         {"trainable_token_indices": [1, 6]},
-        "token ids that repeat or are not below 6, the rows of the table",
+        "token ids must be unique and below 6, the number of rows of the table",
     ),
     "a bias that the base lacks": ({**PARTS, f"{Q0}.lora_B.bias": (4,)}, {"lora_bias": True}, "lacks model.layers.0.q"),
 }
@@ -171,19 +173,17 @@ def test_of_two_places_that_fit_alike_none_is_guessed(tmp_path: Path) -> None:
     base = open_base(folder(tmp_path / "base", shapes, "model.safetensors"), "base")
     part = {name.replace("model.model.", ""): shape for name, shape in PARTS.items() if ".0." in name}
     with pytest.raises(
-        ModelError, match="fits both (en|de)coder.layers.0.q.weight and .* save it from the whole model"
+        ModelError, match="fits both (en|de)coder.layers.0.q.weight and .* save the adapter from the whole model"
     ):
         opened(adapter(tmp_path, part), base)
 
 
 def test_a_weight_whose_singular_values_are_equal_has_no_pissa(tmp_path: Path) -> None:
-    """Its largest singular vectors are not determined by it."""
+    """Its largest singular vectors are ambiguous."""
     path = adapter(tmp_path, {"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, init_lora_weights="pissa")
     save_file({"q.weight": torch.eye(4)}, tmp_path / "model.safetensors")
     base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "model.safetensors", "base"))
-    with pytest.raises(
-        ModelError, match=r"initialisation \(pissa\) cannot be computed again for q.weight .*; merge it"
-    ):
+    with pytest.raises(ModelError, match=r"initialization \(pissa\) cannot be recomputed for q.weight .*; merge it"):
         Adapted(path, "expert", base, []).tensor("q.weight")
 
 
@@ -192,21 +192,19 @@ def test_what_nothing_reads_is_refused(base: ModelFolder, tmp_path: Path) -> Non
     expert = opened(path, base)
     refuse_unread(expert, base, base.infos, lambda name: name.startswith("score."), tied=True)
     with pytest.raises(
-        ModelError, match=r"holds score.weight, which the base .* does not have and which cannot be merged"
+        ModelError, match=r"contains score.weight, which the base .* does not have; train the adapter without"
     ):
         refuse_unread(expert, base, base.infos, lambda name: False, tied=True)
 
 
 def test_a_file_is_an_adapter_where_its_config_is_beside(base: ModelFolder, tmp_path: Path) -> None:
-    """A pickle, too, where it is named; its config then counts for the cache."""
+    """A pickle is accepted if the suite names it. Its config is then part of the cache key."""
     path = adapter(tmp_path)
     expected = opened(path, base).tensor("model.layers.0.q.weight")
     torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
     (path / "adapter_model.safetensors").unlink()
     file = path / "adapter_model.bin"
-    with pytest.raises(
-        ModelError, match=r"has no adapter_model.safetensors; name the file itself, .*adapter_model.bin"
-    ):
+    with pytest.raises(ModelError, match=r"has no adapter_model.safetensors; give the file .*adapter_model.bin itself"):
         opened(path, base)
     assert torch.equal(opened(file, base).tensor("model.layers.0.q.weight"), expected)
     assert hash_model(file, FileHashes(None)).keys() == {"adapter_model.bin", "adapter_config.json"}
@@ -214,13 +212,15 @@ def test_a_file_is_an_adapter_where_its_config_is_beside(base: ModelFolder, tmp_
 
 def test_a_folder_of_adapters_names_them(base: ModelFolder, tmp_path: Path) -> None:
     adapter(tmp_path)
-    with pytest.raises(ModelError, match=rf"holds adapters in its folders; give one of them, {tmp_path / 'adapter'}$"):
+    with pytest.raises(
+        ModelError, match=rf"contains adapters in subfolders; give one of them: {tmp_path / 'adapter'}$"
+    ):
         opened(tmp_path, base)
 
 
 def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder, tmp_path: Path) -> None:
-    """Alone with a config.json; beside the base; beside the merged model; beside a model that is neither; beside the
-    model that it names as its base, to which transformers adds it."""
+    """Covers an adapter with only a config.json, beside the base, beside the merged model, beside another model, and
+    beside the model that it names as its base. In the last case, transformers adds the adapter to the model."""
     path = adapter(tmp_path)
     merged = {name: opened(path, base).tensor(name) for name in base.infos}
     name = "model.layers.0.q.weight"
@@ -234,7 +234,7 @@ def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder,
     other = {own: base.tensor(own) + 0.5 for own in base.infos}
     save_file(other, path / "model.safetensors")
     with pytest.raises(
-        ModelError, match=r"holds a whole model and an adapter, and the model is neither .*; give a folder"
+        ModelError, match=r"contains a whole model and an adapter, but the model is neither .*; give a folder"
     ):
         opened(path, base)
     adapter(tmp_path, base_model_name_or_path=str(path))
@@ -245,7 +245,7 @@ def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder,
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_model_merged_in_a_smaller_type_has_its_adapter_in_it(scale: float, tmp_path: Path) -> None:
-    """The merged model and the base in bfloat16; the smaller adapter adds about as much as that rounds."""
+    """The merged model and the base are bfloat16. The delta of the smaller adapter is close to the rounding error."""
     place = folder(tmp_path / "half", SHAPES, "model.safetensors", hidden_size=4)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(place / "model.safetensors").items()}
     save_file(tensors, place / "model.safetensors")
@@ -263,7 +263,7 @@ def test_a_model_merged_in_a_smaller_type_has_its_adapter_in_it(scale: float, tm
 def test_another_base_is_a_warning(
     base: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its name; by its tensors where it is a folder here; by the adapter's copy of a table; by a config.json."""
+    """epmq detects it by name, by the tensors of a local folder, by a copy of a table, or by a config.json."""
     same = folder(tmp_path / "same", SHAPES, "model.safetensors", hidden_size=4)
     other = folder(tmp_path / "other", SHAPES | {"more": (1,)}, "model.safetensors", hidden_size=4)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -271,7 +271,7 @@ def test_another_base_is_a_warning(
         ({"base_model_name_or_path": "BASE"}, ""),
         ({"base_model_name_or_path": str(base.path)}, ""),
         ({"base_model_name_or_path": str(same)}, ""),
-        ({"base_model_name_or_path": "me/another"}, "was trained on me/another, and the base is .* cannot be compared"),
+        ({"base_model_name_or_path": "me/another"}, "was trained on me/another, but the base is .* cannot be compared"),
         (
             {"base_model_name_or_path": str(other)},
             f"was trained on {other}, whose model.layers.0.q.weight differs from",
@@ -287,11 +287,13 @@ def test_another_base_is_a_warning(
     caplog.clear()
     path = adapter(tmp_path, {**PARTS, "base_model.model.model.table.base_layer.weight": (6, 4)})
     opened(path, base)
-    assert "its file holds model.table.weight of its own base, which differs from that of the base" in caplog.text
+    assert (
+        "its file contains the model.table.weight of its own base, which differs from that of the base" in caplog.text
+    )
     caplog.clear()
     (adapter(tmp_path) / "config.json").write_text('{"hidden_size": 8}')
     opened(tmp_path / "adapter", base)
-    assert f"{tmp_path / 'adapter' / 'config.json'} has hidden_size 8, the base" in caplog.text
+    assert f"{tmp_path / 'adapter' / 'config.json'} sets hidden_size=8, but the base" in caplog.text
     (tmp_path / "adapter" / "config.json").unlink()
     opened(adapter(tmp_path, base_model_name_or_path=None), base)
     assert "does not name the model that it was trained on" in capsys.readouterr().err.replace("\n", " ")

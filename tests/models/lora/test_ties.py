@@ -1,4 +1,4 @@
-"""Oracle: PEFT's model in memory, as it was trained: what its table and its output layer do."""
+"""Oracle: the outputs of the embedding table and the output layer of the trained PEFT model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.models.open import open_base
 from tests.models.lora.test_lora_kinds import DECODER, open_lora, trained
 
-pytestmark = [  # of PEFT, about what it was asked for
+pytestmark = [  # PEFT warns about the options of these adapters
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
 ]
 
@@ -40,8 +40,10 @@ TIED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stored_twice", [False, True], ids=["stored once", "stored twice"])
 def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice: bool, tmp_path: Path) -> None:
-    """Oracle: what the trained model's table and output layer do to ids and hidden states. (PEFT's merge_and_unload
-    adds the LoRA of one of them to both, which share their parameter.)"""
+    """Oracle: the outputs of the trained model's table and output layer for ids and hidden states.
+
+    PEFT's merge_and_unload differs: it adds the LoRA of one of them to both, because they share their parameter.
+    """
     torch.manual_seed(0)
     settings = {**DECODER, "tie_word_embeddings": True}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
@@ -68,7 +70,7 @@ def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice:
 
 
 def test_a_tied_table_of_which_training_moved_nothing_stays_tied(tmp_path: Path) -> None:
-    """PEFT adapts T5's `shared`, which neither encoder nor decoder calls: its LoRA stays what it was at first."""
+    """PEFT adapts T5's `shared`, which neither encoder nor decoder calls, so its LoRA keeps its initial value."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
@@ -82,7 +84,7 @@ def test_a_tied_table_of_which_training_moved_nothing_stays_tied(tmp_path: Path)
 
 
 def test_a_residual_of_a_tied_tensor_is_refused(tmp_path: Path) -> None:
-    """PiSSA on a tied output layer changes the table, too; on a table it changes nothing but the LoRA."""
+    """PiSSA on a tied output layer also changes the table. PiSSA on a table changes only the LoRA."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, "tie_word_embeddings": True}))
     model.save_pretrained(tmp_path / "base")

@@ -101,7 +101,7 @@ def test_a_pickle_behind_a_tag_is_read_as_tensors_only(tmp_path: Path) -> None:
     clip = CLIPModel.from_pretrained(locate("open_clip:tiny-B-32/pickled", "base")).eval()
     torch.testing.assert_close(image_features(clip), image_features(model), rtol=0, atol=1e-5)
     torch.save({"state_dict": model.state_dict(), "code": Code()}, place / "weights.bin")
-    with pytest.raises(ModelError, match="weights.bin is not a plain state dict but holds pickled objects"):
+    with pytest.raises(ModelError, match="weights.bin is not a plain state dict: it contains pickled objects"):
         locate("open_clip:tiny-B-32/pickled", "base")
 
 
