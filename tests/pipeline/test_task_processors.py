@@ -161,7 +161,7 @@ def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
     with caplog.at_level(logging.INFO, "epmq"):
         assert expert_score(found) == 1
     assert "expert of task first: its own tokenizer reads '" in caplog.text
-    assert "which the checkpoint has in processors/first" in caplog.text
+    assert "epmq uses it for its task and saves it in processors/first of the checkpoint" in caplog.text
     assert list(chosen(found)) == ["first"]
     caplog.clear()
     assert chosen(found, "++suite.processor=base") == {}
