@@ -1,4 +1,4 @@
-"""What calibration is guided by: the options of `guidance=<name>`, each published method a setting of them."""
+"""The options of `guidance=<name>`. Each published method is a setting of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TASK_WEIGHTS = ("frobenius", "tokens")
 AUTO = "auto"
 Auto = Literal["auto"]
 MOST = 10**9
-"""Of weights: nothing that is weighted less counts beside it, and sums in float32 still hold it."""
+"""The largest weight. Terms of smaller weight are negligible beside it, and float32 sums do not overflow."""
 LIMITS = {"lam": MOST, "alpha": 1, "beta": 1, "rho": 10}
 """The options that can be `auto`, with the largest value of each; the smallest is 0."""
 
@@ -22,16 +22,18 @@ LIMITS = {"lam": MOST, "alpha": 1, "beta": 1, "rho": 10}
 class Guidance:
     """`guidance=<name>`.
 
-    `targets`: whose outputs the linears shall give, `merged` (plain post-training quantization) or each task's
-    `expert`. `lam`: weight of the anchor; with `task_weight: frobenius` a pure number. `alpha`: share of the teacher's
-    own inputs in the target. `beta`: share of the residual stream's drift that a linear which writes into it makes up
-    for. `rho`: the anchor is rho merged + (1 - rho) base. These four may be `auto`.
+    `targets`: the regression targets of the linears: the outputs of the `merged` model (plain post-training
+    quantization) or of each task's `expert`. `lam`: the weight of the anchor; with `task_weight: frobenius` it is
+    dimensionless. `alpha`: the share of the teacher's own inputs in the target. `beta`: the share of the residual
+    stream's drift that linears compensate when they write into the stream. `rho`: the anchor is
+    rho merged + (1 - rho) base. These four may be `auto`.
 
-    `intercepts`, `norms`, `embeddings`, `readout`: whether biases, norms, the tables and kernels that make the first
-    stream, and the linears between the blocks and the heads are solved as well. `readout_weight`: what the other
-    tokens of the last block count beside the one that is read out, in (0, 1]. `heads`: `always`, `never` or `own`
-    (where each task has a head of its own). `sweeps`: walks through the model, each anchored at the one before.
-    `task_weight`: s_t, see moments.py. `weights`: factors on it by task, null for 1.
+    `intercepts`, `norms`, `embeddings`, `readout`: whether calibration also solves biases, norms, the tables and
+    kernels that compute the first hidden state, and the linears between the blocks and the heads. `readout_weight`: the
+    weight in (0, 1] of the tokens of the last block that the head does not read. `heads`: whether heads are solved:
+    `always`, `never` or `own` (if each task has its own head). `sweeps`: the number of walks through the model, each
+    anchored at the result of the one before. `task_weight`: s_t, see moments.py. `weights`: factors on s_t by task,
+    null for 1.
     """
 
     targets: str
@@ -70,15 +72,15 @@ class Guidance:
 
     @property
     def teaches(self) -> bool:
-        """Whether the teachers' own activations are needed."""
+        """Whether calibration needs the teachers' own activations."""
         return self.alpha != 0 or self.beta != 0
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether calibration must measure inputs. Otherwise every part's target is the merged value itself."""
+        """Whether calibration must measure inputs. If not, the target of every part is its merged value."""
         solved = self.intercepts or self.norms or self.embeddings or self.readout
         return self.targets != "merged" or self.rho != 1 or self.teaches or solved
 
     def factor(self, task: str) -> float:
-        """What the task's s_t is multiplied with."""
+        """The factor on the task's s_t."""
         return 1.0 if self.weights is None else self.weights.get(task, 1.0)

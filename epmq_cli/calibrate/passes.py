@@ -1,4 +1,4 @@
-"""The walks of a calibration: one or several passes through the student, and the formats of the last."""
+"""Runs the walks of a calibration, and chooses the formats of the last one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 
 ProgressFor = Callable[[str, Account | None], WalkProgress]
-"""Opens the progress of the walk with this name; the account is stored beside it."""
+"""Opens the progress of the walk with this name. The account is stored with it."""
 
 
 def in_memory(name: str, account: Account | None = None) -> WalkProgress:
@@ -41,10 +41,10 @@ def run_passes(
     progress_for: ProgressFor = in_memory,
     samples: int = ALL,
 ) -> WalkResult:
-    """`guidance.sweeps` walks: all but the last unquantized, each anchored at the result of the one before.
+    """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
-    Mixed precision measures the losses of its two formats in the first walk, which is done twice if it is the only one.
-    `progress_for`: keeps the progress of each walk. `samples`: see walk.
+    Mixed precision measures the losses of its two formats in the first walk. If that is the only walk, it runs twice.
+    `progress_for`: opens the progress of each walk. `samples`: see walk.
     """
     groups = _groups(student, family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
@@ -68,7 +68,7 @@ def run_passes(
 
 
 def _groups(student: nn.Module, family: Family) -> dict[str, str]:
-    """The first linear of the group that each linear of the blocks belongs to."""
+    """Maps each linear of the blocks to the first linear of its group."""
     return {
         block.name(name): block.name(step.names[0])
         for block in family.blocks(student)

@@ -1,5 +1,5 @@
-"""Choosing lam, alpha, beta and rho without labels: walks without quantizer on four fifths of the calibration samples,
-and the error of the logits on the last fifth against the experts' own."""
+"""Chooses lam, alpha, beta and rho without labels. Unquantized walks calibrate on four fifths of the samples; the error
+of the logits against the experts' is measured on the last fifth."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.data.batching import Batch, size
 from epmq_cli.errors import DataError
 
-HOLD = 5  # one sample in so many is held out
+HOLD = 5  # every fifth sample is held out
 GRID: dict[str, tuple[float, ...]] = {
     "lam": (0.001, 0.1, 0.03, 0.01, 0.003, 0.0003, 0.0001),
     "beta": (1.0, 0.5, 0.0),
     "alpha": (1.0, 0.7, 0.3),
     "rho": (1.0, 2.0, 3.0),
 }
-"""What is tried, in this order of options; the first value of each stands in until its turn."""
+"""The values to try, in this order of options. An option has its first value until its turn."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The guidance that was chosen, and each trial: the values tried and the `error`."""
+    """The chosen guidance, and the trials: the values of the options and the `error`."""
 
     guidance: Guidance
     trials: list[dict[str, float]]
 
 
 def choose(guidance: Guidance, error: Callable[[Guidance], float]) -> Choice:
-    """The options that are `auto`, settled one after the other, each at its least error; of equals the first."""
+    """Chooses the `auto` options one after the other, each with its lowest error; ties go to the first value."""
     names = [name for name in GRID if getattr(guidance, name) == AUTO]
-    settled = _with(guidance, {name: GRID[name][0] for name in names})
+    best = _with(guidance, {name: GRID[name][0] for name in names})
     trials: list[dict[str, float]] = []
 
     def attempt(candidate: Guidance) -> float:
@@ -46,9 +46,9 @@ def choose(guidance: Guidance, error: Callable[[Guidance], float]) -> Choice:
         return trials[-1]["error"]
 
     for name in names:
-        candidates = [_with(settled, {name: value}) for value in GRID[name]]
-        settled = min(candidates, key=attempt)
-    return Choice(settled, trials)
+        candidates = [_with(best, {name: value}) for value in GRID[name]]
+        best = min(candidates, key=attempt)
+    return Choice(best, trials)
 
 
 def _with(guidance: Guidance, values: Mapping[str, Any]) -> Guidance:
@@ -56,21 +56,21 @@ def _with(guidance: Guidance, values: Mapping[str, Any]) -> Guidance:
 
 
 def holdout_split(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
-    """Each task's batches without every fifth sample, and those samples; DataError where there are too few."""
+    """Holds out every fifth sample of each task. Raises DataError if a task has too few samples."""
     parts = ({}, {})  # type: tuple[dict[str, list[Batch]], dict[str, list[Batch]]]
     for task, group in batches.items():
         count = sum(map(size, group))
         if count < 2 * HOLD:
             raise DataError(
-                f"task {task} has {count} calibration samples, of which auto holds out one in {HOLD} and needs two: "
-                f"raise calib.samples to {2 * HOLD} or more, or give lam, alpha, beta and rho as numbers"
+                f"task {task} has {count} calibration samples, but auto options need {2 * HOLD}, because one in {HOLD} "
+                f"is held out; raise calib.samples, or set lam, alpha, beta and rho to numbers"
             )
-        fitted, held = zip(*_divided(group), strict=True)
+        fitted, held = zip(*_split_batches(group), strict=True)
         parts[0][task], parts[1][task] = [b for b in fitted if size(b)], [b for b in held if size(b)]
     return parts
 
 
-def _divided(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch]]:
+def _split_batches(batches: Sequence[Batch]) -> Iterator[tuple[Batch, Batch]]:
     seen = 0
     for batch in batches:
         numbers = torch.arange(seen, seen + size(batch))

@@ -1,9 +1,9 @@
-"""The engine: walks the student section by section, calibrating and quantizing each group of linears on the way.
+"""The engine walks the student section by section, and calibrates and quantizes each group of linears.
 
-The student's inputs always come through the prefix that is already quantized. Inside a block the steps follow the
-forward pass, and each reads the outputs of the quantized steps before it ("true sequential"): the forward pass of every
-batch pauses in front of a step until the step is solved. If guidance needs them, each expert's own activations of the
-same samples are computed alongside, with one block of one expert in memory at a time.
+The student's inputs always come through the quantized prefix. Inside a block the steps follow the forward pass, and
+each reads the outputs of the quantized steps before it ("true sequential"): the forward pass of every batch pauses in
+front of a step until the step is solved. If guidance needs them, the walk also computes each expert's own activations
+of the same samples, with one block of one expert in memory at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from epmq_cli.runtime.console import track
 
 Batches = Mapping[str, Sequence[Batch]]
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
-"""The quantizer of the linears of these names, which read the same input."""
+"""Returns the quantizer of the linears with these names, which read the same input."""
 
 
 def walk(
@@ -58,11 +58,11 @@ def walk(
     progress: WalkProgress | None = None,
     samples: int = ALL,
 ) -> WalkResult:
-    """Calibrates the student and quantizes the linears of its blocks; its tensors are replaced by the results.
+    """Calibrates the student and quantizes the linears of its blocks. The results replace its tensors.
 
     `batches`: calibration batches of each task, on the student's device. `dtype`: the type in which scales and dense
-    tensors are stored. `store` holds activations and `progress` finished sections, both in memory unless given.
-    `samples`: how many samples of a batch go through the model at a time; the results do not depend on it.
+    tensors are stored. `store` holds activations, `progress` finished sections; both in memory by default. `samples`:
+    how many samples of a batch run through the model at a time; the results do not depend on it.
     """
     store = store or ActivationStore(math.inf)
     own = Student(student, family, reference, guidance, dtype)
@@ -88,16 +88,16 @@ class _Walk:
         self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
         self.whole = batches
         parts = {task: [split(batch, samples) for batch in group] for task, group in batches.items()}
-        self.counts = {task: [len(found) for found in group] for task, group in parts.items()}  # of each batch
-        own: Batches = {task: [part for found in group for part in found] for task, group in parts.items()}
-        self.own, self.others = own, own  # of the student and of the teachers, stack by stack
+        self.counts = {task: [len(batch) for batch in group] for task, group in parts.items()}  # parts of each batch
+        own: Batches = {task: [part for batch in group for part in batch] for task, group in parts.items()}
+        self.own, self.others = own, own  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
-        self.taught: dict[str, list[HiddenState]] = {}
+        self.teacher_streams: dict[str, list[HiddenState]] = {}
         self.blocks: dict[str, dict[str, Tensor]] = {}
-        """The tensors of the present section, of as many experts as fit into memory."""
+        """The experts' tensors of the present section, for as many tasks as fit into memory."""
 
     def run(self) -> WalkResult:
-        """Solves every section in order. Finished sections are restored, and batches only pass through them."""
+        """Solves every section in order. Finished sections are restored, and batches run through them unsolved."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
         if self.progress.restore_all([name for names in entries for name in names], self.student):
@@ -112,11 +112,13 @@ class _Walk:
                 self.progress.write(entry, self.student)
             if section is stack.readout and stack.handed is not None:
                 self.own = handed(stack.handed, self.own, self.streams)
-                self.others = handed(stack.handed, self.others, self.taught) if self.taught else self.own
+                self.others = (
+                    handed(stack.handed, self.others, self.teacher_streams) if self.teacher_streams else self.own
+                )
         return self.progress.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
-        """Solves what is in front of the first block of a stack, and runs every batch up to that block."""
+        """Solves the stem of a stack, and runs every batch up to its first block."""
         model = self.student.model
         if not self.progress.restore(entry, self.student):
             self._solve_stem(stack)
@@ -128,10 +130,10 @@ class _Walk:
             self.streams[task] = enter(model, self.family, stack, self.own[task], self.store, values)
             if self.guidance.teaches:
                 with swapped_weights(model, self._stem(task)):
-                    self.taught[task] = enter(model, self.family, stack, self.others[task], self.store, values)
+                    self.teacher_streams[task] = enter(model, self.family, stack, self.others[task], self.store, values)
 
     def _solve_stem(self, stack: Stack) -> None:
-        """Solves what is in front of the first block of a stack."""
+        """Solves the stem of a stack: the tables, kernels and norm in front of its first block."""
         norm = stack.first_norm
         if self.guidance.embeddings:
             solve_stem(self.student, stack, self.whole)
@@ -148,24 +150,24 @@ class _Walk:
     def _first_rows(self, stack: Stack, task: str, norm: str) -> Iterator[LayerInputs]:
         """The inputs of the first norm."""
         own = self._first_inputs(stack, self.own[task], norm)
-        taught = own
+        teacher = own
         if self.guidance.teaches:
             with swapped_weights(self.student.model, self._stem(task)):
-                taught = self._first_inputs(stack, self.others[task], norm)
-        pairs = zip(own, taught, strict=True)
+                teacher = self._first_inputs(stack, self.others[task], norm)
+        pairs = zip(own, teacher, strict=True)
         for count in self.counts[task]:
             yield LayerInputs.joined([LayerInputs([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
-        """The inputs of the first norm in the model as it is now, real tokens only, batch by batch."""
-        model, module, found = self.student.model, self.student.model.get_submodule(norm), []
+        """The inputs of the first norm in the present model, real tokens only, batch by batch."""
+        model, module, rows = self.student.model, self.student.model.get_submodule(norm), []
         for batch in batches:
-            reached = inputs([module], lambda batch=batch: self.family.features(model, batch))  # type: ignore[misc]
-            found.append(real_tokens(reached[0], stack.mask(batch)))
-        return found
+            arguments = inputs([module], lambda batch=batch: self.family.features(model, batch))  # type: ignore[misc]
+            rows.append(real_tokens(arguments[0], stack.mask(batch)))
+        return rows
 
     def _section(self, stack: Stack, section: Section) -> None:
-        """Solves every step of a section, while the forward pass of each batch pauses in front of it."""
+        """Solves every step of a section. The forward pass of each batch pauses in front of each step."""
         teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
@@ -179,14 +181,14 @@ class _Walk:
                         solve_norm(self.student, section.name(step.name), self._rows(section, teacher, spec))
                 elif token is not None and step.mixing:
                     own = tuple(name for name in step.names if name not in step.mixing)
-                    if own:  # none where queries, keys and values are one linear
+                    if own:  # empty if queries, keys and values are one linear
                         self._linears(section, teacher, own, spec)
                     self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
                     self._linears(section, teacher, step.names, spec)
             for task in self.streams:
                 self._load(section, teacher, task)
-                for streams, module in ((self.streams, section.module), (self.taught, teacher)):
+                for streams, module in ((self.streams, section.module), (self.teacher_streams, teacher)):
                     for stream in streams.get(task, ()):
                         with stream.loaded():
                             stream.finish(module)
@@ -194,7 +196,7 @@ class _Walk:
         self.blocks.clear()
 
     def _fold(self, section: Section, token: int | None) -> None:
-        """Folds the scales of quantizers that are transforms into the section, see fold.py."""
+        """Folds the scales of transforms, such as AWQ, into the section, see fold.py."""
         rows_of = lambda spec: ((task, self._task_rows(section, None, task, spec)) for task in self.streams)  # noqa: E731
         if self.measures and fold_block(self.student, section, partial(self._quantizer, section), rows_of, token):
             for streams in self.streams.values():
@@ -202,16 +204,16 @@ class _Walk:
                     stream.rewind()
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
-        """Copies the expert's section into the teacher; it is read once for all steps if it fits into memory."""
+        """Copies the expert's section into the teacher. It is read once for all steps if it fits into memory."""
         if not self.guidance.teaches:
             return
-        found = self.blocks.get(task)
-        if found is None:
+        tensors = self.blocks.get(task)
+        if tensors is None:
             own, expert = teacher.state_dict(), self.student.reference.expert
-            found = {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
-            if self.store.hold(_bytes(found)):
-                self.blocks[task] = found
-        copy_into(teacher, found)
+            tensors = {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
+            if self.store.hold(_bytes(tensors)):
+                self.blocks[task] = tensors
+        copy_into(teacher, tensors)
 
     def _rows(
         self, section: Section, teacher: nn.Module, spec: CaptureSpec
@@ -224,7 +226,7 @@ class _Walk:
     def _task_rows(
         self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
     ) -> Iterator[LayerInputs]:
-        """The inputs of a step for one task; parts of a batch are joined, so that sums do not depend on them."""
+        """The inputs of a step for one task. Parts of a batch are joined, so sums do not depend on the split."""
         parts = self._part_rows(section, teacher, task, spec)
         for count in self.counts[task]:
             if count == 1:
@@ -235,17 +237,17 @@ class _Walk:
     def _part_rows(
         self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
     ) -> Iterator[LayerInputs]:
-        """The inputs of a step for each part of a batch. Without a teacher, its inputs are the student's."""
-        taught, scales = self.taught.get(task), self.student.read_scales(section.name(spec.names[0]))
+        """The inputs of a step for each part of a batch. Without a teacher, its rows are the student's."""
+        teachers, scales = self.teacher_streams.get(task), self.student.read_scales(section.name(spec.names[0]))
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
                 own = spec.rows(stream, section.module)
                 weights = stream.weights(spec.token, self.guidance.readout_weight)
-                if taught is None or teacher is None:
+                if teachers is None or teacher is None:
                     yield LayerInputs(own, own, weights)
                 else:
-                    with taught[index].loaded():
-                        others = spec.rows(taught[index], teacher)
+                    with teachers[index].loaded():
+                        others = spec.rows(teachers[index], teacher)
                         if scales is not None:
                             others[0] = others[0] / scales
                         yield LayerInputs(own, others, weights)
@@ -258,20 +260,20 @@ class _Walk:
         if self.measures:
             rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
             objective, tokens = measure_objective(self.student, names, rows, scale)
-            found, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
+            solutions, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
         else:
-            found, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
-        for name, solution in zip(names, found, strict=True):
+            solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
+        for name, solution in zip(names, solutions, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
-        weights = [solution.weight for solution in found]
+        weights = [solution.weight for solution in solutions]
         self.progress.note(names if in_block else [], weights if in_block else [], records)
 
     def _in_block(self, section: Section) -> bool:
-        """Whether a section is a block; the linears of others stay dense."""
+        """Whether a section is a block. Linears outside of blocks stay dense."""
         return all(section is not stack.readout for stack in self.stacks)
 
     def _quantizer(self, section: Section, names: Sequence[str]) -> Quantizer:
-        """The quantizer of linears of a section."""
+        """The quantizer of linears of a section; `NoQuantizer` outside of blocks."""
         return self.quantizer_of(names) if self._in_block(section) else NoQuantizer()
 
     def _quantizers_need_inputs(self) -> bool:
@@ -287,5 +289,5 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _entries(number: int, first: bool) -> list[str]:
-    """The progress entries of a section and, for the first of a stack, of what is in front of it."""
+    """The progress entries of a section and, for the first section of a stack, of the stem."""
     return [f"{number:04}", f"{number:04}-stem"] if first else [f"{number:04}"]

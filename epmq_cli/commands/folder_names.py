@@ -7,16 +7,16 @@ import re
 
 from omegaconf import OmegaConf
 
-LONGEST = 255  # bytes, the longest name that file systems accept
-READABLE = 120  # bytes that are kept of a longer name
-DIGITS = 12  # of the sha256 of the job's overrides
+LONGEST = 255  # bytes of the longest name that file systems accept
+READABLE = 120  # bytes to which longer names are cut
+DIGITS = 12  # hexadecimal digits of the sha256 of the job's overrides
 UNSAFE = re.compile(r"""[^\w.,=+@%^~:!#()\[\]{}-]""")
 """Characters that separate folders or words, or that a shell interprets."""
 
 
 def folder_name(overrides: str) -> str:
-    """The folder name of a job: its overrides, if they are a valid name. Otherwise the overrides without unsafe
-    characters, cut to `READABLE` bytes, and a hash of all of them, so that no two jobs share a folder."""
+    """The folder name of a job: its overrides if they are a valid name. Otherwise unsafe characters are replaced, the
+    name is cut to `READABLE` bytes, and a hash of the overrides is appended so that no two jobs share a folder."""
     name = UNSAFE.sub("_", overrides)
     if name == overrides and len(name.encode()) <= LONGEST and not name.startswith("."):
         return name

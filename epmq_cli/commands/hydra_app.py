@@ -1,4 +1,4 @@
-"""What the Hydra commands share: errors in one sentence and without traceback, libraries kept quiet."""
+"""Starts the Hydra commands: prints errors in one sentence without traceback, and silences libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from epmq_cli.runtime import distributed, signals
 from epmq_cli.runtime.console import complain
 from epmq_cli.runtime.exit_status import MISTAKEN
 
-folder_names.register()  # here: the processes of a sweep's jobs import this, too
+folder_names.register()  # here, because every process of a sweep's jobs imports this module
 
 
 def launch(command: str, arguments: list[str]) -> None:
@@ -34,12 +34,12 @@ def launch(command: str, arguments: list[str]) -> None:
     except ConfigError as error:
         complain(str(error))
         sys.exit(MISTAKEN)
-    signals.raise_received()  # a library may have swallowed it while it was imported
-    logging.raiseExceptions = False  # a full disk under run.log ends nothing
+    signals.raise_received()  # a library may have swallowed a signal while it was imported
+    logging.raiseExceptions = False  # a full disk under run.log must not end the run
     before = os.environ.get(FULL_ERROR, "0")
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
+    os.environ[FULL_ERROR] = "1"  # makes Hydra raise errors instead of printing them
     try:
-        refuse_tokens(arguments)  # here, since Hydra writes them down before anything of ours runs
+        refuse_tokens(arguments)  # here, because Hydra stores overrides before it calls the command
         overrides, flags = split(arguments)
         check_overrides(command, overrides)
         try:
@@ -54,18 +54,21 @@ def launch(command: str, arguments: list[str]) -> None:
 
 
 def _start(command: str, arguments: list[str]) -> None:
-    """The command itself; of the processes of a run the first has its traces."""
+    """Runs the command. Only the main process of a run writes logs and Hydra files into the run folder."""
     if command == "run" and distributed.is_main():
         arguments = unfinished.continued(arguments)
     if not distributed.is_main():
-        arguments = [*_without_traces(), *(a for a in arguments if not a.startswith("out="))]  # before Hydra's options
+        arguments = [
+            *_temporary_folder(),
+            *(a for a in arguments if not a.startswith("out=")),
+        ]  # before Hydra's options
     sys.argv = [f"epmq {command}", *arguments]
     importlib.import_module(f"epmq_cli.commands.{command}").main()
     unfinished.end(arguments)
 
 
-def _without_traces() -> list[str]:
-    """Overrides that send what a process writes beside the results elsewhere: the run folder is that of the first."""
+def _temporary_folder() -> list[str]:
+    """Overrides that send the logs of a process to a temporary folder; the run folder belongs to the main process."""
     folder = tempfile.mkdtemp(prefix="epmq-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [f"out={folder}"]

@@ -1,4 +1,4 @@
-"""`epmq merge`: merges a suite's experts into one dense model, tensor by tensor from disk to disk."""
+"""`epmq merge`: merges the experts of a suite into one dense model, tensor by tensor, from disk to disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import alone, refuse_used
 
-PROBE = 8  # tokens of the made-up texts on which tokenizers are compared
+PROBE = 8  # the length in tokens of the synthetic texts on which tokenizers are compared
 
 
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="merge")
@@ -45,7 +45,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.report.stage_timer import Stages
         from epmq_cli.runtime.console import say
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imported only to check tokenizers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers only checks tokenizers here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_used(folder, "checkpoint", "metrics.json")
     instantiate.check_complete(cfg, "merge")
@@ -64,7 +64,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         models = SuiteModels(suite, family, whole=True)
         if exporter.open_clip:
             check_base(models.base)
-        files = ProcessorFiles(models.base.path)  # refuses what transformers cannot load
+        files = ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):

@@ -43,7 +43,7 @@ CHECKPOINT, METRICS = RESULTS
 @hydra.main(version_base="1.3", config_path=str(instantiate.conf_dir()), config_name="run")
 @log_errors
 def main(cfg: DictConfig) -> None:
-    """One job, or one of each job of a sweep, in the run folder that Hydra made."""
+    """Runs one job, or one job of a sweep, in the run folder that Hydra created."""
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices.items()
     choices = {group: str(name) for group, name in chosen if "/" not in group and name is not None}
@@ -52,20 +52,20 @@ def main(cfg: DictConfig) -> None:
     if distributed.is_main():
         unfinished.begin(sweep or folder)
     if sweep is not None and _done(folder, cfg):
-        say(f"{folder} holds the results of this job already")
+        say(f"{folder} already contains the results of this job")
         return
     run(cfg, folder, unfinished.typed(overrides), choices)
 
 
 def _done(folder: Path, cfg: DictConfig) -> bool:
-    """Whether a job of a sweep is done, as the first of several processes says, in whose folder it is."""
+    """Whether a job of a sweep is done. The main process decides, because only it writes to the folder."""
     if distributed.world_size() > 1:
         distributed.init(instantiate.device_of(cfg.device))
     return distributed.broadcast(distributed.is_main() and unfinished.done(folder, cfg))
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
-    """Runs or continues the job of a config, which writes `checkpoint/` and `metrics.json` into the folder."""
+    """Runs or resumes the job of a config. Writes `checkpoint/` and `metrics.json` into the folder."""
     quiet_libraries()
     memory.keep_freed()
     from torch import OutOfMemoryError
@@ -75,10 +75,10 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             _run(cfg, folder, overrides, choices)
         except OutOfMemoryError as error:
             raise RunError(
-                f"the device has no room for calib.batch_size={cfg.calib.batch_size} samples at a time; lower it, as "
-                "of several processes none tries smaller batches by itself, or use device=cpu"
+                f"the device does not have enough memory for calib.batch_size={cfg.calib.batch_size}; lower it, "
+                "because a run of several processes does not halve its batches, or use device=cpu"
                 if distributed.world_size() > 1
-                else "the device has no room for the model; use one with more memory, or device=cpu"
+                else "the device does not have enough memory for the model; use one with more memory, or device=cpu"
             ) from error
 
 
@@ -96,10 +96,10 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     job, checkpoint = make_job(cfg), folder / CHECKPOINT
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     stages, scoring = Stages(job.device), micro_batcher(job.evaluation.batch_size)
-    tasks, scores, measured = _made(cfg, job, folder, choices, stages, scoring)
+    tasks, scores, measured = _make_checkpoint(cfg, job, folder, choices, stages, scoring)
     if not distributed.is_main():
         return
-    memory.give_back()  # what is scored is read from the disk, and needs the room of what was made
+    memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
     with stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
@@ -116,8 +116,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs of a run: the opened suite, the base model and its type, the cache, and each task's test samples,
-    calibration batches and own tokenizer or image processor."""
+    """The inputs of a run: the opened suite, the base model and its type, the cached steps, and each task's test
+    samples, calibration batches and own tokenizer or image processor."""
 
     models: SuiteModels
     model: nn.Module
@@ -129,7 +129,7 @@ class _Inputs:
 
 
 def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
-    """Opens models, data and the cache; every refusal happens here, before anything is computed."""
+    """Opens models, data and the cache. All checks happen here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
@@ -147,15 +147,15 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
     if transforms(job.quantizer):
         check_producers(model, job.family, drawn)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
-        say(f"base: epmq is not tested with models of type {kind}; the self-check found nothing unknown in it")
+        say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
     return _Inputs(models, model, dtype, shared, processors, tasks, drawn)
 
 
-def _made(
+def _make_checkpoint(
     cfg: DictConfig, job: Job, folder: Path, choices: dict[str, str], stages: Stages, scoring: MicroBatcher
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
-    """Writes `checkpoint/`. Returns the tasks with their new heads, the scores of base, experts and merge, and the
-    entries of metrics.json. Models, samples and moments are freed when it returns."""
+    """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, and the
+    entries of metrics.json. Models, samples and moments are freed on return."""
     from epmq_cli.calibrate.reference_weights import copy_into
     from epmq_cli.checkpoint.write import write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
@@ -183,16 +183,16 @@ def _made(
         )
     checks = check_experts(tasks, scores, model)
     with stages.stage("teach"):
-        taught = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
+        teachers = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
     with stages.stage("merge"):
-        data = steps.merge_data(job, model, models.source, taught.batches, tasks, micro)
+        data = steps.merge_data(job, model, models.source, teachers.batches, tasks, micro)
         copy_into(model, merged := shared.merged(data))
     with stages.stage("score merged"):
         known = (models.base.path, shared.score_cache("merged"), scoring)
         scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
     with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, taught.batches, tasks, merged, folder, state, micro)
-        tasks = guide.solve_heads(job, model, taught, tasks, calibrated.guidance, micro)
+        calibrated = guide.calibrate(job, model, teachers.batches, tasks, merged, folder, state, micro)
+        tasks = guide.solve_heads(job, model, teachers, tasks, calibrated.guidance, micro)
     state.begin_packing()
     if not distributed.is_main():
         return tasks, scores, {}
@@ -204,7 +204,7 @@ def _made(
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
     measured["events"]["batches_halved"] = micro.halved
-    return tasks, scores, measured | {"expert_checks": {task: asdict(found) for task, found in checks.items()}}
+    return tasks, scores, measured | {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
 
 
 def _contents(job: Job, read: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:

@@ -1,4 +1,4 @@
-"""`epmq verify CHECKPOINT`: whether a checkpoint is what `epmq run` or `epmq merge` wrote."""
+"""`epmq verify CHECKPOINT`: checks that a checkpoint is what `epmq run` or `epmq merge` wrote."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.errors import CheckpointError
 from epmq_cli.runtime.console import console, plain
 
-DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote: size and sha256 of every file by its
-manifest.json, names, shapes and values of all tensors by its config.json and, with --scores, that it scores as the
-metrics.json of its run says."""
+DESCRIPTION = """Checks that a checkpoint folder is what epmq run or merge wrote. Compares the size and sha256 of every
+file with manifest.json, and the names, shapes and values of all tensors with config.json. --scores also compares its
+scores with the metrics.json of its run."""
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what was checked, or every problem that was found; exits with 1 where there is one."""
+    """Prints what was checked, or every problem. Exits with 1 if there is a problem."""
     parser = argparse.ArgumentParser(prog="epmq verify", description=DESCRIPTION)
-    parser.add_argument("checkpoint", type=Path, help="the folder")
-    parser.add_argument("--scores", action="store_true", help="score it again; takes as long as epmq eval")
-    parser.add_argument("--device", default="auto", help="to score on: auto (the default), cpu, cuda or cuda:<index>")
-    parser.add_argument("--data-root", help="a mirror of the hub on this machine, in place of the one that the run had")
+    parser.add_argument("checkpoint", type=Path, help="the checkpoint folder")
+    parser.add_argument("--scores", action="store_true", help="also score the checkpoint; takes as long as epmq eval")
     parser.add_argument(
-        "--debug", action="store_true", help="a traceback in place of the sentence that says what is wrong"
+        "--device", default="auto", help="the device for --scores: auto (the default), cpu, cuda or cuda:<index>"
+    )
+    parser.add_argument("--data-root", help="a local mirror of the hub, in place of the one that the run used")
+    parser.add_argument(
+        "--debug", action="store_true", help="print a traceback in place of a one-sentence error message"
     )
     chosen = parser.parse_args(arguments)
     verify(chosen.checkpoint, chosen.scores, chosen.device, chosen.data_root)
 
 
 def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -> None:
-    """CheckpointError where the checkpoint is not what epmq wrote, when every problem has been printed.
+    """Prints every problem of the checkpoint, then raises CheckpointError if there is one.
 
-    Each check is made only of what passed the ones before it: files, then tensors, then scores.
+    Checks files, then tensors, then scores. A check runs only if the checks before it passed.
     """
     from epmq_cli.store.manifest import file_problems
 
@@ -56,5 +58,5 @@ def _report(checkpoint: Path, problems: list[str]) -> None:
         console.print(plain(problem), markup=False, highlight=False, soft_wrap=True)
     others = f" and {len(problems) - 1} more (above)" if len(problems) > 1 else ""
     raise CheckpointError(
-        f"{checkpoint} is not what epmq wrote: {problems[0]}{others}; fetch it again, or make it again with epmq run"
+        f"{checkpoint} is not what epmq wrote: {problems[0]}{others}; fetch it again, or write it again with epmq"
     )

@@ -23,9 +23,9 @@ def required(kind: type) -> list[str]:
 
 
 def check_types(where: str, kind: type, given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-    """ConfigError where a value is not of the type of the dataclass's field of that name.
+    """Raises ConfigError if a value does not have the type of the dataclass's field of that name.
 
-    `names`: what keys are called in errors, in place of `where` and the key.
+    `names`: the names of keys in errors, in place of `where` and the key.
     """
     hints = typing.get_type_hints(kind)
     for name, value in given.items():
@@ -33,23 +33,23 @@ def check_types(where: str, kind: type, given: Mapping[str, Any], names: Mapping
 
 
 def check_type(name: str, hint: Any, value: Any) -> None:
-    """ConfigError where a value is not of an annotated type."""
+    """Raises ConfigError if a value does not have an annotated type."""
     if not fits(value, hint):
         raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}{_remedy(value, hint)}")
 
 
 def _remedy(value: Any, hint: Any) -> str:
-    """What to do about names that YAML reads as something else than text; nothing where there are none."""
+    """How to fix names that YAML does not read as text; empty for other values."""
     if isinstance(value, (bool, int, float)) and fits("text", hint):
         return "; put it in quotes if it is a name"
     if isinstance(value, (list, tuple)) and any(isinstance(item, bool) for item in value) and fits(["text"], hint):
-        return "; YAML reads the words yes, no, on and off as true and false, put them in quotes"
+        return "; YAML reads yes, no, on and off as true and false, so put them in quotes"
     return ""
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. Text that is empty is none; whole numbers are numbers, but true and
-    false are not. Of types beyond those that YAML has, such as protocols, everything is."""
+    """Whether a value has an annotated type. Empty text does not fit `str`. Whole numbers fit `float`; true and false
+    do not. Every value fits types that YAML does not have, such as protocols."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
@@ -67,7 +67,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def described(hint: Any, many: bool = False) -> str:
-    """An annotated type in words, for one value or several."""
+    """Describes an annotated type in words, for one value or several."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(described(argument, many) for argument in arguments)

@@ -1,4 +1,4 @@
-"""Where conf/ is, and from a composed config to the objects of a command: every check made before a model is loaded."""
+"""Finds conf/, checks composed configs, and instantiates their objects. All checks run before a model is loaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Variables that hold a token of the hub."""
+"""Environment variables that hold a Hugging Face token."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
-"""A value that is that of another option, such as ${bits}."""
+"""A value that refers to another option, such as ${bits}."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
-ASKED = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
+TOKEN_REFERENCE = re.compile(rf"\boc\.env:\s*['\"]?({'|'.join(TOKENS)})\b")
 
 MOVED = {
     "epmq_cli.suites.Suite": "epmq_cli.data.suite.Suite",
@@ -38,11 +38,11 @@ MOVED = {
     "epmq_cli.config.Evaluation": "epmq_cli.config.schema.Evaluation",
     "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
 }
-"""Earlier names of classes, which users' configs and the records of checkpoints still have."""
+"""Old names of classes. Users' configs and the records of checkpoints may still use them."""
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configs: in the wheel inside the package, in a checkout beside it."""
+    """The folder of the shipped configs: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -57,14 +57,14 @@ def groups_of(command: str) -> list[str]:
 
 @cache
 def options_of(command: str) -> list[str]:
-    """The keys of a command's config: groups, but for experiments, which set others, and values."""
+    """The keys of a command's config: values, and groups except `experiment`, which sets other groups."""
     values = [str(name) for name in OmegaConf.load(conf_dir() / f"{command}.yaml") if name not in ("defaults", "hydra")]
     return [name for name in dict.fromkeys([*groups_of(command), *values]) if name != "experiment"]
 
 
 def check_complete(cfg: DictConfig, command: str) -> None:
-    """Refuses a command's config with keys that it has not or lacks, a value that is still ???, an interpolation that
-    leads nowhere or a token of the hub."""
+    """Raises ConfigError if a command's config has unknown or missing keys, values that are still ???, interpolations
+    that cannot be resolved, or a Hugging Face token."""
     known = options_of(command)
     check_keys("the config", [str(name) for name in cfg], known, known)
     try:
@@ -81,19 +81,21 @@ def check_complete(cfg: DictConfig, command: str) -> None:
 
 
 def refuse_tokens(texts: Iterable[str]) -> None:
-    """TokenError where one of these texts holds a token of the hub, or asks for one, since configs are stored in plain
-    sight."""
+    """Raises TokenError if a text contains a Hugging Face token or refers to its variable. Configs are stored in plain
+    text."""
     known = [token for name in TOKENS if (token := os.environ.get(name))]
-    if any(TOKEN.search(text) or ASKED.search(text) or any(token in text for token in known) for text in texts):
+    if any(
+        TOKEN.search(text) or TOKEN_REFERENCE.search(text) or any(token in text for token in known) for text in texts
+    ):
         raise TokenError(
-            "a token of the hub must not be in the config, which goes into metrics.json and the checkpoint; leave it "
-            f"to the variable {TOKENS[0]}, which the hub's own library reads"
+            "a Hugging Face token must not be in the config, which is saved in metrics.json and the checkpoint; set "
+            f"the environment variable {TOKENS[0]}, which huggingface_hub reads"
         )
 
 
 def build(group: str, node: DictConfig) -> Any:
-    """The object that a config group describes; its keys must be the fields of the class that `_target_` names, and
-    its values of their types."""
+    """Instantiates a config group. Its keys and values must match the fields and types of the class that `_target_`
+    names."""
     import hydra
 
     _check_node(group, node)
@@ -108,11 +110,11 @@ def build(group: str, node: DictConfig) -> Any:
             raise placed(cause, place[1] if place else group) from None
         if cause is not None:
             raise cause from None
-        raise ConfigError(f"{group} cannot be made: {first_line(error)}") from error
+        raise ConfigError(f"{group} cannot be instantiated: {first_line(error)}") from error
 
 
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
-    """The fields of the class that a config group names, and whether each must be given."""
+    """The fields of the class that a config group names, and whether each is required."""
     _check_node(group, node)
     node = _with_current_names(node)
     kind = _class_of(f"{group}._target_", node._target_)
@@ -121,13 +123,13 @@ def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
 
 
 def references(node: DictConfig) -> dict[str, str]:
-    """The options that values of a node stand for, by key: `bits` for `bits: ${bits}`."""
+    """The options to which values of a node refer, by key: `bits` for `bits: ${bits}`."""
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    return {key: found[1] for key, value in raw.items() if (found := REFERENCE.fullmatch(str(value)))}
+    return {key: match[1] for key, value in raw.items() if (match := REFERENCE.fullmatch(str(value)))}
 
 
 def _check_node(group: str, node: object) -> None:
-    """ConfigError unless a config group describes an object."""
+    """Raises ConfigError unless a config group describes an object."""
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
     if "_target_" not in node:
@@ -142,20 +144,20 @@ def _with_current_names(node: DictConfig) -> DictConfig:
     for _, part in _targets("", plain):
         part["_target_"] = MOVED.get(str(part["_target_"]), part["_target_"])
     current: DictConfig = OmegaConf.create(plain)  # type: ignore[assignment]
-    current._set_parent(node._get_parent())  # for its interpolations
+    current._set_parent(node._get_parent())  # interpolations are resolved from the parent
     current._set_key(node._key())
     return current
 
 
 def _check_parts(group: str, node: DictConfig) -> None:
-    """ConfigError where a part of a group names no class, or has other keys or values than the class takes."""
+    """Raises ConfigError if a part of a group does not name a class, or if its keys or values do not fit the class."""
     raw = dict(_targets(group, OmegaConf.to_container(node, resolve=False)))
     parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
     for where, part in parts:
         kind = _class_of(f"{where}._target_", part["_target_"])
         check_keys(where, _keys(part), [field.name for field in dataclasses.fields(kind)], required(kind))
-    for where, part in parts:  # when it is known of all of them what they are
-        names = {key: found[1] for key, value in raw[where].items() if (found := REFERENCE.fullmatch(str(value)))}
+    for where, part in parts:  # after all classes and keys are checked
+        names = {key: match[1] for key, value in raw[where].items() if (match := REFERENCE.fullmatch(str(value)))}
         values = {key: part[key] for key in _keys(part)}
         check_types(where, _class_of(where, part["_target_"]), values, names)
 
@@ -165,7 +167,7 @@ def _keys(part: dict[Any, Any]) -> list[str]:
 
 
 def _class_of(where: str, target: Any) -> Any:
-    """The dataclass of this name; ConfigError where there is none."""
+    """The dataclass of this name. Raises ConfigError if it does not exist."""
     import hydra
 
     try:
@@ -186,29 +188,29 @@ def _targets(where: str, node: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 def targets(node: Any) -> list[str]:
     """The current name of every `_target_` in a config, at any depth."""
-    found = [str(part["_target_"]) for _, part in _targets("", node)]
-    return [MOVED.get(target, target) for target in found]
+    names = [str(part["_target_"]) for _, part in _targets("", node)]
+    return [MOVED.get(name, name) for name in names]
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name; `cuda` is the first accelerator, of torchrun's processes each one's own, and `auto` that
-    or the CPU where there is none."""
+    """The device of this name. `cuda` is the first accelerator or, under torchrun, the accelerator of the process.
+    `auto` is `cuda` if the machine has an accelerator, else `cpu`."""
     import torch
 
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, index = str(name if name != "auto" else "cuda" if found else "cpu").partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, index = str(name if name != "auto" else "cuda" if count else "cpu").partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise ConfigError(f"device must be {DEVICES}, got {shown(name)}")
     if kind == "cpu":
         return torch.device("cpu")
     number = int(index or distributed.local_rank())
-    if number >= found:
+    if number >= count:
         who = "" if index or not number else f" for process {number + 1} of torchrun"
-        raise ConfigError(f"device={name} is not there{who}: this machine has {found} CUDA devices; use device=cpu")
+        raise ConfigError(f"device={name} is not available{who}: this machine has {count} CUDA devices; use device=cpu")
     return torch.device("cuda", number)
 
 
 def seed_of(value: object) -> int:
-    """The seed; ConfigError unless it is a whole number from 0 to 2^31 - 1."""
+    """The seed. Raises ConfigError unless it is a whole number from 0 to 2^31 - 1."""
     check_range("seed", value, 0, (1 << 31) - 1, integer=True)
     return int(value)  # type: ignore[call-overload, no-any-return]

@@ -22,19 +22,21 @@ STAGES = ("base", "experts", "merged", "quantized")
 
 
 def bytes_of(name: str, text: object) -> int:
-    """The number of bytes in a text such as 5GB; ConfigError naming the option if it is none."""
+    """The number of bytes in a text such as 5GB. Raises ConfigError, which names the option, for other texts."""
     number = text[:-2] if isinstance(text, str) else ""
     unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
     if unit is None or not number.isdecimal() or int(number) == 0:
-        raise ConfigError(f"{name} must be a whole number with {', '.join(UNITS)} such as 5GB, got {shown(text)}")
+        raise ConfigError(
+            f"{name} must be a whole number with a unit ({', '.join(UNITS)}) such as 5GB, got {shown(text)}"
+        )
     return int(number) * unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Calib:
-    """`calib=<name>`: `samples` of the train split a task, drawn by the seed; `batch_size` samples at a time; samples,
-    moments and activations take up to `memory` such as 8GB, and files of the run folder beyond it as far as these are
-    activations; `student`: where the model is, in `memory` or on `disk`."""
+    """`calib=<name>`. `samples`: how many samples of the train split are drawn for each task. `batch_size`: samples per
+    batch. `memory`: the budget for samples, moments and activations, such as 8GB; activations that exceed it go to
+    files in the run folder. `student`: whether the model is in `memory` or on `disk`."""
 
     samples: int
     batch_size: int
@@ -50,8 +52,8 @@ class Calib:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """What all options of `pack` have: `dtype` of scales and of all that is not quantized, `auto` for the type of most
-    elements that the base stores (`epmq merge` keeps the type of each tensor); `shard_size` such as 5GB."""
+    """The fields that all `pack` options share. `dtype`: the type of scales and dense tensors; `auto` is the type of
+    most elements of the base (`epmq merge` keeps the type of each tensor). `shard_size`: such as 5GB."""
 
     dtype: str
     shard_size: object
@@ -63,15 +65,15 @@ class Pack:
 
 @dataclasses.dataclass(frozen=True)
 class OpenClipPack(Pack):
-    """`open_clip`: whether CLIP models are written for open_clip as well (checkpoint/open_clip.py)."""
+    """`open_clip`: whether CLIP models are also written for open_clip (checkpoint/open_clip.py)."""
 
     open_clip: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`eval=<name>`: `batch_size`; `samples`, at most so many of each test split, null for all; `stages` that are
-    scored; the `kernel` on which packed linears of a checkpoint run (checkpoint/load.py)."""
+    """`eval=<name>`. `batch_size`: samples per batch. `samples`: the most samples of each test split, null for all.
+    `stages`: the stages that are scored. `kernel`: runs the packed linears of a checkpoint (checkpoint/load.py)."""
 
     batch_size: int
     samples: int | None
@@ -89,9 +91,9 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Harness(Evaluation):
-    """`eval=lm_eval`: `tasks` of lm-evaluation-harness in place of the suite's own, with so many `shots` (null for each
-    task's own number); `include_path`: a folder of the user's task files. An expert has no harness tasks of its own, so
-    that stage is not scored."""
+    """`eval=lm_eval`. `tasks`: tasks of lm-evaluation-harness that replace the suite's. `shots`: few-shot examples,
+    null for each task's default. `include_path`: a folder of the user's task files. Harness tasks do not belong to
+    experts, so the stage `experts` is not scored."""
 
     tasks: Sequence[str]
     shots: int | None

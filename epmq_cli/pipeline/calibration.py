@@ -1,4 +1,4 @@
-"""The calibration steps of `epmq run`: teacher outputs, the walks from the merged to the quantized model, the heads."""
+"""The calibration steps of `epmq run`: teacher outputs, the walks that quantize the merged model, the heads."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from epmq_cli.runtime import distributed, memory
 
 Batches = Mapping[str, Sequence[Batch]]
 ExpertOutputs = tuple[list[Batch], Tensor | None]
-"""A task's calibration batches as its expert completed them, and the expert's features if wanted."""
+"""A task's calibration batches with its expert's answers, and the expert's features if heads are solved."""
 TeacherCache = Callable[[str, Sequence[Batch], bool, Callable[[], ExpertOutputs]], ExpertOutputs]
-"""Gives the expert's outputs on a task's batches, with or without features, from the cache or from the function."""
+"""Returns the expert's outputs on a task's batches, with or without features, from the cache or the function."""
 
-MATRICES = 6  # of float64, (in, in), held at a time at most, fragmentation included
+MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
 
 FEATURES = "features"
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The calibration batches of each task as its expert completed them, and the expert's features (samples, width) if
+    """The calibration batches of each task with its expert's answers, and the expert's features (samples, width) if
     heads are solved."""
 
     batches: Batches
@@ -55,7 +55,7 @@ class TeacherOutputs:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The result of the last walk, its guidance, and how `auto` options were chosen, if any."""
+    """The result of the last walk, its guidance, and the choice of `auto` options, if any."""
 
     walk: WalkResult
     guidance: Guidance
@@ -73,23 +73,24 @@ def run_teachers(
 ) -> TeacherOutputs:
     """Runs each expert on the calibration batches of its task.
 
-    Overwrites the model's merged tensors. `state`: keeps what is finished.
+    Overwrites the model's merged tensors. `state`: stores finished results.
     """
     attempt = (micro or micro_batcher(job)).run
-    calibration, taught = dict(drawn), {}
+    calibration, features_by_task = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
-            made = partial(attempt, partial(_asked, job, model, source, task, batches))
-            ask = partial(teacher_cache, task, batches, solves_heads(job), made) if teacher_cache else made
-            found = (state or RunProgress()).tensors(f"taught-{number}", job.device, partial(_added, batches, ask))
-            calibration[task] = [{**batch, **_of(found, index)} for index, batch in enumerate(batches)]
+            compute = partial(attempt, partial(_expert_outputs, job, model, source, task, batches))
+            outputs = partial(teacher_cache, task, batches, solves_heads(job), compute) if teacher_cache else compute
+            new_tensors = partial(_new_tensors, batches, outputs)
+            tensors = (state or RunProgress()).tensors(f"taught-{number}", job.device, new_tensors)
+            calibration[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
-                taught[task] = found[FEATURES]
-    return TeacherOutputs(calibration, taught)
+                features_by_task[task] = tensors[FEATURES]
+    return TeacherOutputs(calibration, features_by_task)
 
 
 @torch.inference_mode()
-def _asked(
+def _expert_outputs(
     job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch], samples: int
 ) -> ExpertOutputs:
     copy_into(model, source.model(task))
@@ -98,23 +99,23 @@ def _asked(
         return completed, features(job.family, model, completed, samples) if solves_heads(job) else None
 
 
-def _added(batches: Sequence[Batch], ask: Callable[[], ExpertOutputs]) -> dict[str, Tensor]:
-    """The tensors that the expert adds to its task's batches, by number and name, and its features."""
-    completed, features_of = ask()
-    found: dict[str, Tensor] = {}
+def _new_tensors(batches: Sequence[Batch], outputs: Callable[[], ExpertOutputs]) -> dict[str, Tensor]:
+    """The tensors that the expert adds to its task's batches, by batch index and name, and its features."""
+    completed, expert_features = outputs()
+    tensors: dict[str, Tensor] = {}
     for index, (batch, drawn) in enumerate(zip(completed, batches, strict=True)):
-        found |= {f"{index}.{name}": tensor for name, tensor in batch.items() if tensor is not drawn.get(name)}
-    return found if features_of is None else {**found, FEATURES: features_of}
+        tensors |= {f"{index}.{name}": tensor for name, tensor in batch.items() if tensor is not drawn.get(name)}
+    return tensors if expert_features is None else {**tensors, FEATURES: expert_features}
 
 
-def _of(found: Mapping[str, Tensor], index: int) -> Batch:
-    """The tensors added to one batch."""
-    return {key.partition(".")[2]: tensor for key, tensor in found.items() if key.startswith(f"{index}.")}
+def _of_batch(tensors: Mapping[str, Tensor], index: int) -> Batch:
+    """The new tensors of one batch."""
+    return {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
 
 
 @torch.inference_mode()
 def features(family: Family, model: nn.Module, batches: Sequence[Batch], samples: int = ALL) -> Tensor:
-    """The features (rows, width) of some batches, computed for `samples` samples at a time."""
+    """The features (rows, width) of batches, computed for `samples` samples at a time."""
     return torch.cat([family.features(model, part) for batch in batches for part in split(batch, samples)])
 
 
@@ -128,10 +129,13 @@ def calibrate(
     state: RunProgress | None = None,
     micro: MicroBatcher | None = None,
 ) -> CalibrationResult:
-    """Walks the merged model, whose tensors are replaced by what comes out; activations that `calib.memory` has no room
-    for beside samples and moments go to files in the folder, the system's own unless given. `state`: where what is
-    finished is kept, from which it goes on where memory did not suffice. `room`: how many samples go through the model
-    at a time; where that is less than all of a batch, less waits in memory too."""
+    """Calibrates and quantizes the merged model, whose tensors are replaced by the results.
+
+    Activations that exceed `calib.memory`, less the bytes of samples and moments, go to files in the folder, by default
+    the system's temporary folder. `state`: stores finished results; after an out-of-memory error the walk resumes from
+    them. `micro`: chooses how many samples run through the model at a time; a smaller micro-batch also gets a smaller
+    share of `calib.memory`.
+    """
     reference, dtype, kept, micro = (
         references(job, model, merged),
         merged.dtype,
@@ -173,8 +177,8 @@ def calibrate(
 
 
 def micro_batcher(job: Job) -> MicroBatcher:
-    """As many samples at a time as a calibration batch has; of several processes all would have to try less together,
-    which they do not."""
+    """Starts with whole calibration batches. With several processes it does not retry, because they would have to halve
+    the micro-batch together."""
     return MicroBatcher(
         min(job.calib.batch_size, job.calib.samples),
         "calibration",
@@ -185,15 +189,15 @@ def micro_batcher(job: Job) -> MicroBatcher:
 
 
 def reserved_bytes(job: Job, model: nn.Module, calibration: Batches) -> int:
-    """Bytes that calibration holds all the time or in its widest linear, whatever is in files: its samples, and the
-    moments of one task and of all with their factor, its inverse and what these are made of."""
+    """The bytes of calibration that cannot go to files: the samples and, for the widest linear, the moments of one task
+    and of all tasks, the factor, its inverse and workspace."""
     samples = [tensor for group in calibration.values() for batch in group for tensor in batch.values()]
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
     return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
 
 def references(job: Job, model: nn.Module, merged: LazyMerge) -> ReferenceWeights:
-    """Base and experts, beside the merged model, which is what is in `model` now."""
+    """The weights of base, experts and merge. `model` must hold the merged weights."""
     own, readouts = model.state_dict(), [stack.readout for stack in job.family.stacks(model)]
     names = [readout.name(local) for readout in readouts for local in readout.module.state_dict()]
     shared = {name: own[name].clone() for name in names if name not in merged.source.names}
@@ -211,14 +215,14 @@ def tune_guidance(
     state: RunProgress | None = None,
     samples: int = ALL,
 ) -> Choice:
-    """Chooses the options of guidance that are `auto`; the model is left as it was. `state`: where what is finished is
-    kept. `samples`: how many go through the model at a time."""
+    """Chooses the `auto` options of guidance, and restores the model afterwards. `state`: stores finished trials.
+    `samples`: how many samples run through the model at a time."""
     kept = state or RunProgress()
     fitted, holdout = holdout_split(calibration)
-    taught = {}
+    teacher_logits = {}
     for task in tasks:
         copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        taught[task.name] = job.family.logits(
+        teacher_logits[task.name] = job.family.logits(
             model, features(job.family, model, holdout[task.name], samples), task.head
         )
 
@@ -229,7 +233,7 @@ def tune_guidance(
         total = 0.0
         for task in tasks:
             own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
-            total += guidance.factor(task.name) * relative_error(own, taught[task.name], distributed)
+            total += guidance.factor(task.name) * relative_error(own, teacher_logits[task.name], distributed)
         return total / sum(guidance.factor(task.name) for task in tasks)
 
     choice = choose(job.guidance, lambda guidance: kept.finished(_trial(guidance), lambda: error(guidance)))
@@ -243,35 +247,35 @@ def _trial(guidance: Guidance) -> str:
 
 def solves_heads(job: Job) -> bool:
     """Whether heads are solved."""
-    wanted = {"always": ("own", "made"), "own": ("own",), "never": ()}[job.guidance.heads]
-    return job.family.heads in wanted
+    kinds = {"always": ("own", "made"), "own": ("own",), "never": ()}[job.guidance.heads]
+    return job.family.heads in kinds
 
 
 def solve_heads(
     job: Job,
     model: nn.Module,
-    taught: TeacherOutputs,
+    teachers: TeacherOutputs,
     tasks: Sequence[ScoredTask],
     guidance: Guidance,
     micro: MicroBatcher | None = None,
 ) -> list[ScoredTask]:
-    """The tasks with the heads that suit the quantized model, or as they were where heads are not solved. `room`: how
-    many samples go through it at a time."""
+    """Solves the tasks' heads for the quantized model; returns the tasks unchanged if heads are not solved. `micro`:
+    chooses how many samples run through the model at a time."""
     if not solves_heads(job):
         return list(tasks)
-    return (micro or micro_batcher(job)).run(partial(_solved_heads, job, model, taught, tasks, guidance))
+    return (micro or micro_batcher(job)).run(partial(_solve_heads, job, model, teachers, tasks, guidance))
 
 
-def _solved_heads(
-    job: Job, model: nn.Module, taught: TeacherOutputs, tasks: Sequence[ScoredTask], guidance: Guidance, samples: int
+def _solve_heads(
+    job: Job, model: nn.Module, teachers: TeacherOutputs, tasks: Sequence[ScoredTask], guidance: Guidance, samples: int
 ) -> list[ScoredTask]:
     solved = []
     for task in tasks:
         with batch_invariant(model):
-            found = [features(job.family, model, [batch], samples) for batch in taught.batches[task.name]]
-        taught_rows = torch.split(taught.features[task.name], [len(rows) for rows in found])
+            own_rows = [features(job.family, model, [batch], samples) for batch in teachers.batches[task.name]]
+        teacher_rows = torch.split(teachers.features[task.name], [len(rows) for rows in own_rows])
         own, teacher = (
-            [job.family.head_inputs(model, part, task.head) for part in parts] for parts in (found, taught_rows)
+            [job.family.head_inputs(model, part, task.head) for part in parts] for parts in (own_rows, teacher_rows)
         )
         head = Affine(task.head["weight"], task.head.get("bias"))
         result = solved_head(own, teacher, head, float(guidance.lam), distributed)
@@ -281,7 +285,7 @@ def _solved_heads(
 
 
 def summary(job: Job, calibrated: CalibrationResult) -> dict[str, Any]:
-    """The guidance in metrics.json: the values and the trials that led to them."""
+    """The `guidance` entry of metrics.json: the values and the trials that chose them."""
     used = {name: float(getattr(calibrated.guidance, name)) for name in LIMITS}
     trials = calibrated.choice.trials if calibrated.choice else []
     return {**used, "chosen": job.guidance.open, "trials": trials, "heads_solved": solves_heads(job)}

@@ -1,4 +1,4 @@
-"""A run's config as checked objects."""
+"""Turns the config of a run into checked objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from epmq_cli.quantize.quantizer import Quantizer
 
 @dataclass(frozen=True)
 class Job:
-    """What a run's config describes, every value checked."""
+    """The objects that a run's config describes. Every value is checked."""
 
     suite: Suite
     family: Family
@@ -42,12 +42,12 @@ class Job:
 
 
 def exact() -> None:
-    """From here on convolutions are in float32 on a GPU too, as products are; torch would let them be in TF32."""
+    """Turns TF32 off for convolutions on a GPU. Torch turns it off for matrix products by default."""
     torch.backends.cudnn.allow_tf32 = False
 
 
 def make_job(cfg: DictConfig) -> Job:
-    """The job of a complete config; ConfigError before any model is opened."""
+    """Builds the job of a complete config. Raises ConfigError before any model is opened."""
     exact()
     suite: Suite = instantiate.build("suite", cfg.suite)
     guidance: Guidance = instantiate.build("guidance", cfg.guidance)
@@ -63,7 +63,9 @@ def make_job(cfg: DictConfig) -> Job:
     check_choice("resume", cfg.resume, ("auto", "never"))
     calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
     if calib.student == "disk" and device.type != "cpu":
-        raise ConfigError(f"calib.student=disk is for device=cpu, got {device}; use calib.student=memory there")
+        raise ConfigError(
+            f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
+        )
     quantizer = build_quantizer(cfg.quant)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))

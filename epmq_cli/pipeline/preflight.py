@@ -1,5 +1,4 @@
-"""What is refused before the work begins: models that are not what their configs say, and options that do not suit a
-model."""
+"""Checks before calibration: models must match their configs, and options must suit the models."""
 
 from __future__ import annotations
 
@@ -27,20 +26,20 @@ from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
 
-SMALLEST_GROUP = 8  # that a message offers
+SMALLEST_GROUP = 8  # the smallest group size that a message suggests
 
 
 def check_gradients(method: MergeMethod, family: Family) -> None:
-    """ConfigError where a merge method needs gradients of what heads say and the family has no heads."""
+    """Raises ConfigError if a merge method needs gradients of class probabilities and the family has no heads."""
     if "gradients" in method.needs and family.heads == "none":
         raise ConfigError(
-            f"merge={method_name(method)} takes gradients of the heads' class probabilities, and models of family "
-            f"{family.name} have no heads; use another merge method"
+            f"merge={method_name(method)} needs gradients of the heads' class probabilities, but models of "
+            f"family {family.name} have no heads; use another merge method"
         )
 
 
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
-    """ConfigError where models of the family cannot be scored as tasks or evaluation say. `scored`: whether tasks are
+    """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
     scored on their test samples."""
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
@@ -48,38 +47,39 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
         check_metric(task, scored)
         if task.heads == "expert" and family.heads == "none":
             raise ConfigError(
-                f"suite.tasks.{task.name}.heads must be base, as its family has no heads, got {task.heads!r}"
+                f"suite.tasks.{task.name}.heads must be base because models of family {family.name} have no heads, got "
+                f"{task.heads!r}"
             )
     if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
         raise ConfigError(
-            f"eval=lm_eval scores language models, and those of family {suite.family} are none; use eval=default"
+            f"eval=lm_eval scores language models only, got models of family {suite.family}; use eval=default"
         )
 
 
 def check_metric(task: Task, scored: bool) -> None:
-    """ConfigError where a task's metric is not one of the kind of labels that its data says to have."""
+    """Raises ConfigError if a task's metric does not suit the labels that its data declares."""
     where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
     if task.metric == PERPLEXITY:
         return
     if regression is True and task.metric != "spearman":
         raise ConfigError(
-            f"{where}.metric must be spearman where data.regression is true, got {task.metric}, which compares "
-            "classes; for labels that are classes set data.regression: false"
+            f"{where}.metric must be spearman if data.regression is true, got {task.metric}, which compares "
+            "classes; if the labels are classes, set data.regression: false"
         )
     if regression is False and task.metric == "spearman":
         raise ConfigError(
-            f"{where}.metric is spearman, which ranks numbers, and data.regression is false, which makes labels "
-            "classes; set data.regression: true, or metric: accuracy"
+            f"{where}.metric is spearman, which ranks numbers, but the labels are classes because data.regression is "
+            "false; set data.regression: true or metric: accuracy"
         )
     if scored and getattr(task.data, "label", "") is None:
         raise ConfigError(
-            f"{where}.data.label is null, and {task.metric} needs labels; name their column, or set eval.stages=[] to "
-            "merge and calibrate without scoring"
+            f"{where}.data.label is null, but {task.metric} needs labels; set it to the column of the labels, or set "
+            "eval.stages=[] to merge and calibrate without scoring"
         )
 
 
 def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
-    """ConfigError where a task's texts or sequences may be longer than the model in the folder can read."""
+    """Raises ConfigError if a task's max_length exceeds the positions of the model in the folder."""
     most = family.positions(folder)
     for task in suite.members:
         if most is not None and task.max_length > most:
@@ -90,20 +90,20 @@ def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
 
 
 def check_described(model: nn.Module, family: Family, models: SuiteModels) -> None:
-    """ModelError where the base's config describes another model than its files hold, such as one of fewer blocks."""
+    """Raises ModelError if the base's config and weight files describe different models, such as fewer blocks."""
     own, read = model.state_dict(), set(models.source.names)
     where = f"base: {models.base.path / 'config.json'} describes"
     for name in models.source.names:
         if name not in own:
-            raise ModelError(f"{where} a model without {name}, which its files have; fetch it again")
+            raise ModelError(f"{where} a model without {name}, but its weight files contain it; fetch it again")
     for section in (block for stack in family.stacks(model) for block in stack.blocks):
         for name in map(section.name, section.module.state_dict()):
             if own[name].is_floating_point() and name not in read:
-                raise ModelError(f"{where} a model with {name}, which its files have not; fetch it again")
+                raise ModelError(f"{where} a model with {name}, but its weight files lack it; fetch it again")
 
 
 def check_parts(model: nn.Module, family: Family) -> None:
-    """ModelError where the model has a tensor that the family neither solves nor knows to be right as merged."""
+    """Raises ModelError if the model has a tensor that the family neither solves nor keeps as merged."""
     modules, tables = set[str](), set[str]()
     for stack in family.stacks(model):
         modules |= {section.name(name) for section in stack.sections for name in section.modules}
@@ -115,22 +115,22 @@ def check_parts(model: nn.Module, family: Family) -> None:
                 tables |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
     rest = [name for name in model.state_dict() if name not in tables]
     if (name := unknown_tensor(rest, modules, family.kept)) is not None:
-        raise refused(family, f"{type(model).__name__} has {name}, which no step of the family knows")
+        raise refused(family, f"{type(model).__name__} has {name}, which is not in any step of the family")
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the base as the type has it, in float32; ModelError where it holds a NaN or an infinity then."""
-    found = tensor.to(dtype).float()
-    if not is_finite(found):
+    """Rounds a tensor of the base to the type, in float32. Raises ModelError if the result has NaN or infinity."""
+    result = tensor.to(dtype).float()
+    if not is_finite(result):
         if is_finite(tensor):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(f"base: {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16")
         raise ModelError(f"base: {name} holds a NaN or an infinity; train or fetch the model again")
-    return found
+    return result
 
 
 def check_groups(student: nn.Module, family: Family, formats: Sequence[NumberFormat]) -> None:
-    """Refuses a group size that does not divide the inputs of every linear that is to be quantized."""
+    """Raises ConfigError if a group size does not divide the inputs of every linear that will be quantized."""
     widths = {name: width for name, (_, width) in linear_shapes(student, family)}
     for format, (name, width) in product(formats, widths.items()):
         if width % group_columns(format, width):
@@ -140,15 +140,15 @@ def check_groups(student: nn.Module, family: Family, formats: Sequence[NumberFor
 
 
 def _possible(widths: Iterable[int]) -> str:
-    """The group sizes that divide all these numbers of inputs, and which of them the kernels take."""
+    """Names the group sizes that divide all these numbers of inputs, and those that the kernels support."""
     common = math.gcd(*widths)
     sizes = [size for size in range(SMALLEST_GROUP, common + 1) if common % size == 0]
     fast = [size for size in sizes if kernel_group(size) is not None]
-    row = "-1 (one group a row)"
+    row = "-1 (one group per row)"
     if not sizes:
         return f"no group size divides the inputs of all linears of this model; use {row}"
     kernels = (
-        f"the int4 kernels take {_listed(fast)}" if fast else f"the int4 kernels take multiples of {GROUPS[-1]} alone"
+        f"the int4 kernels take {_listed(fast)}" if fast else f"the int4 kernels take only multiples of {GROUPS[-1]}"
     )
     return f"use one that divides the inputs of all linears of this model, {_listed(sizes)}, or {row}; {kernels}"
 
@@ -158,11 +158,11 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def check_kernel(
-    model: nn.Module, family: Family, formats: Sequence[NumberFormat], wanted: Evaluation, device: torch.device
+    model: nn.Module, family: Family, formats: Sequence[NumberFormat], evaluation: Evaluation, device: torch.device
 ) -> None:
-    """Refuses to score on the int4 kernel what it does not take, before anything is calibrated. `formats`: those that
-    the checkpoint stores packed."""
-    if wanted.kernel != "int4" or "quantized" not in wanted.stages:
+    """Raises an error before calibration if `eval.kernel=int4` does not support the linears. `formats`: the formats
+    that the checkpoint stores packed."""
+    if evaluation.kernel != "int4" or "quantized" not in evaluation.stages:
         return
     obstacles: dict[str, str | None] = {}
     for format, (name, shape) in product(formats, linear_shapes(model, family)):
@@ -171,7 +171,7 @@ def check_kernel(
 
 
 def linear_shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
-    """The linears that are to be quantized."""
+    """The names and shapes of the linears that will be quantized."""
     for block in family.blocks(student):
         for name in block.linears:
             yield block.name(name), block.module.get_parameter(f"{name}.weight").shape

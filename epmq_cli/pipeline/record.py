@@ -1,4 +1,4 @@
-"""The texts and measures of a run: the checkpoint's record and card, and the metrics of the walk."""
+"""The record and model card of a run's checkpoint, and the metrics of the walk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "gro
 
 
 def average_bits(walk: WalkResult) -> float | None:
-    """The mean width over all quantized weights; None if there are none."""
-    found = [weight for weight in walk.weights.values() if isinstance(weight, QuantizedWeight)]
-    count = sum(weight.codes.numel() for weight in found)
-    return sum(weight.format.bits * weight.codes.numel() for weight in found) / count if count else None
+    """The mean bit width over all quantized weights; None if no weight is quantized."""
+    weights = [weight for weight in walk.weights.values() if isinstance(weight, QuantizedWeight)]
+    count = sum(weight.codes.numel() for weight in weights)
+    return sum(weight.format.bits * weight.codes.numel() for weight in weights) / count if count else None
 
 
 def texts(
@@ -41,10 +41,9 @@ def texts(
     tasks: Sequence[ScoredTask],
     processors: Processors,
 ) -> dict[str, str]:
-    """The model card, and the record from which `epmq eval` reads the tasks, the classes of their heads and
-    their `processors`.
+    """The model card and the record. `epmq eval` reads the tasks, their classes and their `processors` from the record.
 
-    They do not depend on time or on the run's folder, so that the same run gives the same bytes.
+    The texts do not contain the time or the run's folder, so equal runs write equal bytes.
     """
     record = {
         "epmq": __version__,
@@ -71,13 +70,13 @@ def texts(
 
 
 def measured(walk: WalkResult) -> dict[str, Any]:
-    """The entries of metrics.json on the walk."""
+    """The entries of metrics.json about the walk."""
     layers = [asdict(record) for record in walk.records]
     return {"layers": layers, "average_bits": average_bits(walk), "events": events(walk)}
 
 
 def events(walk: WalkResult) -> dict[str, int]:
-    """The number of calibrated linears, and of those that needed more damping or a fallback."""
+    """Counts the calibrated linears, and those that needed more damping or a fallback."""
     records = walk.records
     return {
         "linears": len(records),
@@ -88,7 +87,7 @@ def events(walk: WalkResult) -> dict[str, int]:
 
 
 def sizes(contents: Contents, checkpoint: Path) -> dict[str, int]:
-    """The bytes of the whole model and of its calibrated linears, dense and as stored."""
+    """The bytes of the whole model and of its calibrated linears, dense and as stored in the checkpoint."""
     size = contents.dtype.itemsize
     elements = {name: tensor.numel() for name, tensor in untied(contents.model).items()}
     return {

@@ -1,4 +1,4 @@
-"""What a checkpoint that `epmq run` wrote knows of itself beside the model: its suite; for its heads see heads.py."""
+"""Reads the record of a checkpoint that `epmq run` wrote: its suite, seed and classes; heads: task_heads.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from epmq_cli.runtime.paths import read_regular
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint; CheckpointError if the checkpoint does not record them."""
+    """The settings of the run that wrote a checkpoint. Raises CheckpointError if they are missing."""
     try:
         record: dict[str, Any] = json.loads(read_regular(checkpoint / RECORD))
         complete = all(isinstance(record["config"][part], dict) for part in ("suite", "quant"))
@@ -40,31 +40,31 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} has no readable {RECORD}; give the checkpoint folder that epmq run wrote"
         ) from error
     if not complete:
-        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+        raise CheckpointError(f"{checkpoint / RECORD} was not written by epmq run; run epmq run again")
     return record
 
 
 def recorded_tasks(checkpoint: Path) -> tuple[str, list[str]]:
-    """The family and the names of the tasks in a checkpoint's record; nothing is instantiated."""
+    """The family and the task names in a checkpoint's record. Nothing is instantiated."""
     suite = read_record(checkpoint)["config"]["suite"]
     tasks = suite.get("tasks") or suite.get("experts")
     if not isinstance(tasks, dict) or not isinstance(suite.get("family"), str):
-        raise CheckpointError(f"{checkpoint / RECORD} is not one that epmq run wrote; run epmq run again")
+        raise CheckpointError(f"{checkpoint / RECORD} was not written by epmq run; run epmq run again")
     return suite["family"], list(tasks)
 
 
 def check_own(path: Path, node: Any, remedy: str) -> None:
-    """CheckpointError if a config that came with a checkpoint names a class outside of epmq, or refers to values from
-    elsewhere, such as the environment. `remedy`: what users who trust the config can do."""
+    """Raises CheckpointError if a checkpoint's config names a class outside of epmq, or contains an interpolation, for
+    example of an environment variable. `remedy`: tells users who trust the config what to do."""
     foreign = [target for target in instantiate.targets(node) if not _is_own(target)]
     if foreign:
         raise CheckpointError(f"{path} names {foreign[0]}, which is not a class of epmq; if you trust it, {remedy}")
     if "${" in json.dumps(node):
-        raise CheckpointError(f"{path} holds a reference such as ${{...}}, which epmq does not write; {remedy}")
+        raise CheckpointError(f"{path} contains an interpolation such as ${{...}}, which epmq does not write; {remedy}")
 
 
 def _is_own(target: str) -> bool:
-    """Whether a class is defined in epmq, rather than imported there."""
+    """Whether a class is defined in epmq, not only imported there."""
     import hydra
 
     try:
@@ -74,21 +74,21 @@ def _is_own(target: str) -> bool:
 
 
 def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
-    """The suite that a checkpoint records, or the `given` one; CheckpointError if the checkpoint does not record one.
-    `root`: a mirror of the hub that replaces the recorded one."""
+    """The `given` suite, or else the recorded one. Raises CheckpointError if the checkpoint records no suite. `root`: a
+    mirror of the hub that replaces the recorded one."""
     record = read_record(checkpoint)["config"]["suite"]
     if given is None:
-        check_own(checkpoint / RECORD, record, "give the suite by suite=NAME")
-    found = given if given is not None else OmegaConf.create(record if root is None else _moved(record, root))
-    suite: Suite = instantiate.build("suite", found)
+        check_own(checkpoint / RECORD, record, "give the suite with suite=NAME")
+    node = given if given is not None else OmegaConf.create(record if root is None else _with_root(record, root))
+    suite: Suite = instantiate.build("suite", node)
     return suite
 
 
-def _moved(node: Any, root: str) -> Any:
-    """A config in which every `root` is replaced."""
+def _with_root(node: Any, root: str) -> Any:
+    """The config with every `root` replaced."""
     if isinstance(node, dict):
-        return {key: root if key == "root" else _moved(child, root) for key, child in node.items()}
-    return [_moved(child, root) for child in node] if isinstance(node, list) else node
+        return {key: root if key == "root" else _with_root(child, root) for key, child in node.items()}
+    return [_with_root(child, root) for child in node] if isinstance(node, list) else node
 
 
 def ready(
@@ -96,7 +96,7 @@ def ready(
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
     """The family, the model and the tasks of a checkpoint, ready to be scored."""
     exact()
-    ModelFolder(checkpoint, "checkpoint")  # refuses links and paths that lead out of it, which transformers follows
+    ModelFolder(checkpoint, "checkpoint")  # rejects links and paths that leave the folder, which transformers follows
     check_described(checkpoint)
     family = suite_family(suite, checkpoint)
     scored = not isinstance(evaluation, schema.Harness)
@@ -115,16 +115,16 @@ def ready(
 
 
 def recorded_seed(record: Mapping[str, Any]) -> int:
-    """The seed of the run, which draws the same test samples again."""
-    found = record["config"].get("seed", 0)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else 0
+    """The seed of the run, which determines its test samples."""
+    seed = record["config"].get("seed", 0)
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 else 0
 
 
 def recorded_classes(record: Mapping[str, Any], task: Task, family: Family, head: Head) -> tuple[str, ...] | None:
-    """The names of the classes of a task's head; None if the record has none, as records of epmq 0.1. Tasks without a
-    head have their classes in the suite."""
+    """The class names of a task's head; None if the record lacks them, as records of epmq 0.1 do. The classes of tasks
+    without a head are in the suite."""
     classes = record.get("classes")
-    found = classes.get(task.name) if isinstance(classes, dict) else None
-    if family.heads != "none" and isinstance(found, list) and len(found) == len(head["weight"]):
-        return tuple(map(str, found))
+    names = classes.get(task.name) if isinstance(classes, dict) else None
+    if family.heads != "none" and isinstance(names, list) and len(names) == len(head["weight"]):
+        return tuple(map(str, names))
     return None if family.heads == "own" else task.classes

@@ -1,4 +1,4 @@
-"""Prepares tasks for scoring: test samples with labels in the order of the head."""
+"""Prepares tasks for scoring: draws test samples and puts labels into the order of the head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scores_samples(evaluation: schema.Evaluation) -> bool:
 
 
 def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
-    """The class names of a task's head; ModelError if they are invalid and the task is scored."""
+    """The class names of a task's head. Raises ModelError if they are invalid and the task is scored."""
     try:
         return family.class_names(task, models.experts[task.name], models.base, head)
     except ModelError:
@@ -48,11 +48,13 @@ def scored_task(
     seed: int,
     processor: Processor | None = None,
 ) -> ScoredTask:
-    """One task with `count` of its test samples, drawn by the seed, each class with its share; None for all of them, 0
-    for a task that is not scored. `folder` has the model's config and, unless `processor` says where it is, the
-    tokenizer or image processor; `names`: those of the head's classes.
+    """A task with test samples, ready to be scored.
 
-    Labels are in the order of the head: they are translated by name where the data has them in another one.
+    `count`: how many test samples are drawn, stratified by class: None for all, 0 for a task that is not scored.
+    `folder` contains the model's config and, unless `processor` is given, the tokenizer or image processor. `names`:
+    the class names of the head.
+
+    Labels are in the order of the head. If the data orders the classes differently, labels are mapped by class name.
     """
     samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
     check_inputs(family, task.name, samples.inputs)
@@ -61,10 +63,10 @@ def scored_task(
     if samples.labels is not None and not samples.labels.is_floating_point():
         check_labelled(task.name, samples.labels)
         heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")
-        found = in_order_of_head(samples, heading, task)
-        if found.said:
-            say(f"task {task.name}: {found.said}")
-        samples = translated(samples, found.order, heading)
+        matched = in_order_of_head(samples, heading, task)
+        if matched.said:
+            say(f"task {task.name}: {matched.said}")
+        samples = translated(samples, matched.order, heading)
     collate, predict = family.collate(folder, task, processor), family.predict(folder, task, processor)
     return ScoredTask(
         name=task.name,
@@ -81,14 +83,14 @@ def scored_task(
 
 
 def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
-    """`count` test samples of a task, the same ones for a seed, or all of them; without labels where the metric is
-    perplexity, which uses none."""
+    """`count` test samples of a task, or all if None. The seed determines the samples. Perplexity needs no labels, so
+    its samples have none."""
     data: Any = task.data
     if task.metric == PERPLEXITY and getattr(data, "label", None) is not None and is_dataclass(data):
         data = replace(data, label=None)  # type: ignore[type-var]
-    found: Samples
+    samples: Samples
     if count is None or not getattr(data, "streams", False):
-        found = data.load("test")
-        return found if count is None else found.stratified(count, task_seed(seed, task.name, "test"))
-    found = data.load("test", count, task_seed(seed, task.name, "test"))
-    return found
+        samples = data.load("test")
+        return samples if count is None else samples.stratified(count, task_seed(seed, task.name, "test"))
+    samples = data.load("test", count, task_seed(seed, task.name, "test"))
+    return samples

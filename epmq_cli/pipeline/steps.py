@@ -1,4 +1,4 @@
-"""The steps of `epmq run` and `epmq eval`, each a function of what the steps before it made."""
+"""The steps of `epmq run` and `epmq eval`. Each is a function of the results of earlier steps."""
 
 from __future__ import annotations
 
@@ -51,19 +51,21 @@ from epmq_cli.runtime.disk_offload import Disk
 
 
 def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.Module, torch.dtype]:
-    """The opened suite, the base model, and the type of scales and of all that is not quantized.
+    """Opens the suite and the base model. Also returns the type of the scales and of the tensors that stay dense.
 
-    The model is on the device, or in files of the folder where `calib.student` says so. It calculates in float32, with
-    weights rounded to that type; what is not stored, such as rotary frequencies, is left as it is.
+    The model is on the device or, with `calib.student=disk`, in files in the folder. It computes in float32 with
+    weights rounded to that type. Buffers that are not stored, such as rotary frequencies, are not rounded.
     """
     models = SuiteModels(job.suite, job.family)
     if job.exporter.open_clip:
         check_base(models.base)
-    ProcessorFiles(models.base.path)  # what transformers cannot load is refused before anything is computed
+    ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
     dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
-    read = dtype if dtype == models.source.main_dtype else torch.float32  # a config may say less than the files hold
+    read = (
+        dtype if dtype == models.source.main_dtype else torch.float32
+    )  # the config may name a narrower type than the files have
     model = fit_source(load_model(job.family, models.base.path, place, read), models)
     check_parts(model, job.family)
     check_described(model, job.family, models)
@@ -79,8 +81,8 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
 def merge_data(
     job: Job, model: nn.Module, source: MergeSource, batches: Batches, tasks: Sequence[ScoredTask], micro: MicroBatcher
 ) -> ExpertMeasurements | None:
-    """What the merge method measures the experts on, if it needs that: calibration batches as the experts completed
-    them, and the tasks' heads. The model's merged tensors may be overwritten."""
+    """The data on which the merge method measures the experts: calibration batches with the experts' answers, and the
+    heads of the tasks. None if the method needs no data. Measuring may overwrite the model's merged tensors."""
     if not job.merge.needs:
         return None
     memory = schema.bytes_of("calib.memory", job.calib.memory) // distributed.world_size()
@@ -91,8 +93,8 @@ def merge_data(
 def prepare_tasks(
     job: Job, base_model: nn.Module, models: SuiteModels, processors: Processors | None = None
 ) -> list[ScoredTask]:
-    """The tasks with their test samples and their heads, made by the base model or read from the experts.
-    `processors`: what `task_processors` gives."""
+    """The tasks with their test samples and heads. The base model computes the heads, or the experts contain them.
+    `processors`: the result of `task_processors`."""
     prepared, family = [], job.family
     scored = scores_samples(job.evaluation)
     for task in track(job.suite.members, "read tasks"):
@@ -108,8 +110,8 @@ def prepare_tasks(
 
 
 def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
-    """Each task's calibration batches, on the device: of all of them those that are this process's part. `processors`:
-    what `task_processors` gives."""
+    """Each task's calibration batches on the device, limited to this process's share. `processors`: the result of
+    `task_processors`."""
     drawn = {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
@@ -122,7 +124,7 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
         starts = distributed.rank_slice(range(0, len(samples), size))
         if not starts:
             raise DataError(
-                f"task {task.name} has {math.ceil(len(samples) / size)} batches of calibration samples, too few for "
+                f"task {task.name} has {math.ceil(len(samples) / size)} calibration batches, too few for "
                 f"{distributed.world_size()} processes; lower calib.batch_size or start fewer processes"
             )
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
@@ -144,7 +146,7 @@ def score(
     score_cache: ScoreCache = compute,
     micro: MicroBatcher | None = None,
 ) -> Scores:
-    """The scores of one stage, or nothing where `eval.stages` leaves it out; `folder` has the processor."""
+    """The scores of one stage; empty if the stage is not in `eval.stages`. `folder` contains the processor."""
     if stage not in job.evaluation.stages or not distributed.is_main():
         return {}
     return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, score_cache, micro)
@@ -161,8 +163,8 @@ def stage_scores(
     score_cache: ScoreCache = compute,
     micro: MicroBatcher | None = None,
 ) -> Scores:
-    """The scores of a model on the suite's tasks, or on those of lm-evaluation-harness. `room`: how many samples go
-    through it at a time."""
+    """Scores a model on the suite's tasks, or on tasks of lm-evaluation-harness. `micro`: chooses how many samples run
+    through the model at a time."""
     micro = micro or micro_batcher(evaluation.batch_size)
     if not isinstance(evaluation, schema.Harness):
         return scores(family, model, tasks, micro, device, stage, score_cache=score_cache)
@@ -171,7 +173,7 @@ def stage_scores(
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
-    """The model of a checkpoint, dequantized by transformers where it can do so, or with its linears packed."""
+    """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed."""
     if kernel == "dequantize" and layout_of(checkpoint).plain:
         return load_model(family, checkpoint, device)
     return load(checkpoint, str(device), kernel, torch.float32)
@@ -185,13 +187,15 @@ def score_parts(
     score_cache: Callable[[str], ScoreCache] = lambda stage: compute,
     micro: MicroBatcher | None = None,
 ) -> Scores:
-    """The stages `base` and `experts`, each expert on its own task; the model's merged tensors may be overwritten."""
+    """Scores the stages `base` and `experts`, each expert on its own task. May overwrite the model's merged tensors."""
 
     def become_expert(task: ScoredTask) -> None:
         copy_into(model, models.source.model(task.name))
 
     micro = micro or micro_batcher(job.evaluation.batch_size)
-    found = score(job, model, tasks, "base", models.base.path, score_cache("base"), micro)
+    by_stage = score(job, model, tasks, "base", models.base.path, score_cache("base"), micro)
     if "experts" in job.evaluation.stages and distributed.is_main():
-        found |= scores(job.family, model, tasks, micro, job.device, "experts", become_expert, score_cache("experts"))
-    return found
+        by_stage |= scores(
+            job.family, model, tasks, micro, job.device, "experts", become_expert, score_cache("experts")
+        )
+    return by_stage

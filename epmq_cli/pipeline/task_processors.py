@@ -1,4 +1,4 @@
-"""Chooses each task's tokenizer or image processor: the base's, or the expert's own if it gives other inputs
+"""Chooses each task's tokenizer or image processor: the base's, or the expert's own if its outputs differ
 (`suite.processor`)."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from epmq_cli.runtime.console import say
 PROCESSORS = "processors"
 """The folder of a checkpoint with the tasks' own processors."""
 SAMPLES = {"texts": 256, "pictures": 32}
-"""The largest number of a task's calibration samples that are compared."""
-VARIED = 32  # of them are also compared in other forms
+"""The largest number of calibration samples of a task on which processors are compared."""
+VARIED = 32  # samples that are also compared in other forms
 SIZES = ((320, 320), (480, 320), (300, 400))
 FORMS: tuple[Callable[[str], str], ...] = (
     str.upper,
@@ -45,42 +45,42 @@ FORMS: tuple[Callable[[str], str], ...] = (
 log = logging.getLogger("epmq")
 
 Processors = Mapping[str, Processor]
-"""The tasks with their own tokenizer or image processor, and its folder."""
+"""The processors of the tasks that have their own tokenizer or image processor."""
 SamplesOf = Callable[[Task], Sequence[Any]]
-"""Gives the samples of a task on which processors are compared."""
+"""Returns the samples of a task on which processors are compared."""
 
 
 def task_processors(
     family: Family, models: SuiteModels, tasks: Sequence[Task], samples_of: SamplesOf
 ) -> dict[str, Processor]:
-    """The tasks that use their expert's own tokenizer or image processor, and its folder; the others use the base's.
-    ModelError if an expert's differs and the task's `processor` is `same`, or if it is unusable."""
-    found = {}
+    """The processors of the tasks that use their expert's own tokenizer or image processor; other tasks use the base's.
+    Raises ModelError if an expert's processor is unusable, or if it differs and the task's `processor` is `same`."""
+    processors = {}
     for task in tasks:
         own = _chosen(family, models, task, samples_of)
         if own is not None:
-            found[task.name] = own
-    return found
+            processors[task.name] = own
+    return processors
 
 
 def calibration_samples(seed: int, family: Family) -> SamplesOf:
-    """Some of the samples, or documents, that a task is calibrated on."""
+    """Draws some of the calibration samples or documents of a task."""
 
-    def drawn(task: Task) -> Sequence[Any]:
+    def draw(task: Task) -> Sequence[Any]:
         most = SAMPLES[family.reads]
         if isinstance(family.tasks, LanguageModel) and task.documents is not None:
             most = min(most, task.documents)
         return task.data.load("train", most, task_seed(seed, task.name)).inputs
 
-    return drawn
+    return draw
 
 
 def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: SamplesOf) -> Processor | None:
-    """The expert's own processor if the task uses it."""
+    """The expert's own processor if the task uses it, else None."""
     base, expert = models.base, models.experts[task.name]
     bases = processor_files(base.path, family.reads)
     folder = expert.path
-    described = (folder / CONFIG).is_file()  # else transformers, which takes seconds to import, need not be asked
+    described = (folder / CONFIG).is_file()  # otherwise skip transformers, whose import takes seconds
     if family.reads == "pictures" and described and not processor_files(folder, family.reads):
         folder = own_processor(folder, config_of(base.path), expert.role) or folder
     files = processor_files(folder, family.reads)
@@ -88,24 +88,24 @@ def _chosen(family: Family, models: SuiteModels, task: Task, samples_of: Samples
         return None
     own, what = Processor(folder, models.source.vocabulary_size), KINDS[family.reads]
     if not bases:
-        return _instead(base, expert, task, own, what)
+        return _without_base(base, expert, task, own, what)
     samples = samples_of(task)
     try:
-        found = difference(family, base.path, task, own, samples) or _elsewhere(family, base.path, task, own, samples)
+        changed = difference(family, base.path, task, own, samples) or _varied(family, base.path, task, own, samples)
     except ModelError as error:
         if task.processor != "base":
             raise ModelError(
-                f"{expert.role}: its own {what} cannot be used: {error}, or set suite.processor=base, which reads its "
-                "task with the base's"
+                f"{expert.role}: its own {what} cannot be used: {error}, or set suite.processor=base to use the "
+                "base's for its task"
             ) from error
         log.warning("%s: its own %s cannot be used (%s); the base's is used", expert.role, what, error)
         return None
-    return None if found is None else _by_option(expert, task, own, f"its own {what} {found}")
+    return None if changed is None else _by_option(expert, task, own, f"its own {what} {changed}")
 
 
-def _elsewhere(family: Family, base: Path, task: Task, own: Processor, samples: Sequence[Any]) -> str | None:
-    """The difference between the inputs of varied samples: test samples may differ from calibration samples, such as
-    texts in capitals or pictures of other sizes. None if the expert's processor reads none of them."""
+def _varied(family: Family, base: Path, task: Task, own: Processor, samples: Sequence[Any]) -> str | None:
+    """The difference on variations of the samples, or None. Test samples may differ from calibration samples: texts may
+    be in capitals, and pictures may have other sizes. None also if the expert's processor fails on the variations."""
     try:
         return difference(family, base, task, own, variations(samples))
     except (ModelError, DataError):
@@ -113,45 +113,45 @@ def _elsewhere(family: Family, base: Path, task: Task, own: Processor, samples: 
 
 
 def variations(samples: Sequence[Any]) -> list[Any]:
-    """Texts in other cases, with accents, doubled spaces and other scripts, or pictures of other sizes, made of some of
-    the samples."""
+    """Variations of some of the samples: texts in other cases, with accents, doubled spaces and other scripts, or
+    pictures of other sizes."""
     some = [samples[index] for index in range(min(VARIED, len(samples)))]
     if some and isinstance(some[0], Image.Image):
         return [picture.convert("RGB").resize(size) for picture, size in zip(some, SIZES, strict=False)]
-    return [_written(sample, form) for sample in some for form in FORMS]
+    return [_apply(form, sample) for sample in some for form in FORMS]
 
 
-def _written(sample: Any, form: Callable[[str], str]) -> Any:
-    """A text, a pair of texts or a conversation in another form."""
+def _apply(form: Callable[[str], str], sample: Any) -> Any:
+    """Applies a form to a text, a pair of texts or a conversation."""
     if isinstance(sample, Chat):
         return Chat([{**message, "content": form(message["content"])} for message in sample.messages], sample.where)
     return tuple(map(form, sample)) if isinstance(sample, tuple) else form(sample[:LONGEST])
 
 
-def _by_option(expert: ModelFolder, task: Task, own: Processor, found: str) -> Processor | None:
-    """Handles a difference as the task's `processor` says."""
+def _by_option(expert: ModelFolder, task: Task, own: Processor, changed: str) -> Processor | None:
+    """Handles a difference according to the task's `processor` option."""
     if task.processor == "same":
         raise ModelError(
-            f"{expert.role} ({expert.path}): {found}; set suite.processor=expert to read its task with its own, or "
-            "suite.processor=base to read it with the base's"
+            f"{expert.role} ({expert.path}): {changed}; set suite.processor=expert to use it for its task, or "
+            "suite.processor=base to use the base's"
         )
     if task.processor == "base":
-        log.warning("%s: %s; suite.processor=base reads its task with the base's", expert.role, found)
+        log.warning("%s: %s; suite.processor=base reads its task with the base's", expert.role, changed)
         return None
-    say(f"{expert.role}: {found}; its task is read with its own, which the checkpoint has in {place(task.name)}")
+    say(f"{expert.role}: {changed}; epmq uses it for its task and saves it in {place(task.name)} of the checkpoint")
     return own
 
 
-def _instead(base: ModelFolder, expert: ModelFolder, task: Task, own: Processor, what: str) -> Processor:
-    """The expert's processor for a base without one."""
+def _without_base(base: ModelFolder, expert: ModelFolder, task: Task, own: Processor, what: str) -> Processor:
+    """The expert's processor, for a base that has none."""
     if task.processor != "expert":
         raise ModelError(
-            f"base: {base.path} has no {what}, and {expert.role} has one of its own; put the base's files there, or "
-            "set suite.processor=expert to read each task with its expert's own"
+            f"base: {base.path} has no {what}, but {expert.role} has one; add the base's {what} to its folder, or set "
+            "suite.processor=expert to use each expert's own for its task"
         )
     say(
-        f"{expert.role}: its task is read with its own {what}, as the base has none; the checkpoint has it in "
-        f"{place(task.name)}"
+        f"{expert.role}: the base has no {what}; epmq uses the expert's own for its task and saves it in "
+        f"{place(task.name)} of the checkpoint"
     )
     return own
 
@@ -160,45 +160,45 @@ KINDS = {"texts": "tokenizer", "pictures": "image processor"}
 
 
 def place(task: str) -> str:
-    """The folder of a task's processor in a checkpoint: a plain name, not hidden."""
+    """The folder of a task's processor in a checkpoint. Its name is a valid file name and not hidden."""
     name = quote(task, safe=" ")
     return f"{PROCESSORS}/{f'%2E{name[1:]}' if name.startswith('.') else name}"
 
 
 def save_processors(base: Path, processors: Processors, reads: str, checkpoint: Path) -> None:
-    """Writes the tokenizers or image processors of tasks into a checkpoint, as transformers writes them. `base`: the
-    folder whose config says of which kind those are that do not say it themselves."""
+    """Writes the tokenizers or image processors of tasks into a checkpoint with `save_pretrained`. `base`: the folder
+    whose config gives the class of processors that do not name their class."""
     for task, processor in processors.items():
-        made = (own_images if reads == "pictures" else own_tokenizer)(base, processor)
-        made.save_pretrained(checkpoint / place(task))
+        loaded = (own_images if reads == "pictures" else own_tokenizer)(base, processor)
+        loaded.save_pretrained(checkpoint / place(task))
 
 
 def saved_processors(checkpoint: Path, record: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Processor]:
-    """The processors of tasks that a checkpoint has, by its record; CheckpointError where one is missing."""
+    """The processors of tasks that a checkpoint's record lists. Raises CheckpointError if one is missing."""
     listed = record.get(PROCESSORS) or []
-    found = {}
+    processors = {}
     for task in (task for task in tasks if isinstance(listed, list) and task in listed):
         folder = checkpoint / place(task)
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}, with which task {task} is read, is not there; fetch the checkpoint again, or make it again "
+                f"{folder}, the processor of task {task}, is missing; fetch the checkpoint again, or write it again "
                 "with epmq run"
             )
         refuse_links(folder, "checkpoint")
-        found[task] = Processor(folder)
-    return found
+        processors[task] = Processor(folder)
+    return processors
 
 
 def probes(family: Family, models: SuiteModels) -> SamplesOf:
     """Synthetic samples for a merge without data: texts from the base's vocabulary, or noise."""
-    made: list[Sequence[Any]] = []
+    samples: list[Sequence[Any]] = []
 
-    def made_up(task: Task) -> Sequence[Any]:
-        if not made:
-            made.append(_pictures() if family.reads == "pictures" else list(_texts(models.base.path)))
-        return made[0]
+    def synthetic(task: Task) -> Sequence[Any]:
+        if not samples:
+            samples.append(_pictures() if family.reads == "pictures" else list(_texts(models.base.path)))
+        return samples[0]
 
-    return made_up
+    return synthetic
 
 
 def _texts(base: Path) -> Iterator[str]:
@@ -213,7 +213,7 @@ def _texts(base: Path) -> Iterator[str]:
 
 
 def _pictures() -> list[Any]:
-    """Noise in pictures of three shapes."""
+    """Pictures of noise in three shapes."""
     import numpy as np
 
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint's tensors and scores are what epmq wrote; store/manifest.py checks its files."""
+"""Checks the tensors and scores of a checkpoint; store/manifest.py checks its files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ CLOSE = 1e-6  # relative: sums of floats depend on the number of threads
 
 
 def tensor_problems(folder: Path) -> list[str]:
-    """A phrase for each tensor of a checkpoint that is not as its config.json implies.
+    """A phrase for each tensor of a checkpoint that does not match its config.json.
 
-    A dense merge stores the base's tensors under the base's names. The model may not have all of these; of those that
-    it does not have, only the values are checked.
+    A dense merge stores the base's tensors under the base's names. The model may lack some of them; for these, only the
+    values are checked.
     """
     files = SafetensorsFiles(folder, ROLE)
     model = described_model(folder, files)
@@ -56,8 +56,8 @@ def tensor_problems(folder: Path) -> list[str]:
 
 
 def _head_problems(folder: Path, config: Any) -> list[str]:
-    """A phrase for each tensor in the file of the heads that does not belong to a recorded task, has another shape than
-    the model's `config` implies, or holds NaN or infinity."""
+    """A phrase for each tensor in the file of the heads that does not belong to a recorded task, does not have the
+    shape that the model's `config` implies, or contains NaN or infinity."""
     path = heads_file(folder)
     if not path.is_file() and not (folder / RECORD).is_file():
         return []
@@ -74,14 +74,14 @@ def _head_problems(folder: Path, config: Any) -> list[str]:
 
 
 def _signed(folder: Path) -> bool:
-    """Whether scales may be negative. Only one search for scales chooses such (quantize/scale_search.py)."""
+    """Whether scales may be negative. Only one scale search chooses negative scales (quantize/scale_search.py)."""
     if read_json(folder, "config.json", ROLE).get("quantization_config") is None:
         return False
     return bool(read_record(folder)["config"]["quant"].get("grid") == "hessian")
 
 
 def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, prefix: str) -> dict[str, ExpectedTensor]:
-    """The expected tensors by their stored names, which have the prefix of the model's body or lack it."""
+    """The expected tensors by stored name. A stored name may have the prefix of the model's body or lack it."""
     renamed: dict[str, ExpectedTensor] = {}
     for stored in files.infos:
         spellings = (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}."))
@@ -92,7 +92,7 @@ def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, pr
 
 
 def _problems(files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -> Iterator[str]:
-    """The first problem of each tensor; only one tensor is in memory at a time."""
+    """The first problem of each tensor. Only one tensor is in memory at a time."""
     for name, info in files.infos.items():
         check = expected[name].check if name in expected else finite
         if layout := layout_problem(name, info, expected):
@@ -102,9 +102,9 @@ def _problems(files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -
 
 
 def score_problems(checkpoint: Path, device: torch.device, root: str | None) -> list[str]:
-    """Scores a checkpoint as its run did; a phrase for each score that differs from the run's metrics.json.
+    """Scores a checkpoint as its run did. Returns a phrase for each score that differs from the run's metrics.json.
 
-    `root`: a mirror of the hub. CheckpointError: there is no such metrics.json."""
+    `root`: a mirror of the hub. Raises CheckpointError if the run's metrics.json is missing."""
     recorded, evaluation = _run_scores(checkpoint.resolve().parent / METRICS)
     suite = checkpoint_suite(checkpoint, None, root)
     family, model, tasks = ready(checkpoint, suite, evaluation, device)
@@ -119,18 +119,18 @@ def _same(old: float | None, new: float | None) -> bool:
 
 
 def _run_scores(path: Path) -> tuple[dict[str, float], schema.Evaluation]:
-    """The scores of a run's checkpoint by task, and the evaluation that measured them."""
+    """The recorded scores of a checkpoint by task, and the evaluation that measured them."""
     try:
         content = json.loads(read_regular(path))
         entry = dict(content["config"]["eval"])
         scores = {task: float(stages[STAGE]) for task, stages in content["scores"]["tasks"].items() if STAGE in stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not a readable metrics.json of epmq run; give a checkpoint that is in its run folder, or leave "
-            "out --scores"
+            f"{path} is not a readable metrics.json of epmq run; give a checkpoint inside its run folder, or omit "
+            "--scores"
         ) from error
     if not scores:
-        raise CheckpointError(f"{path} has no scores of the stage {STAGE}; leave out --scores")
+        raise CheckpointError(f"{path} has no scores of the stage {STAGE}; omit --scores")
     check_own(path, entry, "score it with epmq eval")
     evaluation: schema.Evaluation = instantiate.build("eval", OmegaConf.create(entry))
     return scores, evaluation

@@ -77,7 +77,7 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     section = engine._section
 
     def spied(*arguments: object, **options: object) -> None:
-        seen.append(engine.taught["second"][0].hidden.clone())
+        seen.append(engine.teacher_streams["second"][0].hidden.clone())
         section(*arguments, **options)  # type: ignore[arg-type]
 
     engine._section = spied  # type: ignore[method-assign]

@@ -84,15 +84,15 @@ def test_every_decoder_that_auto_takes_passes(kind: str) -> None:
 
 
 CLAIMS: dict[str, tuple[Family, str]] = {
-    "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read what .*o_proj gives"),
-    "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to what"),
-    "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to what .*input_layernorm reads"),
+    "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read the output of .*o_proj"),
+    "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to the input of"),
+    "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to the input of .*input_layernorm"),
     "another order": (claimed(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
     "linears of two inputs": (
         claimed(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
-        "down_proj reads another tensor than .*gate_proj",
+        "down_proj does not have the same input as .*gate_proj",
     ),
-    "a norm left out": (claimed(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to what"),
+    "a norm left out": (claimed(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to the input of"),
     "a module that is not there": (with_step(2, names=("self_attn.out",)), "cannot follow the blocks"),
 }
 
@@ -146,25 +146,25 @@ def behind(model: Any) -> None:
 CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
     "scaled residual": (
         of_block(lambda layer: with_forward(layer.mlp, lambda real, x: 0.9 * real(x))),
-        "down_proj is not added to what .*post_attention_layernorm reads",
+        "down_proj is not added to the input of .*post_attention_layernorm",
     ),
-    "parallel residual": (of_block(parallel), "o_proj is not added to what .*input_layernorm reads"),
+    "parallel residual": (of_block(parallel), "o_proj is not added to the input of .*input_layernorm"),
     "a linear that clamps": (
         of_block(lambda layer: with_forward(layer.mlp.up_proj, lambda real, x: real(x).clamp(-0.1, 0.1))),
-        "up_proj does not give W x . b",
+        "up_proj does not compute W x . b",
     ),
     "a norm whose gain is squared": (
         of_block(
             lambda layer: with_forward(layer.input_layernorm, lambda real, x: real(x) * layer.input_layernorm.weight)
         ),
-        "input_layernorm does not give a gain times its normalized input",
+        "input_layernorm does not compute a gain times its normalized input",
     ),
     "a linear that is called twice": (
         of_block(lambda layer: with_forward(layer.mlp, lambda real, x: 0.5 * (real(x) + real(x)))),
         "gate_proj is called 2 times, not once",
     ),
-    "something behind the last norm": (behind, "does not read its last block through model.norm alone"),
-    "a skip between blocks": (between, "the model changes what model.layers.1 reads of the blocks before it"),
+    "something behind the last norm": (behind, "does not read its last block only through model.norm"),
+    "a skip between blocks": (between, "the model changes the hidden state in front of model.layers.1"),
 }
 
 
@@ -213,7 +213,7 @@ def like_llama(steps: tuple[Linears | Norm, ...]) -> tuple[Linears | Norm, ...]:
 def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
     """The norms that the steps of Llama leave out, whatever they are called."""
     assert like_llama(CAUSAL_LM.blocks(TAKEN["glm4"]())[0].steps)[2] == CAUSAL_LM.blocks(llama())[0].steps[2]
-    with pytest.raises(ModelError, match="o_proj is not added to what model.layers.0.input_layernorm reads"):
+    with pytest.raises(ModelError, match="o_proj is not added to the input of model.layers.0.input_layernorm"):
         check(built(TAKEN["glm4"]), claimed(like_llama))
 
 
@@ -227,7 +227,7 @@ def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: 
         ]
 
     scene = Scene(clip_hub)
-    with pytest.raises(ModelError, match=f"{said}.* for a token reaches other tokens|{said}.* reaches other tokens"):
+    with pytest.raises(ModelError, match=f"{said}.* for one token reaches other tokens|{said}.* reaches other tokens"):
         check_blocks(scene.model, with_blocks(CLIP, change), {"first": scene.batches})
 
 

@@ -298,7 +298,7 @@ def test_scores_are_those_of_the_run(checkpoint: Path) -> None:
         check(checkpoint, scores=True)
     metrics["scores"]["tasks"] = {}
     path.write_text(json.dumps(metrics))
-    with pytest.raises(CheckpointError, match=r"has no scores of the stage quantized; leave out --scores"):
+    with pytest.raises(CheckpointError, match=r"has no scores of the stage quantized; omit --scores"):
         check(checkpoint, scores=True)
     metrics["scores"]["tasks"] = {"first": {"quantized": 1.0}}
     metrics["config"]["eval"]["_target_"] = "tests.evil.Evaluation"

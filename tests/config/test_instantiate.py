@@ -64,7 +64,9 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert [device_of(name).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
     monkeypatch.setenv("LOCAL_RANK", "2")
     for name in ("auto", "cuda"):
-        with pytest.raises(ConfigError, match=f"device={name} is not there for process 3 of torchrun: .* 2 CUDA devic"):
+        with pytest.raises(
+            ConfigError, match=f"device={name} is not available for process 3 of torchrun: .* 2 CUDA devic"
+        ):
             device_of(name)
 
 

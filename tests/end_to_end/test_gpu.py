@@ -202,7 +202,7 @@ def test_what_is_found_in_the_cache_gives_the_same_bytes(
 
 
 def test_a_student_in_files_is_refused(hubs: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="calib.student=disk is for device=cpu, got cuda"):
+    with pytest.raises(ConfigError, match="calib.student=disk works with device=cpu only, got device=cuda"):
         run_in(tmp_path / "run", hubs("bert"), *OPTIONS, OWN, "calib.student=disk")
 
 

@@ -130,10 +130,10 @@ def test_experts_whose_labels_do_not_fit_are_refused_before_the_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["data.labels=null", "data.regression=true"], "metric must be spearman where data.regression is true"),
+        (["data.labels=null", "data.regression=true"], "metric must be spearman if data.regression is true"),
         (["data.regression=true", "metric=matthews", "data.labels=null"], "got matthews, which compares classes"),
-        (["metric=spearman"], "metric is spearman, which ranks numbers, and data.regression is false"),
-        (["data.label=null"], r"data.label is null, and accuracy needs labels; .*eval.stages=\[\]"),
+        (["metric=spearman"], "metric is spearman, which ranks numbers, but the labels are classes"),
+        (["data.label=null"], r"data.label is null, but accuracy needs labels; .*eval.stages=\[\]"),
         (["match_labels=names"], "match_labels must be one of name, position, got 'names'"),
     ],
 )

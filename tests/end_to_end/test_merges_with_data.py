@@ -106,6 +106,6 @@ def test_options_are_checked_before_any_model_is_opened(option: str, message: st
 def test_fisher_is_refused_where_there_are_no_heads(kind: str, tmp_path: Path) -> None:
     hub, family = build(tmp_path / "hub", kind), {"t5": "t5", "llama": "causal_lm"}[kind]
     with pytest.raises(
-        ConfigError, match=f"merge=fisher takes gradients .* family {family} have no heads; use another"
+        ConfigError, match=f"merge=fisher needs gradients .* family {family} have no heads; use another"
     ):
         make_job(config(hub, "merge=fisher"))

@@ -46,9 +46,9 @@ def test_the_harness_is_refused_for_what_is_no_language_model(hub: Hub, tmp_path
     harness = ("eval=lm_eval", "eval.tasks=[arc_easy]")
     checkpoint = run_in(tmp_path, hub("roberta"), "eval.stages=[]")
     (tmp_path / "again").mkdir()
-    with pytest.raises(ConfigError, match="eval=lm_eval scores language models, and those of family roberta are none"):
+    with pytest.raises(ConfigError, match="eval=lm_eval scores language models only, got models of family roberta"):
         evaluate(config_of_eval(checkpoint, *harness), tmp_path / "again", [])
-    with pytest.raises(ConfigError, match="eval=lm_eval scores language models, and those of family roberta are none"):
+    with pytest.raises(ConfigError, match="eval=lm_eval scores language models only, got models of family roberta"):
         run_in(tmp_path / "run", hub("roberta"), *harness)
 
 

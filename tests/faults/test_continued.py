@@ -77,7 +77,7 @@ def test_a_sweep_goes_on_with_the_job_that_was_interrupted(bert_hub: Path, tmp_p
     assert status == 0, said
     assert folders(tmp_path) == [sweep]
     assert first.stat().st_mtime_ns == before
-    assert f"{first.parent.relative_to(tmp_path)} holds the results of this job already" in said
+    assert f"{first.parent.relative_to(tmp_path)} already contains the results of this job" in said
     assert sorted(json.loads(path.read_text())["resumed"] for path in sweep.glob("*/metrics.json")) == [0, 1]
     assert not list(sweep.rglob(".resume"))
     assert not (sweep / ".unfinished").exists()

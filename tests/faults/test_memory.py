@@ -194,6 +194,6 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
     status, said = ended(start(tmp_path, *TORCHRUN, str(script), *arguments))
     assert status != 0
-    assert "the device has no room for calib.batch_size=8 samples at a time; lower it, as of several " in said
+    assert "the device does not have enough memory for calib.batch_size=8; lower it, because a run of several " in said
     status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said

@@ -31,10 +31,10 @@ def llama(width: int, inner: int) -> Any:
         (
             576,
             1536,
-            "8, 12, 16, 24, 32, 48, 64, 96 or 192, or -1 (one group a row); the int4 kernels take 32, 64, 96 or ",
+            "8, 12, 16, 24, 32, 48, 64, 96 or 192, or -1 (one group per row); the int4 kernels take 32, 64, 96 or ",
         ),
-        (40, 80, "8, 10, 20 or 40, or -1 (one group a row); the int4 kernels take multiples of 32 alone"),
-        (6, 10, "no group size divides the inputs of all linears of this model; use -1 (one group a row)"),
+        (40, 80, "8, 10, 20 or 40, or -1 (one group per row); the int4 kernels take only multiples of 32"),
+        (6, 10, "no group size divides the inputs of all linears of this model; use -1 (one group per row)"),
     ],
 )
 def test_the_group_sizes_that_are_possible_are_named(width: int, inner: int, said: str) -> None:
@@ -76,7 +76,7 @@ def test_a_tensor_that_no_step_knows_is_refused_by_name(family: str, kind: str) 
         else:
             block.module.add_module("gate", nn.Conv1d(3, 3, 1))
     with pytest.raises(
-        ModelError, match=f"^base: .* has {block.prefix}.gate.*, which no step of the family knows; epmq run"
+        ModelError, match=f"^base: .* has {block.prefix}.gate.*, which is not in any step of the family; epmq run"
     ):
         check_parts(model, FAMILIES[family])
 

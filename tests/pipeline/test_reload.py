@@ -62,7 +62,9 @@ def test_code_that_is_not_epmqs_is_refused_before_it_is_imported(target: str, tm
 
 
 def test_a_record_cannot_read_the_environment(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"epmq.json holds a reference such as \$\{...\}, which epmq does not"):
+    with pytest.raises(
+        CheckpointError, match=r"epmq.json contains an interpolation such as \$\{...\}, which epmq does not"
+    ):
         checkpoint_suite(recorded(tmp_path, base="me/${oc.env:HF_TOKEN}"), None, None)
 
 
@@ -75,7 +77,7 @@ def test_a_record_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_record_without_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "epmq.json").write_text('{"config": {"suite": 3, "quant": {}}}')
-    with pytest.raises(CheckpointError, match="is not one that epmq run wrote; run epmq run again"):
+    with pytest.raises(CheckpointError, match="was not written by epmq run; run epmq run again"):
         read_record(tmp_path)
 
 

@@ -161,7 +161,7 @@ def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
     with caplog.at_level(logging.INFO, "epmq"):
         assert expert_score(found) == 1
     assert "expert of task first: its own tokenizer reads '" in caplog.text
-    assert "which the checkpoint has in processors/first" in caplog.text
+    assert "epmq uses it for its task and saves it in processors/first of the checkpoint" in caplog.text
     assert list(chosen(found)) == ["first"]
     caplog.clear()
     assert chosen(found, "++suite.processor=base") == {}
@@ -255,7 +255,7 @@ def test_a_checkpoint_has_the_experts_processor_and_is_scored_with_it(hub: Hub, 
     for file in saved(checkpoint).iterdir():
         file.unlink()
     saved(checkpoint).rmdir()
-    with pytest.raises(CheckpointError, match="processors/first, with which task first is read, is not there"):
+    with pytest.raises(CheckpointError, match="processors/first, the processor of task first, is missing"):
         evaluate(eval_config(checkpoint), again(tmp_path, "gone"), [])
 
 
@@ -305,7 +305,7 @@ def test_a_base_without_a_tokenizer_leaves_each_task_to_its_expert(hub: Hub, tmp
         (found / "base" / name).unlink()
     assert list(chosen(found)) == ["first", "second"]
     assert expert_score(found) == 1
-    with pytest.raises(ModelError, match="has no tokenizer, and expert of task first has one of its own; put the base"):
+    with pytest.raises(ModelError, match="has no tokenizer, but expert of task first has one; add the base"):
         chosen(found, "++suite.processor=base")
 
 

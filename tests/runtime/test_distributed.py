@@ -90,7 +90,7 @@ def test_in_a_sweep_all_processes_skip_the_jobs_that_the_first_one_has_done(bert
     assert command(tmp_path, *options, "merge=ties")[0] == 0
     swept = start(*TORCHRUN, "-m", "epmq_cli", *options, "merge=ties,average")
     assert swept.returncode == 0, swept.stderr
-    assert swept.stderr.count("merge=ties,suite=mini holds the results of this job already") == 1
+    assert swept.stderr.count("merge=ties,suite=mini already contains the results of this job") == 1
     assert command(tmp_path, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")[0] == 0
     assert files(next((tmp_path / "sweep").glob("*merge=average,*"))) == files(tmp_path / "one")
 

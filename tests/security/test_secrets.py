@@ -43,7 +43,7 @@ def test_a_token_in_the_config_is_refused_and_not_repeated(
 ) -> None:
     result = epmq_inside("run", "--config-dir", str(bert_hub / "configs"), "suite=mini", f"suite.base={value}", "out=x")
     assert result.returncode == 1
-    assert "epmq: a token of the hub must not be in the config, which goes into metrics.json" in result.stderr
+    assert "epmq: a Hugging Face token must not be in the config, which is saved in metrics.json" in result.stderr
     assert TOKEN not in result.stdout + result.stderr
     assert files_with_it(tmp_path) == []
 
@@ -58,7 +58,7 @@ def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(
     options = ["suite=tok"] * (len(sweep) < 2) + ["eval.stages=[]", "calib.samples=8", "out=x"]
     result = epmq_inside("run", "--config-dir", "mine", *sweep, *options)
     assert result.returncode == 1
-    assert "epmq: a token of the hub must not be in the config" in result.stderr
+    assert "epmq: a Hugging Face token must not be in the config" in result.stderr
     assert TOKEN not in result.stdout + result.stderr
     assert files_with_it(tmp_path) == [tmp_path / "mine" / "suite" / "tok.yaml"]
 
@@ -67,7 +67,7 @@ def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(
 def test_no_folder_is_called_like_a_token(key: str, tmp_path: Path, epmq_inside: Run) -> None:
     result = epmq_inside("run", f"{key}='${{oc.env:HF_TOKEN}}'")
     assert result.returncode == 1
-    assert result.stderr.startswith("epmq: a token of the hub must not be in the config")
+    assert result.stderr.startswith("epmq: a Hugging Face token must not be in the config")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""What is read of the passes that wait in front of a step."""
+"""Captures the layer inputs of paused forward passes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from epmq_cli.families.structure import Linears, Norm
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What reaches a step in one batch: the student's and the teacher's rows (tokens, width), of the step itself and of
-    the residual stream if it is asked for, and the weights of the tokens, or None for 1."""
+    """The inputs of a step in one batch.
+
+    `student` and `teacher`: rows (tokens, width) of the step's input and, if captured, of the residual stream.
+    `weights`: the weights of the tokens; None if all are 1.
+    """
 
     student: list[Tensor]
     teacher: list[Tensor]
     weights: Tensor | None
 
     def copied(self) -> LayerInputs:
-        """Rows that stay when the passes they were read of go on."""
+        """Copies of the rows. They stay valid when the forward passes continue."""
         own = [rows.clone() for rows in self.student]
         return replace(
             self, student=own, teacher=own if self.teacher is self.student else [rows.clone() for rows in self.teacher]
@@ -31,7 +34,7 @@ class LayerInputs:
 
     @classmethod
     def joined(cls, parts: Sequence[LayerInputs]) -> LayerInputs:
-        """Those of a batch that came in parts."""
+        """Joins the layer inputs of the parts of one batch."""
         own = [joined(rows) for rows in zip(*(part.student for part in parts), strict=True)]
         same = parts[0].teacher is parts[0].student
         other = own if same else [joined(rows) for rows in zip(*(part.teacher for part in parts), strict=True)]
@@ -41,32 +44,32 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """Where passes shall wait: in front of that one of `names` which is called first.
+    """Specifies where passes pause: in front of the first call of a module in `names`.
 
-    `stream`: the module before it whose input is asked for too; `wanted`: those whose input still will be. `token`: the
-    one whose rows count in full, or None where all do; `memory`: whether the output of another stack is read; `scale`:
-    see Linears.
+    `stream`: an earlier module whose input is also captured. `capture`: modules whose inputs this or a later step
+    needs. `token`: the token whose rows have weight 1; None if all have. `memory`: whether the step reads the output of
+    another stack. `scale`: see Linears.
     """
 
     names: tuple[str, ...]
     stream: str | None
-    wanted: frozenset[str]
+    capture: frozenset[str]
     token: int | None
     memory: bool
     scale: float = 1.0
 
     @classmethod
     def of(cls, steps: Sequence[Linears | Norm], token: int | None) -> CaptureSpec:
-        """Of the first of some steps, the others being those that follow; `token`: the one that is read out behind."""
-        step, wanted = steps[0], frozenset(s.stream for s in steps if isinstance(s, Linears) and s.stream)
+        """The spec of the first of `steps`, which are followed by the others. `token`: the token that is read out."""
+        step, capture = steps[0], frozenset(s.stream for s in steps if isinstance(s, Linears) and s.stream)
         if isinstance(step, Norm):
-            return cls((step.name,), None, wanted, None if step.mixing else token, False)
-        return cls(step.names, step.stream, wanted, token, step.memory, step.scale)
+            return cls((step.name,), None, capture, None if step.mixing else token, False)
+        return cls(step.names, step.stream, capture, token, step.memory, step.scale)
 
     def rows(self, stream: HiddenState, module: nn.Module) -> list[Tensor]:
-        """The rows of real tokens (tokens, width) of a stream in a section."""
-        reached = [stream.run_until(module, self.names, self.wanted)]
+        """Runs the pass of a hidden state up to the step. Returns rows of real tokens (tokens, width)."""
+        captured = [stream.run_until(module, self.names, self.capture)]
         if self.stream is not None:
-            reached.append(stream.captured(self.stream))
+            captured.append(stream.captured(self.stream))
         mask = stream.memory if self.memory else stream.mask
-        return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in reached]
+        return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in captured]

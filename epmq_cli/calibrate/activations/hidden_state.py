@@ -1,4 +1,4 @@
-"""Activations on their way through a model: batches between two sections, and the inputs of modules inside one."""
+"""The hidden states of batches between sections of a model, and the inputs of modules inside a section."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CarriedOutput:
-    """Stands, among the arguments of a block, for what the block before it gave back at this position of its output:
-    position biases, for instance, which the first block makes for all."""
+    """A placeholder among the arguments of a block. It stands for the output of the block before it at this position,
+    for example position biases, which the first block computes for all."""
 
     position: int
 
 
 @dataclass
 class HiddenState:
-    """One batch on its way through the blocks.
+    """The hidden state of one batch in front of or inside a section.
 
-    `hidden`: the next section's first argument. `calls`: the other arguments of the blocks to come. `mask`: the real
-    tokens of the stream, `memory` those of what cross-attention reads; None where all are. `output`: what the last
-    block gave back, if that was a tuple.
+    `hidden`: the first argument of the next section. `calls`: the other arguments of the remaining blocks. `mask`: the
+    real tokens of the hidden state. `memory`: the real tokens of the input of cross-attention. Both are None if all
+    tokens are real. `output`: the output values of the last block.
     """
 
     hidden: Tensor
@@ -49,59 +49,60 @@ class HiddenState:
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Its activations are there inside, and wait in the depot after it."""
+        """Loads the activations inside the context, and offloads them at its end."""
         self.load()
         yield
         self.offload()
 
     def offload(self) -> None:
-        """Puts its activations into the depot, but for arguments of blocks, which other batches may share."""
+        """Moves the activations to the store, except arguments of blocks, which other batches may share."""
         waiting = self.forward_pass.held_tensors() if self.forward_pass else []
         shared = {tensor.untyped_storage()._cdata for call in self.calls for tensor in tensors_in(call)}
         own = [tensor for tensor in waiting if tensor.untyped_storage()._cdata not in shared]
         self.handle = self.store.offload([self.hidden, *own])
 
     def load(self) -> Tensor:
-        """The next section's first argument, with all that waited out of the depot."""
+        """Loads the activations from the store. Returns the first argument of the next section."""
         if self.handle is not None:
             self.handle.load()
             self.handle = None
         return self.hidden
 
     def weights(self, token: int | None, others: float) -> Tensor | None:
-        """1 for this token of each sample, a number for the others: (tokens,); None, where there is none, for all 1."""
+        """Token weights (tokens,): 1 for `token` of each sample, `others` for the rest. None if `token` is None."""
         if token is None:
             return None
         weights = torch.full_like(self.hidden[..., :1], others)
         weights[:, token] = 1
         return real_tokens(weights, self.mask)[:, 0]
 
-    def run_until(self, module: nn.Module, names: Sequence[str], wanted: Collection[str] = ()) -> Tensor:
-        """Goes on through a section up to the first of these modules, of which it gives the input.
+    def run_until(self, module: nn.Module, names: Sequence[str], capture: Collection[str] = ()) -> Tensor:
+        """Continues through a section up to the first call of one of these modules, and returns its input.
 
-        `wanted`: modules on the way whose input will be asked for (`captured`). The section must be listened to.
+        `capture`: modules on the way whose inputs are kept for `captured`. The section must have `pause_hooks`.
         """
-        self._passage(module).wanted = wanted
-        return self._passage(module).run_until(names)
+        forward_pass = self._forward_pass(module)
+        forward_pass.wanted = capture
+        return forward_pass.run_until(names)
 
     def captured(self, name: str) -> Tensor:
-        """The input of a module that was wanted."""
+        """The captured input of a module."""
         assert self.forward_pass is not None
         return self.forward_pass.captured[name]
 
     def rewind(self) -> None:
-        """Drops the pass through a section, so that the next one begins at its input."""
+        """Drops the pass through a section. The next pass starts at the section's input."""
         self.load()
         self.forward_pass = None
         self.offload()
 
     def finish(self, module: nn.Module) -> None:
-        """Goes through the rest of a section, to the next."""
-        output = self._passage(module).finish()
-        found = output if isinstance(output, tuple) else (output,)
-        self.hidden, self.output, self.calls, self.forward_pass = found[0], found, self.calls[1:], None
+        """Runs the rest of a section and continues with the next."""
+        output = self._forward_pass(module).finish()
+        values = output if isinstance(output, tuple) else (output,)
+        self.hidden, self.output, self.calls, self.forward_pass = values[0], values, self.calls[1:], None
 
-    def _passage(self, module: nn.Module) -> PausableForward:
+    def _forward_pass(self, module: nn.Module) -> PausableForward:
         if self.forward_pass is None:
             rest, options = self.calls[0] if self.calls else ((), {})
             args = (self.hidden, *(self._resolved(value) for value in rest))
@@ -114,7 +115,7 @@ class HiddenState:
 
 
 class _ReachedError(Exception):
-    """Raised inside a forward pass to end it once what was wanted has been caught."""
+    """Raised inside a forward pass to end it when all arguments are recorded."""
 
 
 def enter(
@@ -125,14 +126,14 @@ def enter(
     store: ActivationStore,
     values: list[int] | None = None,
 ) -> list[HiddenState]:
-    """The batches at the first block of a stack, with the very arguments that the model itself passes to each of its
-    blocks; they wait in the depot. `values`: see `_arguments`; a list that is empty for the first batches of a stack
-    and handed on to the others saves a pass through a block."""
+    """Runs batches up to the first block of a stack, and offloads their hidden states. They have the exact arguments
+    that the model passes to each block. `values`: see `_arguments`; pass the same list, empty at first, for all batches
+    of a stack to save forward passes through a block."""
     blocks, streams, known = [block.module for block in stack.blocks], [], [] if values is None else values
     for batch in batches:
-        found = _arguments(blocks, lambda batch=batch: family.features(model, batch), known)  # type: ignore[misc]
-        calls = [(args[1:], options) for args, options in found]
-        streams.append(HiddenState(found[0][0][0], calls, stack.mask(batch), store, stack.memory(batch)))
+        arguments = _arguments(blocks, lambda batch=batch: family.features(model, batch), known)  # type: ignore[misc]
+        calls = [(args[1:], options) for args, options in arguments]
+        streams.append(HiddenState(arguments[0][0][0], calls, stack.mask(batch), store, stack.memory(batch)))
         streams[-1].offload()
     return streams
 
@@ -140,26 +141,26 @@ def enter(
 def handed(
     key: str, batches: Mapping[str, Sequence[Batch]], streams: Mapping[str, Sequence[HiddenState]]
 ) -> dict[str, Sequence[Batch]]:
-    """Each task's batches with what came out of a stack, for the next one."""
+    """Adds the outputs of a stack to each task's batches, as inputs of the next stack."""
     return {
-        task: [{**batch, key: stream.load()} for batch, stream in zip(batches[task], found, strict=True)]
-        for task, found in streams.items()
+        task: [{**batch, key: stream.load()} for batch, stream in zip(batches[task], states, strict=True)]
+        for task, states in streams.items()
     }
 
 
 def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], values: list[int]) -> list[Call]:
-    """The arguments of each block in a forward pass in which blocks only pass their input on, and the last ends it;
-    what else a block gives to the next is `CarriedOutput`.
+    """The arguments of each block in a forward pass. The blocks return their input unchanged, and the call of the last
+    block ends the pass. Further outputs of a block are `CarriedOutput`.
 
-    `values`: how many values a block gives back, 0 where it is no tuple; put there, for the next batch, by the first
-    block, which is called for it, where it is empty.
+    `values`: a list with the number of values that a block returns, 0 if it does not return a tuple. If the list is
+    empty, the first block runs once to fill it.
     """
-    caught: list[Call] = []
+    recorded: list[Call] = []
 
     def recorder(real: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **options: Any) -> Any:
-            caught.append((args, options))
-            if len(caught) == len(blocks):
+            recorded.append((args, options))
+            if len(recorded) == len(blocks):
                 raise _ReachedError
             if not values:
                 output = real(*args, **options)
@@ -174,42 +175,42 @@ def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], value
     try:
         forward()
     except _ReachedError:
-        return caught
+        return recorded
     finally:
         for block, own in zip(blocks, kept, strict=True):
             del block.forward
             if own is not None:
                 block.forward = own
-    raise RuntimeError(f"the forward pass called {len(caught)} of {len(blocks)} blocks")
+    raise RuntimeError(f"the forward pass called {len(recorded)} of {len(blocks)} blocks")
 
 
 def calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
-    """The arguments with which a forward pass first calls each module; the pass ends when all have been called."""
-    with _stopped_at(modules) as caught:
+    """The arguments of the first call of each module in a forward pass. The pass ends when all have been called."""
+    with _stopped_at(modules) as recorded:
         try:
             forward()
         except _ReachedError:
-            return [caught[id(module)] for module in modules]
+            return [recorded[id(module)] for module in modules]
     raise RuntimeError(f"the forward pass never called {type(modules[-1]).__name__}")
 
 
 def inputs(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Tensor]:
-    """The first argument of each of `calls`."""
+    """The first argument of the first call of each module, see `calls`."""
     return [args[0] for args, _ in calls(modules, forward)]
 
 
 @contextmanager
 def _stopped_at(modules: Sequence[nn.Module]) -> Iterator[dict[int, Call]]:
-    caught: dict[int, Call] = {}
+    recorded: dict[int, Call] = {}
 
-    def catch(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        caught.setdefault(id(module), (args, options))
-        if len(caught) == len(modules):
+    def record(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        recorded.setdefault(id(module), (args, options))
+        if len(recorded) == len(modules):
             raise _ReachedError
 
-    handles = [module.register_forward_pre_hook(catch, with_kwargs=True) for module in modules]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
-        yield caught
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""What the modules of a section do in a forward pass, and passes in which they, or whole blocks, do something else."""
+"""Records the modules of a section in a forward pass, and replaces the outputs of modules or whole blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from epmq_cli.families.structure import Section
 
 @dataclass
 class Trace:
-    """What the modules of a section did in one pass: `calls` in order, input and output of the first call of each, and
-    what the section gave."""
+    """A record of one pass through a section. `calls`: the called modules in order. `inputs` and `outputs`: of the
+    first call of each module. `given`: the output of the section."""
 
     calls: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -25,12 +25,12 @@ class Trace:
 
 
 Change = Callable[[str, Tensor, Trace], Tensor]
-"""What a module gives instead of its own output, by its name and what the pass did so far."""
+"""Returns a module's replacement output from its name, its own output and the trace so far."""
 
 
 @contextmanager
 def traced(section: Section, change: Change | None) -> Iterator[Trace]:
-    """Inside, what the step's modules do is noted, and their first outputs are replaced by what `change` says."""
+    """Inside the context, records the calls of the section's modules. `change` replaces their first outputs."""
     trace, handles = Trace(), []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -58,19 +58,19 @@ def traced(section: Section, change: Change | None) -> Iterator[Trace]:
 
 @contextmanager
 def bypassed(blocks: Sequence[Section], values: int) -> Iterator[list[Tensor]]:
-    """Inside, blocks give back their first argument, as the first of so many values, or alone where that is 0; what
-    each was given."""
-    met: list[Tensor] = []
+    """Inside the context, blocks return their first argument: alone if `values` is 0, else as the first of `values`
+    values. Yields the list of these arguments."""
+    block_inputs: list[Tensor] = []
 
     def bypass(*args: Any, **options: Any) -> Any:
-        met.append(args[0])
+        block_inputs.append(args[0])
         return (args[0], *[None] * (values - 1)) if values else args[0]
 
     kept = [block.module.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.module.forward = bypass
     try:
-        yield met
+        yield block_inputs
     finally:
         for block, own in zip(blocks, kept, strict=True):
             del block.module.forward
