@@ -126,10 +126,10 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "bert", settings("base", num_hidden_layers=3), M, "describes a model with encoder.layer.2.",
     ),
     "no projection of texts": (
-        "clip", without("text_projection", "base"), M, "describes a model with text_projection.weight, but its weight",
+        "clip", without("text_projection", "base"), M, "describes a model with text_projection.weight, which its files",
     ),
     "no projection of pictures": (
-        "clip", without("visual_projection", "base"), M, "describes a model with visual_projection.weight, but",
+        "clip", without("visual_projection", "base"), M, "describes a model with visual_projection.weight, which",
     ),
     "no table of tokens": (
         "clip", without("token_embedding", "base"), M, "a model with text_model.embeddings.token_embedding.weight,",
@@ -145,9 +145,9 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "clip", without("text_model", "base"), M, "describes a model with text_model.",
     ),
     "no output layer": ("llama", without("lm_head", *edited.MODELS), M, "has no lm_head.weight, which its config"),
-    "no last norm": ("llama", without("model.norm", *edited.MODELS), M, "a model with model.norm.weight, but its"),
+    "no last norm": ("llama", without("model.norm", *edited.MODELS), M, "a model with model.norm.weight, which its"),
     "no embeddings anywhere": (
-        "bert", without("word_embeddings", *edited.MODELS), M, "a model with embeddings.word_embeddings.weight, but",
+        "bert", without("word_embeddings", *edited.MODELS), M, "a model with embeddings.word_embeddings.weight, which",
     ),
     "no classifier's pooler": ("bert", without("pooler", *edited.MODELS), M, "has no pooler, which"),
     "no decoder's last norm": (
