@@ -217,7 +217,7 @@ def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
         check(built(TAKEN["glm4"]), claimed(like_llama))
 
 
-@pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1 gives for a token"), (1, "self_attn.q_proj gives")])
+@pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1"), (1, "self_attn.q_proj")])
 def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: Path) -> None:
     """CLIP's keys, values and first norm, claimed to stay with their token."""
 
@@ -227,7 +227,7 @@ def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: 
         ]
 
     scene = Scene(clip_hub)
-    with pytest.raises(ModelError, match=f"{said}.* for one token reaches other tokens|{said}.* reaches other tokens"):
+    with pytest.raises(ModelError, match=f"{said}.* reaches other tokens"):
         check_blocks(scene.model, with_blocks(CLIP, change), {"first": scene.batches})
 
 

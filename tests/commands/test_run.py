@@ -96,8 +96,12 @@ BAD = [
         "task first: labels must lie in 0..1 as its head has 2 classes, got 0..2",
     ),
     ("suite.tasks.first.data.path=gone.npz", DataError, r"gone.npz cannot be read as npz"),
-    ("suite.base=./gone", ModelError, "base: ./gone is not a folder"),
-    ("suite.tasks.first.expert=./gone", ModelError, "expert of task first: ./gone is not a folder"),
+    ("suite.base=./gone", ModelError, "base: ./gone is neither an existing folder or file"),
+    (
+        "suite.tasks.first.expert=./gone",
+        ModelError,
+        "expert of task first: ./gone is neither an existing folder or file",
+    ),
 ]
 
 

@@ -239,7 +239,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
 def test_too_few_samples_to_hold_two_out_are_refused_in_one_sentence(
     samples: int, clip_hub: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=f"task first has {samples} calibration samples.*raise calib.samples to 10"):
+    with pytest.raises(DataError, match=f"task first has {samples} calibration samples.*need 10.*raise calib.samples"):
         run_in(tmp_path, clip_hub, "guidance.lam=auto", f"calib.samples={samples}")
 
 
