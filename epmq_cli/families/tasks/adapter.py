@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.data.batching import Batch
+from epmq_cli.data.batching import ALL, Batch, Collate
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.quantize.linalg import is_finite
 
-ALL = sys.maxsize  # samples of a batch
-
-Collate = Callable[[list[Any]], Batch]
 Features = Callable[[nn.Module, Batch], Tensor]
 Head = Mapping[str, Tensor]
 Predict = Callable[[nn.Module, Batch, Head], Tensor]
 """The prediction for each sample of a batch: a class or a number, (samples,)."""
-
-
-def size(batch: Batch) -> int:
-    """The number of samples."""
-    return len(next(iter(batch.values())))
-
-
-def split(batch: Batch, samples: int) -> list[Batch]:
-    """The batch in parts of at most `samples` samples, padded as they are; the batch itself where it has no more."""
-    if size(batch) <= samples:
-        return [batch]
-    parts = zip(*(torch.split(tensor, samples) for tensor in batch.values()), strict=True)
-    return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
 class TaskAdapter(ABC):
