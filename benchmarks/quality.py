@@ -23,11 +23,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config import instantiate
 from epmq_cli.evaluate import metrics
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

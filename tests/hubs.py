@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.progress import WalkResult
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.run import run
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.dense import DenseExporter
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
@@ -23,6 +22,7 @@ from epmq_cli.families.family import load_model
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge, SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
+from epmq_cli.models.weights import copy_into
 
 Copies = Mapping[str, str]
 """Tied tensors that are stored too, by the names of their sources."""

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.solve_layer import LayerRecord
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import RunError
+from epmq_cli.models.weights import copy_into
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.formats.names import as_json, from_json
 from epmq_cli.runtime import distributed

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.weights import copy_into
 
 
 class ReferenceWeights:
@@ -41,23 +40,3 @@ class ReferenceWeights:
     def names(self, outside: tuple[str, ...] = ()) -> list[str]:
         """The merged tensors that are under none of these prefixes."""
         return [name for name in self._source.names if not name.startswith(outside)]
-
-
-def copy_into(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-    """Puts these values into the model's own tensors of the same names, one after the other."""
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            own[name].copy_(tensor)
-
-
-@contextmanager
-def swapped_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these values inside the block, with its own after it."""
-    own = model.state_dict()
-    kept = {name: own[name].clone() for name in tensors}
-    copy_into(model, tensors)
-    try:
-        yield
-    finally:
-        copy_into(model, kept)

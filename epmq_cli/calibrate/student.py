@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.norms import unit
 from epmq_cli.calibrate.quadratic import Affine
-from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
+from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.families.family import Family
+from epmq_cli.models.weights import copy_into
 
 
 @dataclass(frozen=True)

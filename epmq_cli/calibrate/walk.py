@@ -29,7 +29,7 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain
 from epmq_cli.calibrate.progress import WalkProgress, WalkResult
-from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into, swapped_weights
+from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
@@ -37,6 +37,7 @@ from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.data.batching import ALL, Batch, split
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
+from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime.console import track

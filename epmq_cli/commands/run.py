@@ -156,9 +156,9 @@ def _make_checkpoint(
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
     """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, and the
     entries of metrics.json. Models, samples and moments are freed on return."""
-    from epmq_cli.calibrate.reference_weights import copy_into
     from epmq_cli.checkpoint.write import write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
+    from epmq_cli.models.weights import copy_into
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps

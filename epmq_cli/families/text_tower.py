@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
@@ -88,17 +87,3 @@ def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, 
         if own[name].is_floating_point():
             found[name] = expert.tensor(name).float().to(own[name].device)
     return found
-
-
-@contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives the model these tensors inside the block, and its own again afterwards."""
-    own = model.state_dict()
-    kept = {name: own[name].clone() for name in tensors}
-    try:
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-        yield
-    finally:
-        for name, tensor in kept.items():
-            own[name].copy_(tensor)

@@ -18,7 +18,7 @@ from epmq_cli.calibrate.heads import relative_error, solved_head
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.calibrate.quadratic import Affine
-from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
+from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, split
@@ -27,6 +27,7 @@ from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress

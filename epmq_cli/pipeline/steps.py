@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.merge_data import Batches, ExpertMeasurements
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
@@ -32,6 +31,7 @@ from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import (
     check_described,

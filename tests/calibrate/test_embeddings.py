@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
 from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
-from epmq_cli.calibrate.reference_weights import swapped_weights
 from epmq_cli.calibrate.student import Student
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import swapped_weights
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

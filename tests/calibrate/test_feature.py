@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.activations.store import ActivationStore
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import _Walk
 from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import Walk, config, walk

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.calibrate.student import Student
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

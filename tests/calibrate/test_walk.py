@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import ReferenceWeights, copy_into
+from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, CLIPModel, CLIPProcessor
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.task_heads import read_heads
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError, ModelError
@@ -24,6 +23,7 @@ from epmq_cli.families.structure import Linears, Norm, Table
 from epmq_cli.merge.leftovers import check_added
 from epmq_cli.merge.tied_weights import Member
 from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import config, run_in

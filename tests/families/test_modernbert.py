@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.checkpoint.task_heads import head_problems, read_heads
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.modernbert import MODERNBERT
 from epmq_cli.families.structure import MEAN, pooled
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration, steps
 from epmq_cli.pipeline.job import make_job
 from tests.commands.test_merge import merged

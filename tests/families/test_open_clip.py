@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.verify import verify
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS, drifted, write_suite

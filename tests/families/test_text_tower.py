@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.errors import ModelError
 from epmq_cli.families.text_tower import drifts
 from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import CLASSES, drifted

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel, CLIPModel, CLIPVisionModel
 
 from epmq_cli.calibrate.passes import run_passes
-from epmq_cli.calibrate.reference_weights import copy_into, swapped_weights
 from epmq_cli.calibrate.tune import GRID, holdout_split
 from epmq_cli.checkpoint.task_heads import read_heads
 from epmq_cli.data.batching import Batch
@@ -22,6 +21,7 @@ from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.score import ScoredTask, micro_batcher, score
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from epmq_cli.calibrate.reference_weights import copy_into
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import CheckpointError, DataError, ModelError
 from epmq_cli.evaluate.score import micro_batcher, score
+from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline import task_processors as own
 from epmq_cli.pipeline.job import make_job

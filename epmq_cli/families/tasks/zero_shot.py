@@ -19,9 +19,10 @@ from epmq_cli.errors import ConfigError, ModelError, shown
 from epmq_cli.families.heads import zero_shot
 from epmq_cli.families.processors import images, tokens
 from epmq_cli.families.tasks.adapter import Head, TaskAdapter
-from epmq_cli.families.text_tower import own_text_tower, swapped
+from epmq_cli.families.text_tower import own_text_tower
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import Processor, processor_files
+from epmq_cli.models.weights import swapped_weights
 
 LAST = 2  # the eos_token_id of old configs, for which transformers takes the largest id of a text
 
@@ -69,7 +70,7 @@ class ZeroShot(TaskAdapter):
             embedding: Tensor = model.get_text_features(**read.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
-        with swapped(model, own):
+        with swapped_weights(model, own):
             return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
 
     def head_inputs(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
