@@ -24,7 +24,7 @@ from torch import Tensor
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import Grid, QuantizedWeight, by_group, fit_grid, stored_scale
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Prepared, QuantizationResult
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:
@@ -78,7 +78,7 @@ def _best_scale(scale: Tensor, centred: Tensor, target: Tensor, dtype: torch.dty
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(DataFree):
     """`quant=hqq`.
 
     `bits`, `group_size`: see NumberFormat. `zero_point`: `integer`, which checkpoints hold, or `real` as in the paper.
@@ -108,15 +108,6 @@ class Hqq:
     def format(self) -> IntFormat:
         """Integers with zero points."""
         return IntFormat(self.bits, self.group_size, "whole" if self.zero_point == "integer" else "real")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing."""
-        return frozenset()
-
-    def prepare(self, hessian: Tensor) -> Prepared:
-        """Nothing."""
-        return NOTHING
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""

@@ -5,29 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Prepared, QuantizationResult
 
 
 @dataclass(frozen=True)
-class NoQuantizer:
+class NoQuantizer(DataFree):
     """`quant=none`."""
 
     @property
     def format(self) -> NumberFormat | None:
         """None: weights stay dense."""
         return None
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing."""
-        return frozenset()
-
-    def prepare(self, hessian: Tensor) -> Prepared:
-        """Nothing."""
-        return NOTHING
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """The target in the type that it is stored in."""

@@ -73,6 +73,19 @@ class Quantizer(Protocol):
         """Quantizes a layer. Rows are independent of each other, so that processes can share them out."""
 
 
+class DataFree:
+    """The part that quantizers without need of inputs share."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
+
+    def prepare(self, hessian: Tensor) -> Prepared:
+        """Nothing."""
+        return NOTHING
+
+
 @dataclass(frozen=True)
 class InputStatistics:
     """What a transform sees of the inputs x (in,) of a layer, as weighted sums over tokens, float64: `hessian` sum x x'

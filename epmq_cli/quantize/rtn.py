@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice
 from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Prepared, QuantizationResult
 
 
 def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> QuantizedWeight:
@@ -22,7 +22,7 @@ def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(DataFree):
     """`quant=rtn`; `format`: see FormatOptions; `grid`: how scales are found (`NumberFormat.fit`)."""
 
     format: NumberFormat
@@ -30,15 +30,6 @@ class Rtn:
 
     def __post_init__(self) -> None:
         check_choice("quant.grid", self.grid, SEARCHES)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing."""
-        return frozenset()
-
-    def prepare(self, hessian: Tensor) -> Prepared:
-        """Nothing."""
-        return NOTHING
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""
