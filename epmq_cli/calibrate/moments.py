@@ -58,7 +58,7 @@ class Products:
 @dataclass
 class Moments:
     """One task's sums for the inputs x (in) of a linear, each token weighted by w, and for the part p (out) of its
-    target that is no linear function of x; all in float64.
+    target that is not a linear function of x; all in float64.
 
     `xx` sum w x x' (in, in) and `xp` sum w x p' (in, out): of these each process has its own rows. `norm` ||sum w x
     x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part `xp`, `p` and `pp`

@@ -66,7 +66,7 @@ def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:
 
 
 def _part(rows: LayerInputs, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
-    """The part of the targets (tokens, out) that is no linear function of the student's inputs."""
+    """The part of the targets (tokens, out) that is not a linear function of the student's inputs."""
     if not guidance.teaches:
         return None
     part = _drift(rows, guidance) @ expert.T

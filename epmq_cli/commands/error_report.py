@@ -43,7 +43,7 @@ LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "s
 
 
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
-"""What is raised that is no defect of epmq."""
+"""The exceptions that are not internal errors."""
 
 
 class Ended(BaseException):

@@ -25,7 +25,7 @@ from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights,
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
-    """A task vector (n,) of which each element is kept with probability `density` and divided by it, else 0."""
+    """A task vector (n,) whose elements are each kept with probability `density` and divided by it, else 0."""
     kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32)) < density
     return torch.where(kept, vector / density, torch.zeros(()))
 

@@ -17,7 +17,7 @@ from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights,
 
 
 class WeightedMean:
-    """The mean of tensors weighted element by element, of which one is in memory at a time.
+    """The mean of tensors weighted element by element, one in memory at a time.
 
     It moves from value to value: `mean += weight / total * (value - mean)`. So equal values, or one value alone, come
     out as they are.

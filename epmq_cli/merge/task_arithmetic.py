@@ -15,7 +15,7 @@ from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights,
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], scale: float) -> Tensor:
-    """Base plus `scale` times the sum of the task vectors, of which one is in memory at a time."""
+    """Base plus `scale` times the sum of the task vectors, one in memory at a time."""
     total = experts[0] - base
     for expert in experts[1:]:
         total += expert - base

@@ -52,7 +52,7 @@ def _smallest(values: Tensor, matrix: Tensor) -> float:
 
 
 def mean_task_vector(base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
-    """The mean of the task vectors, of which one is in memory at a time."""
+    """The mean of the task vectors, one in memory at a time."""
     total = torch.zeros_like(base)
     for task in experts:
         total += experts[task] - base

@@ -33,7 +33,7 @@ def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Facto
     """The Cholesky factor of a symmetric matrix, with more damping where it is not positive definite.
 
     `damping` is relative to the mean of the diagonal; `backwards`: factors H with its rows and columns in reversed
-    order. None if no try succeeds, because H holds NaN or is no moment matrix.
+    order. None if no try succeeds, because H holds NaN or is not a moment matrix.
     """
     diagonal_mean, used = H.diagonal().mean(), damping
     for retries in range(RETRIES + 1):
