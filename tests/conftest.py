@@ -176,17 +176,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def epmq(tmp_path: Path) -> Run:
-    """Runs the `epmq` command in an empty folder, as a user would; the result has its status and output."""
+    """Runs the `epmq` command in an empty folder and a process of its own, forked from this one to save imports."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "epmq_cli", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        from tests.faults.driver import separate
+
+        return separate(tmp_path, *arguments, **environment)
 
     return run
 

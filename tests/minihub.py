@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tests.conftest import TASKS, WORDS, drifted, write_pictures, write_suite
+from tests.tiers import only
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
@@ -205,6 +206,8 @@ ENCODERS = ("roberta", "deberta", "distilbert", "modernbert", "modernbert-cls")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
 KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
+TIERED = only(("deberta", "modernbert", "vit", "t5", "llama"), KINDS)
+"""KINDS for `parametrize`; those that differ little from another one are slow."""
 Hub = Callable[[str], Path]
 """The miniature hub of a kind of model."""
 

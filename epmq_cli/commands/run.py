@@ -17,7 +17,6 @@ from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline import unfinished
-from epmq_cli.pipeline.job import make_job
 from epmq_cli.runtime import distributed, memory
 from epmq_cli.runtime.console import say
 from epmq_cli.store.run_lock import RESULTS, alone
@@ -86,6 +85,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     from epmq_cli.checkpoint.load import kernels
     from epmq_cli.evaluate.score import micro_batcher
     from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.job import make_job
     from epmq_cli.pipeline.progress import close, refuse_results
     from epmq_cli.report import metrics_json, table
     from epmq_cli.report.stage_timer import Stages

@@ -169,14 +169,16 @@ def stage_scores(
     if not isinstance(evaluation, schema.Harness):
         return scores(family, model, tasks, micro, device, stage, score_cache=score_cache)
     options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
-    return {stage: harness_scores(model, folder, device, *options, micro)}
+    with distributed.single_process():
+        return {stage: harness_scores(model, folder, device, *options, micro)}
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed."""
-    if kernel == "dequantize" and layout_of(checkpoint).plain:
-        return load_model(family, checkpoint, device)
-    return load(checkpoint, str(device), kernel, torch.float32)
+    with distributed.single_process():
+        if kernel == "dequantize" and layout_of(checkpoint).plain:
+            return load_model(family, checkpoint, device)
+        return load(checkpoint, str(device), kernel, torch.float32)
 
 
 def score_parts(

@@ -91,6 +91,25 @@ def init(device: torch.device) -> None:
         atexit.register(distributed.destroy_process_group)
 
 
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Hides the other processes from libraries that split work over them, for work that one process does alone.
+
+    compressed-tensors, for example, decompresses the linears of a checkpoint in all processes that are connected, and
+    waits for those that do something else.
+    """
+    if world_size() == 1:
+        yield
+        return
+    from torch.distributed import GroupMember
+
+    group, GroupMember.WORLD = GroupMember.WORLD, None
+    try:
+        yield
+    finally:
+        GroupMember.WORLD = group
+
+
 def rank_slice(items: Sequence[Item]) -> Sequence[Item]:
     """This process's share of the items: every `count()`-th one."""
     return items[rank() :: world_size()]

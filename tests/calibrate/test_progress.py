@@ -20,6 +20,7 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from tests.hubs import config
+from tests.tiers import only
 
 OPTIONS = {
     "symmetric": (),
@@ -59,10 +60,11 @@ def assert_same(
     assert all(torch.equal(one[1][name], tensor) for name, tensor in other[1].items())
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", only(("two widths", "folded"), OPTIONS))
 def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
-    options: tuple[str, ...], bert_hub: Path, tmp_path: Path
+    kind: str, bert_hub: Path, tmp_path: Path
 ) -> None:
+    options = OPTIONS[kind]
     memory = walked(bert_hub, RunProgress(), *options)
     files = walked(bert_hub, RunProgress(tmp_path), *options)
     assert isinstance(files[0].weights, LazyWeights)

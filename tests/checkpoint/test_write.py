@@ -24,6 +24,7 @@ from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store import atomic
 from tests.formats import ints
 from tests.hubs import Walk, run_in, walk
+from tests.tiers import first, slow
 
 
 def contents(hub: Path, found: Walk) -> written.Contents:
@@ -67,19 +68,19 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
 @pytest.mark.parametrize(
     "options",
     [
-        *(f"bits={bits} group_size=16 quant.symmetric={symmetric}" for bits in BITS for symmetric in ("true", "false")),
+        *(slow(f"bits={bits} group_size=16 quant.symmetric={way}") for bits in BITS for way in ("true", "false")),
         "bits=3.5 group_size=16",
-        "bits=6 quant=rtn",
-        "bits=4 group_size=-1",
-        "bits=2 group_size=16 quant.grid=mse",
+        slow("bits=6 quant=rtn"),
+        slow("bits=4 group_size=-1"),
+        slow("bits=2 group_size=16 quant.grid=mse"),
         "bits=3 group_size=-1 quant.symmetric=false",
-        "bits=4 quant.act_order=true",
+        slow("bits=4 quant.act_order=true"),
         "bits=4 pack.dtype=bfloat16",
-        "bits=4 pack.dtype=float16",
+        slow("bits=4 pack.dtype=float16"),
         "bits=8 quant.format=fp8 quant=rtn group_size=-1 pack.dtype=bfloat16",
         "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16",
-        "quant=rtn",
-        "quant=none",
+        slow("quant=rtn"),
+        slow("quant=none"),
     ],
 )
 def test_reloaded_outputs_equal_the_dequantized_models_exactly(
@@ -182,7 +183,7 @@ def test_dequantizing_on_load_is_asked_for_only_where_it_is_needed(
         assert config.get("dequantize", False) == asked
 
 
-@pytest.mark.parametrize("hub_name", ["clip", "bert"])
+@pytest.mark.parametrize("hub_name", first(1, ["clip", "bert"]))
 def test_mixed_widths_keep_to_the_budget_and_share_it_among_fused_linears(
     hub_name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

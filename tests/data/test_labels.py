@@ -116,6 +116,7 @@ def test_the_hubs_class_labels_are_named_and_rows_without_one_are_left_out(
     assert (turned.labels.tolist(), turned.classes) == ([1, 0, 0], ("pos", "neg"))
 
 
+@pytest.mark.slow
 def test_a_streamed_draw_has_each_class_in_its_share(tmp_path: Path) -> None:
     """A split sorted by label: 90 of one class, 30 of the other."""
     source = Hub(hub(tmp_path, ["a", "b"], train=[0], test=[0] * 90 + [1] * 30), input="text")

@@ -14,6 +14,7 @@ from tests.faults.driver import attempt, files
 TENSORS = ("model.safetensors", "heads/heads.safetensors")  # epmq.json has the options themselves
 
 
+@pytest.mark.slow
 def test_where_things_are_kept_changes_nothing(bert_hub: Path, tmp_path: Path) -> None:
     places = {"plain": (), "again": (), "disk": ("calib.student=disk",), "files": ("calib.memory=1KB",)}
     for name, options in places.items():

@@ -73,6 +73,7 @@ def test_models_of_a_mirror_are_found_by_their_ids_and_their_family_by_the_confi
     assert list(metrics["scores"]["tasks"]) == ["cola"]
 
 
+@pytest.mark.slow
 def test_open_clip_experts_run_on_the_published_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
     tasks, base = list(LAYOUTS)[:8], tmp_path / "base"

@@ -14,6 +14,7 @@ import pytest
 from epmq_cli.errors import EpmqError, ModelError
 from tests import edited
 from tests.hubs import run_in
+from tests.tiers import first
 
 Change = Callable[[Path], Any]
 NAN, INF = float("nan"), float("inf")
@@ -34,7 +35,7 @@ HARD: dict[str, tuple[str, Change]] = {
 }
 
 
-@pytest.mark.parametrize("guidance", ["merged", "expert", "feature"])
+@pytest.mark.parametrize("guidance", first(1, ["feature", "merged", "expert"]))
 @pytest.mark.parametrize("case", HARD)
 def test_hard_cases_finish_and_what_is_written_is_finite(
     case: str, guidance: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

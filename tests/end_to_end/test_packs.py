@@ -23,6 +23,7 @@ from tests.hubs import config, eval_config, run_in
 from tests.minihub import build
 from tests.packs import PACKS, exporter_of
 from tests.runtime.test_distributed import TORCHRUN
+from tests.tiers import first
 
 OPTIONS = ("quant=rtn", "pack.dtype=float16", "calib.samples=8", "eval.samples=8", "eval.stages=[quantized]")
 """Of all runs."""
@@ -90,7 +91,7 @@ def test_real_zero_points_are_refused_before_a_model_is_opened(pack: str, bert_h
     assert not make_job(config(bert_hub, "pack=dense", *options)).exporter.packs
 
 
-@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("pack", first(1, PACKS))
 def test_a_run_killed_while_it_packs_ends_with_the_same_bytes(pack: str, bert_hub: Path, tmp_path: Path) -> None:
     options, run = (f"pack={pack}", *OPTIONS, "eval.stages=[]"), tmp_path / "run"
     assert attempt(tmp_path / "whole", bert_hub, *options) == 0

@@ -66,6 +66,7 @@ def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_tasks(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

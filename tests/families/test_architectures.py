@@ -24,12 +24,8 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import Scene, config, run_in, walk
-from tests.minihub import DECODERS, KINDS, T5S, Hub
-
-
-def slow(kind: str, *rest: str) -> Any:
-    """A case, which is slow where another kind differs by its readout alone."""
-    return pytest.param(kind, *rest, marks=[pytest.mark.slow] if kind == "modernbert-cls" else [])
+from tests.minihub import DECODERS, KINDS, T5S, TIERED, Hub
+from tests.tiers import first, only, slow
 
 
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -40,7 +36,7 @@ def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple
     return [model(**batch, output_hidden_states=True).hidden_states]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIERED)
 def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     for batch in scene.batches:
@@ -84,7 +80,7 @@ def called(model: nn.Module, names: list[str], forward: Callable[[], object]) ->
     return list(dict.fromkeys(order))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIERED)
 def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_forward_pass(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     wanted = step_names(scene)
@@ -126,7 +122,7 @@ def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
                 yield found, stream + linear(read)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma3"])
+@pytest.mark.parametrize("kind", only(("deberta", "vit", "t5", "llama"), (kind for kind in KINDS if kind != "gemma3")))
 def test_streams_are_what_the_outputs_are_added_to(kind: str, hub: Hub) -> None:
     pairs = list(added(Scene(hub(kind))))
     assert pairs
@@ -143,7 +139,7 @@ def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub:
     )
 
 
-@pytest.mark.parametrize("kind", [slow(kind) for kind in KINDS])
+@pytest.mark.parametrize("kind", TIERED)
 def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
     options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
@@ -157,7 +153,7 @@ def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
     assert error < 0.05
 
 
-@pytest.mark.parametrize("kind", ["deberta", "gemma3", "llama", "t5"])
+@pytest.mark.parametrize("kind", first(1, ["t5", "deberta", "gemma3", "llama"]))
 def test_activations_in_files_change_nothing(kind: str, hub: Hub) -> None:
     """The same walk with all activations in memory, to the last bit."""
     inside, outside = (walk(hub(kind), "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
@@ -175,9 +171,9 @@ PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.f
 
 
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
-CASES = [slow(kind, "bits=4") for kind in KINDS]
-CASES += [pytest.param(kind, options) for kind in ("deberta", "t5", "llama") for options in OTHERS]
-CASES += [slow("llama", "quant=hqq"), slow("llama", "quant=awq pack.dtype=bfloat16"), slow("vit", "quant=awq")]
+CASES = only((("deberta", "bits=4"), ("modernbert", "bits=4"), ("t5", "bits=4")), ((kind, "bits=4") for kind in KINDS))
+CASES += [slow((kind, options)) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+CASES += [("llama", "quant=awq pack.dtype=bfloat16"), slow(("llama", "quant=hqq")), slow(("vit", "quant=awq"))]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
@@ -196,7 +192,7 @@ def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
         assert torch.equal(outputs(public, batch), outputs(student, batch))
 
 
-@pytest.mark.parametrize("kind", ["t5", "t5-tied", "llama"])
+@pytest.mark.parametrize("kind", first(1, ["t5-tied", "t5", "llama"]))
 def test_tied_tensors_are_written_once(kind: str, hub: Hub, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, hub(kind), "eval.stages=[]")
     names = set(ModelFolder(checkpoint, "checkpoint").infos)
@@ -214,7 +210,7 @@ def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Hub) -> Non
         torch.testing.assert_close(normalised(norm, rows) * gain, norm(rows))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIERED)
 def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Hub) -> None:
     folder = hub(kind)
     found = claiming(json.loads((folder / "base" / "config.json").read_text()))

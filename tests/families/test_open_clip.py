@@ -60,6 +60,7 @@ def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> No
         torch.testing.assert_close(found, expert.encode_image(pixels), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
     """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights; the results are the same."""
     models = steps.open_models(make_job(config(hub)))[0]

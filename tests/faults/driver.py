@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ from typing import Any
 import epmq_cli.commands.run
 import epmq_cli.report.stage_timer
 from epmq_cli import cli
-from epmq_cli.runtime import console
+from epmq_cli.runtime import console, distributed
 from tests.counts import FAULTS, KILLS, TRIED
 from tests.hubs import QUICK, run_in
 
 TOUCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+ENDS = (".out", ".err")
 
 
 def nothing() -> None:
@@ -120,6 +124,64 @@ def command(folder: Path, *arguments: str, hook: Callable[[], None] = nothing) -
     os.close(writing)
     with os.fdopen(reading) as pipe:
         return status, pipe.read()
+
+
+def separate(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`epmq` as started in a folder, with output and errors apart."""
+    return ranks(folder, [environment], *arguments)[0]
+
+
+def ranks(
+    folder: Path, environments: Sequence[Mapping[str, str]], *arguments: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same command in several processes at once, one for each environment."""
+    with tempfile.TemporaryDirectory() as outputs:
+        places = [Path(outputs, str(number)) for number in range(len(environments))]
+        children = [_start(folder, place, arguments, own) for place, own in zip(places, environments, strict=True)]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return [
+            subprocess.CompletedProcess(arguments, status, *(place.with_suffix(end).read_text() for end in ENDS))
+            for status, place in zip(statuses, places, strict=True)
+        ]
+
+
+def torchrun(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """What `torchrun --nproc-per-node` starts, without its own imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return ranks(folder, [{**meeting, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)], *arguments)
+
+
+def _start(folder: Path, place: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Forks `epmq`; the number of the process. Its output goes to files beside `place`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
+        child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        for number, end in enumerate(ENDS, 1):
+            os.dup2(os.open(place.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        os.environ.update(environment)
+        console.console.quiet = console.messages.quiet = not distributed.is_main()
+        os.chdir(folder)
+        sys.argv = ["epmq", *arguments]
+        status = 0
+        cli.main()
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+    except BaseException:
+        status = 99
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def on_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -18,6 +18,7 @@ import epmq_cli.pipeline.progress
 import epmq_cli.report.metrics_json
 import epmq_cli.runtime.disk_offload
 from tests.faults.driver import attempt, command, files, mini, on_call
+from tests.tiers import only
 
 SMALL = ("guidance=feature", "calib.memory=1KB", "calib.student=disk", "suite.tasks.first.max_length=16")
 WRITES: dict[str, tuple[Any, str, int]] = {
@@ -45,7 +46,7 @@ def one_sentence(said: str) -> bool:
     return said.splitlines()[-1].startswith("epmq: ") and "Traceback" not in said
 
 
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", only(("first state", "later activations", "checkpoint", "metrics"), WRITES))
 def test_a_disk_that_is_full_ends_a_run_that_can_go_on(write: str, bert_hub: Path, tmp_path: Path) -> None:
     owner, name, number = WRITES[write]
     arguments, run = mini(bert_hub, "guidance=feature", "calib.memory=1KB", "out=run"), tmp_path / "run"

@@ -76,6 +76,7 @@ def test_killed_in_front_of_every_stage(bert_hub: Path, tmp_path: Path) -> None:
     assert json.loads((run / "metrics.json").read_text())["resumed"] == STAGES - 1  # before the first there is nothing
 
 
+@pytest.mark.slow
 def test_killed_in_front_of_every_fourth_file(bert_hub: Path, tmp_path: Path) -> None:
     assert killed_again_and_again(tmp_path, bert_hub, FEATURE, 4) >= 10
 

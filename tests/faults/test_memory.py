@@ -31,11 +31,10 @@ from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hu
 from tests.faults.test_processes import ended, start
 from tests.hubs import config, eval_config, run_in
 from tests.runtime.test_distributed import TORCHRUN
+from tests.tiers import first
 
 
-@pytest.mark.parametrize(
-    "kind", ["bert", "t5", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("clip", "llama"))]
-)
+@pytest.mark.parametrize("kind", first(1, ["bert", "t5", "clip", "llama"]))
 def test_a_device_with_room_for_one_sample_at_a_time(
     kind: str,
     undisturbed: Undisturbed,
@@ -58,13 +57,14 @@ def test_a_device_with_room_for_one_sample_at_a_time(
     assert f"halved in calibration 3 times and in scoring {events['eval_batches_halved']} times\n" in said.out
 
 
-@pytest.mark.parametrize("place", ["the teachers walk", "heads are solved"])
+@pytest.mark.parametrize("place", first(1, ["the teachers walk", "heads are solved"]))
 def test_wherever_there_is_no_room_less_is_tried(
     place: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
     check_place(place, 3, bert_hub, tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     written: list[str] = []
     real = WalkProgress.write
@@ -81,6 +81,7 @@ def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, b
     assert written == ["0000-stem", "0000", "0001", "0002"]
 
 
+@pytest.mark.slow
 def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Path, tmp_path: Path) -> None:
     left: list[int] = []
     real = ReferenceWeights.restore
@@ -140,6 +141,7 @@ def killed_in_between(
     return first, "not enough memory for calibration" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_between_halvings(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.store.cache import Cache
 from tests.hubs import config, run_in
 from tests.minihub import build
+from tests.tiers import first
 
 KEEPING = ("cache=1MB", "eval.samples=10")
 ALL = 2 + 2 + 2 + 1  # scores of base, experts and merge on two tasks, and the merge
@@ -55,7 +56,9 @@ def hubs(clip_hub: Path, bert_hub: Path, tmp_path_factory: pytest.TempPathFactor
     return {"clip": clip_hub, "bert": bert_hub, **made}
 
 
-@pytest.mark.parametrize(("kind", "entries"), [("clip", ALL), ("bert", ALL + 2), ("t5", ALL + 2), ("llama", ALL)])
+@pytest.mark.parametrize(
+    ("kind", "entries"), first(1, [("bert", ALL + 2), ("clip", ALL), ("t5", ALL + 2), ("llama", ALL)])
+)
 def test_a_run_gives_the_same_with_an_empty_cache_with_a_full_one_and_without(
     kind: str, entries: int, hubs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -93,7 +96,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "model", "tensor", "found"), CHANGES)
+@pytest.mark.parametrize(("kind", "model", "tensor", "found"), first(1, CHANGES))
 def test_a_changed_model_is_another_model(
     kind: str, model: str, tensor: str, found: int, hubs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_changed_model_is_another_model(
     assert same(after, run_in(tmp_path / "plain", hub, "eval.samples=10"))
 
 
+@pytest.mark.slow
 def test_other_calibration_samples_go_through_the_experts_again(bert_hub: Path, tmp_path: Path) -> None:
     options = ("guidance=feature", "calib.samples=8")
     keeping = (*KEEPING, "eval.samples=null")  # which the seed would draw, too
@@ -120,6 +124,7 @@ def test_other_calibration_samples_go_through_the_experts_again(bert_hub: Path, 
     assert same(second, run_in(tmp_path / "plain", bert_hub, *options, "seed=1"))
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
     for name in ("base", "first"):
@@ -129,6 +134,7 @@ def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Pa
     assert metrics(run_in(tmp_path / "again", clip_hub, *KEEPING, *places))["cache"]["found"] == ALL
 
 
+@pytest.mark.slow
 def test_another_version_computes_everything_again(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +174,7 @@ def test_damaged_entries_are_computed_again(clip_hub: Path, tmp_path: Path, cach
     assert same(first, second)
 
 
+@pytest.mark.slow
 def test_an_entry_that_another_job_evicts_is_computed_again(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +211,7 @@ def test_without_a_cache_nothing_is_written_there(clip_hub: Path, tmp_path: Path
     assert not (cache / "jobs").exists()
 
 
+@pytest.mark.slow
 def test_merges_that_are_not_epmqs_are_not_kept(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +222,7 @@ def test_merges_that_are_not_epmqs_are_not_kept(
         assert metrics(checkpoint)["cache"]["found"] == found
 
 
+@pytest.mark.slow
 def test_methods_without_options_have_different_keys(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "average", clip_hub, *KEEPING, "merge=average")
     assert metrics(run_in(tmp_path / "none", clip_hub, *KEEPING, "merge=none"))["cache"] == {"found": 4, "made": 2}

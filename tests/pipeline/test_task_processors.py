@@ -28,6 +28,7 @@ from tests.edited import copied
 from tests.families.conftest import hub
 from tests.hubs import config, eval_config, run_in
 from tests.minihub import Hub
+from tests.tiers import first
 
 __all__ = ["hub"]
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def chosen(found: Path, *overrides: str) -> dict[str, Any]:
     return own.task_processors(job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family))
 
 
-@pytest.mark.parametrize("kind", TEXT_KINDS)
+@pytest.mark.parametrize("kind", first(1, TEXT_KINDS))
 def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +172,7 @@ def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
         chosen(found, "++suite.processor=same")
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip"])
+@pytest.mark.parametrize("kind", first(1, ["clip", "vit"]))
 def test_an_expert_with_its_own_image_processor_scores_as_transformers_alone(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -194,7 +195,7 @@ def test_an_expert_with_its_own_image_processor_scores_as_transformers_alone(
     assert torch.equal(made, wanted)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", first(1, ["llama", "t5"]))
 def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(kind: str, hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -403,7 +404,7 @@ def test_an_open_clip_folder_says_how_its_pictures_are_made(clip_hub: Path, tmp_
         own_processor(folder, clip, "expert")
 
 
-@pytest.mark.parametrize("kind", TEXT_KINDS)
+@pytest.mark.parametrize("kind", first(1, TEXT_KINDS))
 def test_heads_read_the_first_token_of_texts_that_a_tokenizer_pads_on_the_left(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from epmq_cli.errors import RunError
 from epmq_cli.pipeline.progress import opened
 from epmq_cli.runtime import distributed
 from tests.conftest import Run
-from tests.faults.driver import command, files, mini
+from tests.faults.driver import command, files, mini, torchrun
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -28,22 +28,36 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
-    options = ("-m", "epmq_cli", "run", *SMALL, "bits=3.5")
-    two = start(*TORCHRUN, *options, f"out={tmp_path / 'two'}")
+def test_two_processes_write_the_checkpoint_of_one(clip_hub: Path, tmp_path: Path) -> None:
+    options = mini(clip_hub, "guidance=feature", "bits=3.5")
+    two = torchrun(tmp_path, *options, "out=two")
+    assert [process.returncode for process in two] == [0, 0], two[0].stderr
+    check_same(tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes_that_write_the_checkpoint_of_one(tmp_path: Path) -> None:
+    options = ("run", *SMALL, "bits=3.5")
+    two = start(*TORCHRUN, "-m", "epmq_cli", *options, f"out={tmp_path / 'two'}")
     assert two.returncode == 0, two.stderr
-    status, said = command(tmp_path, *options[2:], f"out={tmp_path / 'one'}")
+    check_same(tmp_path, *options)
+
+
+def check_same(folder: Path, *options: str) -> None:
+    """That two/ holds the checkpoint of the same run in one process."""
+    status, said = command(folder, *options, "out=one")
     assert status == 0, said
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    layers = [json.loads((tmp_path / name / "metrics.json").read_text())["layers"] for name in ("two", "one")]
+    assert files(folder / "two") == files(folder / "one")
+    layers = [json.loads((folder / name / "metrics.json").read_text())["layers"] for name in ("two", "one")]
     assert [layer["tokens"] for layer in layers[0]] == [layer["tokens"] for layer in layers[1]]
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    assert {path.name for path in folder.iterdir()} == {"one", "two"}
 
 
+@pytest.mark.slow
 def test_a_mistake_is_printed_once(tmp_path: Path) -> None:
-    found = start(*TORCHRUN, "-m", "epmq_cli", "run", "merge.scale=-1", f"out={tmp_path / 'run'}")
-    assert found.returncode != 0
-    assert found.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
+    result = start(*TORCHRUN, "-m", "epmq_cli", "run", "merge.scale=-1", f"out={tmp_path / 'run'}")
+    assert result.returncode != 0
+    assert result.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
 
 
 def test_the_shares_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +102,10 @@ def test_a_lost_process_ends_the_others_with_a_sentence(
 def test_in_a_sweep_all_processes_skip_the_jobs_that_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
     options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
     assert command(tmp_path, *options, "merge=ties")[0] == 0
-    swept = start(*TORCHRUN, "-m", "epmq_cli", *options, "merge=ties,average")
-    assert swept.returncode == 0, swept.stderr
-    assert swept.stderr.count("merge=ties,suite=mini already contains the results of this job") == 1
+    swept = torchrun(tmp_path, *options, "merge=ties,average")
+    assert [process.returncode for process in swept] == [0, 0], swept[0].stderr
+    said = "".join(process.stderr for process in swept)
+    assert said.count("merge=ties,suite=mini already contains the results of this job") == 1
     assert command(tmp_path, *options[:-2], "merge=average", f"out={tmp_path / 'one'}")[0] == 0
     assert files(next((tmp_path / "sweep").glob("*merge=average,*"))) == files(tmp_path / "one")
 

@@ -9,6 +9,7 @@ import pytest
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
 from tests.conftest import Run
+from tests.tiers import slow
 
 TOKEN = "hf_" + "Abc123" * 6
 
@@ -22,7 +23,7 @@ def files_with_it(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("base", [None, "someone/something"], ids=["a run", "a run without its base"])
+@pytest.mark.parametrize("base", [None, slow("someone/something")], ids=["a run", "a run without its base"])
 def test_a_token_is_in_nothing_that_a_run_leaves_or_says(
     base: str | None, bert_hub: Path, tmp_path: Path, epmq: Run
 ) -> None:
@@ -48,15 +49,13 @@ def test_a_token_in_the_config_is_refused_and_not_repeated(
     assert files_with_it(tmp_path) == []
 
 
-@pytest.mark.parametrize("sweep", [(), ("-m",), ("-m", "suite=tok,tiny")], ids=["a run", "a sweep", "a swept suite"])
-def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(
-    sweep: tuple[str, ...], tmp_path: Path, epmq_inside: Run
-) -> None:
+@pytest.mark.parametrize("sweep", ["", "-m", slow("-m suite=tok,tiny")], ids=["a run", "a sweep", "a swept suite"])
+def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(sweep: str, tmp_path: Path, epmq_inside: Run) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     text = f"_target_: epmq_cli.data.suite.Suite\nname: {TOKEN}\nbase: b\nexperts: e\ntasks: {{}}\nfamily: clip\n"
     (tmp_path / "mine" / "suite" / "tok.yaml").write_text(text)
-    options = ["suite=tok"] * (len(sweep) < 2) + ["eval.stages=[]", "calib.samples=8", "out=x"]
-    result = epmq_inside("run", "--config-dir", "mine", *sweep, *options)
+    options = ["suite=tok"] * ("suite" not in sweep) + ["eval.stages=[]", "calib.samples=8", "out=x"]
+    result = epmq_inside("run", "--config-dir", "mine", *sweep.split(), *options)
     assert result.returncode == 1
     assert "epmq: a Hugging Face token must not be in the config" in result.stderr
     assert TOKEN not in result.stdout + result.stderr

@@ -18,7 +18,7 @@ from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.families.structure import Linears, Section, Stack
 from tests.hubs import Scene
-from tests.minihub import KINDS, build
+from tests.minihub import TIERED, build
 
 
 class Replay:
@@ -76,7 +76,7 @@ def change(module: nn.Module, names: Sequence[str]) -> None:
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("folder", ["bert", "clip", *KINDS], indirect=True)
+@pytest.mark.parametrize("folder", ["bert", "clip", *TIERED], indirect=True)
 def test_paused_passes_capture_what_a_replay_with_hooks_captures(folder: Path) -> None:
     scene, captured = Scene(folder), 0
     batches = scene.batches
