@@ -1,7 +1,7 @@
 """The `epmq` command: removes the subcommand from the command line and passes it the rest.
 
 Imports neither torch nor Hydra, so help and completion answer at once. Hydra reads sys.argv when a command's
-main is called, and COMP_LINE when the shell asks for completions: the subcommand is taken off both.
+main is called, and COMP_LINE when the shell asks for completions: it removes the subcommand from both.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ INTERRUPTED = {
     "eval": "interrupted; no scores were written",
     "verify": "interrupted; not all of the checkpoint was checked",
 }
-"""What a command says when a signal ends it."""
+"""The message of a command that a signal ends."""
 
 DEBUG = "--debug"
-"""Prints tracebacks, with every command."""
+"""The option of every command that prints tracebacks."""
 
 USAGE = """usage: epmq COMMAND [key=value ...] [options]
 
@@ -56,7 +56,7 @@ examples
 
 
 def main() -> None:
-    """Entry of the console script; exits with the status of the command, 2 where there is no such command."""
+    """Entry of the console script; exits with the status of the command, 1 for an unknown command."""
     arguments = sys.argv[1:]
     debug = DEBUG in arguments or os.environ.get(FULL_ERROR) == "1"
     interrupted = INTERRUPTED.get(arguments[0] if arguments else "", "interrupted")
@@ -86,7 +86,7 @@ def _dispatch(arguments: list[str]) -> None:
 
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        sys.exit(f"epmq: there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.{hint}")
+        sys.exit(f"epmq: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.{hint}")
 
 
 def usage() -> str:
@@ -108,7 +108,7 @@ def start(command: str, arguments: list[str]) -> None:
     overrides, flags = split(arguments)
     if command == "eval":
         overrides = _with_checkpoint(overrides)
-    # threads that wait by spinning take the cores from those that work, on machines with other things to do
+    # on busy machines, spinning threads take cores from working ones
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
         app = importlib.import_module("epmq_cli.commands.hydra_app")
@@ -118,7 +118,7 @@ def start(command: str, arguments: list[str]) -> None:
 def _with_checkpoint(arguments: list[str]) -> list[str]:
     """`epmq eval FOLDER` means `epmq eval checkpoint=FOLDER`; folders of sweeps have = and commas in their names.
 
-    ConfigError where more than one is named: Hydra would take the last alone.
+    ConfigError if the arguments name more than one: Hydra would use only the last.
     """
     folders = [argument for argument in arguments if _is_checkpoint(argument)]
     named = [argument for argument in arguments if argument.lstrip("+").startswith("checkpoint=")]

@@ -1,14 +1,14 @@
 """The errors that a user can cause.
 
     EpmqError
-    ├── ConfigError       an option or a config file: what was typed is not allowed
-    │   └── TokenError    it holds a token of the hub
+    ├── ConfigError       an option or a config file with a value that is not allowed
+    │   └── TokenError    it contains a token of the hub
     ├── ModelError        base or experts: files, tensor names, shapes, values
     ├── DataError         the data of a task
     ├── CheckpointError   a checkpoint that cannot be written or read
     └── RunError          the run folder or its processes: in use, cannot be written, ended
 
-The message is one sentence that names what was given, what is allowed and what to do. The commands print it without a
+The message is one sentence that names the given value, the allowed ones and the remedy. The commands print it without a
 traceback and exit with 1, also for OSError (a full disk, a folder without write permission) and MemoryError. Ctrl-C
 exits with 130, SIGTERM with 143, a closed pipe with 141.
 
@@ -27,19 +27,19 @@ class EpmqError(Exception):
 
 
 class ConfigError(EpmqError):
-    """An option or a config file holds something that is not allowed."""
+    """An option or a config file has a value that is not allowed."""
 
 
 class TokenError(ConfigError):
-    """A config holds a token of the hub, which must not be written."""
+    """A config contains a token of the hub, which must not be written to disk."""
 
 
 class ModelError(EpmqError):
-    """The base or an expert cannot be used as the suite says."""
+    """The base or an expert does not fit the suite."""
 
 
 class DataError(EpmqError):
-    """The data of a task cannot be used as the suite says."""
+    """The data of a task does not fit the suite."""
 
 
 class CheckpointError(EpmqError):
@@ -57,8 +57,8 @@ def first_line(error: BaseException) -> str:
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an error is an out-of-memory error of the machine or of an accelerator."""
-    said = type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in NO_MEMORY)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+    matches = type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in NO_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
 
 
 def placed(error: ConfigError, where: str) -> ConfigError:

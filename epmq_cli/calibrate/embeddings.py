@@ -1,9 +1,9 @@
-"""Solves what computes the first hidden state: embedding tables, and patch convolutions with a table of positions.
+"""Solves the modules of the first hidden state: embedding tables, and patch convolutions with a table of positions.
 
-They read the samples themselves, so student and teacher have the same inputs. The objective is that of objective.py
-with alpha = 0: RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear with one-hot inputs,
-whose H is diagonal: each row is the mean of the experts' rows, weighted by how often each task looks it up. The anchor
-is the merged value for any rho, so rows that no calibration sample looks up stay as merged.
+Their inputs are the samples, which student and teacher share. The objective is that of objective.py with alpha = 0:
+RegMean (https://arxiv.org/abs/2212.09849) with an anchor. A table is a linear with one-hot inputs, whose H is diagonal:
+each row is the mean of the experts' rows, weighted by the number of look-ups in each task. The anchor is the merged
+value for any rho, so rows that no calibration sample looks up stay as merged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from epmq_cli.runtime import distributed
 
 
 def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Solves every part of the first hidden state of a stack."""
+    """Solves every module of the first hidden state of a stack."""
     for part in stack.stem:
         if isinstance(part, Patches):
             solve_patches(student, batches, part)
@@ -57,21 +57,21 @@ def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table:
 
 
 def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, real: Mask) -> Tensor:
-    """How often each row of a table is looked up for real tokens: (rows,) in float64."""
+    """The number of look-ups of each row of a table for real tokens: (rows,) in float64."""
     table, total = student.model.get_submodule(name), None
     for batch in batches:
         ids = calls([table], lambda batch=batch: student.family.features(student.model, batch))[0][0][0]  # type: ignore[misc]
         mask = real(batch)
         ids = ids if mask is None else ids.expand(mask.shape)[mask]
-        found = torch.bincount(ids.flatten(), minlength=rows).double()
-        total = found if total is None else total + found
+        counts = torch.bincount(ids.flatten(), minlength=rows).double()
+        total = counts if total is None else total + counts
     assert total is not None
     return distributed.all_reduce(total)
 
 
 def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:
     """Solves a convolution and the positions of its patches together. The class token and its position, which are the
-    same in every sample, become the mean of the experts'."""
+    same in every sample, become the mean over the experts."""
     kernel, positions = f"{patches.convolution}.weight", f"{patches.positions}.weight"
     tokens = [patches.class_token] if patches.class_token else []
     own, lam = {name: student.own(name) for name in (kernel, positions, *tokens)}, float(student.guidance.lam)
@@ -105,7 +105,7 @@ def _joined(kernel: Tensor, positions: Tensor) -> Tensor:
 
 
 def _patch_rows(student: Student, batch: Batch, name: str) -> Tensor:
-    """The inputs of that linear: the pixels of each patch, and its index as one-hot."""
+    """The inputs of that linear: the pixels of each patch, and its one-hot index."""
     convolution = student.model.get_submodule(name)
     forward = lambda: student.family.features(student.model, batch)  # noqa: E731
     pixels = calls([convolution], forward)[0][0][0]

@@ -1,13 +1,14 @@
-"""Folds a transform's channel scales into a block before anything in it is measured or solved.
+"""Folds a transform's channel scales into a block before the block is measured or solved.
 
 A layer's columns are multiplied by s, and the outputs of its producer (the norm or linear in front of it) divided by s.
-Base, experts and merged model all get the same scales, so that each computes what it did before, and everything behind
-the fold (moments, guidance, any quantizer) works in the scaled channels without knowing of them. A fold at the layer's
-own step would instead have to change a producer that is quantized already, and forward passes that wait behind it. The
-price is a second measurement of the inputs of foldable layers, with the weights of the block as merged.
+Base, experts and merged model all get the same scales, so that each computes the same function as before, and all later
+steps (moments, guidance, any quantizer) work in the scaled channels. A fold at the layer's own step would change a
+producer that is already quantized, and forward passes that are paused behind it. The cost is a second measurement of
+the inputs of foldable layers, with the merged weights of the block.
 
-The experts' own forward passes stay as they are, because a fold changes no output; what they bring to a folded layer is
-divided by s (`Student.read_scales`). So a resumed walk repeats their bits without the scales of finished blocks. The
+The experts' own forward passes stay as they are, because a fold changes no output; their
+inputs to a folded layer are divided by s (`Student.read_scales`). So a resumed walk repeats their bits without the
+scales of finished blocks. The
 ridge lam ||Q - A||^2 acts on the scaled weights.
 """
 
@@ -37,37 +38,37 @@ def fold_block(
     rows_of: Callable[[CaptureSpec], TaskRows],
     token: int | None,
 ) -> bool:
-    """Folds the scales of all layers of a block whose quantizer is a transform; whether inputs were read for it.
+    """Folds the scales of all layers of a block whose quantizer is a transform. Returns whether it read inputs.
 
-    `rows_of`: what reaches a step in the block as it is. `token`: see Reading. All scales are found before any is
-    folded, so that each is that of the original weights.
+    `rows_of`: the inputs of a step in the current block. `token`: see CaptureSpec. All scales are computed before any
+    is folded, so that they all come from the original weights.
     """
-    folds, read = [], False
+    folds, measured = [], False
     for step in foldable(block):
         names = [block.name(name) for name in step.names]
         transform = quantizer_of(names)
         if isinstance(transform, Transform):
-            reading = CaptureSpec(step.names, None, frozenset(), None if step.mixing else token, step.memory)
-            inputs, read = measure_inputs(rows_of(reading), student.guidance), True
+            spec = CaptureSpec(step.names, None, frozenset(), None if step.mixing else token, step.memory)
+            inputs, measured = measure_inputs(rows_of(spec), student.guidance), True
             weight = torch.cat([student.own(f"{name}.weight") for name in names])
             folds.append((step, names, transform.scales(weight, inputs, student.dtype)))
     for step, names, scales in folds:
         if scales is not None and step.producer is not None:
             student.fold(block.name(step.producer), names, scales)
-    return read
+    return measured
 
 
 def foldable(block: Section) -> list[Linears]:
     """The layers of a block with a producer that can be scaled channel by channel: a norm with a gain, or a linear with
-    an output for each of the layer's inputs (grouped-query attention has fewer values than that)."""
+    an output for each of the layer's inputs (grouped-query attention has fewer values)."""
     steps = [step for step in block.steps if isinstance(step, Linears) and step.producer is not None]
     return [step for step in steps if _fits(block.module, step.names[0], step.producer or "")]
 
 
 def _fits(module: nn.Module, reader: str, producer: str) -> bool:
-    made_by = module.get_submodule(producer)
+    source = module.get_submodule(producer)
     width = module.get_parameter(f"{reader}.weight").shape[1]
-    return has_gain(made_by) and len(made_by.get_parameter("weight")) == width
+    return has_gain(source) and len(source.get_parameter("weight")) == width
 
 
 def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:

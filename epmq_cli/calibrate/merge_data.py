@@ -1,4 +1,4 @@
-"""What merge methods measure of the experts: each with the calibration samples of its own task."""
+"""Measurements of the experts for merge methods, each on the calibration samples of its own task."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.runtime import distributed
 
 Batches = Mapping[str, Sequence[Batch]]
-CLASSES = 8  # whose gradients are taken in one backward pass
+CLASSES = 8  # classes per batched backward pass
 
 
 @dataclass(frozen=True)
 class ExpertMeasurements:
-    """The `MergeData` of a run: `model`'s merged tensors are overwritten by those of the expert that is measured.
+    """The `MergeData` of a run. Overwrites the merged tensors of `model` with those of the expert to measure.
 
-    `heads`: by task, empty for families without. `micro`: halves the micro-batch on out-of-memory. `memory`: see
+    `heads`: by task, empty for families without heads. `micro`: halves the micro-batch on out-of-memory. `memory`: see
     `MergeData`.
     """
 
@@ -44,16 +44,16 @@ class ExpertMeasurements:
     memory: int
 
     def expert(self, task: str) -> nn.Module:
-        """The model with the weights of a task's expert, until the next call."""
+        """The model with the weights of a task's expert; valid until the next call."""
         copy_into(self.model, self.source.model(task))
         return self.model
 
     def logits(self, task: str, batch: Batch) -> Tensor:
-        """(samples, classes) of a task's head, with the weights that the model has now."""
+        """The logits (samples, classes) of a task's head, with the model's current weights."""
         return self.family.logits(self.model, self.family.features(self.model, batch), self.heads[task])
 
     def linear_groups(self) -> list[tuple[str, ...]]:
-        """The merged linears that the family knows; those in one group read the same inputs."""
+        """The merged linears in the family's steps; those in one group read the same inputs."""
         return [names for names, _ in self._inputs()]
 
     def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class ExpertMeasurements:
         return moments
 
     def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
-        """The moments over some batches, so many samples at a time. `masks`: of the real tokens, by linear."""
+        """The moments over some batches, `samples` samples at a time. `masks`: of the real tokens, by linear."""
         sums = InputSums(masks)
         for batch in batches:
             sums.add(self.model, partial(self.family.features, self.model), split(batch, samples))
@@ -74,14 +74,14 @@ class ExpertMeasurements:
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
         """The diagonal of the Fisher information of a task's expert, in float32, by tensor name.
 
-        Samples go through the model one by one, as the gradients of each must be squared; what is batched is the
-        backward passes of its classes.
+        Samples go through the model one by one, because the gradients of each must be squared; the backward passes of
+        its classes are batched.
         """
         model = self.expert(task)
         names = set(self.source.names)
         own = {name: parameter for name, parameter in model.named_parameters() if name in names}
         sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in own.items()}
-        head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # made in inference mode
+        head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # heads are inference tensors
         micro, count = gradient_batcher(self.micro), 0
         with trained(own.values()), sdpa_kernel(SDPBackend.MATH):  # other kernels have no batched backward pass
             for sample in (part for batch in self.batches[task] for part in split(batch, 1)):
@@ -112,8 +112,8 @@ class ExpertMeasurements:
 class InputSums:
     """Sums of x x' over the inputs x of linears. `masks`: of the real tokens, by linear.
 
-    The rows of a batch are multiplied together, however many samples go through the model at a time, so that smaller
-    micro-batches give the same bytes.
+    The rows of a whole batch are multiplied at once, regardless of the micro-batch size, so that smaller micro-batches
+    give the same bytes.
     """
 
     def __init__(self, masks: Mapping[str, Mask]) -> None:
@@ -121,7 +121,7 @@ class InputSums:
         self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
 
     def add(self, model: nn.Module, forward: Callable[[Batch], object], parts: Sequence[Batch]) -> None:
-        """Adds the inputs in the forward passes of a batch, which comes in parts."""
+        """Adds the inputs from the forward passes of the parts of a batch."""
         rows: dict[str, list[Tensor]] = {name: [] for name in self._masks}
 
         def take(name: str, inputs: Tensor) -> None:
@@ -136,7 +136,7 @@ class InputSums:
                 forward(part)
 
     def means(self) -> dict[str, Tensor]:
-        """E[x x'] (in, in) over the tokens of all processes, by linear; to be asked for once."""
+        """E[x x'] (in, in) over the tokens of all processes, by linear; call it once."""
         return {name: self._mean(name) for name in self._masks}
 
     def _mean(self, name: str) -> Tensor:
@@ -150,42 +150,42 @@ def expected_squares(
 ) -> dict[str, Tensor]:
     """Sum over c of p_c (d log p_c)^2 with respect to each parameter, for one sample.
 
-    `logits()` gives the sample's logits (classes,); one logit is the mean of a Gaussian of variance 1. `classes`: so
-    many of the most likely classes count, None for all. `together`: so many of them share a backward pass.
+    `logits()` returns the sample's logits (classes,); one logit is the mean of a Gaussian of variance 1. `classes`: the
+    number of most likely classes that count, None for all. `together`: the number of classes per backward pass.
     """
-    given = logits()
-    outputs = given if len(given) == 1 else given.log_softmax(-1)
-    chances = torch.ones_like(given) if len(given) == 1 else outputs.detach().exp()
+    values = logits()
+    outputs = values if len(values) == 1 else values.log_softmax(-1)
+    chances = torch.ones_like(values) if len(values) == 1 else outputs.detach().exp()
     directions = chances.sqrt().diag()
-    if classes is not None and classes < len(given):
+    if classes is not None and classes < len(values):
         directions = directions[chances.topk(classes).indices]
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for rows in torch.split(directions, together):
-        found = torch.autograd.grad(
+        gradients_of = torch.autograd.grad(
             outputs, list(parameters.values()), rows, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
-        for total, gradients in zip(sums.values(), found, strict=True):
-            for gradient in () if gradients is None else gradients:  # one by one, whatever shares a pass
+        for total, gradients in zip(sums.values(), gradients_of, strict=True):
+            for gradient in () if gradients is None else gradients:  # one by one, regardless of the batching
                 total.addcmul_(gradient, gradient)
     return sums
 
 
 def gradient_batcher(samples: MicroBatcher) -> MicroBatcher:
-    """The number of classes that share a backward pass. Halvings are counted by the batcher of samples."""
+    """The number of classes that share a backward pass. The batcher of samples counts the halvings."""
     remedy = "use a device with more memory, or device=cpu"
-    made = MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
+    batcher = MicroBatcher(CLASSES, "the gradients of merge=fisher", remedy, retries=distributed.world_size() == 1)
 
     def count(_: int) -> None:
         samples.halved += 1
         samples.keep(samples.halved)
 
-    made.keep = count
-    return made
+    batcher.keep = count
+    return batcher
 
 
 @contextmanager
 def trained(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients with respect to these parameters can be taken."""
+    """Enables gradients with respect to these parameters inside the context."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -198,7 +198,7 @@ def trained(parameters: Collection[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def first_inputs(model: nn.Module, names: Collection[str], add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `add` gets the name and the input of each of these modules when it is first called. Later calls, as of
+    """Inside the context, passes the name and input of each module's first call to `add`. Later calls, such as those of
     DeBERTa's keys for positions, do not count."""
     waiting = set(names)
 

@@ -21,8 +21,8 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
 class Products:
     """The sum over rows of a b' for rows a (tokens, high) and b (tokens, wide), (high, wide) in float64.
 
-    The product of each batch is computed in the type of its rows. Their sum in float64 is exact but for the rarest of
-    cases, so it does not drift, and does not depend on which process has which batch.
+    The product of each batch is computed in the type of its rows. Their sum in float64 is almost always
+    exact, so it does not drift, and does not depend on the distribution of batches over processes.
     """
 
     def __init__(self, sharing: Sharing) -> None:
@@ -40,7 +40,7 @@ class Products:
             total[start:, start:end] += a[:, start:].T @ a[:, start:end]
 
     def rows(self) -> Tensor:
-        """This process's rows of the sum over all processes, once; a zero without shape if no row was added."""
+        """This process's rows of the sum over all processes; call it once. A scalar zero if no row was added."""
         return self._sharing.reduce_rows(self._total) if self._total.ndim else self._total
 
     def square_rows(self) -> Tensor:
@@ -60,9 +60,9 @@ class Moments:
     """One task's sums for the inputs x (in) of a linear, each token weighted by w, and for the part p (out) of its
     target that is not a linear function of x; all in float64.
 
-    `xx` sum w x x' (in, in) and `xp` sum w x p' (in, out): of these each process has its own rows. `norm` ||sum w x
-    x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part `xp`, `p` and `pp`
-    are zeros without shape.
+    `xx` sum w x x' (in, in) and `xp` sum w x p' (in, out): each process has its own rows of these. `norm` ||sum w x
+    x'||_F, `x` sum w x (in), `tokens` sum w, `p` sum w p (out), `pp` sum w p^2 (out). Without a part, `xp`, `p` and
+    `pp` are scalar zeros.
     """
 
     xx: Tensor
@@ -75,7 +75,7 @@ class Moments:
 
 
 class Measure:
-    """Sums up one task's moments, batch by batch; `sharing`: how processes share them."""
+    """Accumulates one task's moments, batch by batch; `sharing`: splits them over processes."""
 
     def __init__(self, sharing: Sharing = ALONE) -> None:
         self._sharing = sharing
@@ -98,7 +98,7 @@ class Measure:
         self._dd.add_square(drift if weights is None else drift * weights[:, None].sqrt())
 
     def moments(self, factor: Tensor | None = None) -> Moments:
-        """The sums over the rows of all processes, once.
+        """The sums over the rows of all processes; call it once.
 
         `factor` (out, in): the weight that turns the drift into the part.
         """
@@ -128,7 +128,7 @@ class Measure:
 
 
 def task_weight(norm: float, tokens: float, kind: str) -> float:
-    """s_t: `frobenius` 1 / ||X'X||_F, so that tasks of different scale count alike; `tokens` 1 / tokens. 0 for inputs
-    that are all 0."""
+    """s_t: `frobenius` 1 / ||X'X||_F, so that tasks of different scale have equal weight; `tokens` 1 / tokens. 0 for
+    inputs that are all 0."""
     size = norm if kind == "frobenius" else tokens
     return 1 / size if size > 0 else 0.0

@@ -26,7 +26,7 @@ def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
 
 
 def unit(norm: nn.Module) -> float:
-    """The number that the norm adds to its weight to get its gain: 1 in Gemma, else 0."""
+    """The number that the norm adds to its weight to get its gain: 1 in Gemma, 0 in other models."""
     weight = norm.get_parameter("weight")
     rows = torch.arange(1, len(weight) + 1, dtype=weight.dtype, device=weight.device)[None]
     return float(_with_weight(norm, rows, 0).detach().abs().max() > 0)
@@ -34,13 +34,13 @@ def unit(norm: nn.Module) -> float:
 
 def _with_weight(norm: nn.Module, rows: Tensor, weight: float) -> Tensor:
     plain = {name: torch.full_like(p, 0 if name == "bias" else weight) for name, p in norm.named_parameters()}
-    found: Tensor = functional_call(norm, plain, (rows,))
-    return found
+    output: Tensor = functional_call(norm, plain, (rows,))
+    return output
 
 
 class NormObjective:
     """J of one norm, accumulated task by task in float64; `gain` and `bias` (width,) of the anchor, the bias None if it
-    has none; `sharing`: how processes share the sums."""
+    has none; `sharing`: splits the sums over processes."""
 
     def __init__(self, gain: Tensor, bias: Tensor | None, lam: float, sharing: Sharing = ALONE) -> None:
         self._gain, self._bias, self._lam = gain.double(), None if bias is None else bias.double(), lam

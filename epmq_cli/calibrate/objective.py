@@ -13,9 +13,9 @@ sum of the weights, the best intercept of any Q is d = (u - D h) / (N + lam), wh
     J = tr D H D' - 2 tr D S' + c         H <- H - h h' / (N + lam)         S <- S - u h' / (N + lam)
     W* = A + S H^-1
 
-and J(Q) = tr (Q - W*) H (Q - W*)' + const, which is what GPTQ minimises, given W* and H. Without intercepts h = 0.
+and J(Q) = tr (Q - W*) H (Q - W*)' + const, which GPTQ minimises, given W* and H. Without intercepts h = 0.
 
-Processes can share the work: each sums up its own rows of H and columns of S, and its own part of the vectors.
+Processes can split the work: each accumulates its own rows of H, columns of S and part of the vectors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Objective:
     """J of a linear, or of several stacked ones that read the same input, accumulated task by task in float64.
 
     `anchor`: in the type of large products. `intercepts`: whether the biases are free, if the anchor has them.
-    `sharing`: how processes share the sums; moments must come from the same sharing.
+    `sharing`: splits the sums over processes; moments must use the same one.
     """
 
     def __init__(self, anchor: Affine, lam: float, intercepts: bool, sharing: Sharing = ALONE) -> None:

@@ -1,8 +1,8 @@
-"""A check before calibration: may the scales of a transform be folded into the producers that a family names?
+"""Checks before calibration that the scales of a transform can be folded into the producers that a family names.
 
-One batch goes through each block with the outputs of a producer divided by arbitrary scales. The inputs of its layer
-must then be divided by the same scales; and with the layer's outputs as before, the block's output must be as before,
-since nothing else may read the producer.
+One batch runs through each block with the outputs of a producer divided by arbitrary scales. The inputs of its layer
+must then be divided by the same scales. With the layer's original outputs, the block's output must be unchanged,
+because nothing else may read the producer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Section
 
-SAMPLES = 2  # that are checked
+SAMPLES = 2  # samples that the check runs
 TOLERANCE = 1e-3  # relative error that counts as rounding
 
 
@@ -49,9 +49,9 @@ def check_producers(model: nn.Module, family: Family, batches: Mapping[str, Sequ
 
 
 def _folds(block: Section, stream: HiddenState, step: Linears, plain: Trace) -> bool:
-    """Whether the outputs of the block stay as they are with arbitrary scales between a layer and its producer."""
+    """Whether arbitrary scales between a layer and its producer leave the block's output unchanged."""
     name, width = step.names[0], plain.inputs[step.names[0]].shape[-1]
-    scales = 1 + torch.arange(width, device=plain.given.device) % 7 / 4
+    scales = 1 + torch.arange(width, device=plain.output.device) % 7 / 4
 
     def change(module: str, output: Tensor, trace: Trace) -> Tensor:
         if module in step.names:
@@ -59,14 +59,14 @@ def _folds(block: Section, stream: HiddenState, step: Linears, plain: Trace) -> 
         return output / scales if module == step.producer else output
 
     changed = _pass(block, stream, change)
-    return _close(changed.inputs[name] * scales, plain.inputs[name]) and _close(changed.given, plain.given)
+    return _close(changed.inputs[name] * scales, plain.inputs[name]) and _close(changed.output, plain.output)
 
 
 def _pass(block: Section, stream: HiddenState, change: Change | None) -> Trace:
     fresh = replace(stream, forward_pass=None, handle=None)
     with traced(block, change) as trace:
         fresh.finish(block.module)
-    trace.given = fresh.hidden
+    trace.output = fresh.hidden
     return trace
 
 

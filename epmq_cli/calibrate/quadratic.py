@@ -15,7 +15,7 @@ from epmq_cli.quantize.linalg import condition, damped_cholesky
 
 @dataclass(frozen=True)
 class Affine:
-    """A linear's weight (out, in), and its bias (out,) where it has one."""
+    """A linear's weight (out, in), and its bias (out,); None without bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -30,8 +30,8 @@ class Affine:
 
 @dataclass(frozen=True)
 class SolveInfo:
-    """How H was factored: the damping, relative to its mean diagonal, how often it was raised, and the condition number
-    with it (estimated from below), None if nothing had to be solved."""
+    """Facts about the factor of H: the damping, relative to its mean diagonal, the number of times it was raised, and
+    the condition number with it (estimated from below; None if nothing had to be solved)."""
 
     damping: float
     retries: int
@@ -61,7 +61,7 @@ class QuadraticProblem:
     rows: slice
 
     def solve(self) -> tuple[Tensor, SolveInfo | None]:
-        """W* (out, in), and how H was factored; the anchor if S is 0, and the anchor and None if H has no factor.
+        """W* (out, in) and facts about the factor of H; the anchor if S is 0, the anchor and None if H has no factor.
 
         Columns whose input is always zero keep the anchor's value.
         """
@@ -71,11 +71,11 @@ class QuadraticProblem:
         factor = damped_cholesky(self.H + torch.diag(dead.to(self.H.dtype)) if dead.any() else self.H, 0.0)
         if factor is None:
             return anchor, None
-        found = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
-        return found, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
+        weight = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
+        return weight, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
 
     def solution(self, sharing: Sharing = ALONE) -> Affine:
-        """W* and its best biases, of all rows; `sharing`: that of the objective."""
+        """W* and its best biases, of all rows; `sharing`: the objective's."""
         weight = self.solve()[0]
         bias = self.bias(weight[self.rows])
         return Affine(weight, None if bias is None else sharing.all_gather_rows(bias, len(weight)))
@@ -91,7 +91,7 @@ class QuadraticProblem:
         return self.anchor.bias[self.rows].double() + self.per_token * moved
 
     def anchor_loss(self) -> Tensor:
-        """`loss` of the anchor, which the sums hold directly."""
+        """`loss` of the anchor, directly from the sums."""
         return self._at_best_bias(self.constant[self.rows])
 
     def loss(self, weight: Tensor, target: Tensor, solved: SolveInfo | None) -> Tensor:
@@ -111,7 +111,7 @@ class QuadraticProblem:
         """sum_t s_t || X_t W_t' ||^2 by row (rows,).
 
         With W W' = A A' + (W - A)(W + A)' in the product with X'X, A A' takes one product for all tasks together, and
-        `beyond` none that the sums do not need anyway.
+        `beyond` reuses the products of the sums.
         """
         centred = self.per_token * (self._own @ self.h).square()
         own = self._energy_of(self._own) + centred - self.lam * self._own.square().sum(1)

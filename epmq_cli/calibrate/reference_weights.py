@@ -1,4 +1,4 @@
-"""The models that the student is measured against: base and experts, read tensor by tensor."""
+"""The reference models of the student: base and experts, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from epmq_cli.models.weights import copy_into
 
 
 class ReferenceWeights:
-    """Tensors of base and experts by the names that the student has for them, in float32.
+    """Tensors of base and experts under the student's names, in float32.
 
-    `shared`: those that are not merged, the same in all models. `merged`: the merged tensor of a name. `plain`: whether
-    that stands in for every expert's (plain post-training quantization).
+    `shared`: unmerged tensors, the same in all models. `merged`: returns the merged tensor of a name. `plain`: whether
+    it replaces every expert's tensor (plain post-training quantization).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ReferenceWeights:
         return self._merged(name) if self._plain else self._source.expert(task, name)
 
     def restore(self, model: nn.Module) -> None:
-        """Makes a student the merged model again."""
+        """Resets a student to the merged model."""
         copy_into(model, ((name, self._merged(name)) for name in self._source.names))
         copy_into(model, self._shared)
 

@@ -1,7 +1,7 @@
 """Checks before calibration that the blocks compute what the family's steps describe.
 
 A few calibration samples run through one block of each kind. The inputs, outputs and residual sums of every step must
-be those that the walk assumes. Then the check verifies the fixed point of calibration without solving anything. The
+match the assumptions of the walk. Then the check verifies the fixed point of calibration without solving anything. The
 block gets an input r_X that differs from the expert's r_E. Each step returns its target exactly:
 W_t e + b_t + (r_E - r_X) / scale (alpha = beta = 1), or g z_E + b for a norm. The output must equal that of the
 expert's block. This holds only if every path from the block's input to its output leads through the steps: a norm, a
@@ -81,7 +81,7 @@ def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -
     first = stream.load()
     if not is_finite(first):
         return batch  # the walk raises an error that names the tensor
-    given, options = stream.calls[0]
+    arguments, options = stream.calls[0]
     kinds = [_kind(block, call) for block, call in zip(stack.blocks, stream.calls, strict=True)]
     last = max(map(kinds.index, kinds))
     for index, block in enumerate(stack.blocks[: last + 1]):
@@ -91,7 +91,7 @@ def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -
     stream.calls = []
     _Check(stack.readout, stream, stack).run()
     if not values:  # `enter` leaves them out for a single block
-        output = stack.blocks[0].module(first, *given, **options)
+        output = stack.blocks[0].module(first, *arguments, **options)
         values = [len(output) if isinstance(output, tuple) else 0]
     return _check_around(model, family, stack, batch, first, values[0])
 
@@ -105,11 +105,11 @@ def _kind(block: Section, call: Any) -> tuple[Any, ...]:
         if isinstance(value, (bool, int, float, str, type(None))) and not any(part in key for part in INDEX)
     ]
     shapes = [(name, tuple(tensor.shape)) for name, tensor in block.module.state_dict().items()]
-    given = [
+    arguments = [
         (key, type(value).__name__, tuple(value.shape) if isinstance(value, Tensor) else None)
         for key, value in [*enumerate(call[0]), *call[1].items()]
     ]
-    return (block.steps, tuple(settings), tuple(shapes), tuple(map(str, given)))
+    return (block.steps, tuple(settings), tuple(shapes), tuple(map(str, arguments)))
 
 
 class _Check:
@@ -123,7 +123,7 @@ class _Check:
 
     def run(self) -> None:
         """Raises _MismatchError if the section does not compute what its steps describe."""
-        if not self.section.steps or not is_finite(self.plain.given):
+        if not self.section.steps or not is_finite(self.plain.output):
             return
         self._check_order()
         for number, step in enumerate(self.section.steps):
@@ -141,7 +141,7 @@ class _Check:
         fresh = replace(self.stream, hidden=hidden, forward_pass=None, handle=None)
         with traced(self.section, change) as trace:
             fresh.finish(self.section.module)
-        trace.given = fresh.hidden
+        trace.output = fresh.hidden
         return trace
 
     def _check_order(self) -> None:
@@ -159,17 +159,17 @@ class _Check:
 
     def _check_linears(self, step: Linears, number: int) -> None:
         """Checks that linears read one input with the expected tokens, compute W x + b, and write to the stream."""
-        read, first = self.plain.inputs, step.names[0]
+        inputs, first = self.plain.inputs, step.names[0]
         for name in step.names:
-            module, given = self.section.module.get_submodule(name), self.plain.outputs[name]
-            if not torch.equal(read[name], read[first]):
+            module, output = self.section.module.get_submodule(name), self.plain.outputs[name]
+            if not torch.equal(inputs[name], inputs[first]):
                 raise _MismatchError(f"{self._name(name)} does not have the same input as {self._name(first)}")
             bias = getattr(module, "bias", None)
             weight = module.get_parameter("weight")
-            if weight.shape != (given.shape[-1], read[name].shape[-1]):
+            if weight.shape != (output.shape[-1], inputs[name].shape[-1]):
                 raise _MismatchError(f"the weight of {self._name(name)} does not have the shape (outputs, inputs)")
-            self._compare(given, linear(read[name], weight, bias), f"{self._name(name)} does not compute W x + b")
-        tokens = read[first].shape[:-1]
+            self._compare(output, linear(inputs[name], weight, bias), f"{self._name(name)} does not compute W x + b")
+        tokens = inputs[first].shape[:-1]
         mask = self.stream.memory if step.memory else self.stream.mask
         expected = mask.shape if mask is not None else tokens if step.memory else self.hidden.shape[:-1]
         if self.is_block and tokens != expected:
@@ -179,7 +179,7 @@ class _Check:
     def _check_added(self, step: Linears, number: int) -> None:
         """Checks that the output is added to the residual stream, or is the input of the norm behind it."""
         rest, name = self.section.steps[number + 1 :], step.names[0]
-        behind = self.plain.inputs[_names(rest[0])[0]] if rest else self.plain.given
+        behind = self.plain.inputs[_names(rest[0])[0]] if rest else self.plain.output
         if step.stream is not None:
             expected = self.plain.inputs[step.stream] + step.scale * self.plain.outputs[name]
             problem = f"{self._name(name)} is not added to the input of {self._name(step.stream)}"
@@ -193,30 +193,30 @@ class _Check:
         norm = self.section.module.get_submodule(step.name)
         if not has_gain(norm):
             return
-        read, given = (
+        inputs, output = (
             tensor.flatten(0, -2) for tensor in (self.plain.inputs[step.name], self.plain.outputs[step.name])
         )
-        scaled = normalised(norm, read) * (norm.get_parameter("weight") + unit(norm))
+        scaled = normalised(norm, inputs) * (norm.get_parameter("weight") + unit(norm))
         bias = getattr(norm, "bias", None)
         problem = f"{self._name(step.name)} does not compute a gain times its normalized input"
-        self._compare(given, scaled if bias is None else scaled + bias, problem, scaled)
+        self._compare(output, scaled if bias is None else scaled + bias, problem, scaled)
 
     def _check_fixed_point(self) -> None:
-        """Checks that a section whose steps return their targets has the expert's output, whatever its input."""
+        """Checks that a section whose steps return their targets has the expert's output for any input."""
         drift = DRIFT * self.hidden.roll(1, -1)
         trace = self._pass(self.hidden + drift, self._target)
         streams = [step.stream for step in self.section.steps if isinstance(step, Linears) and step.stream]
         problem = f"{self._name('')} has a path from its input to its output that is not in its steps"
         if not self.is_block:
-            self._compare(trace.given, self.plain.given, problem)
+            self._compare(trace.output, self.plain.output, problem)
             return
         terms = self.hidden.abs() + drift.abs()
         for name in streams:
             terms = terms + self.plain.inputs[name].abs()
         # outputs that are normalized before they are added do not compensate drift
-        self._compare(trace.given, self.plain.given + (0 if streams else drift), problem, terms)
+        self._compare(trace.output, self.plain.output + (0 if streams else drift), problem, terms)
 
-    def _target(self, name: str, given: Tensor, trace: Trace) -> Tensor:
+    def _target(self, name: str, output: Tensor, trace: Trace) -> Tensor:
         """The calibration target of this module, with the plain pass as the expert's."""
         step = next(step for step in self.section.steps if name in _names(step))
         target = self.plain.outputs[name]
@@ -230,17 +230,17 @@ class _Check:
         mixing = step.mixing if isinstance(step, Linears) else (step.name,) if step.mixing else ()
         alone = [name for name in _names(step) if name not in mixing]
 
-        def change(name: str, given: Tensor, trace: Trace) -> Tensor:
-            if name not in alone or given.ndim < 3:
-                return given
-            other = 1 - given
-            other[:, token] = given[:, token]
+        def change(name: str, output: Tensor, trace: Trace) -> Tensor:
+            if name not in alone or output.ndim < 3:
+                return output
+            other = 1 - output
+            other[:, token] = output[:, token]
             return other
 
         if alone:
             trace = self._pass(self.hidden, change)
             problem = f"the output of {self._name(alone[0])} for one token reaches other tokens"
-            self._compare(trace.given[:, token], self.plain.given[:, token], problem)
+            self._compare(trace.output[:, token], self.plain.output[:, token], problem)
 
     def _compare(self, actual: Tensor, expected: Tensor, problem: str, terms: Tensor | None = None) -> None:
         """Raises _MismatchError if two tensors differ by more than rounding. `terms`: the terms of their sums."""

@@ -1,6 +1,6 @@
-"""How processes share sums and rows; numerics are given one and do not know how many processes there are.
+"""Splits sums and rows over processes. The numerics take a `Sharing` and do not depend on the number of processes.
 
-The module epmq_cli.runtime.distributed is a Sharing among torchrun's processes, `ALONE` that of a single process.
+The module epmq_cli.runtime.distributed is the Sharing of torchrun's processes, `ALONE` that of a single process.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Sharing(Protocol):
-    """Every process holds its own samples, and its own rows of large matrices: those of `row_range`."""
+    """Every process has its own samples and its own rows of large matrices (`row_range`)."""
 
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     def row_range(self, length: int) -> slice:
         """This process's rows out of `length`, contiguous."""

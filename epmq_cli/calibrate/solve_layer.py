@@ -1,4 +1,4 @@
-"""Solves one group of linears that read the same input: from its objective to quantized weights, and their records."""
+"""Solves one group of linears that read the same input, from its objective to quantized weights and their records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from epmq_cli.runtime import distributed
 
 @dataclass(frozen=True)
 class SolvedLinear:
-    """What a linear becomes: its weight, and its bias (out,), or None where the bias stays as it is."""
+    """The result of a linear: its weight, and its bias (out,), or None if the bias is unchanged."""
 
     weight: QuantizedWeight | DenseWeight
     bias: Tensor | None
@@ -27,11 +27,11 @@ class SolvedLinear:
 class LayerRecord:
     """The entry of one linear in metrics.json.
 
-    `bits`: its width, None where it stays dense. `tokens`: 0 where the inputs were not measured. `condition` of H
-    (estimated from below). `target_damping` and `damping`: the damping that H needed to solve for the target and to
-    quantize, relative to its mean diagonal; `damping_retries`: how often one of the two was raised. The losses of the
+    `bits`: its width, None if it stays dense. `tokens`: 0 if the inputs were not measured. `condition` of H (estimated
+    from below). `target_damping` and `damping`: the damping that H needed to solve for the target and to quantize,
+    relative to its mean diagonal; `damping_retries`: the number of times that one of them was raised. The losses of the
     anchor, of the unquantized target and of the result are relative to the energy of the outputs of the experts'
-    weights; None where the inputs were not measured. `fallback`: the method that replaced the quantizer, if any.
+    weights; None if the inputs were not measured. `fallback`: the method that replaced the quantizer, if any.
     """
 
     name: str
@@ -57,24 +57,26 @@ def solve(
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group.
 
-    The linears are stacked in the problem, with `outs` rows each, and quantized in one go because they share H. One
+    The linears are stacked in the problem, with `outs` rows each, and quantized together because they share H. One
     process solves for the target while another prepares the quantizer; then each process does its own rows.
     """
     (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
-    wanted = target[problem.rows]
+    best = target[problem.rows]
     anchor = problem.anchor.weight[problem.rows].float()
-    result = quantizer.quantize(LayerProblem(tuple(names), wanted.float(), anchor, problem.H, dtype), prepared)
+    result = quantizer.quantize(LayerProblem(tuple(names), best.float(), anchor, problem.H, dtype), prepared)
     own = result.weight.dequantize()
     losses_of = partial(problem.loss, target=target, solved=solved)
-    columns = [problem.anchor_loss(), losses_of(wanted), losses_of(own), problem.energy()]
+    columns = [problem.anchor_loss(), losses_of(best), losses_of(own), problem.energy()]
     bias = problem.bias(own)
     gathered = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
     weights, rows = _split(result.weight, outs), torch.split(gathered, outs)
     records = []
     for index, name in enumerate(names):
         record = _record(name, weights[index], result)
-        merged, best, found = _relative(rows[index])
-        record = replace(record, tokens=tokens, loss_merged=merged, loss_target=best, loss=found, target_damping=None)
+        loss_merged, loss_target, loss = _relative(rows[index])
+        record = replace(
+            record, tokens=tokens, loss_merged=loss_merged, loss_target=loss_target, loss=loss, target_damping=None
+        )
         if solved is not None:
             retries = result.retries + solved.retries
             record = replace(record, condition=solved.condition, target_damping=solved.damping, damping_retries=retries)
@@ -86,7 +88,7 @@ def solve(
 def quantize_anchor(
     anchor: Affine, names: Sequence[str], outs: list[int], quantizer: Quantizer, dtype: torch.dtype
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
-    """`solve` without inputs, where the anchor is the target and the quantizer needs no Hessian."""
+    """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian."""
     own = anchor.weight[distributed.row_range(sum(outs))].float()
     result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), NOTHING)
     weights = _split(result.weight, outs)
@@ -112,7 +114,7 @@ def _record(name: str, weight: QuantizedWeight | DenseWeight, result: Quantizati
 
 
 def _relative(rows: Tensor) -> list[float]:
-    """The three losses of a linear relative to its energy, from those of its rows; 0 where the energy is 0."""
+    """The three losses of a linear relative to its energy, from those of its rows; 0 if the energy is 0."""
     *losses, energy = rows[:, :4].sum(0).tolist()
     return [max(loss, 0.0) / energy if energy > 0 else 0.0 for loss in losses]
 

@@ -1,4 +1,4 @@
-"""Solves one norm of the student from the rows that reach it."""
+"""Solves one norm of the student from its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epmq_cli.runtime import distributed
 
 
 def solve_norm(student: Student, name: str, tasks: Iterable[tuple[str, Iterator[LayerInputs]]]) -> None:
-    """Replaces gain and bias of the norm of this name; `tasks`: what reaches it, batch by batch."""
+    """Replaces gain and bias of the norm of this name; `tasks`: the inputs of the norm, batch by batch."""
     norm, anchor, guidance = student.model.get_submodule(name), student.affine_anchor(name), student.guidance
     added = unit(norm)
     objective = NormObjective(anchor.weight + added, anchor.bias, float(guidance.lam), distributed)

@@ -1,4 +1,4 @@
-"""The model that calibration changes, and the same tensors of base and experts, by module and tensor name."""
+"""The model that calibration changes, and the corresponding tensors of base and experts, by name."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Student:
         """
         multipliers, divisors = dict.fromkeys(readers, scales), {producer: scales}
         linear = self.own(f"{producer}.weight").ndim > 1
-        kept = [f"{producer}.bias"] if self._biased(producer) else []
+        rounded = [f"{producer}.bias"] if self._biased(producer) else []
         replaced = [f"{reader}.weight" for reader in readers]
-        (replaced if linear else kept).append(f"{producer}.weight")
-        for names, put in ((replaced, partial(copy_into, self.model)), (kept, self.put)):
+        (replaced if linear else rounded).append(f"{producer}.weight")
+        for names, put in ((replaced, partial(copy_into, self.model)), (rounded, self.put)):
             put({name: self._folded(name, self.own(name), multipliers, divisors) for name in names})
         self._multipliers.update(multipliers)
         self._divisors.update(divisors)

@@ -1,4 +1,4 @@
-"""The moments of a task, and the objective of all tasks, from the rows that reach a group of linears."""
+"""The moments of a task, and the objective of all tasks, from the inputs of a group of linears."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def measure_objective(
 ) -> tuple[Objective, int]:
     """The objective of linears that read the same input, stacked, and its tokens over all processes.
 
-    `tasks`: what reaches them, batch by batch. `scale`: see `measured`. ModelError where the inputs are not finite.
+    `tasks`: their inputs, batch by batch. `scale`: see `measured`. ModelError if the inputs are not finite.
     """
     guidance, total = student.guidance, 0
     objective = Objective(student.stacked_anchor(names), float(guidance.lam), guidance.intercepts, distributed)
@@ -44,11 +44,11 @@ def measured(
 ) -> tuple[Moments, int]:
     """The moments of one task, and the tokens of this process.
 
-    `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs where these are
-    added to the residual stream, so that their targets also compensate the drift of the stream; None elsewhere.
+    `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs if these are
+    added to the residual stream, so that their targets also compensate the drift of the stream; None otherwise.
     """
     measure, tokens, (out, width) = Measure(distributed), 0, expert.shape
-    # multiplications per token: 2 out width by way of the part, 3 / 2 width^2 by way of the drift
+    # multiplications per token: 2 out width with the part, 3 / 2 width^2 with the drift
     by_drift = guidance.teaches and scale is None and 4 * out > 3 * width
     for rows in batches:
         if by_drift:

@@ -1,9 +1,9 @@
-"""`pack=compressed_tensors`: integers as pack-quantized, FP8 as float-quantized, which transformers loads with nothing
-of ours installed (https://github.com/vllm-project/compressed-tensors).
+"""`pack=compressed_tensors`: integers as pack-quantized, FP8 as float-quantized, which transformers loads without
+epmq (https://github.com/vllm-project/compressed-tensors).
 
-vLLM 0.32 was tried on a CPU with decoders, BERT and CLIP. It loads unquantized checkpoints and 4 bits, in groups of 32,
-64 or 128 inputs or with one scale per row, symmetric or not. It refuses 3, 8 and mixed bits there: no kernel takes
-them. Its sources have kernels for 8 bits (Marlin) and for all widths (Humming) on CUDA only.
+vLLM 0.32 was tested on a CPU with decoders, BERT and CLIP. It loads unquantized checkpoints and 4 bits, in groups of
+32, 64 or 128 inputs or with one scale per row, symmetric or not. It has no CPU kernels for 3, 8 and mixed bits. Its
+sources have kernels for 8 bits (Marlin) and for all widths (Humming) on CUDA only.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class CompressedTensorsExporter(OpenClipPack):
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """See exporter.py. One group if all linears have the same format, else one for each.
 
-        `dequantize` makes transformers dequantize while it loads. It needs that for zero points and for FP8 in any
-        case: it fills tensors that the files lack, such as those of a pooler, with random numbers, which torch does not
-        draw in FP8. It must not do so with several formats, since it would take the first for all.
+        `dequantize` makes transformers dequantize while it loads. Zero points and FP8 always need it:
+        transformers fills tensors that the files lack, such as those of a pooler, with random numbers, which torch does
+        not draw in FP8. With several formats it must stay off, because transformers would use the first one for all.
         """
         formats = {name: weight.format for name, weight in weights.items()}
         if not formats:
@@ -100,8 +100,8 @@ class CompressedTensorsExporter(OpenClipPack):
             "ignore": [name for name in linears if name not in formats],
             "config_groups": groups,
         }
-        asked = len(kinds) == 1 and (dequantize or kinds[0].zero_points != "none" or is_fp8(kinds[0]))
-        return {**config, "dequantize": True} if asked else config
+        eager = len(kinds) == 1 and (dequantize or kinds[0].zero_points != "none" or is_fp8(kinds[0]))
+        return {**config, "dequantize": True} if eager else config
 
     def files(self, config: Mapping[str, Any]) -> dict[str, str]:
         """See exporter.py."""
@@ -130,7 +130,7 @@ def _packed_codes(name: str, weight: QuantizedWeight) -> list[Entry]:
 
 
 def _compression(format: NumberFormat) -> str:
-    """The name that compressed-tensors has for the way in which a format is stored."""
+    """The name of a format's storage in compressed-tensors."""
     return "float-quantized" if is_fp8(format) else "pack-quantized"
 
 
@@ -222,7 +222,7 @@ class CompressedTensorsLayout:
 def _unpacked(
     files: Tensors, name: str, format: NumberFormat, shape: torch.Size, groups: torch.Size
 ) -> tuple[Tensor, Tensor | None]:
-    """Integers (out, in) and their zero points (out, groups), or None without those."""
+    """Integers (out, in) and their zero points (out, groups); None without zero points."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     codes = unpack_from_int32(files.tensor(f"{name}.weight_packed"), format.bits, shape)

@@ -1,4 +1,4 @@
-"""`pack=dense`: the quantized weights dequantized, in the stored type: a plain transformers checkpoint.
+"""`pack=dense`: a plain transformers checkpoint with the quantized weights dequantized, in the stored type.
 
 For engines without kernels for packed weights, and for number formats that no packed checkpoint format holds.
 """
@@ -37,7 +37,7 @@ class DenseExporter(OpenClipPack):
         """See exporter.py."""
 
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
-        """See exporter.py. The stored type holds these weights exactly: `dequantize` has rounded them to it."""
+        """See exporter.py. The stored type holds these weights exactly: `dequantize` rounds them to it."""
         shape = tuple(weight.shape)
         return [Entry(f"{name}.weight", weight.dtype, shape, lambda: weight.dequantize().to(weight.dtype))]
 
@@ -65,5 +65,5 @@ class DenseLayout:
         return {f"{name}.weight": ExpectedTensor(tuple(shape))}
 
     def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> NoReturn:
-        """Nothing calls this, as `format_of` is None for every linear."""
+        """Never called, because `format_of` is None for every linear."""
         raise AssertionError(name)

@@ -28,8 +28,8 @@ def check_described(folder: Path) -> None:
     problems += [problem for name, info in files.infos.items() if (problem := layout_problem(name, info, expected))]
     if problems:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes another model than the files beside it hold: {problems[0]}; fetch "
-            "both again, or make them again with epmq run"
+            f"{folder / 'config.json'} describes another model than the files beside it: {problems[0]}; fetch "
+            "both again, or run epmq run again"
         )
 
 
@@ -41,22 +41,22 @@ def name_problems(model: nn.Module, files: SafetensorsFiles, expected: Mapping[s
 
 
 def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
-    """A phrase for each tensor that is not tied as config.json says.
+    """A phrase for each tensor whose ties differ from config.json.
 
     A stored copy that config.json ties must have the values of its source. This does not hold for output layers that no
-    setting unties, such as those of T5: transformers reads these as they are stored. A copy that config.json does not
+    setting unties, such as those of T5: transformers reads these from the files. A copy that config.json does not
     tie must be stored.
     """
     config, problems = read_json(folder, "config.json", ROLE), list[str]()
-    known = model_class(config, files.infos)
-    if known is None:
+    cls = model_class(config, files.infos)
+    if cls is None:
         return []
-    for copy, source in known.tieable.items():
-        stored, origin = (_stored(name, known, files) for name in (copy, source))
-        if copy not in known.tied and stored is None and origin is not None:
+    for copy, source in cls.tieable.items():
+        stored, origin = (_stored(name, cls, files) for name in (copy, source))
+        if copy not in cls.tied and stored is None and origin is not None:
             problems.append(f"{copy} is missing, which config.json does not tie to {source}")
-        settled = copy in known.tied and stored is not None and origin is not None
-        settled = settled and (copy not in known.outputs or untied_config(config, files.infos, [copy]) is not None)
+        settled = copy in cls.tied and stored is not None and origin is not None
+        settled = settled and (copy not in cls.outputs or untied_config(config, files.infos, [copy]) is not None)
         if settled and not equal((files, str(stored)), (files, str(origin))):
             problems.append(f"{stored} has other values than {origin}, to which config.json ties it")
     return problems
@@ -64,23 +64,23 @@ def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
 
 def lacking_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
     """A phrase for each tensor that the model class of a dense merge has and its files do not."""
-    known = model_class(read_json(folder, "config.json", ROLE), files.infos)
-    return [f"{name} is missing" for name in known.lacking(files.infos)] if known is not None else []
+    cls = model_class(read_json(folder, "config.json", ROLE), files.infos)
+    return [f"{name} is missing" for name in cls.lacking(files.infos)] if cls is not None else []
 
 
-def _stored(name: str, known: ModelClass, files: SafetensorsFiles) -> str | None:
+def _stored(name: str, cls: ModelClass, files: SafetensorsFiles) -> str | None:
     """The stored name of a tensor of the class, which may lack the prefix of its body or be an older name."""
-    names = {known.own_name(stored): stored for stored in files.infos}
-    return next((names[own] for own in (name, name.removeprefix(f"{known.prefix}.")) if own in names), None)
+    names = {cls.own_name(stored): stored for stored in files.infos}
+    return next((names[own] for own in (name, name.removeprefix(f"{cls.prefix}.")) if own in names), None)
 
 
 def layout_problem(name: str, info: TensorInfo, expected: Mapping[str, ExpectedTensor]) -> str | None:
-    """What is wrong with the shape or type of a stored tensor; None if nothing is, or the tensor is unknown."""
-    wanted = expected.get(name, ExpectedTensor(info.shape))
-    if info.shape != wanted.shape:
-        return f"{name} is {list(info.shape)}, config.json implies {list(wanted.shape)}"
-    if wanted.dtype not in (None, info.dtype):
-        return f"{name} is of type {info.dtype}, config.json implies {wanted.dtype}"
+    """The problem with the shape or type of a stored tensor; None if it has none, or if the tensor is unknown."""
+    tensor = expected.get(name, ExpectedTensor(info.shape))
+    if info.shape != tensor.shape:
+        return f"{name} is {list(info.shape)}, config.json implies {list(tensor.shape)}"
+    if tensor.dtype not in (None, info.dtype):
+        return f"{name} is of type {info.dtype}, config.json implies {tensor.dtype}"
     return None
 
 
@@ -95,12 +95,12 @@ def described_model(folder: Path, files: SafetensorsFiles) -> nn.Module:
     except Exception as error:  # a config may hold anything, and transformers checks little of it
         reason = first_line(error)
         raise CheckpointError(
-            f"{folder / 'config.json'} describes no model that transformers can make ({reason}); fetch it again"
+            f"{folder / 'config.json'} does not describe a model of transformers ({reason}); fetch it again"
         ) from error
 
 
 def expected_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, ExpectedTensor]:
-    """Every tensor of the model, stored as config.json says; `signed`: whether scales may be negative."""
+    """Every tensor of the model, as config.json stores it; `signed`: whether scales may be negative."""
     expected = {name: ExpectedTensor(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     layout = layout_of(folder)
     for name, module in model.named_modules():

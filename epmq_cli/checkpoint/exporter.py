@@ -1,7 +1,7 @@
 """The interface of a checkpoint format: an `Exporter` writes it (`pack=<name>`), a `Layout` reads it.
 
-They are two objects, because a checkpoint is read without the options of the run that wrote it: all that a layout knows
-is the folder's config.json (layouts.py). Code outside of this folder asks these two and never for the name of a format.
+They are two objects, because a checkpoint is read without the options of the run that wrote it: a layout reads only the
+folder's config.json (layouts.py). Code outside this folder uses these two and never the name of a format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from epmq_cli.store.safetensors_writer import Entry
 
 
 class Exporter(Protocol):
-    """How `epmq run` stores quantized weights. Everything else in a checkpoint is the same for all exporters."""
+    """Stores the quantized weights of `epmq run`. Everything else in a checkpoint is the same for all exporters."""
 
     packs: ClassVar[bool]
     """Whether weights stay packed in the checkpoint, so that a kernel can multiply with them."""
@@ -35,7 +35,7 @@ class Exporter(Protocol):
 
     @property
     def dtype(self) -> str:
-        """The type of scales and of all that is not quantized; `auto`: the type that most of the base is stored in."""
+        """The type of scales and of unquantized tensors; `auto`: the type of most of the base's elements."""
 
     @property
     def shard_size(self) -> object:
@@ -46,28 +46,28 @@ class Exporter(Protocol):
         """Whether CLIP models are written for open_clip as well (open_clip.py)."""
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
-        """ConfigError where the exporter cannot store these formats, or loaders do not take the family; called before
-        any model is opened. `formats`: those that a linear can get, none under `quant=none`."""
+        """ConfigError if the exporter cannot store these formats, or if loaders do not support the family; called
+        before any model is opened. `formats`: the possible formats of a linear, empty for `quant=none`."""
 
     def check_linears(
         self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
     ) -> None:
-        """ConfigError where the linears of a model cannot be stored; called before anything is calibrated. `linears`:
+        """ConfigError if the linears of a model cannot be stored; called before anything is calibrated. `linears`:
         the shape (out, in) of each weight that will be quantized, by module name."""
 
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
-        """The tensors that store the weight of a linear, each made when it is written."""
+        """The tensors that store the weight of a linear, each computed when it is written."""
 
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """The `quantization_config` of config.json; empty if readers need none. `dequantize`: whether transformers must
         dequantize while it loads, rather than when the model is first called."""
 
     def files(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """Further text files that loaders read, by name; `config`: what the method `config` returns."""
+        """Further text files that loaders read, by name; `config`: the result of the method `config`."""
 
 
 class Layout(Protocol):
-    """How the linears of a checkpoint are stored, by its config.json."""
+    """Reads the linears of a checkpoint as its config.json describes them."""
 
     scale: ClassVar[str]
     """The suffix of the tensor with the scales, which every quantized linear has; empty if none is quantized."""
@@ -82,34 +82,34 @@ class Layout(Protocol):
         """The tensors that store a quantized weight of this shape; `signed`: whether scales may be negative."""
 
     def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> QuantizedWeight:
-        """The quantized weight (out, in) of a linear; CheckpointError where its tensors do not fit config.json."""
+        """The quantized weight (out, in) of a linear; CheckpointError if its tensors do not fit config.json."""
 
 
 def finite(tensor: Tensor) -> str | None:
-    """What is wrong with the values of a tensor of any kind; None if nothing is."""
+    """The problem with the values of a tensor of any kind; None if it has none."""
     if not tensor.is_floating_point():
         return None
-    known = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not look into FP8
-    return None if known.isfinite().all() else "holds NaN or infinity"
+    values = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch has no isfinite for FP8
+    return None if values.isfinite().all() else "holds NaN or infinity"
 
 
 def signed_scale(tensor: Tensor) -> str | None:
-    """What is wrong with scales of either sign."""
+    """The problem with scales of either sign."""
     return finite(tensor) or (None if (tensor != 0).all() else "holds scales of 0")
 
 
 def positive_scale(tensor: Tensor) -> str | None:
-    """What is wrong with scales that must be positive."""
+    """The problem with scales that must be positive."""
     return finite(tensor) or (None if (tensor > 0).all() else "holds scales that are not above 0")
 
 
 def scale_check(format: NumberFormat, signed: bool) -> Callable[[Tensor], str | None]:
-    """The check of the scales of a format; negative ones are of use only if codes are not mirrored."""
+    """The check of the scales of a format; negative ones are useful only if codes are not mirrored."""
     return signed_scale if signed and not format.mirrored else positive_scale
 
 
 def equal_to(values: list[int], tensor: Tensor) -> str | None:
-    """What is wrong with a short tensor whose values are known."""
+    """The problem with a short tensor that must have these values."""
     return None if tensor.tolist() == values else f"is {tensor.tolist()}, config.json implies {values}"
 
 

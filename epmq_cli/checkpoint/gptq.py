@@ -6,8 +6,8 @@ The weight of a linear `name` (out, in) is stored as
 - `name.qzeros` int32 (groups, out * bits / 32): the zero points, packed along the outputs. `gptq` stores each minus
   one, `gptq_v2` stores it as it is;
 - `name.scales` (groups, out);
-- `name.g_idx` int32 (in,): the group of each input. A group of epmq is a run of neighbouring inputs, with
-  `quant.act_order` too; therefore `desc_act` is false.
+- `name.g_idx` int32 (in,): the group of each input. Groups of epmq are runs of neighbouring inputs, even
+  with `quant.act_order`, so `desc_act` is false.
 
 Readers of `gptq` add one to a stored zero point in a wider type, so that a zero point u = 0 comes back as 2^bits
 (https://github.com/ModelCloud/GPTQModel, convert_gptq_v1_to_v2_format_module). Groups without negative weights have
@@ -43,15 +43,15 @@ from epmq_cli.store.safetensors_writer import Entry
 METHOD = "gptq"
 FORMATS = ("gptq", "gptq_v2")
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-"""What GPTQModel loads."""
+"""The group sizes that GPTQModel loads."""
 OTHER = "use pack=compressed_tensors"
 BLOCK = re.compile(r"(.+?)\.\d+\.")
 
 
 @dataclass(frozen=True)
 class GptqExporter(Pack):
-    """`pack=gptq`. `dtype`: float16 or bfloat16, since the kernels calculate in these. `format`: how zero points are
-    stored. `damping`: that of the quantizer, which quantize_config.json repeats; None if it has none."""
+    """`pack=gptq`. `dtype`: float16 or bfloat16, the types of the kernels. `format`: the storage of zero points.
+    `damping`: the quantizer's damping for quantize_config.json; None if it has none."""
 
     format: str
     damping: float | None
@@ -71,7 +71,7 @@ class GptqExporter(Pack):
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
         if not formats:
-            raise ConfigError("pack=gptq stores quantized weights, and there are none; use pack=dense")
+            raise ConfigError("pack=gptq stores quantized weights, but no weight is quantized; use pack=dense")
         if family.reads != "texts":
             raise ConfigError(f"pack=gptq is loaded for text models only, this family reads {family.reads}; {OTHER}")
         if len(formats) > 1:
@@ -132,7 +132,7 @@ class GptqExporter(Pack):
         ]
 
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
-        """See exporter.py. `block_name_to_quantize` tells transformers which linears are packed."""
+        """See exporter.py. `block_name_to_quantize` names the modules whose linears are packed."""
         format = next(iter(weights.values())).format
         damping = {} if self.damping is None or not 0 < self.damping < 1 else {"damp_percent": self.damping}
         return {
@@ -156,8 +156,8 @@ class GptqExporter(Pack):
 
 @dataclass(frozen=True)
 class GptqLayout:
-    """The linears in the blocks under `prefix`, all in one format; `zeros`: one of `FORMATS`, how zero points are
-    stored."""
+    """The linears in the blocks under `prefix`, all in one format; `zeros`: the storage of zero points, one of
+    `FORMATS`."""
 
     format: IntFormat
     zeros: str
@@ -209,7 +209,7 @@ class GptqLayout:
         return unmirrored(weight) if self._mirrors else weight
 
     def _zeros_problem(self, rows: int, qzeros: Tensor) -> str | None:
-        """What is wrong with the zero points of a format without them."""
+        """The problem with the zero points of a symmetric format, which must be 0."""
         zero = unpacked(qzeros, self.format.bits, (len(qzeros), rows), 1) + (self.zeros == "gptq")
         return None if self._asymmetric or not zero.any() else "holds zero points, config.json implies none"
 
@@ -287,4 +287,4 @@ def _index_problem(size: int, tensor: Tensor) -> str | None:
 
 def blocks_of(names: Iterable[str]) -> list[str]:
     """The modules that hold the blocks of these linears, such as `model.layers`."""
-    return sorted({found[1] for name in names if (found := BLOCK.match(name))})
+    return sorted({match[1] for name in names if (match := BLOCK.match(name))})

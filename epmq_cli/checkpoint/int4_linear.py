@@ -7,7 +7,7 @@ z = -zero scale. Integers of 2 and 3 bits are stored in 4 bits. A wider group, o
 with the same pair.
 
 Inputs and pairs are rounded to bfloat16. The CPU kernel also takes float32, but is not vectorized there: it is 13 to 60
-times slower than a dense matrix, so use dense weights where they must be exact.
+times slower than a dense matrix, so use dense weights if results must be exact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAPABILITY = (8, 0)
 
 
 def obstacle(format: NumberFormat, shape: torch.Size, device: torch.device) -> str | None:
-    """Why the kernel does not take a weight of this shape and format; None if it does."""
+    """Why the kernel does not support a weight of this shape and format; None if it does."""
     rows, shared = shape[0], group_columns(format, shape[1])
     if not isinstance(format, IntFormat):
         return f"its format is {format.name}, the kernel takes integers"
@@ -47,9 +47,10 @@ def kernel_group(shared: int) -> int | None:
 
 
 class Int4Linear(nn.Module):
-    """A linear whose weight stays packed in 4 bits while it multiplies. It stays on the device on which it is made.
+    """A linear whose weight stays packed in 4 bits while it multiplies. It stays on the device of the weight.
 
-    `weight` (out, in) has no `obstacle`; `bias` (out,). Inputs have any floating type; outputs have the same.
+    `weight` (out, in): `obstacle` must be None for it. `bias` (out,). Inputs have any floating type; outputs have the
+    same.
     """
 
     weight = None  # T5's feed-forward converts its input to the type of the weight if there is one
@@ -71,27 +72,27 @@ class Int4Linear(nn.Module):
         packed, pairs = self.get_buffer("packed"), self.get_buffer("pairs").bfloat16()  # model.to() may have changed it
         rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
         multiply = torch.ops.aten._weight_int4pack_mm if packed.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
-        found: Tensor = multiply(rows, packed, self.group, pairs).to(x.dtype)
+        output: Tensor = multiply(rows, packed, self.group, pairs).to(x.dtype)
         if self.bias is not None:
-            found = found + self.bias
-        return found.reshape(*x.shape[:-1], self.out_features)
+            output = output + self.bias
+        return output.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """The sizes, for print."""
+        """The sizes that print shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, group={self.group}"
 
 
 def for_cpu(unsigned: Tensor) -> Tensor:
     """Codes 0..15 (out, in) in the order of the CPU kernel: uint8 (out, in / 2)."""
-    found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.int(), 1)  # the 1 has no effect
-    return found
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.int(), 1)  # the 1 has no effect
+    return packed
 
 
 def for_cuda(unsigned: Tensor) -> Tensor:
     """Codes 0..15 (out, in) in the order of the CUDA kernel: int32 (out / 8, in / (16 tiles), 32, tiles / 2)."""
     tiles = next(count for count in TILES if unsigned.shape[1] % (16 * count) == 0)
-    found: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs_of(unsigned), tiles)
-    return found
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs_of(unsigned), tiles)
+    return packed
 
 
 def pairs_of(unsigned: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has, by the `quantization_config` of its config.json."""
+"""Chooses the layout of a checkpoint by the `quantization_config` of its config.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS: dict[str, Callable[[Path, Mapping[str, Any]], Layout]] = {
 
 
 def layout_of(folder: Path) -> Layout:
-    """The layout of a checkpoint folder; CheckpointError where its config.json has one that epmq does not write."""
+    """The layout of a checkpoint folder; CheckpointError if epmq did not write its quantization_config."""
     quantization = read_json(folder, "config.json", "checkpoint").get("quantization_config")
     if quantization is None:
         return DenseLayout()

@@ -1,4 +1,4 @@
-"""Loads a checkpoint as a model of transformers; linears that the int4 kernel takes stay packed."""
+"""Loads a checkpoint as a model of transformers; linears that the int4 kernel supports stay packed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def load(
     """The model of a checkpoint folder that epmq wrote, in evaluation mode.
 
     `device`: auto, cpu, cuda or cuda:<index>. `dtype`: the type of dense weights and of activations; float32 on the CPU
-    and bfloat16 on a GPU if not given. `kernel`: `auto` multiplies with packed weights where the int4 kernel takes
-    them, and dequantizes the others, such as FP8; `int4` refuses a checkpoint with a linear that the kernel does not
-    take; `dequantize` makes all weights dense. Tensors are read one by one. Weights that stay packed are never dense in
-    memory. ConfigError: the kernel is refused. CheckpointError: the folder is not a checkpoint of epmq.
+    and bfloat16 on a GPU by default. `kernel`: `auto` multiplies with packed weights if the int4 kernel
+    supports them, and dequantizes the others, such as FP8; `int4` requires that the kernel supports all quantized
+    linears; `dequantize` makes all weights dense. Tensors are read one by one. Weights that stay packed are never dense
+    in memory. ConfigError if the kernel cannot be used. CheckpointError if epmq did not write the folder.
     """
     from transformers import GenerationConfig
 
@@ -73,9 +73,9 @@ def load(
 
 
 def refuse(obstacles: Mapping[str, str | None]) -> None:
-    """ConfigError if no linear is quantized, or the int4 kernel does not take one of them (`obstacle`)."""
+    """ConfigError if no linear is quantized, or if the int4 kernel does not support one of them (`obstacle`)."""
     if not obstacles:
-        raise ConfigError("kernel=int4 needs quantized linears and there are none; use kernel=auto")
+        raise ConfigError("kernel=int4 needs quantized linears, but the model has none; use kernel=auto")
     for name, reason in obstacles.items():
         if reason is not None:
             raise ConfigError(f"kernel=int4 cannot take {name}: {reason}; use kernel=auto, which dequantizes it")
@@ -83,11 +83,11 @@ def refuse(obstacles: Mapping[str, str | None]) -> None:
 
 def kernels(model: nn.Module) -> dict[str, int]:
     """The number of packed linears and of dense ones."""
-    found = {"int4": 0, "dense": 0}
+    counts = {"int4": 0, "dense": 0}
     for module in model.modules():
-        found["int4"] += isinstance(module, Int4Linear)
-        found["dense"] += isinstance(module, nn.Linear)
-    return found
+        counts["int4"] += isinstance(module, Int4Linear)
+        counts["dense"] += isinstance(module, nn.Linear)
+    return counts
 
 
 def model_config(folder: Path, files: SafetensorsFiles) -> Any:
@@ -107,18 +107,18 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
 
     names = read_json(folder, "config.json", "checkpoint").get("architectures") or ["none"]
     name = str(names[0] if isinstance(names, list) else names)
-    found = getattr(importlib.import_module("transformers"), name, None)
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+    cls = getattr(importlib.import_module("transformers"), name, None)
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise CheckpointError(f"{folder / 'config.json'} names {name}, which transformers does not have")
-    poolerless = "add_pooling_layer" in inspect.signature(found).parameters and not any(
+    poolerless = "add_pooling_layer" in inspect.signature(cls).parameters and not any(
         name.startswith("pooler.") for name in files.infos
     )
-    model: nn.Module = found(config, add_pooling_layer=False) if poolerless else found(config)
+    model: nn.Module = cls(config, add_pooling_layer=False) if poolerless else cls(config)
     return model
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter on the meta device. Buffers, such as rotary frequencies, are made as usual."""
+    """The parameter on the meta device. Buffers, such as rotary frequencies, keep their memory."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
@@ -135,7 +135,9 @@ def _quantized_linears(
         if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
             format = layout.format_of(name)
             if format is None:
-                raise CheckpointError(f"{folder / 'config.json'} does not say how {name} is packed; run epmq run again")
+                raise CheckpointError(
+                    f"{folder / 'config.json'} does not describe the packing of {name}; run epmq run again"
+                )
             formats[name] = format
     return formats
 
@@ -143,15 +145,13 @@ def _quantized_linears(
 def _fill(folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Assigns tensors to the parameters of a model; CheckpointError if they do not fit, or one is missing."""
     try:
-        found = model.load_state_dict(tensors, strict=False, assign=True)
+        keys = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().removesuffix(".")  # a shape
         raise CheckpointError(f"{folder} does not fit its config.json ({reason}); see epmq verify") from error
-    model.tie_weights(missing_keys=set(found.missing_keys))
+    model.tie_weights(missing_keys=set(keys.missing_keys))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise CheckpointError(f"{folder} has no tensor {missing[0]}; run epmq run again")
-    if found.unexpected_keys:
-        raise CheckpointError(
-            f"{folder} has a tensor that its model lacks: {found.unexpected_keys[0]}; see epmq verify"
-        )
+    if keys.unexpected_keys:
+        raise CheckpointError(f"{folder} has a tensor that its model lacks: {keys.unexpected_keys[0]}; see epmq verify")

@@ -3,8 +3,8 @@
     open_clip.create_model_and_transforms("local-dir:checkpoint/open_clip")
     open_clip.create_model_and_transforms(MODEL, pretrained="checkpoint/open_clip/open_clip_model.safetensors")
 
-MODEL is `model_name` in open_clip_config.json, which is there if open_clip has a model of this architecture. The
-weights are dense: merged and, where the checkpoint has them quantized, dequantized.
+MODEL is `model_name` in open_clip_config.json, which exists if open_clip has a model of this architecture. The
+weights are dense; quantized ones are dequantized.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
 FOLDER = "open_clip"
 
 Entries = Mapping[str, Entry]
-"""The tensors of a CLIPModel by name, each made when it is written."""
+"""The tensors of a CLIPModel by name, each computed when it is written."""
 
 
 def check_family(family: Family, name: str) -> None:
-    """ConfigError where models of a family cannot be written for open_clip."""
+    """ConfigError if models of a family cannot be written for open_clip."""
     if not isinstance(family.architecture, Clip):
         raise ConfigError(f"pack.open_clip=true needs suite.family clip or open_clip, got {name}")
 
@@ -54,7 +54,7 @@ def check_base(base: ModelFolder) -> None:
 
 
 def open_clip_config(folder: Path) -> dict[str, Any]:
-    """The open_clip_config.json for a folder with a CLIPModel; NotExpressibleError if open_clip has no such model."""
+    """The open_clip_config.json for a folder with a CLIPModel; NotExpressibleError if open_clip cannot express it."""
     from transformers import AutoImageProcessor
 
     config = config_of(folder)
@@ -82,16 +82,16 @@ def _own_tokenizer(folder: Path) -> Any | None:
 
 
 def also_open_clip(
-    wanted: bool, save_others: Callable[[Path], None], entries_of: Callable[[Path], Entries]
+    enabled: bool, save_others: Callable[[Path], None], entries_of: Callable[[Path], Entries]
 ) -> Callable[[Path], None]:
-    """`save_others`, which writes further files of a checkpoint; if `wanted` (pack.open_clip), followed by
-    `write_open_clip`."""
+    """`save_others`, which writes further files of a checkpoint, followed by `write_open_clip` if `enabled`
+    (pack.open_clip)."""
 
     def save(checkpoint: Path) -> None:
         save_others(checkpoint)
         write_open_clip(entries_of, checkpoint)
 
-    return save if wanted else save_others
+    return save if enabled else save_others
 
 
 def write_open_clip(entries_of: Callable[[Path], Entries], checkpoint: Path) -> None:
@@ -121,9 +121,9 @@ def dequantized_entries(
     entries = {}
     for name, tensor in model.state_dict().items():
         weight = weights.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        made = tensor.to if weight is None else partial(_dequantized, weight)
+        convert = tensor.to if weight is None else partial(_dequantized, weight)
         kind = dtype if tensor.is_floating_point() else tensor.dtype
-        entries[name] = Entry(name, kind, tuple(tensor.shape), partial(made, kind))
+        entries[name] = Entry(name, kind, tuple(tensor.shape), partial(convert, kind))
     return entries
 
 
@@ -132,7 +132,7 @@ def _dequantized(weight: QuantizedWeight | DenseWeight, dtype: torch.dtype) -> T
 
 
 def stored_entries(checkpoint: Path) -> Entries:
-    """The tensors of a dense checkpoint, each read when it is written again."""
+    """The tensors of a dense checkpoint, each read when it is copied."""
     folder, types = ModelFolder(checkpoint, "checkpoint"), {name: dtype for dtype, name in NAMES.items()}
     return {
         name: Entry(name, types[info.dtype], info.shape, partial(folder.tensor, name))
@@ -141,15 +141,15 @@ def stored_entries(checkpoint: Path) -> Entries:
 
 
 def _entry(tensor: Fused, parts: list[Entry]) -> Entry:
-    """The entry of a tensor of open_clip, made of the entries of CLIPModel's tensors."""
+    """The entry of a tensor of open_clip, computed from the entries of CLIPModel's tensors."""
     dtype = reduce(torch.promote_types, [part.dtype for part in parts])
     shape = parts[0].shape[::-1] if tensor.transposed else parts[0].shape
     if len(parts) > 1:
         shape = (sum(part.shape[0] for part in parts), *shape[1:])
-    return Entry(tensor.name, dtype, shape, partial(_made, parts, tensor.transposed, dtype))
+    return Entry(tensor.name, dtype, shape, partial(_fused_tensor, parts, tensor.transposed, dtype))
 
 
-def _made(parts: list[Entry], transposed: bool, dtype: torch.dtype) -> Tensor:
+def _fused_tensor(parts: list[Entry], transposed: bool, dtype: torch.dtype) -> Tensor:
     tensors = [part.make().to(dtype) for part in parts]
     if len(tensors) > 1:
         return torch.cat(tensors)

@@ -40,17 +40,17 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
     missing = [task for task in heads if task not in stored]
     if missing:
         raise CheckpointError(f"{path} has no head for task {missing[0]}; its tasks are {', '.join(sorted(stored))}")
-    wanted = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in heads}
+    own = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in heads}
     infos = SafetensorsFiles(path, "checkpoint").infos
-    problems = head_problems({name: infos[name] for name in wanted}, heads, family, config_of(checkpoint))
+    problems = head_problems({name: infos[name] for name in own}, heads, family, config_of(checkpoint))
     problem = next(problems, None) or next(
-        (f"{name} holds NaN or infinity" for name, tensor in wanted.items() if not is_finite(tensor)), None
+        (f"{name} holds NaN or infinity" for name, tensor in own.items() if not is_finite(tensor)), None
     )
     if problem:
         raise CheckpointError(
             f"{path} does not hold the heads of this model: {problem}; fetch it again, or run epmq run again"
         )
-    for name, tensor in wanted.items():
+    for name, tensor in own.items():
         task, _, part = name.rpartition(".")
         heads[task][part] = tensor
     return heads
@@ -69,8 +69,9 @@ def head_problems(
             yield f"{name} is not a part of a head"
         elif info.dtype != STORED:
             yield f"{name} is of type {info.dtype}, epmq writes {STORED}"
-        elif not info.shape or info.shape != (wanted := _shape(infos, task, part, width, info)):
-            yield f"{name} is {list(info.shape)}, config.json implies {list(wanted) if info.shape else 'another shape'}"
+        elif not info.shape or info.shape != (expected := _shape(infos, task, part, width, info)):
+            implied = list(expected) if info.shape else "another shape"
+            yield f"{name} is {list(info.shape)}, config.json implies {implied}"
 
 
 def _needed(infos: Mapping[str, TensorInfo], name: str) -> bool:
@@ -79,8 +80,8 @@ def _needed(infos: Mapping[str, TensorInfo], name: str) -> bool:
 
 
 def _shape(infos: Mapping[str, TensorInfo], task: str, part: str, width: int, info: TensorInfo) -> tuple[int, ...]:
-    """The shape that a part must have. A linear has any number of rows, and the inputs that the layer in front of it
-    gives, or the features; its bias is of its rows; a norm behind the dense layer is of that layer's rows."""
+    """The shape that a part must have. A linear has any number of rows; its inputs are the outputs of the layer in
+    front of it, or the features. Its bias has its rows. A norm behind the dense layer has that layer's rows."""
     prefix = DENSE if part.startswith((DENSE, NORM)) else ""
     if part.endswith("bias") or part.startswith(NORM):
         return (_rows(infos, f"{task}.{prefix}weight"),)

@@ -1,6 +1,6 @@
 """Writes the checkpoint folder of `epmq run`: the model's tensors, its config, heads, processors, record and card.
 
-The folder appears under its name in one step, when all of its files are on disk.
+The folder gets its name in one step, when all of its files are on disk.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from epmq_cli.store.manifest import files_within, write_manifest
 from epmq_cli.store.safetensors_writer import Entry, check_finite, write_model
 
 HEADS = "heads/heads.safetensors"
-"""In a folder of its own, since vLLM reads every .safetensors file beside config.json as a part of the model."""
+"""In a separate folder, because vLLM reads every .safetensors file beside config.json as a part of the model."""
 OLD_HEADS = "heads.safetensors"
-"""Where earlier versions of epmq wrote the heads."""
+"""The file that earlier versions of epmq wrote the heads to."""
 RECORD = "epmq.json"
 
 
@@ -38,10 +38,10 @@ RECORD = "epmq.json"
 class Contents:
     """The contents of a checkpoint.
 
-    `exporter`: how quantized weights are stored. `model`: the student as the walk left it. `weights`: the weights of
+    `exporter`: stores quantized weights. `model`: the student after the walk. `weights`: the weights of
     its blocks' linears by module name, quantized or dense. `dequantize`: see Exporter.config. `heads`: the tensors of
     each task's head. `base`: the folder whose config and processor files are copied. `texts`: further files by name.
-    `dtype`: the type of all that is not quantized. `changes`: the entries of config.json that differ from the base's.
+    `dtype`: the type of unquantized tensors. `changes`: the entries of config.json that differ from the base's.
     `save_others`: writes further files and folders into the checkpoint folder.
     """
 
@@ -85,14 +85,14 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
 def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
     """Yields a folder to write into, which gets its name when the block ends and all files are on disk.
 
-    The manifest is written last; files that the block puts into the dict are not hashed again for it. If the block
-    fails, nothing is left behind. CheckpointError: the disk is full or read-only."""
-    known: dict[str, Content] = {}
+    The manifest is written last; files whose contents the block puts into the dict are not hashed again. If the block
+    fails, nothing is left behind. CheckpointError if the disk is full or read-only."""
+    hashed: dict[str, Content] = {}
     try:
         with atomic_folder(folder) as temporary:
-            yield temporary, known
-            write_manifest(temporary, known)
-    except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by who writes
+            yield temporary, hashed
+            write_manifest(temporary, hashed)
+    except (OSError, SafetensorError) as error:  # a full disk raises either of them
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}); free some space or choose another out"
         ) from error
@@ -100,13 +100,13 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Content]]]:
 
 def write_checkpoint(folder: Path, contents: Contents, shard_bytes: int) -> None:
     """Writes the complete checkpoint folder, or nothing; CheckpointError if the disk is full or read-only."""
-    with whole(folder) as (temporary, known):
-        known |= write_model(temporary, entries(contents), shard_bytes)
+    with whole(folder) as (temporary, hashed):
+        hashed |= write_model(temporary, entries(contents), shard_bytes)
         _write_others(temporary, contents)
 
 
 def _write_others(folder: Path, contents: Contents) -> None:
-    """Writes everything but the model's tensors."""
+    """Writes everything except the model's tensors."""
     heads = {
         f"{task}.{part}": t.cpu().contiguous() for task, head in contents.heads.items() for part, t in head.items()
     }
@@ -119,7 +119,7 @@ def _write_others(folder: Path, contents: Contents) -> None:
     config |= contents.changes
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    if "vocab_size" in config:  # larger than the base's where vocabularies were padded
+    if "vocab_size" in config:  # larger than the base's if vocabularies are padded
         own: Any = contents.model.config
         config["vocab_size"] = own.vocab_size
     texts = dict(contents.texts)

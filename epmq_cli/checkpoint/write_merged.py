@@ -36,21 +36,21 @@ def write_dense(
     Tensors keep the base's types unless `pack.dtype` names another. `files`: the base's processor files, which are
     copied. `save_others`: writes further files and folders into the checkpoint folder.
 
-    Copies that are tied in the result are not written; copies that are tied only in the base are. config.json says
-    which are tied, and has the type of most elements. CheckpointError: the disk is full or read-only; then nothing is
+    Copies that are tied in the result are not written; copies that are tied only in the base are. config.json
+    states the ties and the type of most elements. CheckpointError if the disk is full or read-only; then nothing is
     left behind.
     """
     base = models.base
     entries = _entries(base, merged, models.ties, exporter.dtype)
     steps = iter(track(entries, "merge"))
 
-    def counted(entry: Entry) -> torch.Tensor:
+    def make(entry: Entry) -> torch.Tensor:
         next(steps)
         return entry.make()
 
-    with whole(folder) as (partly, known):
-        shown = [Entry(e.name, e.dtype, e.shape, partial(counted, e)) for e in entries]
-        known |= write_model(partly, shown, bytes_of("pack.shard_size", exporter.shard_size))
+    with whole(folder) as (partly, hashed):
+        tracked = [Entry(e.name, e.dtype, e.shape, partial(make, e)) for e in entries]
+        hashed |= write_model(partly, tracked, bytes_of("pack.shard_size", exporter.shard_size))
         config = _config(models, written_dtype(merged.source, exporter.dtype))
         (partly / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         files.copy(partly)
@@ -67,7 +67,7 @@ def _config(models: SuiteModels, dtype: torch.dtype) -> dict[str, Any]:
     return config if size is None else with_vocabulary(config, size)
 
 
-def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, wanted: str) -> list[Entry]:
+def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, option: str) -> list[Entry]:
     """The tensors to write: those of the base's files in their order, then those that the files do not hold."""
     source = merged.source
     names = {source.stored_name(name): name for name in source.names}
@@ -75,22 +75,22 @@ def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, wanted: str) -> l
     for stored in [*base.infos, *(name for name in names if name not in base.infos)]:
         name = names.get(stored)
         if name is not None:
-            dtype = _type(base, source.read_name(name), wanted)
+            dtype = _type(base, source.read_name(name), option)
             entries.append(Entry(stored, dtype, source.shape(name), partial(merged.stored, name, dtype)))
         elif stored not in ties.dropped:
-            dtype = _type(base, stored, wanted)
+            dtype = _type(base, stored, option)
             entries.append(Entry(stored, dtype, base.infos[stored].shape, partial(_unmerged, base, stored, dtype)))
     return entries
 
 
-def _type(base: ModelFolder, stored: str, wanted: str) -> torch.dtype:
-    """The type to write a tensor of the base in; `wanted`: `pack.dtype`."""
+def _type(base: ModelFolder, stored: str, option: str) -> torch.dtype:
+    """The type to write a tensor of the base in; `option`: `pack.dtype`."""
     types = {name: dtype for dtype, name in NAMES.items()}
     kind = base.infos[stored].dtype
     if kind not in types:
         raise ModelError(f"base: {stored} is of type {kind}, epmq writes {', '.join(types)}")
     own = types[kind]
-    chosen: torch.dtype = own if wanted == "auto" or not own.is_floating_point else getattr(torch, wanted)
+    chosen: torch.dtype = own if option == "auto" or not own.is_floating_point else getattr(torch, option)
     return chosen
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-"""The variable with which Hydra, and epmq, show tracebacks."""
+"""The variable that makes Hydra and epmq print tracebacks."""
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and Hydra's options with their values: Hydra itself takes no overrides behind an option."""
+    """Overrides, and Hydra's options with their values: Hydra itself accepts no overrides after an option."""
     overrides, flags = [], []
     rest = iter(arguments)
     for argument in rest:

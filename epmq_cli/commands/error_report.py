@@ -1,4 +1,4 @@
-"""How a command reports an error: one sentence and an exit status, the traceback in run.log."""
+"""Reports an error of a command: one sentence, an exit status, and the traceback in run.log."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ DISK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 
 PLACE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-"""What a disk or a folder says, by no fault of epmq's."""
+"""Error numbers of full or broken disks and of unusable paths, which are not bugs of epmq."""
 
 
 PERMIT = "change its permissions, or choose another"
 
 
-REMEDY = "make room there, or choose another out"
+REMEDY = "free some space there, or choose another out"
 
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
-"""Of sweeps: the extra that each comes with."""
+"""The pip extra of each launcher of sweeps."""
 
 
 MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
@@ -47,7 +47,7 @@ MISTAKES = (EpmqError, HydraException, OmegaConfBaseException, OSError)
 
 
 class Ended(BaseException):
-    """What ended a job, on its way past Hydra, which would print a line of its own."""
+    """Carries the error of a job past Hydra, which would otherwise print its own line."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -55,8 +55,8 @@ class Ended(BaseException):
 
 
 def report(error: Exception, arguments: Sequence[str]) -> int:
-    """Prints what went wrong in one sentence; the exit status. Every process of a run finds the same mistakes in the
-    config, so only the first one prints those."""
+    """Prints the error in one sentence. Returns the exit status. All processes of a run raise the same config errors,
+    so only the first one prints those."""
     error = _behind(error)
     if distributed.is_main() or not isinstance(error, (ConfigError, HydraException)):
         complain(format_error(error, "".join(arguments[:1]), arguments[1:]))
@@ -64,23 +64,22 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _behind(error: Exception) -> Exception:
-    """What the system said, where a library says in its own words that a file could not be opened, as logging does."""
+    """The system's error if a library wraps it in a ValueError, as logging does; otherwise the error itself."""
     cause = error.__cause__
     return cause if isinstance(error, ValueError) and isinstance(cause, OSError) else error
 
 
 def defect(error: Exception) -> str:
-    """What is said of an exception that nobody foresaw."""
+    """The message for an unexpected exception."""
     reason = (str(error).splitlines() or [""])[0]
     return (
-        f"this is a defect of epmq, not of your input ({type(error).__name__}{': ' * bool(reason)}{reason}); "
-        "run the same again with --debug and report what it prints"
+        f"this is a bug in epmq, not in your input ({type(error).__name__}{': ' * bool(reason)}{reason}); "
+        "run the same command with --debug and report its output"
     )
 
 
 def format_error(error: Exception, command: str = "", arguments: Sequence[str] = ()) -> str:
-    """The error as one sentence that says what exists where the user named something that does not, and of a defect
-    that it is one."""
+    """The error as one sentence. Lists the existing names if a name is unknown, and marks internal errors as bugs."""
     text = str(error)
     if lacks_memory(error):
         return "there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size"
@@ -91,15 +90,15 @@ def format_error(error: Exception, command: str = "", arguments: Sequence[str] =
     if isinstance(error, OSError) and error.errno in (*DISK, *PLACE):
         return f"{error.filename or 'the disk'} cannot be written or read ({error.strerror}); {REMEDY}"
     if isinstance(error, OSError) and error.strerror:
-        return f"the system says of {error.filename or 'a file'}: {error.strerror}"
+        return f"{error.filename or 'a file'} cannot be used ({error.strerror})"
     if isinstance(error, MissingConfigException) and (option := re.search(r"Could not find '(.+)/(.+)'", text)):
         if option[1] == "hydra/launcher" and option[2] in LAUNCHERS:
             extra = LAUNCHERS[option[2]]
             return f"hydra/launcher={option[2]} is not installed; get it with pip install 'epmq-cli[{extra}]'"
-        known = ", ".join(re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M))
-        given = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
-        own = "" if given else "; to use one of your own, add --config-dir FOLDER"
-        return f"{option[1]}={option[2]} does not exist; the options are {known} (see epmq list {option[1]}){own}"
+        names = ", ".join(re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M))
+        has_dir = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
+        own = "" if has_dir else "; to use one of your own, add --config-dir FOLDER"
+        return f"{option[1]}={option[2]} does not exist; the options are {names} (see epmq list {option[1]}){own}"
     if key := re.match(r"Could not override '([^']+)'", text):
         try:
             _check_key(key[1], command, arguments)
@@ -110,7 +109,7 @@ def format_error(error: Exception, command: str = "", arguments: Sequence[str] =
 
 
 def _check_key(key: str, command: str, arguments: Sequence[str]) -> None:
-    """ConfigError with what exists beside a key that does not, in the config as it is without it."""
+    """Raises ConfigError with the existing keys if a key does not exist in the config without it."""
     parent, _, name = key.rpartition(".")
     others = [a for a in arguments if "=" in a and not a.startswith(("-", key))]
     try:
@@ -124,7 +123,7 @@ def _check_key(key: str, command: str, arguments: Sequence[str]) -> None:
 
 
 def log_errors(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """The job of a command with what ends it in run.log: a mistake as its sentence, a defect with its traceback."""
+    """Wraps the job of a command. Logs its error to run.log: a user error as a sentence, a bug with its traceback."""
 
     @wraps(command)
     def wrapped(cfg: DictConfig) -> None:
@@ -139,13 +138,13 @@ def log_errors(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], 
                 log.exception("the job ends here")
             if HydraConfig.get().mode == RunMode.RUN:
                 raise Ended(error) from error
-            raise  # to the sweep, which goes on with its other jobs
+            raise  # to the sweep, which continues with its other jobs
 
     return wrapped
 
 
 def _forget() -> None:
-    """Removes what Hydra has written down of the config."""
+    """Removes the copies of the config that Hydra wrote."""
     hydra = HydraConfig.get()
     shutil.rmtree(Path(hydra.runtime.output_dir) / str(hydra.output_subdir), ignore_errors=True)
     if hydra.mode == RunMode.MULTIRUN:

@@ -40,9 +40,9 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         family, model, tasks = reload.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
         micro = micro_batcher(evaluation.batch_size)
-        found = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, micro=micro)
+        scores = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, micro=micro)
     measured = {
-        "scores": metrics_json.by_task(found, suite.metrics),
+        "scores": metrics_json.by_task(scores, suite.metrics),
         "kernels": kernels(model),
         "stages": stages.records,
     }

@@ -20,8 +20,8 @@ def folder_name(overrides: str) -> str:
     name = UNSAFE.sub("_", overrides)
     if name == overrides and len(name.encode()) <= LONGEST and not name.startswith("."):
         return name
-    kept = name.lstrip(".").encode()[:READABLE].decode(errors="ignore")
-    return f"{kept}-{hashlib.sha256(overrides.encode()).hexdigest()[:DIGITS]}"
+    readable = name.lstrip(".").encode()[:READABLE].decode(errors="ignore")
+    return f"{readable}-{hashlib.sha256(overrides.encode()).hexdigest()[:DIGITS]}"
 
 
 def register() -> None:

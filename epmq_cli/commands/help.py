@@ -55,9 +55,9 @@ def show(command: str) -> None:
         line.strip(" -").split(": ") for line in _part(primary, "defaults:", "\n\n").splitlines() if ": " in line
     )
     pages = [EXAMPLES[command], "groups: choose with group=option; * is the default"]
-    known = options([conf_dir()])
+    names_of = options([conf_dir()])
     for group, default in chosen.items():
-        names = "  ".join(f"{name}{'*' if name == default else ''}" for name in known[group])
+        names = "  ".join(f"{name}{'*' if name == default else ''}" for name in names_of[group])
         pages.append(
             fill(names, WIDTH, break_on_hyphens=False, initial_indent=f"  {group:<10} ", subsequent_indent=" " * 13)
         )

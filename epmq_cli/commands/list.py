@@ -23,19 +23,19 @@ def main(arguments: list[str]) -> None:
     for folder in folders:
         if not folder.is_dir():
             sys.exit(f"epmq: --config-dir {folder} is not a folder")
-    found = options(folders)
-    if chosen.group is not None and chosen.group not in found:
-        sys.exit(f"epmq: there is no group {chosen.group!r}; the groups are {', '.join(found)}")
-    show({chosen.group: found[chosen.group]} if chosen.group else found)
+    groups = options(folders)
+    if chosen.group is not None and chosen.group not in groups:
+        sys.exit(f"epmq: unknown group {chosen.group!r}; the groups are {', '.join(groups)}")
+    show({chosen.group: groups[chosen.group]} if chosen.group else groups)
 
 
 def options(folders: list[Path]) -> dict[str, dict[str, str]]:
     """group -> option -> summary, for every YAML one level down; in a group, shipped options come first."""
-    found: dict[str, dict[str, str]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for folder in folders:
         for path in sorted(folder.glob("*/*.yaml")):
-            found.setdefault(path.parent.name, {}).setdefault(path.stem, summary(path))
-    return dict(sorted(found.items()))
+            groups.setdefault(path.parent.name, {}).setdefault(path.stem, summary(path))
+    return dict(sorted(groups.items()))
 
 
 def summary(path: Path) -> str:
@@ -52,9 +52,9 @@ def summary(path: Path) -> str:
     return comments[1] if len(comments) > 1 else ""
 
 
-def show(found: dict[str, dict[str, str]]) -> None:
+def show(groups: dict[str, dict[str, str]]) -> None:
     """Prints a table as wide as the terminal; without a terminal one line for each option."""
-    rows = [(f"{group}={option}", text) for group, summaries in found.items() for option, text in summaries.items()]
+    rows = [(f"{group}={option}", text) for group, summaries in groups.items() for option, text in summaries.items()]
     if not console.is_terminal:
         print("\n".join(f"{name:<32} {text}".rstrip() for name, text in rows))
         return

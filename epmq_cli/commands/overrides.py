@@ -21,11 +21,11 @@ OPTIONAL = re.compile(r"suite\.(each\.|tasks\.[^=]+\.)?(processor|heads)=")
 def check_overrides(command: str, texts: Sequence[str]) -> None:
     """ConfigError if an override is unreadable (readable.py), deletes an option, gives a group a value that is not a
     name, or `out` a value that is not a folder."""
-    known, groups = options_of(command), groups_of(command)
+    options, groups = options_of(command), groups_of(command)
     for override in parsed(texts):
         name = override.key_or_group
         if override.is_delete():
-            if name in known:
+            if name in options:
                 raise ConfigError(f"{name} cannot be deleted from the config, got {override.input_line}")
         elif name in groups:
             _check_group(name, override)
@@ -45,9 +45,9 @@ def unreadable(error: Exception, flags: Sequence[str]) -> str:
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     folders = [Path(folder) for flag, folder in pairwise(flags) if flag in ("--config-dir", "-cd")]
     paths = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
-    found = [path for path in paths if not _is_text(path)] if isinstance(error, UnicodeDecodeError) else []
+    binary = [path for path in paths if not _is_text(path)] if isinstance(error, UnicodeDecodeError) else []
     reason = first_line(error)
-    return f"{found[0]} is not UTF-8 text" if found else reason
+    return f"{binary[0]} is not UTF-8 text" if binary else reason
 
 
 def _is_text(path: Path) -> bool:

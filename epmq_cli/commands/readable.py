@@ -1,4 +1,4 @@
-"""Checks that Hydra can read an override, and says how to write it if not; Hydra's own messages have no remedy."""
+"""Checks that Hydra can parse an override, and suggests a correction, which Hydra's own messages lack."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ NESTED = re.compile(r"\s*(\[|\{(?!\w*\}))")
 FUNCTION = re.compile(r"(bool|choice|float|glob|int|interval|range|shuffle|sort|str|tag)\(")
 LOGGING = "hydra/job_logging"
 WITHOUT_FILE = ("disabled", "none", "stdout")
-"""Options of it without the file handler that writes run.log."""
+"""Its options without the file handler that writes run.log."""
 
 
 def parsed(texts: Sequence[str]) -> list[Override]:
-    """The parsed overrides; ConfigError if one is not UTF-8, needs quotes, names no option, or removes run.log."""
-    found = []
+    """The parsed overrides; ConfigError if one is not UTF-8, needs quotes, does not name an option, or removes
+    run.log."""
+    overrides = []
     for text in texts:
         if not _is_unicode(text):
             readable = text.encode(errors="backslashreplace").decode()
@@ -36,21 +37,21 @@ def parsed(texts: Sequence[str]) -> list[Override]:
         except OverrideParseException as error:
             if (way_out := _way_out(text, str(error))) is not None:
                 raise ConfigError(way_out) from error
-            raise  # Hydra says what it lacks
+            raise  # Hydra's message is clear
         if not override.key_or_group:
-            raise ConfigError(f"{text} names no option; write key=value (epmq COMMAND --help shows the keys)")
+            raise ConfigError(f"{text} does not name an option; write key=value (epmq COMMAND --help shows the keys)")
         if override.key_or_group == LOGGING and override.value() in WITHOUT_FILE:
             raise ConfigError(f"{LOGGING} must be default, or one of yours with a file handler for run.log, got {text}")
-        found.append(override)
-    return found
+        overrides.append(override)
+    return overrides
 
 
-def _way_out(text: str, said: str) -> str | None:
-    """What to type instead of an unreadable override; None if quotes do not help."""
+def _way_out(text: str, message: str) -> str | None:
+    """The correction of an unreadable override; None if quotes do not help."""
     key, equals, value = text.partition("=")
-    if said.startswith(LEXER) and not NESTED.match(value):
+    if message.startswith(LEXER) and not NESTED.match(value):
         return f"{text} has characters that need quotes; write {quoted(text)}"
-    if not equals or FUNCTION.match(value) or not (MARKS & set(value) or said.startswith(LEXER)):
+    if not equals or FUNCTION.match(value) or not (MARKS & set(value) or message.startswith(LEXER)):
         return None
     if NESTED.match(value):
         example = shlex.quote(f'{key}=["a text with {{}}", "another"]')

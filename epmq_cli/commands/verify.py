@@ -15,7 +15,7 @@ scores with the metrics.json of its run."""
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what was checked, or every problem. Exits with 1 if there is a problem."""
+    """Prints the checks that passed, or every problem. Exits with 1 if there is a problem."""
     parser = argparse.ArgumentParser(prog="epmq verify", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=Path, help="the checkpoint folder")
     parser.add_argument("--scores", action="store_true", help="also score the checkpoint; takes as long as epmq eval")

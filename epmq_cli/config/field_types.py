@@ -22,13 +22,13 @@ def required(kind: type) -> list[str]:
     return [field.name for field in fields if field.default is missing and field.default_factory is missing]
 
 
-def check_types(where: str, kind: type, given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+def check_types(where: str, kind: type, values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
     """Raises ConfigError if a value does not have the type of the dataclass's field of that name.
 
     `names`: the names of keys in errors, in place of `where` and the key.
     """
     hints = typing.get_type_hints(kind)
-    for name, value in given.items():
+    for name, value in values.items():
         check_type((names or {}).get(name, f"{where}.{name}"), hints[name], value)
 
 
@@ -39,7 +39,7 @@ def check_type(name: str, hint: Any, value: Any) -> None:
 
 
 def _remedy(value: Any, hint: Any) -> str:
-    """How to fix names that YAML does not read as text; empty for other values."""
+    """The remedy for names that YAML does not read as text; empty for other values."""
     if isinstance(value, (bool, int, float)) and fits("text", hint):
         return "; put it in quotes if it is a name"
     if isinstance(value, (list, tuple)) and any(isinstance(item, bool) for item in value) and fits(["text"], hint):

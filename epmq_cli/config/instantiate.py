@@ -65,8 +65,8 @@ def options_of(command: str) -> list[str]:
 def check_complete(cfg: DictConfig, command: str) -> None:
     """Raises ConfigError if a command's config has unknown or missing keys, values that are still ???, interpolations
     that cannot be resolved, or a Hugging Face token."""
-    known = options_of(command)
-    check_keys("the config", [str(name) for name in cfg], known, known)
+    options = options_of(command)
+    check_keys("the config", [str(name) for name in cfg], options, options)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -76,16 +76,16 @@ def check_complete(cfg: DictConfig, command: str) -> None:
         raise ConfigError(f"the config cannot be resolved: {first_line(error)}") from error
     refuse_tokens([str(resolved)])
     check_type("data_root", str | None, cfg.data_root)
-    if "checkpoint" in known:
+    if "checkpoint" in options:
         check_type("checkpoint", str, cfg.checkpoint)
 
 
 def refuse_tokens(texts: Iterable[str]) -> None:
     """Raises TokenError if a text contains a Hugging Face token or refers to its variable. Configs are stored in plain
     text."""
-    known = [token for name in TOKENS if (token := os.environ.get(name))]
+    secrets = [token for name in TOKENS if (token := os.environ.get(name))]
     if any(
-        TOKEN.search(text) or TOKEN_REFERENCE.search(text) or any(token in text for token in known) for text in texts
+        TOKEN.search(text) or TOKEN_REFERENCE.search(text) or any(token in text for token in secrets) for text in texts
     ):
         raise TokenError(
             "a Hugging Face token must not be in the config, which is saved in metrics.json and the checkpoint; set "

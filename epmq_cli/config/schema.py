@@ -34,7 +34,7 @@ def bytes_of(name: str, text: object) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Calib:
-    """`calib=<name>`. `samples`: how many samples of the train split are drawn for each task. `batch_size`: samples per
+    """`calib=<name>`. `samples`: the number of train samples per task. `batch_size`: samples per
     batch. `memory`: the budget for samples, moments and activations, such as 8GB; activations that exceed it go to
     files in the run folder. `student`: whether the model is in `memory` or on `disk`."""
 
@@ -72,8 +72,9 @@ class OpenClipPack(Pack):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`eval=<name>`. `batch_size`: samples per batch. `samples`: the most samples of each test split, null for all.
-    `stages`: the stages that are scored. `kernel`: runs the packed linears of a checkpoint (checkpoint/load.py)."""
+    """`eval=<name>`. `batch_size`: samples per batch. `samples`: the maximum number of samples of each test split, null
+    for all. `stages`: the stages that are scored. `kernel`: runs the packed linears of a checkpoint
+    (checkpoint/load.py)."""
 
     batch_size: int
     samples: int | None
@@ -102,7 +103,7 @@ class Harness(Evaluation):
     def __post_init__(self) -> None:
         super().__post_init__()
         for stage in self.stages:
-            check_choice("eval.stages", stage, [known for known in STAGES if known != "experts"])
+            check_choice("eval.stages", stage, [other for other in STAGES if other != "experts"])
         if not self.tasks or not isinstance(self.tasks, list | tuple):
             raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {shown(self.tasks)}")
         if self.shots is not None:

@@ -41,7 +41,7 @@ class Chat(str):
     """A conversation, which a tokenizer's chat template turns into text. The string itself holds the messages, one per
     line, for code that counts and compares texts.
 
-    `messages`: {role, content, ...}, each content a text. `where`: the row that it was read from.
+    `messages`: {role, content, ...}, each content a text. `where`: its row in the source.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -60,22 +60,24 @@ class Chat(str):
 
 def stored(value: Any) -> Any:
     """The list of messages if a text holds one, as JSON or as a Python list in a csv; any other value unchanged.
-    ValueError if the text looks like such a list and cannot be read."""
+    ValueError if the text looks like such a list but cannot be read."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
-        found = json.loads(value)
+        messages = json.loads(value)
     except (ValueError, RecursionError):
-        found = _literal(value)
-    if found is None:
+        messages = _literal(value)
+    if messages is None:
         return value
-    is_chat = all(isinstance(each, dict) and ({"role", "content"} <= each.keys() or "from" in each) for each in found)
-    return found if is_chat else value
+    is_chat = all(
+        isinstance(each, dict) and ({"role", "content"} <= each.keys() or "from" in each) for each in messages
+    )
+    return messages if is_chat else value
 
 
 def _literal(text: str) -> list[Any] | None:
-    """The Python list in a text; None if the text holds none. ValueError if the text looks like messages and is not a
-    Python list, as when numpy printed an array."""
+    """The Python list in a text; None if the text holds none. ValueError if the text looks like messages but is not a
+    Python list, for example an array that numpy printed."""
     try:
         return list(ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -98,7 +100,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields = {key: each for key, each in message.items() if each is not None}  # parquet adds null fields
     if not {"role", "from"} & fields.keys():
         names = ", ".join(map(str, message)) or "nothing"
-        raise DataError(f"{where} must have role and content, or from and value, and has {names}")
+        raise DataError(f"{where} must have role and content, or from and value, but has {names}")
     role = fields["role"] if "role" in fields else ROLES.get(str(fields["from"]).lower())
     content = fields.get("content", fields.get("value"))
     if not isinstance(role, str):
@@ -109,9 +111,9 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     calls = _tool_calls(fields.get("tool_calls") or (), where)
     if content is None and not calls:
         raise DataError(f"{where} has no content; leave its row out")
-    kept = {key: check_text(str(fields[key]), where) for key in EXTRAS if key in fields}
+    extras = {key: check_text(str(fields[key]), where) for key in EXTRAS if key in fields}
     text = _content(content, where) if content is not None else ""
-    return {"role": check_text(role, where), "content": text, **kept, **({"tool_calls": calls} if calls else {})}
+    return {"role": check_text(role, where), "content": text, **extras, **({"tool_calls": calls} if calls else {})}
 
 
 def _content(content: Any, where: str) -> str:
@@ -134,7 +136,7 @@ def _part(part: Any, where: str) -> str:
 
 def _tool_calls(calls: Iterable[Any], where: str) -> list[dict[str, Any]]:
     """Tool calls in the form of chat templates, with arguments as objects; OpenAI stores the arguments as JSON."""
-    found = []
+    entries = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -146,10 +148,10 @@ def _tool_calls(calls: Iterable[Any], where: str) -> list[dict[str, Any]]:
             raise DataError(
                 f"{where} has a tool call whose arguments are not JSON ({error}); leave its row out"
             ) from error
-        found.append(
+        entries.append(
             {"type": "function", "function": {"name": function["name"], "arguments": _filled(arguments or {})}}
         )
-    return found
+    return entries
 
 
 def _filled(value: Any) -> Any:

@@ -39,23 +39,23 @@ class Columns:
         """The columns that a split must have, the label's last. The train split needs no labels."""
         return self.inputs if self.label is None or split == "train" else (*self.inputs, self.label)
 
-    def read(self, split: Split, found: Collection[str]) -> tuple[str, ...]:
-        """The columns to read: the required ones, and the label's if it is among `found`, the columns of the split."""
-        optional = [self.label] if self.label is not None and self.label in found else []
+    def read(self, split: Split, available: Collection[str]) -> tuple[str, ...]:
+        """The columns to read: the required ones, and the label's if the split has it. `available`: the split's."""
+        optional = [self.label] if self.label is not None and self.label in available else []
         return tuple(dict.fromkeys([*self.required(split), *optional]))
 
     def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
         """The input of each row: a text, a pair of texts, a conversation, or the filled prompt.
 
         DataError if a row holds no text, or if some rows hold conversations and others texts."""
-        found = [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
-        chat = next((each for each in found if isinstance(each, Chat)), None)
-        if chat is not None and not all(isinstance(each, Chat) for each in found):
+        inputs = [self._text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        chat = next((each for each in inputs if isinstance(each, Chat)), None)
+        if chat is not None and not all(isinstance(each, Chat) for each in inputs):
             raise DataError(
                 f"{chat.where}: column {self.inputs[0]} holds a conversation, and other rows hold texts; put them "
                 "into two data sets"
             )
-        return found
+        return inputs
 
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
         if self.prompt is not None:
@@ -87,11 +87,11 @@ class Columns:
     def targets(
         self, values: Mapping[str, Sequence[Any]], where: str, split: Split, names: Sequence[str] | None = None
     ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-        """The labels of the rows, int64, or float32 for a regression, and the names of their classes; None if there are
-        none.
+        """The labels of the rows, int64, or float32 for a regression, and the names of their classes; None if
+        they are missing.
 
         `values`: the values of the rows by column. `names`: the source's own names of the labels 0, 1, ... The train
-        split needs no labels; labels of it that cannot be read are ignored.
+        split needs no labels; its unreadable labels are ignored.
         """
         if self.label is None or (split == "train" and self.label not in values):
             return None, None

@@ -23,7 +23,7 @@ LISTED = 5  # names in a sentence
 
 @dataclass
 class _Entries:
-    """The entries of a folder: its images, and what is skipped, by reason."""
+    """The entries of a folder: its images, and the skipped entries by reason."""
 
     images: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
@@ -34,34 +34,35 @@ class _Entries:
 def class_files(folder: Path, labels: Sequence[str | int] | None, other: Path) -> dict[str, list[Path]]:
     """Maps each class to its images, sorted by file name.
 
-    The order of the classes is that of `labels`, or that of the sorted sub-folders of both splits. `folder`: the
-    folder of the split; `other`: that of the other split. DataError if sub-folders and labels do not match, or the
+    Classes have the order of `labels`, or else of the sorted sub-folders of both splits. `folder`: the folder of the
+    split; `other`: the folder of the other split. DataError if sub-folders and labels do not match, or the
     split has no images.
     """
-    wanted = [] if labels is None else [_composed(str(label)) for label in labels]
-    top = _entries(folder, wanted)
-    found = {_composed(path.name): path for path in top.folders}
-    names = wanted if labels is not None else sorted({*found, *_class_names(folder, other)})
-    unknown = [name for name in found if name not in names]
+    names = [] if labels is None else [_composed(str(label)) for label in labels]
+    top = _entries(folder, names)
+    folders = {_composed(path.name): path for path in top.folders}
+    if labels is None:
+        names = sorted({*folders, *_class_names(folder, other)})
+    unknown = [name for name in folders if name not in names]
     if unknown:
         raise DataError(
             f"{folder} has the sub-folders {listed(unknown)}, which are not among data.labels, {listed(names)}; add "
             "them to data.labels or move them elsewhere"
         )
-    if not found:
+    if not folders:
         raise DataError(
             f"{folder} has no sub-folders; it must have one sub-folder of images for each class, such as "
             f"{listed(names) or 'cat, dog'}"
         )
-    contents = {name: _entries(found[name]) if name in found else _Entries() for name in names}
-    _tell(folder, top, contents)
+    contents = {name: _entries(folders[name]) if name in folders else _Entries() for name in names}
+    _report(folder, top, contents)
     return {name: entries.images for name, entries in contents.items()}
 
 
 def flat_images(folder: Path) -> list[Path]:
     """The images of a folder without sub-folders, sorted by file name; none if it has sub-folders."""
-    found = _entries(folder)
-    return [] if found.folders else found.images
+    entries = _entries(folder)
+    return [] if entries.folders else entries.images
 
 
 def _class_names(folder: Path, other: Path) -> list[str]:
@@ -72,22 +73,22 @@ def _class_names(folder: Path, other: Path) -> list[str]:
     return [_composed(path.name) for path in _entries(other).folders]
 
 
-def _entries(folder: Path, wanted: Sequence[str] = ()) -> _Entries:
-    """The entries of a folder, sorted by name. Names in `wanted` do not count as hidden."""
-    found = _Entries()
+def _entries(folder: Path, classes: Sequence[str] = ()) -> _Entries:
+    """The entries of a folder, sorted by name. Names in `classes` do not count as hidden."""
+    entries = _Entries()
     with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
+        scanned = sorted(scan, key=lambda entry: entry.name)
+    for entry in scanned:
         path = folder / entry.name
-        if is_hidden(entry.name) and _composed(entry.name) not in wanted:
-            found.hidden.append(path)
+        if is_hidden(entry.name) and _composed(entry.name) not in classes:
+            entries.hidden.append(path)
         elif entry.is_dir():
-            found.folders.append(path)
+            entries.folders.append(path)
         elif path.suffix.lower() in endings() and entry.is_file():
-            found.images.append(path)
+            entries.images.append(path)
         else:
-            found.others.append(path)
-    return found
+            entries.others.append(path)
+    return entries
 
 
 def _composed(name: str) -> str:
@@ -101,23 +102,25 @@ def is_hidden(name: str) -> bool:
     return len(name) > 1 and (name.lower() in SYSTEM or name.startswith(MARKS))
 
 
-def _tell(folder: Path, top: _Entries, contents: Mapping[str, _Entries]) -> None:
-    """Reports what is skipped, and classes without images; DataError if no class has images."""
+def _report(folder: Path, top: _Entries, contents: Mapping[str, _Entries]) -> None:
+    """Reports skipped entries and classes without images; DataError if no class has images."""
     parts = [*contents.values()]
-    left = {
+    skipped = {
         "hidden files and folders": [*top.hidden, *(path for part in parts for path in part.hidden)],
         "folders inside class folders": [path for part in parts for path in part.folders],
         "files beside the class folders": [*top.images, *top.others],
         "files that are not images by their extension": [path for part in parts for path in part.others],
     }
-    said = "; ".join(f"{kind} ({len(paths)}): {_examples(folder, paths)}" for kind, paths in left.items() if paths)
+    summary = "; ".join(
+        f"{kind} ({len(paths)}): {_examples(folder, paths)}" for kind, paths in skipped.items() if paths
+    )
     if not any(part.images for part in parts):
         raise DataError(
-            f"{folder} has no images that Pillow reads in its sub-folders ({said or 'they are empty'}); put images "
+            f"{folder} has no images that Pillow reads in its sub-folders ({summary or 'they are empty'}); put images "
             "into one sub-folder for each class"
         )
-    if said:
-        say(f"{folder}: epmq does not read {said}")
+    if summary:
+        say(f"{folder}: epmq does not read {summary}")
     empty = [name for name, part in contents.items() if not part.images]
     if empty:
         log.warning("%s has no images of %d of the %d classes: %s", folder, len(empty), len(contents), listed(empty))
@@ -129,5 +132,5 @@ def _examples(folder: Path, paths: Sequence[Path]) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Up to five names, for a sentence."""
-    known = list(names)
-    return ", ".join(known[:LISTED]) + ", ..." * (len(known) > LISTED)
+    items = list(names)
+    return ", ".join(items[:LISTED]) + ", ..." * (len(items) > LISTED)

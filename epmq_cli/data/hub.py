@@ -129,29 +129,29 @@ class Hub:
         failures = (OSError, ValueError, NotImplementedError, library.exceptions.DatasetsError)
         if count is not None:
             try:
-                drawn = self._samples(*self._streamed(library, split, stored, count, seed), split)
-                return _share(drawn, count, seed) if split == "test" else drawn
+                samples = self._samples(*self._streamed(library, split, stored, count, seed), split)
+                return _share(samples, count, seed) if split == "test" else samples
             except failures as error:
                 level = logging.INFO if library.config.HF_HUB_OFFLINE else logging.WARNING
                 log.log(
                     level, "data set %s cannot be streamed, so all of it is read (%s)", self.path, first_line(error)
                 )
         try:
-            found, names = self._whole(library, split, stored)
+            values, names = self._whole(library, split, stored)
         except failures as error:
             mirror = f"; {self.root} has no copy of it either" if self.root and self.folder is None else ""
             raise DataError(
                 f"data set {self.path} cannot be loaded; check its id, name and split ({first_line(error)}){mirror}"
             ) from error
-        samples = self._samples(found, names, split)
+        samples = self._samples(values, names, split)
         return _share(samples, count, seed) if split == "test" else samples.some(count, seed)
 
     @property
     def folder(self) -> Path | None:
-        """The data set's local folder, in the mirror or as given; None if there is none."""
+        """The data set's local folder, in the mirror or at `path`; None if there is none."""
         mirrors = [Path(self.root) / "datasets", Path(self.root)] if self.root and not escapes(self.path) else []
-        found = (expanded(place) for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
-        return next((place for place in found if place.is_dir()), None)
+        places = (expanded(place) for place in [*(mirror / self.path for mirror in mirrors), Path(self.path)])
+        return next((place for place in places if place.is_dir()), None)
 
     def _builder(self, library: ModuleType, cache: Path | None = None) -> Any:
         """The data set's builder. A configuration that its README does not declare is a sub-folder of that name."""
@@ -175,8 +175,8 @@ class Hub:
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
             count += BUFFER if split == "test" and (self.folder is not None or not pictures) else 0
-        taken = list(islice(rows, count))  # rows.take(count) would read one more batch
-        return {name: [row[name] for row in taken] for name in columns}, names
+        head = list(islice(rows, count))  # rows.take(count) would read one more batch
+        return {name: [row[name] for row in head] for name in columns}, names
 
     def _whole(self, library: ModuleType, split: Split, stored: str) -> tuple[Values, Names]:
         """The split from the cache, where each split has its own folder, so that the others are not downloaded."""
@@ -192,18 +192,18 @@ class Hub:
         rows = _undecoded(library, rows)
         return {name: rows[name] for name in columns}, names
 
-    def _columns(self, split: Split, found: Sequence[str]) -> tuple[str, ...]:
-        """The columns to read; DataError if the split lacks one. `found`: the columns of the split."""
-        missing = [column for column in self.columns.required(split) if column not in found]
+    def _columns(self, split: Split, available: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read; DataError if the split lacks one. `available`: the columns of the split."""
+        missing = [column for column in self.columns.required(split) if column not in available]
         if missing:
             hint = f"; {WITHOUT}" if missing[0] == self.label else ""
             raise DataError(
-                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(found)}{hint}"
+                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(available)}{hint}"
             )
-        return self.columns.read(split, found)
+        return self.columns.read(split, available)
 
     def _samples(self, values: Values, names: Names, split: Split) -> Samples:
-        """The rows as samples; those of the test split that have a label."""
+        """The rows as samples; of the test split, only rows with a label."""
         labels, classes = self.columns.targets(values, f"data set {self.path}", split, names)
         samples = Samples(self._inputs(values), labels, classes)
         return self._labelled(samples) if split == "test" and names is not None else samples
@@ -211,17 +211,17 @@ class Hub:
     def _labelled(self, samples: Samples) -> Samples:
         """The samples with a label; all samples if none has one, which scoring reports."""
         assert samples.labels is not None
-        kept = (samples.labels != UNLABELLED).nonzero()[:, 0].tolist()
-        if len(kept) in (0, len(samples)):
+        positions = (samples.labels != UNLABELLED).nonzero()[:, 0].tolist()
+        if len(positions) in (0, len(samples)):
             return samples
         log.warning(
             "data set %s: %d of %d samples of the split %s have no label (-1) and are skipped",
             self.path,
-            len(samples) - len(kept),
+            len(samples) - len(positions),
             len(samples),
             self.test,
         )
-        return samples.take(kept)
+        return samples.take(positions)
 
     def _inputs(self, values: Values) -> Sequence[Any]:
         """The inputs of the rows: pictures or texts."""
@@ -244,7 +244,7 @@ def _datasets(path: str) -> ModuleType:
 
 
 def _only(builder: Any, split: str) -> Any:
-    """The builder without the files of other splits; ValueError if there is no such split."""
+    """The builder without the files of other splits; ValueError if the split does not exist."""
     files = builder.config.data_files
     if files is not None and split.isidentifier():
         if split not in files:
@@ -280,8 +280,8 @@ def _undecoded(library: ModuleType, rows: Any) -> Any:
 
 def _names(rows: Any, label: str | None) -> Names:
     """The names of the values 0, 1, ... of the label's column, if the data set declares them."""
-    found = getattr((rows.features or {}).get(label), "names", None)
-    return None if found is None else tuple(map(str, found))
+    names = getattr((rows.features or {}).get(label), "names", None)
+    return None if names is None else tuple(map(str, names))
 
 
 def _has_pictures(library: ModuleType, rows: Any, inputs: Sequence[str]) -> bool:

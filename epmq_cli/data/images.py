@@ -82,7 +82,7 @@ class ImageFolder:
 
 
 class ArrayImages(Sequence[Image.Image]):
-    """Images of a uint8 array (n, height, width) or (n, height, width, 3), each made on access."""
+    """Images of a uint8 array (n, height, width) or (n, height, width, 3), converted on access."""
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
         self._array = array
@@ -123,8 +123,8 @@ class Npz:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 images = arrays[f"{split}_images"]
-                known = split == "test" or f"{split}_labels" in arrays  # calibration needs no labels
-                labels = arrays[f"{split}_labels"] if known else None
+                labelled = split == "test" or f"{split}_labels" in arrays  # calibration needs no labels
+                labels = arrays[f"{split}_labels"] if labelled else None
         except Exception as error:  # numpy raises unrelated errors; pickled objects are never loaded
             raise DataError(
                 f"{path} cannot be read as npz with arrays {split}_images and {split}_labels ({error})"
@@ -135,10 +135,10 @@ class Npz:
         pictures = images.dtype == np.uint8 and grey_or_rgb and 0 not in images.shape[1:]
         usable = labels is not None and labels.shape == images.shape[:1] and _are_whole(labels)
         if not pictures or (split == "test" and not usable):
-            found = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+            shape = "none" if labels is None else f"{labels.dtype} {labels.shape}"
             raise DataError(
                 f"{path}: {split}_images must be uint8 (n, height, width), (n, height, width, 1) or (n, height, "
-                f"width, 3) with n labels, whole numbers, got {images.dtype} {images.shape} and labels {found}"
+                f"width, 3) with n labels, whole numbers, got {images.dtype} {images.shape} and labels {shape}"
             )
         targets = torch.from_numpy(np.asarray(labels, dtype=np.int64)) if usable else None
         chosen = Samples(range(len(images)), targets).some(count, seed)

@@ -84,8 +84,8 @@ def _named(
     if not set(spelled) & set(names):  # labels lists values, not names
         return _positions(values, spelled, where), tuple(spelled)
     called = ["-1" if index == UNLABELLED else names[index] for index in indices.tolist()]
-    found = _positions([name for name in called if name != "-1"], spelled, where)
-    indices[indices != UNLABELLED] = found
+    positions = _positions([name for name in called if name != "-1"], spelled, where)
+    indices[indices != UNLABELLED] = positions
     return indices, tuple(spelled)
 
 
@@ -99,7 +99,7 @@ def _spelled(labels: Sequence[str | int | bool], values: Collection[Any]) -> lis
 
 
 def _text(value: Any) -> str:
-    """A value as text; whole numbers look the same whatever their type."""
+    """A value as text; whole numbers of all types get the same text."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
@@ -141,9 +141,9 @@ def _indices(values: Sequence[Any], where: str) -> Tensor:
 def _whole(value: Any, where: str) -> int:
     """A label as a whole number: 1, 1.0, "1" and "1.0" are accepted; 1.7, infinity and true among numbers are not."""
     try:
-        read = (float(value) if "." in value else int(value)) if isinstance(value, str) else value
-        number = int(read)
-        if not isinstance(value, (bool, bytes)) and abs(number) < MOST and number == read:
+        exact = (float(value) if "." in value else int(value)) if isinstance(value, str) else value
+        number = int(exact)
+        if not isinstance(value, (bool, bytes)) and abs(number) < MOST and number == exact:
             return number
     except (TypeError, ValueError, OverflowError):
         pass

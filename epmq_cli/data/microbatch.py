@@ -28,7 +28,7 @@ class MicroBatcher:
     def __init__(self, most: int, work: str, remedy: str, retries: bool = True) -> None:
         self.most, self.samples = most, most
         self.halved = 0
-        """How often the micro-batch was halved, including earlier processes of the run."""
+        """The number of halvings of the micro-batch, including earlier processes of the run."""
         self.keep: Callable[[int], None] = lambda halved: None
         """Called with the new count after each halving."""
         self._work, self._remedy, self._retries = work, remedy, retries

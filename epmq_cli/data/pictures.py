@@ -37,7 +37,7 @@ DARK = 4096  # a 16-bit picture whose values are all below this is nearly black 
 
 
 class UnreadableError(Exception):
-    """Says why a picture cannot be converted to 8 bits. The caller adds its name."""
+    """A picture cannot be converted to 8 bits; the message states the reason. The caller adds the name."""
 
 
 @lru_cache(maxsize=1)
@@ -55,8 +55,8 @@ def _is_stub(factory: Any) -> bool:
 @lru_cache(maxsize=1)
 def endings() -> frozenset[str]:
     """The file extensions of these formats, in lower case, with the dot."""
-    known = {*formats(), "MPO"}  # Pillow reads MPO as JPEG
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
+    names = {*formats(), "MPO"}  # Pillow reads MPO as JPEG
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in names)
 
 
 def check_decoding(background: object, white_level: object) -> None:
@@ -112,7 +112,7 @@ class Decoder:
             return self._rgb(Image.open(io.BytesIO(content), formats=formats()), where)
         except UnreadableError as error:
             raise DataError(f"{where}: {error}") from error
-        except Exception as error:  # Pillow raises unrelated errors on damaged files
+        except Exception as error:  # Pillow raises unrelated errors on corrupted files
             reason = "unknown format" if isinstance(error, UnidentifiedImageError) else None
             raise DataError(
                 f"{where} is not an image that Pillow can read ({reason or first_line(error)}); remove or replace it"
@@ -210,7 +210,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """The picture rotated by its EXIF orientation; unchanged if the EXIF data cannot be read."""
     try:
         turned = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # viewers ignore damaged EXIF data, for which Pillow raises unrelated errors
+    except Exception:  # viewers ignore corrupted EXIF data, for which Pillow raises unrelated errors
         return image
     return image if turned == 1 else ImageOps.exif_transpose(image)
 
@@ -229,6 +229,6 @@ def _from_lab(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    found = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert found is not None
-    return found
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None
+    return converted

@@ -85,11 +85,11 @@ def _objects(text: str) -> Iterator[Row]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        found |= {name: Repeated() for name in found if names.count(name) > 1}
-    return found
+        row |= {name: Repeated() for name in row if names.count(name) > 1}
+    return row
 
 
 def read_parquet(path: Path) -> list[Row]:

@@ -97,11 +97,11 @@ def quantiles(labels: Tensor) -> Tensor:
 
     The samples below any quantile hold each label in proportion.
     """
-    found = torch.empty(len(labels), dtype=torch.float64)
+    result = torch.empty(len(labels), dtype=torch.float64)
     for label in sorted(set(labels.tolist())):
         own = (labels == label).nonzero()[:, 0]
-        found[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
-    return found
+        result[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
+    return result
 
 
 class Source(Protocol):

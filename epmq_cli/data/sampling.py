@@ -41,7 +41,7 @@ def task_seed(seed: int, task: str, split: Split = "train") -> int:
 
 
 def sequences(task: Task, tokens_of: Callable[[Sequence[Any]], Tensor], count: int, seed: int) -> Samples:
-    """`count` sequences of the task's `max_length` tokens, cut out of at most `documents` of its training documents.
+    """`count` sequences of the task's `max_length` tokens, cut out of at most `task.documents` training documents.
     `tokens_of` returns the tokens (tokens,) of documents."""
     documents = task.data.load("train", task.documents, task_seed(seed, task.name)).inputs
     blocks = token_blocks(tokens_of(documents), task.max_length, count, task_seed(seed, task.name))

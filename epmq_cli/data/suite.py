@@ -70,7 +70,7 @@ class Suite:
     `tasks`, each expert is a task. `root`: a mirror of the hub, searched first for models, at `<root>/<id>`.
     `vocabulary`: `same` for all models, or `pad` if some have more tokens than others. `processor`: which tokenizer or
     image processor reads the samples of a task if the expert's gives other inputs than the base's: the `expert`'s or
-    the `base`'s; `same` refuses the difference. `heads`: whose text tower makes zero-shot heads, the `base`'s or each
+    the `base`'s; `same` raises an error. `heads`: whose text tower makes zero-shot heads, the `base`'s or each
     `expert`'s; an expert's projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
     """
 
@@ -113,8 +113,8 @@ class Suite:
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
         """The fields of each task, including those that all tasks share."""
-        given: Mapping[str, Any] = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
-        return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in given}
+        names: Mapping[str, Any] = self.tasks or (self.experts if isinstance(self.experts, Mapping) else {})
+        return {str(name): _filled(str(name), self.tasks.get(name) or {}, self.each or {}) for name in names}
 
     def _expert(self, name: str, entry: Mapping[str, Any]) -> str:
         if entry.get("expert") is not None:

@@ -58,8 +58,8 @@ class Table:
         """The values of the label's column, by its name; DataError if the test file lacks the column."""
         if self.label is None or (rows and not any(self.label in row for row in rows)):
             if self.label is not None and split == "test":
-                found = ", ".join(str(column) for column in rows[0] if column is not None)
-                raise DataError(f"{path} has no column {self.label} (data.label); its columns are {found}; {WITHOUT}")
+                names = ", ".join(str(column) for column in rows[0] if column is not None)
+                raise DataError(f"{path} has no column {self.label} (data.label); its columns are {names}; {WITHOUT}")
             return {}
         values = [row.get(self.label) for row in rows]
         for number, value in enumerate(values, 1):
@@ -81,8 +81,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         for column in columns:
             if row.get(column) is None:
-                found = ", ".join(map(str, row))
-                raise DataError(f"{path}, row {number}: no value in column {column}; the columns are {found}")
+                names = ", ".join(map(str, row))
+                raise DataError(f"{path}, row {number}: no value in column {column}; the columns are {names}")
             if isinstance(row[column], Repeated):
                 raise DataError(f"{path}, row {number} has the column {column} twice; rename one of them")
     return rows

@@ -1,5 +1,5 @@
 """Checks that values of a column are text. Python would print any value as text, such as a list with its brackets;
-models are not trained on that, so other values are refused."""
+models are not trained on such texts, so other values raise a DataError."""
 
 from __future__ import annotations
 

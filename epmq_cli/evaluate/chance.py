@@ -1,4 +1,4 @@
-"""Whether an expert beats chance on its own task. One that does not reads wrong inputs, or is an expert of another
+"""Checks whether an expert beats chance on its own task. If not, it reads wrong inputs or was trained for another
 task."""
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Check:
-    """An expert's score, and the score of guessing on the same samples.
+    """An expert's score, and the expected score of guessing on the same samples.
 
-    `at_chance`: whether the score is not above that by more than luck; for perplexity, whether it is no better than a
+    `at_chance`: whether the score is not significantly above chance; for perplexity, whether it is no better than a
     uniform guess among all tokens, or more than `WORSE` times the base's.
     """
 
@@ -40,7 +40,7 @@ class Check:
 
 
 def check_experts(tasks: Sequence[ScoredTask], scores: Scores, model: nn.Module) -> dict[str, Check]:
-    """Checks each expert that was scored, and warns of those at chance. `model`: the base."""
+    """Checks each expert that was scored, and warns about those at chance. `model`: the base."""
     experts, base, checks = scores.get("experts", {}), scores.get("base", {}), {}
     for task in tasks:
         if task.name in experts:
@@ -52,7 +52,7 @@ def check_experts(tasks: Sequence[ScoredTask], scores: Scores, model: nn.Module)
 
 
 def vocabulary(model: nn.Module) -> int:
-    """The size of a model's vocabulary; 1 where it reads no text."""
+    """The size of a model's vocabulary; 1 if it reads no text."""
     config: Any = model.config
     return int(getattr(config.get_text_config(), "vocab_size", 1))
 
@@ -67,8 +67,8 @@ def check(task: ScoredTask, score: float, base: float | None, tokens: int) -> Ch
 
 
 def expected(task: ScoredTask) -> tuple[float, float]:
-    """The expected score of guessing on a task's samples, and its standard error. For accuracy that is the share of the
-    largest class, or one over the number of classes if that is more; for correlations it is 0."""
+    """The expected score of guessing on a task's samples, and its standard error. For accuracy, this is the share of
+    the largest class or one over the number of classes, whichever is larger; for correlations, it is 0."""
     count, labels = len(task.samples), task.samples.labels
     if task.metric != "accuracy" or labels is None:
         return 0.0, 1 / math.sqrt(count)

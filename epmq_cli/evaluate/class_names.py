@@ -1,9 +1,8 @@
 """Matches the labels of a task's data with the classes of its head, by name.
 
-A head has its classes in the order of its training, or of the suite; a data source has an order of its own, such as
-that of sorted class folders. Where both have names, labels are translated into the order of the head. Where one has
-none, labels are taken by position, and the user is told. Where names contradict each other, the task is refused, since
-any position could be wrong.
+A head has the order of its training or of the suite; a data source has its own order, such as that of sorted class
+folders. If both have names, labels are translated into the order of the head. If one has no names, labels match by
+position, and epmq says so. If names contradict each other, epmq raises DataError, because any position could be wrong.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from epmq_cli.errors import DataError
 DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
 """The names that transformers gives to unnamed classes."""
 NUMBER = re.compile(r"-?\d+")
-SHOWN = 8  # names shown of a long list
+SHOWN = 8  # names of a long list in a message
 QUIRKS = 0.1  # the share of names, common to prompts and data, that may be at other positions
-SHORT = 3  # letters of an abbreviation at least
+SHORT = 3  # minimum letters of an abbreviation
 
 Order = tuple[int | None, ...]
-"""The class of the head for each label of the data; None where the head has no such class."""
+"""The class of the head for each label of the data; None if the head lacks the class."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """The known facts about the classes of a task's head.
+    """The classes of a task's head.
 
-    `names`: in order; None where it has none, such as a LoRA adapter or a head with the default LABEL_0, LABEL_1, ...
-    `count`: the number of classes; None where that is not known. `own`: whether the head was trained with the expert,
+    `names`: in order; None if it has none, such as a LoRA adapter or a head with the default LABEL_0, LABEL_1, ...
+    `count`: the number of classes; None if it is unknown. `own`: whether the head was trained with the expert,
     so that its names are those of its training data; others are prompts or answers, which data may spell differently.
     """
 
@@ -48,53 +47,53 @@ class Heading:
 
 @dataclass(frozen=True)
 class Match:
-    """The order that translates labels of the data, None for by position. `said`: the notice for the user."""
+    """The order that translates labels of the data; None to match by position. `said`: the message for the user."""
 
     order: Order | None
     said: str | None = None
 
 
 def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
-    """The match for the labels of a task's test samples; DataError where names contradict each other.
+    """The match for the labels of a task's test samples; DataError if names contradict each other.
 
-    Where the source has no names, the classes of the suite, in label order, are those of the data.
+    If the source has no names, the classes of the suite, in label order, are those of the data.
     """
     data = samples.classes or task.classes
     if task.match_labels == POSITION or (data == heading.names and data is not None):
         return Match(None)
-    if data is None and samples.labels is not None and (found := _by_value(heading, samples.labels)):
-        return found
+    if data is None and samples.labels is not None and (by_value := _by_value(heading, samples.labels)):
+        return by_value
     return match(heading, data, getattr(task.data, "labels", None) is not None)
 
 
 def _by_value(heading: Heading, labels: Tensor) -> Match | None:
-    """The match for unnamed labels where the head's classes are named by numbers other than 0, 1, ..., such as 1 to 5,
-    and the labels are among them; else None. DataError where the labels could be positions as well."""
+    """The match for unnamed labels if the names of the head's classes are numbers other than 0, 1, ..., such as 1 to 5,
+    and include the labels; else None. DataError if the labels could be positions as well."""
     numbers = _numbers(heading.names or ())
     if numbers is None or not len(labels) or sorted(numbers) == list(range(len(numbers))):
         return None
-    there = set(labels.tolist())
-    if not there <= set(numbers):
+    present = set(labels.tolist())
+    if not present <= set(numbers):
         return None
-    if there <= set(range(len(numbers))):
+    if present <= set(range(len(numbers))):
         raise DataError(
-            f"task {heading.task}: the labels {shown(sorted(map(str, there)))} may be the classes of these names, or "
+            f"task {heading.task}: the labels {shown(sorted(map(str, present)))} may be the classes of these names, or "
             f"those at these positions of {shown(heading.names or ())}; list the data's values in data.labels, in the "
             f"order of the classes, or set suite.tasks.{heading.task}.match_labels: position"
         )
-    if min(there) < 0:
+    if min(present) < 0:
         return None
-    order = tuple(numbers.index(label) if label in numbers else None for label in range(max(there) + 1))
+    order = tuple(numbers.index(label) if label in numbers else None for label in range(max(present) + 1))
     return Match(order, f"labels are the names of the head's classes, {shown(heading.names or ())}")
 
 
 def translated(samples: Samples, order: Order | None, heading: Heading) -> Samples:
-    """The samples with labels in the order of the head; DataError where one is not a class of the head."""
+    """The samples with labels in the order of the head; DataError if one is not a class of the head."""
     if order is None or samples.labels is None:
         return samples
-    there = set(samples.labels.tolist())
-    beyond = [label for label in sorted(there) if not 0 <= label < len(order)]
-    unknown = [label for label, place in enumerate(order) if place is None and label in there]
+    present = set(samples.labels.tolist())
+    beyond = [label for label in sorted(present) if not 0 <= label < len(order)]
+    unknown = [label for label, place in enumerate(order) if place is None and label in present]
     if beyond or unknown:
         name = beyond[0] if beyond else (samples.classes or ())[unknown[0]]
         raise DataError(
@@ -106,8 +105,8 @@ def translated(samples: Samples, order: Order | None, heading: Heading) -> Sampl
 
 
 def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) -> Match:
-    """The match for labels with these names (None for unnamed ones); DataError where names contradict each other.
-    `listed`: whether the suite gives the data's names, and so their order."""
+    """The match for labels with these names (None for unnamed ones); DataError if names contradict each other.
+    `listed`: whether the suite gives the data's names and thus their order."""
     head = heading.names
     if data is None:
         numbers = _numbers(head or ())
@@ -134,7 +133,7 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
 
 
 def _check_numbered_head(heading: Heading, data: tuple[str, ...], numbers: Sequence[int]) -> None:
-    """Raises DataError where the names of the head are numbers out of order, and those of the data are words."""
+    """Raises DataError if the names of the head are unsorted numbers and those of the data are words."""
     if list(numbers) != sorted(numbers):
         raise DataError(
             f"task {heading.task}: the classes of the head are numbers in another order, {shown(heading.names or ())}, "
@@ -149,34 +148,34 @@ def numbers_first(numbers: Sequence[int]) -> Order:
 
 
 def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
-    """The match by name, where `order` gives the class of the head for each label of the data."""
+    """The match by name; `order` gives the class of the head for each label of the data."""
     head = heading.names or ()
-    found = [label for label, place in enumerate(order) if place is not None]
-    moved = [label for label in found if order[label] != label]
-    if len(found) == len(data) and not moved:
+    matches = [label for label, place in enumerate(order) if place is not None]
+    moved = [label for label in matches if order[label] != label]
+    if len(matches) == len(data) and not moved:
         extra = head[len(data) :]
         return Match(None, f"the head also has {shown(extra)}, which the data does not have" if extra else None)
-    if len(found) == len(data) or (len(found) == len(head) and not heading.own):
+    if len(matches) == len(data) or (len(matches) == len(head) and not heading.own):
         return Match(order, f"classes are matched by name: the data has {shown(data)}, the head {shown(head)}")
-    if heading.own or len(data) != len(head) or len(moved) > QUIRKS * len(found):
-        raise DataError(_contradiction(heading, data, len(found)))
-    if found:
+    if heading.own or len(data) != len(head) or len(moved) > QUIRKS * len(matches):
+        raise DataError(_contradiction(heading, data, len(matches)))
+    if matches:
         differ = [f"{data[label]} as {head[label]}" for label, place in enumerate(order) if place != label]
-        return Match(None, f"labels are taken by position, {shown(differ)}; the other names are the same")
-    return Match(None, f"labels are taken by position: {shown(data)} as {shown(head)}, which share no name")
+        return Match(None, f"labels are matched by position, {shown(differ)}; the other names are the same")
+    return Match(None, f"labels are matched by position: {shown(data)} as {shown(head)}, which share no name")
 
 
 def _with_abbreviations(order: Order, head: Sequence[str], data: Sequence[str]) -> Order:
-    """The order completed by names that begin alike, such as neg and negative, if that gives each remaining label a
-    class of its own; else the order itself."""
+    """The order completed by names with a common start, such as neg and negative, if each remaining label gets a
+    different class; else the order itself."""
     rest = {place: head[place] for place in range(len(head)) if place not in order}
-    found = dict(enumerate(order))
+    places = dict(enumerate(order))
     for label in (label for label, place in enumerate(order) if place is None):
         alike = [place for place, name in rest.items() if _alike(name, data[label])]
         if len(alike) != 1:
             return order
-        found[label] = alike[0]
-    return tuple(found.values()) if len(set(found.values())) == len(found) else order
+        places[label] = alike[0]
+    return tuple(places.values()) if len(set(places.values())) == len(places) else order
 
 
 def _alike(one: str, other: str) -> bool:
@@ -207,8 +206,8 @@ def _numbered_data(heading: Heading, data: tuple[str, ...], numbers: Sequence[in
 
 
 def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int] | None, listed: bool) -> None:
-    """Raises DataError where the names of the data are numbers out of order, such as sorted folders 0, 1, 10, 2: the
-    position of a class in the head is then ambiguous. `listed`: whether the user gave the order."""
+    """Raises DataError if the names of the data are unsorted numbers, such as the folders 0, 1, 10, 2: the position of
+    a class in the head is then ambiguous. `listed`: whether the user gave the order."""
     if numbers is not None and list(numbers) != sorted(numbers) and not listed:
         classes = f"its classes are {shown(heading.names)}" if heading.names else "its head names no classes"
         raise DataError(
@@ -218,7 +217,7 @@ def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int
 
 
 def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
-    """The match by position; DataError where a trained head has another number of classes than the data."""
+    """The match by position; DataError if a trained head has another number of classes than the data."""
     if heading.own and heading.count is not None and heading.count != len(data):
         raise DataError(
             f"task {heading.task}: its head has {heading.count} classes and the data {len(data)}, {shown(data)}; name "
@@ -226,8 +225,8 @@ def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
             "if the first labels are the first classes"
         )
     if heading.names is None:
-        return Match(None, f"labels are taken by position ({shown(data)}) and could not be compared, as {why}")
-    return Match(None, f"labels are taken by position, {shown(data)} as {shown(heading.names)}, as {why}")
+        return Match(None, f"labels are matched by position ({shown(data)}) and could not be compared, because {why}")
+    return Match(None, f"labels are matched by position, {shown(data)} as {shown(heading.names)}, because {why}")
 
 
 def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
@@ -241,8 +240,8 @@ def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
 
 
 def _keys(head: tuple[str, ...], data: tuple[str, ...]) -> tuple[list[str] | None, list[str] | None]:
-    """Both lists in the form for comparison: folded, or unchanged where folding makes two names equal; None where a
-    name occurs twice even so."""
+    """Both lists in the form for comparison: folded, or unchanged if folding makes two names equal; None if a name
+    occurs twice even then."""
     for key in (fold, str.strip):
         both = [[key(name) for name in names] for names in (head, data)]
         if all(len(set(keys)) == len(keys) for keys in both):
@@ -260,9 +259,9 @@ def fold(name: str) -> str:
 
 
 def _numbers(names: Sequence[str]) -> list[int] | None:
-    """The names as numbers, such as 1, 0 for LABEL_1, LABEL_0; None where one is not a number."""
-    found = [DEFAULT.fullmatch(name.strip()) for name in names]
-    texts = [part[1] if part else name.strip() for part, name in zip(found, names, strict=True)]
+    """The names as numbers, such as 1, 0 for LABEL_1, LABEL_0; None if one is not a number."""
+    defaults = [DEFAULT.fullmatch(name.strip()) for name in names]
+    texts = [part[1] if part else name.strip() for part, name in zip(defaults, names, strict=True)]
     return [int(text) for text in texts] if texts and all(map(NUMBER.fullmatch, texts)) else None
 
 

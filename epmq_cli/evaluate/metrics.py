@@ -23,7 +23,7 @@ def matthews(predictions: Tensor, labels: Tensor) -> float:
 
 
 def spearman(predictions: Tensor, labels: Tensor) -> float:
-    """Spearman's rank correlation of numbers (GLUE's metric for STS-B), in [-1, 1]; 0 where one of the two is
+    """Spearman's rank correlation of numbers (GLUE's metric for STS-B), in [-1, 1]; 0 if one of the two is
     constant."""
     if len(set(predictions.tolist())) < 2 or len(set(labels.tolist())) < 2:
         return 0.0

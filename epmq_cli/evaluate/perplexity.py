@@ -15,7 +15,7 @@ LARGEST = 700.0  # mean loss: the exponential of more overflows
 PLACES = 1 << 26  # logits turned into losses at a time: 0.25 GB in float32
 
 Window = tuple[int, int, int]
-"""Start and end of a window, and the number of its last tokens that no window before it had."""
+"""Start and end of a window, and the number of its last tokens that no earlier window contains."""
 
 
 def perplexity(
@@ -29,10 +29,10 @@ def perplexity(
 
     `losses_of` returns `window_losses` for windows (windows, tokens). Each window starts `stride` tokens after the one
     before it, and only its new tokens count. With `stride` equal to `length`, the protocol of GPTQ and most tables,
-    windows do not overlap and the first token of each is not predicted; with a smaller stride each token but the very
+    windows do not overlap and the first token of each is not predicted; with a smaller stride each token except the
     first counts once. The last window may be shorter, and counts; GPTQ (https://github.com/IST-DASLab/gptq,
     `llama_eval`) drops it, which equals this on `ids` cut to whole windows.
-    DataError where no token is predicted, ModelError where logits are NaN. The mean loss is capped at `LARGEST`.
+    DataError if no token is predicted, ModelError if logits are NaN. The mean loss is capped at `LARGEST`.
     """
     total, count = 0.0, 0
     for group in batched(windows(len(ids), length, stride), batch_size):
@@ -48,7 +48,7 @@ def perplexity(
 
 
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
-    """The windows over this number of tokens; the last one ends with them."""
+    """The windows over this number of tokens; the last one ends at the last token."""
     reached = 0
     for start in range(0, tokens, stride):
         end = min(start + length, tokens)
@@ -58,10 +58,10 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def batched(given: Iterator[Window], size: int) -> Iterator[list[Window]]:
+def batched(spans: Iterator[Window], size: int) -> Iterator[list[Window]]:
     """Groups of at most `size` windows of one length."""
     group: list[Window] = []
-    for window in given:
+    for window in spans:
         if group and (len(group) == size or window[1] - window[0] != group[0][1] - group[0][0]):
             yield group
             group = []
@@ -73,10 +73,10 @@ def batched(given: Iterator[Window], size: int) -> Iterator[list[Window]]:
 def window_losses(logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     """The loss of each predicted token, (windows, tokens - 1) in float64 on the CPU, for windows `ids` (windows,
     tokens); `logits_of` returns (windows, tokens, vocabulary)."""
-    logits, wanted = logits_of(ids)[:, :-1], ids[:, 1:]
+    logits, targets = logits_of(ids)[:, :-1], ids[:, 1:]
     rows = max(1, PLACES // max(1, logits[0].numel()))
     parts = [
         cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double().cpu()
-        for part, target in zip(torch.split(logits, rows), torch.split(wanted, rows), strict=True)
+        for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     ]
     return torch.cat(parts)

@@ -47,14 +47,14 @@ def family_of(name: str) -> Family:
 
 
 def claiming(config: Mapping[str, Any]) -> Family:
-    """The first family that takes models with this config.json; ModelError where none does."""
+    """The first family that takes models with this config.json; ModelError if no family does."""
     kind = config.get("model_type")
     for family in FAMILIES.values():
         if kind in family.model_types:
             return family
-    known = sorted({each for family in FAMILIES.values() for each in family.model_types})
+    types = sorted({each for family in FAMILIES.values() for each in family.model_types})
     raise ModelError(
-        f"base: no family takes models of type {kind}, the families take {', '.join(known)}; suite.family=causal_lm "
+        f"base: no family takes models of type {kind}, the families take {', '.join(types)}; suite.family=causal_lm "
         f"tries other decoders, {MERGES}, and a new encoder is a row in epmq_cli/families, as in modernbert.py"
     )
 

@@ -1,4 +1,4 @@
-"""What one kind of model is: how it is opened, what its tensors are called, and what the walk goes through."""
+"""An architecture: how its models are opened, the names of their tensors, and the blocks that calibration visits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Architecture(ABC):
     """Prefixes of tensors that only some of its models have and that fine-tuning adds: `epmq merge` merges them where
     all models have them, `epmq run` needs them."""
 
-    kept: tuple[str, ...] = ()
-    """Patterns of the tensors that no step solves and that are right as merged."""
+    unsolved: tuple[str, ...] = ()
+    """Patterns of the tensors that no step solves: the merged values are final."""
 
     repeated: tuple[str, ...] = ()
     """Modules that a block calls more than once; the first call reads the residual stream."""
@@ -51,32 +51,32 @@ class Architecture(ABC):
     """Whether transformers loads its checkpoints with several number formats, which it cannot dequantize on load."""
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
-        """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""
+        """Opens a base (if `base` is None), or an expert of that base, in any form that epmq reads."""
         if base is None:
             return open_base(path, role)
         return open_expert(path, role, base, self.tensor_names(base).values(), self.spelling)
 
     def check_type(self, folder: ModelFolder) -> None:
-        """Raises ModelError where a folder's model type is not one of `model_types`."""
-        found = folder.config.get("model_type")
-        if found not in self.model_types:
+        """Raises ModelError if the model type of a folder is not in `model_types`."""
+        kind = folder.config.get("model_type")
+        if kind not in self.model_types:
             *others, last = self.model_types
-            known = f"{', '.join(others)} and {last}" if others else last
+            types = f"{', '.join(others)} and {last}" if others else last
             raise ModelError(
-                f"{folder.role}: {folder.path} holds a model of type {found}, family {self.name} takes {known}"
+                f"{folder.role}: {folder.path} holds a model of type {kind}, family {self.name} takes {types}"
             )
 
     def positions(self, folder: Path) -> int | None:
-        """The number of tokens that the model in a folder can read; None where nothing limits them."""
+        """The number of tokens that the model in a folder can read; None without a limit."""
         return None
 
     @abstractmethod
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The tensors of base or expert that are merged, stored copies of tied ones included: name in the model ->
+        """The tensors of base or expert that are merged, including stored copies of tied tensors: name in the model ->
         name in the folder's files. ModelError where the folder holds another architecture."""
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
-        """The same for all stored tensors, those that `epmq run` does not merge included."""
+        """The same for all stored tensors, including those that `epmq run` does not merge."""
         return {self.spelling(name): name for name in folder.infos}
 
     def spelling(self, stored: str) -> str:
@@ -84,7 +84,7 @@ class Architecture(ABC):
         return stored
 
     def trained_beside(self, base: ModelFolder, experts: Experts, tasks: Sequence[Task]) -> list[str]:
-        """Further tensors to merge, by stored name; reports what experts have trained that is not merged."""
+        """Further tensors to merge, by stored name; reports trained tensors that are not merged."""
         return []
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """The stacks in the order of the forward pass. The linears of their blocks are what is quantized."""
+        """The stacks in the order of the forward pass. The linears of their blocks are quantized."""
 
     def blocks(self, model: nn.Module) -> list[Section]:
         """The blocks of all stacks in order."""
@@ -110,4 +110,4 @@ class Architecture(ABC):
 
     @abstractmethod
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the heads read: (rows, width), one row a sample, or one a token for families without heads."""
+        """The input of the heads: (rows, width), one row per sample, or one per token for families without heads."""

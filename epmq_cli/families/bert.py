@@ -37,7 +37,7 @@ BERT = Family(
         stem=TABLES,
         first_norm="embeddings.LayerNorm",
         pooler="pooler",
-        kept=(r"embeddings\.(position|token_type)_ids",),
+        unsolved=(r"embeddings\.(position|token_type)_ids",),
     ),
     TextClassifier(ClassifierHead()),
 )

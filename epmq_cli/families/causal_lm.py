@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.decoder import KEPT, block_steps
+from epmq_cli.families.decoder import UNSOLVED, block_steps
 from epmq_cli.families.family import Family
 from epmq_cli.families.parts import LastNorm, block_settings
 from epmq_cli.families.positions import decoder_positions
@@ -70,24 +70,25 @@ class CausalLM(Architecture):
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
     )
-    kept: tuple[str, ...] = (*(rf"model\.layers\.\d+\.{part}" for part in KEPT), r"lm_head\.(weight|bias)")
+    unsolved: tuple[str, ...] = (*(rf"model\.layers\.\d+\.{part}" for part in UNSOLVED), r"lm_head\.(weight|bias)")
     dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
     def check_type(self, folder: ModelFolder) -> None:
-        """Raises ModelError where another family takes models of this type. Types that no family lists are taken:
+        """Raises ModelError if another family takes models of this type. Accepts types that no family lists:
         `epmq run` checks their parts before it calibrates them."""
         from epmq_cli.families import FAMILIES
 
-        found = folder.config.get("model_type")
+        kind = folder.config.get("model_type")
         for name, family in FAMILIES.items():
-            if name != self.name and found in family.model_types:
+            if name != self.name and kind in family.model_types:
                 raise ModelError(
-                    f"{folder.role}: {folder.path} holds a model of type {found}, which family {name} takes; "
+                    f"{folder.role}: {folder.path} holds a model of type {kind}, which family {name} takes; "
                     f"set suite.family={name}"
                 )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors but rotary frequencies, which transformers computes; stored copies of a tied output layer too."""
+        """All tensors, including stored copies of a tied output layer, except rotary frequencies, which transformers
+        computes."""
         self.check_type(folder)
         return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
 
@@ -95,11 +96,11 @@ class CausalLM(Architecture):
         """All stored tensors; files of the body alone lack its prefix, and old files may have other names."""
         if any(name.startswith(PREFIX) for name in folder.infos):
             return {name: name for name in folder.infos}
-        known = model_class(folder.config, folder.infos)
-        prefix = f"{known.prefix}." if known else PREFIX
-        tensors = known.tensors if known else ()
+        cls = model_class(folder.config, folder.infos)
+        prefix = f"{cls.prefix}." if cls else PREFIX
+        tensors = cls.tensors if cls else ()
         bare = not any(name.startswith(prefix) for name in folder.infos)
-        own = {name: known.own_name(name) if known else name for name in folder.infos}
+        own = {name: cls.own_name(name) if cls else name for name in folder.infos}
         return {prefix + name if bare and name not in tensors else name: stored for stored, name in own.items()}
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:

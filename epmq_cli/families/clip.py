@@ -69,7 +69,7 @@ class Clip(Architecture):
 
     name: str = "clip"
     model_types: tuple[str, ...] = ("clip", "clip_vision_model")
-    kept: tuple[str, ...] = (
+    unsolved: tuple[str, ...] = (
         r"text_model\..*",
         r"text_projection\.weight",
         "logit_scale",

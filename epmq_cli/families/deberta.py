@@ -34,7 +34,7 @@ DEBERTA = Family(
         ),
         stem=(Table("embeddings.word_embeddings"),),
         first_norm="embeddings.LayerNorm",
-        kept=(
+        unsolved=(
             r"embeddings\.(position_ids|(position|token_type)_embeddings\.weight|embed_proj\.weight)",
             r"encoder\.(rel_embeddings\.weight|LayerNorm\.(weight|bias))",
             r"encoder\.layer\.\d+\.attention\.self\.pos_(key|query)_proj\.(weight|bias)",

@@ -1,8 +1,8 @@
 """The steps of the blocks of decoders, by the names of their modules.
 
 A block is attention followed by a feed-forward, each with a norm before it, behind it, or both. The names select one of
-the layouts below. They prove nothing: before a run calibrates a block, `self_check` compares its steps with what it
-computes.
+the layouts below. Names are not proof: before a run calibrates a block, `self_check` compares the steps with the
+block's own output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Step = Linears | Norm
 
 @dataclass(frozen=True)
 class Layout:
-    """The norms of a block around attention and the feed-forward; None where there is none.
+    """The norms of a block around attention and the feed-forward; None for a missing norm.
 
     A norm behind a part normalizes what the part adds to the residual stream.
     """
@@ -59,8 +59,8 @@ FEED_FORWARD = (
     (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2
 )
 LINEAR = (ATTENTION[0][0], FEED_FORWARD[0][0])
-"""Linears of which the last, v_proj or up_proj, makes the input of what follows channel by channel."""
-KEPT = (
+"""Groups whose last linear, v_proj or up_proj, is the producer of the linear that follows, channel by channel."""
+UNSOLVED = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
     r"self_attn\.[qk]_layernorm\.norms\.\d+\.(weight|bias)",  # StableLM
     r"mlp\.act_fn\.\w+",  # activations with parameters, such as those of Apertus
@@ -91,7 +91,7 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
         *_part(mlp, layout.before_mlp, layout.behind_mlp, scale),
     )
     modules = [name for step in steps for name in (step.names if isinstance(step, Linears) else (step.name,))]
-    if (name := unknown_tensor(block.state_dict(), modules, KEPT)) is not None:
+    if (name := unknown_tensor(block.state_dict(), modules, UNSOLVED)) is not None:
         raise ModelError(f"{where} has {name}, which no step of the family knows")
     return steps
 

@@ -33,7 +33,7 @@ DISTILBERT = Family(
         ),
         stem=(Table("embeddings.word_embeddings"), Table("embeddings.position_embeddings")),
         first_norm="embeddings.LayerNorm",
-        kept=(r"embeddings\.position_ids",),
+        unsolved=(r"embeddings\.position_ids",),
         shared=("n_heads", "activation"),
     ),
     TextClassifier(ClassifierHead(dense="pre_classifier", activation=relu)),

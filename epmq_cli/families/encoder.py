@@ -1,4 +1,4 @@
-"""Encoders of transformers, each described by a row: the names of its modules, and how it reads out its last block.
+"""Encoders of transformers, each described by a row: the names of its modules, and the readout of its last block.
 
 Base: any checkpoint of the encoder. Experts: its `...ForSequenceClassification` or the like; the modules behind the
 encoder there are the task's head. The linears of the blocks are quantized.
@@ -51,7 +51,7 @@ class Encoder(Architecture):
     """The norm behind the blocks."""
 
     pooler: str | None = None
-    """A module with a linear `dense` that reads the first token, where heads read its output."""
+    """A module with a linear `dense` that reads the first token, if heads read its output."""
 
     pooling: str | None = None
     """The setting of the config that says whether heads read the first token (`cls`) or the mean of all (`mean`).
@@ -61,7 +61,7 @@ class Encoder(Architecture):
     """The settings that base and experts must share."""
 
     fixed: Mapping[str, object] = field(default_factory=dict)
-    """Settings with the only value that the steps describe."""
+    """Settings, each with the only value that the steps support."""
 
     old_names: tuple[tuple[str, str], ...] = GAMMA_AND_BETA
     """Patterns of tensor names in older files, and today's names."""
@@ -73,7 +73,7 @@ class Encoder(Architecture):
     """Options for from_pretrained."""
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """Everything but task heads."""
+        """All tensors except task heads."""
         self.check_type(folder)
         return {
             name: stored
@@ -89,19 +89,19 @@ class Encoder(Architecture):
         return stored
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
-        """Those of the row; ModelError where the encoder is not built like the blocks that are walked."""
+        """The settings named in `shared`; ModelError if one named in `fixed` has another value."""
         for name, usual in self.fixed.items():
-            found = folder.config.get(name, usual)
-            if found != usual:
+            value = folder.config.get(name, usual)
+            if value != usual:
                 raise ModelError(
-                    f"{folder.role}: {folder.path} has {name} {found}, family {self.name} takes {usual} only"
+                    f"{folder.role}: {folder.path} has {name} {value}, family {self.name} takes {usual} only"
                 )
         return block_settings(folder, names=self.shared)
 
     def positions(self, folder: Path) -> int | None:
-        """Those of the table of positions; None for encoders of pictures."""
-        found: int | None = getattr(config_of(folder), "max_position_embeddings", None)
-        return None if found is None else found - self.reserved
+        """The rows of the position table that tokens can use; None for image encoders."""
+        rows: int | None = getattr(config_of(folder), "max_position_embeddings", None)
+        return None if rows is None else rows - self.reserved
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The encoder alone."""
@@ -117,7 +117,7 @@ class Encoder(Architecture):
         return [Stack(blocks, self._readout(model, token), self.stem, self.first_norm, token, token_mask)]
 
     def read_token(self, model: nn.Module) -> ReadToken:
-        """What heads read of the last block."""
+        """The token of the last block's output that heads read."""
         config: Any = model.config
         return 0 if self.pooling is None else POOLING[getattr(config, self.pooling)]
 
@@ -129,7 +129,7 @@ class Encoder(Architecture):
         return Section("", FirstToken(), ())
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the pooler gives, or the token or mean that is read: (samples, width)."""
+        """The output of the pooler, or else of `read_token`: (samples, width)."""
         output = model(**batch)
         if self.pooler is not None:
             features: Tensor = output.pooler_output
@@ -138,6 +138,6 @@ class Encoder(Architecture):
 
 
 def token_mask(batch: Batch) -> Tensor | None:
-    """True where there is no padding: (samples, tokens); None for pictures, which have none."""
+    """(samples, tokens) bool, True for real tokens; None for images, which have no padding."""
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()

@@ -1,4 +1,4 @@
-"""A family: an architecture and the adapter of the tasks that its models are for. Nothing else in epmq knows either."""
+"""A family: an architecture and a task adapter. The rest of epmq uses the family only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from epmq_cli.runtime.disk_offload import Disk, on_disk
 
 
 class Family:
-    """An architecture times a task adapter. Its members are theirs; only `open` and `predict` need both."""
+    """An architecture and a task adapter under one interface; only `open` and `predict` combine the two."""
 
     def __init__(self, architecture: Architecture, tasks: TaskAdapter) -> None:
         self.architecture, self.tasks = architecture, tasks
         self.name = architecture.name
         self.model_types = architecture.model_types
         self.added = architecture.added
-        self.kept = architecture.kept
+        self.unsolved = architecture.unsolved
         self.repeated = architecture.repeated
         self.dequantize_on_load = architecture.dequantize_on_load
         self.mixes_formats = architecture.mixes_formats
@@ -60,11 +60,11 @@ class Family:
         self.logits = tasks.logits
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
-        """Opens a base (where `base` is None), or an expert of that base, in any form that epmq reads."""
+        """Opens a base (if `base` is None), or an expert of that base, in any form that epmq reads."""
         opened = self.architecture.open(path, role, base)
         if base is not None:
-            read = merged_names(opened, self.tensor_names).values()  # none of an expert whose names a wrapper changed
-            refuse_unread(opened, base, read, self.in_head, tied=self.heads == "none")
+            names = merged_names(opened, self.tensor_names).values()  # empty if a wrapper changed the expert's names
+            refuse_unread(opened, base, names, self.in_head, tied=self.heads == "none")
         return opened
 
     def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
@@ -76,9 +76,9 @@ def load_model(
     family: Family, folder: Path, device: torch.device | Disk, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> nn.Module:
     """The model of a base folder or of a checkpoint, ready to score, on a device or in files: with weights of `dtype`
-    (`auto`: the one in config.json), packed ones dequantized in the stored type. It calculates in float32."""
+    (`auto`: the one in config.json), packed ones dequantized in the stored type. It computes in float32."""
     model = dequantized(folder, family.load, dtype)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
-    loaded: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' own refuses what came quantized
+    loaded: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' method rejects quantized models
     return loaded.eval().requires_grad_(False)

@@ -19,13 +19,13 @@ def _reads(family: Family, first: Any) -> bool:
 
 
 def check_inputs(family: Family, task: str, inputs: Sequence[Any]) -> None:
-    """Raises DataError where the family does not read inputs such as the first one."""
+    """Raises DataError if the family does not read inputs such as the first one."""
     if not len(inputs) or _reads(family, first := inputs[0]):
         return
-    found = next((kind for each, kind in KINDS.items() if isinstance(first, each)), type(first).__name__)
+    kind = next((name for each, name in KINDS.items() if isinstance(first, each)), type(first).__name__)
     where = f"{first.where} holds" if isinstance(first, Chat) else "its data are"
-    wanted = " or ".join(KINDS.get(each, each.__name__) for each in family.sample_types)
+    expected = " or ".join(KINDS.get(each, each.__name__) for each in family.sample_types)
     raise DataError(
-        f"task {task}: {where} {found}, and family {family.name} reads {wanted}; choose other columns or another data "
+        f"task {task}: {where} {kind}, and family {family.name} reads {expected}; choose other columns or another data "
         "source"
     )

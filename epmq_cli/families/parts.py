@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq_cli.families.structure import Norm, Section
-from epmq_cli.models.answers import kept_answer
+from epmq_cli.models.answers import cached_answer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
 
@@ -57,5 +57,5 @@ def block_settings(
         return {name: getattr(config, name, None) for name in names}
 
     question = {"settings of": folder.config, "part": part, "names": list(names)}
-    settings: dict[str, Any] = kept_answer(question, ask, __file__)
+    settings: dict[str, Any] = cached_answer(question, ask, __file__)
     return settings

@@ -13,7 +13,7 @@ STRETCHED = ("linear", "dynamic", "yarn")
 
 
 def decoder_positions(config: Any) -> int | None:
-    """The positions of a decoder, scaling of rotary embeddings included; None where its config states none, as with
+    """The positions of a decoder, scaling of rotary embeddings included; None if its config states none, as with
     relative positions. A sliding window does not limit them."""
     stated = next((value for name in NAMES if isinstance(value := getattr(config, name, None), int)), None)
     if stated is None or stated < 1:

@@ -40,19 +40,19 @@ ASIDE = (
 def difference(
     family: Family, base: Path, task: Task, expert: Processor, samples: Sequence[Any], own: Processor | None = None
 ) -> str | None:
-    """How the outputs of an expert's processor for a task's samples differ from the base's, as a phrase to follow "its
-    tokenizer" or "its image processor"; None where they are equal. `base` has the base's config, and its processor
-    unless `own` gives another place. ModelError where the expert's processor fails."""
+    """The difference between the outputs of an expert's and the base's processor for a task's samples, as a phrase
+    after "its tokenizer" or "its image processor"; None if they are equal. `base` has the base's config, and its
+    processor unless `own` gives another place. ModelError if the expert's processor fails."""
     theirs, bases = _read(family, base, task, expert), None
     for start in range(0, len(samples), CHUNK):
         chunk = [samples[i] for i in range(start, min(start + CHUNK, len(samples)))]
-        found = theirs(chunk)
+        batch = theirs(chunk)
         try:
             bases = bases or _read(family, base, task, own)
-            wanted = bases(chunk)
+            base_batch = bases(chunk)
         except (ModelError, DataError) as error:
             return f"reads the task's samples, which the base's does not ({error})"
-        if not _same(family, found, wanted):
+        if not _same(family, batch, base_batch):
             if family.reads == "pictures":
                 return _settings(base, expert, own)
             return _first_text(theirs, bases, chunk)
@@ -131,12 +131,14 @@ def _settings(base: Path, expert: Processor, own: Processor | None) -> str:
     one, other = (_plain(own_images(base, processor).to_dict()) for processor in (expert, own))
     file = image_file(expert.folder).name
     names = [name for name in dict.fromkeys([*FIRST, *sorted({*one, *other})]) if name not in ASIDE]
-    found = [name for name in names if one.get(name) != other.get(name)]
-    phrases = [f"{name} {one.get(name)} where the base's has {other.get(name)}" for name in found[:SHOWN_SETTINGS]]
+    differences = [name for name in names if one.get(name) != other.get(name)]
+    phrases = [
+        f"{name} {one.get(name)} where the base's has {other.get(name)}" for name in differences[:SHOWN_SETTINGS]
+    ]
     if not phrases:
         kinds = [type(own_images(base, processor)).__name__ for processor in (expert, own)]
-        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which make other pixels from the task's images"
-    more = f" and {len(found) - SHOWN_SETTINGS} more" if len(found) > SHOWN_SETTINGS else ""
+        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which return other pixels for the task's images"
+    more = f" and {len(differences) - SHOWN_SETTINGS} more" if len(differences) > SHOWN_SETTINGS else ""
     return f"({file}) has {', '.join(phrases)}{more}"
 
 

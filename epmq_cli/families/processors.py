@@ -1,5 +1,5 @@
-"""Tokenizers and image processors as functions of samples. A sample that one cannot process, or that the model cannot
-read afterwards, ends in one sentence that names the file."""
+"""Tokenizers and image processors as functions of samples. ModelError names the file if a processor
+fails on a sample, or if the model cannot read its output."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from epmq_cli.models.processor_folder import PIXELS, WHOLE, Processor
 from epmq_cli.quantize.linalg import is_finite
 
 LETTERS = 30
-"""Letters a token, and tokens in reserve: no tokenizer keeps a whole text in fewer tokens than these give."""
+"""The maximum letters per token, and the tokens of slack, of a tokenizer that keeps the whole text."""
 
 
 def own(kind: Any, folder: Path, processor: Processor | None) -> Any:
-    """The processor that an Auto class of transformers loads. Where there is no config.json beside its files, as in the
-    folder of a LoRA adapter, the config of the model in `folder` selects the class."""
+    """The processor that an Auto class of transformers loads. Without a config.json beside its files, as in the folder
+    of a LoRA adapter, the config of the model in `folder` selects the class."""
     where = processor.folder if processor else folder
     options = {} if (where / "config.json").is_file() else {"config": config_of(folder)}
     return from_folder(kind, where, **options)
 
 
 def own_tokenizer(folder: Path, processor: Processor | None = None) -> Any:
-    """The tokenizer of a folder; ModelError where it has no vocabulary."""
+    """The tokenizer of a folder; ModelError if it has no vocabulary."""
     from transformers import AutoTokenizer
 
     tokenizer = own(AutoTokenizer, folder, processor)
@@ -42,8 +42,8 @@ def own_tokenizer(folder: Path, processor: Processor | None = None) -> Any:
 
 
 def tokens(folder: Path, longest: int | None = None, processor: Processor | None = None) -> Callable[..., Any]:
-    """A tokenizer as a function from texts to tensors; ModelError where it fails, or where the model in `folder` has no
-    row for one of its ids. `longest`: the length that it cuts texts to, if its own is larger. `processor`: its place,
+    """A tokenizer as a function from texts to tensors; ModelError if it fails, or if the model in `folder` has no row
+    for one of its ids. `longest`: the length that it cuts texts to, if its own is larger. `processor`: its place,
     if not `folder`."""
     tokenizer = own_tokenizer(folder, processor)
     where, rows = folder, config_of(folder).get_text_config().vocab_size
@@ -61,7 +61,7 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
     if tokenizer.pad_token is None:  # padding is masked, so any token serves
         tokenizer.pad_token = _filler(tokenizer)
 
-    def encoded(texts: Any, **options: Any) -> Any:
+    def encode(texts: Any, **options: Any) -> Any:
         try:
             encoding = tokenizer(texts, return_tensors="pt", **options)
         except Exception as error:
@@ -78,11 +78,11 @@ def tokens(folder: Path, longest: int | None = None, processor: Processor | None
             )
         return encoding
 
-    return encoded
+    return encode
 
 
-def check_kept(folder: Path, texts: Iterable[str], count: int) -> None:
-    """Raises ModelError where a tokenizer returns so few tokens that it must have dropped most of the text, which
+def check_not_truncated(folder: Path, texts: Iterable[str], count: int) -> None:
+    """Raises ModelError if a tokenizer returns so few tokens that it must have dropped most of the text, which
     happens when transformers loads it with the wrong class."""
     letters = sum(len("".join(text.split())) for text in texts)
     if letters > LETTERS * (count + LETTERS):
@@ -117,14 +117,14 @@ def own_images(folder: Path, processor: Processor | None = None) -> Any:
 
 
 def images(folder: Path, processor: Processor | None = None) -> Collate:
-    """An image processor as a function from images, taken as RGB, to batches; ModelError where it fails, or where the
+    """An image processor as a function from images, converted to RGB, to batches; ModelError if it fails, or if the
     model in `folder` reads other shapes. `processor`: its place, if not `folder`."""
     process = own_images(folder, processor)
     file = image_file(processor.folder if processor else folder)
     config = config_of(folder)
     config = getattr(config, "vision_config", config)
     side = config.image_size
-    wanted = (config.num_channels, *(side if isinstance(side, list | tuple) else (side, side)))
+    shape = (config.num_channels, *(side if isinstance(side, list | tuple) else (side, side)))
 
     def collate(pictures: list[Any]) -> Batch:
         try:
@@ -134,10 +134,10 @@ def images(folder: Path, processor: Processor | None = None) -> Collate:
             if lacks_memory(error):
                 raise
             raise ModelError(f"{file} fails on an image ({first_line(error)}); fetch it again") from error
-        if pixels.shape[1:] != wanted:
+        if pixels.shape[1:] != shape:
             raise ModelError(
                 f"{file} makes images of {list(pixels.shape[1:])}, and the model{' beside it' * (processor is None)} "
-                f"reads {list(wanted)}; set its size and crop_size to that"
+                f"reads {list(shape)}; set its size and crop_size to that"
             )
         if not is_finite(pixels):
             raise ModelError(f"{file} makes pixels that are NaN or infinite; check mean and std in it")

@@ -22,10 +22,10 @@ MERGES = "epmq merge suite=causal_lm merges models of other architectures too"
 """The way out for a model that `epmq run` refuses."""
 
 
-def unknown_tensor(tensors: Iterable[str], modules: Collection[str], kept: Iterable[str]) -> str | None:
+def unknown_tensor(tensors: Iterable[str], modules: Collection[str], unsolved: Iterable[str]) -> str | None:
     """The first tensor that is neither a weight or bias of these modules nor matches a pattern of tensors that stay as
     merged."""
-    patterns = re.compile("|".join(kept) or "(?!)")
+    patterns = re.compile("|".join(unsolved) or "(?!)")
     for name in tensors:
         module, _, tensor = name.rpartition(".")
         if not (module in modules and tensor in ("weight", "bias")) and not patterns.fullmatch(name):

@@ -15,7 +15,7 @@ from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.runtime.console import log
 
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
-"""The date for templates that write one, so that a run gives the same bytes on every day: the default of Llama's
+"""The date for templates that write one, so that a run gives the same bytes every day: the default of Llama's
 template."""
 CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
@@ -27,7 +27,7 @@ THOUGHT = "</think>"  # templates drop the text of earlier answers in front of i
 
 
 def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
-    """The token ids (tokens,) of each conversation by the chat template of `processor`, or of `folder` where that has
+    """The token ids (tokens,) of each conversation by the chat template of `processor`, or of `folder` if that has
     none; both as for TaskAdapter.collate."""
     encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
     if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
@@ -37,11 +37,11 @@ def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = 
 
 
 def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
-    """The text of each conversation with the special tokens of the template; DataError where there is no template or it
+    """The text of each conversation with the special tokens of the template; DataError if there is no template or it
     refuses a conversation. `folder`: the tokenizer's, for messages.
 
-    Templates run in the sandbox of transformers. A template that leaves out messages is a warning, one that leaves out
-    tool calls an error.
+    Templates run in the sandbox of transformers. epmq warns if a template leaves out messages, and raises if it leaves
+    out tool calls.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -49,13 +49,13 @@ def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
             "with; put a chat_template.jinja there, such as that of the experts, or choose a column of texts"
         )
     texts = [_text(tokenizer, folder, chat) for chat in chats]
-    lost = [(chat, message) for chat, text in zip(chats, texts, strict=True) for message in _lost(chat, text)]
-    if lost:
-        chat, message = lost[0]
+    omissions = [(chat, message) for chat, text in zip(chats, texts, strict=True) for message in _lost(chat, text)]
+    if omissions:
+        chat, message = omissions[0]
         log.warning(
             "the chat template in %s leaves out %d of %d messages, such as one with the role %s of %s",
             folder,
-            len(lost),
+            len(omissions),
             sum(len(chat.messages) for chat in chats),
             message["role"],
             chat.where,

@@ -22,7 +22,7 @@ ROBERTA = Family(
         steps=STEPS,
         stem=TABLES,
         first_norm="embeddings.LayerNorm",
-        kept=(r"embeddings\.(position|token_type)_ids",),
+        unsolved=(r"embeddings\.(position|token_type)_ids",),
         reserved=2,  # positions start after the padding id
         options={"add_pooling_layer": False},
     ),

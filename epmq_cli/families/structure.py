@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from epmq_cli.data.batching import Batch
 
 Mask = Callable[[Batch], Tensor | None]
-"""(samples, tokens) bool of a batch, True for real tokens; None where all are."""
+"""(samples, tokens) bool of a batch, True for real tokens; None if all are."""
 
 MEAN: Literal["mean"] = "mean"
 ReadToken = int | Literal["mean"] | None
@@ -107,7 +107,7 @@ class Stack:
     blocks: list[Section]
 
     readout: Section
-    """A module of its own that shares its tensors with the model. It turns the last block's output (samples, tokens,
+    """A separate module that shares its tensors with the model. It turns the last block's output (samples, tokens,
     width) into what the heads, or the next stack, read; the mean over tokens comes after it."""
 
     stem: tuple[Patches | Table, ...] = ()
@@ -134,13 +134,13 @@ class Stack:
 
     @property
     def lone_token(self) -> int | None:
-        """The only token that heads read; None where all count alike."""
+        """The only token that heads read; None if all count alike."""
         return self.read_token if isinstance(self.read_token, int) else None
 
 
 def pooled(hidden: Tensor, token: ReadToken, mask: Tensor | None) -> Tensor:
-    """The part of hidden states (samples, tokens, width) that heads read: (samples, width), or all of it where they
-    read all tokens. `mask` (samples, tokens): the real tokens; None where all are."""
+    """The part of hidden states (samples, tokens, width) that heads read: (samples, width), or all of it if they
+    read all tokens. `mask` (samples, tokens): the real tokens; None if all are."""
     if token is None:
         return hidden
     if token != MEAN:

@@ -54,7 +54,7 @@ class T5(Architecture):
 
     name: str = "t5"
     model_types: tuple[str, ...] = ("t5",)
-    kept: tuple[str, ...] = (
+    unsolved: tuple[str, ...] = (
         r"(encoder|decoder)\.block\.\d+\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
         r"(decoder\.embed_tokens|lm_head)\.weight",
     )
@@ -70,10 +70,10 @@ class T5(Architecture):
         """The settings of both stacks, the scale of the output, and the tokens that answers start and end with."""
         names = ("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv")
         answers = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
-        found = block_settings(folder, names=(*names, "scale_decoder_outputs", *answers))
-        if found["decoder_start_token_id"] is None:  # as in T5's training
-            found["decoder_start_token_id"] = found["pad_token_id"]
-        return found
+        settings = block_settings(folder, names=(*names, "scale_decoder_outputs", *answers))
+        if settings["decoder_start_token_id"] is None:  # as in T5's training
+            settings["decoder_start_token_id"] = settings["pad_token_id"]
+        return settings
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A T5ForConditionalGeneration."""

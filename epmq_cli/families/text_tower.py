@@ -1,4 +1,4 @@
-"""The parts of a CLIP expert beside its vision tower that may be trained: text tower, projections and logit scale."""
+"""The parts of a CLIP expert beside its vision tower that training may change: text tower, projections, logit scale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("epmq")
 def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
     """||expert - base|| / ||base|| of each of PARTS that an expert has trained, by name; infinite if a tensor has
     another shape. Tensors are read one by one. Differences below the precision of the coarser type do not count."""
-    found = {}
+    drift = {}
     for part in PARTS:
         names = [name for name in base.infos if name.partition(".")[0] == part and name in expert.infos]
         names = [name for name in names if {base.infos[name].dtype, expert.infos[name].dtype} <= set(DTYPES)]
@@ -41,8 +41,8 @@ def drifts(base: ModelFolder, expert: ModelFolder) -> dict[str, float]:
                 moved += float((mine - bases).square().sum())
                 norm += float(bases.square().sum())
         if changed:
-            found[part] = math.sqrt(moved / norm) if norm else math.inf
-    return found
+            drift[part] = math.sqrt(moved / norm) if norm else math.inf
+    return drift
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
@@ -51,22 +51,22 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return not torch.equal(one.to(coarse), other.to(coarse))
 
 
-def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bool) -> None:
-    """Reports the parts that an expert has trained beside its vision tower, how far they moved, and what epmq does with
+def tell(expert: ModelFolder, task: Task, drift: Mapping[str, float], merged: bool) -> None:
+    """Reports the parts that an expert has trained beside its vision tower, how far they moved, and how epmq uses
     them. `merged`: whether visual projections are merged."""
-    if not found:
+    if not drift:
         return
-    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in found.items())
-    what = (
+    sizes = ", ".join(f"{part} {size:.1%}" if math.isfinite(size) else part for part, size in drift.items())
+    line = (
         f"{expert.role}: it differs from the base outside its vision tower, by the relative norm of the change: {sizes}"
     )
     head = "its own text tower makes its head"
-    lost = [part for part in found if part in TEXT and task.heads != "expert"]
-    if lost:
+    unused = [part for part in drift if part in TEXT and task.heads != "expert"]
+    if unused:
         head = "the base's text tower makes its head; set suite.heads=expert to use its own"
-    projection = "; its visual projection is merged" if merged and "visual_projection" in found else ""
-    line = f"{what}; {head}{projection}" if any(part in TEXT for part in found) else f"{what}{projection}"
-    if lost:
+    projection = "; its visual projection is merged" if merged and "visual_projection" in drift else ""
+    line = f"{line}; {head}{projection}" if any(part in TEXT for part in drift) else f"{line}{projection}"
+    if unused:
         log.warning("%s", line)
     else:
         say(line)
@@ -74,9 +74,9 @@ def tell(expert: ModelFolder, task: Task, found: Mapping[str, float], merged: bo
 
 def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an expert's own text tower and its projection, under the names of the model; empty if the expert
-    has none, and so uses the base's. `own`: the model's tensors. ModelError if a shape differs."""
+    has none and uses the base's. `own`: the model's tensors. ModelError if a shape differs."""
     names = [name for name in own if name.partition(".")[0] in TEXT and name in expert.infos]
-    found = {}
+    tensors = {}
     for name in names:
         shape = expert.infos[name].shape
         if shape != tuple(own[name].shape):
@@ -85,5 +85,5 @@ def own_text_tower(expert: ModelFolder, own: Mapping[str, Tensor]) -> dict[str, 
                 "text tower cannot make its head; set suite.heads=base"
             )
         if own[name].is_floating_point():
-            found[name] = expert.tensor(name).float().to(own[name].device)
-    return found
+            tensors[name] = expert.tensor(name).float().to(own[name].device)
+    return tensors

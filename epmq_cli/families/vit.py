@@ -41,7 +41,7 @@ VIT = Family(
             Linears(("mlp.fc2",), stream="layernorm_after"),
         ),
         last_norm="layernorm",
-        kept=(
+        unsolved=(
             r"embeddings\.(cls_token|mask_token|position_embeddings)",
             r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
         ),

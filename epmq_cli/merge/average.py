@@ -41,11 +41,11 @@ class Average:
         check_weights(self.weights)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Weights are for tasks of the suite."""
+        """ConfigError if the weights name other tasks than the suite's."""
         check_weighted_tasks(self.weights, tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
-        """Reads nothing."""
+        """Returns the rule; reads no model."""
 
         def merge(piece: Piece) -> Tensor:
             experts = list(piece.experts.values())

@@ -1,9 +1,9 @@
 """DARE: drops elements of the task vectors at random and rescales the rest (Yu et al. 2024,
 https://arxiv.org/abs/2311.03099, section 3.2, equations 1 to 3).
 
-Each expert, tensor and piece has random numbers of its own (`Piece.generator`), so that threads, devices and other
-tensors change nothing. The rest is divided by the density, as in the paper, so that the expected value of each element
-is that of the task vector.
+Each expert, tensor and piece has its own random numbers (`Piece.generator`), so the result does not depend on threads,
+devices or other tensors. The remaining elements are divided by the density, as in the paper, so that the expected value
+of each element is that of the task vector.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights,
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
-    """A task vector (n,) whose elements are each kept with probability `density` and divided by it, else 0."""
-    kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32)) < density
-    return torch.where(kept, vector / density, torch.zeros(()))
+    """A task vector (n,), each element kept with probability `density` and divided by it, or else set to 0."""
+    mask = torch.from_numpy(generator.random(len(vector), dtype=np.float32)) < density
+    return torch.where(mask, vector / density, torch.zeros(()))
 
 
 @dataclass(frozen=True)
 class DareLinear:
-    """`merge=dare_linear`: Task Arithmetic of what is left of the task vectors.
+    """`merge=dare_linear`: Task Arithmetic of the sparse task vectors.
 
     `density`: the probability that an element is kept, the paper's 1 - p, in (0, 1]; 1 is Task Arithmetic. `scale`:
-    factor on the sum of the task vectors. `weights`: factors on the task vectors by task. `seed`: of the random
-    numbers.
+    factor on the sum of the task vectors. `weights`: factors on the task vectors by task. `seed`: the seed of the
+    random numbers.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -53,15 +53,15 @@ class DareLinear:
         check_range("seed", self.seed, 0, (1 << 31) - 1, integer=True)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Weights are for tasks of the suite."""
+        """ConfigError if the weights name other tasks than the suite's."""
         check_weighted_tasks(self.weights, tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
-        """Reads nothing."""
+        """Returns the rule; reads no model."""
         return ElementwiseRule(lambda piece: add_task_vectors(piece.base, self.vectors(piece), self.scale))
 
     def vectors(self, piece: Piece) -> list[Tensor]:
-        """What is left of each task vector, times its weight."""
+        """Each task vector after the drop, times its weight."""
         vectors = {
             task: dropped(vector, self.density, piece.generator(self.seed, task))
             for task, vector in piece.task_vectors().items()
@@ -71,8 +71,8 @@ class DareLinear:
 
 @dataclass(frozen=True)
 class DareTies(DareLinear):
-    """`merge=dare_ties`: what is left of the task vectors in place of those that TIES trims; then signs are elected,
-    and what agrees with them is merged, as in TIES.
+    """`merge=dare_ties`: drops elements at random where TIES trims them; then elects signs and merges the values that
+    agree with them, as in TIES.
 
     `combine`: the `sum` of the agreeing values, or their `mean`, which divides by their number. The other options are
     those of `merge=dare_linear`.

@@ -39,10 +39,10 @@ ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "tor
 
 
 class SuiteModels:
-    """The opened models of a suite, and their tensors side by side (`source`).
+    """The opened models of a suite and a common view of their tensors (`source`).
 
-    `whole`: merges all tensors that base and experts share, as `epmq merge` does, and not only those that the family
-    names. `ties`: which tied tensors stay tied.
+    `whole`: merges all tensors that base and experts share, as `epmq merge` does, not only those that the family
+    names. `ties`: the tied tensors that stay tied.
     """
 
     def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
@@ -85,18 +85,18 @@ def _member(family: Family, folder: ModelFolder) -> Member:
 
 
 def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
-    """The expert under the base's names, without what a wrapper added. It may lack tables that can be tied."""
-    wanted = {*base.merged}
-    if not wanted <= {*merged_names(expert, family.tensor_names)}:
+    """The expert under the base's names, without the segments of wrappers. It may lack tables that can be tied."""
+    targets = {*base.merged}
+    if not targets <= {*merged_names(expert, family.tensor_names)}:
         ask_classes(family, [base])
-        wanted -= {*base.tieable, *base.tieable.values(), *foreign(base)}
-        wanted -= {name for name in wanted if name.startswith(family.added)}
-    return unwrapped(expert, base.folder, wanted, family.tensor_names)
+        targets -= {*base.tieable, *base.tieable.values(), *foreign(base)}
+        targets -= {name for name in targets if name.startswith(family.added)}
+    return unwrapped(expert, base.folder, targets, family.tensor_names)
 
 
 def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:
-    """Resolves tied tensors, task heads and tensors that are not merged, and warns of each tensor that is left out. The
-    merged tensors of all members become those of the result."""
+    """Resolves tied tensors, task heads and unmerged tensors, and warns about each tensor that is left out. Sets the
+    merged tensors of all members to those of the result."""
     if not (whole and are_plain(base, experts)):
         ask_classes(family, [base, *experts.values()])
         skip_ignored(base, experts)
@@ -111,8 +111,8 @@ def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole:
     if strange:
         log.warning(plain(_strange(base, strange)))
     ties = resolve_ties(family, base, experts)
-    if ties.said:
-        say(ties.said)
+    if ties.message:
+        say(ties.message)
     if whole or family.heads != "made":
         for sentence in left_out(family, base, experts):
             log.warning(plain(sentence))
@@ -123,33 +123,33 @@ def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole:
 def _strange(base: Member, stored: Collection[str]) -> str:
     names = sorted(stored)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    assert base.known is not None
+    assert base.own_class is not None
     return (
-        f"base: {', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'} left out, since "
-        f"{base.known.name} has no such part"
+        f"base: {', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'} left out, because "
+        f"{base.own_class.name} has no module for {'it' if len(names) == 1 else 'them'}"
     )
 
 
 def _check_complete(base: Member) -> None:
-    """ModelError where the base lacks a tensor of its class, which transformers would fill with random numbers."""
-    known = base.known or model_class(base.folder.config, base.folder.infos)
-    lacking = known.lacking(base.folder.infos) if known is not None else []
-    if known is not None and lacking:
+    """Raises ModelError if the base lacks a tensor of its class, which transformers would fill with random numbers."""
+    cls = base.own_class or model_class(base.folder.config, base.folder.infos)
+    lacking = cls.lacking(base.folder.infos) if cls is not None else []
+    if cls is not None and lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ModelError(
-            f"base: {base.folder.path / 'config.json'} describes a {known.name} with {lacking[0]}{more}, which its "
+            f"base: {base.folder.path / 'config.json'} describes a {cls.name} with {lacking[0]}{more}, which its "
             "files do not have; fetch it again"
         )
 
 
 def _described(folder: ModelFolder) -> dict[str, Any]:
-    """The part of a config that describes the model. If it is equal in two models, so are all settings. Then
-    transformers, which knows the defaults but takes seconds to import, is not asked."""
+    """The part of a config that describes the model. If it is equal in two models, so are all settings, and
+    the slow import of transformers, which fills in the defaults, is not needed."""
     return {name: value for name, value in folder.config.items() if name not in ASIDE}
 
 
-def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
-    for name, value in found.items():
+def _check_settings(expert: ModelFolder, settings: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
+    for name, value in settings.items():
         if value != expected[name]:
             raise ModelError(
                 f"{expert.role} ({expert.path}) was not fine-tuned from the base ({base.path}): "
@@ -162,20 +162,20 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
     path = locate(source, role, root)
     opened = family.open(path, role, base)
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
-        raise ModelError(f"{role}: {path} is quantized already; give the model it was made from")
+        raise ModelError(f"{role}: {path} is quantized already; give the original model")
     return opened
 
 
 def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
-    """An expert that takes the tensors of these names from the base where it lacks them."""
+    """An expert with the base's tensors for those of these names that it lacks."""
     return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
 
 
-def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:
-    """The type of the result by `pack.dtype`; under `auto`, the type of most of the base's merged elements."""
-    if wanted != "auto":
-        found: torch.dtype = getattr(torch, wanted)
-        return found
+def written_dtype(source: MergeSource, option: str) -> torch.dtype:
+    """The type of the result for `pack.dtype`; for `auto`, the type of most of the base's merged elements."""
+    if option != "auto":
+        dtype: torch.dtype = getattr(torch, option)
+        return dtype
     own, wider = source.main_dtype, source.wider
     if wider:
         narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (own, max(wider.values(), key=_width)))
@@ -191,8 +191,8 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
-    """The base model in the shape of the result: copies that are untied there get memory of their own, and tables get
-    the rows of the suite's largest vocabulary, filled with the base's rows of `source`."""
+    """The base model in the shape of the result: untied copies get their own memory, and tables get the rows of
+    the suite's largest vocabulary, filled with the base's rows of `source`."""
     listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
     own = [copy for copy, source in listed(all_submodels=True).items() if not _shared(model, copy, source)]
     own += [copy for copy in models.ties.untied if copy not in own and copy in model.state_dict()]
@@ -201,7 +201,7 @@ def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
     if source.vocabulary_size is not None:
         resized: Any = model
         resized.resize_token_embeddings(source.vocabulary_size, mean_resizing=False)
-        _untie(model, own)  # resizing has tied them again
+        _untie(model, own)  # resizing ties them again
         tensors = model.state_dict()
         with torch.no_grad():
             for name in source.padded:
@@ -214,7 +214,7 @@ def _shared(model: nn.Module, one: str, other: str) -> bool:
 
 
 def _untie(model: nn.Module, names: list[str]) -> None:
-    """Gives each of these tensors memory of its own."""
+    """Gives each of these tensors its own memory."""
     ties: Any = getattr(model, "all_tied_weights_keys", None)
     for name in names:
         module, _, local = name.rpartition(".")
@@ -226,7 +226,8 @@ def _untie(model: nn.Module, names: list[str]) -> None:
 
 
 class LazyMerge:
-    """The merged model. Each tensor is made when it is asked for: in float32, rounded to `dtype`, in float32 again.
+    """The merged model, computed tensor by tensor on access: merged in float32, rounded to `dtype`, returned in
+    float32.
 
     `data`: calibration data for methods that need it.
     """
@@ -244,26 +245,26 @@ class LazyMerge:
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
         if isinstance(self._rule, TensorRule):
-            made = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
+            tensor = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
         else:
-            made = self._by_pieces(self._rule, name, dtype)
-        if not is_finite(made):
+            tensor = self._by_pieces(self._rule, name, dtype)
+        if not is_finite(tensor):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(
                 f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
                 "smaller merge.scale"
             )
-        return made.view(self.source.shape(name))
+        return tensor.view(self.source.shape(name))
 
     def _by_pieces(self, rule: ElementwiseRule, name: str, dtype: torch.dtype) -> Tensor:
-        made = torch.empty(prod(self.source.shape(name)), dtype=dtype)
+        tensor = torch.empty(prod(self.source.shape(name)), dtype=dtype)
 
         def fill(part: tuple[Tensor, PieceReader]) -> None:
             elements, reader = part
             elements.copy_(rule.merge(reader()))
 
-        spread(fill, zip(torch.split(made, PIECE), self.source.pieces(name), strict=True))
-        return made
+        spread(fill, zip(torch.split(tensor, PIECE), self.source.pieces(name), strict=True))
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""

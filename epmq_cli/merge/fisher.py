@@ -19,15 +19,15 @@ from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights,
 class WeightedMean:
     """The mean of tensors weighted element by element, one in memory at a time.
 
-    It moves from value to value: `mean += weight / total * (value - mean)`. So equal values, or one value alone, come
-    out as they are.
+    It moves from value to value: `mean += weight / total * (value - mean)`. So equal values, or a single
+    value, are returned unchanged.
     """
 
     def __init__(self) -> None:
         self.mean, self._total = torch.zeros(()), torch.zeros(())
 
     def add(self, value: Tensor, weight: Tensor) -> None:
-        """Adds a tensor, and its weights, all 0 or more, of the same shape or a single one."""
+        """Adds a tensor and its weights, which are non-negative and of the same shape, or a scalar."""
         self._total = self._total + weight
         share = torch.where(self._total > 0, weight / self._total, 0.0)
         self.mean = self.mean + share * (value - self.mean)
@@ -43,9 +43,9 @@ def importance_scale(fisher: Mapping[str, Tensor], normalize: bool) -> float:
 class Fisher:
     """`merge=fisher`.
 
-    `floor`: added to each Fisher value, above 0; where all values are far below it, the result is the average.
-    `normalize`: whether each expert's Fisher information is divided by its norm. `classes`: so many of the most likely
-    classes of each sample count, None for all. `weights`: factors by task, None for 1 each.
+    `floor`: added to each Fisher value, above 0; if all values are far below it, the result is the average.
+    `normalize`: whether each expert's Fisher information is divided by its norm. `classes`: the number of most likely
+    classes per sample that count, None for all. `weights`: factors by task, None for 1 each.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"batches", "gradients"})
@@ -62,7 +62,7 @@ class Fisher:
         check_weights(self.weights)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Weights are for tasks of the suite."""
+        """ConfigError if the weights name other tasks than the suite's."""
         check_weighted_tasks(self.weights, tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
@@ -73,7 +73,7 @@ class Fisher:
             fisher = data.squared_gradients(task, self.classes)
             scale = weight_of(self.weights, task) * importance_scale(fisher, self.normalize)
             for name, mean in means.items():
-                values = fisher.pop(name, torch.zeros(())).cpu()  # not trained through: the floor makes it a mean
+                values = fisher.pop(name, torch.zeros(())).cpu()  # without gradients, the floor makes it a mean
                 mean.add(source.expert(task, name), scale * (values + self.floor))
         merged = {name: mean.mean for name, mean in means.items()}
         return TensorRule(lambda name, base, experts: merged[name])

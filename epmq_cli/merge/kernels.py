@@ -29,14 +29,14 @@ def count_lower(values: Any, high: Any, counts: Any) -> None:
 
 
 @compiled
-def trim(base: Any, expert: Any, threshold: Any, kept: Any, total: Any, number: Any) -> None:
-    """Writes a task vector (n,), with zeros below its threshold, to `kept`; adds it to `total`, and 1 to `number` where
-    it is not zero."""
+def trim(base: Any, expert: Any, threshold: Any, trimmed: Any, total: Any, number: Any) -> None:
+    """Writes a task vector (n,), with zeros below its threshold, to `trimmed`; adds it to `total`, and adds 1 to
+    `number` for each nonzero element."""
     zero, one = np.float32(0), np.float32(1)
     for i in range(len(base)):
         value = expert[i] - base[i]
         value = value if abs(value) >= threshold else zero
-        kept[i] = value
+        trimmed[i] = value
         total[i] += value
         number[i] += one if value != zero else zero
 
@@ -47,7 +47,7 @@ def sum_signs(base: Any, experts: Any, thresholds: Any, signs: Any) -> None:
 
     `base` (n,) and `experts` (experts, n).
     """
-    kept, totals, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    trimmed, totals, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(0, len(base), BLOCK):
         part = base[start : start + BLOCK]
         n = len(part)
@@ -55,25 +55,25 @@ def sum_signs(base: Any, experts: Any, thresholds: Any, signs: Any) -> None:
         total[:] = np.float32(0)
         number[:] = np.float32(0)
         for k in range(len(experts)):
-            trim(part, experts[k, start : start + n], thresholds[k], kept[:n], total, number)
-        found = 0
+            trim(part, experts[k, start : start + n], thresholds[k], trimmed[:n], total, number)
+        balance = 0
         for i in range(n):
-            found += int(total[i] > 0) - int(total[i] < 0)
-        signs[0] += found
+            balance += int(total[i] > 0) - int(total[i] < 0)
+        signs[0] += balance
 
 
 @compiled
 def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, mean: Any, merged: Any) -> None:
     """Trims, elects and merges the elements of `base` (n,) and `experts` (experts, n) into `merged` (n,).
 
-    `majority`: the sign where task vectors cancel. `mean`: averages the values that agree with the sign. Each step is a
-    loop without branches over `BLOCK` elements, so that it is vectorised and stays in the nearest cache.
+    `majority`: the sign of elements whose task vectors cancel. `mean`: averages the values that agree with the sign.
+    Each step is a loop without branches over `BLOCK` elements, so that it is vectorised and stays in the nearest cache.
     """
     tasks, zero, one = len(experts), np.float32(0), np.float32(1)
     every = np.empty((tasks, BLOCK), np.float32)
     totals, sums, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(0, len(base), BLOCK):
-        part, found = base[start : start + BLOCK], merged[start : start + BLOCK]
+        part, output = base[start : start + BLOCK], merged[start : start + BLOCK]
         n = len(part)
         total, agreed, number = totals[:n], sums[:n], numbers[:n]
         total[:] = zero
@@ -89,14 +89,15 @@ def elect(base: Any, experts: Any, thresholds: Any, majority: Any, scale: Any, m
             agree(every[k, :n], total, agreed, number)
         for i in range(n):
             value = agreed[i] / max(number[i], one) if mean else agreed[i]
-            found[i] = part[i] + scale * value
+            output[i] = part[i] + scale * value
 
 
 @compiled
-def agree(kept: Any, sign: Any, agreed: Any, number: Any) -> None:
-    """Where a trimmed task vector (n,) has this sign, adds it to `agreed`, and 1 to `number`."""
+def agree(trimmed: Any, sign: Any, agreed: Any, number: Any) -> None:
+    """Adds the elements of a trimmed task vector (n,) that have this sign to `agreed`, and adds 1 to `number` for
+    each."""
     zero, one = np.float32(0), np.float32(1)
-    for i in range(len(kept)):
-        same = kept[i] * sign[i] > zero
-        agreed[i] += kept[i] if same else zero
+    for i in range(len(trimmed)):
+        same = trimmed[i] * sign[i] > zero
+        agreed[i] += trimmed[i] if same else zero
         number[i] += one if same else zero

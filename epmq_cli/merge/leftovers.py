@@ -1,4 +1,4 @@
-"""Tensors beside those that the family names: which of them are merged, and which are left out."""
+"""Decides which tensors beside those that the family names are merged, and which are left out."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 def skip_ignored(base: Member, experts: Mapping[str, Member]) -> None:
     """Drops tensors that the base's class ignores on purpose, such as buffers of old versions."""
-    if base.known is None:
+    if base.own_class is None:
         return
     for member in (base, *experts.values()):
         for name, stored in list(member.stored.items()):
-            if base.known.ignores(stored):
+            if base.own_class.ignores(stored):
                 member.stored.pop(name)
                 member.merged.pop(name, None)
 
 
 def skip_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
-    """Drops, from all models, tensors that fine-tuning adds (`Family.added`) and that some model lacks."""
+    """Drops from all models the tensors that fine-tuning adds (`Family.added`) and that at least one model lacks."""
     members = [base, *experts.values()]
     for name in {name for member in members for name in member.merged if name.startswith(family.added)}:
         if any(name not in member.merged for member in members):
@@ -38,7 +38,7 @@ def skip_added(family: Family, base: Member, experts: Mapping[str, Member]) -> N
 
 
 def check_added(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
-    """ModelError where a model lacks tensors that fine-tuning adds (`Family.added`) and that `epmq run` needs."""
+    """Raises ModelError if a model lacks tensors that fine-tuning adds (`Family.added`) and that `epmq run` needs."""
     for member in (base, *experts.values()):
         for part in family.added:
             if not any(name.startswith(part) for name in member.merged):
@@ -50,18 +50,18 @@ def check_added(family: Family, base: Member, experts: Mapping[str, Member]) -> 
 
 def skip_foreign(base: Member, experts: Mapping[str, Member], whole: bool) -> frozenset[str]:
     """Drops tensors that the base's class has no module for, such as the value head that TRL stores; a `whole` merge
-    keeps those that every expert has. Returns the stored names of those that are dropped."""
-    found = set()
+    keeps those that every expert has. Returns the stored names of the dropped tensors."""
+    dropped = set()
     for name in foreign(base):
         if not whole or any(name not in expert.merged for expert in experts.values()):
             base.merged.pop(name, None)
-            found.add(base.stored[name])
-    return frozenset(found)
+            dropped.add(base.stored[name])
+    return frozenset(dropped)
 
 
 def foreign(base: Member) -> set[str]:
     """The merged tensors of the base that its class has no module for; transformers does not load them."""
-    return base.known.foreign(base.stored) & base.merged.keys() if base.known is not None else set()
+    return base.own_class.foreign(base.stored) & base.merged.keys() if base.own_class is not None else set()
 
 
 def take_common(family: Family, base: Member, experts: Mapping[str, Member]) -> None:
@@ -76,7 +76,7 @@ def take_common(family: Family, base: Member, experts: Mapping[str, Member]) -> 
 
 
 def _fits(name: str, members: list[Member]) -> bool:
-    """Whether a tensor has a floating-point type and the same shape in all models, vocabulary rows aside."""
+    """Whether a tensor has a floating-point type and the same shape in all models, except for vocabulary rows."""
     having = [member.folder for member in members if name in member.stored]
     infos = [member.folder.infos[member.stored[name]] for member in members if name in member.stored]
     return all(
@@ -87,12 +87,12 @@ def _fits(name: str, members: list[Member]) -> bool:
 
 
 def left_out(family: Family, base: Member, experts: Mapping[str, Member]) -> list[str]:
-    """One sentence for each expert that has tensors which the result lacks; these are no longer merged.
+    """Unmerges the experts' tensors that the result lacks. Returns one sentence for each expert that has some.
 
     Tensors of modules that the base's class lacks are left out, as transformers does not load them either. Task heads,
     computed buffers and tensors that equal the base's are not mentioned.
     """
-    said = []
+    sentences = []
     for expert in experts.values():
         names = [name for name in expert.stored if name not in base.merged and _lost(family, name, base, expert)]
         for name in names:
@@ -100,18 +100,18 @@ def left_out(family: Family, base: Member, experts: Mapping[str, Member]) -> lis
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             listed = ", ".join(expert.stored[name] for name in names[:SHOWN])
-            said.append(
-                f"{expert.folder.role}: {listed}{more} {'is' if len(names) == 1 else 'are'} left out, since the base "
-                "or another expert has no such tensor or the result does not contain it"
+            sentences.append(
+                f"{expert.folder.role}: {listed}{more} {'is' if len(names) == 1 else 'are'} left out, because the base "
+                "or another expert does not have them, or the result does not contain them"
             )
-    return said
+    return sentences
 
 
 def _lost(family: Family, name: str, base: Member, expert: Member) -> bool:
     """Whether an expert's tensor that is not merged holds information that the result lacks."""
     stored = expert.stored[name]
     if name in expert.merged:  # the family merges it, and the base does not have it
-        return base.known is not None and stored.partition(".")[0] not in base.known.parts
+        return base.own_class is not None and stored.partition(".")[0] not in base.own_class.parts
     if family.in_head(name) or COMPUTED.search(name):
         return False
     source = expert.tieable.get(name)

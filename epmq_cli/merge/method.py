@@ -1,12 +1,12 @@
-"""The interface of merge methods: what a method reads, and the two kinds of rules that it returns.
+"""The interface of merge methods: the data that a method reads, and the two kinds of rules that it returns.
 
 A method is one module with a frozen dataclass, one YAML file in conf/merge and one test. Its `fit` may read the models
-and, where `needs` says so, measure the experts on calibration data. The rule that it returns then makes the merged
+and, if `needs` is not empty, measure the experts on calibration data. The rule that it returns computes the merged
 tensors one by one:
 
-- an `ElementwiseRule` where each element depends on the elements at its place alone. The engine cuts tensors into
+- an `ElementwiseRule` if each element depends only on the elements at its position. The engine cuts tensors into
   pieces that fit into the processor's cache, and merges the pieces in threads.
-- a `TensorRule` where an element depends on the rest of its tensor, as in singular value decompositions. The rule gets
+- a `TensorRule` if an element depends on the rest of its tensor, as in singular value decompositions. The rule gets
   whole tensors in their shape.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from epmq_cli.merge.source import MergeSource
 
 Need = Literal["batches", "gradients"]
-"""What a method needs of the data: calibration batches, and gradients of what the experts predict on them."""
+"""The data that a method needs: calibration batches, and gradients of the experts' predictions on them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ElementwiseRule:
 @dataclass(frozen=True)
 class TensorRule:
     """Merges whole tensors: `merge` takes a tensor's name, the base's tensor and the experts' by task, in float32, and
-    returns the merged tensor. An expert's tensor is read when the mapping is asked for it, every time."""
+    returns the merged tensor. Each access to the mapping reads the expert's tensor again."""
 
     merge: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
 
@@ -72,7 +72,7 @@ class TensorRule:
 MergeRule = ElementwiseRule | TensorRule
 
 PieceReader = Callable[[], Piece]
-"""Reads one piece, in whichever thread calls it."""
+"""Reads one piece in the calling thread."""
 
 
 class MergeData(Protocol):
@@ -80,17 +80,17 @@ class MergeData(Protocol):
 
     @property
     def memory(self) -> int:
-        """Bytes that a method may hold of what it measures."""
+        """The bytes that a method's measurements may take."""
 
     @property
     def batches(self) -> Mapping[str, Sequence[Batch]]:
         """Calibration batches by task. With several processes, each has its own part of them."""
 
     def expert(self, task: str) -> nn.Module:
-        """The model with the weights of a task's expert, until the next call."""
+        """The model with the weights of a task's expert; valid until the next call."""
 
     def logits(self, task: str, batch: Batch) -> Tensor:
-        """What the head of a task makes of a batch, with the weights that the model has now: (samples, classes)."""
+        """The logits (samples, classes) of a task's head for a batch, with the model's current weights."""
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """The names of the merged linears; those in one group read the same inputs."""
@@ -103,8 +103,8 @@ class MergeData(Protocol):
         """The diagonal of a task's Fisher information, in float32, by tensor name: the mean over the samples of all
         processes of the expected square of the gradient of log p(class | sample) in the task's expert.
 
-        The expectation is exact: over all classes, or over so many of the most likely ones of each sample. A head with
-        one output is the mean of a Gaussian of variance 1. Tensors without a gradient are left out.
+        The expectation is exact: over all classes, or over this number of the most likely ones of each sample. A head
+        with one output is the mean of a Gaussian of variance 1. Tensors without a gradient are left out.
         """
 
 
@@ -112,29 +112,29 @@ class MergeMethod(Protocol):
     """A merge method, as `_target_` in conf/merge names it."""
 
     needs: ClassVar[frozenset[Need]]
-    """Empty where the method reads the models alone; `epmq merge` runs only these."""
+    """Empty if the method reads only the models; `epmq merge` runs only such methods."""
 
     def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError where the options do not suit a suite with these tasks; called before any model is opened."""
+        """ConfigError if the options do not fit a suite with these tasks; called before any model is opened."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> MergeRule:
-        """The rule that makes the merged tensors. `data` is None where `needs` is empty."""
+        """The rule that computes the merged tensors. `data` is None if `needs` is empty."""
 
 
 def check_method(method: MergeMethod, tasks: Sequence[str]) -> None:
-    """ConfigError where a method is none, or does not suit a suite with these tasks; before any model is opened."""
+    """ConfigError if an object is not a merge method or does not fit a suite with these tasks."""
     lacking = [name for name in ("needs", "check", "fit") if not hasattr(method, name)]
     if lacking:
         kind = type(method)
         raise ConfigError(
             f"merge._target_ names {kind.__module__}.{kind.__qualname__}, which has no {', '.join(lacking)}; a merge "
-            "method has what epmq_cli.merge.method.MergeMethod describes"
+            "method implements epmq_cli.merge.method.MergeMethod"
         )
     method.check(tasks)
 
 
 def refuse_needs(method: MergeMethod) -> None:
-    """ConfigError where a method needs data, which `epmq merge` does not read."""
+    """ConfigError if a method needs data, which `epmq merge` does not read."""
     if method.needs:
         name = method_name(method)
         raise ConfigError(
@@ -144,5 +144,5 @@ def refuse_needs(method: MergeMethod) -> None:
 
 
 def method_name(method: MergeMethod) -> str:
-    """The name of a method's module, which is that of its option."""
+    """The name of a method's module, which is also the name of its option."""
     return type(method).__module__.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""No merge: the base itself, to measure what merging adds."""
+"""No merge: returns the base, as a baseline for merging."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class NoMerge:
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Suits every suite."""
+        """Accepts every suite."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
-        """Reads nothing."""
+        """Returns the rule; reads no model."""
         return ElementwiseRule(lambda piece: piece.base)

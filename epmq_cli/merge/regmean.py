@@ -18,7 +18,7 @@ from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.quantize.linalg import damped_cholesky
 
-MATRICES = 4  # of float64, (in, in), that a group of linears takes: moments, their sum, its copy and its factor
+MATRICES = 4  # float64 matrices (in, in) per group of linears: moments, their sum, its copy and its factor
 Group = tuple[str, ...]
 
 
@@ -32,8 +32,8 @@ class Regression:
     """The sums over experts i of one group of linears: `G` of G_i (in, in), and by linear the `mean` of W_i (out, in)
     and `GD` of G_i (W_i - mean)' (in, out).
 
-    The solution is the mean plus what is left to solve for. So input columns that no expert uses keep the mean, experts
-    with equal moments give the mean, and one expert alone comes out as it is.
+    The solution is the mean plus a correction. So input columns that no expert uses keep the mean, experts with equal
+    moments give the mean, and a single expert is returned unchanged.
     """
 
     G: Tensor
@@ -61,7 +61,7 @@ class Regression:
 @dataclass(frozen=True)
 class RegMean:
     """`merge=regmean`: `alpha` is the factor on the moments' off-diagonal elements, in [0, 1]. At 1 the regression is
-    exact, which may fit the samples too closely; at 0 each input column counts by its size alone."""
+    exact and may overfit the samples; at 0 only the magnitude of each input column counts."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
 
@@ -71,10 +71,11 @@ class RegMean:
         check_range("merge.alpha", self.alpha, 0, 1)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Suits every suite."""
+        """Accepts every suite."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
-        """Measures all experts once for every part of the linears whose moments fit into memory; holds the linears."""
+        """Measures all experts once for each part of the linears whose moments fit into memory. Keeps the merged
+        linears in memory."""
         assert data is not None
         solved: dict[str, Tensor] = {}
         for groups in parts(data.linear_groups(), source, data.memory):
@@ -96,17 +97,17 @@ class RegMean:
 
 
 def parts(groups: Sequence[Group], source: MergeSource, memory: int) -> Iterator[list[Group]]:
-    """The groups in runs whose moments take up to `memory` bytes together, at least one group each."""
-    run, held = list[Group](), 0
+    """Splits the groups into runs whose moments take at most `memory` bytes; each run has at least one group."""
+    run, used = list[Group](), 0
     for group in groups:
         width = source.shape(f"{group[0]}.weight")[1]
         rows = sum(source.shape(f"{name}.weight")[0] for name in group)
         size = 8 * width * (MATRICES * width + 2 * rows)
-        if run and held + size > memory:
+        if run and used + size > memory:
             yield run
-            run, held = [], 0
+            run, used = [], 0
         run.append(group)
-        held += size
+        used += size
     if run:
         yield run
 
@@ -121,5 +122,5 @@ def _means(group: Group, source: MergeSource, device: torch.device) -> dict[str,
 
 
 def _tensor(solved: Mapping[str, Tensor], name: str, base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
-    """The merged weight of a linear, and the mean of the experts for all else."""
+    """The merged weight of a linear, and the mean of the experts for all other tensors."""
     return solved[name] if name in solved else average(list(experts.values()))

@@ -34,8 +34,8 @@ def add_task_vectors(base: Tensor, vectors: Sequence[Tensor], scale: float) -> T
 class TaskArithmetic:
     """`merge=task_arithmetic`.
 
-    `scale`: the paper's lambda, in [0, 10]; 0 gives the base. `weights`: factors on the task vectors by task, None for
-    1 each; negative ones unlearn a task.
+    `scale`: the paper's lambda, in [0, 10]; 0 returns the base. `weights`: factors on the task vectors by task, None
+    for 1 each; negative ones unlearn a task.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -48,11 +48,11 @@ class TaskArithmetic:
         check_weights(self.weights, negative=True)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Weights are for tasks of the suite."""
+        """ConfigError if the weights name other tasks than the suite's."""
         check_weighted_tasks(self.weights, tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
-        """Reads nothing."""
+        """Returns the rule; reads no model."""
 
         def merge(piece: Piece) -> Tensor:
             if self.weights is None:

@@ -1,9 +1,9 @@
-"""Tied tensors of a suite's models, and which of them stay tied in the merge.
+"""Decides which tied tensors of a suite's models stay tied in the merge.
 
-The model's class in transformers says which tensors can be tied. Config and tensors decide which are, as when
-transformers loads a model: a stored copy that equals its source is tied, one that differs is a tensor of its own, and a
-copy that is stored alone holds the source's values. A copy stays tied if it is tied in the base and in every expert.
-Otherwise it becomes a tensor of its own, for which models that tie it give their source's values.
+The transformers class of a model defines which tensors can be tied. Config and tensors decide which are, as when
+transformers loads a model: a stored copy that equals its source is tied, one that differs is a separate tensor, and a
+copy that is stored without its source has the source's values. A copy stays tied if it is tied in the base and in every
+expert. Otherwise it becomes a separate tensor, and models that tie it contribute their source's values.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Member:
     folder: ModelFolder
     stored: dict[str, str]
     merged: dict[str, str]
-    known: ModelClass | None = None
+    own_class: ModelClass | None = None
     tied: dict[str, str] = field(default_factory=dict)
     """copy -> source, by the config."""
     tieable: dict[str, str] = field(default_factory=dict)
-    """copy -> source, if the config said that embeddings are tied."""
+    """copy -> source, if the config tied the embeddings."""
     spelled: dict[str, str] = field(default_factory=dict)
     """name -> the class's name, for these tensors."""
     sources: dict[str, str] = field(default_factory=dict)
-    """source -> the stored name of its values, where the source itself is not stored."""
+    """source -> the stored name of its values, if the source itself is not stored."""
 
     def value(self, name: str) -> str | None:
         """The stored name of a source's values."""
@@ -54,24 +54,24 @@ class Ties:
 
     `written`: names in the result's files of merged tensors that the base stores under another name or not at all.
     `dropped`: stored names of the base's tensors that are not written, such as copies. `untied`: copies that are tied
-    in the base and tensors of their own in the result. `changes`: keys to change in config.json. `said`: a sentence for
-    the user where a copy was untied.
+    in the base and separate in the result. `changes`: keys to change in config.json. `message`: a sentence for the user
+    if a copy was untied.
     """
 
     written: dict[str, str] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     untied: tuple[str, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)
-    said: str | None = None
+    message: str | None = None
 
 
 def are_plain(base: Member, experts: Mapping[str, Member]) -> bool:
-    """Whether names, shapes and configs show that no model ties its tensors differently. Then transformers, which takes
-    seconds to import, is not asked."""
+    """Whether names, shapes and configs show that no model ties its tensors differently. Then the slow import of
+    transformers is not needed."""
     settings = {str(_setting(member.folder.config)) for member in (base, *experts.values())}
     names = [set(member.stored) for member in (base, *experts.values())]
     twice = any(_tables(member.folder) > 1 for member in (base, *experts.values()))
-    return len(settings) == 1 and all(found == names[0] for found in names) and not twice
+    return len(settings) == 1 and all(other == names[0] for other in names) and not twice
 
 
 def _setting(config: Mapping[str, Any]) -> list[Any]:
@@ -87,15 +87,15 @@ def _tables(folder: ModelFolder) -> int:
 
 
 def ask_classes(family: Family, members: list[Member]) -> None:
-    """Fills in the class of each model, and which tensors its config ties."""
+    """Sets the class of each model and the tensors that its config ties."""
     for member in members:
-        member.known = model_class(member.folder.config, member.folder.infos)
-        if member.known is not None:
+        member.own_class = model_class(member.folder.config, member.folder.infos)
+        if member.own_class is not None:
             member.tied, member.tieable = (
                 {family.spelling(copy): family.spelling(source) for copy, source in pairs.items()}
-                for pairs in (member.known.tied, member.known.tieable)
+                for pairs in (member.own_class.tied, member.own_class.tieable)
             )
-            names = [*member.known.tieable, *member.known.tieable.values()]
+            names = [*member.own_class.tieable, *member.own_class.tieable.values()]
             member.spelled = {family.spelling(name): name for name in names}
             for copy, source in member.tied.items():
                 if source not in member.stored and copy in member.stored:
@@ -103,16 +103,16 @@ def ask_classes(family: Family, members: list[Member]) -> None:
 
 
 def resolve_ties(family: Family, base: Member, experts: Mapping[str, Member]) -> Ties:
-    """The ties of the result; the merged tensors of all members become its own. ModelError where a model's tensors
-    do not fit its class."""
+    """The ties of the result; sets the merged tensors of all members to its own. ModelError if a model's tensors do
+    not fit its class."""
     members = [base, *experts.values()]
     spelled = {name: own for member in reversed(members) for name, own in member.spelled.items()}
     pairs = {copy: source for member in members for copy, source in member.tieable.items()}
     for member in members if family.heads == "none" else ():  # models of other families have no output layer
         for copy, source in member.tieable.items():
             _check_there(member, copy, source)
-    wanted = {copy for copy in pairs if any(copy in member.merged for member in members)}
-    own = {copy: _differing(base, experts, copy, source) for copy, source in pairs.items() if copy in wanted}
+    copies = {copy for copy in pairs if any(copy in member.merged for member in members)}
+    own = {copy: _differing(base, experts, copy, source) for copy, source in pairs.items() if copy in copies}
     untied = [copy for copy, owner in own.items() if owner is not None]
     changes = _changes(base, [copy for copy in untied if copy in base.tied], spelled, own, pairs)
     if changes:
@@ -123,20 +123,19 @@ def resolve_ties(family: Family, base: Member, experts: Mapping[str, Member]) ->
         _place(members, copy, source, copy in untied)
     written = {source: spelled[source] for source in base.sources if source in base.merged}
     written |= {copy: base.stored.get(copy, spelled[copy]) for copy in untied if copy in base.merged}
-    kept = [copy for copy in pairs if copy not in untied and copy in base.tied and copy in base.stored]
-    lost = frozenset(base.stored[copy] for copy in kept if base.is_source(copy, pairs[copy]))
+    tied = [copy for copy in pairs if copy not in untied and copy in base.tied and copy in base.stored]
+    dropped = frozenset(base.stored[copy] for copy in tied if base.is_source(copy, pairs[copy]))
     new = tuple(copy for copy in untied if copy in base.tied)
-    return Ties(written, lost, new, changes, _said(new, own, pairs, changes))
+    return Ties(written, dropped, new, changes, _message(new, own, pairs, changes))
 
 
 def _tied_by(family: Family, config: Mapping[str, Any], base: Member) -> set[str]:
-    known = model_class(config, base.folder.infos)
-    return {family.spelling(copy) for copy in known.tied} if known is not None else set()
+    cls = model_class(config, base.folder.infos)
+    return {family.spelling(copy) for copy in cls.tied} if cls is not None else set()
 
 
 def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: str) -> ModelFolder | None:
-    """The first model that has a tensor of its own in place of a copy; None where every model ties it, or the base has
-    no such tensor."""
+    """The first model in which a copy is a separate tensor; None if every model ties it, or if the base lacks it."""
     if copy not in base.tied:
         return base.folder if copy in base.stored else None
     for member in (base, *experts.values()):
@@ -146,7 +145,7 @@ def _differing(base: Member, experts: Mapping[str, Member], copy: str, source: s
 
 
 def _check_there(member: Member, copy: str, source: str) -> None:
-    """ModelError where a model lacks a tensor that its config does not tie, though its class can."""
+    """Raises ModelError if a model lacks a tensor that its class can tie but its config does not."""
     loose = copy in member.tieable and copy not in member.tied
     if loose and copy not in member.stored and source in member.stored:
         raise ModelError(
@@ -162,26 +161,26 @@ def _changes(
     owners: Mapping[str, ModelFolder | None],
     pairs: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The keys of config.json that untie these copies. ModelError where the class always ties them. Output layers need
+    """The keys of config.json that untie these copies. ModelError if the class always ties them. Output layers need
     no key: transformers loads them from the files."""
-    if not own or base.known is None:
+    if not own or base.own_class is None:
         return {}
-    found = untied_config(base.folder.config, base.folder.infos, [spelled[copy] for copy in own])
-    if found is not None:
-        return {} if all(base.folder.config.get(key) == value for key, value in found.items()) else found
+    changes = untied_config(base.folder.config, base.folder.infos, [spelled[copy] for copy in own])
+    if changes is not None:
+        return {} if all(base.folder.config.get(key) == value for key, value in changes.items()) else changes
     for copy in own:
-        if spelled[copy] not in base.known.outputs:
+        if spelled[copy] not in base.own_class.outputs:
             owner, source = owners[copy] or base.folder, pairs[copy]
             raise ModelError(
                 f"{owner.role}: {owner.path} stores {copy} with other values than {source}, to which "
-                f"{base.known.name} always ties it; delete {copy} from its files if {source} is the trained tensor, or "
-                "store the trained one under both names"
+                f"{base.own_class.name} always ties it; delete {copy} from its files if {source} is the trained "
+                "tensor, or store the trained one under both names"
             )
     return {}
 
 
 def _place(members: list[Member], copy: str, source: str, own: bool) -> None:
-    """Merges a copy in each model if it is a tensor of its own (`own`), else drops it; and finds the stored name of the
+    """Merges a copy in each model if it is a separate tensor (`own`), else drops it. Also sets the stored name of the
     source's values."""
     scope = own or any(copy in member.merged for member in members)
     for member in members:
@@ -195,7 +194,7 @@ def _place(members: list[Member], copy: str, source: str, own: bool) -> None:
                 member.merged[copy] = value
 
 
-def _said(
+def _message(
     new: tuple[str, ...], own: Mapping[str, ModelFolder | None], pairs: Mapping[str, str], changes: Mapping[str, Any]
 ) -> str | None:
     named = [copy for copy in new if own.get(copy) is not None]
@@ -204,4 +203,4 @@ def _said(
     copy, owner = named[0], own[named[0]]
     assert owner is not None
     how = f"{TIE} is false in config.json" if changes else "transformers 5 loads it so, earlier versions tie it"
-    return f"{copy} is not tied to {pairs[copy]} in the {owner.role}: it is merged as a tensor of its own ({how})"
+    return f"{copy} is not tied to {pairs[copy]} in the {owner.role}: it is merged as a separate tensor ({how})"

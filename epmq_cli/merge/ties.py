@@ -2,7 +2,7 @@
 
 Trimming is over the whole task vector, as in the paper, not tensor by tensor. Two passes over the models find the exact
 thresholds by counting float bits, with one tensor in memory at a time. A third pass finds the majority of signs over
-the whole vector, which the paper's code elects where task vectors cancel.
+the whole vector, which the paper's code elects for elements whose task vectors cancel.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vector
     from epmq_cli.merge.kernels import count_lower, count_upper
 
     upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
-    wanted = max(1, int(density * int(upper[0].sum())))
-    bins = [_bin_from_top(counts, wanted) for counts in upper]
+    rank = max(1, int(density * int(upper[0].sum())))
+    bins = [_bin_from_top(counts, rank) for counts in upper]
     lower = _counted(passes(), vectors, lambda k, values, counts: count_lower(values, bins[k][0], counts))
-    found = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
+    bits = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
 
 
 def _counted(tensors: Iterable[list[Vectors]], vectors: int, count: Count) -> Tensor:
@@ -60,12 +60,12 @@ def _counted(tensors: Iterable[list[Vectors]], vectors: int, count: Count) -> Te
     return torch.from_numpy(own.sum(0))
 
 
-def _bin_from_top(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The bin of the `wanted`-th largest element, and its rank from the top within that bin."""
+def _bin_from_top(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin of the `rank`-th largest element, and its rank from the top within that bin."""
     from_top = counts.flip(0).cumsum(0)
-    steps = int(torch.searchsorted(from_top, wanted))
+    steps = int(torch.searchsorted(from_top, rank))
     above = int(from_top[steps - 1]) if steps else 0
-    return len(counts) - 1 - steps, wanted - above
+    return len(counts) - 1 - steps, rank - above
 
 
 def elected(
@@ -123,13 +123,13 @@ class Ties:
         check_choice("merge.combine", self.combine, ("sum", "mean"))
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Suits every suite."""
+        """Accepts every suite."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models three times: twice for the thresholds, once for the majority of signs."""
 
         def task_vectors() -> Iterator[list[Vectors]]:
-            for name in track(source.names, "find what TIES keeps"):
+            for name in track(source.names, "find the TIES thresholds"):
                 yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
 
         thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)

@@ -18,11 +18,11 @@ from epmq_cli.merge.source import MergeSource
 
 
 def merged_singular_vectors(vectors: Iterable[Tensor], rank: int) -> Tensor:
-    """The merge of task vectors (out, in): the `rank` leading singular vectors of each, all of them made orthonormal
-    together and multiplied with their singular values.
+    """The merge of task vectors (out, in): the `rank` leading singular vectors of each, jointly orthonormalized
+    and multiplied with their singular values.
 
-    Directions without strength are dropped. The reference keeps them: singular vectors of zero singular values are
-    arbitrary, and would turn those of the other experts, as with LoRA experts of a lower rank than `rank`.
+    Directions with a singular value of zero are dropped, unlike in the reference: their singular vectors are arbitrary
+    and would rotate those of the other experts, as with LoRA experts of a lower rank than `rank`.
     """
     left, strength, right = zip(*(_leading(vector, rank) for vector in vectors), strict=True)
     U, S, V = torch.cat(left, 1), torch.cat(strength), torch.cat(right, 1)
@@ -30,24 +30,24 @@ def merged_singular_vectors(vectors: Iterable[Tensor], rank: int) -> Tensor:
 
 
 def nearest_orthonormal(columns: Tensor) -> Tensor:
-    """The polar factor P Q' of P D Q' (rows, columns): the closest matrix with orthonormal columns, or, where columns
-    depend on each other, with those of its span."""
+    """The polar factor P Q' of P D Q' (rows, columns): the closest matrix with orthonormal columns, or, if its columns
+    are linearly dependent, the closest partial isometry on their span."""
     P, D, Q = torch.linalg.svd(columns, full_matrices=False)
-    kept = _smallest(D, columns) < D
-    factor: Tensor = P[:, kept] @ Q[kept]
+    mask = _smallest(D, columns) < D
+    factor: Tensor = P[:, mask] @ Q[mask]
     return factor
 
 
 def _leading(vector: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left singular vectors (out, kept), singular values (kept,), right singular vectors (in, kept)."""
+    """Left singular vectors (out, r), singular values (r,), right singular vectors (in, r), with r <= rank."""
     U, S, Vh = torch.linalg.svd(vector, full_matrices=False)
-    kept = int((S[:rank] > _smallest(S, vector)).sum())
-    return U[:, :kept], S[:kept], Vh[:kept].T
+    r = int((S[:rank] > _smallest(S, vector)).sum())
+    return U[:, :r], S[:r], Vh[:r].T
 
 
 def _smallest(values: Tensor, matrix: Tensor) -> float:
-    """The singular value up to which singular vectors are rounding errors, as for the numerical rank of a matrix.
-    `values` are in descending order; there may be none."""
+    """The largest singular value that counts as rounding error, as for the numerical rank of a matrix. `values`: in
+    descending order, may be empty."""
     return max(matrix.shape) * torch.finfo(values.dtype).eps * float(values[:1].sum())
 
 
@@ -67,8 +67,8 @@ def tsv_m(
     fraction: float | None,
     averaged: Collection[str],
 ) -> Tensor:
-    """Base plus `scale` times the merge of the task vectors: of `averaged` tensors, of those that are no matrices, and
-    of matrices with less room than a direction for each expert, their mean."""
+    """Base plus `scale` times the merge of the task vectors. `averaged` tensors, tensors that are not matrices, and
+    matrices with fewer dimensions than experts take the mean of their task vectors."""
     most = min(base.shape) if base.ndim == 2 else 0
     rank = most // len(experts) if fraction is None else int(fraction * most)
     if rank == 0 or name in averaged:
@@ -81,7 +81,7 @@ class TsvM:
     """`merge=tsv_m`.
 
     `scale`: factor on the merged task vector, the paper's alpha. `fraction`: the part of each task vector's singular
-    vectors that is kept, at most 1 / experts; None for 1 / experts, as in the paper. `tables`: what becomes of matrices
+    vectors that is kept, at most 1 / experts; None for 1 / experts, as in the paper. `tables`: the merge of matrices
     over the vocabulary, the `mean` of their task vectors or `svd`.
     """
 
@@ -98,14 +98,14 @@ class TsvM:
         check_choice("merge.tables", self.tables, ("mean", "svd"))
 
     def check(self, tasks: Sequence[str]) -> None:
-        """The fractions of all experts must not exceed 1 together."""
+        """ConfigError if the fractions of all experts sum to more than 1."""
         if self.fraction is not None and self.fraction * len(tasks) > 1 + 1e-9:
             raise ConfigError(
                 f"merge.fraction must be at most 1 / {len(tasks)} for {len(tasks)} experts, whose singular vectors are "
-                f"made orthonormal together, got {self.fraction}; null takes 1 / {len(tasks)}"
+                f"made orthonormal together, got {self.fraction}; null means 1 / {len(tasks)}"
             )
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
-        """Reads nothing."""
+        """Returns the rule; reads no model."""
         averaged = [name for name in source.names if self.tables == "mean" and source.is_over_vocabulary(name)]
         return TensorRule(partial(tsv_m, scale=self.scale, fraction=self.fraction, averaged=frozenset(averaged)))

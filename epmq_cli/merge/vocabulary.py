@@ -1,4 +1,5 @@
-"""Vocabularies of different sizes: which tensors have a row for each token, and the rows that the base lacks."""
+"""Vocabularies of different sizes: finds the tensors with a row per token, and fills in the rows that the base
+lacks."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from epmq_cli.models.model_folder import TensorInfo
 def is_over_vocabulary(
     base: TensorInfo, base_config: Mapping[str, Any], expert: TensorInfo, expert_config: Mapping[str, Any]
 ) -> bool:
-    """Whether two tensors differ in rows alone, and have as many rows as the `vocab_size` of their configs.
+    """Whether two tensors differ only in their rows, and have as many rows as the `vocab_size` of their configs.
 
-    An expert without a config of its own, such as an adapter, has the base's; its rows are not checked.
+    An expert without its own config, such as an adapter, uses the base's; its rows are not checked.
     """
     return (
         base.shape[1:] == expert.shape[1:]
@@ -32,7 +33,7 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
 
 
 def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config with another `vocab_size`, at the place where it has one."""
+    """The config with another `vocab_size`, in the section that has one."""
     text = config.get("text_config")
     if "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text:
         return {**config, "text_config": {**text, "vocab_size": size}}

@@ -1,4 +1,4 @@
-"""Weights of experts: factors by task, 1 for tasks that are not named."""
+"""Weights of experts: factors by task, 1 for tasks that they do not name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ LARGEST = 100
 
 
 def check_weights(weights: Weights, negative: bool = False) -> None:
-    """ConfigError where a weight is out of range."""
+    """ConfigError if a weight is out of range."""
     for task, weight in (weights or {}).items():
         check_range(f"merge.weights.{task}", weight, -LARGEST if negative else 0, LARGEST)
 
 
 def check_weighted_tasks(weights: Weights, tasks: Sequence[str]) -> None:
-    """ConfigError where weights name a task that the suite does not have, or are 0 for every task."""
+    """ConfigError if weights name a task that the suite lacks, or are 0 for every task."""
     check_keys("merge.weights", weights or {}, tasks)
     if all(weight_of(weights, task) == 0 for task in tasks):
         raise ConfigError("merge.weights must leave at least one task above 0, got 0 for every task")
 
 
 def weighted(vectors: Mapping[str, Tensor], weights: Weights) -> list[Tensor]:
-    """Tensors of experts, by task, each times its weight; the tensors themselves where there are no weights."""
+    """Tensors of experts, by task, each times its weight; the tensors themselves without weights."""
     if weights is None:
         return list(vectors.values())
     return [weight_of(weights, task) * vector for task, vector in vectors.items()]

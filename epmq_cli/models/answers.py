@@ -19,7 +19,7 @@ LIMIT = 64 << 20
 """The maximum size of the cache in bytes."""
 
 
-def kept_answer(question: Mapping[str, Any], ask: Callable[[], Any], code: str) -> Any:
+def cached_answer(question: Mapping[str, Any], ask: Callable[[], Any], code: str) -> Any:
     """Returns the JSON value of `ask()`, from the cache if the same question was answered before.
 
     `code`: the source file of the calling module. Without a writable cache, every call runs `ask`.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from epmq_cli.models.answers import kept_answer
+from epmq_cli.models.answers import cached_answer
 from epmq_cli.models.model_folder import Tensors
 
 TIE = "tie_word_embeddings"
@@ -58,9 +58,9 @@ class ModelClass:
         list is empty if the files use other names than the class.
         """
         own = {self._local(name) for name in stored if not self.ignores(name)}
-        known = {self._local(name) for name in self.tensors}
+        names = {self._local(name) for name in self.tensors}
         tops = {name.partition(".")[0] for name in own}
-        if any(name not in known and name.partition(".")[0] in self.parts for name in own):
+        if any(name not in names and name.partition(".")[0] in self.parts for name in own):
             return []
         ties = {*self.tieable, *self.tieable.values()}
         rest = [name for name in self._unstored(own) if name not in ties]
@@ -100,7 +100,7 @@ def _model_class(config: str, tops: frozenset[str]) -> ModelClass | None:
         described = _ask(config, tops)
         return None if described is None else _as_json(described)
 
-    answer = kept_answer({"class of": config, "tops": sorted(tops)}, ask, __file__)
+    answer = cached_answer({"class of": config, "tops": sorted(tops)}, ask, __file__)
     return None if answer is None else _from_json(answer, lambda: _renamings_of(config, tops))
 
 
@@ -241,8 +241,8 @@ def untied_config(config: Mapping[str, Any], stored: Collection[str], own: Colle
     texts = {key: value for key, value in nested.items() if key in ("text_config", "decoder_config")}
     for changes in ({TIE: False}, {TIE: False, **texts}):
         changed = {**config, **changes}
-        known = model_class(changed, stored)
-        if known is not None and not set(own) & set(known.tied) and _same_but_ties(config, changed):
+        cls = model_class(changed, stored)
+        if cls is not None and not set(own) & set(cls.tied) and _same_but_ties(config, changed):
             return changes
     return None
 

@@ -61,8 +61,8 @@ def refuse_unread(
     adapted = expert.source
     if not isinstance(adapted, Adapted):
         return
-    known = {*read, *base.infos, *(() if tied else adapted.tied)}
-    unknown = sorted(name for name in adapted.changed - known if not in_head(name))
+    names = {*read, *base.infos, *(() if tied else adapted.tied)}
+    unknown = sorted(name for name in adapted.changed - names if not in_head(name))
     if unknown:
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise ModelError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import CheckpointError, ModelError, first_line
-from epmq_cli.models.answers import kept_answer
+from epmq_cli.models.answers import cached_answer
 from epmq_cli.models.model_folder import CODE, WEIGHTS, read_json
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.runtime.links import leaves
@@ -59,21 +59,21 @@ class ProcessorFiles:
 
     def __init__(self, base: Path) -> None:
         self._base = base
-        known = [name for name in own_files(base) if matches(name, TOKENIZER)]
+        names = [name for name in own_files(base) if matches(name, TOKENIZER)]
         self._loaded = _loaded(
-            base, tokenizer=bool(known or _other_names(base)), pictures=bool({PICTURES, COMBINED} & {*own_files(base)})
+            base, tokenizer=bool(names or _other_names(base)), pictures=bool({PICTURES, COMBINED} & {*own_files(base)})
         )
-        if known and self._loaded.tokenizer is None:
+        if names and self._loaded.tokenizer is None:
             raise ModelError(
-                f"base: {base} has tokenizer files ({', '.join(known[:3])}) in which transformers finds no vocabulary; "
+                f"base: {base} has tokenizer files ({', '.join(names[:3])}) in which transformers finds no vocabulary; "
                 f"{_REMEDY}"
             )
 
     @property
     def files(self) -> list[str]:
         """The sorted file paths, relative to the base's folder. Raises ModelError if a link leaves the folder."""
-        read = self._loaded.vocabulary
-        names = [name for name in own_files(self._base) if name in read or matches(name, (*TOKENIZER, *OTHERS))]
+        vocabulary = self._loaded.vocabulary
+        names = [name for name in own_files(self._base) if name in vocabulary or matches(name, (*TOKENIZER, *OTHERS))]
         for name in names:
             if leaves(self._base / name, self._base):
                 raise ModelError(
@@ -104,7 +104,7 @@ class ProcessorFiles:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What transformers loads from a folder.
+    """The tokenizer and processor that transformers loads from a folder.
 
     `tokenizer`: a digest of the tokenizer, or None. `vocabulary`: the files that tokenizers of its class read.
     `pictures`: the class of the image processor or feature extractor, or None.
@@ -126,7 +126,7 @@ def _loaded(folder: Path, tokenizer: bool, pictures: bool) -> _Loaded:
         return [own, sorted(_vocabulary_files(loaded, folder)), kind]
 
     files = {name: _identity(folder / name) for name in own_files(folder)}
-    own, vocabulary, kind = kept_answer({"loaded": files, "asked": [tokenizer, pictures]}, ask, __file__)
+    own, vocabulary, kind = cached_answer({"loaded": files, "asked": [tokenizer, pictures]}, ask, __file__)
     return _Loaded(own, tuple(vocabulary), kind)
 
 
@@ -153,8 +153,8 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _other_names(folder: Path) -> list[str]:
     """The files of unknown purpose, since a tokenizer may read them."""
-    known = (*OTHERS, "config.json", "*.safetensors", "*.index.json", "*.md", "LICENSE*", "NOTICE*", "*_state.json")
-    return [name for name in own_files(folder) if not any(fnmatch(name, pattern) for pattern in known)]
+    patterns = (*OTHERS, "config.json", "*.safetensors", "*.index.json", "*.md", "LICENSE*", "NOTICE*", "*_state.json")
+    return [name for name in own_files(folder) if not any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _tokenizer(folder: Path) -> Any | None:

@@ -28,36 +28,39 @@ def check_tokens(base: ModelFolder, experts: Mapping[str, ModelFolder], processo
     transformers.
     """
     bases = processor_files(base.path, "texts")
-    known: dict[str, int] = {}
+    reference: dict[str, int] = {}
     first = base if bases else None
     added: dict[int, tuple[str, str]] = {}
     for task, expert in experts.items():
         files = processor_files(expert.path, "texts")
         if not files or same_files(files, bases):
             continue
-        if bases and not known:
-            known = vocabulary(base.path, base.path)
+        if bases and not reference:
+            reference = vocabulary(base.path, base.path)
         try:
             ids = vocabulary(expert.path, base.path)
         except ModelError as error:
             _refused(f"{expert.role}: its own tokenizer cannot be read: {error}", processors[task])
             continue
         if first is None:
-            first, known = expert, ids
-        token = next((token for token in sorted(known, key=known.__getitem__) if _differs(token, known, ids)), None)
+            first, reference = expert, ids
+        token = next(
+            (token for token in sorted(reference, key=reference.__getitem__) if _differs(token, reference, ids)), None
+        )
         if token is not None:
             _refused(
                 f"{expert.role} ({expert.path}) has a different tokenizer than {_named(first)}: token {token!r} has id "
-                f"{ids[token]} in its tokenizer and id {known[token]} in the other, so the embedding rows do not match",
+                f"{ids[token]} in its tokenizer and id {reference[token]} in the other, so the embedding rows do not "
+                "match",
                 processors[task],
             )
             continue
-        _note_added(expert, {token: number for token, number in ids.items() if token not in known}, added)
+        _note_added(expert, {token: number for token, number in ids.items() if token not in reference}, added)
 
 
-def _differs(token: str, known: Mapping[str, int], ids: Mapping[str, int]) -> bool:
+def _differs(token: str, reference: Mapping[str, int], ids: Mapping[str, int]) -> bool:
     """Whether both vocabularies have a token, with different ids."""
-    return ids.get(token, known[token]) != known[token]
+    return ids.get(token, reference[token]) != reference[token]
 
 
 def _named(model: ModelFolder) -> str:

@@ -1,4 +1,4 @@
-"""Replaces the weights of a model in place, for good or inside a block."""
+"""Replaces the weights of a model in place, permanently or inside a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-    """Puts these values into the model's own tensors of the same names, one after the other."""
+    """Copies each value into the model's tensor of the same name, one after the other."""
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
@@ -19,11 +19,11 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[s
 
 @contextmanager
 def swapped_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these values inside the block, with its own after it."""
+    """Gives the model these values inside the block, and restores its own afterwards."""
     own = model.state_dict()
-    kept = {name: own[name].clone() for name in tensors}
+    backup = {name: own[name].clone() for name in tensors}
     try:
         copy_into(model, tensors)
         yield
     finally:
-        copy_into(model, kept)
+        copy_into(model, backup)

@@ -63,22 +63,22 @@ class Renamed:
         return self._tensors.tensor(self.stored[name])
 
 
-def unwrapped(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], names: Names) -> ModelFolder:
-    """Returns the expert under names that the family knows.
+def unwrapped(expert: ModelFolder, base: ModelFolder, targets: Collection[str], names: Names) -> ModelFolder:
+    """Returns the expert under the names of the family.
 
-    The expert stays unchanged if its own names cover all `wanted` tensors, which are the base tensors that the family
-    merges, or if no renaming covers them. Raises ModelError if several renamings cover them with different tensors,
+    The expert stays unchanged if its own names cover all `targets`, the base tensors that the family merges, or if no
+    renaming covers them. Raises ModelError if several renamings cover them with different tensors,
     because the file then contains several models.
     """
     _refuse_unmerged(expert)
-    if {*wanted} <= {*merged_names(expert, names)}:
+    if {*targets} <= {*merged_names(expert, names)}:
         return expert
     sources: dict[tuple[str, ...], Renaming] = {}
-    for renaming in renamings(expert.infos, {*base.infos, *wanted}):
+    for renaming in renamings(expert.infos, {*base.infos, *targets}):
         under = _renamed(expert, renaming)
         stored = merged_names(under.folder, names)
-        if {*wanted} <= {*stored}:
-            tensors = tuple(under.tensors.stored[stored[name]] for name in wanted)
+        if {*targets} <= {*stored}:
+            tensors = tuple(under.tensors.stored[stored[name]] for name in targets)
             sources[tensors] = max(sources.get(tensors, renaming), renaming, key=lambda r: _changed(expert, r))
             if not renaming.old and not renaming.new:  # the prefixes match already; any other match is a coincidence
                 break
@@ -94,46 +94,46 @@ def unwrapped(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], n
     return expert
 
 
-def misfit(expert: ModelFolder, base: ModelFolder, wanted: Collection[str], names: Names) -> str:
+def misfit(expert: ModelFolder, base: ModelFolder, targets: Collection[str], names: Names) -> str:
     """Explains from its names why an expert lacks tensors of the base.
 
-    The text tells how many it has, and which renaming gives the most.
+    The text states how many it has, and which renaming gives the most.
     """
-    own = len({*wanted} & {*merged_names(expert, names)})
+    own = len({*targets} & {*merged_names(expert, names)})
     counts = {
-        renaming: len({*wanted} & {*merged_names(_renamed(expert, renaming).folder, names)})
-        for renaming in renamings(expert.infos, {*base.infos, *wanted})
+        renaming: len({*targets} & {*merged_names(_renamed(expert, renaming).folder, names)})
+        for renaming in renamings(expert.infos, {*base.infos, *targets})
     }
     best = max(counts, key=lambda renaming: counts[renaming], default=Renaming())
-    summary = f"it contains {own} of the base's {len(wanted)} tensors"
+    summary = f"it contains {own} of the base's {len(targets)} tensors"
     if counts.get(best, 0) > own:
         return f"{summary}, or {counts[best]} if its names are read {best}"
-    if {*wanted} - {*merged_names(expert, names)} == {OUTPUT}:
+    if {*targets} - {*merged_names(expert, names)} == {OUTPUT}:
         return f"{summary}; it was saved without its output layer, so save the whole model with its head"
     return summary if own else f"{summary}, so it has another architecture or was saved by another library"
 
 
 def refuse_wrapped(base: ModelFolder) -> None:
     """Raises ModelError if a wrapper changed the names of a base, because transformers would not find its tensors."""
-    known = [f"{segment}." for segment in INSIDE if _has(base.infos, segment)]
-    known += [prefix for prefix in BEFORE if base.infos and all(name.startswith(prefix) for name in base.infos)]
-    if known:
-        example = next(name for name in base.infos if known[0] in name)
+    additions = [f"{segment}." for segment in INSIDE if _has(base.infos, segment)]
+    additions += [prefix for prefix in BEFORE if base.infos and all(name.startswith(prefix) for name in base.infos)]
+    if additions:
+        example = next(name for name in base.infos if additions[0] in name)
         raise ModelError(
-            f"{base.role}: {base.path} has tensor names with {known[0]!r}, which a training wrapper adds, such as "
+            f"{base.role}: {base.path} has tensor names with {additions[0]!r}, which a training wrapper adds, such as "
             f"{example}, so transformers cannot load it; unwrap the model and save it again with save_pretrained"
         )
 
 
-def renamings(names: Iterable[str], wanted: Collection[str]) -> list[Renaming]:
-    """The renamings that map the most names to wanted ones, most frequent first.
+def renamings(names: Iterable[str], targets: Collection[str]) -> list[Renaming]:
+    """The renamings that map the most names to targets, most frequent first.
 
     Renamings that map two names to one are excluded.
     """
     stored = list(names)
-    inside = tuple(segment for segment in INSIDE if _has(stored, segment) and not _has(wanted, segment))
+    inside = tuple(segment for segment in INSIDE if _has(stored, segment) and not _has(targets, segment))
     tails: dict[str, list[str]] = {}
-    for name in wanted:
+    for name in targets:
         for tail in _tails(name):
             tails.setdefault(tail, []).append(name)
     counted: Counter[tuple[str, str]] = Counter()

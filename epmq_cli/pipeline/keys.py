@@ -1,9 +1,9 @@
-"""Keys: all that a result depends on, as JSON.
+"""Keys: everything that a result depends on, as JSON.
 
-The cache names its entries by keys, and a run keeps its progress under its own key, so that it continues from nothing
-but its own. Models count by the sha256 of their files, samples and batches by that of their values: a copy elsewhere or
-with another date has the same key, and other bytes under the old date have another one. Options, packages, epmq's code,
-processor and threads count too.
+The cache names its entries by keys, and a run stores its progress under its key, so that it resumes only its own
+progress. Keys contain the sha256 of model files and of the values of samples and batches: a copy elsewhere or with
+another date has the same key, and changed bytes with the old date have another one. Keys also contain the options, the
+packages, epmq's code, the processor and the number of threads.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from epmq_cli.store.cache import FileHashes
 from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
 
 IRRELEVANT = ("out", "resume", "eval", "device", "data_root", "cache")
-"""Options that do not change a checkpoint's tensors; devices count by their names, data by its values."""
+"""Options that do not change a checkpoint's tensors; keys contain the device's name and the data's values instead."""
 PLACES = ("memory", "student")
-"""Options of `calib` that only say where things are kept."""
+"""Options of `calib` that only choose where data is stored."""
 LIBRARIES = (
     *PACKAGES,
     "pillow",
@@ -53,7 +53,7 @@ CPU = Path("/proc/cpuinfo")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The software and the machine that results depend on, to the last bit."""
+    """The software and the machine, which affect the last bits of results."""
     versions = {name: _version(name) for name in LIBRARIES}
     return {
         "versions": {"python": platform.python_version(), **versions, "of epmq's code": hash_code()},
@@ -69,26 +69,26 @@ def environment(device: torch.device) -> dict[str, Any]:
 def run_key(
     resolved: Mapping[str, Any],
     models: Mapping[str, Mapping[str, str]],
-    drawn: Mapping[str, Sequence[Batch]],
+    batches: Mapping[str, Sequence[Batch]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The key of a run. `resolved`: its config; `models`: the sha256 of the files of each; `drawn`: this process's
-    calibration batches. Every process must call this; the first one's key counts."""
-    batches = {task: [hash_tensors(batch) for batch in group] for task, group in drawn.items()}
-    found = environment(device)
-    found["machine"]["processes"] = distributed.world_size()
+    """The key of a run. `resolved`: its config; `models`: the sha256 of the files of each; `batches`: this
+    process's calibration batches. Every process must call this; the first process's key is used."""
+    hashes = {task: [hash_tensors(batch) for batch in group] for task, group in batches.items()}
+    surroundings = environment(device)
+    surroundings["machine"]["processes"] = distributed.world_size()
     return {
         "config": settings(resolved),
         "models": models,
-        "calibration data": distributed.all_gather(batches),
-        **found,
+        "calibration data": distributed.all_gather(hashes),
+        **surroundings,
     }
 
 
 def settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved config without the options that do not change the checkpoint's tensors."""
-    kept = {name: value for name, value in resolved.items() if name not in IRRELEVANT}
-    return {**kept, "calib": {name: value for name, value in resolved["calib"].items() if name not in PLACES}}
+    relevant = {name: value for name, value in resolved.items() if name not in IRRELEVANT}
+    return {**relevant, "calib": {name: value for name, value in resolved["calib"].items() if name not in PLACES}}
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> Iterable[str]:
@@ -102,7 +102,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "
 
 
 def scores_key(evaluation: Any, samples: Sequence[str | None]) -> str | None:
-    """A name for the scores of an evaluation on samples with these hashes; None if one of them is not known."""
+    """A name for the scores of an evaluation on samples with these hashes; None if one of them is None."""
     return None if None in samples else short([type(evaluation).__name__, asdict(evaluation), samples])
 
 
@@ -112,7 +112,7 @@ def short(key: Any) -> str:
 
 
 def hash_model(path: Path, hashes: FileHashes) -> dict[str, str]:
-    """The sha256 of the files that are read of a model, by name; `path`: its folder, or its file."""
+    """The sha256 of the files that epmq reads from a model, by name; `path`: its folder, or its file."""
     if path.is_file():
         files = {each.name: each for each in (path, *([path.parent / CONFIG] if is_adapter_file(path) else []))}
     else:
@@ -121,7 +121,7 @@ def hash_model(path: Path, hashes: FileHashes) -> dict[str, str]:
 
 
 def hash_samples(samples: Samples) -> str | None:
-    """The sha256 of inputs and labels, of images as they are stored; None for inputs of a type that is not known."""
+    """The sha256 of inputs and labels, with images as stored; None for inputs of an unknown type."""
 
     def parts() -> Iterator[bytes]:
         yield hash_tensors({} if samples.labels is None else {"labels": samples.labels}).encode()
@@ -136,13 +136,13 @@ def hash_samples(samples: Samples) -> str | None:
 
 @cache
 def hash_code() -> str:
-    """The sha256 of epmq's own modules: its version does not change while somebody works on it."""
+    """The sha256 of epmq's own modules: the version does not change during development."""
     files = sorted(Path(epmq_cli.__file__).parent.rglob("*.py"))
     return hash_parts(content(path).sha256.encode() for path in files)
 
 
 def _bytes(item: Any) -> bytes:
-    """The bytes of an input; TypeError if its type is not known."""
+    """The bytes of an input; TypeError if its type is unknown."""
     if isinstance(item, bytes):
         return item
     if isinstance(item, Chat):

@@ -91,14 +91,14 @@ def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
 
 def check_described(model: nn.Module, family: Family, models: SuiteModels) -> None:
     """Raises ModelError if the base's config and weight files describe different models, such as fewer blocks."""
-    own, read = model.state_dict(), set(models.source.names)
+    own, merged = model.state_dict(), set(models.source.names)
     where = f"base: {models.base.path / 'config.json'} describes"
     for name in models.source.names:
         if name not in own:
             raise ModelError(f"{where} a model without {name}, but its weight files contain it; fetch it again")
     for section in (block for stack in family.stacks(model) for block in stack.blocks):
         for name in map(section.name, section.module.state_dict()):
-            if own[name].is_floating_point() and name not in read:
+            if own[name].is_floating_point() and name not in merged:
                 raise ModelError(f"{where} a model with {name}, but its weight files lack it; fetch it again")
 
 
@@ -114,7 +114,7 @@ def check_parts(model: nn.Module, family: Family) -> None:
             else:
                 tables |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
     rest = [name for name in model.state_dict() if name not in tables]
-    if (name := unknown_tensor(rest, modules, family.kept)) is not None:
+    if (name := unknown_tensor(rest, modules, family.unsolved)) is not None:
         raise refused(family, f"{type(model).__name__} has {name}, which is not in any step of the family")
 
 

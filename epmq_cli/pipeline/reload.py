@@ -73,13 +73,13 @@ def _is_own(target: str) -> bool:
         return False
 
 
-def checkpoint_suite(checkpoint: Path, given: DictConfig | None, root: str | None) -> Suite:
-    """The `given` suite, or else the recorded one. Raises CheckpointError if the checkpoint records no suite. `root`: a
-    mirror of the hub that replaces the recorded one."""
+def checkpoint_suite(checkpoint: Path, override: DictConfig | None, root: str | None) -> Suite:
+    """The `override` suite, or else the recorded one. Raises CheckpointError if the checkpoint records no suite.
+    `root`: a mirror of the hub that replaces the recorded one."""
     record = read_record(checkpoint)["config"]["suite"]
-    if given is None:
+    if override is None:
         check_own(checkpoint / RECORD, record, "give the suite with suite=NAME")
-    node = given if given is not None else OmegaConf.create(record if root is None else _with_root(record, root))
+    node = override if override is not None else OmegaConf.create(record if root is None else _with_root(record, root))
     suite: Suite = instantiate.build("suite", node)
     return suite
 

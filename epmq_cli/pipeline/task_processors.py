@@ -205,9 +205,9 @@ def _texts(base: Path) -> Iterator[str]:
     """Texts of some of the base's tokens."""
     tokenizer = own_tokenizer(base)
     special = set(tokenizer.all_special_tokens)
-    known = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in special)
-    step = max(1, len(known) // 256)
-    words = [tokenizer.convert_tokens_to_string([token]).strip() for _, token in known[::step][:256]]
+    tokens = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in special)
+    step = max(1, len(tokens) // 256)
+    words = [tokenizer.convert_tokens_to_string([token]).strip() for _, token in tokens[::step][:256]]
     for start in range(0, len(words), 8):
         yield " ".join(words[start : start + 8])
 

@@ -1,7 +1,7 @@
 """Finds the folder in which the same command continues. The default `out` is a new folder each time, so the folders of
-unfinished runs and sweeps hold a mark: the arguments that they were started with.
+unfinished runs and sweeps hold a mark with the arguments of the command.
 
-With `out=FOLDER` the folder is known.
+With `out=FOLDER`, that folder is used.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SHOWING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--resolv
 
 
 def continued(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `epmq run`, and the folder of the last unfinished run or sweep with the same arguments, if there
-    is one that no process is using."""
-    given = [argument.lstrip("+") for argument in arguments]
-    if any(argument.startswith(PLACED) or argument in SHOWING for argument in given):
+    """The arguments of `epmq run`, and the folder of the last unfinished run or sweep with the same arguments, if one
+    exists that no process is using."""
+    names = [argument.lstrip("+") for argument in arguments]
+    if any(argument.startswith(PLACED) or argument in SHOWING for argument in names):
         return list(arguments)
     os.environ[VARIABLE] = json.dumps(_asked(arguments))
-    marked = [] if "resume=never" in given else _marked(arguments)
-    found = [folder for folder in marked if not all((folder / name).exists() for name in RESULTS)]
-    return [f"out={found[-1]}", *arguments] if found else list(arguments)
+    marked = [] if "resume=never" in names else _marked(arguments)
+    folders = [folder for folder in marked if not all((folder / name).exists() for name in RESULTS)]
+    return [f"out={folders[-1]}", *arguments] if folders else list(arguments)
 
 
 def begin(folder: Path) -> None:
@@ -65,18 +65,18 @@ def done(folder: Path, cfg: DictConfig) -> bool:
     """Whether a folder holds the results of exactly this job of a sweep."""
     if not all((folder / name).exists() for name in RESULTS):
         return False
-    found = _config(folder / RESULTS[1])
-    wanted = json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
-    return all(found.get(key) == value for key, value in wanted.items() if key not in ELSEWHERE)
+    config = _config(folder / RESULTS[1])
+    expected = json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+    return all(config.get(key) == value for key, value in expected.items() if key not in ELSEWHERE)
 
 
 def _config(path: Path) -> dict[str, Any]:
     """The config in a metrics.json; RunError if it has none."""
     try:
-        found = json.loads(read_regular(path))["config"]
-        return dict(found.items())
+        config = json.loads(read_regular(path))["config"]
+        return dict(config.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged; remove {path.parent} and start the same command again") from error
+        raise RunError(f"{path} is corrupted; remove {path.parent} and start the same command again") from error
 
 
 def _mark(path: Path) -> str | None:

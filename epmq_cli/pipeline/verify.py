@@ -50,7 +50,7 @@ def tensor_problems(folder: Path) -> list[str]:
     else:
         problems = lacking_problems(folder, files)
         expected = _renamed(expected, files, str(getattr(model, "base_model_prefix", "")))
-    problems += [problem for problem in tie_problems(folder, files) if not any(known in problem for known in problems)]
+    problems += [problem for problem in tie_problems(folder, files) if not any(other in problem for other in problems)]
     problems += _problems(files, expected)
     return problems + _head_problems(folder, model.config)
 
@@ -85,9 +85,9 @@ def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, pr
     renamed: dict[str, ExpectedTensor] = {}
     for stored in files.infos:
         spellings = (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}."))
-        known = next((expected[name] for name in spellings if name in expected), None)
-        if known is not None:
-            renamed[stored] = known
+        tensor = next((expected[name] for name in spellings if name in expected), None)
+        if tensor is not None:
+            renamed[stored] = tensor
     return renamed
 
 

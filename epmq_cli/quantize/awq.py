@@ -1,12 +1,12 @@
-"""Activation-aware weight quantization (AWQ, https://arxiv.org/abs/2306.00978): input channels that matter are scaled.
+"""Activation-aware weight quantization (AWQ, https://arxiv.org/abs/2306.00978): scales the input channels that matter.
 
 The input channels of a layer are scaled by s = mean |x|^alpha before it is quantized, so that the weights of channels
-with large inputs lose less. alpha is the one of a grid over [0, 1) with the least error of the layer's outputs,
-tr (Q(W s) / s - W) H (Q(W s) / s - W)', rounded to nearest over the full range of each group, as in the paper. The
-caller folds 1 / s into what is in front of the layer. The weights are then quantized by `rounding`.
+with large inputs lose less. A grid search over [0, 1) picks the alpha with the least error of the layer's
+outputs, tr (Q(W s) / s - W) H (Q(W s) / s - W)', where Q rounds to nearest over the full range of each group, as in the
+paper. The caller folds 1 / s into the producer of the layer. The weights are then quantized by `rounding`.
 
-Clipping, as in the paper's code, shrinks the range of each group to the least error of its
-part of the outputs, for which H is taken to be block diagonal.
+Clipping, as in the paper's code, shrinks the range of each group to minimize the error of its part of the outputs, with
+H approximated as block diagonal.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from epmq_cli.quantize.gptq import Gptq
 from epmq_cli.quantize.quantizer import InputStatistics, LayerProblem, Need, Prepared, QuantizationResult, Quantizer
 from epmq_cli.quantize.rtn import Rtn, rtn
 
-SMALLEST = 1e-4  # of the largest magnitude: channels below it, dead ones too, are scaled like it
+SMALLEST = 1e-4  # of the largest magnitude; smaller channels, including dead ones, get its scale
 CLIPS = tuple(1 - step / 20 for step in range(11))  # of the largest weight of a group, as in the paper's code
 
 
 def channel_scales(magnitude: Tensor, alpha: float) -> Tensor:
-    """mean |x|^alpha (in,), with 1 halfway between the smallest and the largest; 1 where all inputs are 0."""
+    """mean |x|^alpha (in,), with 1 halfway between the smallest and the largest; 1 if all inputs are 0."""
     floor = SMALLEST * magnitude.max()
     if floor == 0:
         return torch.ones_like(magnitude)
@@ -45,7 +45,7 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
 def search_alpha(
     weight: Tensor, inputs: InputStatistics, format: NumberFormat, dtype: torch.dtype, candidates: int
 ) -> float:
-    """The alpha among 0, 1 / candidates, ... with the least output error; the smallest of equal ones."""
+    """The alpha among 0, 1 / candidates, ... with the least output error; the smallest on ties."""
     least, best = float("inf"), 0.0
     for number in range(candidates):
         alpha = number / candidates
@@ -68,8 +68,8 @@ def clipped(weight: Tensor, hessian: Tensor, format: NumberFormat, dtype: torch.
         shrunk = groups.clamp(-ratio * largest, ratio * largest)
         grid = format.fit(shrunk, "minmax", dtype).over_columns()
         error = format.decode(format.encode(shrunk, grid), grid) - groups
-        lost = torch.einsum("ogc,gcd,ogd->og", error, H, error)[..., None]
-        best, least = torch.where(lost < least, shrunk, best), torch.minimum(lost, least)
+        loss = torch.einsum("ogc,gcd,ogd->og", error, H, error)[..., None]
+        best, least = torch.where(loss < least, shrunk, best), torch.minimum(loss, least)
     return best.reshape(weight.shape)
 
 
@@ -77,9 +77,9 @@ def clipped(weight: Tensor, hessian: Tensor, format: NumberFormat, dtype: torch.
 class Awq:
     """`quant=awq`, a Quantizer and a Transform.
 
-    `format`: see FormatOptions. `rounding`: `rtn` or `gptq`, whose `grid`, `damping`, `block_size` and `act_order` are
-    these. `alpha`: one for all layers in [0, 1], or `auto` for the best of `candidates` in each. `clip`: whether groups
-    are clipped.
+    `format`: see FormatOptions. `rounding`: `rtn` or `gptq`; `grid`, `damping`, `block_size` and `act_order` are its
+    options. `alpha`: one for all layers in [0, 1], or `auto` for the best of `candidates` in each. `clip`: whether
+    groups are clipped.
     """
 
     format: NumberFormat
@@ -103,14 +103,14 @@ class Awq:
 
     @property
     def rounder(self) -> Quantizer:
-        """What quantizes the scaled weights."""
+        """The quantizer of the scaled weights."""
         if self.rounding == "rtn":
             return Rtn(self.format, self.grid)
         return Gptq(self.format, self.grid, self.damping, self.block_size, self.act_order)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The inputs, unless nothing but rounding is left to do."""
+        """The inputs, unless only rounding is left to do."""
         return self.rounder.needs if self.alpha == 0 and not self.clip else frozenset({"inputs"})
 
     def scales(self, weight: Tensor, inputs: InputStatistics, dtype: torch.dtype) -> Tensor | None:
@@ -125,7 +125,7 @@ class Awq:
         return self.rounder.prepare(hessian)
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
-        """See Quantizer; the layer's channels are scaled already."""
+        """See Quantizer; the layer's channels are already scaled."""
         if self.clip:
             layer = replace(layer, weight=clipped(layer.weight, layer.measured(), self.format, layer.dtype))
         return self.rounder.quantize(layer, prepared)

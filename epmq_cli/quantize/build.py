@@ -1,9 +1,10 @@
-"""From the options of `quant=<name>` to a quantizer."""
+"""Builds a quantizer from the options of `quant=<name>`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from epmq_cli.config import instantiate
@@ -17,7 +18,7 @@ from epmq_cli.quantize.quantizer import Quantizer
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-OPTIONS = tuple(field.name for field in fields(FormatOptions))
+OPTIONS = tuple(field.name for field in dataclasses.fields(FormatOptions))
 
 
 def build_quantizer(node: DictConfig) -> Quantizer | MixedPrecision:
@@ -27,26 +28,28 @@ def build_quantizer(node: DictConfig) -> Quantizer | MixedPrecision:
     """
     from omegaconf import OmegaConf
 
-    known = instantiate.fields_of("quant", node)
-    if "format" not in known:
-        found: Quantizer = instantiate.build("quant", node)
-        return found
-    given: Any = OmegaConf.to_container(node, resolve=True)
-    check_keys("quant", [key for key in given if key != "_target_"], *_keys(known))
-    options = {key: given.pop(key) for key in OPTIONS if key in given}
+    fields = instantiate.fields_of("quant", node)
+    if "format" not in fields:
+        quantizer: Quantizer = instantiate.build("quant", node)
+        return quantizer
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    check_keys("quant", [key for key in values if key != "_target_"], *_keys(fields))
+    options = {key: values.pop(key) for key in OPTIONS if key in values}
     check_types("quant", FormatOptions, options, instantiate.references(node))
     formats = FormatOptions(**options).formats()
-    made = [instantiate.build("quant", OmegaConf.create({**given, "format": _node(format)})) for format in formats]
-    return MixedPrecision(made[0], made[1], options["bits"]) if len(made) > 1 else made[0]
+    quantizers = [
+        instantiate.build("quant", OmegaConf.create({**values, "format": _node(format)})) for format in formats
+    ]
+    return MixedPrecision(quantizers[0], quantizers[1], options["bits"]) if len(quantizers) > 1 else quantizers[0]
 
 
-def _keys(known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    """The options of a class with these fields, and those of them that must be given."""
-    rest = [name for name in known if name != "format"]
-    return [*OPTIONS, *rest], [*required(FormatOptions), *(name for name in rest if known[name])]
+def _keys(fields: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """The options of a class with these fields, and the required ones."""
+    rest = [name for name in fields if name != "format"]
+    return [*OPTIONS, *rest], [*required(FormatOptions), *(name for name in rest if fields[name])]
 
 
 def _node(format: NumberFormat) -> dict[str, Any]:
-    """The config from which Hydra makes a format."""
+    """The config from which Hydra instantiates a format."""
     kind = type(format)
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(format)}  # type: ignore[call-overload]

@@ -1,11 +1,11 @@
 """GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323, section 3.3, algorithm 1).
 
-Columns are quantized one by one; the error of each is spread over the columns still to come, such that tr (Q - W) H
+Columns are quantized one by one; the error of each is spread over the remaining columns so that tr (Q - W) H
 (Q - W)' is minimal. Its inputs are the target weight W* and the H of the objective instead of the merged weight and
 X'X, so that it solves the expert-guided problem (README, "The method").
 
 Departures from the paper. The upper factor of H^-1 comes from one Cholesky factor of H in reversed order and one
-triangular solve, instead of two Cholesky factors and an inverse: cheaper, and fewer digits are lost. The grid of a
+triangular solve, instead of two Cholesky factors and an inverse: cheaper and more precise. The grid of a
 group that begins inside a block uses all updates so far. Act-order keeps groups whole (see `column_order`).
 """
 
@@ -26,8 +26,8 @@ from epmq_cli.quantize.scale_search import hessian_grid
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:
-    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping used, and how often it was
-    raised; None if H has no factor.
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping, and the number of times
+    that it was raised; None if H has no factor.
 
     In reversed order L L' = H; L reversed is an upper M with M M' = H, so U = M^-1 is L^-1 reversed.
     """
@@ -80,10 +80,10 @@ def _group_grid(
 def column_order(hessian: Tensor, group_size: int, act_order: bool) -> Tensor:
     """The columns in the order of quantization, (in,).
 
-    With `act_order` groups with a large mean diagonal come first, and inside a group the columns likewise. The authors'
-    code orders columns across groups, which requires either an index of each column's group in the checkpoint or grids
-    that are fixed before any update. Whole groups fit their grids on the way, and end with 7 to 30% less loss than with
-    fixed grids (grid=hessian; tiny, text4, vision3 at 4, 3 and 2 bits).
+    With `act_order`, groups with a large mean diagonal come first, and likewise the columns inside a group. The
+    authors' code orders columns across groups, which requires either an index of each column's group in the checkpoint
+    or grids that are fixed before any update. Whole groups fit their grids in the loop, and reach 7 to 30% less loss
+    than with fixed grids (grid=hessian; tiny, text4, vision3 at 4, 3 and 2 bits).
     """
     columns = len(hessian)
     if not act_order:
@@ -109,8 +109,8 @@ def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -
     """
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
     order = column_order(hessian, group_size, act_order)
-    found = inverse_factor(H[order][:, order] if act_order else H, damping)
-    return NOTHING if found is None else (found[0], found[1:])
+    factor = inverse_factor(H[order][:, order] if act_order else H, damping)
+    return NOTHING if factor is None else (factor[0], factor[1:])
 
 
 def gptq(
@@ -124,7 +124,7 @@ def gptq(
     act_order: bool,
     prepared: Prepared | None = None,
 ) -> QuantizationResult:
-    """The weight (out, in) quantized close to it in the sense of the Hessian (in, in).
+    """Quantizes the weight (out, in) with the least error under the Hessian (in, in).
 
     `search`: `hessian`, or one of `NumberFormat.fit`. `act_order`: see `column_order`. `prepared`: the result of
     `prepare`, computed here if None. Columns whose input is always zero are rounded to nearest and hardly influence the
@@ -132,22 +132,22 @@ def gptq(
     positive definite, the weight is rounded to nearest.
     """
     size = group_columns(format, len(hessian))
-    Hinv, had = prepared or prepare(hessian, size, damping, act_order)
-    if had is None:
+    Hinv, facts = prepared or prepare(hessian, size, damping, act_order)
+    if facts is None:
         return QuantizationResult(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
     ordered, columns, options = weight[:, order], kernel_for(weight, format), (format, search, dtype, block_size)
     codes, grid = quantize_columns(ordered, Hinv.to(weight.dtype), *options, order // size, columns)
-    return QuantizationResult(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *had)
+    return QuantizationResult(QuantizedWeight(codes[:, torch.argsort(order)], grid, format, dtype), *facts)
 
 
 @dataclass(frozen=True)
 class Gptq:
     """`quant=gptq`.
 
-    `format`: see FormatOptions. `grid`: how scales are fitted, `hessian` to the loss of GPTQ itself, `mse` and `minmax`
-    as in `NumberFormat.fit`. `damping`: added to the diagonal of H, relative to its mean, in (0, 1]. `block_size`: the
-    most columns whose updates are applied together, for speed alone. `act_order`: see `column_order`.
+    `format`: see FormatOptions. `grid`: the fit of scales: `hessian` minimizes GPTQ's own loss; `mse` and `minmax`: see
+    `NumberFormat.fit`. `damping`: added to the diagonal of H, relative to its mean, in (0, 1]. `block_size`: the
+    maximum number of columns whose updates are applied together; affects only speed. `act_order`: see `column_order`.
     """
 
     format: NumberFormat
@@ -169,8 +169,8 @@ class Gptq:
 
     def prepare(self, hessian: Tensor) -> Prepared:
         """See Quantizer."""
-        Hinv, had = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
-        return Hinv.float(), had
+        Hinv, facts = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
+        return Hinv.float(), facts
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""

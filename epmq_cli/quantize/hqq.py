@@ -8,7 +8,7 @@ half-quadratic splitting: with an auxiliary e for the error,
 
 Departures from the paper. Errors are in steps of the scale, so that beta has the same meaning in every layer; in units
 of the weights the published beta shrinks all errors to 0, and z becomes a plain mean. Whole zero points are rounded in
-every iteration; since a mean hardly ever moves them by half a step, the scale is solved as well, by the closed form of
+every iteration; because a mean rarely moves them by half a step, the scale is solved as well, by the closed form of
 the same splitting, s <- s <q - z, w / s - e> / <q - z, q - z>. Each group keeps the best iterate, so that its error
 never exceeds that of the full range it starts from.
 """
@@ -71,7 +71,7 @@ def solve_grid(
 
 def _best_scale(scale: Tensor, centred: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale (...) of least squares between s (q - z) and the target, which is in steps of the present scale; that
-    scale where the solution is not positive. `centred` q - z and `target` (..., columns)."""
+    scale if the solution is not positive. `centred` q - z and `target` (..., columns)."""
     product, square = (centred * target).sum(-1), centred.square().sum(-1)
     ratio = torch.where(product > 0, product / square.clamp(min=torch.finfo(scale.dtype).tiny), 1.0)
     return stored_scale(scale * ratio, dtype)
@@ -81,8 +81,8 @@ def _best_scale(scale: Tensor, centred: Tensor, target: Tensor, dtype: torch.dty
 class Hqq(DataFree):
     """`quant=hqq`.
 
-    `bits`, `group_size`: see NumberFormat. `zero_point`: `integer`, which checkpoints hold, or `real` as in the paper.
-    `solve_scale`: whether scales are solved too. `lp_norm`: p in (0, 1]. `beta` and `kappa`: the weight of the
+    `bits`, `group_size`: see NumberFormat. `zero_point`: `integer`, which checkpoints can store, or `real` as in the
+    paper. `solve_scale`: whether scales are solved too. `lp_norm`: p in (0, 1]. `beta` and `kappa`: the weight of the
     splitting and its growth in each of the `iterations`.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RETRIES = 8  # each with ten times the damping, from SMALLEST or the first try's up
+RETRIES = 8  # each with ten times the damping, starting from SMALLEST or the initial damping
 SMALLEST = 1e-8
 ITERATIONS = 8
 SETTLED = 0.003  # relative change at which power iteration stops
@@ -17,7 +17,7 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class Factor:
-    """`lower` L with L L' = H + damping * mean(diag H) * I; the damping used, and how often it was raised."""
+    """`lower` L with L L' = H + damping * mean(diag H) * I; the damping, and the number of times that it was raised."""
 
     lower: Tensor
     damping: float
@@ -30,7 +30,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Factor | None:
-    """The Cholesky factor of a symmetric matrix, with more damping where it is not positive definite.
+    """The Cholesky factor of a symmetric matrix, with more damping if it is not positive definite.
 
     `damping` is relative to the mean of the diagonal; `backwards`: factors H with its rows and columns in reversed
     order. None if no try succeeds, because H holds NaN or is not a moment matrix.
@@ -57,11 +57,11 @@ def triangular_inverse(lower: Tensor) -> Tensor:
         small: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return small
     half = n // 2
-    found = torch.zeros_like(lower)
-    found[:half, :half] = triangular_inverse(lower[:half, :half])
-    found[half:, half:] = triangular_inverse(lower[half:, half:])
-    found[half:, :half] = -found[half:, half:] @ (lower[half:, :half] @ found[:half, :half])
-    return found
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def condition(H: Tensor, factor: Factor) -> float:
@@ -79,11 +79,11 @@ def condition(H: Tensor, factor: Factor) -> float:
 def _largest(multiply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     """The largest eigenvalue, from below, of a positive definite matrix with the shape of `like`."""
     vector = torch.linspace(1, 2, len(like), dtype=like.dtype, device=like.device)[:, None]
-    vector, found = vector / vector.norm(), 0.0
+    vector, value = vector / vector.norm(), 0.0
     for _ in range(ITERATIONS):
         product = multiply(vector)
-        before, found = found, float(product.norm())
-        if abs(found - before) <= SETTLED * found:
+        before, value = value, float(product.norm())
+        if abs(value - before) <= SETTLED * value:
             break
-        vector = product / found
-    return found
+        vector = product / value
+    return value

@@ -1,6 +1,6 @@
 """Mixed precision: two number formats in one model, under a budget of bits on average.
 
-Every group of linears that read the same input gets one of the two formats, as kernels that fuse q, k and v need it.
+Every group of linears that read the same input gets one of the two formats, which kernels that fuse q, k and v require.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Group = TypeVar("Group", bound=Hashable)
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """A quantizer in two formats: `low`, and `high` with more bits, which differ in their format alone.
+    """A quantizer in two formats: `low`, and `high` with more bits, which differ only in their format.
 
-    `bits`: the average over all weights, at most. A first walk measures what each group loses in each format (`Trial`);
+    `bits`: the maximum average over all weights. A first walk measures the loss of each group in each format (`Trial`);
     the last walk quantizes each group in the format that the trial chooses.
     """
 
@@ -45,7 +45,7 @@ class MixedPrecision:
 
 
 def formats_of(quantizer: Quantizer | MixedPrecision) -> tuple[NumberFormat, ...]:
-    """The formats that a linear can get, by their bits; none if weights stay dense."""
+    """The possible formats of a linear, in ascending order of bits; empty if weights stay dense."""
     own = (quantizer.low, quantizer.high) if isinstance(quantizer, MixedPrecision) else (quantizer,)
     return tuple(one.format for one in own if one.format is not None)
 
@@ -75,7 +75,7 @@ def allocate(
 
 @dataclass
 class Trial:
-    """Measures what the groups would lose in either format; weights stay dense.
+    """Measures the losses of the groups in either format; weights stay dense.
 
     `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group and bits; `sizes`: weights by group.
     """
@@ -99,8 +99,8 @@ class Trial:
 
     def choose(self) -> dict[str, Quantizer]:
         """The quantizer of each group, by the losses so far."""
-        widths, known = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
-        return {group: known[width] for group, width in widths.items()}
+        widths, quantizers = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
+        return {group: quantizers[width] for group, width in widths.items()}
 
     def measure(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
         """Quantizes a layer in either format and adds the losses, summed over all ranks' rows, to the group's."""
@@ -127,7 +127,7 @@ class _Measuring:
         return frozenset({"inputs"})
 
     def prepare(self, hessian: Tensor) -> Prepared:
-        """What both formats share, since nothing but the format differs."""
+        """The part that both formats share, because only the format differs."""
         return self.trial.mixed.low.prepare(hessian)
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:

@@ -1,4 +1,4 @@
-"""No quantizer: the target weight itself. With `guidance=expert guidance.lam=0` this is RegMean
+"""No quantizer: returns the target weight. With `guidance=expert guidance.lam=0` this is RegMean
 (https://arxiv.org/abs/2212.09849), layer by layer."""
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ class NoQuantizer(DataFree):
         return None
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
-        """The target in the type that it is stored in."""
+        """Returns the target, rounded to the stored type."""
         return QuantizationResult(DenseWeight(layer.weight.to(layer.dtype).float()))

@@ -1,4 +1,4 @@
-"""What a quantizer sees of a layer, what it returns, and what every quantizer and transform offers."""
+"""The interfaces of quantizers and transforms, their inputs and their results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
 
 Need = Literal["inputs", "gradients", "block"]
-"""What a quantizer reads beyond the weight: second moments of the layer's inputs, gradients, or the whole block."""
+"""The inputs of a quantizer beyond the weight: second moments of the layer's inputs, gradients, or the whole block."""
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """Linears that read the same input, stacked, as a quantizer sees them.
+    """The input of a quantizer: linears that read the same input, stacked.
 
     `names`: the linears. `weight`: the target, float32 (out, in). `anchor`: the merged weight, float32 (out, in).
-    `hessian`: H of the objective tr (Q - W) H (Q - W)', float64 (in, in); None where the inputs were not measured,
+    `hessian`: H of the objective tr (Q - W) H (Q - W)', float64 (in, in); None if the inputs were not measured,
     because neither the guidance nor the quantizer needs them. `dtype`: the type that scales are stored in.
     """
 
@@ -38,8 +38,8 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """A quantized weight; the relative damping, and how often it was raised; `fallback`: the method that replaced the
-    quantizer where it could not be applied."""
+    """A quantized weight; the relative damping, and the number of times that it was raised; `fallback`: the method that
+    replaced a quantizer that could not be applied."""
 
     weight: QuantizedWeight | DenseWeight
     damping: float = 0.0
@@ -48,12 +48,12 @@ class QuantizationResult:
 
 
 Prepared = tuple[Tensor, tuple[float, int] | None]
-"""What a quantizer computes once for all rows of a layer: a tensor, and the damping and retries that it took."""
+"""The part that a quantizer computes once for all rows of a layer: a tensor, and its damping and retries."""
 NOTHING: Prepared = (torch.empty(0), None)
 
 
 class Quantizer(Protocol):
-    """Quantizes one layer: close to the target in the sense of tr (Q - W) H (Q - W)', or simply close to it."""
+    """Quantizes one layer with a small error, measured by tr (Q - W) H (Q - W)' or by the weights alone."""
 
     @property
     def format(self) -> NumberFormat | None:
@@ -61,34 +61,34 @@ class Quantizer(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `prepare` and `quantize` read beyond the weight. Without "inputs" the Hessian may be None."""
+        """The inputs of `prepare` and `quantize` beyond the weight. Without "inputs" the Hessian may be None."""
 
     def prepare(self, hessian: Tensor) -> Prepared:
-        """Computes from the Hessian (in, in) what is the same for all rows.
+        """Computes from the Hessian (in, in) the part that all rows share.
 
         The result depends on the format's group size alone, so that two formats of a mix share it.
         """
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
-        """Quantizes a layer. Rows are independent of each other, so that processes can share them out."""
+        """Quantizes a layer. Rows are independent of each other, so that processes can split them."""
 
 
 class DataFree:
-    """The part that quantizers without need of inputs share."""
+    """The methods of quantizers that need no inputs."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Nothing."""
+        """Empty: no inputs."""
         return frozenset()
 
     def prepare(self, hessian: Tensor) -> Prepared:
-        """Nothing."""
+        """Prepares nothing."""
         return NOTHING
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What a transform sees of the inputs x (in,) of a layer, as weighted sums over tokens, float64: `hessian` sum x x'
+    """Statistics of a layer's inputs x (in,) for transforms, weighted sums over tokens in float64: `hessian` sum x x'
     (in, in), and `magnitude`, the mean of |x| (in,)."""
 
     hessian: Tensor
@@ -104,4 +104,4 @@ class Transform(Protocol):
     """
 
     def scales(self, weight: Tensor, inputs: InputStatistics, dtype: torch.dtype) -> Tensor | None:
-        """The scales (in,) of a layer with this weight, float32 (out, in); None where it is better left as it is."""
+        """The scales (in,) of a layer with this weight, float32 (out, in); None to leave it unscaled."""

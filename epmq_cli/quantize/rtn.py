@@ -23,7 +23,7 @@ def rtn(weight: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class Rtn(DataFree):
-    """`quant=rtn`; `format`: see FormatOptions; `grid`: how scales are found (`NumberFormat.fit`)."""
+    """`quant=rtn`; `format`: see FormatOptions; `grid`: the fit of scales (`NumberFormat.fit`)."""
 
     format: NumberFormat
     grid: str

@@ -1,4 +1,4 @@
-"""Fits GPTQ's grids to the loss that GPTQ ends with, instead of the squared error of the weights.
+"""Fits GPTQ's grids to GPTQ's final loss instead of the squared error of the weights.
 
 With U the upper factor of H^-1, quantizing the columns of a group one after the other costs sum_i ((w_i - q_i) /
 U_ii)^2, where w_i includes the errors of the columns before it. This sum is computed for all candidate scales at once,
@@ -20,11 +20,11 @@ CHUNK = 1 << 22  # weights times candidates in memory at a time
 
 
 def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.dtype, columns: ColumnKernel) -> Grid:
-    """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; Grid of (out,
-    1).
+    """The grid of each row of one group: weight (out, columns), U (columns, columns) of these columns; returns a
+    Grid of (out, 1).
 
-    A scale may be negative if codes reach further down than up, as integers without zero points do. So they fit rows
-    whose largest weight is positive as well as rows whose largest weight is negative.
+    A scale may be negative if the lowest code has no positive counterpart, as for integers without zero points. Then
+    the grid fits rows whose largest weight is positive as well as rows whose largest weight is negative.
     """
     rows = max(1, CHUNK // (2 * COARSE * weight.shape[1]))
     return Grid.cat([_search(part, U, format, dtype, columns) for part in torch.split(weight, rows)], 0)

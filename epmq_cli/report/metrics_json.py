@@ -42,7 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
     """Scores by task and stage, and the mean over tasks by stage; `kinds`: the metric of each task. Tasks without one
-    are lm-evaluation-harness's."""
+    come from lm-evaluation-harness."""
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
     return {
         "metrics": {task: kinds.get(task, HARNESS) for task in tasks},
@@ -72,8 +72,10 @@ def metrics(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file atomically; RunError if the disk refuses it."""
+    """Writes the file atomically; RunError if that fails."""
     try:
         write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); make room there or choose another out") from error
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}); free some space there or choose another out"
+        ) from error

@@ -55,8 +55,8 @@ def _reset_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    found = status("VmHWM")
-    if found is not None:
-        return found
+    peak = status("VmHWM")
+    if peak is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

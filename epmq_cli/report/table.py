@@ -22,16 +22,16 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     stages, metrics = list(scores["average"]), scores["metrics"]
     kinds = set(metrics.values())
     one = len(kinds) == 1
-    shown = _perplexity if PERPLEXITY in kinds else _percent
+    render = _perplexity if PERPLEXITY in kinds else _percent
     table = Table()
-    table.add_column(("".join(kinds) if one else "score") + (" in %" if shown is _percent else ""))
+    table.add_column(("".join(kinds) if one else "score") + (" in %" if render is _percent else ""))
     for stage in stages:
         table.add_column(stage, justify="right")
     for task, by_stage in scores["tasks"].items():
         name = task if one else f"{task} ({metrics[task]})"
-        table.add_row(name, *(shown(by_stage.get(stage)) for stage in stages))
+        table.add_row(name, *(render(by_stage.get(stage)) for stage in stages))
     table.add_section()
-    table.add_row("average", *(shown(scores["average"][stage]) for stage in stages), style="bold")
+    table.add_row("average", *(render(scores["average"][stage]) for stage in stages), style="bold")
     return table
 
 
@@ -62,9 +62,9 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     if measured["cache"] and measured["cache"]["found"]:
         reused = counted(measured["cache"]["found"], "result")
         _line(f"cache       reused {reused} of earlier runs; cache=false recomputes them")
-    found = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
-    if found:
-        _line(f"trouble     of {events['linears']} linears {', '.join(found)}; see layers in metrics.json")
+    counts = [f"{events[name]} {text}" for name, text in TROUBLE.items() if events[name]]
+    if counts:
+        _line(f"trouble     of {events['linears']} linears {', '.join(counts)}; see layers in metrics.json")
     halved = [f"{name} {events[key]} times" for key, name in HALVED.items() if events[key]]
     if halved:
         _line(f"memory      ran out: the micro-batch was halved in {' and in '.join(halved)}")

@@ -1,4 +1,4 @@
-"""What a command prints: results, messages, errors, and progress bars on a terminal."""
+"""The output of a command: results, messages, errors, and progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Warnings(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line; `complain` prints errors."""
+        """Prints a warning on one line; `complain` prints errors."""
         if record.levelno == logging.WARNING:
             line = plain(f"warning: {record.getMessage()}")
             messages.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -51,7 +51,7 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """Prints a one-line error, from any of the processes."""
+    """Prints a one-line error from any process."""
     who = "epmq" if distributed.is_main() else f"epmq (process {distributed.rank()})"
     complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 

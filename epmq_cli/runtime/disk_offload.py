@@ -26,17 +26,17 @@ LEAST = 1 << 20  # bytes; smaller tensors stay in memory
 def on_disk(model: nn.Module, folder: Path | None) -> nn.Module:
     """The model in float32, with its larger tensors in unnamed files of the folder (by default the system's temporary
     one), which vanish with the tensors. ModelError if the disk is full."""
-    made: set[int] = set()
+    addresses: set[int] = set()
 
-    def moved(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.data_ptr() in made:  # tied tensors occur twice
+    def move(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.data_ptr() in addresses:  # tied tensors occur twice
             return tensor
-        found = _mapped(tensor, folder) if 4 * tensor.numel() >= LEAST else tensor.float()
-        made.add(found.data_ptr())
-        return found
+        copy = _mapped(tensor, folder) if 4 * tensor.numel() >= LEAST else tensor.float()
+        addresses.add(copy.data_ptr())
+        return copy
 
-    found: nn.Module = model._apply(moved)  # type: ignore[no-untyped-call]
-    return found
+    offloaded: nn.Module = model._apply(move)  # type: ignore[no-untyped-call]
+    return offloaded
 
 
 def _mapped(tensor: Tensor, folder: Path | None) -> Tensor:
@@ -49,8 +49,8 @@ def _mapped(tensor: Tensor, folder: Path | None) -> Tensor:
                 f"{Path(file.name).parent} has no space for the model's weights ({error.strerror}); free some space "
                 "there, or use calib.student=memory"
             ) from error
-        found = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=torch.float32)
-    return found.view(tensor.shape).copy_(tensor)
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=torch.float32)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _take(file: int, size: int) -> None:

@@ -1,5 +1,5 @@
 """The processes of a run that torchrun starts. Each one reads its share of the calibration samples, sums are reduced
-over all of them, and the first one writes and scores.
+over all processes, and the first one writes and scores.
 
 Without torchrun there is one process, and every function here is a no-op.
 """
@@ -30,36 +30,35 @@ PATIENCE = timedelta(days=7)  # the other processes wait while the first one sco
 
 def rank() -> int:
     """This process's rank, from 0."""
-    return _told("RANK") if world_size() > 1 else 0
+    return _variable("RANK") if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    return _told("WORLD_SIZE")
+    return _variable("WORLD_SIZE")
 
 
 def local_rank() -> int:
     """This process's rank among those on the same machine, from 0."""
-    return _told("LOCAL_RANK") if world_size() > 1 else 0
+    return _variable("LOCAL_RANK") if world_size() > 1 else 0
 
 
-def _told(name: str) -> int:
-    """The value of a variable; its value for a single process if it is not a number (`check` refuses that)."""
+def _variable(name: str) -> int:
+    """The value of a variable, or its default if it is not a number, which `check_environment` refuses."""
     value = os.environ.get(name, "")
     return int(value if value.isdecimal() else VARIABLES[name])
 
 
 def check_environment(command: str) -> None:
-    """Refuses values of torchrun's variables that torchrun never sets, and several processes for any command but run:
-    ConfigError."""
-    found = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
-    told = " ".join(f"{name}={shown(value)}" for name, value in found.items())
-    size, *numbers = [int(value) if value.isdecimal() else -1 for value in found.values()]
+    """ConfigError for values that torchrun never sets, and for several processes with any command but run."""
+    values = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
+    settings = " ".join(f"{name}={shown(value)}" for name, value in values.items())
+    size, *numbers = [int(value) if value.isdecimal() else -1 for value in values.values()]
     if size < 1 or min(numbers) < 0 or (size > 1 and max(numbers) >= size):
-        raise ConfigError(f"torchrun never sets {told}; start the processes with it, or unset these variables")
+        raise ConfigError(f"torchrun never sets {settings}; start the processes with it, or unset these variables")
     missing = [name for name in PLACE if not os.environ.get(name)]
     if size > 1 and missing:
-        raise ConfigError(f"{told} is set without {missing[0]}; start the processes with torchrun")
+        raise ConfigError(f"{settings} is set without {missing[0]}; start the processes with torchrun")
     if size > 1 and command != "run":
         raise ConfigError(f"epmq {command} runs in one process; start it without torchrun")
 
@@ -70,7 +69,7 @@ def is_main() -> bool:
 
 
 def init(device: torch.device) -> None:
-    """Connects to the other processes, once, and makes the device this process's own."""
+    """Connects to the other processes, once, and selects this process's device."""
     import torch
     from torch import distributed
 
@@ -111,7 +110,7 @@ def single_process() -> Iterator[None]:
 
 
 def rank_slice(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's share of the items: every `count()`-th one."""
+    """This process's share of the items: every `world_size()`-th one."""
     return items[rank() :: world_size()]
 
 
@@ -167,7 +166,7 @@ def reduce_rows(tensor: Tensor) -> Tensor:
 
 
 def all_gather_rows(part: Tensor, length: int) -> Tensor:
-    """The whole tensor of `length` rows, from every process's share (`rows`)."""
+    """The whole tensor of `length` rows, from the share of each process (`row_range`)."""
     if world_size() == 1:
         return part
     from torch import distributed
@@ -182,18 +181,18 @@ def split_jobs(jobs: Sequence[Callable[[], tuple[Tensor, Any]]]) -> list[tuple[T
     """Splits the jobs over the processes and gathers the results: a tensor and a small object for each job."""
     if world_size() == 1:
         return [job() for job in jobs]
-    made = {index: jobs[index]() for index in rank_slice(range(len(jobs)))}
-    return [_given(made.get(index), index % world_size()) for index in range(len(jobs))]
+    results = {index: jobs[index]() for index in rank_slice(range(len(jobs)))}
+    return [_result(results.get(index), index % world_size()) for index in range(len(jobs))]
 
 
-def _given(made: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
+def _result(own: tuple[Tensor, Any] | None, process: int) -> tuple[Tensor, Any]:
     """The result of one process, in every process."""
     import torch
     from torch import distributed
 
-    described = None if made is None else (made[0].shape, made[0].dtype, made[0].device.type, made[1])
+    described = None if own is None else (own[0].shape, own[0].dtype, own[0].device.type, own[1])
     shape, dtype, device, rest = broadcast(described, process)  # type: ignore[misc]
-    tensor = torch.empty(shape, dtype=dtype, device=device) if made is None else made[0].contiguous()
+    tensor = torch.empty(shape, dtype=dtype, device=device) if own is None else own[0].contiguous()
     _collected([distributed.broadcast(tensor, process, async_op=True)])
     return tensor, rest
 

@@ -1,4 +1,4 @@
-"""How a command's process ends: with a sentence and a status (errors.py lists them), never with a traceback."""
+"""Ends a command's process with a sentence and an exit status (errors.py lists them), never with a traceback."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from epmq_cli.runtime import distributed
 from epmq_cli.runtime.signals import GRACE, STATUS, as_exceptions, received
 
 MISTAKEN, UNREAD = 1, 141
-"""The status of a user's mistake, and of a tool whose output nobody reads any more, which shells take from SIGPIPE."""
+"""The status of a user error, and of a broken output pipe, which shells derive from SIGPIPE."""
 
 
 @contextmanager
 def exit_on_error(report: Callable[[Exception], int], interrupted: str, debug: bool) -> Iterator[None]:
-    """Around a command: everything that it printed is written when the block is over.
+    """Wraps a command. Flushes its output and turns exceptions into an exit status.
 
-    `report` prints what an exception means and returns the exit status; with `debug` exceptions are raised instead.
-    `interrupted`: the sentence after a signal, which also explains whatever a library raises when it is interrupted.
+    `report` explains an exception and returns the exit status; with `debug`, exceptions are raised instead.
+    `interrupted`: the sentence after a signal, which replaces any error that a library raises when it is interrupted.
     """
     grace = GRACE if distributed.world_size() == 1 else 1  # torchrun stops the processes that wait for one that ended
     with as_exceptions(lambda: _complain(interrupted), grace):
@@ -56,9 +56,9 @@ def _complain(sentence: str) -> None:
 
 
 def _discard_unwritten() -> OSError | None:
-    """Writes what was printed. If that fails, returns the error and discards the rest, which Python would try again."""
+    """Flushes the output. If that fails, returns the error and discards the rest, which Python would flush again."""
     try:
-        if sys.stdout is not None:  # whoever started the process may have closed it
+        if sys.stdout is not None:  # the parent process may have closed it
             sys.stdout.flush()
     except OSError as error:
         with suppress(OSError):

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports: Python's garbage collector does not scan the objects that they create, neither then nor at exit.
+    """Wraps imports. Keeps Python's garbage collector from scanning the objects that they create, then and at exit.
 
-    This saves one third of the time of importing torch. If torch is imported already, it does nothing.
+    This saves one third of the import time of torch. It does nothing if torch is already imported.
     """
     if "torch" in sys.modules:
         yield

@@ -13,7 +13,7 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
     Without fast math, no operations are fused or reordered. Division by zero gives an infinity, as in torch.
     """
     try:
-        found: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(function)
+        kernel: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # no folder for the machine code can be written
-        found = njit(nogil=True, error_model="numpy")(function)
-    return found
+        kernel = njit(nogil=True, error_model="numpy")(function)
+    return kernel

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 1 << 25  # bytes, the most that glibc accepts; larger blocks, such as moments, do not fragment the heap
+LARGE = 1 << 25  # bytes, the maximum that glibc accepts; larger blocks, such as moments, do not fragment the heap
 KEPT = 1 << 26  # bytes
 STATUS = Path("/proc/self/status")
 

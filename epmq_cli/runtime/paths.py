@@ -1,4 +1,4 @@
-"""Paths as users type them: with ~ for a home folder, and perhaps to files that cannot be read."""
+"""Paths as users type them: expands ~ and checks that files are readable."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from epmq_cli.errors import ConfigError, EpmqError
 
 
 def expanded(name: str | Path, where: str = "") -> Path:
-    """The path with ~ and ~user expanded; ConfigError if there is no such user. `where`: the option's name, for the
+    """The path with ~ and ~user expanded; ConfigError if the user does not exist. `where`: the option's name, for the
     message."""
     path = Path(name)
     try:
         return path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{where}{': ' * bool(where)}{path} names the home folder of {path.parts[0]}, and there is no such user; "
+            f"{where}{': ' * bool(where)}{path} names the home folder of {path.parts[0]}, a user that does not exist; "
             f"give the full path, or ./{path} for a folder of that name"
         ) from error
 

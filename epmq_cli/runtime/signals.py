@@ -1,10 +1,11 @@
 """SIGINT and SIGTERM become an exception in the main thread.
 
-Files and folders are written atomically (store/atomic.py), so a process may end anywhere. The exception only lets it
-remove its temporary files. The first signal counts; later ones are ignored, because they would interrupt that clean-up.
+Files and folders are written atomically (store/atomic.py), so a process may end at any point. The exception only lets
+it remove its temporary files. The first signal counts; later ones are ignored, because they would interrupt that
+clean-up.
 
-Python runs signal handlers between two of its own steps. A process that waits for another one, or for one long
-computation, does not get there: it is ended `GRACE` seconds after the signal.
+Python runs signal handlers between bytecode instructions. A process that waits for another process or for one long
+computation runs none: it is ended `GRACE` seconds after the signal.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def raise_received() -> None:
 @contextmanager
 def as_exceptions(last_words: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
     """Inside the block, the first SIGINT or SIGTERM raises `Interrupted`. If the process is still running `grace`
-    seconds later, `last_words` is called and the process ends. In another thread than the main one this does nothing.
+    seconds later, `last_words` is called and the process ends. Outside the main thread this does nothing.
 
-    After the block, later signals stay ignored if one was received; else one that arrives while Python exits ends the
-    process without a traceback.
+    After the block, later signals stay ignored if one was received. Otherwise a signal that arrives while Python exits
+    ends the process without a traceback.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

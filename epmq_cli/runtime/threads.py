@@ -24,18 +24,18 @@ def threads() -> int:
 def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """The result of `work` for each item, in their order. `work` must not call this function.
 
-    In these threads torch uses one thread each: for one small piece, more cost more than they gain. The threads take
-    over the caller's inference mode, because inference tensors can only be written in it.
+    Within each of them torch uses a single thread, which is fastest for small pieces. The threads inherit the caller's
+    inference mode, because inference tensors can only be written in it.
     """
     items, inference = list(items), torch.is_inference_mode_enabled()
     if threads() == 1 or len(items) < 2:
         return [work(item) for item in items]
 
-    def alike(item: Item) -> Result:
+    def call(item: Item) -> Result:
         with torch.inference_mode(inference):
             return work(item)
 
-    return list(_pool(os.getpid(), threads()).map(alike, items))
+    return list(_pool(os.getpid(), threads()).map(call, items))
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Files and folders that are complete or absent, whatever stops the process or the machine.
+"""Writes files and folders that are either complete or absent, even if the process or the machine stops.
 
-They are written under a temporary name, synced to disk and then renamed. Until that, what had the name before stays. An
-exception, such as that of a signal, removes the temporary file; a kill leaves it to the next writer.
+They are written under a temporary name, synced to disk and then renamed. Until then, the previous version stays. An
+exception, such as that of a signal, removes the temporary file; after a kill, the next writer removes it.
 """
 
 from __future__ import annotations

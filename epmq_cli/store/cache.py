@@ -1,9 +1,9 @@
-"""Results that runs share, on disk, each under a name made of all that it depends on.
+"""A cache on disk for results that runs share. The name of an entry is a hash of everything that the result depends on.
 
-No entry is ever updated: a result that depends on anything else has another name. An entry is NAME.json: the key that
-the name was made of, and a value. Tensors are beside it in NAME.safetensors, written first, and their sha256 is in
+Entries are never updated: another input gives another name. An entry is NAME.json with the key that NAME is the hash
+of, and a value. Tensors are beside it in NAME.safetensors, written first, and their sha256 is in
 NAME.json. Files are written atomically, so runs that compute the same entry at the same time only repeat the work.
-Entries are checked when they are read; a damaged one, or one that could not be written, is computed again.
+Entries are checked when they are read; a corrupted or missing entry is computed again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from epmq_cli.store.hashing import content, hash_json
 from epmq_cli.store.safetensors_writer import Entry, write_file
 
 Key = Mapping[str, Any]
-"""All that a result depends on, as JSON."""
+"""Everything that a result depends on, as JSON."""
 ABANDONED = 24 * 3600  # seconds after which an incomplete file is removed
 SETTLED = 2_000_000_000  # nanoseconds
 HASHES_SIZE = 1 << 24  # bytes, some 30000 files
@@ -33,7 +33,7 @@ log = logging.getLogger("epmq")
 
 
 def cache_folder() -> Path:
-    """The folder of what epmq can compute again: $EPMQ_CACHE, or epmq in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache folder, which is always safe to delete: $EPMQ_CACHE, or epmq in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("EPMQ_CACHE"):
         return expanded(own, "EPMQ_CACHE")
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "epmq"
@@ -42,8 +42,8 @@ def cache_folder() -> Path:
 class Cache:
     """Entries of at most `capacity` bytes in total; the least recently used ones are evicted.
 
-    `sound` is called before an entry is written; it returns False if the files that the result was computed from may
-    have changed since its key was made.
+    `sound` is called before an entry is written; it returns False if the input files may have changed since the key was
+    computed.
     """
 
     def __init__(self, folder: Path, capacity: int, failure: int = logging.WARNING) -> None:
@@ -51,12 +51,12 @@ class Cache:
         self._failure = failure
         self.sound: Callable[[], bool] = lambda: True
         self.found = 0
-        """The number of entries that were there."""
+        """The number of cache hits."""
         self.made = 0
-        """The number of entries that were computed."""
+        """The number of cache misses, whose entries were computed."""
 
     def value(self, key: Key, make: Callable[[], Any]) -> Any:
-        """The JSON value that `make` returns, or returned when it was called for this key before."""
+        """The JSON value of this key: from the cache, or else from `make`."""
         path = self._path(key)
         record = self._record(path, key)
         if record is not None and record.get("sha256") == hash_json(record.get("value")):
@@ -66,7 +66,7 @@ class Cache:
         return value
 
     def tensors(self, key: Key, make: Callable[[], Sequence[Entry]]) -> Path | None:
-        """A safetensors file with these tensors, each made when it is written; None if the cache or the disk has no
+        """A safetensors file with these tensors, each computed when it is written; None if the cache or the disk has no
         space for it."""
         path = self._path(key)
         file, record = path.with_suffix(".safetensors"), self._record(path, key)
@@ -97,7 +97,7 @@ class Cache:
         return value
 
     def _keep(self, write: Callable[[], None]) -> bool:
-        """Whether an entry could be written. A full disk does not stop the run."""
+        """Writes an entry. Returns whether that worked: a full disk does not stop the run."""
         self.made += 1
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # nobody else may write into it
@@ -123,7 +123,7 @@ class Cache:
 
     def _write_record(self, path: Path, key: Key, sha256: str, value: Any) -> None:
         if not self.sound():
-            raise OSError("the files that it was computed from have changed meanwhile")
+            raise OSError("its input files have changed meanwhile")
         with atomic_file(path, shared=True) as partial:
             partial.touch(mode=0o600)
             partial.write_text(json.dumps({"key": key, "sha256": sha256, "value": value}), encoding="utf-8")
@@ -150,9 +150,9 @@ def _files(folder: Path) -> Iterator[tuple[Path, float, int]]:
 class FileHashes:
     """The sha256 of files, cached while their size, times and inode stay the same; not cached if `folder` is None.
 
-    A file of gigabytes is read once. Sizes and times in the keys of results would not do instead: a copy of a folder
-    has other times and must be found again, and fine-tuning changes no size. As in git, a hash is not cached before
-    the file has been left alone for `SETTLED`: two writes within one tick of the file system's clock have equal times.
+    A file of gigabytes is read once. Sizes and times alone cannot be keys of results: a copied folder has other times
+    but the same results, and fine-tuning changes no size. As in git, a hash is not cached until
+    the file is unchanged for `SETTLED`: two writes within one tick of the file system's clock have equal times.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -20,21 +20,21 @@ MANIFEST = "manifest.json"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def write_manifest(folder: Path, known: Mapping[str, Content]) -> None:
-    """Writes the manifest of a folder; it does not depend on time or place. `known`: the contents of files that need
-    not be read again."""
+def write_manifest(folder: Path, hashed: Mapping[str, Content]) -> None:
+    """Writes the manifest of a folder; it does not depend on time or place. `hashed`: the contents of files whose
+    hashes are known already."""
     present = files_within(folder)
-    read = contents([path for name, path in present.items() if name not in known])
-    files = {name: asdict(known[name] if name in known else read[path]) for name, path in present.items()}
+    rest = contents([path for name, path in present.items() if name not in hashed])
+    files = {name: asdict(hashed[name] if name in hashed else rest[path]) for name, path in present.items()}
     text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def file_problems(folder: Path) -> list[str]:
-    """A phrase for each file of a folder that differs from the manifest; CheckpointError if epmq did not write the
-    manifest, or there is none.
+    """A phrase for each file of a folder that differs from the manifest; CheckpointError if the manifest is
+    missing or epmq did not write it.
 
-    Files and folders whose names begin with a dot are ignored, since hubs and file managers add such.
+    Files and folders whose names begin with a dot are ignored, because hubs and file managers add some.
     """
     listed, present = _listed(folder), files_within(folder)
     problems = [f"{name} is missing" for name in listed if name not in present]
@@ -50,9 +50,11 @@ def file_problems(folder: Path) -> list[str]:
             same_size[name] = present[name]
         else:
             problems.append(f"{name} has {size} bytes instead of {listed[name].size}")
-    read = contents([path for name, path in same_size.items() if name not in links])
+    actual = contents([path for name, path in same_size.items() if name not in links])
     problems += [
-        f"{name} has another sha256" for name, path in same_size.items() if read.get(path, listed[name]) != listed[name]
+        f"{name} has another sha256"
+        for name, path in same_size.items()
+        if actual.get(path, listed[name]) != listed[name]
     ]
     return sorted(problems)
 

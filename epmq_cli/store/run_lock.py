@@ -1,4 +1,4 @@
-"""A lock on a run folder, and the removal of what killed processes left in it."""
+"""A lock on a run folder, and the removal of temporary files that killed processes left in it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FOLDER = ".resume"
 LOCK = "lock"
 RESULTS = ("checkpoint", "metrics.json")
 LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student-*")
-"""What a killed process can leave in the run folder."""
+"""The temporary files that a killed process can leave in the run folder."""
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Locks the run folder for this process and removes what killed processes left in it; RunError if another process
-    holds the lock or the folder cannot be written. The system releases the lock however the process ends."""
+    """Locks the run folder for this process and removes temporary files of killed processes; RunError if another
+    process holds the lock or the folder cannot be written. The system releases the lock however the process ends."""
     if not distributed.is_main():
         yield
         return
@@ -53,9 +53,9 @@ def in_use(folder: Path) -> bool:
 
 def refuse_used(folder: Path, *results: str) -> None:
     """ConfigError if the run folder already holds one of these results of an earlier run."""
-    found = [name for name in results if (folder / name).exists()]
-    if found:
-        raise ConfigError(f"out={folder} already holds {' and '.join(found)}; choose another out or remove them")
+    existing = [name for name in results if (folder / name).exists()]
+    if existing:
+        raise ConfigError(f"out={folder} already holds {' and '.join(existing)}; choose another out or remove them")
 
 
 def remove(path: Path) -> None:

@@ -111,7 +111,7 @@ def test_quantize_config_says_what_config_json_says(damping: float | None, writt
 @pytest.mark.parametrize(
     ("family", "formats", "message"),
     [
-        ("causal_lm", [], "pack=gptq stores quantized weights, and there are none; use pack=dense"),
+        ("causal_lm", [], "pack=gptq stores quantized weights, but no weight is quantized; use pack=dense"),
         (
             "clip",
             [ints(4, 16)],

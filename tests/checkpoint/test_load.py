@@ -150,7 +150,9 @@ def test_what_the_kernel_does_not_take_is_dense_or_refused(options: str, reason:
 def test_a_dense_checkpoint_is_loaded_as_it_is(made: Made) -> None:
     checkpoint, scene = made("bert", "quant=none")
     assert torch.equal(features(scene, load(checkpoint, "cpu")), features(scene, dequantized(scene, checkpoint)))
-    with pytest.raises(ConfigError, match="kernel=int4 needs quantized linears and there are none; use kernel=auto"):
+    with pytest.raises(
+        ConfigError, match="kernel=int4 needs quantized linears, but the model has none; use kernel=auto"
+    ):
         load(checkpoint, "cpu", "int4")
 
 
@@ -216,7 +218,7 @@ def longer(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     ("change", "message"),
     [
         (deeper, r"has no tensor model.layers.2.\S+; run epmq run again"),
-        (ungrouped, r"config\.json does not say how model\.layers\.\S+ is packed; run epmq run again"),
+        (ungrouped, r"config\.json does not describe the packing of model\.layers\.\S+; run epmq run again"),
         (stray, r"has a tensor that its model lacks: model\.stray\.weight_packed; see epmq verify"),
         (longer, r"does not fit its config\.json \(size mismatch for model\.norm\.weight: .*\); see epmq verify"),
     ],

@@ -50,7 +50,7 @@ def test_a_run_scores_on_the_kernel_that_is_asked_for(kernel: str, packed: int, 
         (("eval.kernel=marlin",), "eval.kernel must be one of auto, int4, dequantize, got 'marlin'"),
         (("group_size=16",), "kernel=int4 cannot take .*: 16 input columns share a scale"),
         (("group_size=32", "bits=6"), "kernel=int4 cannot take .*: it has 8 bits"),
-        (("quant=none",), "kernel=int4 needs quantized linears and there are none"),
+        (("quant=none",), "kernel=int4 needs quantized linears, but the model has none"),
     ],
 )
 def test_a_run_that_cannot_be_scored_on_the_kernel_is_refused_before_it_starts(

@@ -13,8 +13,8 @@ from tests.conftest import Run
 
 OPTIONS = ("run", "out=here", "eval.stages=[]")
 DEFECT = (
-    "epmq: this is a defect of epmq, not of your input (ZeroDivisionError: division by zero); run the same again with "
-    "--debug and report what it prints\n"
+    "epmq: this is a bug in epmq, not in your input (ZeroDivisionError: division by zero); run the same "
+    "command with --debug and report its output\n"
 )
 Broken = Callable[[BaseException], None]
 
@@ -41,14 +41,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
         (
             OSError(28, "No space left on device", "a/b"),
             1,
-            "epmq: a/b cannot be written or read (No space left on device); make room there, or choose another out\n",
+            "epmq: a/b cannot be written or read (No space left on device); free some space there, or choose another "
+            "out\n",
         ),
         (
             PermissionError(13, "Permission denied", "a/b"),
             1,
             "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
         ),
-        (OSError(40, "Too many levels", "a/b"), 1, "epmq: the system says of a/b: Too many levels\n"),
+        (OSError(40, "Too many levels", "a/b"), 1, "epmq: a/b cannot be used (Too many levels)\n"),
         (OSError("odd"), 1, "epmq: odd\n"),
         (
             MemoryError(),
@@ -69,7 +70,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
         (
             KeyError(),
             70,
-            "epmq: this is a defect of epmq, not of your input (KeyError); run the same again with --debug",
+            "epmq: this is a bug in epmq, not in your input (KeyError); run the same command with --debug",
         ),
         (KeyboardInterrupt(), 130, "epmq: interrupted; start the same command again to continue after the last"),
     ],
@@ -145,4 +146,4 @@ def test_a_log_that_cannot_be_written_is_no_defect(epmq_inside: Run, tmp_path: P
     (tmp_path / "here" / "run.log").mkdir(parents=True)
     result = epmq_inside(*OPTIONS)
     assert result.returncode == 1
-    assert result.stderr == f"epmq: the system says of {tmp_path}/here/run.log: Is a directory\n"
+    assert result.stderr == f"epmq: {tmp_path}/here/run.log cannot be used (Is a directory)\n"

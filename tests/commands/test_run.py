@@ -135,7 +135,7 @@ def test_texts_longer_than_the_model_are_refused(bert_hub: Path, tmp_path: Path)
 
 def test_a_quantized_model_is_no_base(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "eval.stages=[]")
-    with pytest.raises(ModelError, match="base: .* is quantized already; give the model it was made from"):
+    with pytest.raises(ModelError, match="base: .* is quantized already; give the original model"):
         run_in(tmp_path / "again", clip_hub, f"suite.base={checkpoint}")
 
 

@@ -81,7 +81,7 @@ def test_tool_calls_have_arguments_that_are_objects(name: str, tmp_path: Path) -
         ({"from": "alien", "value": "a"}, "message 2 is from 'alien', which is not one of human, user"),
         (
             {"speaker": "a", "text": "b"},
-            "message 2 must have role and content, or from and value, and has speaker, text",
+            "message 2 must have role and content, or from and value, but has speaker, text",
         ),
         ({"role": "assistant", "tool_calls": [{"id": 1}]}, "message 2 has a tool call without the name of a function"),
         (

@@ -79,7 +79,7 @@ def test_packed_weights_go_to_the_int4_kernel(pack: str, runs: Path) -> None:
 
 def test_the_int4_kernel_is_refused_for_dense_weights_before_anything_is_calibrated(runs: Path) -> None:
     job = make_job(config(runs / "hub", "pack=dense", "eval.kernel=int4"))
-    with pytest.raises(ConfigError, match="kernel=int4 needs quantized linears and there are none; use"):
+    with pytest.raises(ConfigError, match="kernel=int4 needs quantized linears, but the model has none; use"):
         open_models(job)
 
 

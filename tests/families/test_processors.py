@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer as Clip
 from transformers import RobertaTokenizer as Roberta
 
 from epmq_cli.errors import ModelError
-from epmq_cli.families.processors import check_kept
+from epmq_cli.families.processors import check_not_truncated
 from epmq_cli.models.processor_files import TOKENIZER, matches
 
 
@@ -22,7 +22,7 @@ def test_a_checkpoint_takes_the_vocabulary_of_every_tokenizer_along() -> None:
 
 def test_a_tokenizer_that_loses_the_text_is_refused_by_name(tmp_path: Path) -> None:
     """Oracle: a text of 3000 letters has more than a few tokens, whatever the tokenizer; one of spaces need not."""
-    check_kept(tmp_path, ["word " * 600], 600)
-    check_kept(tmp_path, [" " * 3000, "a"], 1)
+    check_not_truncated(tmp_path, ["word " * 600], 600)
+    check_not_truncated(tmp_path, [" " * 3000, "a"], 1)
     with pytest.raises(ModelError, match="reads 2400 characters of text as 1 token, so most of the text is lost"):
-        check_kept(tmp_path, ["word " * 600], 1)
+        check_not_truncated(tmp_path, ["word " * 600], 1)

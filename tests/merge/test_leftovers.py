@@ -44,7 +44,9 @@ def test_what_a_base_stores_beside_the_model_is_no_part_of_it(
     expert = store(llama(1), tmp_path / "x", change=beside if both else None)
     made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"x": expert}))
     assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, expert)))
-    dropped = "base: step, v_head.empty, v_head.summary.weight are left out, since LlamaForCausalLM has no such part"
+    dropped = (
+        "base: step, v_head.empty, v_head.summary.weight are left out, because LlamaForCausalLM has no module for them"
+    )
     assert (dropped in caplog.text) == (command == "run" or not both)
 
 

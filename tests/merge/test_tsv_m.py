@@ -113,6 +113,6 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 def test_more_singular_vectors_than_have_room_are_refused() -> None:
     TsvM(1, 1 / 3, "mean").check(["a", "b", "c"])
     with pytest.raises(
-        ConfigError, match=r"merge.fraction must be at most 1 / 3 for 3 experts, .*, got 0.5; null takes"
+        ConfigError, match=r"merge.fraction must be at most 1 / 3 for 3 experts, .*, got 0.5; null means"
     ):
         TsvM(1, 0.5, "mean").check(["a", "b", "c"])

@@ -70,15 +70,15 @@ def test_other_contents_of_a_tokenizers_files_are_another_question(
 
 
 def test_another_version_of_transformers_is_asked_itself(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert answers.kept_answer({"q": 1}, lambda: [1], __file__) == [1]
-    assert answers.kept_answer({"q": 1}, refuse, __file__) == [1]
+    assert answers.cached_answer({"q": 1}, lambda: [1], __file__) == [1]
+    assert answers.cached_answer({"q": 1}, refuse, __file__) == [1]
     monkeypatch.setattr(answers, "version", lambda name: "0")
-    assert answers.kept_answer({"q": 1}, lambda: [2], __file__) == [2]
+    assert answers.cached_answer({"q": 1}, lambda: [2], __file__) == [2]
     assert len(list(kept.glob("*.json"))) == 2
 
 
 def test_where_nothing_can_be_kept_each_question_is_asked(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept.parent.mkdir()
     kept.write_text("no folder")
-    assert [answers.kept_answer({"q": 1}, partial(list, (number,)), __file__) for number in range(2)] == [[0], [1]]
+    assert [answers.cached_answer({"q": 1}, partial(list, (number,)), __file__) for number in range(2)] == [[0], [1]]
     assert not caplog.records

@@ -83,7 +83,7 @@ def test_a_job_with_damaged_results_is_named(content: bytes) -> None:
     folder = RUNS / "job"
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "metrics.json").write_bytes(content)
-    message = r"runs/job/metrics.json is damaged; remove runs/job and start the same command again"
+    message = r"runs/job/metrics.json is corrupted; remove runs/job and start the same command again"
     with pytest.raises(RunError, match=message):
         unfinished.done(folder, DictConfig({"bits": 4}))
     (folder / "metrics.json").unlink()

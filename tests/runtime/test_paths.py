@@ -35,7 +35,9 @@ ASKED: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("asked", ASKED)
 def test_the_home_folder_of_an_unknown_user_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", NOBODY)
-    said = "names the home folder of ~no-such-user, and there is no such user; give the full path, or ./~no-such-user/x"
+    said = (
+        "names the home folder of ~no-such-user, a user that does not exist; give the full path, or ./~no-such-user/x"
+    )
     with pytest.raises(ConfigError, match=said) as refused:
         ASKED[asked]()
     assert asked in ("table", "documents", "images", "npz", "hub") or str(refused.value).startswith(f"{asked}: ~")

@@ -151,7 +151,7 @@ def test_results_of_changed_files_are_not_kept(tmp_path: Path, caplog: pytest.Lo
     assert cache.value(KEY, lambda: 3) == 3
     assert cache.tensors(KEY, lambda: ENTRIES) is None
     assert not list(tmp_path.glob("*.json"))
-    assert "the files that it was computed from have changed meanwhile" in caplog.text
+    assert "its input files have changed meanwhile" in caplog.text
 
 
 def test_files_of_a_killed_job_are_removed_after_a_day(tmp_path: Path) -> None:

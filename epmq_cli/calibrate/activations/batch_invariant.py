@@ -1,9 +1,9 @@
-"""Linears whose rows are the same to the last bit, whatever other rows are in the call.
+"""Linears whose output rows are bit-identical, regardless of the other rows in the call.
 
-On CPUs products of a few rows are made by other kernels than those of many: MKL sums less than four rows, or what is
-left of them for a thread, in another order. Rows of zeros fill such calls up. Attention, norms, convolutions and
-activations go sample by sample, or row by row, already. (Measured with one and two threads, torch 2.14, AVX-512; what a
-GPU does depends on the shape in ways of its own.)
+On CPUs, matrix products with few rows use other kernels: MKL sums fewer than four rows, or a thread's remainder of
+rows, in another order. Such calls are padded with rows of zeros. Attention, norms, convolutions and activations already
+work sample by sample or row by row. (Measured with one and two threads, torch 2.14, AVX-512. On GPUs, results may still
+depend on the shape.)
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-ROWS = 64  # at least; from 12 on nothing changes with two threads
+ROWS = 64  # the minimum; with two threads, 12 suffice
 
 
-class _Steady(nn.Linear):
-    """A linear that is never called with less than `ROWS` rows."""
+class _PaddedLinear(nn.Linear):
+    """A linear that pads its input to at least `ROWS` rows."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Those of the real rows."""
+        """Returns the outputs of the real rows."""
         rows = input.reshape(-1, input.shape[-1])
         if len(rows) >= ROWS:
             return super().forward(input)
@@ -31,10 +31,10 @@ class _Steady(nn.Linear):
 
 @contextmanager
 def batch_invariant(model: nn.Module) -> Iterator[None]:
-    """Inside, the rows that the model's linears give do not depend on how many samples are in a batch."""
+    """Inside the context, the outputs of the model's linears do not depend on the batch size."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for linear in linears:
-        linear.__class__ = _Steady
+        linear.__class__ = _PaddedLinear
     try:
         yield
     finally:

@@ -47,8 +47,8 @@ class CaptureSpec:
     """Specifies where passes pause: in front of the first call of a module in `names`.
 
     `stream`: an earlier module whose input is also captured. `capture`: modules whose inputs this or a later step
-    needs. `token`: the token whose rows have weight 1; None if all have. `memory`: whether the step reads the output of
-    another stack. `scale`: see Linears.
+    needs. `token`: the token whose rows have weight 1; None if all have weight 1. `memory`: whether the step reads the
+    output of another stack. `scale`: see Linears.
     """
 
     names: tuple[str, ...]

@@ -82,7 +82,7 @@ class HiddenState:
         `capture`: modules on the way whose inputs are kept for `captured`. The section must have `pause_hooks`.
         """
         forward_pass = self._forward_pass(module)
-        forward_pass.wanted = capture
+        forward_pass.capture = capture
         return forward_pass.run_until(names)
 
     def captured(self, name: str) -> Tensor:
@@ -129,9 +129,9 @@ def enter(
     """Runs batches up to the first block of a stack, and offloads their hidden states. They have the exact arguments
     that the model passes to each block. `values`: see `_arguments`; pass the same list, empty at first, for all batches
     of a stack to save forward passes through a block."""
-    blocks, streams, known = [block.module for block in stack.blocks], [], [] if values is None else values
+    blocks, streams, counts = [block.module for block in stack.blocks], [], [] if values is None else values
     for batch in batches:
-        arguments = _arguments(blocks, lambda batch=batch: family.features(model, batch), known)  # type: ignore[misc]
+        arguments = _arguments(blocks, lambda batch=batch: family.features(model, batch), counts)  # type: ignore[misc]
         calls = [(args[1:], options) for args, options in arguments]
         streams.append(HiddenState(arguments[0][0][0], calls, stack.mask(batch), store, stack.memory(batch)))
         streams[-1].offload()
@@ -152,7 +152,7 @@ def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], value
     """The arguments of each block in a forward pass. The blocks return their input unchanged, and the call of the last
     block ends the pass. Further outputs of a block are `CarriedOutput`.
 
-    `values`: a list with the number of values that a block returns, 0 if it does not return a tuple. If the list is
+    `values`: a list with the number of values that a block returns; 0 if it does not return a tuple. If the list is
     empty, the first block runs once to fill it.
     """
     recorded: list[Call] = []
@@ -169,7 +169,7 @@ def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], value
 
         return record
 
-    kept = [block.__dict__.get("forward") for block in blocks]
+    forwards = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = recorder(block.forward)
     try:
@@ -177,7 +177,7 @@ def _arguments(blocks: Sequence[nn.Module], forward: Callable[[], object], value
     except _ReachedError:
         return recorded
     finally:
-        for block, own in zip(blocks, kept, strict=True):
+        for block, own in zip(blocks, forwards, strict=True):
             del block.forward
             if own is not None:
                 block.forward = own

@@ -1,14 +1,14 @@
 """A forward pass that pauses in front of chosen modules and resumes there.
 
-**Why.** A block is calibrated step by step: the inputs of its first linears are measured, these are quantized, and
-only then can the inputs of the next linears be measured, because they depend on the quantized outputs. With plain
-hooks, each step needs another pass through the block from its start, although nothing in front of the step changes any
-more: n + 1 passes for n steps. A paused pass runs each module once. All batches are brought in front of the first step
-and wait there while it is quantized; then they continue, through the quantized linears, to the next step.
+**Why.** A block is calibrated step by step: the inputs of its first linears are measured, these are quantized, and only
+then can the inputs of the next linears be measured, because they depend on the quantized outputs. With plain hooks,
+each step needs another pass through the block from its start, although nothing in front of the step changes: n + 1
+passes for n steps. A paused pass runs each module once. The passes of all batches run up to the first step and wait
+there while it is quantized; then they continue, through the quantized linears, to the next step.
 
 **How.** A pass is a greenlet: a stack of Python calls that can be left in the middle and entered again, without threads
-and whatever code of the model is in between. `run_until` switches to the pass's stack. A forward pre-hook on each
-module (`pause_hooks`) asks the pass whether it pauses there and, if so, switches back to the caller, who gets the
+and independently of the model's code in between. `run_until` switches to the pass's stack. A forward pre-hook on each
+module (`pause_hooks`) asks the pass whether it pauses there and, if so, switches back to the caller, which gets the
 module's input. The next `run_until`, or `finish`, switches to the stack again, and the hook returns.
 
     caller      run_until(["q", "k", "v"])     run_until(["out"])            finish()
@@ -48,7 +48,7 @@ DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, 
 class PausableForward:
     """One forward pass through modules with hooks (`pause_hooks`).
 
-    `wanted`: the modules whose inputs are kept when the pass goes through them; `captured`: those inputs.
+    `capture`: the modules whose inputs the pass captures; `captured`: these inputs.
     """
 
     def __init__(self, forward: Callable[[], Any]) -> None:
@@ -56,11 +56,11 @@ class PausableForward:
         self._until: Collection[str] = ()
         self._here: tuple[str, Tensor] | None = None
         self._seen: set[str] = set()
-        self.wanted: Collection[str] = ()
+        self.capture: Collection[str] = ()
         self.captured: dict[str, Tensor] = {}
 
     def run_until(self, names: Sequence[str]) -> Tensor:
-        """Continues up to the first call of one of these modules, and gives its input."""
+        """Continues up to the first call of one of these modules, and returns its input."""
         if self._here is None or self._here[0] not in names:
             self._until, self._here = names, None
             self._stack.switch()
@@ -69,28 +69,28 @@ class PausableForward:
         return self._here[1]
 
     def finish(self) -> Any:
-        """Continues to the end of the forward pass, and gives its output."""
+        """Continues to the end of the forward pass, and returns its output."""
         self._until, self._here = (), None
         self.captured.clear()
         return self._stack.switch()
 
     def held_tensors(self) -> list[Tensor]:
-        """The tensors in the variables of the waiting calls, also those in containers, but no parameters."""
-        found, frame = list(self.captured.values()), self._stack.gr_frame
+        """The tensors in the variables of the waiting calls, including those in containers, without parameters."""
+        tensors, frame = list(self.captured.values()), self._stack.gr_frame
         while frame is not None:
-            found += tensors_in(_variables(frame))
+            tensors += tensors_in(_variables(frame))
             frame = frame.f_back
-        return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
+        return [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
 
     def pause_before(self, name: str, tensor: Tensor) -> bool:
-        """Called by a module's hook, inside the pass: whether the pass pauses here.
+        """Returns whether the pass pauses here. A module's hook calls this inside the pass.
 
         If a module is called again, as DeBERTa's keys are for positions, the first call counts.
         """
         if name in self._seen:
             return False
         self._seen.add(name)
-        if name in self.wanted:
+        if name in self.capture:
             self.captured[name] = tensor
         self._here = (name, tensor) if name in self._until else None
         return self._here is not None
@@ -107,14 +107,14 @@ class _Stack(greenlet.greenlet):
 def _variables(frame: FrameType) -> list[Any]:
     """The values of a call's variables."""
     variables = frame.f_locals
-    found = list(variables.values())
+    values = list(variables.values())
     if isinstance(variables, dict):  # before Python 3.13, a copy that would keep them alive
         variables.clear()
-    return found
+    return values
 
 
 def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
-    """The tensors among the values, also those in tuples, lists and dicts."""
+    """The tensors among the values, including those in tuples, lists and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -134,14 +134,14 @@ def _waits(name: str, tensor: Tensor) -> bool:
 def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Inside the block, passes through the module can pause in front of these of its modules."""
 
-    def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def pause(_: nn.Module, args: tuple[Any, ...]) -> None:
             if _waits(name, args[0]):  # no variable here may hold the pass: it would never be freed
                 greenlet.getcurrent().parent.switch()  # type: ignore[union-attr]
 
-        return hear
+        return pause
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(listener(name)) for name in names]
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Where activations wait for their next turn: in memory up to a budget, in files beyond it."""
+"""Stores activations between their uses: in memory up to a budget, in files beyond it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from epmq_cli.errors import RunError
 from epmq_cli.runtime.memory import give_back
 
-HOLES = 1 << 26  # bytes that are not worth the time to find them
+HOLES = 1 << 26  # bytes of fragmentation that are not worth the time to trim them
 
 
 class ActivationStore:
-    """Room for `budget` bytes in memory, and for the rest in files of a folder of its own under `folder`, which is
-    removed when the depot is closed, as it is at the end of a with statement.
+    """Holds `budget` bytes in memory, and the rest in files of a temporary folder under `folder`, which the end of the
+    with statement removes.
 
-    What comes while there is room stays in memory, whatever has waited longest: a walk goes round through the same
-    batches, so that what was used last is what is wanted last. `taken`: the bytes that the process has; there is room
-    as long as these are no more than the budget above what they were in the beginning, holes between tensors included.
+    Tensors stay in memory while the budget lasts; none is evicted later, because a walk visits the same batches in
+    turn, so the most recently used tensors are needed last. `taken`: returns the bytes that the process uses. The store
+    is full when these exceed their initial value by more than the budget, fragmentation included.
     """
 
     def __init__(self, budget: float, folder: Path | None = None, taken: Callable[[], int] = lambda: 0) -> None:
@@ -30,9 +30,9 @@ class ActivationStore:
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
         self.used = 0
-        """Bytes that wait in memory."""
+        """The bytes of stored tensors in memory."""
         self.spilled = 0
-        """Bytes that were written to files so far."""
+        """The bytes written to files so far."""
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -42,35 +42,35 @@ class ActivationStore:
             self._files.cleanup()
 
     def offload(self, tensors: Iterable[Tensor]) -> OffloadHandle:
-        """Keeps these tensors, which must not be touched before they are unpacked. Those that share memory with one
-        another are kept once; with anything else they must not share it."""
+        """Stores these tensors, which must not be used until they are loaded. Tensors that share memory are stored
+        once; no other tensor may share it."""
         handle, full = OffloadHandle(self), self._full()
         for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values():
             size = storage.nbytes()
             if self.used + size <= self._budget and not full:
                 self.used += size
-                handle.kept += size
+                handle.in_memory += size
             elif size:
                 handle.spilled.append((storage, size, self._spill(storage)))
         return handle
 
     def hold(self, size: int) -> bool:
-        """Whether there is room for so many bytes more, which then count as used until they are released."""
+        """Reserves bytes until they are released. Returns whether the budget allows it."""
         if self.used + size > self._budget or self._full():
             return False
         self.used += size
         return True
 
     def release(self, size: int) -> None:
-        """Gives back bytes that were held."""
+        """Releases reserved bytes."""
         self.used -= size
 
     def _full(self) -> bool:
-        """Whether the process has more than it should, even without the holes that the system can take back."""
-        if (found := self._taken()) > max(self._limit, self._trimmed + HOLES):
+        """Whether the process exceeds its limit, even after the system reclaims free memory."""
+        if (size := self._taken()) > max(self._limit, self._trimmed + HOLES):
             give_back()
-            found = self._trimmed = self._taken()
-        return found > self._limit
+            size = self._trimmed = self._taken()
+        return size > self._limit
 
     def _spill(self, storage: torch.UntypedStorage) -> Path:
         self._count += 1
@@ -81,8 +81,8 @@ class ActivationStore:
             _bytes(storage).to("cpu", copy=True).numpy().tofile(path)  # storages that numpy has seen cannot be resized
         except OSError as error:
             raise RunError(
-                f"{self._folder or tempfile.gettempdir()} has no room for activations ({error.strerror or error}); "
-                "make room there or raise calib.memory, and start the same command again"
+                f"{self._folder or tempfile.gettempdir()} has no space for activations ({error.strerror or error}); "
+                "free some space there or raise calib.memory, and start the same command again"
             ) from error
         self.spilled += storage.nbytes()
         storage.resize_(0)
@@ -90,16 +90,16 @@ class ActivationStore:
 
 
 class OffloadHandle:
-    """Tensors that wait: how many bytes of them in memory, and which storages in which files."""
+    """A handle of offloaded tensors: their bytes in memory, and the files of spilled storages."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self._depot = store
-        self.kept = 0
+        self._store = store
+        self.in_memory = 0
         self.spilled: list[tuple[torch.UntypedStorage, int, Path]] = []
 
     def load(self) -> None:
-        """Makes the tensors what they were."""
-        self._depot.used -= self.kept
+        """Restores the tensors."""
+        self._store.used -= self.in_memory
         for storage, size, path in self.spilled:
             storage.resize_(size)
             _bytes(storage).copy_(torch.from_file(str(path), size=size, dtype=torch.uint8))

@@ -15,13 +15,13 @@ from epmq_cli.families.structure import Section
 
 @dataclass
 class Trace:
-    """A record of one pass through a section. `calls`: the called modules in order. `inputs` and `outputs`: of the
-    first call of each module. `given`: the output of the section."""
+    """A record of one pass through a section. `calls`: the called modules in order. `inputs` and `outputs`: those of
+    the first call of each module. `output`: the output of the section."""
 
     calls: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    given: Tensor = field(default_factory=lambda: torch.zeros(()))
+    output: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 Change = Callable[[str, Tensor, Trace], Tensor]
@@ -41,9 +41,9 @@ def traced(section: Section, change: Change | None) -> Iterator[Trace]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if name in trace.outputs:
                 return None
-            given = output if change is None else change(name, output, trace)
-            trace.outputs[name] = given.clone()
-            return given
+            replacement = output if change is None else change(name, output, trace)
+            trace.outputs[name] = replacement.clone()
+            return replacement
 
         handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
 
@@ -66,13 +66,13 @@ def bypassed(blocks: Sequence[Section], values: int) -> Iterator[list[Tensor]]:
         block_inputs.append(args[0])
         return (args[0], *[None] * (values - 1)) if values else args[0]
 
-    kept = [block.module.__dict__.get("forward") for block in blocks]
+    forwards = [block.module.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.module.forward = bypass
     try:
         yield block_inputs
     finally:
-        for block, own in zip(blocks, kept, strict=True):
+        for block, own in zip(blocks, forwards, strict=True):
             del block.module.forward
             if own is not None:
                 block.module.forward = own

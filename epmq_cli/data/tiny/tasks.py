@@ -56,8 +56,8 @@ class Tiny:
         from epmq_cli.data.samples import Samples
 
         size = self.train if split == "train" else self.test
-        drawn = size if seed is not None or count is None else min(count, size)
-        pixels, labels = images(self.task, split, drawn)
+        number = size if seed is not None or count is None else min(count, size)
+        pixels, labels = images(self.task, split, number)
         pictures = [Image.fromarray(each) for each in pixels]
         return Samples(pictures, torch.from_numpy(labels), CLASSES[self.task]).some(count, seed)
 

@@ -1,4 +1,4 @@
-"""Task heads that are trained with their experts: how they are read, and how they give logits."""
+"""Task heads that are trained with their experts: reads their tensors and computes their logits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _part(head: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_head(expert: ModelFolder, name: str, width: int) -> dict[str, Tensor]:
-    """`weight` (classes, width) and, where the linear has one, `bias` (classes,), in float32; ModelError where one is
+    """`weight` (classes, width) and, if the linear has one, `bias` (classes,), in float32; ModelError if one is
     missing, has another shape or is not finite."""
     head = _tensors(expert, name)
     rows = len(head["weight"])
@@ -91,7 +91,7 @@ def read_head(expert: ModelFolder, name: str, width: int) -> dict[str, Tensor]:
 
 
 def read_norm(expert: ModelFolder, name: str, width: int) -> dict[str, Tensor]:
-    """`weight` (width,) and, where the norm has one, `bias` (width,), in float32; ModelError as for `read_head`."""
+    """`weight` (width,) and, if the norm has one, `bias` (width,), in float32; ModelError as for `read_head`."""
     norm = _tensors(expert, name)
     _check(expert, name, norm, {"weight": (width,), "bias": (width,)}, "the dense layer gives")
     return norm
@@ -124,14 +124,14 @@ def _check(
 
 def read_names(expert: ModelFolder, rows: int) -> tuple[str, ...] | None:
     """The names of an expert's classes in the order of its head, which has this number of rows, from `id2label` in its
-    config.json; None where they are transformers' defaults (LABEL_0, ...).
+    config.json; None if they are transformers' defaults (LABEL_0, ...).
 
-    Where `id2label` names none, `label2id` counts. ModelError where they are of another head, or contradict each other.
+    Without names in `id2label`, reads `label2id`. ModelError if they contradict each other or do not fit the rows.
     """
     where = f"{expert.role}: {expert.path / 'config.json'}"
-    given, inverse = expert.config.get("id2label"), expert.config.get("label2id")
-    forth = names_by_position(given if isinstance(given, dict) else {})
-    back = names_by_position({key: name for name, key in inverse.items()} if isinstance(inverse, dict) else {})
+    id2label, label2id = expert.config.get("id2label"), expert.config.get("label2id")
+    forth = names_by_position(id2label if isinstance(id2label, dict) else {})
+    back = names_by_position({key: name for name, key in label2id.items()} if isinstance(label2id, dict) else {})
     if forth and back and forth != back and sorted(forth.values()) == sorted(back.values()):
         raise ModelError(
             f"{where} has an id2label that contradicts its label2id: {_listed(forth)} and {_listed(back)}; correct one "
@@ -147,8 +147,8 @@ def read_names(expert: ModelFolder, rows: int) -> tuple[str, ...] | None:
 
 
 def names_by_position(names: Mapping[Any, Any]) -> dict[int, str]:
-    """Names by position, from a mapping with positions as keys; empty where the keys are not positions, or where all
-    names are transformers' defaults in their order."""
+    """Names by position, from a mapping with positions as keys; empty if the keys are not positions, or if all names
+    are transformers' defaults in their order."""
     try:
         by_position = {int(key): str(name) for key, name in names.items()}
     except (TypeError, ValueError):
@@ -163,7 +163,7 @@ def _listed(names: Mapping[int, str]) -> str:
 
 
 def check_single_label(expert: ModelFolder, task: str) -> None:
-    """Raises ModelError where an expert gives several labels to a sample, which no metric here scores."""
+    """Raises ModelError if an expert predicts several labels per sample, which no metric here scores."""
     kind = expert.config.get("problem_type")
     if kind == "multi_label_classification":
         raise ModelError(

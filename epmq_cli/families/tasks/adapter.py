@@ -1,4 +1,4 @@
-"""What is done with a model of some architecture: how samples become batches, and how outputs become predictions."""
+"""Task adapters: turn samples into batches, and model outputs into predictions, for any architecture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TaskAdapter(ABC):
     heads."""
 
     reads: ClassVar[Literal["texts", "pictures"]] = "texts"
-    """What samples are, and so whether a tokenizer or an image processor turns them into batches."""
+    """The kind of the samples: a tokenizer turns texts into batches, an image processor turns pictures."""
 
     heads: ClassVar[Literal["own", "made", "none"]] = "none"
     """Whether each task has a head trained with its expert, one that the base makes, or none."""
@@ -55,8 +55,8 @@ class TaskAdapter(ABC):
         """Whether a tensor of this name in the model belongs to a task's head."""
         return False
 
-    def check_task(self, task: Task) -> None:  # noqa: B027 - most need nothing
-        """Raises ConfigError where a task lacks what its kind needs."""
+    def check_task(self, task: Task) -> None:  # noqa: B027 - most kinds need nothing
+        """Raises ConfigError if a task lacks a setting that its kind needs."""
 
     @abstractmethod
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
@@ -72,7 +72,7 @@ class TaskAdapter(ABC):
         return {}
 
     def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
-        """The names of the classes of a task's head, or of its answers, in order; None where they are not known."""
+        """The names of the classes of a task's head, or of its answers, in order; None if they are unknown."""
         return task.classes
 
     def head_inputs(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
@@ -87,10 +87,10 @@ class TaskAdapter(ABC):
         """Returns the function that predicts; `folder` and `processor` as for `collate`. A head with one output, such
         as that of a regression, gives a number, others give the class of the largest logit."""
 
-        def predicted(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        def predict(model: nn.Module, batch: Batch, head: Head) -> Tensor:
             logits = self.logits(model, features(model, batch), head)
             if not is_finite(logits):
                 raise ModelError(f"the logits on task {task.name} contain NaN or infinity; check the model's weights")
             return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
-        return predicted
+        return predict

@@ -37,7 +37,7 @@ class Classifier(TaskAdapter):
         return {name: tensor.to(device) for name, tensor in self.modules.read(expert, config.hidden_size).items()}
 
     def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
-        """The names in the expert's config. A LoRA adapter has no config of its own, only the base's, and so none."""
+        """The names in the expert's config. None for a LoRA adapter, which has the base's config."""
         if expert.config is base.config or task.match_labels == POSITION:
             return None
         return classifier.read_names(expert, len(head["weight"]))

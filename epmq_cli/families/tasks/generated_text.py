@@ -20,7 +20,7 @@ from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.families.tasks.adapter import Features, Head, Predict, TaskAdapter
 from epmq_cli.models.processor_folder import Processor
 
-ANSWER = 10  # tokens of an answer at most, with the start token, as in the published protocol
+ANSWER = 10  # maximum tokens of an answer, including the start token, as in the published protocol
 
 
 class GeneratedText(TaskAdapter):
@@ -43,8 +43,8 @@ class GeneratedText(TaskAdapter):
         tokenizer = tokens(folder, processor=processor)
 
         def collate(texts: list[Any]) -> Batch:
-            found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length)
-            return {name: found[name] for name in ("input_ids", "attention_mask")}
+            encoding = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length)
+            return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
         return collate
 
@@ -53,31 +53,31 @@ class GeneratedText(TaskAdapter):
         `decoder_attention_mask`, both (samples, tokens)."""
         answers = [answer for part in split(batch, samples) for answer in _answers(model, part)]
         settings: Any = model.generation_config
-        given = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model pads
-        ended = (given == _end(model)).cumsum(1) > 0
-        ended[:, 0] = False  # the start token is not an end, whatever its id
-        read = ~ended[:, :-1]
-        return {**batch, "decoder_input_ids": given[:, :-1], "decoder_attention_mask": read.long()}
+        tokens = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model pads
+        ended = (tokens == _end(model)).cumsum(1) > 0
+        ended[:, 0] = False  # the start token is not an end, even with the same id
+        mask = ~ended[:, :-1]
+        return {**batch, "decoder_input_ids": tokens[:, :-1], "decoder_attention_mask": mask.long()}
 
     def predict(self, features: Features, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
         """Predicts the class whose answer the model writes exactly, else -1; without classes the number, else 0."""
         tokenizer = own_tokenizer(folder, processor)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
-        def generated(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        def predict(model: nn.Module, batch: Batch, head: Head) -> Tensor:
             texts = tokenizer.batch_decode(_answers(model, batch), skip_special_tokens=True)
             if not classes:
                 return torch.tensor([_number(text) for text in texts])
             return torch.tensor([classes.get(text.strip(), -1) for text in texts])
 
-        return generated
+        return predict
 
 
 def _answers(model: Any, batch: Batch) -> Tensor:
     """The generated tokens (samples, tokens), the decoder's start token first."""
     _check_answering(model)
     try:
-        given: Tensor = model.generate(
+        answers: Tensor = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_length=ANSWER,
@@ -89,11 +89,11 @@ def _answers(model: Any, batch: Batch) -> Tensor:
         raise ModelError(
             f"the base cannot generate answers by its generation_config.json or config.json ({reason}); fetch it again"
         ) from error
-    return given
+    return answers
 
 
 def _check_answering(model: Any) -> None:
-    """Raises ModelError where the start, end or padding token of answers is not one of the model's tokens."""
+    """Raises ModelError if the start, end or padding token of answers is not one of the model's tokens."""
     settings = model.generation_config
     ids = {name: getattr(settings, name) for name in ("decoder_start_token_id", "pad_token_id")}
     for name, number in {**ids, "eos_token_id": model.config.eos_token_id}.items():

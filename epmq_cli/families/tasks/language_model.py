@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.suite import Task
-from epmq_cli.families.processors import check_kept, tokens
+from epmq_cli.families.processors import check_not_truncated, tokens
 from epmq_cli.families.rendering import chat_ids
 from epmq_cli.families.tasks.adapter import TaskAdapter
 from epmq_cli.models.processor_folder import Processor
@@ -35,7 +35,7 @@ class LanguageModel(TaskAdapter):
         return collate
 
     def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
-        """The token ids (tokens,) of all documents, joined by two line breaks, with one start token where the tokenizer
+        """The token ids (tokens,) of all documents, joined by two line breaks, with one start token if the tokenizer
         has one; of conversations the token ids of each as its chat template writes it. `folder` and `processor` as for
         `collate`."""
         chats = [document for document in documents if isinstance(document, Chat)]
@@ -43,7 +43,7 @@ class LanguageModel(TaskAdapter):
             return torch.cat(chat_ids(folder, chats, processor))
         encode = tokens(folder, processor=processor)
         ids: Tensor = encode(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
-        check_kept(processor.folder if processor else folder, documents, len(ids))
+        check_not_truncated(processor.folder if processor else folder, documents, len(ids))
         return ids
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:

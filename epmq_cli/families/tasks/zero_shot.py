@@ -61,13 +61,13 @@ class ZeroShot(TaskAdapter):
 
         def embed(texts: list[str]) -> Tensor:
             _check_fits(tokenizer(texts, padding=True, verbose=False), texts, longest, task.name)
-            read = tokenizer(texts, padding=True, truncation=True)
-            if not _ends(read["input_ids"], end):
+            encoding = tokenizer(texts, padding=True, truncation=True)
+            if not _ends(encoding["input_ids"], end):
                 raise ModelError(
                     f"{base / 'config.json'} has a text_config.eos_token_id of {shown(end)}, the token at which text "
                     "embeddings are read, and the tokenizer beside it does not end texts with it; fetch both again"
                 )
-            embedding: Tensor = model.get_text_features(**read.to(device)).pooler_output  # type: ignore[operator]
+            embedding: Tensor = model.get_text_features(**encoding.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
         with swapped_weights(model, own):
@@ -82,9 +82,9 @@ class ZeroShot(TaskAdapter):
         return zero_shot.logits(features, head["weight"])
 
 
-def _check_fits(read: Any, texts: list[str], longest: int, task: str) -> None:
-    """Raises ConfigError where a text is longer than the text tower reads: the class could be cut off."""
-    lengths = read["attention_mask"].sum(1).tolist()
+def _check_fits(encoding: Any, texts: list[str], longest: int, task: str) -> None:
+    """Raises ConfigError if a text exceeds the text tower, which could cut off the class."""
+    lengths = encoding["attention_mask"].sum(1).tolist()
     long = next((index for index, length in enumerate(lengths) if length > longest), None)
     if long is not None:
         raise ConfigError(
@@ -95,7 +95,7 @@ def _check_fits(read: Any, texts: list[str], longest: int, task: str) -> None:
 
 def _ends(ids: Tensor, end: object) -> bool:
     """Whether each text (texts, tokens) has the end token behind its first token. Otherwise transformers reads the
-    embedding of the first token, which has seen none of the text."""
+    embedding of the first token, which does not depend on the text."""
     if end == LAST or not isinstance(end, int):
         return end == LAST
     return bool(((ids == end).int().argmax(1) > 0).all())

@@ -149,15 +149,15 @@ class AdapterConfig:
 
     def token_rows(self, module: str) -> list[int]:
         """The trained rows of a table from `trainable_token_indices`. Raises ModelError if they are not token ids."""
-        given = self.values.get("trainable_token_indices")
-        if isinstance(given, dict):
-            given = next((rows for key, rows in given.items() if module == key or module.endswith(f".{key}")), None)
-        if not isinstance(given, list) or not all(type(row) is int and row >= 0 for row in given):
+        rows = self.values.get("trainable_token_indices")
+        if isinstance(rows, dict):
+            rows = next((value for key, value in rows.items() if module == key or module.endswith(f".{key}")), None)
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             raise ModelError(
                 f"{self.role}: trainable_token_indices in {self.path / CONFIG} must list the token ids of {module}, "
                 f"got {shown(self.values.get('trainable_token_indices'))}; fetch the adapter again"
             )
-        return given
+        return rows
 
 
 def read_config(path: Path, role: str) -> AdapterConfig:
@@ -185,21 +185,21 @@ def read_config(path: Path, role: str) -> AdapterConfig:
 
 def _init(path: Path, role: str, values: dict[str, Any]) -> str | None:
     """The effect of `init_lora_weights` on the base's weights: a member of RESIDUALS, or None for no effect."""
-    given = values.get("init_lora_weights")
-    value = given.lower() if isinstance(given, str) else given
-    if any(value is known or (isinstance(known, str) and value == known) for known in UNCHANGED):
+    setting = values.get("init_lora_weights")
+    value = setting.lower() if isinstance(setting, str) else setting
+    if any(value is option or (isinstance(option, str) and value == option) for option in UNCHANGED):
         return None
     if isinstance(value, str) and value in RESIDUALS:
         return value
     how = next((how for start, how in MOVED.items() if isinstance(value, str) and value.startswith(start)), None)
     if how is None:
-        known = ", ".join([*(name for name in UNCHANGED if isinstance(name, str)), *RESIDUALS])
+        names = ", ".join([*(name for name in UNCHANGED if isinstance(name, str)), *RESIDUALS])
         raise ModelError(
-            f"{role}: init_lora_weights in {path / CONFIG} must be true, false or one of {known}, got {shown(given)}; "
-            f"{REMEDY}"
+            f"{role}: init_lora_weights in {path / CONFIG} must be true, false or one of {names}, got "
+            f"{shown(setting)}; {REMEDY}"
         )
     raise ModelError(
-        f"{role}: {path} is a LoRA adapter with init_lora_weights={given}, which changed the base's weights before "
+        f"{role}: {path} is a LoRA adapter with init_lora_weights={setting}, which changed the base's weights before "
         f"training {how}; save the adapter again from training with path_initial_model_for_weight_conversion (PiSSA, "
         "CorDA, LoRA-GA), save the model that merge_and_unload returns, or give the changed base as the base and set "
         f"init_lora_weights to true in {CONFIG}"
@@ -225,9 +225,9 @@ def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
 
 def _check_unknown(path: Path, role: str, values: dict[str, Any]) -> None:
     """Raises ModelError for an unknown option that is switched on. Warns about an unknown option with another value."""
-    known = {*SWITCHES, *REFUSED, *READ, *IGNORED}
+    names = {*SWITCHES, *REFUSED, *READ, *IGNORED}
     for option, value in values.items():
-        if option in known or not value or value == "none":
+        if option in names or not value or value == "none":
             continue
         if value is True or isinstance(value, dict | list):
             raise ModelError(

@@ -39,8 +39,8 @@ def residual(weight: Tensor, init: str, rank: int, scale: float, transposed: boo
     if 0 < cut < len(s) and not s[cut - 1] - s[cut] > GAP * s[0]:
         raise ValueError(f"singular values {cut} and {cut + 1} are equal")
     largest: Tensor = (u[:, :cut] * s[:cut]) @ vh[:cut]
-    kept = matrix - largest if init == "pissa" else largest
-    return kept.T if transposed else kept
+    remainder = matrix - largest if init == "pissa" else largest
+    return remainder.T if transposed else remainder
 
 
 def with_lengths(adapted: Tensor, lengths: Tensor, columns: bool) -> Tensor:

@@ -33,8 +33,8 @@ class Ties:
         outside = any(not any(part.isdigit() for part in name.split(".")) for name in names)
         headless = config.values.get("task_type") in HEADLESS
         pairs = tied_names(base) if outside and not headless else {}
-        known = [*base.infos, *pairs]
-        other_head = any(not any(_same_end(name, own) for own in known) for name in files.whole)
+        stored = [*base.infos, *pairs]
+        other_head = any(not any(_same_end(name, own) for own in stored) for name in files.whole)
         self.pairs = {} if other_head else pairs
 
     def settled(
@@ -91,11 +91,11 @@ def tied_names(base: ModelFolder) -> dict[str, str]:
 
     The source must be in the base's files. Both names are those that the files use or would use.
     """
-    known = model_class(base.config, base.infos)
-    if known is None:
+    cls = model_class(base.config, base.infos)
+    if cls is None:
         return {}
-    prefix, pairs = f"{known.prefix}.", {}
-    for name, source in known.tied.items():
+    prefix, pairs = f"{cls.prefix}.", {}
+    for name, source in cls.tied.items():
         stored = next((own for own in (source, source.removeprefix(prefix)) if own in base.infos), None)
         if stored is not None:
             pairs[name if stored == source else name.removeprefix(prefix)] = stored

@@ -42,8 +42,8 @@ def convert(config: Mapping[str, Any], text: bytes, where: Path | str, weights: 
     """The folder of the CLIPModel that an open_clip_config.json and a file of weights describe.
 
     It is in `open_clip/` of $EPMQ_CACHE (default: epmq in $XDG_CACHE_HOME or ~/.cache), and its name depends on the
-    contents of config (`text`) and weights alone. A damaged folder is converted again. `where`: what the config was
-    read from, for errors. ModelError where CLIPModel does not support the model.
+    contents of config (`text`) and weights alone. A corrupted folder is converted again. `where`: the source of
+    the config, for errors. ModelError if CLIPModel does not support the model.
     """
     target = cache_folder() / "open_clip" / _digest(text, weights)
     if not _is_whole(target):
@@ -56,7 +56,7 @@ def convert(config: Mapping[str, Any], text: bytes, where: Path | str, weights: 
 
 
 def _described(config: Mapping[str, Any], where: Path | str, role: str) -> tuple[Any, Any]:
-    """Config and image processor of an open_clip_config.json, as transformers has them."""
+    """The transformers config and image processor of an open_clip_config.json."""
     try:
         clip = clip_config(config, where, role)
         return clip, _processor(config, where, clip, role)
@@ -79,7 +79,7 @@ def _processor(config: Mapping[str, Any], where: Path | str, clip: Any, role: st
 
 def own_processor(path: Path, clip: Any, role: str) -> Path | None:
     """A folder with the image processor that the open_clip_config.json of an expert's folder describes, from the cache;
-    None where the folder describes none. `clip`: the base's config."""
+    None if the folder describes none. `clip`: the base's config."""
     if not path.is_dir() or not (path / CONFIG).is_file():
         return None
     config = read_json(path, CONFIG, role)
@@ -126,7 +126,7 @@ def _digest(text: bytes, weights: Path | None = None) -> str:
 
 
 def _check_complete(tensors: Translated, config: Any, path: Path, role: str) -> None:
-    """ModelError where the tensors are not those of the CLIPModel of this config."""
+    """Raises ModelError if the tensors are not those of the CLIPModel of this config."""
     from transformers import CLIPModel
 
     with torch.device("meta"):
@@ -165,7 +165,7 @@ def _write(target: Path, tensors: Translated, config: Any, processor: Any, role:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # tokenizers raises it
             raise
         raise ModelError(
             f"{role}: the converted model cannot be written to {target} ({error}); free some space, or set EPMQ_CACHE "
@@ -174,7 +174,7 @@ def _write(target: Path, tensors: Translated, config: Any, processor: Any, role:
 
 
 def _put(partial: Path, target: Path) -> None:
-    """Renames a complete folder to its name, in place of a damaged one; another process may have been faster."""
+    """Renames a complete folder to its name, in place of a corrupted one; another process may have been faster."""
     if _is_whole(target):
         return
     shutil.rmtree(target, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Translates a CLIPModel of transformers back to open_clip: its config, preprocessing and tensors.
 
-Models that open_clip cannot express exactly are refused.
+Raises NotExpressibleError for models that open_clip cannot express exactly.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ PIXELS = (
     "image_mean",
     "image_std",
 )
-"""The settings of a CLIPImageProcessor that its pixels depend on."""
+"""The settings of a CLIPImageProcessor that affect its pixels."""
 BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 BUFFERS = (".position_ids",)
 
 
 class NotExpressibleError(Exception):
-    """Says, as a phrase, what open_clip does not have."""
+    """open_clip lacks a feature of the model; the message names it as a phrase."""
 
 
 def model_cfg(config: Any) -> dict[str, Any]:
-    """The model_cfg of a CLIPConfig, which gives the same features; NotExpressibleError if there is none."""
+    """The model_cfg that gives the same features as a CLIPConfig; NotExpressibleError if there is none."""
     vision, text = config.vision_config, config.text_config
     activations = {vision.hidden_act, text.hidden_act}
     if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
@@ -156,9 +156,9 @@ def named_model(cfg: Mapping[str, Any]) -> str | None:
     """The name of the model with this model_cfg in open_clip's list; None if it has none."""
     import open_clip
 
-    wanted = _normalized(cfg)
+    target = _normalized(cfg)
     for name in open_clip.list_models():
-        if _normalized(open_clip.get_model_config(name)) == wanted:
+        if _normalized(open_clip.get_model_config(name)) == target:
             return str(name)
     return None
 

@@ -19,9 +19,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def image_processor(preprocess: Mapping[str, Any], side: int) -> Any:
     """The CLIPImageProcessor of a preprocess_cfg, for square images of `side` pixels.
 
-    CLIPImageProcessorPil of the same settings makes open_clip's very pixels. Those of CLIPImageProcessor differ by
-    about one grey level, more where bicubic squashing overshoots, since it resizes tensors instead of Pillow images.
-    ValueError: open_clip has no such transform, or CLIPImageProcessor has no such step.
+    CLIPImageProcessorPil with the same settings gives exactly open_clip's pixels. Those of CLIPImageProcessor differ by
+    about one grey level, more if bicubic squashing overshoots, because it resizes tensors instead of Pillow images.
+    ValueError if open_clip lacks the transform, or if CLIPImageProcessor lacks one of its steps.
     """
     from transformers import CLIPImageProcessor
 

@@ -77,28 +77,26 @@ def _known(name: str, source: str, role: str) -> tuple[str, str]:
     model, _, tag = name.rpartition("/") if "/" in name else (name, "", "")
     model, tag = model.replace("/", "-"), tag.replace("-", "_")  # open_clip writes ViT-B/32 and laion2b-e16 like that
     if model not in list_models():
-        names = sorted(
-            {known for known, _ in list_pretrained()}, key=lambda known: (not known.startswith("ViT"), known)
-        )
+        names = sorted({each for each, _ in list_pretrained()}, key=lambda each: (not each.startswith("ViT"), each))
         raise ModelError(f"{role}: open_clip has no model {model!r}, got {source}; {_close(model, names)}")
     tags = list_pretrained_tags_by_model(model)
-    found = {known.lower(): known for known in tags}.get(tag.lower())
-    if found is None:
+    own_tag = {each.lower(): each for each in tags}.get(tag.lower())
+    if own_tag is None:
         which = f"no pretrained weights {tag!r} of" if tag else "pretrained weights only by a tag for"
         raise ModelError(
             f"{role}: open_clip has {which} {model}, got {source}; give {SCHEME}{model}/TAG; {_close(tag, tags)}"
         )
-    return model, found
+    return model, own_tag
 
 
-def _close(name: str, known: Sequence[str]) -> str:
-    """The known names that are close to a name, or else the first of them, as a phrase."""
-    lower = {one.lower(): one for one in known}
+def _close(name: str, names: Sequence[str]) -> str:
+    """The names names that are close to a name, or else the first of them, as a phrase."""
+    lower = {one.lower(): one for one in names}
     close = [lower[one] for one in get_close_matches(name.lower(), lower, SHOWN, 0.6)]
     if close:
         return f"close names are {', '.join(close)}"
-    more = ", ..." if len(known) > SHOWN else ""
-    return f"it has {', '.join(known[:SHOWN]) or 'none'}{more} (open_clip.list_pretrained() lists all)"
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"it has {', '.join(names[:SHOWN]) or 'none'}{more} (open_clip.list_pretrained() lists all)"
 
 
 def _config(model: str, tag: str) -> dict[str, Any]:
@@ -135,15 +133,15 @@ def _weights(model: str, tag: str, role: str, root: str | None) -> Path:
 
 
 def _fetched(repository: str, file: str, role: str, root: str | None, safe: str | None = None) -> Path:
-    """A file of a repository, from the cache of the hub or from the hub; open_clip prefers the file called `safe`."""
+    """A file of a repository, from the cache of the hub or from the hub; open_clip prefers the file named `safe`."""
     from open_clip.pretrained import download_pretrained_from_hf
 
     try:
         return Path(download_pretrained_from_hf(repository, filename=file))
     except Exception as error:  # open_clip and the hub raise unrelated errors
-        wanted, other = safe or file, f" (or {file})" if safe not in (None, file) else ""
+        first, other = safe or file, f" (or {file})" if safe not in (None, file) else ""
         places = f"in {root}/{repository}" if root else "in a mirror (data_root)"
         raise ModelError(
-            f"{role}: {wanted} of {repository} is neither {places} nor in the cache of the hub, and the hub does not "
-            f"give it ({first_line(error)}); on a machine with a network run: hf download {repository} {wanted}{other}"
+            f"{role}: {first} of {repository} is neither {places} nor in the cache of the hub, and the hub does not "
+            f"give it ({first_line(error)}); on a machine with a network run: hf download {repository} {first}{other}"
         ) from error

@@ -62,7 +62,7 @@ class Translated:
     """The tensors of an open_clip state dict under CLIPModel's names.
 
     The state dict may hold the whole model, its image encoder or its vision tower, under any prefix that fine-tuning
-    code adds. ModelError where the model is not a plain vision transformer.
+    code adds. ModelError if the model is not a plain vision transformer.
     """
 
     def __init__(self, tensors: Tensors, path: Path, role: str) -> None:

@@ -1,10 +1,10 @@
-"""Number formats of weights: what a format can do, and the data types that quantizers, exporters and readers share.
+"""Number formats of weights: their interface, and the data types that quantizers, exporters and readers share.
 
-A format turns weights into codes and back. A group of input columns of one row shares a scale, and a zero point where
-the format has them. Scales are rounded to the type that the checkpoint stores before any code is chosen, so that codes
-are the best ones for the scale that a reader finds.
+A format turns weights into codes and back. A group of input columns of one row shares a scale, and a zero point if
+the format has them. Scales are rounded to the stored type before codes are chosen, so that the codes are optimal for
+the stored scale.
 
-To add a format, write a module with a frozen dataclass that has the members of `NumberFormat`, and list it in names.py.
+To add a format, write a module with a frozen dataclass that implements `NumberFormat`, and list it in names.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Grid:
         return Grid(self.scale[..., None], None if self.zero is None else self.zero[..., None])
 
     def where(self, better: Tensor, other: Grid) -> Grid:
-        """This grid where `better`, elsewhere the other one."""
+        """This grid where `better` is true, the other one elsewhere."""
         scale = torch.where(better, self.scale, other.scale)
         if self.zero is None or other.zero is None:
             return Grid(scale, None)
@@ -61,7 +61,7 @@ class NumberFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """What users call it, such as int4."""
+        """Its name for users, such as int4."""
 
     @property
     def bits(self) -> int:
@@ -69,11 +69,11 @@ class NumberFormat(Protocol):
 
     @property
     def group_size(self) -> int:
-        """The input columns that share a scale; -1 for one scale a row."""
+        """The number of input columns that share a scale; -1 for one scale per row."""
 
     @property
     def zero_points(self) -> ZeroPoints:
-        """What zero points it can hold."""
+        """The kind of its zero points."""
 
     @property
     def storage(self) -> torch.dtype:
@@ -86,7 +86,7 @@ class NumberFormat(Protocol):
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
         """The grid (...) of groups (..., columns); `dtype` is the type that scales are stored in.
 
-        `search`: `minmax` spans the range of each group, `mse` shrinks that range to the least squared error.
+        `search`: `minmax` spans the range of each group, `mse` shrinks that range to minimize the squared error.
         """
 
     def span(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Grid:
@@ -96,11 +96,11 @@ class NumberFormat(Protocol):
         """The codes nearest to `x`, against which the grid broadcasts."""
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
-        """The numbers that codes stand for, in the type of the scales; the grid broadcasts against the codes."""
+        """The numbers that codes represent, in the type of the scales; the grid broadcasts against the codes."""
 
 
 def check_group_size(group_size: object) -> None:
-    """ConfigError unless this is a size of groups."""
+    """ConfigError unless this is a valid group size."""
     whole = isinstance(group_size, int) and not isinstance(group_size, bool)
     if not whole or group_size == 0 or group_size < -1:  # type: ignore[operator]
         raise ConfigError(
@@ -109,7 +109,7 @@ def check_group_size(group_size: object) -> None:
 
 
 def group_columns(format: NumberFormat, in_features: int) -> int:
-    """The input columns of one group of a linear with this many inputs."""
+    """The number of input columns of one group of a linear with this many inputs."""
     return in_features if format.group_size == -1 else format.group_size
 
 
@@ -121,7 +121,8 @@ def by_group(weight: Tensor, format: NumberFormat) -> Tensor:
 
 
 def fit_grid(groups: Tensor, format: NumberFormat, search: str, dtype: torch.dtype) -> Grid:
-    """`NumberFormat.fit` for formats that have `span`: the full range, or the shrunk range of least squared error."""
+    """`NumberFormat.fit` for formats that have `span`: the full range, or the shrunk range with the least squared
+    error."""
     low, high = range_of(groups, format)
     best = format.span(low, high, dtype)
     if search == "minmax":
@@ -148,8 +149,8 @@ def range_of(groups: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to the type that they are stored in, at least its smallest normal number; 1 instead of 0."""
-    kept = scale.clamp(min=torch.finfo(dtype).tiny)
-    return torch.where(scale == 0, 1.0, kept).to(dtype).to(scale.dtype)
+    normal = scale.clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(scale == 0, 1.0, normal).to(dtype).to(scale.dtype)
 
 
 def _squared_error(groups: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
@@ -175,12 +176,12 @@ class QuantizedWeight:
         return self.codes.shape
 
     def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, rounded to `dtype` as readers do, in float32 (out, in)."""
+        """The weight that the codes represent, rounded to `dtype` as readers do, in float32 (out, in)."""
         exact = self.format.decode(by_group(self.codes, self.format), self.grid.over_columns())
         return exact.to(self.dtype).to(exact.dtype).reshape(self.shape)
 
     def split(self, rows: list[int]) -> list[QuantizedWeight]:
-        """One weight for each count of rows, from the top, in memory of its own."""
+        """One weight for each count of rows, from the top, with its own memory."""
         parts = [torch.split(self.codes, rows), torch.split(self.grid.scale, rows)]
         zeros = [None] * len(rows) if self.grid.zero is None else torch.split(self.grid.zero, rows)
         return [
@@ -200,5 +201,5 @@ class DenseWeight:
         return self.weight
 
     def split(self, rows: list[int]) -> list[DenseWeight]:
-        """One weight for each count of rows, from the top, in memory of its own."""
+        """One weight for each count of rows, from the top, with its own memory."""
         return [DenseWeight(part.clone()) for part in torch.split(self.weight, rows)]

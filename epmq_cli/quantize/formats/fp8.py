@@ -1,8 +1,9 @@
 """FP8 weights: E4M3 with a scale, as compressed-tensors' float-quantized stores them (https://arxiv.org/abs/2209.05433).
 
-A code c is one of 253 numbers up to 448 with 3 bits of mantissa, and stands for c scale. There are no infinities, and
-NaN is never written. Errors are relative to the size of each weight, down to 2^-6 of the scale. So outliers cost
-little, and one scale per row (group_size=-1) is nearly as good as groups. By its sources vLLM takes no FP8 in groups.
+A code c is one of 253 numbers up to 448 with 3 bits of mantissa, and represents c scale. The format has no infinities,
+and NaN is never written. Errors are relative to the size of each weight, down to 2^-6 of the scale. So outliers cost
+little, and one scale per row (group_size=-1) is nearly as good as groups. vLLM's sources have no kernels for FP8 in
+groups.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class Fp8Format:
 
     @property
     def storage(self) -> torch.dtype:
-        """E4M3 as torch has it."""
+        """torch's E4M3."""
         return torch.float8_e4m3fn
 
     @property
     def mirrored(self) -> bool:
-        """Yes: the sign is a bit of its own."""
+        """True: the sign is a separate bit."""
         return True
 
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
@@ -60,7 +61,7 @@ class Fp8Format:
         return Grid(stored_scale((high - low) / (2 * LARGEST), dtype), None)
 
     def encode(self, x: Tensor, grid: Grid) -> Tensor:
-        """See NumberFormat. Halfway between two codes the one with the even mantissa is taken."""
+        """See NumberFormat. Ties round to the code with the even mantissa."""
         return (x / grid.scale).clamp(-LARGEST, LARGEST).to(self.storage)
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:

@@ -1,7 +1,7 @@
 """Integers: `bits` bits from -2^(bits-1) to 2^(bits-1) - 1, as compressed-tensors stores them.
 
-A code q stands for (q - zero) scale. Without zero points the zero is 0. Whole zero points are codes themselves; real
-ones, which HQQ (https://mobiusml.github.io/hqq_blog/) finds, are any numbers.
+A code q represents (q - zero) scale. Without zero points the zero is 0. Whole zero points are codes themselves; real
+ones, which HQQ (https://mobiusml.github.io/hqq_blog/) solves for, are any numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class IntFormat:
 
     @property
     def mirrored(self) -> bool:
-        """No: codes reach one further down than up. Zero points shift the range instead."""
+        """True with zero points, which shift the range; otherwise the lowest code has no positive counterpart."""
         return self.zero_points != "none"
 
     @property

@@ -1,4 +1,4 @@
-"""Names of number formats: what users write in quant.format and bits, and formats as JSON."""
+"""Names of number formats in quant.format and bits, and formats as JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
 class FormatOptions:
     """The options of a quantizer that describe its number formats.
 
-    `bits` of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`: `int`,
-    `fp8`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
+    `bits`: of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`:
+    `int`, `fp8`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
     """
 
     bits: float
@@ -32,7 +32,7 @@ class FormatOptions:
     format: str | Sequence[str] = "int"
 
     def formats(self) -> tuple[NumberFormat, ...]:
-        """One format, or two of which the second has more bits; ConfigError where the options name none."""
+        """One format, or two in ascending order of bits; ConfigError if the options are invalid."""
         check_choice("quant.symmetric", self.symmetric, (True, False))
         if not isinstance(self.format, str):
             return self._mixed(self.format)
@@ -46,20 +46,20 @@ class FormatOptions:
     def _mixed(self, names: Sequence[str]) -> tuple[NumberFormat, ...]:
         for name in names:
             check_choice("quant.format", name, NAMES)
-        found = sorted((self._named(name) for name in names), key=lambda format: format.bits)
-        if len(found) != 2 or found[0].bits == found[1].bits:
+        formats = sorted((self._named(name) for name in names), key=lambda format: format.bits)
+        if len(formats) != 2 or formats[0].bits == formats[1].bits:
             raise ConfigError(
                 f"quant.format must be int, fp8, or a list of two formats with different bits such as [int4, fp8], "
                 f"got {shown(names)}"
             )
-        if not found[0].bits < self.bits < found[1].bits:
+        if not formats[0].bits < self.bits < formats[1].bits:
             raise ConfigError(
-                f"bits must lie between {found[0].bits} and {found[1].bits} with quant.format={shown(names)}, "
+                f"bits must lie between {formats[0].bits} and {formats[1].bits} with quant.format={shown(names)}, "
                 f"got {shown(self.bits)}"
             )
         if not self.symmetric:
             raise ConfigError("quant.symmetric=false takes one format; a mix of formats needs quant.symmetric=true")
-        return tuple(found)
+        return tuple(formats)
 
     def _named(self, name: str) -> NumberFormat:
         """The format of one of `NAMES`."""
@@ -71,11 +71,11 @@ class FormatOptions:
 
 
 def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:
-    """The bits of integers that have this many on average: itself, or its two neighbours; ConfigError if there are
-    none.
+    """The integer widths whose mix has this many bits on average: the number itself, or its two neighbours; ConfigError
+    for other numbers.
 
-    Two need formats without zero points: transformers reads those with zero points only if it dequantizes while it
-    loads, and then it takes the first format for all linears.
+    A mix needs formats without zero points: with zero points, transformers must dequantize on load, and then it uses
+    the first format for all linears.
     """
     if bits in BITS and not isinstance(bits, bool):
         return (int(bits),)
@@ -97,6 +97,6 @@ def as_json(format: NumberFormat) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any]) -> NumberFormat:
-    """The format that `as_json` wrote; LookupError or TypeError if it did not."""
-    found: NumberFormat = KINDS[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
-    return found
+    """The inverse of `as_json`; LookupError or TypeError for other input."""
+    format: NumberFormat = KINDS[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
+    return format

@@ -17,7 +17,7 @@ from epmq_cli.quantize.formats.format import Grid, NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.runtime.jit import compiled
 
-LEAST = 64  # rows per thread, at least
+LEAST = 64  # minimum rows per thread
 LANES = 32  # candidates tried at once: 128 columns of them fit into the L1 cache
 STRIP = 4  # columns whose errors are spread in one pass; `_loss` unrolls them
 
@@ -56,7 +56,7 @@ def _strip(w: Any, U: Any, s: Any, z: Any, low: Any, high: Any, start: int, erro
 
 @compiled
 def _loss(W: Any, U: Any, scale: Any, zero: Any, low: Any, high: Any, total: Any) -> None:
-    """Candidates of several rows lie side by side, so that few candidates also fill the SIMD vectors."""
+    """Places candidates of several rows side by side, so that few candidates also fill the SIMD vectors."""
     columns, candidates, count = W.shape[1], scale.shape[1], scale.size
     scales, zeros, totals = scale.reshape(count), zero.reshape(count), total.reshape(count)
     w, errors = np.empty((columns, LANES), W.dtype), np.zeros((STRIP, LANES), W.dtype)
@@ -104,13 +104,13 @@ def _by_rows(
 ) -> None:
     assert isinstance(format, IntFormat)
     W, U, scale, zero = (tensor.contiguous().numpy() for tensor in inputs)
-    low, high, found = np.float32(format.lowest), np.float32(format.highest), [tensor.numpy() for tensor in outputs]
+    low, high, arrays = np.float32(format.lowest), np.float32(format.highest), [tensor.numpy() for tensor in outputs]
     threads = max(1, min(torch.get_num_threads(), len(W) // LEAST))
     bounds = [len(W) * part // threads for part in range(threads + 1)]
 
     def work(start: int, end: int) -> None:
         part = slice(start, end)
-        kernel(W[part], U, scale[part], zero[part], low, high, *(out[part] for out in found))
+        kernel(W[part], U, scale[part], zero[part], low, high, *(array[part] for array in arrays))
 
     if threads == 1:
         work(0, len(W))
@@ -121,5 +121,5 @@ def _by_rows(
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of a process; a forked process has none of its parent's."""
+    """The threads of a process; a forked process cannot use its parent's."""
     return ThreadPoolExecutor(os.cpu_count())

@@ -1,8 +1,7 @@
 """GPTQ's loop over the columns of one group in plain torch, and the choice among its implementations.
 
-All implementations do the same float operations in the same order, so that their codes are equal to the last bit: the
-one here (any format, type and device), numba.py (integers, float32 on the CPU) and triton.py (integers, float32 on a
-GPU).
+All implementations do the same float operations in the same order, so that their codes are bit-identical: the one here
+(any format, type and device), numba.py (integers, float32 on the CPU) and triton.py (integers, float32 on a GPU).
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
     if weight.dtype == torch.float32 and weight.device.type == "cuda" and triton_works(weight.device):
         from epmq_cli.quantize.kernels.triton import TritonKernel
 
-        found: ColumnKernel = TritonKernel()
-        return found
+        kernel: ColumnKernel = TritonKernel()
+        return kernel
     return TorchKernel()
 
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton can build kernels for the device, which takes a C compiler and Python's headers."""
+    """Whether Triton can build kernels for the device, which requires a C compiler and Python's headers."""
     if find_spec("triton") is None:
         return False
     try:

@@ -1,7 +1,7 @@
 """GPTQ's loop over columns on a GPU: each program keeps a tile of rows in registers and loops over the columns.
 
 TRITON_INTERPRET=1 runs the kernels on the CPU. No operations are fused, divisions are exact, and rounding is half to
-even, so that codes are equal to those of the other implementations.
+even, so codes equal those of the other implementations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from epmq_cli.quantize.kernels.select import TorchKernel
 
 SEARCHED = 4096  # weights of a tile in the search, one of many candidates
 WALKED = 1024  # weights of a tile that is quantized, which also holds its codes and errors
-WIDEST = 512  # columns of a tile; wider groups are left to torch
+WIDEST = 512  # columns of a tile; wider groups use the torch kernel
 
 
 @triton.jit
@@ -44,13 +44,13 @@ def _walk(W, U, scale, zero, values, errors, rows, width, low, high, R: tl.const
     place = row[:, None] * width + cols[None, :]
     tile = tl.load(W + place, mask=there, other=0.0)
     s, z = tl.load(scale + row, mask=row < rows, other=1.0), tl.load(zero + row, mask=row < rows, other=0.0)
-    found, made = tl.zeros_like(tile), tl.zeros_like(tile)
+    codes, spread = tl.zeros_like(tile), tl.zeros_like(tile)
     for i in range(width):
         q, error, tile = _step(tile, U, i, s, z, low, high, cols, width)
-        found = tl.where(cols[None, :] == i, q[:, None], found)
-        made = tl.where(cols[None, :] == i, error[:, None], made)
-    tl.store(values + place, found, mask=there)
-    tl.store(errors + place, made, mask=there)
+        codes = tl.where(cols[None, :] == i, q[:, None], codes)
+        spread = tl.where(cols[None, :] == i, error[:, None], spread)
+    tl.store(values + place, codes, mask=there)
+    tl.store(errors + place, spread, mask=there)
 
 
 @triton.jit

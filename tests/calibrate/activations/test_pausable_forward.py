@@ -65,7 +65,7 @@ def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
         forward_pass = PausableForward(lambda: model(torch.zeros(1)))
-        forward_pass.wanted = {"first"}
+        forward_pass.capture = {"first"}
         forward_pass.run_until(["third"])
         assert forward_pass.captured["first"].tolist() == [0]
         assert {float(tensor) for tensor in forward_pass.held_tensors()} == {0, 1, 12}
@@ -91,7 +91,7 @@ def test_of_a_module_that_is_called_again_the_first_call_counts() -> None:
 
     with pause_hooks(model, NAMES):
         forward_pass = PausableForward(twice)
-        forward_pass.wanted = {"first"}
+        forward_pass.capture = {"first"}
         assert forward_pass.run_until(["second"]).tolist() == [1]
         assert forward_pass.captured["first"].tolist() == [7]
 
