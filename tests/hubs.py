@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -21,14 +25,27 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
+GROUPS = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+VALUE = re.compile(r"[a-z_][\w.]*=")  # neither adds nor removes a key
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 
 def config(hub: Path, *overrides: str) -> DictConfig:
     """The composed config of `epmq run suite=mini`, small and quick."""
+    options = ("suite=mini", "out=unused", *QUICK, *overrides)
+    values = [option for option in options if VALUE.match(option) and option.partition("=")[0] not in GROUPS]
+    files = tuple((path, path.stat().st_mtime_ns) for path in sorted((hub / "configs").rglob("*.yaml")))
+    cfg = _composed(hub, files, tuple(option for option in options if option not in values)).copy()
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), cfg)
+    return cfg
+
+
+@cache
+def _composed(hub: Path, files: tuple[tuple[Path, int], ...], options: tuple[str, ...]) -> DictConfig:
+    """Composed once for the same files and choices, since that takes longer than all other options."""
     search = f"hydra.searchpath=[file://{hub / 'configs'}]"
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("run", overrides=[search, "suite=mini", "out=unused", *QUICK, *overrides])
+        return compose("run", overrides=[search, *options])
 
 
 def eval_config(checkpoint: Path, *overrides: str) -> DictConfig:

@@ -65,7 +65,7 @@ def test_what_a_run_wrote_is_sound(options: tuple[str, ...], clip_hub: Path, tmp
     check(run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8", *options))
 
 
-@pytest.mark.parametrize("kind", ["roberta", "distilbert", "vit", "t5", "t5-tied", "llama", "gemma3"])
+@pytest.mark.parametrize("kind", first(3, ["vit", "t5-tied", "llama", "roberta", "distilbert", "t5", "gemma3"]))
 def test_what_a_run_and_a_merge_of_any_family_wrote_is_sound(kind: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
     check(run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8"))

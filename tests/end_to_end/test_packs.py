@@ -17,12 +17,10 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.steps import open_models
 from epmq_cli.store.atomic import PARTIAL
-from tests.faults.driver import at_file, attempt, command, files, mini
-from tests.faults.test_processes import ended, start
+from tests.faults.driver import at_file, attempt, command, files, mini, torchrun
 from tests.hubs import config, eval_config, run_in
 from tests.minihub import build
 from tests.packs import PACKS, exporter_of
-from tests.runtime.test_distributed import TORCHRUN
 from tests.tiers import first
 
 OPTIONS = ("quant=rtn", "pack.dtype=float16", "calib.samples=8", "eval.samples=8", "eval.stages=[quantized]")
@@ -106,9 +104,9 @@ def test_a_run_killed_while_it_packs_ends_with_the_same_bytes(pack: str, bert_hu
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", PACKS)
 def test_two_processes_write_the_bytes_of_one(pack: str, bert_hub: Path, tmp_path: Path) -> None:
-    arguments = (*mini(bert_hub), f"pack={pack}", *OPTIONS, "eval.stages=[]")
-    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments, "out=two"))
-    assert status == 0, said
+    arguments = (*mini(bert_hub), f"pack={pack}", *OPTIONS, "calib.samples=16", "eval.stages=[]")
+    two = torchrun(tmp_path, *arguments, "out=two")
+    assert [process.returncode for process in two] == [0, 0], two[0].stderr
     status, said = command(tmp_path, *arguments, "out=one")
     assert status == 0, said
     assert files(tmp_path / "two") == files(tmp_path / "one")

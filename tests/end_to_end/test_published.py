@@ -24,7 +24,6 @@ from epmq_cli.pipeline import reload
 from tests.conftest import drifted
 from tests.minihub import tokenizer
 from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
-from tests.tiers import first
 
 SIZES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 COUNTS = {"ta8": 8, "tall14": 14, "tall20": 20}
@@ -114,7 +113,8 @@ def test_clip_suites_run_on_all_their_tasks_and_reload(
         )
 
 
-@pytest.mark.parametrize("guidance", first(1, ["feature", "expert"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", ["feature", "expert"])
 def test_flan_t5_runs_on_glue_and_reloads(
     guidance: str, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

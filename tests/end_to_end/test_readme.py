@@ -13,6 +13,7 @@ from epmq_cli.commands.arguments import split
 from epmq_cli.commands.overrides import check_overrides
 from epmq_cli.config.instantiate import build, conf_dir
 from tests.conftest import Run
+from tests.tiers import slow
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
@@ -29,7 +30,7 @@ def test_the_readme_has_commands_and_suites() -> None:
     assert all(command.startswith("epmq ") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [slow(command) if " -m " in command else command for command in COMMANDS])
 def test_every_command_runs(command: str, epmq_inside: Run) -> None:
     arguments = shlex.split(command)[1:]
     if arguments[0] == "run" and "--help" not in arguments:

@@ -44,6 +44,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # the harness's own
+@pytest.mark.slow
 def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()

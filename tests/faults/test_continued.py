@@ -44,6 +44,7 @@ def test_the_same_command_goes_on_in_the_folder_that_was_left(bert_hub: Path, tm
     assert files(left)["model.safetensors"] == files(tmp_path / "whole")["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_another_command_leaves_an_interrupted_run_alone(bert_hub: Path, tmp_path: Path) -> None:
     assert command(tmp_path, *mini(bert_hub), hook=at_stage(PACK))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)
@@ -54,6 +55,7 @@ def test_another_command_leaves_an_interrupted_run_alone(bert_hub: Path, tmp_pat
     assert {path: path.read_bytes() for path in (left / ".resume").rglob("*") if path.is_file()} == kept
 
 
+@pytest.mark.slow
 def test_a_run_at_work_is_not_joined(bert_hub: Path, tmp_path: Path) -> None:
     assert command(tmp_path, *mini(bert_hub), hook=at_stage(PACK))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)

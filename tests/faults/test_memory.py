@@ -95,6 +95,7 @@ def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Pa
     assert left == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_numba_does_the_same_with_several_threads(monkeypatch: pytest.MonkeyPatc
     compare(NumbaKernel(), 4, True, torch.float16, 300, 16)
 
 
+@pytest.mark.slow
 def test_triton_does_the_same_to_the_last_bit() -> None:
     """In Triton's interpreter, which must be asked for before Triton is imported."""
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
