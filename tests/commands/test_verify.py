@@ -22,6 +22,7 @@ from tests.commands.test_merge import config_of_merge
 from tests.conftest import Run
 from tests.hubs import run_in
 from tests.minihub import build
+from tests.tiers import first
 
 MODEL = "model.safetensors"
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
