@@ -24,7 +24,7 @@ from epmq_cli.merge.leftovers import (
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
-from epmq_cli.merge.source import PIECE, SHOWN, MergeSource
+from epmq_cli.merge.source import PIECE, SHOWN, MergeSource, NamedTensors
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
@@ -63,14 +63,14 @@ class SuiteModels:
         self.ties = _resolve(family, base, experts, whole)
         if whole:
             _check_complete(base)
-        names = {task: expert.merged for task, expert in experts.items()}
         misfits = {
             task: misfit(expert.folder, self.base, base.merged, family.tensor_names)
             for task, expert in experts.items()
             if not {*base.merged} <= {*expert.merged}
         }
+        named = {task: NamedTensors(self.experts[task], expert.merged) for task, expert in experts.items()}
         self.source = MergeSource(
-            self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written, misfits
+            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits
         )
         if family.reads == "texts":
             check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
@@ -131,7 +131,7 @@ def _strange(base: Member, stored: Collection[str]) -> str:
 
 
 def _check_complete(base: Member) -> None:
-    """ModelError where the base lacks a tensor of its class, which transformers would fill with random numbers."""
+    """ModelError if the base lacks a tensor of its class. Transformers would fill it with random numbers."""
     known = base.known or model_class(base.folder.config, base.folder.infos)
     lacking = known.lacking(base.folder.infos) if known is not None else []
     if known is not None and lacking:
@@ -148,8 +148,8 @@ def _described(folder: ModelFolder) -> dict[str, Any]:
     return {name: value for name, value in folder.config.items() if name not in ASIDE}
 
 
-def _check_settings(expert: ModelFolder, found: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
-    for name, value in found.items():
+def _check_settings(expert: ModelFolder, settings: dict[str, Any], base: ModelFolder, expected: dict[str, Any]) -> None:
+    for name, value in settings.items():
         if value != expected[name]:
             raise ModelError(
                 f"{expert.role} ({expert.path}) was not fine-tuned from the base ({base.path}): "
@@ -167,15 +167,15 @@ def _open(family: Family, source: str, role: str, root: str | None, base: ModelF
 
 
 def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:
-    """An expert that takes the tensors of these names from the base where it lacks them."""
+    """An expert that takes those of these tensors that it lacks from the base."""
     return ModelFolder(expert.path, expert.role, expert.config, Completed(expert, base, names))
 
 
 def written_dtype(source: MergeSource, wanted: str) -> torch.dtype:
-    """The type of the result by `pack.dtype`; under `auto`, the type of most of the base's merged elements."""
+    """The type that `pack.dtype` names. `auto` is the type of most of the base's merged elements."""
     if wanted != "auto":
-        found: torch.dtype = getattr(torch, wanted)
-        return found
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
     own, wider = source.main_dtype, source.wider
     if wider:
         narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (own, max(wider.values(), key=_width)))
@@ -191,8 +191,8 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def fit_source(model: nn.Module, models: SuiteModels) -> nn.Module:
-    """The base model in the shape of the result: copies that are untied there get memory of their own, and tables get
-    the rows of the suite's largest vocabulary, filled with the base's rows of `source`."""
+    """The base model in the shape of the result. Tensors that are untied in the result get their own memory. Tables get
+    as many rows as the suite's largest vocabulary has, filled with the base's rows in `source`."""
     listed: Any = getattr(model, "get_expanded_tied_weights_keys", lambda all_submodels: {})
     own = [copy for copy, source in listed(all_submodels=True).items() if not _shared(model, copy, source)]
     own += [copy for copy in models.ties.untied if copy not in own and copy in model.state_dict()]
@@ -214,7 +214,7 @@ def _shared(model: nn.Module, one: str, other: str) -> bool:
 
 
 def _untie(model: nn.Module, names: list[str]) -> None:
-    """Gives each of these tensors memory of its own."""
+    """Gives each of these tensors its own memory."""
     ties: Any = getattr(model, "all_tied_weights_keys", None)
     for name in names:
         module, _, local = name.rpartition(".")
@@ -226,7 +226,7 @@ def _untie(model: nn.Module, names: list[str]) -> None:
 
 
 class LazyMerge:
-    """The merged model. Each tensor is made when it is asked for: in float32, rounded to `dtype`, in float32 again.
+    """The merged model. Each tensor is computed when it is read: in float32, rounded to `dtype`, returned in float32.
 
     `data`: calibration data for methods that need it.
     """
@@ -244,26 +244,26 @@ class LazyMerge:
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
         if isinstance(self._rule, TensorRule):
-            made = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
+            tensor = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
         else:
-            made = self._by_pieces(self._rule, name, dtype)
-        if not is_finite(made):
+            tensor = self._by_pieces(self._rule, name, dtype)
+        if not is_finite(tensor):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(
                 f"the merge of {name} does not fit into {kind}; choose another pack.dtype, such as bfloat16, or a "
                 "smaller merge.scale"
             )
-        return made.view(self.source.shape(name))
+        return tensor.view(self.source.shape(name))
 
     def _by_pieces(self, rule: ElementwiseRule, name: str, dtype: torch.dtype) -> Tensor:
-        made = torch.empty(prod(self.source.shape(name)), dtype=dtype)
+        tensor = torch.empty(prod(self.source.shape(name)), dtype=dtype)
 
         def fill(part: tuple[Tensor, PieceReader]) -> None:
             elements, reader = part
             elements.copy_(rule.merge(reader()))
 
-        spread(fill, zip(torch.split(made, PIECE), self.source.pieces(name), strict=True))
-        return made
+        spread(fill, zip(torch.split(tensor, PIECE), self.source.pieces(name), strict=True))
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors."""
