@@ -25,9 +25,9 @@ from epmq_cli.checkpoint.task_heads import head_problems
 from epmq_cli.checkpoint.write import RECORD, heads_file
 from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import CheckpointError
+from epmq_cli.evaluate.score import Scorer
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.models.model_folder import SafetensorsFiles, read_json
-from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.reload import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 from epmq_cli.runtime.paths import read_regular
 
@@ -50,7 +50,8 @@ def tensor_problems(folder: Path) -> list[str]:
     else:
         problems = lacking_problems(folder, files)
         expected = _renamed(expected, files, str(getattr(model, "base_model_prefix", "")))
-    problems += [problem for problem in tie_problems(folder, files) if not any(known in problem for known in problems)]
+    ties = tie_problems(folder, files)
+    problems += [problem for problem in ties if not any(earlier in problem for earlier in problems)]
     problems += _problems(files, expected)
     return problems + _head_problems(folder, model.config)
 
@@ -85,9 +86,9 @@ def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, pr
     renamed: dict[str, ExpectedTensor] = {}
     for stored in files.infos:
         spellings = (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}."))
-        known = next((expected[name] for name in spellings if name in expected), None)
-        if known is not None:
-            renamed[stored] = known
+        tensor = next((expected[name] for name in spellings if name in expected), None)
+        if tensor is not None:
+            renamed[stored] = tensor
     return renamed
 
 
@@ -108,7 +109,7 @@ def score_problems(checkpoint: Path, device: torch.device, root: str | None) -> 
     recorded, evaluation = _run_scores(checkpoint.resolve().parent / METRICS)
     suite = checkpoint_suite(checkpoint, None, root)
     family, model, tasks = ready(checkpoint, suite, evaluation, device)
-    scores = steps.stage_scores(evaluation, family, model, tasks, device, STAGE, checkpoint)[STAGE]
+    scores = Scorer(evaluation, family, device).scores(model, tasks, STAGE, checkpoint)[STAGE]
     names = dict.fromkeys([*recorded, *scores])
     pairs = {name: (recorded.get(name), scores.get(name)) for name in names}
     return [f"{name} scores {new}, {METRICS} has {old}" for name, (old, new) in pairs.items() if not _same(old, new)]
