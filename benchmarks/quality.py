@@ -30,6 +30,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 
 EPMQ = {"guidance": "expert"}
@@ -87,7 +88,7 @@ class Session:
         self.models, self.model, self.dtype = steps.open_models(job)
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         if "experts" not in self.known:
-            scores = steps.score_parts(job, self.model, self.models, self.tasks)
+            scores = steps.score_parts(RunContext.of(job), self.model, self.models, self.tasks)
             self.keep("experts", {"accuracy": average(job, scores["experts"]), "base": average(job, scores["base"])})
         self.loaded = True
 
@@ -102,7 +103,7 @@ class Session:
         key = f"{job.calib.samples} {job.seed} {guide.solves_heads(job)}"
         if key not in self.samples:
             drawn = steps.calibration_batches(job, self.models.base.path)
-            self.samples = {key: guide.run_teachers(job, self.model, self.models.source, drawn)}
+            self.samples = {key: guide.run_teachers(RunContext.of(job), self.model, self.models.source, drawn)}
         found: guide.TeacherOutputs = self.samples[key]
         return found
 
@@ -119,11 +120,11 @@ class Session:
             copy_into(self.model, self.base_state)
             merged = LazyMerge(self.models.source, job.merge, self.dtype)
             copy_into(self.model, merged)
-            start = time.perf_counter()
-            found = guide.calibrate(job, self.model, taught.batches, self.tasks, merged)
-            tasks = guide.solve_heads(job, self.model, taught, self.tasks, found.guidance)
+            start, context = time.perf_counter(), RunContext.of(job)
+            calibrated = guide.calibrate(context, self.model, taught.batches, self.tasks, merged)
+            tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
             seconds = time.perf_counter() - start
-            scores = steps.score(job, self.model, tasks, "quantized", self.models.base.path)["quantized"]
+            scores = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
             self.keep(key, {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores})
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]

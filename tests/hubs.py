@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.progress import WalkResult
+from epmq_cli.calibrate.walk import Batches
 from epmq_cli.commands.run import run
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.families.family import load_model
@@ -22,6 +23,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
@@ -68,7 +70,7 @@ class Walk:
     job: steps.Job
     student: nn.Module
     walked: WalkResult
-    batches: guide.Batches
+    batches: Batches
 
     def features(self, model: nn.Module) -> Tensor:
         """The features of all calibration batches, one under the other, calculated in the model's type."""
@@ -88,10 +90,11 @@ def walk(hub: Path, *overrides: str) -> Walk:
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.run_teachers(job, model, models.source, batches)
+    context = RunContext.of(job)
+    taught = guide.run_teachers(context, model, models.source, batches)
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
-    calibrated = guide.calibrate(job, model, taught.batches, tasks, merged)
+    calibrated = guide.calibrate(context, model, taught.batches, tasks, merged)
     return Walk(job, model, calibrated.walk, taught.batches)
 
 
@@ -103,5 +106,7 @@ class Scene:
         self.family = self.job.family
         self.models, self.model, _ = steps.open_models(self.job)
         drawn = steps.calibration_batches(self.job, self.models.base.path)
-        self.batches = guide.run_teachers(self.job, self.model, self.models.source, drawn).batches["first"]
+        self.batches = guide.run_teachers(RunContext.of(self.job), self.model, self.models.source, drawn).batches[
+            "first"
+        ]
         self.model = load_model(self.family, self.models.base.path, torch.device("cpu"))

@@ -17,7 +17,7 @@ from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import MergeMethod
-from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
@@ -46,10 +46,13 @@ Experts = Sequence[dict[str, Tensor]] | Mapping[str, dict[str, Tensor]]
 def source(path: Path, base: dict[str, Tensor], experts: Experts, config: str = "{}") -> MergeSource:
     """Base and experts in folders of `path`."""
     named = experts if isinstance(experts, Mapping) else {f"t{i}": content for i, content in enumerate(experts)}
-    folders = {task: folder(path / task, content) for task, content in named.items()}
-    names = {task: {name: name for name in opened.infos} for task, opened in folders.items()}
-    opened_base = folder(path / "base", base, config)
-    return MergeSource(opened_base, {name: name for name in opened_base.infos}, folders, names)
+    tensors = {task: own_names(folder(path / task, content)) for task, content in named.items()}
+    return MergeSource(own_names(folder(path / "base", base, config)), tensors)
+
+
+def own_names(opened: ModelFolder) -> NamedTensors:
+    """All tensors of a folder, under the names in its files."""
+    return NamedTensors(opened, {name: name for name in opened.infos})
 
 
 def method(name: str, **options: Any) -> MergeMethod:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from epmq_cli.calibrate.activations.store import ActivationStore
-from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
-from epmq_cli.calibrate.reference_weights import ReferenceWeights
-from epmq_cli.calibrate.walk import QuantizerOf, walk
-from epmq_cli.data.batching import ALL, Batch
+from epmq_cli.calibrate.student import Student
+from epmq_cli.calibrate.walk import Batches, QuantizerOf, Walk
+from epmq_cli.data.batching import ALL
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
@@ -24,39 +22,36 @@ ProgressFor = Callable[[str, Account | None], WalkProgress]
 """Opens the progress of the walk with this name. The account is stored with it."""
 
 
-def in_memory(name: str, account: Account | None = None) -> WalkProgress:
-    """Progress that is kept in memory only."""
+def no_progress(name: str, account: Account | None = None) -> WalkProgress:
+    """Stores nothing."""
     return WalkProgress(account=account)
 
 
 def run_passes(
-    student: nn.Module,
-    family: Family,
-    batches: Mapping[str, Sequence[Batch]],
-    reference: ReferenceWeights,
-    guidance: Guidance,
+    student: Student,
+    batches: Batches,
     quantizer: Quantizer | MixedPrecision,
-    dtype: torch.dtype,
     store: ActivationStore | None = None,
-    progress_for: ProgressFor = in_memory,
+    progress_for: ProgressFor = no_progress,
     samples: int = ALL,
 ) -> WalkResult:
     """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
     Mixed precision measures the losses of its two formats in the first walk. If that is the only walk, it runs twice.
-    `progress_for`: opens the progress of each walk. `samples`: see walk.
+    `progress_for`: opens the progress of each walk. `store`, `samples`: see Walk.
     """
-    groups = _groups(student, family)
+    groups = _groups(student.model, student.family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
     first: QuantizerOf = lambda names: NoQuantizer() if trial is None else trial.of(groups[names[0]])  # noqa: E731
+    guidance = student.guidance
 
     def run_walk(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> WalkResult:
-        progress = progress_for(name, account)
-        return walk(student, family, batches, reference, guidance, quantizer_of, dtype, store, progress, samples)
+        walker = replace(student, guidance=guidance)  # without the scales that an earlier walk has folded
+        return Walk(walker, batches, quantizer_of, store, progress_for(name, account), samples).run()
 
     if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)
-        reference.restore(student)
+        student.reference.restore(student.model)
     for number in range(guidance.sweeps - 1):
         chosen: QuantizerOf = first if number == 0 else lambda _: NoQuantizer()
         run_walk(f"sweep-{number}", chosen, trial if number == 0 else None)
@@ -67,11 +62,11 @@ def run_passes(
     return run_walk("last", lambda names: chosen_for[groups[names[0]]])
 
 
-def _groups(student: nn.Module, family: Family) -> dict[str, str]:
+def _groups(model: nn.Module, family: Family) -> dict[str, str]:
     """Maps each linear of the blocks to the first linear of its group."""
     return {
         block.name(name): block.name(step.names[0])
-        for block in family.blocks(student)
+        for block in family.blocks(model)
         for step in block.steps
         if isinstance(step, Linears)
         for name in step.names

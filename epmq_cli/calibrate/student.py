@@ -19,16 +19,19 @@ from epmq_cli.models.weights import copy_into
 
 @dataclass(frozen=True)
 class Student:
-    """`model`: its tensors are replaced one after the other. `dtype`: the type in which the checkpoint stores them."""
+    """`model`: its tensors are replaced one after the other. `dtype`: the type in which the checkpoint stores them.
+
+    `dataclasses.replace` gives a student of the same model that has no changes and no folded scales.
+    """
 
     model: nn.Module
     family: Family
     reference: ReferenceWeights
     guidance: Guidance
     dtype: torch.dtype
-    _changed: set[str] = field(default_factory=set)
-    _multipliers: dict[str, Tensor] = field(default_factory=dict)  # scales (in,) of linears, see `fold`
-    _divisors: dict[str, Tensor] = field(default_factory=dict)  # scales (out,) of their producers
+    _changed: set[str] = field(default_factory=set, init=False)
+    _multipliers: dict[str, Tensor] = field(default_factory=dict, init=False)  # scales (in,) of linears, see `fold`
+    _divisors: dict[str, Tensor] = field(default_factory=dict, init=False)  # scales (out,) of their producers
 
     def own(self, name: str) -> Tensor:
         """A copy of the model's tensor."""

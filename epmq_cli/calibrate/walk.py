@@ -1,4 +1,4 @@
-"""The engine walks the student section by section, and calibrates and quantizes each group of linears.
+"""Walks through the student section by section, and calibrates and quantizes each group of linears.
 
 The student's inputs always come through the quantized prefix. Inside a block the steps follow the forward pass, and
 each reads the outputs of the quantized steps before it ("true sequential"): the forward pass of every batch pauses in
@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.capture import CaptureSpec, LayerInputs
@@ -25,17 +24,15 @@ from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.fold import fold_block
-from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain
 from epmq_cli.calibrate.progress import WalkProgress, WalkResult
-from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
+from epmq_cli.calibrate.weight_sink import WeightSink
 from epmq_cli.data.batching import ALL, Batch, split
-from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
@@ -47,43 +44,27 @@ QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """Returns the quantizer of the linears with these names, which read the same input."""
 
 
-def walk(
-    student: nn.Module,
-    family: Family,
-    batches: Batches,
-    reference: ReferenceWeights,
-    guidance: Guidance,
-    quantizer_of: QuantizerOf,
-    dtype: torch.dtype,
-    store: ActivationStore | None = None,
-    progress: WalkProgress | None = None,
-    samples: int = ALL,
-) -> WalkResult:
-    """Calibrates the student and quantizes the linears of its blocks. The results replace its tensors.
+class Walk:
+    """One walk through the student, stack by stack. Calibrates it and quantizes the linears of its blocks; the results
+    replace its tensors.
 
-    `batches`: calibration batches of each task, on the student's device. `dtype`: the type in which scales and dense
-    tensors are stored. `store` holds activations, `progress` finished sections; both in memory by default. `samples`:
-    how many samples of a batch run through the model at a time; the results do not depend on it.
+    `batches`: calibration batches of each task, on the student's device. `store` offloads activations; in memory by
+    default. `progress` stores finished sections; none by default. `samples`: how many samples of a batch run through
+    the model at a time; the results do not depend on it.
     """
-    store = store or ActivationStore(math.inf)
-    own = Student(student, family, reference, guidance, dtype)
-    return _Walk(own, batches, quantizer_of, store, progress, samples).run()
-
-
-class _Walk:
-    """One walk through one student, stack by stack."""
 
     def __init__(
         self,
         student: Student,
         batches: Batches,
         quantizer_of: QuantizerOf,
-        store: ActivationStore,
+        store: ActivationStore | None = None,
         progress: WalkProgress | None = None,
         samples: int = ALL,
     ) -> None:
-        self.student, self.quantizer_of, self.store = student, quantizer_of, store
-        self.progress = progress or WalkProgress()
+        self.student, self.quantizer_of = student, quantizer_of
+        self.store, self.progress = store or ActivationStore(math.inf), progress or WalkProgress()
+        self.result = WalkResult(WeightSink(), [])
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
@@ -101,29 +82,29 @@ class _Walk:
         """Solves every section in order. Finished sections are restored, and batches run through them unsolved."""
         steps = [(stack, section) for stack in self.stacks for section in stack.sections]
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
-        if self.progress.restore_all([name for names in entries for name in names], self.student):
-            return self.progress.result
+        if self.progress.restore_all([name for names in entries for name in names], self.student, self.result):
+            return self.result
         for (stack, section), (entry, *stem) in zip(track(steps, "calibrate and quantize"), entries, strict=True):
             if stem:
                 self._enter(stack, stem[0])
-            known = self.progress.restore(entry, self.student)
-            solved = not known and (section is not stack.readout or self.guidance.readout)
+            restored = self.progress.restore(entry, self.student, self.result)
+            solved = not restored and (section is not stack.readout or self.guidance.readout)
             self._section(stack, section if solved else replace(section, steps=()))
-            if not known:
-                self.progress.write(entry, self.student)
+            if not restored:
+                self.progress.write(entry, self.student, self.result)
             if section is stack.readout and stack.handed is not None:
                 self.own = handed(stack.handed, self.own, self.streams)
                 self.others = (
                     handed(stack.handed, self.others, self.teacher_streams) if self.teacher_streams else self.own
                 )
-        return self.progress.result
+        return self.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
         """Solves the stem of a stack, and runs every batch up to its first block."""
         model = self.student.model
-        if not self.progress.restore(entry, self.student):
+        if not self.progress.restore(entry, self.student, self.result):
             self._solve_stem(stack)
-            self.progress.write(entry, self.student)
+            self.progress.write(entry, self.student, self.result)
         if not self.measures:
             return
         values: list[int] = []
@@ -266,8 +247,9 @@ class _Walk:
             solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
         for name, solution in zip(names, solutions, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
-        weights = [solution.weight for solution in solutions]
-        self.progress.note(names if in_block else [], weights if in_block else [], records)
+            if in_block:
+                self.result.weights.add(name, solution.weight)
+        self.result.records.extend(records)
 
     def _in_block(self, section: Section) -> bool:
         """Whether a section is a block. Linears outside of blocks stay dense."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from string import Template
 
+from epmq_cli import __version__
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.data.suite import Suite
 from epmq_cli.quantize.formats.format import NumberFormat
@@ -45,21 +46,20 @@ def model_card(
     bits: float | None,
     exporter: Exporter,
     architecture: str,
-    version: str,
     processors: Mapping[str, str] | None = None,
 ) -> str:
     """The text of README.md.
 
-    `choices`: the names of merge, guidance and quantizer. `formats`: those that a linear can get. `bits`: the average
-    width. `exporter`: how weights are stored. `architecture`: the model's class in transformers. `processors`: the
-    folder in the checkpoint of each tokenizer or image processor that belongs to one task.
+    `choices`: the names of merge, guidance and quantizer. `formats`: the number formats that a linear can have. `bits`:
+    the average width, None if nothing is quantized. `architecture`: the model's class in transformers. `processors`:
+    the folder, in the checkpoint, of each tokenizer or image processor that belongs to one task.
     """
     merge, guidance, quantizer = choices
     return CARD.substitute(
         name=_plain(suite.name),
         count=len(suite.members),
         architecture=architecture,
-        version=version,
+        version=__version__,
         merge=_code(merge),
         guidance=_code(guidance),
         quantizer=_code(quantizer),
@@ -73,7 +73,7 @@ def model_card(
 
 
 def _processors(places: Mapping[str, str]) -> str:
-    """The lines on tasks whose samples their expert's own tokenizer or image processor reads."""
+    """The paragraph about tasks that use their expert's own tokenizer or image processor."""
     if not places:
         return ""
     lines = "\n".join(f"- {_plain(task)}: {_code(place)}" for task, place in places.items())
@@ -88,12 +88,12 @@ def _experts(suite: Suite) -> str:
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows the text itself on one line, whatever HTML or Markdown is in it."""
+    """Markdown that shows the text on one line. HTML and Markdown in it are escaped."""
     return SPECIAL.sub(r"\\\g<0>", html.escape(" ".join(text.split())))
 
 
 def _code(text: str) -> str:
-    """Markdown that shows the text itself as code: its fence is longer than any run of backticks in it."""
+    """Markdown that shows the text as code. The fence is longer than any run of backticks in the text."""
     line = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
@@ -110,7 +110,7 @@ def _weights(formats: Sequence[NumberFormat], bits: float | None) -> str:
 
 
 def _named(formats: Sequence[NumberFormat], bits: float) -> str:
-    """The formats in brackets; integers by their bits alone, and left out if all weights have the same."""
+    """The formats in brackets. Integer formats are named by their bits, and omitted if all weights have the same."""
     integers = all(format.name == f"int{format.bits}" for format in formats)
     names = " and ".join(str(format.bits) if integers else format.name for format in formats)
     if bits in [format.bits for format in formats]:

@@ -25,9 +25,8 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
     quiet_libraries()
     from epmq_cli.checkpoint.load import kernels
-    from epmq_cli.evaluate.score import micro_batcher
+    from epmq_cli.evaluate.score import Scorer
     from epmq_cli.pipeline import reload
-    from epmq_cli.pipeline import steps as steps
     from epmq_cli.report import metrics_json, table
     from epmq_cli.report.stage_timer import Stages
 
@@ -39,14 +38,14 @@ def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("read"):
         family, model, tasks = reload.ready(checkpoint, suite, evaluation, device)
     with stages.stage("score quantized"):
-        micro = micro_batcher(evaluation.batch_size)
-        scores = steps.stage_scores(evaluation, family, model, tasks, device, "quantized", checkpoint, micro=micro)
+        scorer = Scorer(evaluation, family, device)
+        scores = scorer.scores(model, tasks, "quantized", checkpoint)
     measured = {
         "scores": metrics_json.by_task(scores, suite.metrics),
         "kernels": kernels(model),
         "stages": stages.records,
+        "events": {"eval_batches_halved": scorer.micro.halved},
     }
-    measured["events"] = {"eval_batches_halved": micro.halved}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(
         folder / "metrics.json", metrics_json.metrics("eval", overrides, resolved, device, measured)

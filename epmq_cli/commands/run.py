@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from epmq_cli.calibrate.progress import WalkResult
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.data.batching import Batch
-    from epmq_cli.data.microbatch import MicroBatcher
     from epmq_cli.evaluate.score import ScoredTask, Scores
     from epmq_cli.merge.engine import SuiteModels
     from epmq_cli.pipeline.cached_steps import CachedSteps
+    from epmq_cli.pipeline.context import RunContext
     from epmq_cli.pipeline.job import Job
+    from epmq_cli.pipeline.progress import RunProgress
     from epmq_cli.pipeline.task_processors import Processors
-    from epmq_cli.report.stage_timer import Stages
 
 CHECKPOINT, METRICS = RESULTS
 
@@ -83,30 +83,29 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     from epmq_cli.checkpoint.load import kernels
-    from epmq_cli.evaluate.score import micro_batcher
     from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.context import RunContext
     from epmq_cli.pipeline.job import make_job
     from epmq_cli.pipeline.progress import close, refuse_results
     from epmq_cli.report import metrics_json, table
-    from epmq_cli.report.stage_timer import Stages
 
     refuse_results(folder)
     instantiate.check_complete(cfg, "run")
     distributed.init(instantiate.device_of(cfg.device))
     job, checkpoint = make_job(cfg), folder / CHECKPOINT
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
-    stages, scoring = Stages(job.device), micro_batcher(job.evaluation.batch_size)
-    tasks, scores, measured = _make_checkpoint(cfg, job, folder, choices, stages, scoring)
+    context = RunContext.of(job, folder)
+    tasks, scores, measured = _make_checkpoint(context, cfg, choices)
     if not distributed.is_main():
         return
     memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
-    with stages.stage("score quantized"):
+    with context.stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
             model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
-            scores |= steps.score(job, model, tasks, "quantized", checkpoint, micro=scoring)
+            scores |= steps.score(context, model, tasks, "quantized", checkpoint)
             measured["kernels"] = kernels(model)
-    measured["events"]["eval_batches_halved"] = scoring.halved
-    measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": stages.records}
+    measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
+    measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(folder / METRICS, metrics_json.metrics("run", overrides, resolved, job.device, measured))
     close(folder)
@@ -116,30 +115,33 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs of a run: the opened suite, the base model and its type, the cached steps, and each task's test
+    """What a run opens: the suite, the base model and its type, the cached steps, the progress, and each task's test
     samples, calibration batches and own tokenizer or image processor."""
 
     models: SuiteModels
     model: nn.Module
     dtype: torch.dtype
-    shared: CachedSteps
+    cache: CachedSteps
+    progress: RunProgress
     processors: Processors
     tasks: list[ScoredTask]
     drawn: dict[str, list[Batch]]
 
 
-def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
-    """Opens models, data and the cache. All checks happen here, before anything is computed."""
+def _read(cfg: DictConfig, job: Job, folder: Path) -> _Inputs:
+    """Opens models, data, cache and progress. All checks happen here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
+    from epmq_cli.pipeline.keys import run_key
+    from epmq_cli.pipeline.progress import opened, refuse_results
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
 
-    opened_cache = open_cache(cache)
+    opened_cache = open_cache(cfg.cache)
     models, model, dtype = steps.open_models(job, folder)
-    shared = CachedSteps(opened_cache, job, models, dtype)
+    cache = CachedSteps(opened_cache, job, models, dtype)
     processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
@@ -148,11 +150,15 @@ def _read(job: Job, folder: Path, cache: Any) -> _Inputs:
         check_producers(model, job.family, drawn)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
-    return _Inputs(models, model, dtype, shared, processors, tasks, drawn)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    files = cache.files if distributed.is_main() else {}
+    progress = opened(folder, run_key(resolved, files, drawn, job.device), job.resume)
+    refuse_results(folder, progress)
+    return _Inputs(models, model, dtype, cache, progress, processors, tasks, drawn)
 
 
 def _make_checkpoint(
-    cfg: DictConfig, job: Job, folder: Path, choices: dict[str, str], stages: Stages, scoring: MicroBatcher
+    context: RunContext, cfg: DictConfig, choices: dict[str, str]
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
     """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, and the
     entries of metrics.json. Models, samples and moments are freed on return."""
@@ -162,61 +168,52 @@ def _make_checkpoint(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.keys import run_key
-    from epmq_cli.pipeline.progress import opened, refuse_results
 
-    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    scores: Scores = {}
-    micro, checkpoint = guide.micro_batcher(job), folder / CHECKPOINT
-    with stages.stage("read"):
-        read = _read(job, folder, cfg.cache)
-        models, model, shared, tasks = read.models, read.model, read.shared, read.tasks
-        files = shared.files if distributed.is_main() else {}
-        state = opened(folder, run_key(resolved, files, read.drawn, job.device), job.resume)
-        refuse_results(folder, state)
-    for name, counted in (("batches_halved", micro), ("eval_batches_halved", scoring)):
-        counted.halved, counted.keep = state.count(name), partial(state.keep_count, name)
-    scored = state.part(distributed.broadcast(shared.scores_key(tasks) if distributed.is_main() else None))
-    with stages.stage("score base and experts"):
-        scores |= scored.value(
-            "parts", lambda: steps.score_parts(job, model, models, tasks, shared.score_cache, scoring)
-        )
+    job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
+    with stage("read"):
+        inputs = _read(cfg, job, context.folder)
+        models, model, tasks, cache = inputs.models, inputs.model, inputs.tasks, inputs.cache
+        context = context.resumed(inputs.progress, cache)
+    key = cache.scores_key(tasks) if distributed.is_main() else None
+    scored = context.progress.part(distributed.broadcast(key))
+    with stage("score base and experts"):
+        scores = scored.value("parts", lambda: steps.score_parts(context, model, models, tasks))
     checks = check_experts(tasks, scores, model)
-    with stages.stage("teach"):
-        teachers = guide.run_teachers(job, model, models.source, read.drawn, state, shared.taught, micro)
-    with stages.stage("merge"):
-        data = steps.merge_data(job, model, models.source, teachers.batches, tasks, micro)
-        copy_into(model, merged := shared.merged(data))
-    with stages.stage("score merged"):
-        known = (models.base.path, shared.score_cache("merged"), scoring)
-        scores |= scored.value("merged", lambda: steps.score(job, model, tasks, "merged", *known))
-    with stages.stage("calibrate and quantize"):
-        calibrated = guide.calibrate(job, model, teachers.batches, tasks, merged, folder, state, micro)
-        tasks = guide.solve_heads(job, model, teachers, tasks, calibrated.guidance, micro)
-    state.begin_packing()
+    with stage("teach"):
+        teachers = guide.run_teachers(context, model, models.source, inputs.drawn)
+    with stage("merge"):
+        data = steps.merge_data(context, model, models.source, teachers.batches, tasks)
+        copy_into(model, merged := cache.merged(data))
+    with stage("score merged"):
+        scores |= scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
+    with stage("calibrate and quantize"):
+        calibrated = guide.calibrate(context, model, teachers.batches, tasks, merged)
+        tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
+    context.progress.begin_packing()
     if not distributed.is_main():
         return tasks, scores, {}
-    with stages.stage("pack"):
-        texts = record.texts(job, model, resolved, choices, calibrated.walk, tasks, read.processors)
-        contents = _contents(job, read, calibrated.walk, tasks, texts)
+    with stage("pack"):
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        texts = record.texts(job, model, resolved, choices, calibrated.walk, tasks, inputs.processors)
+        contents = _contents(job, inputs, calibrated.walk, tasks, texts)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
-    measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": state.starts, "cache": shared.use}
-    measured["events"]["batches_halved"] = micro.halved
+    measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
+    measured["events"]["batches_halved"] = context.micro.halved
     return tasks, scores, measured | {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
 
 
-def _contents(job: Job, read: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:
+def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:
     """The contents of `checkpoint/`. `texts`: the model card and the record, by file name."""
     from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.pipeline.task_processors import save_processors
 
-    base = read.models.base.path
+    base = inputs.models.base.path
     return Contents(
         exporter=job.exporter,
-        model=read.model,
+        model=inputs.model,
         weights=walk.weights,
         dequantize=job.family.dequantize_on_load,
         heads={task.name: task.head for task in tasks},
@@ -224,9 +221,9 @@ def _contents(job: Job, read: _Inputs, walk: WalkResult, tasks: list[ScoredTask]
         texts=texts,
         save_others=also_open_clip(
             job.exporter.open_clip,
-            partial(save_processors, base, read.processors, job.family.reads),
-            partial(dequantized_entries, read.model, walk.weights, read.dtype),
+            partial(save_processors, base, inputs.processors, job.family.reads),
+            partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype),
         ),
-        dtype=read.dtype,
-        changes=read.models.ties.changes,
+        dtype=inputs.dtype,
+        changes=inputs.models.ties.changes,
     )

@@ -11,31 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.models.pretrained import from_folder
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
-"""The metrics to report for a task that has several; without any of these, its first one. Where the harness computes a
-metric through several filters, the first filter of the task counts (strict-match for gsm8k)."""
+"""The metrics to report, by preference; a task without any of these reports its first metric. If the harness computes a
+metric through several filters, the task's first filter counts (strict-match for gsm8k)."""
 
 
 def harness_scores(
-    model: nn.Module,
-    folder: Path,
-    device: torch.device,
-    tasks: Sequence[str],
-    include_path: str | None,
-    shots: int | None,
-    limit: int | None,
-    micro: MicroBatcher,
+    model: nn.Module, folder: Path, device: torch.device, evaluation: Harness, micro: MicroBatcher
 ) -> dict[str, float]:
-    """The score of each task or group under the name `<task>/<metric>`; patterns (arc_*), tags (ai2_arc) and groups
-    without a score of their own stand for their tasks.
+    """The score of each task or group of `eval.tasks`, named `<task>/<metric>`.
 
-    `folder` has the tokenizer. `include_path`: a folder with task files of the user. `shots`: examples in the prompt,
-    None for each task's own number. `limit`: the most samples of each task. Needs the extra `lm_eval`; ConfigError
-    where it is missing or does not know a task.
+    Patterns (arc_*), tags (ai2_arc) and groups without a score of their own stand for their tasks. `folder`: contains
+    the tokenizer. Needs the extra `lm_eval`; raises ConfigError if it is not installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -47,8 +39,8 @@ def harness_scores(
     from transformers import AutoTokenizer
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _known(include_path)
-    matched = {task: manager.match_tasks([task]) for task in tasks}  # simple_evaluate takes no patterns
+    manager = _task_manager(evaluation.include_path)
+    matched = {task: manager.match_tasks([task]) for task in evaluation.tasks}  # simple_evaluate takes no patterns
     unknown = [task for task, names in matched.items() if not names]
     if unknown:
         raise ConfigError(
@@ -57,50 +49,50 @@ def harness_scores(
         )
     tokenizer = from_folder(AutoTokenizer, folder)
 
-    def evaluated(name: str, samples: int) -> Any:
+    def evaluate(name: str, samples: int) -> Any:
         return simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=samples),
             tasks=[name],
             task_manager=manager,
-            num_fewshot=shots,
-            limit=limit,
+            num_fewshot=evaluation.shots,
+            limit=evaluation.samples,
             batch_size=samples,
             bootstrap_iters=0,
             log_samples=False,
         )
 
     scores: dict[str, float] = {}
-    named = dict.fromkeys(name for names in matched.values() for name in names)
-    for name in named:  # one by one, as the results do not say which tasks a tag stood for
-        found = micro.run(partial(evaluated, name))
-        results = {**found["results"], **found.get("groups", {})}
-        scores |= chosen([name] if numbers(results.get(name, {})) else list(found["configs"]), results)
+    unique = dict.fromkeys(name for names in matched.values() for name in names)
+    for name in unique:  # one by one, because the results do not name the tasks of a tag
+        output = micro.run(partial(evaluate, name))
+        results = {**output["results"], **output.get("groups", {})}
+        scores |= chosen([name] if numbers(results.get(name, {})) else list(output["configs"]), results)
     return scores
 
 
 @lru_cache(maxsize=1)
-def _known(include_path: str | None) -> Any:
-    """The task manager of the harness, which takes seconds to build, with the user's own tasks."""
+def _task_manager(include_path: str | None) -> Any:
+    """The harness's task manager, with the user's own tasks. It takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The preferred metric of each task; `results` from the harness, with keys such as "acc_norm,none"."""
+    """The preferred metric of each task. `results`: from the harness, with keys such as "acc_norm,none"."""
     scores = {}
     for task in tasks:
-        found = numbers(results[task])
-        metric = next((name for name in PREFERRED if name in found), next(iter(found)))
-        scores[f"{task}/{metric}"] = found[metric]
+        values = numbers(results[task])
+        metric = next((name for name in PREFERRED if name in values), next(iter(values)))
+        scores[f"{task}/{metric}"] = values[metric]
     return scores
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one task by name without the filter, in the task's order."""
-    found: dict[str, float] = {}
+    """The metrics of one task, by name without the filter, in the task's order."""
+    values: dict[str, float] = {}
     for key, value in result.items():
         metric, comma, _ = key.partition(",")
         if comma and "stderr" not in metric and isinstance(value, int | float):
-            found.setdefault(metric, float(value))
-    return found
+            values.setdefault(metric, float(value))
+    return values

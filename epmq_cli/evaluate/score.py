@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
+from epmq_cli.evaluate.lm_eval import harness_scores
 from epmq_cli.evaluate.metrics import MEASURES, PERPLEXITY
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head, Predict
 from epmq_cli.families.tasks.language_model import LanguageModel
+from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import bar
 
 Scores = dict[str, dict[str, float]]
@@ -29,6 +32,11 @@ Scores = dict[str, dict[str, float]]
 
 ScoreCache = Callable[["ScoredTask", Callable[[], float]], float]
 """Returns a task's score from a cache, or else computes it by the function."""
+
+
+def compute(task: ScoredTask, make: Callable[[], float]) -> float:
+    """Computes the score, without a cache."""
+    return make()
 
 
 UNSCORED = Samples(())
@@ -54,7 +62,6 @@ class ScoredTask:
     length: int = 0
     classes: int | None = None
     processor: Path | None = None
-
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -68,7 +75,7 @@ class ScoredTask:
 
 
 def check_labelled(task: str, labels: Tensor) -> None:
-    """Raises DataError where samples have no labels, which data sets of the hub write as -1."""
+    """Raises DataError if no sample has a label, which hub data sets write as -1."""
     if len(labels) and bool((labels == UNLABELLED).all()):
         raise DataError(
             f"task {task}: its test samples have no labels, all are -1, as in the test splits of GLUE; give a split or "
@@ -77,7 +84,7 @@ def check_labelled(task: str, labels: Tensor) -> None:
 
 
 def check_samples(task: ScoredTask) -> None:
-    """Raises DataError where a task's metric cannot compare its predictions with its labels."""
+    """Raises DataError if the task's metric cannot compare predictions with labels."""
     labels, where = task.samples.labels, f"task {task.name}"
     if len(task.samples) == 0:
         raise DataError(f"{where} has no test samples to score on")
@@ -112,7 +119,7 @@ def check_samples(task: ScoredTask) -> None:
 
 
 def _check_varied(where: str, metric: str, labels: Tensor) -> None:
-    """Raises DataError where a correlation is undefined because all labels are equal."""
+    """Raises DataError if a correlation is undefined because all labels are equal."""
     if metric != "accuracy" and bool((labels == labels[0]).all()):
         raise DataError(
             f"{where}: {metric} needs labels that differ, and those of all {len(labels)} test samples are "
@@ -121,7 +128,7 @@ def _check_varied(where: str, metric: str, labels: Tensor) -> None:
 
 
 def _check_numbers(where: str, metric: str, outputs: int | None) -> None:
-    """Raises DataError where labels are numbers and the metric or the head is for classes."""
+    """Raises DataError if labels are numbers and the metric or the head is for classes."""
     if metric != "spearman":
         raise DataError(f"{where}: {metric} compares classes, and the labels of the data are numbers; use spearman")
     if outputs not in (None, 1):
@@ -131,72 +138,71 @@ def _check_numbers(where: str, metric: str, outputs: int | None) -> None:
         )
 
 
-def score(
-    family: Family,
-    model: nn.Module,
-    task: ScoredTask,
-    micro: MicroBatcher,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda count: None,
-) -> float:
-    """The value of the task's metric; `advance` is called with the number of finished samples."""
-    with torch.inference_mode():
-        language = family.tasks
+@dataclass(frozen=True)
+class Scorer:
+    """Scores models of a family on a device, by the options of `eval`."""
+
+    evaluation: schema.Evaluation
+    family: Family
+    device: torch.device
+
+    @cached_property
+    def micro(self) -> MicroBatcher:
+        """Chooses how many samples run through a model at a time."""
+        return MicroBatcher(
+            self.evaluation.batch_size,
+            "scoring",
+            "lower max_length of the suite's tasks, use a device with more memory, or device=cpu",
+        )
+
+    def scores(
+        self,
+        model: nn.Module,
+        tasks: Sequence[ScoredTask],
+        stage: str,
+        folder: Path,
+        score_cache: ScoreCache = compute,
+        before: Callable[[ScoredTask], None] = lambda task: None,
+    ) -> Scores:
+        """The scores by task name, under the stage's name: of the suite's tasks, or of tasks of lm-evaluation-harness.
+
+        `folder`: contains the tokenizer for the harness, which uses neither cache nor `before`. `before`: called before
+        each task whose score is computed.
+        """
+        if isinstance(self.evaluation, schema.Harness):
+            with distributed.single_process():
+                return {stage: harness_scores(model, folder, self.device, self.evaluation, self.micro)}
+
+        def computed(task: ScoredTask) -> float:
+            before(task)
+            return self.score(model, task, advance)
+
+        with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
+            return {stage: {task.name: score_cache(task, partial(computed, task)) for task in tasks}}
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None] = lambda count: None) -> float:
+        """The value of the task's metric. `advance`: called with the number of finished samples, or of windows."""
+        language = self.family.tasks
         if not isinstance(language, LanguageModel):
-            predictions, labels = predicted(model, task, micro, device, advance)
-            return MEASURES[task.metric](predictions, labels)
+            return MEASURES[task.metric](*self._predictions(model, task, advance))
 
         def losses(batch: Batch) -> Tensor:
-            return window_losses(lambda ids: language.token_logits(model, ids.to(device)), batch["ids"])
+            return window_losses(lambda ids: language.token_logits(model, ids.to(self.device)), batch["ids"])
 
         def losses_of(ids: Tensor) -> Tensor:
-            found = micro.rows(losses, {"ids": ids})
+            values = self.micro.rows(losses, {"ids": ids})
             advance(len(ids))
-            return found
+            return values
 
         ids: Tensor = task.samples.inputs[0]
-        return perplexity(losses_of, ids, task.length, task.length, micro.most)
+        return perplexity(losses_of, ids, task.length, task.length, self.micro.most)
 
-
-def predicted(
-    model: nn.Module, task: ScoredTask, micro: MicroBatcher, device: torch.device, advance: Callable[[int], None]
-) -> tuple[Tensor, Tensor]:
-    """The predictions for the test samples, and the labels, both (samples,) on the CPU."""
-    samples, found = task.samples.by_length(), []
-    for batch in batches(samples, task.collate, micro.most, device):
-        found.append(micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
-        advance(len(found[-1]))
-    assert samples.labels is not None
-    return torch.cat(found), samples.labels
-
-
-def micro_batcher(batch_size: int) -> MicroBatcher:
-    """The number of samples that are scored at a time."""
-    return MicroBatcher(
-        batch_size, "scoring", "lower max_length of the suite's tasks, use a device with more memory, or device=cpu"
-    )
-
-
-def compute(task: ScoredTask, make: Callable[[], float]) -> float:
-    """Computes the score, without a cache."""
-    return make()
-
-
-def scores(
-    family: Family,
-    model: nn.Module,
-    tasks: Sequence[ScoredTask],
-    micro: MicroBatcher,
-    device: torch.device,
-    stage: str,
-    before: Callable[[ScoredTask], None] = lambda task: None,
-    score_cache: ScoreCache = compute,
-) -> Scores:
-    """Scores by task name, under the stage's name; `before` is called before each task that is computed."""
-
-    def made(task: ScoredTask) -> float:
-        before(task)
-        return score(family, model, task, micro, device, advance)
-
-    with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
-        return {stage: {task.name: score_cache(task, partial(made, task)) for task in tasks}}
+    def _predictions(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        """The predictions for the test samples, and the labels, both (samples,) on the CPU."""
+        samples, predictions = task.samples.by_length(), []
+        for batch in batches(samples, task.collate, self.micro.most, self.device):
+            predictions.append(self.micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
+            advance(len(predictions[-1]))
+        assert samples.labels is not None
+        return torch.cat(predictions), samples.labels

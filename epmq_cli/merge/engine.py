@@ -24,7 +24,7 @@ from epmq_cli.merge.leftovers import (
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
-from epmq_cli.merge.source import PIECE, SHOWN, MergeSource
+from epmq_cli.merge.source import PIECE, SHOWN, MergeSource, NamedTensors
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
@@ -63,14 +63,14 @@ class SuiteModels:
         self.ties = _resolve(family, base, experts, whole)
         if whole:
             _check_complete(base)
-        names = {task: expert.merged for task, expert in experts.items()}
         misfits = {
             task: misfit(expert.folder, self.base, base.merged, family.tensor_names)
             for task, expert in experts.items()
             if not {*base.merged} <= {*expert.merged}
         }
+        named = {task: NamedTensors(self.experts[task], expert.merged) for task, expert in experts.items()}
         self.source = MergeSource(
-            self.base, base.merged, self.experts, names, suite.vocabulary, self.ties.written, misfits
+            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits
         )
         if family.reads == "texts":
             check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})

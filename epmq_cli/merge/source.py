@@ -21,27 +21,9 @@ SHOWN = 3  # differences that an error lists
 PIECE = 1 << 16  # elements: 256 KB in float32
 
 
-def _check_readable(base: ModelFolder, name: str, stored: str) -> None:
-    """ModelError where a tensor has a type of 8 bits or less, as quantized weights have; these cannot be merged."""
-    dtype = base.infos[stored].dtype
-    if dtype not in DTYPES and (dtype.startswith("F") or dtype in ("I8", "U8")):
-        raise ModelError(
-            f"{base.role}: {name} is of type {dtype}, and epmq merges {', '.join(DTYPES)}; save the model in one of "
-            "these types"
-        )
-
-
-def _most(infos: Iterable[TensorInfo]) -> torch.dtype:
-    """The type of most elements; of two types with as many elements, the wider one."""
-    counts: Counter[str] = Counter()
-    for info in infos:
-        counts[info.dtype] += prod(info.shape)
-    return DTYPES[max(counts, key=lambda name: (counts[name], DTYPES[name].itemsize))]
-
-
 @dataclass(frozen=True)
 class ExpertTensors(Mapping[str, Tensor]):
-    """The experts' tensors of one name, by task. A tensor is read each time the mapping is asked for it."""
+    """The experts' tensors of one name, by task. A tensor is read each time it is looked up."""
 
     source: MergeSource
     name: str
@@ -56,11 +38,33 @@ class ExpertTensors(Mapping[str, Tensor]):
         return len(self.source.tasks)
 
 
-class MergeSource:
-    """Base and experts of one suite under common tensor names.
+@dataclass(frozen=True)
+class NamedTensors:
+    """The tensors to merge of a model folder. `names` maps their common names to those in the files."""
 
-    `base_names` and `expert_names[task]` map the common name of every tensor to merge to the name in the files. Names
-    or shapes that differ from the base's raise a ModelError before anything is computed.
+    folder: ModelFolder
+    names: Mapping[str, str]
+
+    def info(self, name: str) -> TensorInfo:
+        """The stored type and shape of a tensor."""
+        return self.folder.infos[self.names[name]]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, as stored."""
+        return self.folder.tensor(self.names[name])
+
+    def main_dtype(self, names: Iterable[str]) -> torch.dtype:
+        """The type of most elements of these tensors; of two types with as many elements, the wider one."""
+        counts: Counter[str] = Counter()
+        for info in map(self.info, names):
+            counts[info.dtype] += prod(info.shape)
+        return DTYPES[max(counts, key=lambda dtype: (counts[dtype], DTYPES[dtype].itemsize))]
+
+
+class MergeSource:
+    """Base and experts of one suite, the latter by task, under common tensor names.
+
+    Names or shapes that differ from the base's raise a ModelError before anything is computed.
 
     `vocabulary`: with `pad`, tensors over the vocabulary (see `vocabulary.py`) may differ in rows; with `same` they may
     not. Padded tensors have as many rows as the longest one: an expert takes the rows that it lacks from the base, and
@@ -70,43 +74,37 @@ class MergeSource:
 
     def __init__(
         self,
-        base: ModelFolder,
-        base_names: dict[str, str],
-        experts: dict[str, ModelFolder],
-        expert_names: dict[str, dict[str, str]],
+        base: NamedTensors,
+        experts: Mapping[str, NamedTensors],
         vocabulary: str = "same",
         written: Mapping[str, str] | None = None,
         misfits: Mapping[str, str] | None = None,
     ) -> None:
-        self._base = base
-        self._base_names = base_names
-        self._experts = experts
-        self._expert_names = expert_names
-        self._vocabulary = vocabulary
+        self._base, self._experts, self._vocabulary = base, experts, vocabulary
         self._written = written or {}
         self._misfits = misfits or {}
         self._added: dict[str, Tensor] = {}
         self.padded: dict[str, int] = {}
         """The tensors over the vocabulary whose rows differ between models, and the rows that they get."""
-        for name, stored in base_names.items():
-            _check_readable(base, name, stored)
+        for name in base.names:
+            _check_readable(base, name)
         for task in experts:
             self._check_same(task)
-        self.names = [name for name, stored in base_names.items() if base.infos[stored].dtype in DTYPES]
+        self.names = [name for name in base.names if base.info(name).dtype in DTYPES]
 
     def base(self, name: str) -> Tensor:
-        """The base's tensor in float32; ModelError where it holds a NaN or an infinity."""
+        """The base's tensor in float32. ModelError if it contains NaN or infinity."""
         tensor = self._own(None, name)
         lacks = name in self.padded and len(tensor) < self.padded[name]
         return torch.cat([tensor, self._rows_added(name)]) if lacks else tensor
 
     def expert(self, task: str, name: str) -> Tensor:
-        """The tensor of a task's expert in float32; ModelError where it holds a NaN or an infinity."""
+        """The tensor of a task's expert in float32. ModelError if it contains NaN or infinity."""
         tensor = self._own(task, name)
         return torch.cat([tensor, self.base(name)[len(tensor) :]]) if name in self.padded else tensor
 
     def experts(self, name: str) -> Mapping[str, Tensor]:
-        """The experts' tensors of one name, by task, each read when it is asked for."""
+        """The experts' tensors of one name, by task. A tensor is read each time it is looked up."""
         return ExpertTensors(self, name)
 
     def model(self, task: str) -> Iterator[tuple[str, Tensor]]:
@@ -114,50 +112,46 @@ class MergeSource:
         return ((name, self.expert(task, name)) for name in self.names)
 
     def pieces(self, name: str) -> list[PieceReader]:
-        """A reader for each run of up to `PIECE` elements, so that all work on a piece stays in the processor's
-        cache."""
+        """A reader for each run of up to `PIECE` elements, which fits into the processor's cache."""
         models = [None, *self._experts]
         if name in self.padded:
             whole = [self.base(name) if task is None else self.expert(task, name) for task in models]
         else:
-            whole = [self._stored(task, name) for task in models]
+            whole = [self._model(task).tensor(name) for task in models]
         split = zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True)
         return [partial(self._piece, name, number * PIECE, parts) for number, parts in enumerate(split)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""
-        shape = self._base_info(name).shape
+        shape = self._base.info(name).shape
         return (self.padded[name], *shape[1:]) if name in self.padded else shape
 
     def is_over_vocabulary(self, name: str) -> bool:
         """Whether a tensor is a matrix with a row for each token, as embeddings and output layers are."""
-        shape = self._base_info(name).shape
-        return len(shape) == 2 and (name in self.padded or shape[0] == vocabulary_of(self._base.config))
+        shape = self._base.info(name).shape
+        return len(shape) == 2 and (name in self.padded or shape[0] == vocabulary_of(self._base.folder.config))
 
     def stored_name(self, name: str) -> str:
         """The name of a tensor in the result's files: the base's, unless the tensor gets another one."""
-        return self._written.get(name, self._base_names[name])
+        return self._written.get(name, self._base.names[name])
 
     def read_name(self, name: str) -> str:
         """The name, in the base's files, of the tensor that has its values."""
-        return self._base_names[name]
+        return self._base.names[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which the base stores a tensor."""
-        return DTYPES[self._base_info(name).dtype]
+        return DTYPES[self._base.info(name).dtype]
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The type in which the base stores most of the merged elements."""
-        return _most([self._base_info(name) for name in self.names])
+        return self._base.main_dtype(self.names)
 
     @property
     def wider(self) -> dict[str, torch.dtype]:
         """The tasks whose experts store most of their elements in a wider type than the base, and these types."""
-        mains = {
-            task: _most([folder.infos[self._expert_names[task][name]] for name in self.names])
-            for task, folder in self._experts.items()
-        }
+        mains = {task: expert.main_dtype(self.names) for task, expert in self._experts.items()}
         return {task: dtype for task, dtype in mains.items() if dtype.itemsize > self.main_dtype.itemsize}
 
     @property
@@ -167,16 +161,17 @@ class MergeSource:
 
     @property
     def vocabulary_size(self) -> int | None:
-        """The rows of the tensors over the vocabulary, where that is more than the base has."""
-        larger = [rows for name, rows in self.padded.items() if rows > self._base_info(name).shape[0]]
+        """The rows of the tensors over the vocabulary; None if the base has as many."""
+        larger = [rows for name, rows in self.padded.items() if rows > self._base.info(name).shape[0]]
         return max(larger, default=None)
 
-    def _base_info(self, name: str) -> TensorInfo:
-        return self._base.infos[self._base_names[name]]
+    def _model(self, task: str | None) -> NamedTensors:
+        """A task's expert, or the base."""
+        return self._base if task is None else self._experts[task]
 
     def _own(self, task: str | None, name: str) -> Tensor:
-        """The tensor of an expert, or of the base, with the rows that are stored, in float32."""
-        return self._checked(task, name, self._stored(task, name).float())
+        """The stored rows of a tensor of an expert, or of the base, in float32."""
+        return self._checked(task, name, self._model(task).tensor(name).float())
 
     def _piece(self, name: str, offset: int, parts: tuple[Tensor, ...]) -> Piece:
         base = self._checked(None, name, parts[0].float())
@@ -185,51 +180,58 @@ class MergeSource:
         }
         return Piece(name, offset, base, experts)
 
-    def _stored(self, task: str | None, name: str) -> Tensor:
-        if task is None:
-            return self._base.tensor(self._base_names[name])
-        return self._experts[task].tensor(self._expert_names[task][name])
-
     def _checked(self, task: str | None, name: str, tensor: Tensor) -> Tensor:
-        """The tensor itself; ModelError where it holds a NaN or an infinity."""
+        """The tensor itself. ModelError if it contains NaN or infinity."""
         if not is_finite(tensor):
-            role = self._base.role if task is None else self._experts[task].role
+            role = self._model(task).folder.role
             raise ModelError(f"{role}: {name} holds a NaN or an infinity; train or fetch the model again")
         return tensor
 
     def _rows_added(self, name: str) -> Tensor:
-        """The rows that the base lacks of a tensor over the vocabulary: the mean of those experts that have them."""
+        """The rows that the base lacks in a tensor over the vocabulary: the mean of the experts that have them."""
         if name not in self._added:
-            start = self._base_info(name).shape[0]
+            start = self._base.info(name).shape[0]
             self._added[name] = mean_rows([self._own(task, name)[start:] for task in self._experts])
         return self._added[name]
 
     def _check_same(self, task: str) -> None:
-        folder, names = self._experts[task], self._expert_names[task]
-        found, types = list[str](), list[str]()
-        for name in self._base_names:
-            info = self._base_info(name)
-            expert = folder.infos[names[name]] if name in names else None
-            if expert is None:
-                found.append(f"{name} is missing from the expert")
-            elif info.dtype in DTYPES and expert.dtype not in DTYPES:
-                types.append(f"{name} is of type {expert.dtype} in the expert and {info.dtype} in the base")
-            elif expert.shape != info.shape:
-                over = is_over_vocabulary(info, self._base.config, expert, folder.config)
+        base, expert = self._base, self._experts[task]
+        differences, types = list[str](), list[str]()
+        for name in base.names:
+            info = base.info(name)
+            own = expert.info(name) if name in expert.names else None
+            if own is None:
+                differences.append(f"{name} is missing from the expert")
+            elif info.dtype in DTYPES and own.dtype not in DTYPES:
+                types.append(f"{name} is of type {own.dtype} in the expert and {info.dtype} in the base")
+            elif own.shape != info.shape:
+                over = is_over_vocabulary(info, base.folder.config, own, expert.folder.config)
                 if over and self._vocabulary == "pad":
-                    self.padded[name] = max(self.padded.get(name, 0), expert.shape[0], info.shape[0])
+                    self.padded[name] = max(self.padded.get(name, 0), own.shape[0], info.shape[0])
                     continue
                 hint = " (suite.vocabulary=pad fills the rows that either lacks)" if over else ""
-                found.append(f"{name} is {list(expert.shape)} in the expert and {list(info.shape)} in the base{hint}")
-        found += [f"{name} is missing from the base" for name in names if name not in self._base_names]
-        way = "give an expert that was fine-tuned from this base and saved with save_pretrained"
-        if types and not found:
-            way = f"save the expert in one of {', '.join(DTYPES)}"
-        found += types
-        if found:
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            told = f"{self._misfits[task]}; " if task in self._misfits else ""
+                differences.append(
+                    f"{name} is {list(own.shape)} in the expert and {list(info.shape)} in the base{hint}"
+                )
+        differences += [f"{name} is missing from the base" for name in expert.names if name not in base.names]
+        remedy = "give an expert that was fine-tuned from this base and saved with save_pretrained"
+        if types and not differences:
+            remedy = f"save the expert in one of {', '.join(DTYPES)}"
+        differences += types
+        if differences:
+            more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+            reason = f"{self._misfits[task]}; " if task in self._misfits else ""
             raise ModelError(
-                f"expert of task {task} ({folder.path}) does not fit the base ({self._base.path}): "
-                f"{told}{'; '.join(found[:SHOWN])}{more}; {way}"
+                f"expert of task {task} ({expert.folder.path}) does not fit the base ({base.folder.path}): "
+                f"{reason}{'; '.join(differences[:SHOWN])}{more}; {remedy}"
             )
+
+
+def _check_readable(base: NamedTensors, name: str) -> None:
+    """ModelError if a tensor has a type of 8 bits or less, as quantized weights have. These cannot be merged."""
+    dtype = base.info(name).dtype
+    if dtype not in DTYPES and (dtype.startswith("F") or dtype in ("I8", "U8")):
+        raise ModelError(
+            f"{base.folder.role}: {name} is of type {dtype}, and epmq merges {', '.join(DTYPES)}; save the model in "
+            "one of these types"
+        )

@@ -1,8 +1,8 @@
-"""Steps whose results runs share: scores of base, experts and merge, the merge itself, and the experts' outputs on the
-calibration batches. They are read from the cache, or computed and written to it.
+"""Caches the results that runs share: scores of base, experts and merge, the merge itself, and the experts' outputs on
+the calibration batches.
 
-A key holds all that a result depends on (keys.py). Classes that are not epmq's have no such key, and
-lm-evaluation-harness reads its own data: with these nothing is cached.
+A key contains everything that a result depends on (keys.py). Results of classes outside of epmq, and of
+lm-evaluation-harness, which reads its own data, are not cached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import SafetensorsFiles
-from epmq_cli.pipeline.calibration import ExpertOutputs
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.keys import environment, hash_model, hash_samples, scores_key
 from epmq_cli.runtime import distributed
@@ -37,8 +36,11 @@ from epmq_cli.store.cache import Cache, FileHashes, cache_folder
 from epmq_cli.store.hashing import hash_tensors
 from epmq_cli.store.safetensors_writer import Entry, of
 
+ExpertOutputs = tuple[list[Batch], Tensor | None]
+"""A task's calibration batches with its expert's answers, and the expert's features if heads are solved."""
+
 IN_OTHER_PARTS = ("data", "expert", "heads", "name", "processor")
-"""Fields of a task that do not count by themselves: its samples, files and heads do."""
+"""Fields of a task that are not part of a key. Its samples, files and heads are."""
 
 
 def open_cache(size: object) -> Cache | None:
@@ -51,8 +53,10 @@ def open_cache(size: object) -> Cache | None:
 
 
 class CachedSteps:
-    """The cached steps of a job; without a cache (None) every result is computed. The models' files are hashed at once,
-    right after they were opened, and again before an entry is written."""
+    """The cached steps of a job. Without a cache (None) every result is computed.
+
+    The models' files are hashed right after they are opened, and again before an entry is written.
+    """
 
     def __init__(self, cache: Cache | None, job: Job, models: SuiteModels, dtype: torch.dtype) -> None:
         self._cache, self._job, self._models, self._dtype = cache, job, models, dtype
@@ -74,21 +78,21 @@ class CachedSteps:
         return None if self._cache is None else {"found": self._cache.found, "made": self._cache.made}
 
     def scores_key(self, tasks: Sequence[ScoredTask]) -> str | None:
-        """A name for the scores of the job's evaluation on the test samples as they are now."""
+        """A hash of the job's evaluation and of the test samples. None if they cannot be hashed."""
         return scores_key(self._job.evaluation, [self._samples(task) for task in tasks])
 
     def score_cache(self, stage: str) -> ScoreCache:
-        """Gives a task's scores of a stage: base, experts or merged."""
+        """Caches the scores of a stage: base, experts or merged."""
         if self._cache is None or isinstance(self._job.evaluation, Harness):
             return compute
         return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
     def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
-        """The merged model, with its tensors read from the cache if that has space for them. One of several processes
-        is enough to fill it, and the base is on disk already.
+        """The merged model. Its tensors are read from the cache if they fit. Of several processes, only the main one
+        uses the cache. `merge=none` does not, because the base is on disk.
 
-        `data`: the measurements of the experts, if the method needs them. Several processes measure together, so none
-        of them reads the cache then.
+        `data`: the measurements of the experts, if the method needs them. Several processes measure together; then none
+        of them uses the cache.
         """
         make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
         alone = distributed.world_size() == 1 if data is not None else distributed.is_main()
@@ -98,19 +102,20 @@ class CachedSteps:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
-        return make() if path is None else KeptMerge(self._models.source, path, self._dtype)
+        return make() if path is None else CachedMerge(self._models.source, path, self._dtype)
 
-    def taught(
+    def teacher_outputs(
         self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], ExpertOutputs]
     ) -> ExpertOutputs:
-        """The outputs of a task's expert on its batches, which `make` computes; with features or without."""
+        """The outputs of a task's expert on its batches, which `make` computes. `features`: whether they include the
+        features."""
         if self._cache is None:
             return make()
         make, drawn = once(make), [hash_tensors(batch) for batch in batches]
         key = self._key("taught", model=self._expert(task), batches=drawn, features=features)
-        path = self._cache.tensors(key, lambda: _taught_entries(make(), batches))
+        path = self._cache.tensors(key, lambda: _output_entries(make(), batches))
         try:
-            return make() if path is None else _taught(load_file(path), batches, self._job.device)
+            return make() if path is None else _outputs(load_file(path), batches, self._job.device)
         except (FileNotFoundError, SafetensorError):  # another run evicted it
             return make()
 
@@ -134,22 +139,22 @@ class CachedSteps:
         return {"kind": kind, "in": environment(self._job.device), **general, **parts}
 
     def _model(self, stage: str, task: str) -> dict[str, Any]:
-        """All that the model of a stage depends on."""
+        """Everything that the model of a stage depends on."""
         return {"base": self._base, "experts": self._expert(task), "merged": self._merge}[stage]
 
     @property
     def _base(self) -> dict[str, Any]:
-        """The base's files. If vocabularies are padded, its rows depend on the experts too."""
+        """The base's files. If vocabularies are padded, its rows also depend on the experts."""
         base, *experts = self.files.values()
         return {"base": base, "vocabulary": experts if self._models.source.padded else []}
 
     def _expert(self, task: str) -> dict[str, Any]:
-        """An expert's files, and the base's, which has the tensors that the expert lacks."""
+        """The files of an expert and of the base, which contains the tensors that the expert lacks."""
         return {**self._base, "expert": self.files[f"expert of {task}"]}
 
     @property
     def _merge(self) -> dict[str, Any]:
-        base, *experts = self.files.values()  # their order counts, because sums are rounded on the way
+        base, *experts = self.files.values()  # their order matters, because sums are rounded
         method = self._job.merge
         kind = {"merge": type(method).__qualname__, "options": vars(method), **self._measured}
         return {"base": base, "experts": experts, **kind}
@@ -165,22 +170,22 @@ class CachedSteps:
         }
 
     def _fields(self, name: str) -> dict[str, Any]:
-        """A task's own fields, without those that count by their contents."""
+        """A task's fields that are part of a key."""
         task = next(task for task in self._job.suite.members if task.name == name)
         return {key: value for key, value in vars(task).items() if key not in IN_OTHER_PARTS}
 
 
-class KeptMerge(LazyMerge):
-    """A merged model that was computed before: its tensors are in a file, rounded to `dtype`."""
+class CachedMerge(LazyMerge):
+    """A merged model in a file of the cache, with tensors of type `dtype`."""
 
     def __init__(self, source: MergeSource, path: Path, dtype: torch.dtype) -> None:
         self.source, self.dtype = source, dtype
-        self._kept = SafetensorsFiles(path, "merge")
+        self._files = SafetensorsFiles(path, "merge")
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, in the file's type."""
         assert dtype == self.dtype
-        return self._kept.tensor(name)
+        return self._files.tensor(name)
 
 
 def _measured_on(data: ExpertMeasurements, needs: frozenset[Need]) -> dict[str, Any]:
@@ -200,9 +205,9 @@ def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[En
     return [Entry(name, dtype, source.shape(name), partial(stored, name)) for name in source.names]
 
 
-def _taught_entries(taught: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
-    """The features, and the entries of each batch that were added after it was drawn."""
-    batches, features = taught
+def _output_entries(outputs: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
+    """The features, and the tensors that the expert added to each batch."""
+    batches, features = outputs
     entries = [] if features is None else [of("features", features)]
     for index, (batch, before) in enumerate(zip(batches, drawn, strict=True)):
         added = {name: tensor for name, tensor in batch.items() if before.get(name) is not tensor}
@@ -210,7 +215,7 @@ def _taught_entries(taught: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry
     return entries
 
 
-def _taught(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> ExpertOutputs:
+def _outputs(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> ExpertOutputs:
     batches = [dict(batch) for batch in drawn]
     features = tensors.pop("features", None)
     for key, tensor in tensors.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +18,23 @@ from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
+from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
+from epmq_cli.calibrate.walk import Batches
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, split
-from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.cached_steps import ExpertOutputs
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.runtime import distributed, memory
-
-Batches = Mapping[str, Sequence[Batch]]
-ExpertOutputs = tuple[list[Batch], Tensor | None]
-"""A task's calibration batches with its expert's answers, and the expert's features if heads are solved."""
-TeacherCache = Callable[[str, Sequence[Batch], bool, Callable[[], ExpertOutputs]], ExpertOutputs]
-"""Returns the expert's outputs on a task's batches, with or without features, from the cache or the function."""
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
 
@@ -63,31 +59,20 @@ class CalibrationResult:
     choice: Choice | None
 
 
-def run_teachers(
-    job: Job,
-    model: nn.Module,
-    source: MergeSource,
-    drawn: Batches,
-    state: RunProgress | None = None,
-    teacher_cache: TeacherCache | None = None,
-    micro: MicroBatcher | None = None,
-) -> TeacherOutputs:
-    """Runs each expert on the calibration batches of its task.
-
-    Overwrites the model's merged tensors. `state`: stores finished results.
-    """
-    attempt = (micro or micro_batcher(job)).run
-    calibration, features_by_task = dict(drawn), {}
+def run_teachers(context: RunContext, model: nn.Module, source: MergeSource, drawn: Batches) -> TeacherOutputs:
+    """Runs each expert on the calibration batches of its task. Overwrites the model's merged tensors."""
+    job, cache = context.job, context.cache
+    batches_by_task, features_by_task = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
-            compute = partial(attempt, partial(_expert_outputs, job, model, source, task, batches))
-            outputs = partial(teacher_cache, task, batches, solves_heads(job), compute) if teacher_cache else compute
+            compute = partial(context.micro.run, partial(_expert_outputs, job, model, source, task, batches))
+            outputs = partial(cache.teacher_outputs, task, batches, solves_heads(job), compute) if cache else compute
             new_tensors = partial(_new_tensors, batches, outputs)
-            tensors = (state or RunProgress()).tensors(f"taught-{number}", job.device, new_tensors)
-            calibration[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
+            tensors = context.progress.tensors(f"taught-{number}", job.device, new_tensors)
+            batches_by_task[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
                 features_by_task[task] = tensors[FEATURES]
-    return TeacherOutputs(calibration, features_by_task)
+    return TeacherOutputs(batches_by_task, features_by_task)
 
 
 @torch.inference_mode()
@@ -121,78 +106,41 @@ def features(family: Family, model: nn.Module, batches: Sequence[Batch], samples
 
 
 def calibrate(
-    job: Job,
-    model: nn.Module,
-    calibration: Batches,
-    tasks: Sequence[ScoredTask],
-    merged: LazyMerge,
-    folder: Path | None = None,
-    state: RunProgress | None = None,
-    micro: MicroBatcher | None = None,
+    context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], merged: LazyMerge
 ) -> CalibrationResult:
     """Calibrates and quantizes the merged model, whose tensors are replaced by the results.
 
-    Activations that exceed `calib.memory`, less the bytes of samples and moments, go to files in the folder, by default
-    the system's temporary folder. `state`: stores finished results; after an out-of-memory error the walk resumes from
-    them. `micro`: chooses how many samples run through the model at a time; a smaller micro-batch also gets a smaller
-    share of `calib.memory`.
+    Activations that exceed `calib.memory`, less the bytes of samples and moments, go to files in the run folder. After
+    an out-of-memory error, the walk resumes from the progress with a smaller micro-batch and an equally smaller share
+    of `calib.memory`.
     """
-    reference, dtype, kept, micro = (
-        references(job, model, merged),
-        merged.dtype,
-        state or RunProgress(),
-        micro or micro_batcher(job),
-    )
-    budget = bytes_of("calib.memory", job.calib.memory) / distributed.world_size() - reserved_bytes(
-        job, model, calibration
-    )
-    taken = memory.taken if job.device.type == "cpu" else lambda: 0
+    job, micro = context.job, context.micro
+    student = Student(model, job.family, references(job, model, merged), job.guidance, merged.dtype)
+    share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
+    budget = share - reserved_bytes(job, model, batches)
+    process_bytes = memory.taken if job.device.type == "cpu" else lambda: 0
 
     def walks(samples: int) -> CalibrationResult:
         with (
-            ActivationStore(budget * samples / micro.most, folder, taken) as store,
+            ActivationStore(budget * samples / micro.most, context.folder, process_bytes) as store,
             torch.inference_mode(),
             batch_invariant(model),
         ):
-            rest = (reference, dtype, store, kept, samples)
-            choice = tune_guidance(job, model, calibration, tasks, *rest) if job.guidance.open else None
-            guidance = choice.guidance if choice else job.guidance
-            return CalibrationResult(
-                run_passes(
-                    model,
-                    job.family,
-                    calibration,
-                    reference,
-                    guidance,
-                    job.quantizer,
-                    dtype,
-                    store,
-                    kept.of_walk,
-                    samples,
-                ),
-                guidance,
-                choice,
-            )
+            choice, guidance = None, job.guidance
+            if guidance.open:
+                choice = tune_guidance(student, batches, tasks, store, context.progress, samples)
+                guidance = choice.guidance
+            guided = replace(student, guidance=guidance)
+            walk = run_passes(guided, batches, job.quantizer, store, context.progress.of_walk, samples)
+            return CalibrationResult(walk, guidance, choice)
 
-    return micro.run(walks, lambda: reference.restore(model))
+    return micro.run(walks, lambda: student.reference.restore(model))
 
 
-def micro_batcher(job: Job) -> MicroBatcher:
-    """Starts with whole calibration batches. With several processes it does not retry, because they would have to halve
-    the micro-batch together."""
-    return MicroBatcher(
-        min(job.calib.batch_size, job.calib.samples),
-        "calibration",
-        "lower max_length of the suite's tasks or calib.memory, use a device with more memory, or device=cpu with "
-        "calib.student=disk",
-        retries=distributed.world_size() == 1,
-    )
-
-
-def reserved_bytes(job: Job, model: nn.Module, calibration: Batches) -> int:
+def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
     """The bytes of calibration that cannot go to files: the samples and, for the widest linear, the moments of one task
     and of all tasks, the factor, its inverse and workspace."""
-    samples = [tensor for group in calibration.values() for batch in group for tensor in batch.values()]
+    samples = [tensor for group in batches.values() for batch in group for tensor in batch.values()]
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
     return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
@@ -206,38 +154,38 @@ def references(job: Job, model: nn.Module, merged: LazyMerge) -> ReferenceWeight
 
 
 def tune_guidance(
-    job: Job,
-    model: nn.Module,
-    calibration: Batches,
+    student: Student,
+    batches: Batches,
     tasks: Sequence[ScoredTask],
-    reference: ReferenceWeights,
-    dtype: torch.dtype,
     store: ActivationStore | None = None,
-    state: RunProgress | None = None,
+    progress: RunProgress | None = None,
     samples: int = ALL,
 ) -> Choice:
-    """Chooses the `auto` options of guidance, and restores the model afterwards. `state`: stores finished trials.
-    `samples`: how many samples run through the model at a time."""
-    kept = state or RunProgress()
-    fitted, holdout = holdout_split(calibration)
+    """Chooses the `auto` options of the student's guidance, and restores the model afterwards.
+
+    `progress` stores finished trials. `store`, `samples`: see Walk.
+    """
+    model, family, reference, progress = student.model, student.family, student.reference, progress or RunProgress()
+    fitted, holdout = holdout_split(batches)
+
+    def logits(task: ScoredTask) -> Tensor:
+        return family.logits(model, features(family, model, holdout[task.name], samples), task.head)
+
     teacher_logits = {}
     for task in tasks:
         copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        teacher_logits[task.name] = job.family.logits(
-            model, features(job.family, model, holdout[task.name], samples), task.head
-        )
+        teacher_logits[task.name] = logits(task)
 
     def error(guidance: Guidance) -> float:
         reference.restore(model)
-        part = kept.part(_trial(guidance))
-        run_passes(model, job.family, fitted, reference, guidance, NoQuantizer(), dtype, store, part.of_walk, samples)
+        walks = progress.part(_trial(guidance)).of_walk
+        run_passes(replace(student, guidance=guidance), fitted, NoQuantizer(), store, walks, samples)
         total = 0.0
         for task in tasks:
-            own = job.family.logits(model, features(job.family, model, holdout[task.name], samples), task.head)
-            total += guidance.factor(task.name) * relative_error(own, teacher_logits[task.name], distributed)
+            total += guidance.factor(task.name) * relative_error(logits(task), teacher_logits[task.name], distributed)
         return total / sum(guidance.factor(task.name) for task in tasks)
 
-    choice = choose(job.guidance, lambda guidance: kept.finished(_trial(guidance), lambda: error(guidance)))
+    choice = choose(student.guidance, lambda guidance: progress.finished(_trial(guidance), lambda: error(guidance)))
     reference.restore(model)
     return choice
 
@@ -253,18 +201,12 @@ def solves_heads(job: Job) -> bool:
 
 
 def solve_heads(
-    job: Job,
-    model: nn.Module,
-    teachers: TeacherOutputs,
-    tasks: Sequence[ScoredTask],
-    guidance: Guidance,
-    micro: MicroBatcher | None = None,
+    context: RunContext, model: nn.Module, teachers: TeacherOutputs, tasks: Sequence[ScoredTask], guidance: Guidance
 ) -> list[ScoredTask]:
-    """Solves the tasks' heads for the quantized model; returns the tasks unchanged if heads are not solved. `micro`:
-    chooses how many samples run through the model at a time."""
-    if not solves_heads(job):
+    """Solves the tasks' heads for the quantized model. Returns the tasks unchanged if heads are not solved."""
+    if not solves_heads(context.job):
         return list(tasks)
-    return (micro or micro_batcher(job)).run(partial(_solve_heads, job, model, teachers, tasks, guidance))
+    return context.micro.run(partial(_solve_heads, context.job, model, teachers, tasks, guidance))
 
 
 def _solve_heads(

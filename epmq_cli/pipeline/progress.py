@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from epmq_cli.calibrate.progress import Account, WalkProgress, not_taken, write_tensors
+from epmq_cli.calibrate.progress import Account, WalkProgress
+from epmq_cli.calibrate.progress_file import write_error, write_tensors
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.keys import differences, short
 from epmq_cli.runtime import distributed
@@ -34,16 +35,16 @@ Value = TypeVar("Value")
 
 
 class RunProgress:
-    """The progress of a run, or of a part of it, in a folder; nothing is kept if that is None.
+    """The progress of a run, or of a part of it, in a folder. Without a folder nothing is stored.
 
-    The first of several processes reads and writes; the others follow it.
+    Of several processes, the main one reads and writes, and broadcasts to the others.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
     def part(self, name: str | None) -> RunProgress:
-        """The progress of a part; nothing of it is kept if it has no name."""
+        """The progress of a part. A part without a name is not stored."""
         return RunProgress(None if self._folder is None or name is None else self._folder / name)
 
     def of_walk(self, name: str, account: Account | None = None) -> WalkProgress:
@@ -55,20 +56,20 @@ class RunProgress:
         if self._folder is None:
             return make()
         path = self._folder / f"{name}.json"
-        there: list[Value] = [_read(path)] if distributed.is_main() and path.is_file() else []
-        for value in distributed.broadcast(there):
+        values: list[Value] = [_read(path)] if distributed.is_main() and path.is_file() else []
+        for value in distributed.broadcast(values):
             return value
-        made = make()
+        value = make()
         if distributed.is_main():
-            _write(path, made)
-        return made
+            _write(path, value)
+        return value
 
     def finished(self, name: str, make: Callable[[], Value]) -> Value:
-        """`value` of a part; the part's own progress is removed once the value is known."""
-        found = self.value(name, make)
+        """The `value` of a part. The part's own progress is removed afterwards."""
+        value = self.value(name, make)
         if self._folder is not None and distributed.is_main():
             remove(self._folder / name)
-        return found
+        return value
 
     def tensors(self, name: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors that `make` returns, or returned in an earlier process of the same rank, on the device."""
@@ -77,17 +78,17 @@ class RunProgress:
         path = self._folder / f"{name}-{distributed.rank()}.safetensors"
         if path.is_file():
             try:
-                found: dict[str, Tensor] = load_file(path, device=str(device))
+                tensors: dict[str, Tensor] = load_file(path, device=str(device))
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, error) from error
-            return found
-        made = make()
-        write_tensors(path, made, None)
-        return made
+            return tensors
+        tensors = make()
+        write_tensors(path, tensors, None)
+        return tensors
 
     @property
     def starts(self) -> int:
-        """How many times the run was started before: by one process, or by one group of processes."""
+        """How many times the run was started before, by one process or by one group of processes."""
         return self._counted(STARTS) if self._folder else 0
 
     def count(self, name: str) -> int:
@@ -102,23 +103,23 @@ class RunProgress:
     def _counted(self, name: str) -> int:
         assert self._folder is not None
         path = self._folder / f"{name}.json"
-        found = _read(path)
-        if not isinstance(found, int):
+        count = _read(path)
+        if not isinstance(count, int):
             raise _damaged(path, "not a number")
-        return found
+        return count
 
     def has(self, file: str) -> bool:
         """Whether a file of this name exists."""
         return self._folder is not None and (self._folder / file).is_file()
 
     def begin_packing(self) -> None:
-        """Call it before the checkpoint is written: a checkpoint in the folder then counts as this run's."""
+        """Marks a checkpoint in the folder as this run's. Call it before the checkpoint is written."""
         self.value(PACKING, lambda: True)
 
 
 def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgress:
-    """The progress of the run with this identity, new or continued; always new if `resume` is never. Every process must
-    call this, with the first one's identity."""
+    """The progress of the run with this identity: an earlier process's, or new. `resume=never` always starts a new one.
+    Every process must call this, with the main process's identity."""
     place = folder / FOLDER / short(identity)
     if len(set(distributed.all_gather(short(identity.get("config"))))) > 1:
         raise RunError("the processes of this run have different configs; start all of them with the same command")
@@ -127,8 +128,8 @@ def opened(folder: Path, identity: Mapping[str, Any], resume: str) -> RunProgres
             for path in (folder / FOLDER).glob("*/"):
                 remove(path)
         _announce(folder, place, identity)
-        known = RunProgress(place)
-        known.keep_count(STARTS, known.starts + 1 if known.has(IDENTITY) else 0)
+        progress = RunProgress(place)
+        progress.keep_count(STARTS, progress.starts + 1 if progress.has(IDENTITY) else 0)
         _write(place / IDENTITY, identity)
     place = Path(distributed.broadcast(str(place.resolve())))
     if not all(distributed.all_gather(place.is_dir())):
@@ -145,11 +146,11 @@ def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
         say(f"{folder} was interrupted; the run continues after the last finished block")
         return
     for other in sorted((folder / FOLDER).glob(f"*/{IDENTITY}")):
-        named = list(differences(_identity(other), identity))
-        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        changes = list(differences(_identity(other), identity))
+        more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         say(
-            f"{folder} holds an interrupted run that differs ({', '.join(named[:SHOWN])}{more}); this run starts from "
-            "the beginning"
+            f"{folder} holds an interrupted run that differs ({', '.join(changes[:SHOWN])}{more}); this run starts "
+            "from the beginning"
         )
 
 
@@ -158,19 +159,20 @@ def close(folder: Path) -> None:
     remove(folder / FOLDER)
 
 
-def refuse_results(folder: Path, state: RunProgress | None = None) -> None:
-    """`refuse_used`, except for the checkpoint of this run, or of any unfinished run if `state` is not known yet."""
+def refuse_results(folder: Path, progress: RunProgress | None = None) -> None:
+    """Refuses a folder with results, except for the checkpoint of this run; if `progress` is not open yet, of any
+    unfinished run."""
     mark = f"{PACKING}.json"
-    own = any((folder / FOLDER).glob(f"*/{mark}")) if state is None else state.has(mark)
+    own = any((folder / FOLDER).glob(f"*/{mark}")) if progress is None else progress.has(mark)
     if distributed.is_main():
         refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
 
 
 def _identity(path: Path) -> Mapping[str, Any]:
-    found = _read(path)
-    if not isinstance(found, dict):
+    identity = _read(path)
+    if not isinstance(identity, dict):
         raise _damaged(path, "not a JSON object")
-    return found
+    return identity
 
 
 def _read(path: Path) -> Any:
@@ -191,4 +193,4 @@ def _write(path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content) + "\n")
     except OSError as error:
-        raise not_taken(path, error) from error
+        raise write_error(path, error) from error

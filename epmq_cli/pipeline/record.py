@@ -63,7 +63,6 @@ def texts(
             average_bits(walk),
             job.exporter,
             type(model).__name__,
-            __version__,
             {task: place(task) for task in processors},
         ),
     }

@@ -25,7 +25,7 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import exact
 from epmq_cli.pipeline.preflight import check_lengths, check_scoring
-from epmq_cli.pipeline.scored_tasks import scored_task
+from epmq_cli.pipeline.scored_tasks import EvaluationData
 from epmq_cli.pipeline.task_processors import saved_processors
 from epmq_cli.runtime.paths import read_regular
 
@@ -103,14 +103,13 @@ def ready(
     check_scoring(suite, family, evaluation, scored)
     check_lengths(suite, family, checkpoint)
     heads, record = read_heads(checkpoint, suite, family, device), read_record(checkpoint)
-    count, seed = evaluation.samples if scored else 0, recorded_seed(record)
+    data = EvaluationData(family, checkpoint, evaluation.samples if scored else 0, recorded_seed(record))
     processors = saved_processors(checkpoint, record, list(heads))
     tasks = []
     for task in suite.members:
         head = heads[task.name]
         names = recorded_classes(record, task, family, head)
-        own = processors.get(task.name)
-        tasks.append(scored_task(family, checkpoint, task, head, names, count, seed, own))
+        tasks.append(data.scored_task(task, head, names, processors.get(task.name)))
     return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
 
 

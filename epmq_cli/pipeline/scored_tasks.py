@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,48 +38,52 @@ def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scor
         return None
 
 
-def scored_task(
-    family: Family,
-    folder: Path,
-    task: Task,
-    head: Head,
-    names: tuple[str, ...] | None,
-    count: int | None,
-    seed: int,
-    processor: Processor | None = None,
-) -> ScoredTask:
-    """A task with test samples, ready to be scored.
+@dataclass(frozen=True)
+class EvaluationData:
+    """Reads the test samples of tasks.
 
-    `count`: how many test samples are drawn, stratified by class: None for all, 0 for a task that is not scored.
-    `folder` contains the model's config and, unless `processor` is given, the tokenizer or image processor. `names`:
-    the class names of the head.
-
-    Labels are in the order of the head. If the data orders the classes differently, labels are mapped by class name.
+    `folder`: contains the model's config and the base's tokenizer or image processor. `count`: how many test samples
+    are drawn, stratified by class; None for all, 0 if tasks are not scored. `seed` determines which.
     """
-    samples = UNSCORED if count == 0 else evaluation_samples(task, count, seed)
-    check_inputs(family, task.name, samples.inputs)
-    if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
-        samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
-    if samples.labels is not None and not samples.labels.is_floating_point():
-        check_labelled(task.name, samples.labels)
-        heading = Heading(task.name, names, len(head["weight"]) if "weight" in head else None, family.heads == "own")
-        matched = in_order_of_head(samples, heading, task)
-        if matched.said:
-            say(f"task {task.name}: {matched.said}")
-        samples = translated(samples, matched.order, heading)
-    collate, predict = family.collate(folder, task, processor), family.predict(folder, task, processor)
-    return ScoredTask(
-        name=task.name,
-        samples=samples,
-        collate=collate,
-        head=head,
-        predict=predict,
-        metric=task.metric,
-        length=task.max_length,
-        classes=len(task.classes) if task.classes else None,
-        processor=processor.folder if processor else None,
-        names=names,
-    )
+
+    family: Family
+    folder: Path
+    count: int | None
+    seed: int
+
+    def scored_task(
+        self, task: Task, head: Head, names: tuple[str, ...] | None, processor: Processor | None = None
+    ) -> ScoredTask:
+        """A task with test samples, ready to be scored.
+
+        `names`: the class names of the head. `processor`: the task's own tokenizer or image processor. Labels are in
+        the order of the head. If the data order the classes differently, labels are mapped by class name.
+        """
+        family, folder = self.family, self.folder
+        samples = UNSCORED if self.count == 0 else evaluation_samples(task, self.count, self.seed)
+        check_inputs(family, task.name, samples.inputs)
+        if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
+            samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
+        if samples.labels is not None and not samples.labels.is_floating_point():
+            check_labelled(task.name, samples.labels)
+            outputs = len(head["weight"]) if "weight" in head else None
+            heading = Heading(task.name, names, outputs, family.heads == "own")
+            matched = in_order_of_head(samples, heading, task)
+            if matched.said:
+                say(f"task {task.name}: {matched.said}")
+            samples = translated(samples, matched.order, heading)
+        return ScoredTask(
+            name=task.name,
+            samples=samples,
+            collate=family.collate(folder, task, processor),
+            head=head,
+            predict=family.predict(folder, task, processor),
+            metric=task.metric,
+            length=task.max_length,
+            classes=len(task.classes) if task.classes else None,
+            processor=processor.folder if processor else None,
+            names=names,
+        )
 
 
 def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch
-from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.sampling import batches, draw, sequences
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
-from epmq_cli.evaluate.lm_eval import harness_scores
-from epmq_cli.evaluate.score import ScoreCache, ScoredTask, Scores, compute, micro_batcher, scores
+from epmq_cli.evaluate.score import ScoredTask, Scores
 from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
@@ -32,6 +30,7 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import (
     check_described,
@@ -42,7 +41,7 @@ from epmq_cli.pipeline.preflight import (
     linear_shapes,
     rounded,
 )
-from epmq_cli.pipeline.scored_tasks import head_names, scored_task, scores_samples
+from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names, scores_samples
 from epmq_cli.pipeline.task_processors import Processors
 from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
@@ -63,10 +62,9 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
     place = Disk(folder) if job.calib.student == "disk" else job.device
-    read = (
-        dtype if dtype == models.source.main_dtype else torch.float32
-    )  # the config may name a narrower type than the files have
-    model = fit_source(load_model(job.family, models.base.path, place, read), models)
+    # float32 unless the files have this type: the config may name a narrower one
+    opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
+    model = fit_source(load_model(job.family, models.base.path, place, opened_dtype), models)
     check_parts(model, job.family)
     check_described(model, job.family, models)
     own = model.state_dict().items()
@@ -79,15 +77,16 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
 
 
 def merge_data(
-    job: Job, model: nn.Module, source: MergeSource, batches: Batches, tasks: Sequence[ScoredTask], micro: MicroBatcher
+    context: RunContext, model: nn.Module, source: MergeSource, batches: Batches, tasks: Sequence[ScoredTask]
 ) -> ExpertMeasurements | None:
     """The data on which the merge method measures the experts: calibration batches with the experts' answers, and the
     heads of the tasks. None if the method needs no data. Measuring may overwrite the model's merged tensors."""
+    job = context.job
     if not job.merge.needs:
         return None
     memory = schema.bytes_of("calib.memory", job.calib.memory) // distributed.world_size()
     heads = {task.name: task.head for task in tasks}
-    return ExpertMeasurements(model, job.family, source, batches, heads, micro, memory)
+    return ExpertMeasurements(model, job.family, source, batches, heads, context.micro, memory)
 
 
 def prepare_tasks(
@@ -97,15 +96,15 @@ def prepare_tasks(
     `processors`: the result of `task_processors`."""
     prepared, family = [], job.family
     scored = scores_samples(job.evaluation)
+    data = EvaluationData(family, models.base.path, job.evaluation.samples if scored else 0, job.seed)
     for task in track(job.suite.members, "read tasks"):
         expert = models.experts[task.name]
         with torch.inference_mode():
             head = family.head(base_model, models.base.path, task, expert, job.device)
         if scored and family.heads == "own":
             check_single_label(expert, task.name)
-        names, own = head_names(family, models, task, head, scored), (processors or {}).get(task.name)
-        count = job.evaluation.samples if scored else 0
-        prepared.append(scored_task(family, models.base.path, task, head, names, count, job.seed, own))
+        names = head_names(family, models, task, head, scored)
+        prepared.append(data.scored_task(task, head, names, (processors or {}).get(task.name)))
     return prepared
 
 
@@ -137,42 +136,6 @@ def _tokens(family: Family, folder: Path, task: Task, processor: Processor | Non
     return family.tasks.tokens(folder, documents, processor)
 
 
-def score(
-    job: Job,
-    model: nn.Module,
-    tasks: list[ScoredTask],
-    stage: str,
-    folder: Path,
-    score_cache: ScoreCache = compute,
-    micro: MicroBatcher | None = None,
-) -> Scores:
-    """The scores of one stage; empty if the stage is not in `eval.stages`. `folder` contains the processor."""
-    if stage not in job.evaluation.stages or not distributed.is_main():
-        return {}
-    return stage_scores(job.evaluation, job.family, model, tasks, job.device, stage, folder, score_cache, micro)
-
-
-def stage_scores(
-    evaluation: schema.Evaluation,
-    family: Family,
-    model: nn.Module,
-    tasks: list[ScoredTask],
-    device: torch.device,
-    stage: str,
-    folder: Path,
-    score_cache: ScoreCache = compute,
-    micro: MicroBatcher | None = None,
-) -> Scores:
-    """Scores a model on the suite's tasks, or on tasks of lm-evaluation-harness. `micro`: chooses how many samples run
-    through the model at a time."""
-    micro = micro or micro_batcher(evaluation.batch_size)
-    if not isinstance(evaluation, schema.Harness):
-        return scores(family, model, tasks, micro, device, stage, score_cache=score_cache)
-    options = (evaluation.tasks, evaluation.include_path, evaluation.shots, evaluation.samples)
-    with distributed.single_process():
-        return {stage: harness_scores(model, folder, device, *options, micro)}
-
-
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed."""
     with distributed.single_process():
@@ -181,23 +144,22 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kern
         return load(checkpoint, str(device), kernel, torch.float32)
 
 
-def score_parts(
-    job: Job,
-    model: nn.Module,
-    models: SuiteModels,
-    tasks: list[ScoredTask],
-    score_cache: Callable[[str], ScoreCache] = lambda stage: compute,
-    micro: MicroBatcher | None = None,
-) -> Scores:
+def score(context: RunContext, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:
+    """The scores of one stage; empty if `eval.stages` lacks it. Only the main process scores. `folder` contains the
+    tokenizer."""
+    if stage not in context.job.evaluation.stages or not distributed.is_main():
+        return {}
+    return context.scorer.scores(model, tasks, stage, folder, context.score_cache(stage))
+
+
+def score_parts(context: RunContext, model: nn.Module, models: SuiteModels, tasks: list[ScoredTask]) -> Scores:
     """Scores the stages `base` and `experts`, each expert on its own task. May overwrite the model's merged tensors."""
 
     def become_expert(task: ScoredTask) -> None:
         copy_into(model, models.source.model(task.name))
 
-    micro = micro or micro_batcher(job.evaluation.batch_size)
-    by_stage = score(job, model, tasks, "base", models.base.path, score_cache("base"), micro)
-    if "experts" in job.evaluation.stages and distributed.is_main():
-        by_stage |= scores(
-            job.family, model, tasks, micro, job.device, "experts", become_expert, score_cache("experts")
-        )
+    folder, stage = models.base.path, "experts"
+    by_stage = score(context, model, tasks, "base", folder)
+    if stage in context.job.evaluation.stages and distributed.is_main():
+        by_stage |= context.scorer.scores(model, tasks, stage, folder, context.score_cache(stage), become_expert)
     return by_stage

@@ -25,9 +25,9 @@ from epmq_cli.checkpoint.task_heads import head_problems
 from epmq_cli.checkpoint.write import RECORD, heads_file
 from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import CheckpointError
+from epmq_cli.evaluate.score import Scorer
 from epmq_cli.families import AUTO, claiming, family_of
 from epmq_cli.models.model_folder import SafetensorsFiles, read_json
-from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.reload import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 from epmq_cli.runtime.paths import read_regular
 
@@ -108,7 +108,7 @@ def score_problems(checkpoint: Path, device: torch.device, root: str | None) -> 
     recorded, evaluation = _run_scores(checkpoint.resolve().parent / METRICS)
     suite = checkpoint_suite(checkpoint, None, root)
     family, model, tasks = ready(checkpoint, suite, evaluation, device)
-    scores = steps.stage_scores(evaluation, family, model, tasks, device, STAGE, checkpoint)[STAGE]
+    scores = Scorer(evaluation, family, device).scores(model, tasks, STAGE, checkpoint)[STAGE]
     names = dict.fromkeys([*recorded, *scores])
     pairs = {name: (recorded.get(name), scores.get(name)) for name in names}
     return [f"{name} scores {new}, {METRICS} has {old}" for name, (old, new) in pairs.items() if not _same(old, new)]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.student import Student
-from epmq_cli.calibrate.walk import _Walk
+from epmq_cli.calibrate.walk import Walk as Engine
 from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
 from tests.hubs import Walk, config, walk
@@ -68,12 +67,7 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    engine = _Walk(
-        Student(model, job.family, reference, job.guidance, dtype),
-        batches,
-        lambda _: NoQuantizer(),
-        ActivationStore(math.inf),
-    )
+    engine = Engine(Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer())
     seen: list[Tensor] = []
     section = engine._section
 
@@ -152,7 +146,7 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     turned = dict(reversed(batches.items()))
-    guide.calibrate(job, model, turned, [], merged)
+    guide.calibrate(RunContext.of(job), model, turned, [], merged)
     for part, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state(forward)[part], rtol=1e-3, atol=1e-4)
 

@@ -16,6 +16,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements, expected_squares
 from epmq_cli.data.batching import Batch, split
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import config
 from tests.minihub import build
@@ -29,8 +30,9 @@ def measurements(hub: Path, *overrides: str) -> ExpertMeasurements:
     job = make_job(config(hub, "merge=regmean", *FEW, *overrides))
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
-    batches = guide.run_teachers(job, model, models.source, steps.calibration_batches(job, models.base.path)).batches
-    found = steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
+    context, drawn = RunContext.of(job), steps.calibration_batches(job, models.base.path)
+    batches = guide.run_teachers(context, model, models.source, drawn).batches
+    found = steps.merge_data(context, model, models.source, batches, tasks)
     assert found is not None
     return found
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.passes import run_passes
-from epmq_cli.calibrate.walk import walk
+from epmq_cli.calibrate.student import Student
+from epmq_cli.calibrate.walk import Walk
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
@@ -29,15 +30,15 @@ def test_each_sweep_is_a_walk_anchored_at_the_one_before_and_the_last_alone_is_q
     merged = LazyMerge(models.source, job.merge, dtype)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()} | dict(merged)
     copy_into(model, start)
-    reference = guide.references(job, model, merged)
+    student = Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
     with torch.inference_mode():
-        found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype)
+        found = run_passes(student, batches, job.quantizer)
         swept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         copy_into(model, start)
-        given, results = job.guidance, []
+        results = []
         for quantizer in (NoQuantizer(), NoQuantizer(), job.quantizer):
-            results.append(walk(model, job.family, batches, reference, given, lambda _, q=quantizer: q, dtype))
-            given = replace(given, rho=1)
+            results.append(Walk(student, batches, lambda _, q=quantizer: q).run())
+            student = replace(student, guidance=replace(student.guidance, rho=1))
     assert all(torch.equal(tensor, swept[name]) for name, tensor in model.state_dict().items())
     assert found.records == results[-1].records
     assert all(math.isfinite(record.loss) for record in found.records)

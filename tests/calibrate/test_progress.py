@@ -1,4 +1,4 @@
-"""Oracles: the walk that was journalled, to the last bit, and the same walk in memory."""
+"""Oracle: the same walk in memory, to the last bit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from epmq_cli.calibrate.passes import run_passes
-from epmq_cli.calibrate.progress import LazyWeights, WalkProgress, WalkResult
+from epmq_cli.calibrate.progress import WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
+from epmq_cli.calibrate.weight_sink import WeightSink
 from epmq_cli.errors import RunError
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
@@ -31,16 +32,16 @@ OPTIONS = {
 }
 
 
-def walked(hub: Path, state: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
-    """What a walk of the miniature BERT finds, and the student's tensors after it."""
+def walked(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
+    """The result of a walk of the miniature BERT, and the student's tensors after it."""
     job = make_job(config(hub, "guidance=feature", *options))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
-    reference = guide.references(job, model, merged)
-    found = run_passes(model, job.family, batches, reference, job.guidance, job.quantizer, dtype, None, state.of_walk)
-    return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student = Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
+    result = run_passes(student, batches, job.quantizer, progress_for=progress.of_walk)
+    return result, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(
@@ -67,7 +68,8 @@ def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
     options = OPTIONS[kind]
     memory = walked(bert_hub, RunProgress(), *options)
     files = walked(bert_hub, RunProgress(tmp_path), *options)
-    assert isinstance(files[0].weights, LazyWeights)
+    assert list(memory[0].weights.in_memory()) == list(memory[0].weights)
+    assert not files[0].weights.in_memory()
     assert_same(files, memory)
     again = walked(bert_hub, RunProgress(tmp_path), *options)  # every entry is there
     assert_same(again, memory)
@@ -80,9 +82,9 @@ def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
 
 
 def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: Path) -> None:
-    """Where the system says that the tensor lies: in the file."""
-    found, _ = walked(bert_hub, RunProgress(tmp_path))
-    weight = next(iter(found.weights.values()))
+    """The system maps the tensor's address to the file."""
+    result, _ = walked(bert_hub, RunProgress(tmp_path))
+    weight = next(iter(result.weights.values()))
     assert isinstance(weight, QuantizedWeight)
     address, maps = weight.codes.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
     spans = [(line, *(int(end, 16) for end in line.split()[0].split("-"))) for line in maps]
@@ -97,12 +99,12 @@ def test_a_damaged_entry_ends_in_a_sentence(bert_hub: Path, tmp_path: Path) -> N
         walked(bert_hub, RunProgress(tmp_path))
 
 
-def test_a_journal_in_memory_knows_nothing(bert_hub: Path) -> None:
+def test_progress_without_a_folder_restores_nothing(bert_hub: Path) -> None:
     job = make_job(config(bert_hub))
     models, model, dtype = steps.open_models(job)
     merged = LazyMerge(models.source, job.merge, dtype)
     student = Student(model, job.family, guide.references(job, model, merged), replace(job.guidance), dtype)
-    journal = WalkProgress()
-    journal.write("0000", student)
-    assert not journal.restore("0000", student)
-    assert not journal.restore_all(["0000"], student)
+    progress, result = WalkProgress(), WalkResult(WeightSink(), [])
+    progress.write("0000", student, result)
+    assert not progress.restore("0000", student, result)
+    assert not progress.restore_all(["0000"], student, result)

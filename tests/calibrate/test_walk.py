@@ -14,6 +14,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.hubs import Walk, config, walk
 
@@ -123,7 +124,7 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
     batches = steps.calibration_batches(job, models.base.path)
     batches["second"][0]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"the inputs of vision_model.encoder.layers.0.self_attn.q_proj hold NaN"):
-        guide.calibrate(job, model, batches, [], LazyMerge(models.source, job.merge, dtype))
+        guide.calibrate(RunContext.of(job), model, batches, [], LazyMerge(models.source, job.merge, dtype))
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])

@@ -25,7 +25,7 @@ SHOWN = (
 def card(name: str, source: str) -> str:
     entry = {"expert": source, "data": Table("a.tsv", "b.tsv")}
     suite = Suite(name=name, family="bert", base=source, tasks={name: entry})
-    return model_card(suite, ("ties", "feature", "gptq"), (), None, exporter_of("compressed_tensors"), "BertModel", "1")
+    return model_card(suite, ("ties", "feature", "gptq"), (), None, exporter_of("compressed_tensors"), "BertModel")
 
 
 def test_plain_names_stay_as_they_are() -> None:

@@ -199,7 +199,8 @@ def test_classes_of_prompts_are_matched_with_class_folders(clip_hub: Path, tmp_p
         data = ImageFolder(str(tmp_path / "train"), str(tmp_path / "test"), labels)
         task = Task("t", "expert", data, classes=classes, templates=("a {}",))
         head = {"weight": torch.eye(3)}
-        found = scored_tasks.scored_task(family_of("clip"), clip_hub / "base", task, head, classes, None, 0).samples
+        data_of_clip = scored_tasks.EvaluationData(family_of("clip"), clip_hub / "base", None, 0)
+        found = data_of_clip.scored_task(task, head, classes).samples
         assert found.labels is not None
         assert found.labels.tolist() == [image.getpixel((0, 0))[0] for image in found.inputs]
         assert found.classes == classes

@@ -28,6 +28,18 @@ def test_files_and_functions_are_short() -> None:
     assert (long, longer) == ([], [])
 
 
+def test_parameter_lists_are_short() -> None:
+    """Kernels take their matrices one by one."""
+    long = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and path.relative_to(PACKAGE).parts[0] != "quantize":
+                count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+                if count > 7:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []
+
+
 def test_every_module_is_in_a_layer() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (contract, *_) = config["tool"]["importlinter"]["contracts"]

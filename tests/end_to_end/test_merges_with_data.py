@@ -15,6 +15,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.pipeline import cached_steps, steps
 from epmq_cli.pipeline import calibration as guide
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.store.cache import Cache
 from tests.hubs import config, run_in
@@ -34,8 +35,9 @@ def measured(hub: Path, *overrides: str) -> tuple[Job, SuiteModels, ExpertMeasur
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
     drawn = steps.calibration_batches(job, models.base.path)
-    batches = guide.run_teachers(job, model, models.source, drawn).batches
-    return job, models, steps.merge_data(job, model, models.source, batches, tasks, guide.micro_batcher(job))
+    context = RunContext.of(job)
+    batches = guide.run_teachers(context, model, models.source, drawn).batches
+    return job, models, steps.merge_data(context, model, models.source, batches, tasks)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("t5", "regmean"), ("llama", "regmean"), ("deberta", "fisher")])

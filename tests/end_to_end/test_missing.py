@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import epmq_cli.runtime.jit
+from epmq_cli.config.schema import Harness
 from epmq_cli.data.hub import Hub
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.table import Table
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
-from epmq_cli.evaluate.score import micro_batcher
 from epmq_cli.pipeline import keys
 from epmq_cli.report import stage_timer
 from epmq_cli.runtime import memory
@@ -44,8 +45,10 @@ def test_parquet_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_harness_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    evaluation = Harness(1, 1, (), "dequantize", ["x"], None, None)
+    micro = MicroBatcher(1, "scoring", "lower eval.batch_size")
     with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness; install it with pip install 'epmq-cli\[lm_e"):
-        harness_scores(torch.nn.Linear(1, 1), tmp_path, torch.device("cpu"), ["x"], None, None, 1, micro_batcher(1))
+        harness_scores(torch.nn.Linear(1, 1), tmp_path, torch.device("cpu"), evaluation, micro)
 
 
 def test_without_proc_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

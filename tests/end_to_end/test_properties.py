@@ -20,7 +20,7 @@ from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import MergeMethod
-from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo
@@ -141,9 +141,9 @@ def merged(merge: MergeMethod, models: list[Model], piece: int = 1 << 18) -> Ten
     held = [Held({f"w{i}": torch.tensor(row) for i, row in enumerate(model)}) for model in models]
     folders = [ModelFolder(Path(f"m{i}"), f"m{i}", {}, tensors) for i, tensors in enumerate(held)]
     names = {name: name for name in held[0].infos}
-    experts = {folder.role: folder for folder in folders[1:]}
+    base, *experts = (NamedTensors(folder, names) for folder in folders)
     with patch("epmq_cli.merge.source.PIECE", piece), patch("epmq_cli.merge.engine.PIECE", piece):
-        source = MergeSource(folders[0], names, experts, dict.fromkeys(experts, names))
+        source = MergeSource(base, {expert.folder.role: expert for expert in experts})
         return torch.cat([tensor for _, tensor in LazyMerge(source, merge, torch.float32)])
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from epmq_cli.config.schema import Harness
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.lm_eval import chosen, harness_scores
-from epmq_cli.evaluate.score import micro_batcher
 from tests.minihub import decoder_hub
 
 TASK = """task: mini
@@ -43,12 +45,19 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def scores(model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None) -> dict[str, float]:
+    """The harness's scores on tasks of the hub."""
+    options = {"stages": (), "kernel": "dequantize", "shots": None, "include_path": str(hub / "tasks")}
+    evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, **options)
+    return harness_scores(model, hub / "base", CPU, evaluation, MicroBatcher(4, "scoring", "lower eval.batch_size"))
+
+
 @pytest.mark.filterwarnings("ignore")  # the harness's own
 @pytest.mark.slow
 def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
-    found = harness_scores(model, hub / "base", CPU, ["mini"], str(hub / "tasks"), None, 6, micro_batcher(4))
+    found = scores(model, hub, ["mini"], 6)
     tokenizer, right = AutoTokenizer.from_pretrained(hub / "base"), 0
     for line in (hub / "rows.jsonl").read_text().splitlines()[:6]:
         row = json.loads(line)
@@ -63,7 +72,7 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
 def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(hub / "base")
     with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):
-        harness_scores(model, hub / "base", CPU, ["mimi"], str(hub / "tasks"), None, None, micro_batcher(4))
+        scores(model, hub, ["mimi"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -74,7 +83,7 @@ def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_ta
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
     model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
     asked = ["mini", "of_tagged", "like_*", "bare"]
-    found = harness_scores(model, hub / "base", CPU, asked, str(hub / "tasks"), None, None, micro_batcher(4))
+    found = scores(model, hub, asked)
     assert found == dict.fromkeys([f"{name}/acc" for name in NAMES], found["mini/acc"])
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from epmq_cli.config.schema import Evaluation
 from epmq_cli.data.images import Npz
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.metrics import MEASURES
-from epmq_cli.evaluate.score import ScoredTask, micro_batcher, score
+from epmq_cli.evaluate.score import ScoredTask, Scorer
 from epmq_cli.families.bert import BERT
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.family import Family
@@ -51,6 +52,11 @@ def reading_inputs(family: Family) -> Family:
     return found
 
 
+def scorer(family: Family, batch_size: int) -> Scorer:
+    evaluation = Evaluation(batch_size, None, (), "dequantize")
+    return Scorer(evaluation, reading_inputs(family), torch.device("cpu"))
+
+
 def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
     samples = Samples(inputs, torch.tensor(labels, dtype=torch.int64))
     predict = reading_inputs(CLIP).predict(Path(), Task("t", "expert", Npz("t.npz")))
@@ -61,7 +67,7 @@ def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
 def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
-    assert score(reading_inputs(CLIP), nn.Identity(), task, micro_batcher(batch_size), torch.device("cpu")) == 0.8
+    assert scorer(CLIP, batch_size).score(nn.Identity(), task) == 0.8
 
 
 @pytest.mark.parametrize("label", [3, -2])
@@ -82,7 +88,7 @@ def test_a_head_with_one_output_gives_a_number() -> None:
     head = {"weight": torch.tensor([[2.0]])}
     predict = reading_inputs(BERT).predict(Path(), task)
     scored = ScoredTask("t", Samples(labels[:, None].tolist(), labels), collate, head, predict, "spearman")
-    assert score(reading_inputs(BERT), nn.Identity(), scored, micro_batcher(3), torch.device("cpu")) == pytest.approx(1)
+    assert scorer(BERT, 3).score(nn.Identity(), scored) == pytest.approx(1)
 
 
 def collate(items: list[Any]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from epmq_cli.families.structure import MEAN, pooled
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration, steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.commands.test_merge import merged
 from tests.hubs import config, run_in
@@ -120,9 +121,10 @@ def test_a_solved_head_is_nearer_to_the_experts_logits_and_keeps_its_dense_layer
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
     drawn = steps.calibration_batches(job, models.base.path)
-    taught = calibration.run_teachers(job, model, models.source, drawn)
+    context = RunContext.of(job)
+    taught = calibration.run_teachers(context, model, models.source, drawn)
     copy_into(model, models.source.model("second"))
-    before, after = tasks[0], calibration.solve_heads(job, model, taught, tasks, job.guidance)[0]
+    before, after = tasks[0], calibration.solve_heads(context, model, taught, tasks, job.guidance)[0]
     assert before.head.keys() == after.head.keys()
     changed = {part for part in before.head if not torch.equal(before.head[part], after.head[part])}
     assert changed == {"weight", "bias"}

@@ -14,11 +14,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import epmq_cli.pipeline.calibration
 import epmq_cli.pipeline.steps
+from epmq_cli.evaluate.score import Scorer
 
 CALIBRATION = tuple((epmq_cli.pipeline.calibration, name) for name in ("run_teachers", "calibrate", "solve_heads"))
-SCORING = tuple((epmq_cli.pipeline.steps, name) for name in ("score_parts", "score", "stage_scores"))
+SCORES = (Scorer, "scores")
+SCORING = ((epmq_cli.pipeline.steps, "score_parts"), (epmq_cli.pipeline.steps, "score"), SCORES)
 Place = tuple[Any, str]
-"""A module and the name of a function in it."""
+"""A module or class, and the name of a function in it."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import epmq_cli.pipeline.calibration as guide
 import epmq_cli.pipeline.steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
-from tests.faults.device import Device, Place
+from tests.faults.device import SCORES, Device, Place
 from tests.faults.driver import files
 from tests.hubs import config, run_in
 from tests.minihub import build
@@ -24,13 +24,13 @@ Undisturbed = Callable[..., Path]
 OPTIONS = ("guidance=feature", "guidance.heads=always", "eval.samples=8")
 AUTO = ("guidance.rho=auto",)
 PLACES: dict[str, tuple[tuple[Place, ...], bool | None, tuple[str, ...]]] = {
-    "experts are asked": (((guide, "teach"),), None, ()),
+    "experts are asked": (((guide, "run_teachers"),), None, ()),
     "the student walks": (((guide, "calibrate"),), False, ()),
     "the teachers walk": (((guide, "calibrate"),), True, ()),
-    "options are chosen": (((guide, "settle"),), None, AUTO),
+    "options are chosen": (((guide, "tune_guidance"),), None, AUTO),
     "heads are solved": (((guide, "solve_heads"),), None, ()),
     "base and experts are scored": (((steps, "score_parts"),), None, ()),
-    "merge and checkpoint are scored": (((steps, "stage_scores"),), None, ()),
+    "merge and checkpoint are scored": ((SCORES,), None, ()),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import epmq_cli.calibrate.activations.store
-import epmq_cli.calibrate.progress
+import epmq_cli.calibrate.progress_file
 import epmq_cli.checkpoint.write
 import epmq_cli.pipeline.progress
 import epmq_cli.report.metrics_json
@@ -25,8 +25,8 @@ WRITES: dict[str, tuple[Any, str, int]] = {
     "first state": (epmq_cli.pipeline.progress, "write_text", 1),
     "scores": (epmq_cli.pipeline.progress, "write_text", 3),
     "what experts give": (epmq_cli.pipeline.progress, "write_tensors", 1),
-    "first section": (epmq_cli.calibrate.progress, "write_file", 3),
-    "last section": (epmq_cli.calibrate.progress, "write_file", 6),
+    "first section": (epmq_cli.calibrate.progress_file, "write_file", 3),
+    "last section": (epmq_cli.calibrate.progress_file, "write_file", 6),
     "activations": (epmq_cli.calibrate.activations.store, "_bytes", 1),
     "later activations": (epmq_cli.calibrate.activations.store, "_bytes", 20),
     "checkpoint": (epmq_cli.checkpoint.write, "write_model", 1),

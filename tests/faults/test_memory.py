@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import epmq_cli.pipeline.calibration as guide
-import epmq_cli.pipeline.steps as steps
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
 from epmq_cli.calibrate.activations.pausable_forward import PausableForward
 from epmq_cli.calibrate.activations.store import ActivationStore
@@ -23,9 +22,10 @@ from epmq_cli.calibrate.progress import WalkProgress
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import RunError
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.runtime import distributed
-from tests.faults.device import CALIBRATION, SCORING, Device
+from tests.faults.device import CALIBRATION, SCORES, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
 from tests.faults.test_processes import ended, start
@@ -108,7 +108,7 @@ def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewh
     )
     assert not (run / "checkpoint").exists()
     with (
-        Device(0).during((steps, "stage_scores")),
+        Device(0).during(SCORES),
         pytest.raises(RunError, match="not enough memory for scoring, even with one"),
     ):
         run_in(run, bert_hub, *OPTIONS)
@@ -164,7 +164,7 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
     checkpoint = run_in(tmp_path, bert_hub, "eval.samples=8")
     cfg = eval_config(checkpoint, "eval.samples=8")
     (tmp_path / "again").mkdir()
-    with Device(3).during((steps, "stage_scores")):
+    with Device(3).during(SCORES):
         evaluate(cfg, tmp_path / "again", [])
     found, wanted = measured(tmp_path / "again"), measured(tmp_path)
     assert found["events"] == {"eval_batches_halved": 2}
@@ -176,7 +176,7 @@ def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypa
     job = make_job(config(bert_hub))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
-        guide.micro_batcher(job).run(
+        RunContext.of(job).micro.run(
             lambda samples: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
         )
 
@@ -187,9 +187,10 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
     script.write_text(
         "import sys\n"
         "import epmq_cli.pipeline.calibration as guide\n"
-        "from epmq_cli import cli, ranks\n"
+        "from epmq_cli import cli\n"
+        "from epmq_cli.runtime import distributed\n"
         "from tests.faults.device import Device\n"
-        "if ranks.number() == 1:\n"
+        "if distributed.rank() == 1:\n"
         "    Device(2, after=40).enter((guide, 'calibrate'))\n"
         "sys.argv[0] = 'epmq'\n"
         "cli.main()\n"

@@ -13,7 +13,7 @@ from transformers import AutoModel, BertConfig, BertForSequenceClassification, B
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder
 from tests.conftest import TASKS, write_suite
 from tests.hubs import run_in
@@ -30,10 +30,12 @@ def model(folder: Path, rows: int, value: float, width: int = 2) -> ModelFolder:
 
 
 def source(folder: Path, vocabulary: str, **rows: int) -> MergeSource:
-    models = {name: model(folder / name, size, float(index)) for index, (name, size) in enumerate(rows.items())}
-    base = models.pop("base")
-    names = {name: name for name in base.infos}
-    return MergeSource(base, names, models, dict.fromkeys(models, names), vocabulary)
+    names = {name: name for name in ("embed", "bias", "w")}
+    models = {
+        name: NamedTensors(model(folder / name, size, float(index)), names)
+        for index, (name, size) in enumerate(rows.items())
+    }
+    return MergeSource(models.pop("base"), models, vocabulary)
 
 
 def test_missing_rows_come_from_the_base_and_the_bases_from_the_experts_that_have_them(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_the_refusal_names_the_option_where_it_would_help(tmp_path: Path) -> Non
     base, wide = model(tmp_path / "a", 3, 0.0), model(tmp_path / "b", 5, 0.0, width=4)
     names = {"embed": "embed"}
     with pytest.raises(ModelError, match=r"embed is \[5, 4\] in the expert and \[3, 2\] in the base; give an expert"):
-        MergeSource(base, names, {"x": wide}, {"x": names}, "pad")
+        MergeSource(NamedTensors(base, names), {"x": NamedTensors(wide, names)}, "pad")
 
 
 def test_a_suite_knows_both_ways_and_no_other() -> None:

@@ -242,7 +242,7 @@ def test_a_cached_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     models, _, dtype = steps.open_models(job)
     kept = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()
     made = LazyMerge(models.source, job.merge, dtype)
-    assert isinstance(kept, cached_steps.KeptMerge)
+    assert isinstance(kept, cached_steps.CachedMerge)
     for name, tensor in made:
         assert torch.equal(kept.tensor(name), tensor)
 

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel, CLIPModel, CLIPVisionModel
 
 from epmq_cli.calibrate.passes import run_passes
+from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import GRID, holdout_split
 from epmq_cli.checkpoint.task_heads import read_heads
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError, DataError
-from epmq_cli.evaluate.score import ScoredTask, micro_batcher, score
+from epmq_cli.evaluate.score import ScoredTask, Scorer
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.report.metrics_json import schema
@@ -54,7 +56,7 @@ def test_teachers_features_are_those_of_the_experts_themselves(name: str, reques
     hub = request.getfixturevalue(f"{name}_hub")
     job, models, model, _ = opened(hub, "guidance=feature", "guidance.heads=always")
     batches = steps.calibration_batches(job, models.base.path)
-    taught = guide.run_teachers(job, model, models.source, batches)
+    taught = guide.run_teachers(RunContext.of(job), model, models.source, batches)
     assert list(taught.features) == ["first", "second"]
     for task, features in taught.features.items():
         torch.testing.assert_close(features, expert_features(hub, task, batches[task]), rtol=1e-4, atol=1e-5)
@@ -64,7 +66,7 @@ def test_nothing_is_taught_where_nothing_asks_for_it(clip_hub: Path) -> None:
     job = make_job(config(clip_hub, "guidance=feature"))  # heads: own, and a CLIP has none of its own
     models, model, _ = steps.open_models(job)
     drawn = steps.calibration_batches(job, models.base.path)
-    assert guide.run_teachers(job, model, models.source, drawn) == guide.TeacherOutputs(drawn, {})
+    assert guide.run_teachers(RunContext.of(job), model, models.source, drawn) == guide.TeacherOutputs(drawn, {})
 
 
 @pytest.mark.parametrize(
@@ -85,10 +87,10 @@ def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
     assert guide.solves_heads(job) is solved
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.run_teachers(job, model, models.source, batches)
+    taught = guide.run_teachers(RunContext.of(job), model, models.source, batches)
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
-    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
+    found = guide.solve_heads(RunContext.of(job), model, taught, tasks, job.guidance)
     assert [task.name for task in found] == ["first", "second"]
     for before, after in zip(tasks, found, strict=True):
         assert before.head.keys() == after.head.keys()
@@ -105,8 +107,8 @@ def test_a_student_that_is_the_expert_keeps_its_head(bert_hub: Path) -> None:
     job, models, model, _ = opened(bert_hub, "guidance=feature", "~suite.tasks.second")
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.run_teachers(job, model, models.source, batches)  # leaves the one expert in the model
-    found = guide.solve_heads(job, model, taught, tasks, job.guidance)
+    taught = guide.run_teachers(RunContext.of(job), model, models.source, batches)  # leaves the one expert in the model
+    found = guide.solve_heads(RunContext.of(job), model, taught, tasks, job.guidance)
     assert all(torch.equal(found[0].head[part], tasks[0].head[part]) for part in ("weight", "bias"))
 
 
@@ -123,7 +125,8 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
     copy_into(model, merged)
     before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
     reference = guide.references(job, model, merged)
-    choice = guide.tune_guidance(job, model, batches, tasks, reference, dtype)
+    student = Student(model, job.family, reference, job.guidance, dtype)
+    choice = guide.tune_guidance(student, batches, tasks)
     assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
     assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
     least = min(choice.trials, key=lambda trial: trial["error"])
@@ -138,7 +141,7 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
     for task in tasks:
         with swapped_weights(model, {part: reference.expert(task.name, part) for part in models.source.names}):
             expected[task.name] = logits(task)
-    run_passes(model, job.family, fitted, reference, choice.guidance, NoQuantizer(), dtype)
+    run_passes(replace(student, guidance=choice.guidance), fitted, NoQuantizer())
     errors = []
     for task in tasks:
         got, wanted = logits(task), expected[task.name]
@@ -156,7 +159,7 @@ def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, re
     tasks = steps.prepare_tasks(job, model, models)
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
-    found = guide.calibrate(job, model, batches, tasks, merged)
+    found = guide.calibrate(RunContext.of(job), model, batches, tasks, merged)
     assert found.choice is not None
     assert max(trial["error"] for trial in found.choice.trials) < 1e-8
 
@@ -224,9 +227,8 @@ def test_solved_heads_are_what_epmq_eval_scores(
     for task in tasks:
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])
         again = replace(task, head=solved[task.name])
-        assert (
-            score(job.family, student, again, micro_batcher(8), torch.device("cpu")) == scores[task.name]["quantized"]
-        )
+        scorer = Scorer(job.evaluation, job.family, torch.device("cpu"))
+        assert scorer.score(student, again) == scores[task.name]["quantized"]
     result = epmq_inside("eval", str(checkpoint), "out=there")
     assert result.returncode == 0, result.stderr
     evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import CheckpointError, DataError, ModelError
-from epmq_cli.evaluate.score import micro_batcher, score
+from epmq_cli.evaluate.score import Scorer
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline import task_processors as own
@@ -142,7 +142,7 @@ def expert_score(found: Path, *overrides: str) -> float:
     )
     task = steps.prepare_tasks(job, model, models, processors)[0]
     copy_into(model, models.source.model("first"))
-    return score(job.family, model, task, micro_batcher(8), CPU)
+    return Scorer(job.evaluation, job.family, CPU).score(model, task)
 
 
 def chosen(found: Path, *overrides: str) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def test_an_experts_added_tokens_are_rows_of_the_padded_tables(hub: Hub, tmp_pat
     processors = chosen(found, "++suite.vocabulary=pad")
     task = steps.prepare_tasks(job, base, models, processors)[0]
     assert int(task.samples.inputs[0].max()) == rows
-    assert score(job.family, base, task, micro_batcher(8), CPU) > 0
+    assert Scorer(job.evaluation, job.family, CPU).score(base, task) > 0
 
 
 def test_an_adapters_folder_has_a_tokenizer_of_its_own(hub: Hub, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.open import open_base, open_expert
@@ -106,7 +106,7 @@ def test_tables_of_a_larger_vocabulary_are_the_adapters(
     adapted = get_peft_model(larger, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     expert, names = opened(tmp_path / "adapter", base), {name: name for name in base.infos}
-    source = MergeSource(base, names, {"x": expert}, {"x": names}, "pad")
+    source = MergeSource(NamedTensors(base, names), {"x": NamedTensors(expert, names)}, "pad")
     assert source.vocabulary_size == 22
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(source.expert("x", name), larger.state_dict()[name])
