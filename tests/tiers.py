@@ -20,6 +20,11 @@ def first(number: int, values: Iterable[Any]) -> list[Any]:
     return [value if index < number else slow(value) for index, value in enumerate(values)]
 
 
+def every(step: int, values: Iterable[Any]) -> list[Any]:
+    """The values of a list of cases: each `step`-th one runs by default, the others are slow."""
+    return [value if index % step == 0 else slow(value) for index, value in enumerate(values)]
+
+
 def only(names: Iterable[str], values: Iterable[Any]) -> list[Any]:
     """The values of a matrix: those with these names run by default, the others are slow."""
     fast = set(names)

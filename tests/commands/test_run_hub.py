@@ -14,6 +14,7 @@ pytest.importorskip("datasets", reason="needs the extra hub")
 TASKS = {"svhn": "first", "fer2013": "second", "cifar100": "first"}
 
 
+@pytest.mark.slow
 def test_shipped_tasks_run_from_a_mirror(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, tmp_path / "cache")
     mirror = image_mirror(tmp_path / "mirror", TASKS)

@@ -102,6 +102,7 @@ def hub(tmp_path: Path, names: list[str], **splits: list[int]) -> str:
     return str(tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_the_hubs_class_labels_are_named_and_rows_without_one_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,7 +4,8 @@ and of two ways to the same result on one GPU the bytes of the other.
 What rounding does was measured on the CPU, with noise of 1e-6 on what each linear gives, and on the stand-in, whose
 attention takes other operations: without a quantizer features of the checkpoint up to 2.3e-5 apart and losses by 1.4e-5
 of themselves; at 4 bits, where it tips integers that later blocks answer, up to 0.44 (of a random DeBERTa) and 7.5%,
-scores of the checkpoint by one sample of 30.
+scores of the checkpoint by one sample of 30. One H200 gave a random ModernBERT with the first token's readout a score
+4 samples of 30 from the CPU's.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ FAMILIES = (
 )
 TIPPED = {"deberta": 0.6, "distilbert": 0.6}
 """How far features may be apart where rounding tips more: 0.44 and 0.31 were found on the stand-in."""
+OTHERS = {"modernbert-cls": 6}
+"""How many of 30 samples may be told otherwise there."""
 EXACT: tuple[Any, ...] = (("int4", torch.float32), ("dequantize", torch.float32))
 WIDE = [(4, True, torch.float16, 300, 128), (4, False, torch.bfloat16, 5, 512), (3, True, torch.float16, 4, 513)]
 Runs = Callable[..., Path]
@@ -84,15 +87,22 @@ def tensors(folder: Path) -> dict[str, bytes]:
 
 
 def check_near(
-    found: Path, wanted: Path, scene: Scene, samples: int = 30, losses: float = 0.1, distance: float = 0.3
+    found: Path,
+    wanted: Path,
+    scene: Scene,
+    samples: int = 30,
+    losses: float = 0.1,
+    distance: float = 0.3,
+    others: int = 3,
 ) -> None:
     """That a run's checkpoint, which transformers loads, losses and scores (of so many samples) are those of another up
-    to rounding. `losses`: how far these may be off, relatively, and `distance`: the features of the checkpoints."""
+    to rounding. `losses`: how far these may be off, relatively, and `distance`: the features of the checkpoints;
+    `others`: how many samples the quantized model may tell otherwise."""
     own, other = measured(found), measured(wanted)  # which have the form of the schema
     for task, scores in other["scores"]["tasks"].items():
         for stage, score in scores.items():
-            rel, others = (0.02, 3) if stage == "quantized" else (1e-3, 1)
-            near = pytest.approx(score, rel=rel, abs=(others + 0.5) / samples)
+            rel, most = (0.02, others) if stage == "quantized" else (1e-3, 1)
+            near = pytest.approx(score, rel=rel, abs=(most + 0.5) / samples)
             assert own["scores"]["tasks"][task][stage] == near, (task, stage)
     assert [record["name"] for record in own["layers"]] == [record["name"] for record in other["layers"]]
     for mine, record in zip(own["layers"], other["layers"], strict=True):
@@ -151,7 +161,13 @@ def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_run_is_that_of_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
     check_place(runs(kind, OWN))
-    check_near(runs(kind, OWN), runs(kind, "device=cpu"), scene_of(hubs(kind)), distance=TIPPED.get(kind, 0.3))
+    check_near(
+        runs(kind, OWN),
+        runs(kind, "device=cpu"),
+        scene_of(hubs(kind)),
+        distance=TIPPED.get(kind, 0.3),
+        others=OTHERS.get(kind, 3),
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

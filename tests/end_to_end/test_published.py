@@ -133,6 +133,7 @@ def test_flan_t5_runs_on_glue_and_reloads(
     assert public.lm_head.weight.data_ptr() != public.shared.weight.data_ptr()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_scored_again_with_its_data_elsewhere(
     mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(hub / "base")
     with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):

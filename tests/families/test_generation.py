@@ -22,6 +22,7 @@ from tests.hubs import Scene, config, run_in
 from tests.minihub import Hub
 
 
+@pytest.mark.slow
 def test_epmq_eval_gives_the_scores_of_the_run(hub: Hub, tmp_path: Path) -> None:
     for kind in ("t5", "llama", "roberta"):
         folder = tmp_path / kind

@@ -70,6 +70,7 @@ def test_a_run_at_work_is_not_joined(bert_hub: Path, tmp_path: Path) -> None:
     assert not (left / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_the_job_that_was_interrupted(bert_hub: Path, tmp_path: Path) -> None:
     arguments = ("-m", *mini(bert_hub, "bits=2,3")[1:])
     assert command(tmp_path, "run", *arguments, hook=at_stage(8 + PACK))[0] == -signal.SIGKILL

@@ -113,4 +113,4 @@ def test_a_log_that_cannot_be_written(bert_hub: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "run.log").mkdir(parents=True)
     status, said = command(tmp_path, *mini(bert_hub, "out=run"))
     assert (status, one_sentence(said)) == (1, True), said
-    assert "run.log: Is a directory" in said
+    assert "run.log cannot be used (Is a directory)" in said
