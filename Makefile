@@ -8,7 +8,7 @@ PROCESSES ?= 1 2
 PIP_FLAGS ?= --quiet --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu test-standin coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,8 +48,10 @@ test-all: install ## all tests
 test-gpu: install ## the tests that need a GPU, the slow ones too; each says so and is skipped where there is none
 	$(BIN)/pytest -m gpu
 
-test-standin: install ## the tests that need a GPU, but for the slow ones, on a stand-in for it, which takes a C++ compiler
+standin: install ## compile the stand-in for a GPU, which takes a C++ compiler
 	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/python -c "import sitecustomize"
+
+test-standin: standin ## the tests that need a GPU, but for the slow ones, on a stand-in for it
 	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
 
 coverage: install ## the tests, but for the slow ones, and which lines and branches of the package they do not reach

@@ -11,6 +11,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks CUDA itself fo
 
 import atexit
 import copy
+import gc
 import logging
 import shutil
 import subprocess
@@ -51,6 +52,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     before = Counter(TRIED)
     yield
     item.user_properties.append(("tried", dict(TRIED - before)))
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what imports have made out of all later garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

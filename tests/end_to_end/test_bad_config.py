@@ -35,7 +35,7 @@ WRONG: dict[str, Any] = {
     "nan": float("nan"),
     "infinity": float("inf"),
 }
-QUICK = ["null", "text", "minus", "nan"]
+QUICK = ["null", "text", "minus"]
 ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", *ONE_LM, "eval.tasks=[x]"],

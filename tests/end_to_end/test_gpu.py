@@ -36,14 +36,12 @@ from tests.gpu import DEVICE, OWN, STANDIN
 from tests.hubs import Scene, eval_config, run_in
 from tests.minihub import KINDS, build
 from tests.quantize.kernels.test_select import CASES, compare, problem
+from tests.tiers import first, only
 
 pytestmark = pytest.mark.gpu
 
 OPTIONS = ("guidance=feature", "guidance.heads=always", "group_size=32")
-FAMILIES = (
-    *("bert", "clip", "t5", "llama"),
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("t5", "llama")),
-)
+FAMILIES = only(("bert", "t5"), ("bert", "clip", *KINDS))
 TIPPED = {"deberta": 0.6, "distilbert": 0.6}
 """How far features may be apart where rounding tips more: 0.44 and 0.31 were found on the stand-in."""
 OTHERS = {"modernbert-cls": 6}
@@ -176,7 +174,7 @@ def test_an_unquantized_run_is_nearer_to_that_of_the_cpu(kind: str, runs: Runs, 
     check_near(own, other, scene_of(hubs(kind)), losses=1e-3, distance=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip"])
+@pytest.mark.parametrize("kind", first(1, ["bert", "clip"]))
 def test_device_auto_is_the_gpu(kind: str, runs: Runs) -> None:
     check_place(runs(kind, "device=auto"))
     assert tensors(runs(kind, "device=auto")) == tensors(runs(kind, OWN))
@@ -190,8 +188,8 @@ def test_other_options_run_too(options: tuple[str, ...], runs: Runs) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip", "t5"])
-@pytest.mark.parametrize("memory", ["1KB", "400KB", "1MB"])
+@pytest.mark.parametrize("kind", first(1, ["bert", "clip", "t5"]))
+@pytest.mark.parametrize("memory", first(1, ["400KB", "1KB", "1MB"]))
 def test_activations_in_files_give_the_same_bytes(memory: str, kind: str, runs: Runs) -> None:
     spilled: list[torch.device] = []
     real = ActivationStore._spill
@@ -267,6 +265,6 @@ def test_the_int4_kernel_scores(runs: Runs, tmp_path: Path) -> None:
         assert scores["quantized"] == pytest.approx(dense, abs=3.5 / 30)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", first(1, ["bert", "llama"]))
 def test_epmq_verify_scores_the_same_again(kind: str, runs: Runs) -> None:
     verify(runs(kind, OWN) / "checkpoint", True, DEVICE, None)
