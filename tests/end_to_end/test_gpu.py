@@ -44,8 +44,8 @@ OPTIONS = ("guidance=feature", "guidance.heads=always", "group_size=32")
 FAMILIES = only(("bert", "t5"), ("bert", "clip", *KINDS))
 TIPPED = {"deberta": 0.6, "distilbert": 0.6}
 """How far features may be apart where rounding tips more: 0.44 and 0.31 were found on the stand-in."""
-OTHERS = {"modernbert-cls": 6}
-"""How many of 30 samples may be told otherwise there."""
+OTHERS, LOSSES = {"modernbert-cls": 6}, {"modernbert-cls": 0.2}
+"""How many of 30 samples may be told otherwise, and how far losses may be off: one H200 gave 4 samples and 10 %."""
 EXACT: tuple[Any, ...] = (("int4", torch.float32), ("dequantize", torch.float32))
 WIDE = [(4, True, torch.float16, 300, 128), (4, False, torch.bfloat16, 5, 512), (3, True, torch.float16, 4, 513)]
 Runs = Callable[..., Path]
@@ -165,6 +165,7 @@ def test_a_run_is_that_of_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Ca
         scene_of(hubs(kind)),
         distance=TIPPED.get(kind, 0.3),
         others=OTHERS.get(kind, 3),
+        losses=LOSSES.get(kind, 0.1),
     )
 
 
