@@ -36,9 +36,6 @@ from epmq_cli.store.cache import Cache, FileHashes, cache_folder
 from epmq_cli.store.hashing import hash_tensors
 from epmq_cli.store.safetensors_writer import Entry, of
 
-ExpertOutputs = tuple[list[Batch], Tensor | None]
-"""A task's calibration batches with its expert's answers, and the expert's features if heads are solved."""
-
 IN_OTHER_PARTS = ("data", "expert", "heads", "name", "processor")
 """Fields of a task that are not part of a key. Its samples, files and heads are."""
 
@@ -104,18 +101,18 @@ class CachedSteps:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
         return make() if path is None else CachedMerge(self._models.source, path, self._dtype)
 
-    def teacher_outputs(
-        self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], ExpertOutputs]
-    ) -> ExpertOutputs:
-        """The outputs of a task's expert on its batches, which `make` computes. `features`: whether they include the
-        features."""
+    def teacher_tensors(
+        self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What a task's expert adds to its batches, which `make` computes, on the device. `features`: whether its
+        features are among it."""
         if self._cache is None:
             return make()
         make, drawn = once(make), [hash_tensors(batch) for batch in batches]
         key = self._key("taught", model=self._expert(task), batches=drawn, features=features)
-        path = self._cache.tensors(key, lambda: _output_entries(make(), batches))
+        path = self._cache.tensors(key, lambda: [of(name, tensor) for name, tensor in make().items()])
         try:
-            return make() if path is None else _outputs(load_file(path), batches, self._job.device)
+            return make() if path is None else load_file(path, device=str(self._job.device))
         except (FileNotFoundError, SafetensorError):  # another run evicted it
             return make()
 
@@ -203,22 +200,3 @@ def _merge_entries(merged: LazyMerge, advance: Callable[[int], None]) -> list[En
         return merged.stored(name, dtype)
 
     return [Entry(name, dtype, source.shape(name), partial(stored, name)) for name in source.names]
-
-
-def _output_entries(outputs: ExpertOutputs, drawn: Sequence[Batch]) -> list[Entry]:
-    """The features, and the tensors that the expert added to each batch."""
-    batches, features = outputs
-    entries = [] if features is None else [of("features", features)]
-    for index, (batch, before) in enumerate(zip(batches, drawn, strict=True)):
-        added = {name: tensor for name, tensor in batch.items() if before.get(name) is not tensor}
-        entries += [of(f"{index}.{name}", tensor) for name, tensor in added.items()]
-    return entries
-
-
-def _outputs(tensors: dict[str, Tensor], drawn: Sequence[Batch], device: torch.device) -> ExpertOutputs:
-    batches = [dict(batch) for batch in drawn]
-    features = tensors.pop("features", None)
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        batches[int(index)][name] = tensor.to(device)
-    return batches, None if features is None else features.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,6 @@ from epmq_cli.families.family import Family
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
-from epmq_cli.pipeline.cached_steps import ExpertOutputs
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
@@ -65,9 +64,10 @@ def run_teachers(context: RunContext, model: nn.Module, source: MergeSource, dra
     batches_by_task, features_by_task = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
-            compute = partial(context.micro.run, partial(_expert_outputs, job, model, source, task, batches))
-            outputs = partial(cache.teacher_outputs, task, batches, solves_heads(job), compute) if cache else compute
-            new_tensors = partial(_new_tensors, batches, outputs)
+            compute = partial(context.micro.run, partial(_expert_tensors, job, model, source, task, batches))
+            new_tensors = (
+                partial(cache.teacher_tensors, task, batches, solves_heads(job), compute) if cache else compute
+            )
             tensors = context.progress.tensors(f"taught-{number}", job.device, new_tensors)
             batches_by_task[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
@@ -76,22 +76,18 @@ def run_teachers(context: RunContext, model: nn.Module, source: MergeSource, dra
 
 
 @torch.inference_mode()
-def _expert_outputs(
+def _expert_tensors(
     job: Job, model: nn.Module, source: MergeSource, task: str, batches: Sequence[Batch], samples: int
-) -> ExpertOutputs:
+) -> dict[str, Tensor]:
+    """The tensors that the expert adds to its task's batches, by batch index and name, and its features if heads are
+    solved."""
     copy_into(model, source.model(task))
     with batch_invariant(model):
         completed = [job.family.complete(model, batch, samples) for batch in batches]
-        return completed, features(job.family, model, completed, samples) if solves_heads(job) else None
-
-
-def _new_tensors(batches: Sequence[Batch], outputs: Callable[[], ExpertOutputs]) -> dict[str, Tensor]:
-    """The tensors that the expert adds to its task's batches, by batch index and name, and its features."""
-    completed, expert_features = outputs()
-    tensors: dict[str, Tensor] = {}
+        tensors = {FEATURES: features(job.family, model, completed, samples)} if solves_heads(job) else {}
     for index, (batch, drawn) in enumerate(zip(completed, batches, strict=True)):
         tensors |= {f"{index}.{name}": tensor for name, tensor in batch.items() if tensor is not drawn.get(name)}
-    return tensors if expert_features is None else {**tensors, FEATURES: expert_features}
+    return tensors
 
 
 def _of_batch(tensors: Mapping[str, Tensor], index: int) -> Batch:

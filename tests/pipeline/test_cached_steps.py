@@ -181,10 +181,10 @@ def test_an_entry_that_another_job_evicts_is_computed_again(
     first = run_in(tmp_path / "first", bert_hub, *KEEPING, "guidance=feature")
     real, removed = cached_steps.load_file, []
 
-    def load_file(path: Path) -> Any:
+    def load_file(path: Path, **options: Any) -> Any:
         path.unlink()
         removed.append(path)
-        return real(path)
+        return real(path, **options)
 
     monkeypatch.setattr(cached_steps, "load_file", load_file)
     assert same(first, run_in(tmp_path / "second", bert_hub, *KEEPING, "guidance=feature"))
