@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.progress import WalkResult
-from epmq_cli.calibrate.walk import Batches
 from epmq_cli.commands.run import run
 from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.data.batching import Batches
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into

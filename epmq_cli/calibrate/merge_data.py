@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.moments import Products, real_tokens
-from epmq_cli.data.batching import Batch, split
+from epmq_cli.data.batching import Batch, Batches, split
 from epmq_cli.data.microbatch import MicroBatcher, joined
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Mask
@@ -23,7 +23,6 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.runtime import distributed
 
-Batches = Mapping[str, Sequence[Batch]]
 CLASSES = 8  # classes per batched backward pass
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
-from epmq_cli.calibrate.walk import Batches, QuantizerOf, Walk
-from epmq_cli.data.batching import ALL
+from epmq_cli.calibrate.walk import QuantizerOf, Walk
+from epmq_cli.data.batching import ALL, Batches
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial

@@ -32,14 +32,13 @@ from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.calibrate.weight_sink import WeightSink
-from epmq_cli.data.batching import ALL, Batch, split
+from epmq_cli.data.batching import ALL, Batch, Batches, split
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime.console import track
 
-Batches = Mapping[str, Sequence[Batch]]
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """Returns the quantizer of the linears with these names, which read the same input."""
 

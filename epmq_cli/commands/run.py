@@ -95,7 +95,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     job, checkpoint = make_job(cfg), folder / CHECKPOINT
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     context = RunContext.of(job, folder)
-    tasks, scores, measured = _make_checkpoint(context, cfg, choices)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    tasks, scores, measured = _make_checkpoint(context, resolved, choices)
     if not distributed.is_main():
         return
     memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
@@ -106,7 +107,6 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
-    resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(folder / METRICS, metrics_json.metrics("run", overrides, resolved, job.device, measured))
     close(folder)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
@@ -128,7 +128,7 @@ class _Inputs:
     drawn: dict[str, list[Batch]]
 
 
-def _read(cfg: DictConfig, job: Job, folder: Path) -> _Inputs:
+def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     """Opens models, data, cache and progress. All checks happen here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
@@ -139,7 +139,7 @@ def _read(cfg: DictConfig, job: Job, folder: Path) -> _Inputs:
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
 
-    opened_cache = open_cache(cfg.cache)
+    opened_cache = open_cache(resolved["cache"])
     models, model, dtype = steps.open_models(job, folder)
     cache = CachedSteps(opened_cache, job, models, dtype)
     processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
@@ -150,7 +150,6 @@ def _read(cfg: DictConfig, job: Job, folder: Path) -> _Inputs:
         check_producers(model, job.family, drawn)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
-    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     files = cache.files if distributed.is_main() else {}
     progress = opened(folder, run_key(resolved, files, drawn, job.device), job.resume)
     refuse_results(folder, progress)
@@ -158,10 +157,10 @@ def _read(cfg: DictConfig, job: Job, folder: Path) -> _Inputs:
 
 
 def _make_checkpoint(
-    context: RunContext, cfg: DictConfig, choices: dict[str, str]
+    context: RunContext, resolved: dict[str, Any], choices: dict[str, str]
 ) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
     """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, and the
-    entries of metrics.json. Models, samples and moments are freed on return."""
+    entries of metrics.json. `resolved`: the config. Models, samples and moments are freed on return."""
     from epmq_cli.checkpoint.write import write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.models.weights import copy_into
@@ -171,7 +170,7 @@ def _make_checkpoint(
 
     job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
     with stage("read"):
-        inputs = _read(cfg, job, context.folder)
+        inputs = _read(resolved, job, context.folder)
         models, model, tasks, cache = inputs.models, inputs.model, inputs.tasks, inputs.cache
         context = context.resumed(inputs.progress, cache)
     key = cache.scores_key(tasks) if distributed.is_main() else None
@@ -193,7 +192,6 @@ def _make_checkpoint(
     if not distributed.is_main():
         return tasks, scores, {}
     with stage("pack"):
-        resolved = OmegaConf.to_container(cfg, resolve=True)
         texts = record.texts(job, model, resolved, choices, calibrated.walk, tasks, inputs.processors)
         contents = _contents(job, inputs, calibrated.walk, tasks, texts)
         if not checkpoint.exists():

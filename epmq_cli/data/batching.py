@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 Batch = dict[str, Tensor]
 """Model inputs by keyword; the first axis is samples."""
+
+Batches = Mapping[str, Sequence[Batch]]
+"""The batches of each task."""
 
 ALL = sys.maxsize  # as a number of samples: no limit
 

@@ -20,9 +20,8 @@ from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
-from epmq_cli.calibrate.walk import Batches
 from epmq_cli.config.schema import bytes_of
-from epmq_cli.data.batching import ALL, Batch, split
+from epmq_cli.data.batching import ALL, Batch, Batches, split
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
 from epmq_cli.merge.engine import LazyMerge
@@ -64,11 +63,10 @@ def run_teachers(context: RunContext, model: nn.Module, source: MergeSource, dra
     batches_by_task, features_by_task = dict(drawn), {}
     if job.family.answers or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
-            compute = partial(context.micro.run, partial(_expert_tensors, job, model, source, task, batches))
-            new_tensors = (
-                partial(cache.teacher_tensors, task, batches, solves_heads(job), compute) if cache else compute
-            )
-            tensors = context.progress.tensors(f"taught-{number}", job.device, new_tensors)
+            make = partial(context.micro.run, partial(_expert_tensors, job, model, source, task, batches))
+            if cache is not None:
+                make = partial(cache.teacher_tensors, task, batches, solves_heads(job), make)
+            tensors = context.progress.tensors(f"taught-{number}", job.device, make)
             batches_by_task[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
             if solves_heads(job):
                 features_by_task[task] = tensors[FEATURES]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.calibrate.merge_data import Batches, ExpertMeasurements
+from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
-from epmq_cli.data.batching import Batch
+from epmq_cli.data.batching import Batch, Batches
 from epmq_cli.data.sampling import batches, draw, sequences
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
