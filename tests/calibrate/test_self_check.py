@@ -23,6 +23,7 @@ from epmq_cli.families.structure import Linears, Norm, Section
 from tests.architectures import GROUPED, TAKEN, built
 from tests.hubs import Scene, run_in
 from tests.minihub import KINDS, build, decoder_files
+from tests.tiers import only
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 9, 8, 4, 6, 5]])
 Blocks = Callable[[Any], list[Section]]
@@ -58,7 +59,7 @@ def with_step(number: int, **changes: Any) -> Family:
 FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
 
 
-@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("kind", only(FAST, KINDS))
 def test_every_family_passes_without_a_random_number(kind: str, tmp_path: Path) -> None:
     """transformers' own models, and torch's generator before and after."""
     scene, state = Scene(build(tmp_path, kind)), torch.get_rng_state()

@@ -20,8 +20,9 @@ from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from tests.counts import FUZZED, TRIED
 from tests.edited import copied
+from tests.tiers import slow
 
-FEW_OR_MANY = pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+FEW_OR_MANY = pytest.mark.parametrize("count", [60, slow(1500)])
 
 
 def merge(hub: Path) -> dict[str, torch.Tensor]:

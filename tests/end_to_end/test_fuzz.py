@@ -30,8 +30,9 @@ from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import file_problems
 from tests.counts import FUZZED, TRIED
 from tests.hubs import run_in
+from tests.tiers import slow
 
-FEW_OR_MANY = pytest.mark.parametrize("count", [80, pytest.param(4000, marks=pytest.mark.slow)])
+FEW_OR_MANY = pytest.mark.parametrize("count", [80, slow(4000)])
 ODD = [
     None,
     True,

@@ -16,6 +16,7 @@ from torch import Tensor
 from epmq_cli.families import FAMILIES
 from tests.conftest import drifted
 from tests.lone import WRITERS, assert_same, store, suite_of
+from tests.tiers import only, slow
 
 VOCABULARY = 24
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -116,7 +117,7 @@ def quick(name: str, command: str, files: str = FILES[0]) -> bool:
     return name in FAST and (command == "merge" or (name == FAST[0] and files == FILES[0]))
 
 
-CASES = [case if quick(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+CASES = [case if quick(*case) else slow(case) for case in CASES]
 UNTIED = [
     pytest.param(name, command, marks=[] if quick(name, command) else [pytest.mark.slow])
     for name, kind in KINDS.items()
@@ -167,7 +168,7 @@ def test_a_lone_expert_is_itself_whichever_tied_tensors_its_files_store(
 ENCODERS = [name for name, kind in KINDS.items() if kind.commands == MERGE and name != "gpt2"]
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])
+@pytest.mark.parametrize("name", only(FAST, ENCODERS))
 def test_the_encoder_of_a_lone_expert_is_itself_in_a_run(
     name: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
 ) -> None:

@@ -30,8 +30,9 @@ from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
 from tests.counts import CLAIMS, TRIED
 from tests.packs import LINEAR, PACKS, exporter_of, model_of
+from tests.tiers import slow
 
-FEW_OR_MANY = pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
+FEW_OR_MANY = pytest.mark.parametrize("examples", [40, slow(2000)])
 CPU = torch.device("cpu")
 FORMATS = st.builds(IntFormat, st.sampled_from(BITS), st.integers(1, 9), st.sampled_from(["none", "whole"]))
 SEARCHES = st.sampled_from(["minmax", "mse"])

@@ -24,6 +24,7 @@ from epmq_cli.pipeline import reload
 from tests.conftest import drifted
 from tests.minihub import tokenizer
 from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
+from tests.tiers import only
 
 SIZES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 COUNTS = {"ta8": 8, "tall14": 14, "tall20": 20}
@@ -94,9 +95,7 @@ def run_suite(folder: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, *over
     return found
 
 
-@pytest.mark.parametrize(
-    "suite", [suite if suite in QUICK else pytest.param(suite, marks=pytest.mark.slow) for suite in CLIP_SUITES]
-)
+@pytest.mark.parametrize("suite", only(QUICK, CLIP_SUITES))
 def test_clip_suites_run_on_all_their_tasks_and_reload(
     suite: str, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

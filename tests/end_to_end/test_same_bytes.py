@@ -13,9 +13,10 @@ from types import ModuleType
 import pytest
 
 from tests.end_to_end.same_bytes_rows import ROWS
+from tests.tiers import only
 
 FAST = ("bert/merged/rtn", "bert/merge/ties", "clip/expert/gptq", "causal_lm/feature/gptq")
-ALL = [row.name if row.name in FAST else pytest.param(row.name, marks=pytest.mark.slow) for row in ROWS]
+ALL = only(FAST, (row.name for row in ROWS))
 
 
 @pytest.fixture(scope="module")

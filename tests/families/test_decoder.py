@@ -21,6 +21,7 @@ from epmq_cli.pipeline.preflight import check_parts
 from tests.architectures import GROUPED, REFUSED, TAKEN, built
 from tests.hubs import config, run_in, walk
 from tests.minihub import decoder_files
+from tests.tiers import only
 
 FAMILY = FAMILIES["causal_lm"]
 LONE = ("~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "quant=none", "merge=none")
@@ -40,7 +41,7 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
 FAST = ("glm4", "olmo")  # norms on both sides of a part, and behind it alone
 
 
-@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in TAKEN])
+@pytest.mark.parametrize("kind", only(FAST, TAKEN))
 def test_a_lone_expert_is_met_under_auto(kind: str, tmp_path: Path) -> None:
     """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
     hub = decoder_files(tmp_path, built(TAKEN[kind]))

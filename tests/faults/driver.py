@@ -77,25 +77,14 @@ def forked(
     """What a process that does this ended with: its status, 99 with a traceback where something was raised, or minus
     the number of the signal that killed it; SIGKILL comes after so many seconds if they are given. `output`: the
     end of a pipe for what it says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
-        child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            if output is not None:
-                _say_to(output)
-            hook()
-            body()
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code if isinstance(stopped.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+    def hooked() -> None:
+        if output is not None:
+            _say_to(output)
+        hook()
+        body()
+
+    child = _fork(hooked)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
@@ -103,6 +92,30 @@ def forked(
     TRIED[KILLS] += status == -signal.SIGKILL
     TRIED[FAULTS] += hook is not nothing and status not in (0, -signal.SIGKILL)
     return status
+
+
+def _fork(body: Callable[[], object]) -> int:
+    """The number of a process that does this. Its status is that of Python, or 99 with a traceback where something else
+    than SystemExit was raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
+        child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        body()
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _say_to(descriptor: int) -> None:
@@ -114,13 +127,7 @@ def _say_to(descriptor: int) -> None:
 def command(folder: Path, *arguments: str, hook: Callable[[], None] = nothing) -> tuple[int, str]:
     """The status of `epmq` as started in a folder, and what it says."""
     reading, writing = os.pipe()  # which holds 64 kB
-
-    def body() -> None:
-        os.chdir(folder)
-        sys.argv = ["epmq", *arguments]
-        cli.main()
-
-    status = forked(body, hook, output=writing)
+    status = forked(lambda: _epmq(folder, arguments), hook, output=writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         return status, pipe.read()
@@ -155,33 +162,22 @@ def torchrun(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.C
 
 def _start(folder: Path, place: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Forks `epmq`; the number of the process. Its output goes to files beside `place`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
-        child = os.fork()
-    if child:
-        return child
-    status = 99
-    try:
+
+    def body() -> None:
         for number, end in enumerate(ENDS, 1):
             os.dup2(os.open(place.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ.update(environment)
         console.console.quiet = console.messages.quiet = not distributed.is_main()
-        os.chdir(folder)
-        sys.argv = ["epmq", *arguments]
-        status = 0
-        cli.main()
-    except SystemExit as stopped:
-        status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-        if isinstance(stopped.code, str):
-            print(stopped.code, file=sys.stderr)
-    except BaseException:
-        status = 99
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _epmq(folder, arguments)
+
+    return _fork(body)
+
+
+def _epmq(folder: Path, arguments: Sequence[str]) -> None:
+    os.chdir(folder)
+    sys.argv = ["epmq", *arguments]
+    cli.main()
 
 
 def on_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from tests.faults.test_processes import WORKER, ended, start
 from tests.gpu import DEVICE, OWN
 from tests.hubs import Scene, run_in
 from tests.runtime.test_distributed import TORCHRUN
+from tests.tiers import slow
 
 pytestmark = pytest.mark.gpu
 
@@ -99,7 +100,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(bert_hub: Path, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("device", ["auto", pytest.param(DEVICE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["auto", slow(DEVICE)])
 def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     """Each solves its own rows, so that products have other shapes than those of one process."""
     arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", f"device={device}", "out=run")
