@@ -28,9 +28,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from tests.counts import TRIED
-from tests.gpu import lacking
-from tests.outcomes import foreign_line
+from tests.helpers.counts import TRIED
+from tests.helpers.gpu import lacking
+from tests.helpers.outcomes import foreign_line
 
 os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
 atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)

@@ -14,7 +14,7 @@ from epmq_cli import __version__, cli, commands
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
-from tests.tiers import first, slow
+from tests.helpers.tiers import first, slow
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))

@@ -16,7 +16,7 @@ from epmq_cli.models.weights import swapped_weights
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 ROWS, WIDTH = 8, 6
 

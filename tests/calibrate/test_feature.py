@@ -18,8 +18,8 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
-from tests.hubs import Walk, config, walk
-from tests.tiers import first
+from tests.helpers.hubs import Walk, config, walk
+from tests.helpers.tiers import first
 
 FEATURE = ("guidance=feature", "guidance.heads=never", "quant=none")
 

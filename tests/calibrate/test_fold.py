@@ -12,8 +12,8 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.rtn import rtn
-from tests.hubs import Walk, walk
-from tests.tiers import first
+from tests.helpers.hubs import Walk, walk
+from tests.helpers.tiers import first
 
 
 def weights(found: Walk) -> dict[str, Tensor]:

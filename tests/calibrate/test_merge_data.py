@@ -18,8 +18,8 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
-from tests.minihub import build
+from tests.helpers.hubs import config
+from tests.helpers.minihub import build
 
 TASK = "first"
 FEW = ("calib.samples=10", "calib.batch_size=4")

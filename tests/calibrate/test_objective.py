@@ -8,8 +8,8 @@ import torch
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.quantize.gptq import gptq
-from tests.formats import ints
-from tests.objectives import IN, OUT, TASKS, given_problem, rand, relative
+from tests.helpers.formats import ints
+from tests.helpers.objectives import IN, OUT, TASKS, given_problem, rand, relative
 
 
 @pytest.mark.parametrize("rich", [False, True])

@@ -19,7 +19,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import Walk, config, walk
+from tests.helpers.hubs import Walk, config, walk
 
 ALPHA, BETA, LAM, RHO, READ = 0.7, 0.4, 0.02, 2.0, 0.3
 FACTORS = {"first": 1.0, "second": 3.0}

@@ -17,7 +17,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])

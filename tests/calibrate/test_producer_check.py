@@ -12,7 +12,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families.structure import Linears, Section, Stack
 from epmq_cli.pipeline import steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 
 @pytest.mark.parametrize("wrong", [None, "layer_norm1", "self_attn.q_proj"])

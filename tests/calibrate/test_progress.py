@@ -20,8 +20,8 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.formats.format import QuantizedWeight
-from tests.hubs import config
-from tests.tiers import only
+from tests.helpers.hubs import config
+from tests.helpers.tiers import only
 
 OPTIONS = {
     "symmetric": (),

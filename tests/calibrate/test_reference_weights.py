@@ -13,7 +13,7 @@ from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 NORM, PROJECTION = "vision_model.post_layernorm.weight", "visual_projection.weight"
 

@@ -20,10 +20,10 @@ from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section
-from tests.architectures import GROUPED, TAKEN, built
-from tests.hubs import Scene, run_in
-from tests.minihub import KINDS, build, decoder_files
-from tests.tiers import only
+from tests.helpers.architectures import GROUPED, TAKEN, built
+from tests.helpers.hubs import Scene, run_in
+from tests.helpers.minihub import KINDS, build, decoder_files
+from tests.helpers.tiers import only
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 9, 8, 4, 6, 5]])
 Blocks = Callable[[Any], list[Section]]

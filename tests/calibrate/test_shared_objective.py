@@ -16,7 +16,7 @@ from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.gptq import Gptq
 from epmq_cli.runtime import distributed
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 IN, OUTS, PROCESSES, TASKS, BATCHES = 8, (1, 1), 3, 2, 6
 GPTQ = Gptq(ints(3, 4), grid="hessian", damping=0.01, block_size=128, act_order=False)

@@ -13,7 +13,7 @@ from epmq_cli.calibrate.solve_layer import solve
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.rtn import Rtn
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 IN, OUTS, NAMES = 8, (6, 3), ("query", "key")
 DTYPE = torch.float32

@@ -13,7 +13,7 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
 

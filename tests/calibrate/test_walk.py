@@ -16,7 +16,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import Walk, config, walk
+from tests.helpers.hubs import Walk, config, walk
 
 STEPS = 4  # of linears in a block
 LAYERS = {"clip": "vision_model.encoder.layers", "bert": "encoder.layer"}

@@ -11,7 +11,7 @@ from epmq_cli.calibrate.progress_file import write_tensors
 from epmq_cli.calibrate.weight_sink import Weight, WeightSink, stored
 from epmq_cli.errors import RunError
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 
 def quantized(symmetric: bool) -> QuantizedWeight:

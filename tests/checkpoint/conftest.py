@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hubs import Scene, run_in
-from tests.minihub import build
+from tests.helpers.hubs import Scene, run_in
+from tests.helpers.minihub import build
 
 OPTIONS = ("group_size=32", "eval.stages=[]", "calib.samples=8")
 Made = Callable[..., tuple[Path, Scene]]

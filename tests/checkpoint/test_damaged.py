@@ -18,9 +18,9 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
-from tests.counts import FUZZED, TRIED
-from tests.edited import copied
-from tests.tiers import slow
+from tests.helpers.counts import FUZZED, TRIED
+from tests.helpers.edited import copied
+from tests.helpers.tiers import slow
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [60, slow(1500)])
 

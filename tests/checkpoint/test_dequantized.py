@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.hubs import run_in
-from tests.minihub import build
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import build
 
 
 def test_a_decoder_is_dequantized_on_load_and_says_the_same(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from epmq_cli.families.family import load_model
 from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from tests.checkpoint.conftest import Made
-from tests.formats import ints
-from tests.tiers import only
+from tests.helpers.formats import ints
+from tests.helpers.tiers import only
 
 FP8 = ("bits=8", "quant.format=fp8")
 MIXED = ("bits=5", "quant.format=[int4,fp8]")

@@ -16,8 +16,8 @@ from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import rtn
-from tests.formats import ints
-from tests.packs import LINEAR, exporter_of, model_of
+from tests.helpers.formats import ints
+from tests.helpers.packs import LINEAR, exporter_of, model_of
 
 SHAPE = torch.Size((32, 64))
 

@@ -10,8 +10,8 @@ from epmq_cli.checkpoint.int4_linear import Int4Linear, for_cuda, kernel_group, 
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
-from tests.formats import ints
-from tests.gpu import DEVICE
+from tests.helpers.formats import ints
+from tests.helpers.gpu import DEVICE
 
 CPU = torch.device("cpu")
 

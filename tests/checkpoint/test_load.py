@@ -22,9 +22,9 @@ from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.families.family import load_model
 from tests.checkpoint.conftest import Made
-from tests.hubs import Scene
-from tests.minihub import KINDS, T5S
-from tests.tiers import first, only
+from tests.helpers.hubs import Scene
+from tests.helpers.minihub import KINDS, T5S
+from tests.helpers.tiers import first, only
 
 FAMILIES = only(("clip", "deberta", "t5", "llama"), ("clip", "bert", *KINDS))
 

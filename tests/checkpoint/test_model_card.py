@@ -12,8 +12,8 @@ from epmq_cli.commands.run import run
 from epmq_cli.commands.verify import verify
 from epmq_cli.data.suite import Suite
 from epmq_cli.data.table import Table
-from tests.hubs import CHOICES, config
-from tests.packs import exporter_of
+from tests.helpers.hubs import CHOICES, config
+from tests.helpers.packs import exporter_of
 
 EVIL = "<script>alert(1)</script> [x](javascript:1)\n# heading `code` **bold** ![i](u) _it_ &amp; $base"
 SHOWN = (

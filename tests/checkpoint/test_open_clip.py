@@ -21,7 +21,7 @@ from epmq_cli.models.open_clip.convert import WEIGHTS
 from epmq_cli.models.open_clip.export import NotExpressibleError, model_cfg, named_model, preprocess_cfg
 from epmq_cli.pipeline.job import make_job
 from tests.commands.test_merge import merged
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 VISION = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"hidden_size": 24, "intermediate_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}

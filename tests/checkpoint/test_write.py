@@ -22,9 +22,9 @@ from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.formats.int import BITS
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store import atomic
-from tests.formats import ints
-from tests.hubs import Walk, run_in, walk
-from tests.tiers import first, slow
+from tests.helpers.formats import ints
+from tests.helpers.hubs import Walk, run_in, walk
+from tests.helpers.tiers import first, slow
 
 
 def contents(hub: Path, found: Walk) -> written.Contents:

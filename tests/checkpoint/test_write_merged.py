@@ -19,7 +19,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.merge.engine import SuiteModels, written_dtype
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, settings_of
-from tests.lone import WRITERS, merged_folder, store, suite_of
+from tests.helpers.lone import WRITERS, merged_folder, store, suite_of
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 NAMES = {HALF: "float16", BRAIN: "bfloat16", FULL: "float32"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 
 @pytest.fixture(scope="module")

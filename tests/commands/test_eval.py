@@ -16,7 +16,7 @@ from epmq_cli.commands.eval import evaluate
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.report.metrics_json import schema
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 
 def config_of_eval(checkpoint: Path, *overrides: str) -> DictConfig:

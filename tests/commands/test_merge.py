@@ -24,9 +24,9 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
-from tests.architectures import ENCODERS, REFUSED, built
-from tests.hubs import config
-from tests.minihub import IDS, SIZE, build
+from tests.helpers.architectures import ENCODERS, REFUSED, built
+from tests.helpers.hubs import config
+from tests.helpers.minihub import IDS, SIZE, build
 
 
 def config_of_merge(hub: Path, *overrides: str) -> DictConfig:

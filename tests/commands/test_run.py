@@ -11,7 +11,7 @@ import pytest
 from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
 from epmq_cli.report.metrics_json import schema
 from tests.conftest import Run
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hubs import run_in
-from tests.mirror import image_mirror, prepare
+from tests.helpers.hubs import run_in
+from tests.helpers.mirror import image_mirror, prepare
 
 pytest.importorskip("datasets", reason="needs the extra hub")
 TASKS = {"svhn": "first", "fer2013": "second", "cifar100": "first"}

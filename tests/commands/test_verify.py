@@ -20,9 +20,9 @@ from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import MANIFEST, file_problems, write_manifest
 from tests.commands.test_merge import config_of_merge
 from tests.conftest import Run
-from tests.hubs import run_in
-from tests.minihub import build
-from tests.tiers import first
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import build
+from tests.helpers.tiers import first
 
 MODEL = "model.safetensors"
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1"

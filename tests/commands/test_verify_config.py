@@ -13,7 +13,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, EpmqError
 from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import write_manifest
-from tests.tiers import first
+from tests.helpers.tiers import first
 
 
 def check(checkpoint: Path) -> None:

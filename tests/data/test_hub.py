@@ -17,7 +17,7 @@ from epmq_cli.data.pictures import Decoder
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ConfigError, DataError
-from tests.mirror import GLUE, LAYOUTS, ROWS, glue_mirror, image_mirror, prepare, write_rows
+from tests.helpers.mirror import GLUE, LAYOUTS, ROWS, glue_mirror, image_mirror, prepare, write_rows
 
 datasets = pytest.importorskip("datasets", reason="needs the extra hub")
 

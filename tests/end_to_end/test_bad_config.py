@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from epmq_cli.commands import run as command
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import EpmqError, shown
-from tests.counts import BAD, TRIED
-from tests.hubs import CHOICES
-from tests.tiers import slow
+from tests.helpers.counts import BAD, TRIED
+from tests.helpers.hubs import CHOICES
+from tests.helpers.tiers import slow
 
 WRONG: dict[str, Any] = {
     "null": None,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError, DataError, EpmqError, ModelError
-from tests import counts, edited
-from tests.changes import (
+from tests.conftest import TASKS
+from tests.helpers import counts, edited
+from tests.helpers.changes import (
     GENERATION,
     PIXELS,
     TOKENS,
@@ -33,10 +34,9 @@ from tests.changes import (
     with_one,
     without,
 )
-from tests.conftest import TASKS
-from tests.hubs import run_in
-from tests.minihub import build
-from tests.tiers import every
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import build
+from tests.helpers.tiers import every
 
 D, M = DataError, ModelError
 

@@ -28,9 +28,9 @@ from epmq_cli.pipeline import verify
 from epmq_cli.pipeline.reload import checkpoint_suite
 from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import file_problems
-from tests.counts import FUZZED, TRIED
-from tests.hubs import run_in
-from tests.tiers import slow
+from tests.helpers.counts import FUZZED, TRIED
+from tests.helpers.hubs import run_in
+from tests.helpers.tiers import slow
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [80, slow(4000)])
 ODD = [

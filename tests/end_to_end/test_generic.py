@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, CLIPModel, RobertaModel
 from tests.conftest import TASKS, drifted
 from tests.end_to_end.test_published import run_suite
 from tests.families.test_open_clip import MODEL
-from tests.minihub import decoder_hub, encoder_hub
-from tests.mirror import LAYOUTS, glue_mirror, image_mirror, write_rows
+from tests.helpers.minihub import decoder_hub, encoder_hub
+from tests.helpers.mirror import LAYOUTS, glue_mirror, image_mirror, write_rows
 
 pytest.importorskip("datasets", reason="needs the extra hub")
 

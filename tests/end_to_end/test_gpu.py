@@ -30,12 +30,12 @@ from epmq_cli.quantize.kernels.select import kernel_for
 from tests.checkpoint.test_load import apart, dequantized, features
 from tests.faults.driver import files
 from tests.faults.short import measured
-from tests.formats import ints
-from tests.gpu import DEVICE, OWN, STANDIN
-from tests.hubs import Scene, eval_config, run_in
-from tests.minihub import KINDS, build
+from tests.helpers.formats import ints
+from tests.helpers.gpu import DEVICE, OWN, STANDIN
+from tests.helpers.hubs import Scene, eval_config, run_in
+from tests.helpers.minihub import KINDS, build
+from tests.helpers.tiers import first, only
 from tests.quantize.kernels.test_select import CASES, compare, problem
-from tests.tiers import first, only
 
 pytestmark = pytest.mark.gpu
 

@@ -25,7 +25,7 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
 from tests.conftest import WORDS, write_suite
-from tests.hubs import config, eval_config, run_in
+from tests.helpers.hubs import config, eval_config, run_in
 
 NAMES = ["Red Film", "green_film", "blue-film"]  # of the head's rows
 DATA = ["blue film", "red film", "green film"]  # of the data, in another order

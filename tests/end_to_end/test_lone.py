@@ -15,8 +15,8 @@ from torch import Tensor
 
 from epmq_cli.families import FAMILIES
 from tests.conftest import drifted
-from tests.lone import WRITERS, assert_same, store, suite_of
-from tests.tiers import only, slow
+from tests.helpers.lone import WRITERS, assert_same, store, suite_of
+from tests.helpers.tiers import only, slow
 
 VOCABULARY = 24
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -18,8 +18,8 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.store.cache import Cache
-from tests.hubs import config, run_in
-from tests.minihub import build
+from tests.helpers.hubs import config, run_in
+from tests.helpers.minihub import build
 
 PLAIN = ("guidance=merged", "quant=none", "eval.samples=4", "calib.samples=6", "calib.batch_size=3")
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from epmq_cli.errors import EpmqError, ModelError
-from tests import edited
-from tests.hubs import run_in
-from tests.tiers import first
+from tests.helpers import edited
+from tests.helpers.hubs import run_in
+from tests.helpers.tiers import first
 
 Change = Callable[[Path], Any]
 NAN, INF = float("nan"), float("inf")

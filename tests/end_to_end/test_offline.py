@@ -13,7 +13,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.data.hub import Hub
 from epmq_cli.errors import DataError, ModelError
 from epmq_cli.models.resolve import locate
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 
 @pytest.fixture

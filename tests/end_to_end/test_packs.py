@@ -18,10 +18,10 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.steps import open_models
 from epmq_cli.store.atomic import PARTIAL
 from tests.faults.driver import at_file, attempt, command, files, mini, torchrun
-from tests.hubs import config, eval_config, run_in
-from tests.minihub import build
-from tests.packs import PACKS, exporter_of
-from tests.tiers import first
+from tests.helpers.hubs import config, eval_config, run_in
+from tests.helpers.minihub import build
+from tests.helpers.packs import PACKS, exporter_of
+from tests.helpers.tiers import first
 
 OPTIONS = ("quant=rtn", "pack.dtype=float16", "calib.samples=8", "eval.samples=8", "eval.stages=[quantized]")
 """Of all runs."""

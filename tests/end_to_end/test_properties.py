@@ -28,9 +28,9 @@ from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
 from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
-from tests.counts import CLAIMS, TRIED
-from tests.packs import LINEAR, PACKS, exporter_of, model_of
-from tests.tiers import slow
+from tests.helpers.counts import CLAIMS, TRIED
+from tests.helpers.packs import LINEAR, PACKS, exporter_of, model_of
+from tests.helpers.tiers import slow
 
 FEW_OR_MANY = pytest.mark.parametrize("examples", [40, slow(2000)])
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from epmq_cli.families import family_of
 from epmq_cli.families.family import load_model
 from epmq_cli.pipeline import reload
 from tests.conftest import drifted
-from tests.minihub import tokenizer
-from tests.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
-from tests.tiers import only
+from tests.helpers.minihub import tokenizer
+from tests.helpers.mirror import GLUE, LAYOUTS, glue_mirror, image_mirror, prepare
+from tests.helpers.tiers import only
 
 SIZES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 COUNTS = {"ta8": 8, "tall14": 14, "tall20": 20}
@@ -37,7 +37,7 @@ def clip_models(root: Path, size: str) -> None:
     """A CLIPModel and the CLIPVisionModel of every task, stored under the prefix that the published files have."""
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    from tests.minihub import VOCABULARY
+    from tests.helpers.minihub import VOCABULARY
 
     parts = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -69,7 +69,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flan_models(root: Path) -> None:
     """FLAN-T5-base and its experts, whose files hold the shared table three times and an output layer of their own."""
-    from tests.minihub import t5_models
+    from tests.helpers.minihub import t5_models
 
     base: nn.Module = t5_models()
     for seed, name in enumerate(["google/flan-t5-base", *(f"tanganke/flan-t5-base_glue-{task}" for task in GLUE)]):

@@ -13,7 +13,7 @@ from epmq_cli.commands.arguments import split
 from epmq_cli.commands.overrides import check_overrides
 from epmq_cli.config.instantiate import build, conf_dir
 from tests.conftest import Run
-from tests.tiers import slow
+from tests.helpers.tiers import slow
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)

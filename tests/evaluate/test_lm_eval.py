@@ -14,7 +14,7 @@ from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.lm_eval import chosen, harness_scores
-from tests.minihub import decoder_hub
+from tests.helpers.minihub import decoder_hub
 
 TASK = """task: mini
 dataset_path: json

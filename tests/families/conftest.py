@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.minihub import Hub, build
+from tests.helpers.minihub import Hub, build
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import Scene, config, run_in, walk
-from tests.minihub import DECODERS, KINDS, T5S, TIERED, Hub
-from tests.tiers import first, only, slow
+from tests.helpers.hubs import Scene, config, run_in, walk
+from tests.helpers.minihub import DECODERS, KINDS, T5S, TIERED, Hub
+from tests.helpers.tiers import first, only, slow
 
 
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -228,7 +228,7 @@ def test_a_model_that_no_family_takes_says_what_was_found_and_how_to_write_one()
 def test_blocks_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tests.minihub import IDS, SIZE
+    from tests.helpers.minihub import IDS, SIZE
 
     model = MixtralForCausalLM(MixtralConfig(**SIZE, **IDS, num_key_value_heads=2, num_local_experts=2))
     with pytest.raises(

@@ -18,10 +18,10 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.preflight import check_parts
-from tests.architectures import GROUPED, REFUSED, TAKEN, built
-from tests.hubs import config, run_in, walk
-from tests.minihub import decoder_files
-from tests.tiers import only
+from tests.helpers.architectures import GROUPED, REFUSED, TAKEN, built
+from tests.helpers.hubs import config, run_in, walk
+from tests.helpers.minihub import decoder_files
+from tests.helpers.tiers import only
 
 FAMILY = FAMILIES["causal_lm"]
 LONE = ("~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "quant=none", "merge=none")

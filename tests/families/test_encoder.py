@@ -15,8 +15,8 @@ from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.modernbert import MODERNBERT
 from epmq_cli.families.structure import MEAN, Norm
 from epmq_cli.models.model_folder import ModelFolder
-from tests.hubs import Scene
-from tests.minihub import Hub
+from tests.helpers.hubs import Scene
+from tests.helpers.minihub import Hub
 
 
 def with_settings(hub: Path, folder: Path, **settings: object) -> ModelFolder:

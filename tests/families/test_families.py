@@ -26,7 +26,7 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config, run_in
+from tests.helpers.hubs import config, run_in
 
 CPU = torch.device("cpu")
 

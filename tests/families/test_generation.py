@@ -17,9 +17,9 @@ from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.tasks.generated_text import _number
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.edited import copied
-from tests.hubs import Scene, config, run_in
-from tests.minihub import Hub
+from tests.helpers.edited import copied
+from tests.helpers.hubs import Scene, config, run_in
+from tests.helpers.minihub import Hub
 
 
 @pytest.mark.slow

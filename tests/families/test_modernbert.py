@@ -23,8 +23,8 @@ from epmq_cli.pipeline import calibration, steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.commands.test_merge import merged
-from tests.hubs import config, run_in
-from tests.minihub import Hub, modernbert
+from tests.helpers.hubs import config, run_in
+from tests.helpers.minihub import Hub, modernbert
 
 CPU = torch.device("cpu")
 POOLINGS = {"mean": "modernbert", "cls": "modernbert-cls"}

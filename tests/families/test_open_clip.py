@@ -18,7 +18,7 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS, drifted, write_suite
-from tests.hubs import config, run_in
+from tests.helpers.hubs import config, run_in
 
 MODEL = {
     "embed_dim": 32,

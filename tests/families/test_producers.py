@@ -13,10 +13,10 @@ from epmq_cli.calibrate.fold import foldable
 from epmq_cli.calibrate.student import Student
 from epmq_cli.families.decoder import block_steps
 from epmq_cli.families.structure import Linears
-from tests.architectures import TAKEN
-from tests.hubs import Scene
-from tests.minihub import KINDS, Hub
-from tests.tiers import only
+from tests.helpers.architectures import TAKEN
+from tests.helpers.hubs import Scene
+from tests.helpers.minihub import KINDS, Hub
+from tests.helpers.tiers import only
 
 
 def fold_all(student: Student, blocks: list[Any], seed: int = 0) -> int:

@@ -14,7 +14,7 @@ from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
-from tests.minihub import IDS, SIZE, tokenizer
+from tests.helpers.minihub import IDS, SIZE, tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] | trim }} {{ eos_token }}{% endfor %}"

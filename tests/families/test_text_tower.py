@@ -17,8 +17,8 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import CLASSES, drifted
-from tests.edited import copied, edit_tensors
-from tests.hubs import config
+from tests.helpers.edited import copied, edit_tensors
+from tests.helpers.hubs import config
 
 TEMPLATE = "suite.tasks.first.templates=['a photo of a {}']"
 

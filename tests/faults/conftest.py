@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faults.short import OPTIONS, Undisturbed
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ import epmq_cli.commands.run
 import epmq_cli.report.stage_timer
 from epmq_cli import cli
 from epmq_cli.runtime import console, distributed
-from tests.counts import FAULTS, KILLS, TRIED
-from tests.hubs import QUICK, run_in
+from tests.helpers.counts import FAULTS, KILLS, TRIED
+from tests.helpers.hubs import QUICK, run_in
 
 TOUCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 ENDS = (".out", ".err")

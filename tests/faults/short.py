@@ -16,8 +16,8 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
 from tests.faults.device import SCORES, Device, Place
 from tests.faults.driver import files
-from tests.hubs import config, run_in
-from tests.minihub import build
+from tests.helpers.hubs import config, run_in
+from tests.helpers.minihub import build
 
 Undisturbed = Callable[..., Path]
 """Gives the folder of a run with some options on a hub."""

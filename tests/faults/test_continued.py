@@ -12,8 +12,8 @@ import pytest
 
 from epmq_cli.store.run_lock import alone
 from tests.faults.driver import at_stage, attempt, command, files, mini
-from tests.hubs import run_in
-from tests.tiers import first
+from tests.helpers.hubs import run_in
+from tests.helpers.tiers import first
 
 PACK = 7  # the stage
 

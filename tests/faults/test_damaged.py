@@ -18,7 +18,7 @@ from epmq_cli.errors import RunError
 from epmq_cli.pipeline.progress import RunProgress, opened
 from epmq_cli.store.run_lock import FOLDER
 from tests.faults.driver import at_stage, attempt
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 OPTIONS = ("guidance=feature", "eval.samples=8", "guidance.heads=always")
 PACK = 7  # the stage

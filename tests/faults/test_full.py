@@ -18,7 +18,7 @@ import epmq_cli.pipeline.progress
 import epmq_cli.report.metrics_json
 import epmq_cli.runtime.disk_offload
 from tests.faults.driver import attempt, command, files, mini, on_call
-from tests.tiers import only
+from tests.helpers.tiers import only
 
 SMALL = ("guidance=feature", "calib.memory=1KB", "calib.student=disk", "suite.tasks.first.max_length=16")
 WRITES: dict[str, tuple[Any, str, int]] = {

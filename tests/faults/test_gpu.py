@@ -12,16 +12,16 @@ import torch
 
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import RunError
-from tests.counts import COMPARED, KILLS, TRIED
 from tests.end_to_end.test_gpu import check_near, check_place
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files, mini
 from tests.faults.short import OPTIONS, Undisturbed, measured
 from tests.faults.test_processes import WORKER, ended, start
-from tests.gpu import DEVICE, OWN
-from tests.hubs import Scene, run_in
+from tests.helpers.counts import COMPARED, KILLS, TRIED
+from tests.helpers.gpu import DEVICE, OWN
+from tests.helpers.hubs import Scene, run_in
+from tests.helpers.tiers import slow
 from tests.runtime.test_distributed import TORCHRUN
-from tests.tiers import slow
 
 pytestmark = pytest.mark.gpu
 

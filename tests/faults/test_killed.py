@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.counts import COMPARED, KILLS, TRIED
 from tests.faults.driver import at_file, at_stage, attempt, files, mini
-from tests.hubs import run_in
-from tests.minihub import build
+from tests.helpers.counts import COMPARED, KILLS, TRIED
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import build
 
 STAGES = 8
 FEATURE = ("guidance=feature", "eval.samples=8")

@@ -29,9 +29,9 @@ from tests.faults.device import CALIBRATION, SCORES, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
 from tests.faults.test_processes import ended, start
-from tests.hubs import config, eval_config, run_in
+from tests.helpers.hubs import config, eval_config, run_in
+from tests.helpers.tiers import first
 from tests.runtime.test_distributed import TORCHRUN
-from tests.tiers import first
 
 
 @pytest.mark.parametrize("kind", first(1, ["bert", "t5", "clip", "llama"]))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.counts import COMPARED, KILLS, TRIED
 from tests.faults.driver import command, files, mini
+from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.runtime.test_distributed import TORCHRUN
 
 WORKER = str(Path(__file__).with_name("worker.py"))

@@ -13,8 +13,8 @@ import epmq_cli.pipeline.calibration as guide
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files
 from tests.faults.short import OPTIONS, PLACES, Undisturbed, check_place, check_same, hub_of, measured
-from tests.hubs import run_in
-from tests.minihub import KINDS
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import KINDS
 
 
 @pytest.mark.slow

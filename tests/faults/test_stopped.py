@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.bert import BERT
 from tests.faults.driver import at_file, at_stage, attempt, command, files, mini
-from tests.tiers import first
+from tests.helpers.tiers import first
 
 SENTENCE = "epmq: interrupted; start the same command again to continue after the last finished block\n"
 

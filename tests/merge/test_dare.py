@@ -13,7 +13,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.dare import DareTies, dropped
 from epmq_cli.merge.method import Piece
-from tests.merging import SHAPES, merged, method, tensors
+from tests.helpers.merging import SHAPES, merged, method, tensors
 
 EXPERTS = [tensors(seed) for seed in (1, 2, 3)]
 

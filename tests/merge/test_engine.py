@@ -20,7 +20,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.families.heads.classifier import read_head
 from epmq_cli.merge.engine import SuiteModels
 from tests.conftest import TASKS, drifted, write_suite
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of what transformers will remove
 

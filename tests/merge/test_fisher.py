@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.fisher import Fisher, WeightedMean
-from tests.merging import SHAPES, GivenData, merged, method, tensors
+from tests.helpers.merging import SHAPES, GivenData, merged, method, tensors
 
 EXPERTS = [tensors(seed) for seed in (1, 2, 3)]
 

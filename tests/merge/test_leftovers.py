@@ -16,7 +16,7 @@ from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, ENCODER
-from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
+from tests.helpers.lone import WRITERS, assert_same, merged_folder, store, suite_of
 
 PAIR = ("merge", "run")
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import ENCODER, settings_of
-from tests.lone import assert_same, merged_folder, store, suite_of
+from tests.helpers.lone import assert_same, merged_folder, store, suite_of
 
 NAMES = {"id2label": {0: "bad", 1: "good", 2: "fair"}, "label2id": {"bad": 0, "good": 1, "fair": 2}}
 OTHERS = {"id2label": {0: "cat", 1: "dog", 2: "emu"}, "label2id": {"cat": 0, "dog": 1, "emu": 2}}

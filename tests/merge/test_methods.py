@@ -16,7 +16,7 @@ from epmq_cli.merge.method import ElementwiseRule, MergeMethod, Piece, check_met
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties, elected, kth_largest_magnitudes
 from epmq_cli.runtime import threads
-from tests.merging import METHODS, SHAPES, merged, method, source, tensors
+from tests.helpers.merging import METHODS, SHAPES, merged, method, source, tensors
 
 DATA_FREE = [name for name in METHODS if not method(name).needs]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.regmean import RegMean, Regression, parts
-from tests.merging import LINEARS, SHAPES, GivenData, merged, source, tensors
+from tests.helpers.merging import LINEARS, SHAPES, GivenData, merged, source, tensors
 
 EXPERTS = [tensors(seed) for seed in (1, 2, 3)]
 WEIGHTS = ("a.weight", "b.weight")

@@ -20,9 +20,9 @@ from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of
-from tests.hubs import run_in
-from tests.lone import WRITERS, assert_same, merged_folder, store, suite_of
-from tests.minihub import build
+from tests.helpers.hubs import run_in
+from tests.helpers.lone import WRITERS, assert_same, merged_folder, store, suite_of
+from tests.helpers.minihub import build
 
 PAIR = ("merge", "run")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.tsv_m import TsvM, merged_singular_vectors, nearest_orthonormal
-from tests.merging import merged, method, source, tensors
+from tests.helpers.merging import merged, method, source, tensors
 
 SHAPES = {"w": (8, 6), "conv": (4, 3, 2, 2), "bias": (8,), "few": (2, 9)}
 

@@ -16,7 +16,7 @@ from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder
 from tests.conftest import TASKS, write_suite
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 SIZES = {"base": 3, "small": 2, "large": 5, "larger": 6}
 

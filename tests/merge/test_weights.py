@@ -10,7 +10,7 @@ import torch
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
-from tests.merging import METHODS, merged, method, tensors
+from tests.helpers.merging import METHODS, merged, method, tensors
 
 WEIGHTED = [name for name in METHODS if hasattr(method(name), "weights")]
 EXPERTS = {f"t{seed}": tensors(seed) for seed in (1, 2, 3)}

@@ -14,7 +14,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open import open_base, open_expert
 from epmq_cli.models.state_dict import open_file
-from tests.minihub import IDS, SIZE, tokenizer
+from tests.helpers.minihub import IDS, SIZE, tokenizer
 
 
 def saved(folder: Path, shards: bool = False) -> LlamaForCausalLM:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from epmq_cli.errors import ModelError
 from epmq_cli.models.pretrained import from_folder
 from tests.conftest import Run
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 CODE = "from pathlib import Path\n\nPath({ran!r}).touch()\n\nclass Evil:\n    pass\n"
 

@@ -14,7 +14,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, 
 from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.models.model_folder import PICKLES, READ, read_files
 from epmq_cli.models.processor_files import ProcessorFiles
-from tests.minihub import tokenizer
+from tests.helpers.minihub import tokenizer
 
 TEXT = "good film"
 

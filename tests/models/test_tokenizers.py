@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.tokenizers import check_tokens, vocabulary
-from tests.hubs import run_in
-from tests.minihub import build
+from tests.helpers.hubs import run_in
+from tests.helpers.minihub import build
 
 WORDS = {"<pad>": 0, "red": 1, "blue": 2}
 UNIGRAM = [("<pad>", 0.0), ("red", -1.5), ("blue", -2.0)]

@@ -19,9 +19,9 @@ from epmq_cli.pipeline import cached_steps, keys
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.store.cache import Cache
-from tests.hubs import config, run_in
-from tests.minihub import build
-from tests.tiers import first
+from tests.helpers.hubs import config, run_in
+from tests.helpers.minihub import build
+from tests.helpers.tiers import first
 
 KEEPING = ("cache=1MB", "eval.samples=10")
 ALL = 2 + 2 + 2 + 1  # scores of base, experts and merge on two tasks, and the merge

@@ -30,8 +30,8 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.report.metrics_json import schema
 from tests.conftest import Run
-from tests.hubs import config, run_in
-from tests.tiers import first
+from tests.helpers.hubs import config, run_in
+from tests.helpers.tiers import first
 
 
 def opened(hub: Path, *overrides: str) -> tuple[steps.Job, steps.SuiteModels, nn.Module, torch.dtype]:

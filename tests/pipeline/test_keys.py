@@ -22,8 +22,8 @@ from epmq_cli.pipeline.cached_steps import CachedSteps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.keys import differences, hash_model, hash_samples, run_key, scores_key, short
 from epmq_cli.store.cache import FileHashes
-from tests.hubs import config
-from tests.tiers import first, slow
+from tests.helpers.hubs import config
+from tests.helpers.tiers import first, slow
 
 
 def key_of(hub: Path, *overrides: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import nn
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.pipeline.preflight import check_groups, check_parts
-from tests.formats import ints
-from tests.minihub import IDS
+from tests.helpers.formats import ints
+from tests.helpers.minihub import IDS
 
 ENCODER = {"num_hidden_layers": 1, "vocab_size": IDS["vocab_size"], "hidden_size": 32, "intermediate_size": 64}
 

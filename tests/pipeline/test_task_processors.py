@@ -24,11 +24,11 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.store.manifest import file_problems
 from tests.commands.test_merge import merged
 from tests.conftest import WORDS
-from tests.edited import copied
 from tests.families.conftest import hub
-from tests.hubs import config, eval_config, run_in
-from tests.minihub import Hub
-from tests.tiers import first
+from tests.helpers.edited import copied
+from tests.helpers.hubs import config, eval_config, run_in
+from tests.helpers.minihub import Hub
+from tests.helpers.tiers import first
 
 __all__ = ["hub"]
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.gptq import Gptq, column_order, gptq, inverse_factor
 from epmq_cli.quantize.rtn import rtn
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 
 def problem(rows: int = 6, columns: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial, allocate, f
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
 from epmq_cli.quantize.rtn import Rtn
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 LOSSES = {"a": {3: 9.0, 4: 1.0}, "b": {3: 5.0, 4: 1.0}, "c": {3: 4.0, 4: 3.5}, "d": {3: 2.0, 4: 2.5}}
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10}

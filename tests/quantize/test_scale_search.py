@@ -10,7 +10,7 @@ from epmq_cli.quantize.formats.format import Grid
 from epmq_cli.quantize.gptq import gptq, inverse_factor
 from epmq_cli.quantize.kernels.select import TorchKernel
 from epmq_cli.quantize.scale_search import hessian_grid
-from tests.formats import ints
+from tests.helpers.formats import ints
 from tests.quantize.test_gptq import loss as quadratic
 from tests.quantize.test_gptq import problem
 

@@ -13,7 +13,7 @@ from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.runtime import disk_offload, memory
 from epmq_cli.runtime.disk_offload import on_disk
-from tests.hubs import config, run_in
+from tests.helpers.hubs import config, run_in
 
 
 class Tied(nn.Module):

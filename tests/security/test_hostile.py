@@ -20,7 +20,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.state_dict import open_file
 from epmq_cli.pipeline.verify import tensor_problems
-from tests.counts import BAD, FUZZED, TRIED
+from tests.helpers.counts import BAD, FUZZED, TRIED
 
 
 def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:

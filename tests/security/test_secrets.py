@@ -9,7 +9,7 @@ import pytest
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
 from tests.conftest import Run
-from tests.tiers import slow
+from tests.helpers.tiers import slow
 
 TOKEN = "hf_" + "Abc123" * 6
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from epmq_cli.store.cache import Cache
-from tests.hubs import run_in
+from tests.helpers.hubs import run_in
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "epmq_cli").rglob("*.py"), *(ROOT / ".ci").glob("*.py")])

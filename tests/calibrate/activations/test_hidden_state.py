@@ -12,7 +12,7 @@ from epmq_cli.calibrate.activations.hidden_state import CarriedOutput, HiddenSta
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.hubs import config
+from tests.helpers.hubs import config
 
 
 class Chain(nn.Module):

@@ -17,8 +17,8 @@ from epmq_cli.calibrate.activations.hidden_state import Call, CarriedOutput, ent
 from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.families.structure import Linears, Section, Stack
-from tests.hubs import Scene
-from tests.minihub import TIERED, build
+from tests.helpers.hubs import Scene
+from tests.helpers.minihub import TIERED, build
 
 
 class Replay:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.foreign.judge import REFUSED, TAKEN, Verdict
-from tests.outcomes import FOREIGN
+from tests.helpers.outcomes import FOREIGN
 
 Conclude = Callable[[Verdict], None]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.foreign.kinds import Kind, quiet
-from tests.minihub import VOCABULARY
+from tests.helpers.minihub import VOCABULARY
 
 SPECIAL = 5  # tokens of the vocabulary that are no words
 DIFFERS = "the expert's own processor is used for its task, or the difference is refused with both values"

@@ -14,8 +14,8 @@ import pytest
 from epmq_cli.errors import ModelError
 from epmq_cli.models.open_clip.config import clip_config
 from epmq_cli.models.open_clip.convert import _described
-from tests.counts import FUZZED, TRIED
 from tests.end_to_end.test_fuzz import with_an_odd_value
+from tests.helpers.counts import FUZZED, TRIED
 from tests.models.open_clip.test_tensors import MODEL
 
 

@@ -12,8 +12,8 @@ import pytest
 from epmq_cli.errors import ModelError
 from epmq_cli.models.open_clip import convert
 from epmq_cli.models.open_clip.convert import converted
+from tests.helpers.tiers import first
 from tests.models.open_clip.test_tensors import build, stored
-from tests.tiers import first
 
 
 @pytest.fixture(autouse=True)

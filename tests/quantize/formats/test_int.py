@@ -8,7 +8,7 @@ from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.rtn import Rtn, rtn
-from tests.formats import ints
+from tests.helpers.formats import ints
 
 
 def weight(rows: int = 6, columns: int = 8, seed: int = 0) -> torch.Tensor:

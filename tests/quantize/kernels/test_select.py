@@ -17,8 +17,8 @@ from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.gptq import inverse_factor, quantize_columns
 from epmq_cli.quantize.kernels.numba import NumbaKernel
 from epmq_cli.quantize.kernels.select import ColumnKernel, TorchKernel, kernel_for, triton_works
-from tests.formats import ints
-from tests.tiers import first
+from tests.helpers.formats import ints
+from tests.helpers.tiers import first
 
 ROOT = Path(__file__).parents[3]
 CASES = [

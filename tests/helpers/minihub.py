@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.conftest import TASKS, WORDS, drifted, write_pictures, write_suite
-from tests.tiers import only
+from tests.helpers.tiers import only
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as t
 
-from tests.minihub import IDS, SIZE
+from tests.helpers.minihub import IDS, SIZE
 
 GROUPED: dict[str, Any] = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
 HEADS = {**GROUPED, "head_dim": 8}

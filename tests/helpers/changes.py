@@ -11,8 +11,8 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from tests import edited
 from tests.conftest import TASKS, WORDS
+from tests.helpers import edited
 
 Change = Callable[[Path], Any]
 TOKENS, PIXELS, GENERATION = "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"
