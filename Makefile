@@ -1,6 +1,7 @@
 # Every target a developer or CI needs; `make` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_SMOKE ?= .venv-smoke
 BIN := $(VENV)/bin
 DEVICE ?= cpu
 PROCESSES ?= 1 2
@@ -68,12 +69,14 @@ audit: install ## known vulnerabilities of the packages in the environment
 	.venv-audit/bin/pip install --quiet pip-audit
 	$(BIN)/pip freeze --exclude-editable | .venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement /dev/stdin
 
-smoke: wheel ## install the wheel in a clean environment outside the checkout and run it there
-	./.ci/smoke $(PYTHON) $(abspath $(wildcard dist/*.whl))
+smoke: wheel ## install the wheel in a clean environment and run it outside the checkout
+	rm -rf $(VENV_SMOKE)
+	$(PYTHON) -m venv $(VENV_SMOKE)
+	./.ci/smoke $(VENV_SMOKE) dist/*.whl
 
-wheel: install ## build the wheel into dist/
-	rm -rf dist
-	$(BIN)/python -m build --wheel .
+wheel: ## build the wheel into dist/
+	rm -rf dist build
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 tiny: install ## train the models of the built-in suite again
 	$(BIN)/python benchmarks/tiny/train.py
@@ -102,4 +105,4 @@ bench-speed: install ## time and memory: all tables of "Speed" and "4-bit infere
 	else echo "left out, since it takes root: sudo $(BIN)/python benchmarks/larger.py --limit 1900"; fi
 
 clean: ## remove what the other targets made, but for runs/
-	rm -rf $(VENV) .venv-minimum .venv-audit dist build *.egg-info .coverage*
+	rm -rf $(VENV) $(VENV_SMOKE) .venv-minimum .venv-audit dist build *.egg-info .coverage*

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.cache import Cache, cache_folder
 from epmq_cli.store.hashing import content
 
@@ -24,6 +25,11 @@ def cached_answer(question: Mapping[str, Any], ask: Callable[[], Any], code: str
 
     `code`: the source file of the calling module. Without a writable cache, every call runs `ask`.
     """
-    versions = {name: version(name) for name in LIBRARIES}
-    key = {"question": question, "versions": versions, "code": content(Path(code)).sha256}
+    versions = {name: installed_version(name) for name in LIBRARIES}
+    key = {"question": question, "versions": versions, "code": _source(code)}
     return Cache(cache_folder() / "transformers", LIMIT, failure=logging.DEBUG).value(key, ask)
+
+
+@cache
+def _source(code: str) -> str:
+    return content(Path(code)).sha256

@@ -13,7 +13,6 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from epmq_cli.models.lora.folder import is_adapter_file
 from epmq_cli.models.model_folder import read_files
 from epmq_cli.report.metrics_json import PACKAGES
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.cache import FileHashes
 from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
 
@@ -54,7 +54,7 @@ CPU = Path("/proc/cpuinfo")
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The software and the machine, which affect the last bits of results."""
-    versions = {name: _version(name) for name in LIBRARIES}
+    versions = {name: installed_version(name) for name in LIBRARIES}
     return {
         "versions": {"python": platform.python_version(), **versions, "of epmq's code": hash_code()},
         "machine": {
@@ -170,11 +170,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-@cache
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

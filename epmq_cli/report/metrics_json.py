@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from epmq_cli.errors import RunError
 from epmq_cli.evaluate.metrics import average
 from epmq_cli.evaluate.score import Scores
+from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.atomic import write_text
 
 SCHEMA_VERSION = 2
@@ -33,7 +33,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """The versions and hardware behind the numbers."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),

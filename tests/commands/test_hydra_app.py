@@ -10,6 +10,7 @@ import torch
 
 from epmq_cli.errors import ConfigError, DataError
 from tests.conftest import Run
+from tests.helpers.tiers import slow
 
 OPTIONS = ("run", "out=here", "eval.stages=[]")
 DEFECT = (
@@ -50,7 +51,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
         ),
         (OSError(40, "Too many levels", "a/b"), 1, "epmq: a/b cannot be used (Too many levels)\n"),
-        (OSError("odd"), 1, "epmq: odd\n"),
+        slow((OSError("odd"), 1, "epmq: odd\n")),
         (
             MemoryError(),
             1,

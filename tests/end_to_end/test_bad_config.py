@@ -35,11 +35,11 @@ WRONG: dict[str, Any] = {
     "nan": float("nan"),
     "infinity": float("inf"),
 }
-QUICK = ["null", "text", "minus"]
+QUICK = ["text", "minus"]
 ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
-    "eval/lm_eval": ["suite=causal_lm", *ONE_LM, "eval.tasks=[x]"],
-    "pack/gptq": ["suite=causal_lm", *ONE_LM],
+    "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],
+    "pack/gptq": ["suite=causal_lm"],
     "suite/causal_lm": ONE_LM,
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
@@ -115,12 +115,29 @@ TOP = (
 
 @cache
 def composed(group: str, name: str) -> DictConfig:
-    """The config of a run with this option; of the built-in suite one task, since five take five times as long."""
+    """The config of a run with this option; of the built-in suite one task, since five take five times as long.
+
+    The options of groups other than `suite` are files without defaults, which replace a node as Hydra would.
+    """
     given = GIVEN.get(f"{group}/{name}", [])
-    if not any("suite" in (group, text.partition("=")[0]) for text in given) and group != "suite":
-        given = [*given, *(f"~suite.tasks.{task}" for task in ("textures", "digits", "arrows", "counts"))]
+    if group != "suite":
+        cfg = _base("suite=causal_lm" in given).copy()
+        OmegaConf.set_struct(cfg, False)
+        cfg[group] = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+        cfg.merge_with_dotlist([text for text in given if text.startswith(f"{group}.")])
+        OmegaConf.set_struct(cfg, True)
+        return cfg
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("run", overrides=[f"{group}={name}", *given, "out=x"])
+        return compose("run", overrides=[f"suite={name}", *given, "out=x"])
+
+
+@cache
+def _base(causal_lm: bool) -> DictConfig:
+    tasks = (f"~suite.tasks.{task}" for task in ("textures", "digits", "arrows", "counts"))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(
+            "run", overrides=[*(["suite=causal_lm", *ONE_LM] if causal_lm else tasks), "merge=average", "out=x"]
+        )
 
 
 def keys(node: DictConfig, where: str) -> Iterator[str]:

@@ -208,7 +208,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, clip_hub: Path, bert_hub: Pat
     return {"clip": clip_hub, "bert": bert_hub, **made}
 
 
-@pytest.mark.parametrize("case", every(2, BAD))
+@pytest.mark.parametrize("case", every(3, BAD))
 def test_bad_models_and_data_end_in_one_sentence(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
     kind, change, error, message = BAD[case]
     hub = edited.copied(hubs[kind], tmp_path / "hub")
@@ -256,7 +256,7 @@ FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", every(2, FINE))
+@pytest.mark.parametrize("case", every(3, FINE))
 @pytest.mark.filterwarnings("ignore:A single label was found")
 def test_what_is_odd_but_allowed_goes_through(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
     kind, options, change = FINE[case]

@@ -13,26 +13,33 @@ from epmq_cli.commands.arguments import split
 from epmq_cli.commands.overrides import check_overrides
 from epmq_cli.config.instantiate import build, conf_dir
 from tests.conftest import Run
-from tests.helpers.tiers import slow
+from tests.helpers.tiers import only
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
 COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 SUITES = [text for kind, text in BLOCKS if kind == "yaml"]
 LINES = re.findall(r"^    (epmq (?:.*\\\n)*.*)$", README.read_text(encoding="utf-8"), re.M)
+FAST = (
+    "epmq run merge=ties quant=gptq bits=4",
+    "epmq run guidance=expert",
+    "epmq list",
+    "epmq run --help",
+    "epmq verify runs/NAME/checkpoint --scores",
+)
+"""The commands of the default tier."""
 QUICK = ["calib.samples=8", "eval.samples=4", "eval.stages=[quantized]"]
 
 
 def test_the_readme_has_commands_and_suites() -> None:
     assert len(COMMANDS) >= 6
     assert len(SUITES) == 2
+    assert {*FAST} <= {*COMMANDS}
     assert len(LINES) >= 9
     assert all(command.startswith("epmq ") for command in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "command", [slow(command) if " -m " in command or "epmq eval" in command else command for command in COMMANDS]
-)
+@pytest.mark.parametrize("command", only(FAST, COMMANDS))
 def test_every_command_runs(command: str, epmq_inside: Run) -> None:
     arguments = shlex.split(command)[1:]
     if arguments[0] == "run" and "--help" not in arguments:

@@ -15,7 +15,7 @@ import pytest
 from tests.end_to_end.same_bytes_rows import ROWS
 from tests.helpers.tiers import only
 
-FAST = ("bert/merged/rtn", "bert/merge/ties", "clip/expert/gptq", "causal_lm/feature/gptq")
+FAST = ("bert/merge/ties", "clip/expert/gptq", "causal_lm/feature/gptq")
 ALL = only(FAST, (row.name for row in ROWS))
 
 

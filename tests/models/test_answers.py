@@ -72,7 +72,7 @@ def test_other_contents_of_a_tokenizers_files_are_another_question(
 def test_another_version_of_transformers_is_asked_itself(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers.cached_answer({"q": 1}, lambda: [1], __file__) == [1]
     assert answers.cached_answer({"q": 1}, refuse, __file__) == [1]
-    monkeypatch.setattr(answers, "version", lambda name: "0")
+    monkeypatch.setattr(answers, "installed_version", lambda name: "0")
     assert answers.cached_answer({"q": 1}, lambda: [2], __file__) == [2]
     assert len(list(kept.glob("*.json"))) == 2
 

@@ -139,14 +139,14 @@ def test_another_version_computes_everything_again(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
-    monkeypatch.setattr(keys, "_version", lambda name: "0.0.0")
+    monkeypatch.setattr(keys, "installed_version", lambda name: "0.0.0")
     assert metrics(run_in(tmp_path / "second", clip_hub, *KEEPING))["cache"]["found"] == 0
 
 
 @pytest.mark.parametrize(
     ("name", "replacement"),
     [
-        ("_version", lambda name: "0.0.0"),
+        ("installed_version", lambda name: "0.0.0"),
         ("hash_code", lambda: "edited"),
         ("_processor", lambda: "another"),
     ],

@@ -99,6 +99,7 @@ def test_a_lost_process_ends_the_others_with_a_sentence(
         call()
 
 
+@pytest.mark.slow
 def test_in_a_sweep_all_processes_skip_the_jobs_that_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
     options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
     assert command(tmp_path, *options, "merge=ties")[0] == 0

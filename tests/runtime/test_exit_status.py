@@ -19,6 +19,7 @@ from epmq_cli.cli import INTERRUPTED
 from epmq_cli.runtime.signals import STATUS
 from tests.conftest import Run
 from tests.faults.driver import command, on_call
+from tests.helpers.tiers import first
 
 PRINTING = ("list", "--help", "run --help", "verify --help", "--version")
 SIGNALS = sorted(STATUS)
@@ -57,7 +58,7 @@ def swallowed(number: int) -> None:
 
 
 @pytest.mark.parametrize("act", [send, twice, spoilt])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", first(1, SIGNALS))
 def test_a_job_ends_with_the_status_of_its_first_signal(
     act: Callable[[int], None], number: int, tmp_path: Path
 ) -> None:
