@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weight_of
+from epmq_cli.merge.weights import check_weighted_tasks, check_weights
 
 
 def average(experts: Sequence[Tensor]) -> Tensor:
@@ -31,11 +32,11 @@ def weighted_average(experts: Sequence[Tensor], weights: Sequence[float]) -> Ten
 
 @dataclass(frozen=True)
 class Average:
-    """`merge=average`: `weights` are factors by task, None for 1 each."""
+    """`merge=average`: `weights` are factors, a setting; None for 1 each."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    weights: Weights = None
+    weights: Setting = None
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
@@ -46,11 +47,12 @@ class Average:
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
+        weights = source.setting(self.weights, 1.0)
 
         def merge(piece: Piece) -> Tensor:
             experts = list(piece.experts.values())
             if self.weights is None:
                 return average(experts)
-            return weighted_average(experts, [weight_of(self.weights, task) for task in piece.experts])
+            return weighted_average(experts, [weights.at(piece.name, task) for task in piece.experts])
 
         return ElementwiseRule(merge)

@@ -8,7 +8,7 @@ of each element is that of the task vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.settings import Setting, check_setting, check_tasks
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
 from epmq_cli.merge.ties import elected, majority_sign, sign_sum
-from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weighted
+from epmq_cli.merge.weights import check_weighted_tasks, check_weights, weighted
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
@@ -41,32 +42,39 @@ class DareLinear:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    density: float
-    scale: float
-    weights: Weights
+    density: Setting
+    scale: Setting
+    weights: Setting
     seed: int
 
     def __post_init__(self) -> None:
-        check_range("merge.density", self.density, 0, 1, open_low=True)
-        check_range("merge.scale", self.scale, 0, 10)
+        check_setting("merge.density", self.density, 0, 1, open_low=True, by_task=True)
+        check_setting("merge.scale", self.scale, 0, 10)
         check_weights(self.weights, negative=True)
         check_range("seed", self.seed, 0, (1 << 31) - 1, integer=True)
 
     def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the weights name other tasks than the suite's."""
+        """ConfigError if the densities or weights name other tasks than the suite's."""
+        check_tasks("merge.density", self.density, tasks)
         check_weighted_tasks(self.weights, tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
-        return ElementwiseRule(lambda piece: add_task_vectors(piece.base, self.vectors(piece), self.scale))
+        vectors, scales = self.sparse_vectors(source), source.setting(self.scale, 1.0)
+        return ElementwiseRule(lambda piece: add_task_vectors(piece.base, vectors(piece), scales.at(piece.name)))
 
-    def vectors(self, piece: Piece) -> list[Tensor]:
-        """Each task vector after the drop, times its weight."""
-        vectors = {
-            task: dropped(vector, self.density, piece.generator(self.seed, task))
-            for task, vector in piece.task_vectors().items()
-        }
-        return weighted(vectors, self.weights)
+    def sparse_vectors(self, source: MergeSource) -> Callable[[Piece], list[Tensor]]:
+        """For a piece, each task vector after the drop, times its weight."""
+        densities, weights = source.setting(self.density, 1.0), source.setting(self.weights, 1.0)
+
+        def vectors(piece: Piece) -> list[Tensor]:
+            kept = {
+                task: dropped(vector, densities.at(piece.name, task), piece.generator(self.seed, task))
+                for task, vector in piece.task_vectors().items()
+            }
+            return weighted(kept, weights, piece.name)
+
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -86,16 +94,18 @@ class DareTies(DareLinear):
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models once, for the majority of signs, which decides where task vectors cancel."""
+        sparse, scales = self.sparse_vectors(source), source.setting(self.scale, 1.0)
 
         def signs(piece: Piece) -> int:
-            vectors = self.vectors(piece)
+            vectors = sparse(piece)
             return sign_sum(torch.zeros_like(piece.base), vectors, [0.0] * len(vectors))
 
         majority = majority_sign(source, signs)
 
         def merge(piece: Piece) -> Tensor:
-            vectors, zero = self.vectors(piece), torch.zeros_like(piece.base)
+            vectors, zero = sparse(piece), torch.zeros_like(piece.base)
             thresholds = [0.0] * len(vectors)
-            return piece.base + elected(zero, vectors, thresholds, majority, self.scale, self.combine == "mean")
+            scale, mean = scales.at(piece.name), self.combine == "mean"
+            return piece.base + elected(zero, vectors, thresholds, majority, scale, mean)
 
         return ElementwiseRule(merge)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_range
 from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weight_of
+from epmq_cli.merge.weights import check_weighted_tasks, check_weights
 
 
 class WeightedMean:
@@ -53,7 +54,7 @@ class Fisher:
     floor: float
     normalize: bool
     classes: int | None
-    weights: Weights
+    weights: Setting
 
     def __post_init__(self) -> None:
         check_range("merge.floor", self.floor, 0, 1, open_low=True)
@@ -68,12 +69,13 @@ class Fisher:
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Measures one expert after the other; holds the merged model and the sum of weights."""
         assert data is not None
+        weights = source.setting(self.weights, 1.0)
         means = {name: WeightedMean() for name in source.names}
         for task in source.tasks:
             fisher = data.squared_gradients(task, self.classes)
-            scale = weight_of(self.weights, task) * importance_scale(fisher, self.normalize)
+            scale = importance_scale(fisher, self.normalize)
             for name, mean in means.items():
                 values = fisher.pop(name, torch.zeros(())).cpu()  # without gradients, the floor makes it a mean
-                mean.add(source.expert(task, name), scale * (values + self.floor))
+                mean.add(source.expert(task, name), weights.at(name, task) * scale * (values + self.floor))
         merged = {name: mean.mean for name, mean in means.items()}
         return TensorRule(lambda name, base, experts: merged[name])

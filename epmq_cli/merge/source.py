@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.method import Piece, PieceReader
+from epmq_cli.merge.settings import Setting, TensorSetting, layer_depths
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows, vocabulary_of
 from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.quantize.linalg import is_finite
@@ -120,6 +121,15 @@ class MergeSource:
             whole = [self._model(task).tensor(name) for task in models]
         split = zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True)
         return [partial(self._piece, name, number * PIECE, parts) for number, parts in enumerate(split)]
+
+    def setting(self, setting: Setting, default: float) -> TensorSetting:
+        """The values of a method's setting for these tensors; `default` where it has none."""
+        return TensorSetting(setting, default, self.depths)
+
+    @cached_property
+    def depths(self) -> dict[str, float]:
+        """The depth of each tensor in its stack of layers, in [0, 1]; see `settings.layer_depths`."""
+        return layer_depths(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""

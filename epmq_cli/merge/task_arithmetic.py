@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from epmq_cli.config.validate import check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.settings import Setting, check_setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import Weights, check_weighted_tasks, check_weights, weighted
+from epmq_cli.merge.weights import check_weighted_tasks, check_weights, weighted
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], scale: float) -> Tensor:
@@ -34,17 +34,17 @@ def add_task_vectors(base: Tensor, vectors: Sequence[Tensor], scale: float) -> T
 class TaskArithmetic:
     """`merge=task_arithmetic`.
 
-    `scale`: the paper's lambda, in [0, 10]; 0 returns the base. `weights`: factors on the task vectors by task, None
-    for 1 each; negative ones unlearn a task.
+    `scale`: the paper's lambda, in [0, 10]; 0 returns the base. `weights`: factors on the task vectors, None for 1
+    each; negative ones unlearn a task. Both are settings.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    scale: float
-    weights: Weights = None
+    scale: Setting
+    weights: Setting = None
 
     def __post_init__(self) -> None:
-        check_range("merge.scale", self.scale, 0, 10)
+        check_setting("merge.scale", self.scale, 0, 10)
         check_weights(self.weights, negative=True)
 
     def check(self, tasks: Sequence[str]) -> None:
@@ -53,10 +53,12 @@ class TaskArithmetic:
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
+        weights, scales = source.setting(self.weights, 1.0), source.setting(self.scale, 1.0)
 
         def merge(piece: Piece) -> Tensor:
+            scale = scales.at(piece.name)
             if self.weights is None:
-                return task_arithmetic(piece.base, list(piece.experts.values()), self.scale)
-            return add_task_vectors(piece.base, weighted(piece.task_vectors(), self.weights), self.scale)
+                return task_arithmetic(piece.base, list(piece.experts.values()), scale)
+            return add_task_vectors(piece.base, weighted(piece.task_vectors(), weights, piece.name), scale)
 
         return ElementwiseRule(merge)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
+from epmq_cli.merge.settings import Setting, check_setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.threads import spread, threads
@@ -114,12 +115,12 @@ class Ties:
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     density: float
-    scale: float
+    scale: Setting
     combine: str
 
     def __post_init__(self) -> None:
         check_range("merge.density", self.density, 0, 1, open_low=True)
-        check_range("merge.scale", self.scale, 0, 10)
+        check_setting("merge.scale", self.scale, 0, 10)
         check_choice("merge.combine", self.combine, ("sum", "mean"))
 
     def check(self, tasks: Sequence[str]) -> None:
@@ -135,9 +136,11 @@ class Ties:
         thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
         majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], thresholds))
 
+        scales = source.setting(self.scale, 1.0)
+
         def merge(piece: Piece) -> Tensor:
-            experts = [*piece.experts.values()]
-            return elected(piece.base, experts, thresholds, majority, self.scale, self.combine == "mean")
+            experts, scale = [*piece.experts.values()], scales.at(piece.name)
+            return elected(piece.base, experts, thresholds, majority, scale, self.combine == "mean")
 
         return ElementwiseRule(merge)
 
