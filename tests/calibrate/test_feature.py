@@ -1,4 +1,4 @@
-"""Oracles: experts and hidden states as transformers has them, and invariants of walks under feature guidance."""
+"""Oracles: the experts and hidden states of transformers, and invariants of walks under feature guidance."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_expert_without_anchor_is_reproduced(name: str, beta: int, request: 
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_teachers_walk_through_transformers_own_hidden_states(name: str, request: pytest.FixtureRequest) -> None:
+def test_teachers_have_the_hidden_states_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
     job = make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
@@ -87,7 +87,7 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
 
 
 def parts(found: Walk) -> dict[str, set[str]]:
-    """The tensors that each option decides on."""
+    """The tensors that each option controls."""
     model, family = found.student, found.job.family
     readout = family.readout(model)
     sections = [*family.blocks(model), readout]
@@ -106,9 +106,7 @@ def parts(found: Walk) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_every_part_is_solved_and_those_that_are_switched_off_keep_the_merged_values(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_part_is_solved_unless_it_is_switched_off(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
     full, merged = walk(hub, *FEATURE), walk(hub, "guidance=merged", "quant=none")
     solved = changed(full, merged)
@@ -119,7 +117,7 @@ def test_every_part_is_solved_and_those_that_are_switched_off_keep_the_merged_va
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_tokens_that_are_not_read_count_less_in_the_last_block_where_they_reach_nothing(
+def test_tokens_that_the_head_does_not_read_count_less_in_the_last_block(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     even, weighted = (walk(hub_of(name, request), *FEATURE, f"guidance.readout_weight={w}") for w in (1, 0.01))
@@ -151,7 +149,7 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
         torch.testing.assert_close(tensor, state(forward)[part], rtol=1e-3, atol=1e-4)
 
 
-def test_a_task_of_weight_zero_has_no_say(clip_hub: Path) -> None:
+def test_a_task_of_weight_zero_has_no_effect(clip_hub: Path) -> None:
     silent = walk(clip_hub, *FEATURE, "+guidance.weights.second=0", "guidance.rho=1", "merge=none")
     alone = walk(clip_hub, *FEATURE, "~suite.tasks.second", "guidance.rho=1", "merge=none")
     for name, tensor in state(silent).items():
@@ -159,7 +157,7 @@ def test_a_task_of_weight_zero_has_no_say(clip_hub: Path) -> None:
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_asymmetric_guidance_is_nearer_to_the_dense_model_than_plain_gptq(
+def test_asymmetric_guidance_is_closer_to_the_dense_model_than_plain_gptq(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     hub = hub_of(name, request)
