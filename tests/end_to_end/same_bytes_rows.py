@@ -1,4 +1,4 @@
-"""The rows of same_bytes.py: one `epmq run` or `epmq merge` each."""
+"""The rows of same_bytes.py: each is one `epmq run` or `epmq merge`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Row:
-    """`kind` of same_bytes_models, or empty for the built-in suite; `how` the command is run."""
+    """`kind` of same_bytes_models, or empty for the built-in suite; `how` to run the command."""
 
     name: str
     kind: str
@@ -50,9 +50,9 @@ class Row:
 
     @property
     def portable(self) -> bool:
-        """Whether the weights are the same on every processor: merges are elementwise, and rounding to nearest depends
+        """Whether the weights are equal on every processor: merges are elementwise, and rounding to nearest depends
         on sums only through the choice among scales. Checked without AVX2 and FMA, in torch and in numba."""
-        zero_shot = self.kind in ("clip", "open_clip")  # a text tower makes their heads
+        zero_shot = self.kind in ("clip", "open_clip")  # their heads come from a text tower
         return self.command == "merge" or (self.name.endswith("/merged/rtn") and not zero_shot)
 
 

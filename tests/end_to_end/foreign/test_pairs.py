@@ -1,4 +1,4 @@
-"""Oracle: the mean of two experts in plain torch, however each of them was saved; `epmq verify` is content."""
+"""Oracle: the mean of two experts in plain torch, however each of them was saved; `epmq verify` accepts the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trial(pair: Pair) -> Any:
 
 
 @pytest.mark.parametrize("pair", [trial(pair) for pair in dict.fromkeys(ALL)])
-def test_two_experts_average_to_their_mean(pair: Pair, tmp_path: Path, store: Path, conclude: Conclude) -> None:
+def test_the_average_of_two_experts_is_their_mean(pair: Pair, tmp_path: Path, store: Path, conclude: Conclude) -> None:
     kind, saving = KINDS[pair.first.kind], SAVINGS[pair.first.saving]
     base = base_of(pair.first, tmp_path, store)
     experts = [

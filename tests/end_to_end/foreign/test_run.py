@@ -1,4 +1,5 @@
-"""Oracle: labels are what the expert predicts in transformers, so it scores 100, and so does the lone expert merged."""
+"""Oracle: the labels are the expert's predictions in transformers, so the expert and the lone expert merged both
+score 100."""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ def trial(job: Job) -> Any:
 
 
 def odd_scores(made: Made, wanted: float) -> list[str]:
-    """Stages that do not score what the expert does in transformers."""
+    """Stages whose scores differ from the expert's score in transformers."""
     scores = made.metrics["scores"]["tasks"]["task"]
     odd = [stage for stage in ("experts", "quantized") if not math.isclose(scores[stage], wanted, rel_tol=1e-3)]
     return [f"stage {stage} scores {scores[stage]:.3f}, not {wanted:.3f}" for stage in odd]
 
 
 @pytest.mark.parametrize("job", [trial(job) for job in ALL])
-def test_an_expert_scores_what_it_predicts(job: Job, tmp_path: Path, conclude: Conclude) -> None:
+def test_an_expert_scores_100_on_its_own_predictions(job: Job, tmp_path: Path, conclude: Conclude) -> None:
     user = ready(job, tmp_path)
 
     def attempt(folder: Path) -> Iterable[str]:
@@ -44,7 +45,6 @@ def test_an_expert_scores_what_it_predicts(job: Job, tmp_path: Path, conclude: C
     conclude(judged(attempt, tmp_path / "out", job.may_be_refused))
 
 
-def test_every_value_of_every_axis_is_tried_quickly() -> None:
-    """The jobs are counted."""
+def test_the_fast_tier_has_every_value_of_every_axis() -> None:
     assert {job.labels for job in QUICK} > set(LABELS)
     assert {job.processor for job in QUICK} == set(PROCESSORS)
