@@ -1,4 +1,4 @@
-"""Runs on a device that is short of memory, against the same runs on one with room for everything."""
+"""Runs on a device with little memory, compared with the same runs with enough memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, whole: Path) -> dict[str, int]:
-    """That a run made what an undisturbed one did; the events of the former."""
+    """Checks that a run has the results of an undisturbed one; returns the events of the former."""
     found, wanted = measured(folder), measured(whole)
     assert files(folder) == files(whole)
     assert found["layers"] == wanted["layers"]

@@ -1,4 +1,4 @@
-"""Oracles: the status of torchrun, and the checkpoint of one process; a run that hangs is stopped by the test."""
+"""Oracles: the status of torchrun, and the checkpoint of one process; the test stops a run that hangs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.runtime.test_distributed import TORCHRUN
 
 WORKER = str(Path(__file__).with_name("worker.py"))
-PATIENCE = 120  # seconds, much longer than starting takes
+PATIENCE = 120  # seconds, much longer than the start
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -36,7 +36,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def check_one(folder: Path, *arguments: str) -> None:
-    """What a run that was stopped and went on wrote into `run`, against one process that was not stopped."""
+    """Compares the folder `run` of a stopped and continued run with that of an uninterrupted single process."""
     status, said = command(folder, *arguments, "out=one")
     assert status == 0, said
     assert files(folder / "run") == files(folder / "one")
@@ -45,7 +45,7 @@ def check_one(folder: Path, *arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)])
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
+def test_a_dead_process_ends_the_others_and_the_run_can_continue(
     rank: int, number: int, bert_hub: Path, tmp_path: Path
 ) -> None:
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
@@ -62,7 +62,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_that_is_stopped_stops_its_processes(number: signal.Signals, bert_hub: Path, tmp_path: Path) -> None:
+def test_stopping_torchrun_stops_its_processes(number: signal.Signals, bert_hub: Path, tmp_path: Path) -> None:
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
     process = start(tmp_path, *TORCHRUN, WORKER, "0", str(int(signal.SIGSTOP)), "6", *arguments)
     while not list((tmp_path / "run").glob(".resume/*/last/*.safetensors")):

@@ -106,7 +106,7 @@ ENCODERS: dict[str, Build] = {
 
 
 def built(build: Build) -> Any:
-    """The model, ready to score, with gains, biases and other tensors that start as constants moved away from them."""
+    """The model in evaluation mode; gains, biases and other tensors with constant initial values get noise."""
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""How much the tests tried, counted where they try it, for the last lines of pytest's report."""
+"""Counters of the cases that the tests tried, for the last lines of pytest's report."""
 
 from __future__ import annotations
 
