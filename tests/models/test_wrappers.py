@@ -66,7 +66,7 @@ WRAPPED: dict[str, tuple[str, tuple[str, ...], Callable[[str], str]]] = {
 
 
 @pytest.mark.parametrize("case", WRAPPED)
-def test_wrapped_names_are_read_as_the_bases(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapped_names_are_mapped_to_those_of_the_base(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, names, wrap = WRAPPED[case]
     base, family = folder(kind, names, "base"), FAMILIES["causal_lm" if kind == "llama" else kind]
     wanted = family.tensor_names(base)
@@ -91,7 +91,7 @@ def test_heads_get_the_same_treatment() -> None:
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "clip"])
-def test_names_that_fit_are_left_alone(name: str) -> None:
+def test_matching_names_stay_unchanged(name: str) -> None:
     names = LLAMA if name == "causal_lm" else CLIP
     base, family = folder(name, names, "base"), FAMILIES[name]
     expert = folder(name, (*names, "module.extra.weight"))
@@ -129,7 +129,7 @@ def test_adapters_that_are_not_merged_are_refused() -> None:
     ],
     ids=["no output layer", "wrapped", "another"],
 )
-def test_what_does_not_fit_is_told(names: tuple[str, ...], message: str) -> None:
+def test_names_that_do_not_match_are_reported(names: tuple[str, ...], message: str) -> None:
     base, family = folder("llama", LLAMA, "base"), FAMILIES["causal_lm"]
     expert, wanted = folder("llama", names), family.tensor_names(base)
     assert unwrapped(expert, base, wanted, family.tensor_names) is expert
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_told(names: tuple[str, ...], message: str) -> None
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "student."])
-def test_a_wrapped_base_is_refused_by_the_prefix(prefix: str) -> None:
+def test_a_wrapped_base_is_refused_with_its_prefix(prefix: str) -> None:
     refuse_wrapped(folder("llama", LLAMA, "base"))
     with pytest.raises(
         ModelError,
@@ -146,12 +146,12 @@ def test_a_wrapped_base_is_refused_by_the_prefix(prefix: str) -> None:
         refuse_wrapped(folder("llama", tuple(prefix + name for name in LLAMA), "base"))
 
 
-def test_no_renaming_makes_one_name_of_two() -> None:
+def test_no_renaming_maps_two_names_to_one() -> None:
     found = renamings(["_orig_mod.a.b", "a.b", "x.a.b"], ["a.b"])
     assert all(len({renaming(name) for name in ("_orig_mod.a.b", "a.b", "x.a.b")}) == 3 for renaming in found)
 
 
-def test_a_renaming_says_what_it_does() -> None:
+def test_renamings_have_a_description() -> None:
     assert str(Renaming(("_orig_mod",), "module.", "")) == "without '_orig_mod.' and 'module.'"
     assert str(Renaming((), "", "model.")) == "with 'model.' before them"
     assert str(Renaming((), "model.text.", "model.")) == "with 'model.' in place of 'model.text.'"

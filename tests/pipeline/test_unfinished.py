@@ -1,4 +1,4 @@
-"""Oracles: the folder in which a command continues, for folders that others left."""
+"""Oracle: the folder in which a command continues, given folders of earlier runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from epmq_cli.store.run_lock import RESULTS, alone
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(VARIABLE, "")  # to be put back
+    monkeypatch.setenv(VARIABLE, "")  # restored after the test
 
 
 def started(name: str, *arguments: str) -> Path:

@@ -79,7 +79,7 @@ def test_a_signal_that_an_import_swallows_ends_the_command_later(tmp_path: Path)
     assert command(tmp_path, "merge", hook=hook) == (143, f"epmq: {INTERRUPTED['merge']}\n")
 
 
-def test_verify_has_a_sentence_of_its_own(tmp_path: Path) -> None:
+def test_verify_has_its_own_sentence(tmp_path: Path) -> None:
     hook = on_call(epmq_cli.store.manifest, "file_problems", 1, lambda: send(signal.SIGINT))
     assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, f"epmq: {INTERRUPTED['verify']}\n")
 

@@ -84,6 +84,6 @@ def test_a_pipe_in_place_of_the_lock_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="/lock is not a regular file; remove it, or choose another out"):
             alone(tmp_path).__enter__()
 
-    signal.alarm(10)  # ends both processes where one waits
+    signal.alarm(10)  # ends both processes if one blocks
     assert forked(body) == 0
     signal.alarm(0)

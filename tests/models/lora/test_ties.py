@@ -39,7 +39,7 @@ TIED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("stored_twice", [False, True], ids=["stored once", "stored twice"])
-def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice: bool, tmp_path: Path) -> None:
+def test_on_a_tied_base_table_and_head_are_the_trained_ones(stored_twice: bool, tmp_path: Path) -> None:
     """Oracle: the outputs of the trained model's table and output layer for ids and hidden states.
 
     PEFT's merge_and_unload differs: it adds the LoRA of one of them to both, because they share their parameter.
@@ -69,7 +69,7 @@ def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice:
             torch.testing.assert_close(expert.tensor("lm_head.weight").float(), head, rtol=1e-5, atol=2e-6)
 
 
-def test_a_tied_table_of_which_training_moved_nothing_stays_tied(tmp_path: Path) -> None:
+def test_a_tied_table_that_training_did_not_change_stays_tied(tmp_path: Path) -> None:
     """PEFT adapts T5's `shared`, which neither encoder nor decoder calls, so its LoRA keeps its initial value."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
