@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands import run as command
 from epmq_cli.config.instantiate import conf_dir
-from epmq_cli.errors import EpmqError, shown
+from epmq_cli.errors import EpmqError, literal
 from tests.helpers.counts import BAD, TRIED
 from tests.helpers.hubs import CHOICES
 from tests.helpers.tiers import slow
@@ -211,7 +211,7 @@ def test_every_key_refuses_invalid_values(
         TRIED[BAD] += 1
         assert key.rpartition(".")[2] in found
         if not isinstance(value, (dict, list)):
-            assert shown(value) in found or (value is None and " no " in found)
+            assert literal(value) in found or (value is None and " no " in found)
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)

@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_causes_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with caplog.at_level(logging.WARNING, "epmq"), run_lock.alone(tmp_path):
+    with caplog.at_level(logging.WARNING, "epmq"), run_lock.exclusive_lock(tmp_path):
         (tmp_path / run_lock.FOLDER / "key").mkdir()
         assert not run_lock.in_use(tmp_path)
     assert f"{tmp_path} cannot be locked: [Errno {errno.ENOLCK}] No locks available" in caplog.text

@@ -74,8 +74,8 @@ def prompts(*names: str) -> Heading:
 def test_match_kinds(heading: Heading, data: Any, order: Any, said: str | None) -> None:
     found = match(heading, data)
     assert found.order == order
-    assert (said is None) == (found.said is None)
-    assert said is None or said in str(found.said)
+    assert (said is None) == (found.message is None)
+    assert said is None or said in str(found.message)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_classes_of_the_suite_name_the_labels_of_unnamed_data() -> None:
     """As in `epmq eval` if the suite lists the classes in another order than the checkpoint."""
     samples = Samples("ab", torch.tensor([0, 1]))
     assert in_order_of_head(samples, prompts("a", "b"), task(classes=("b", "a"))).order == (1, 0)
-    assert in_order_of_head(samples, prompts("a", "b"), task(classes=("a", "b"))).said is None
+    assert in_order_of_head(samples, prompts("a", "b"), task(classes=("a", "b"))).message is None
 
 
 def expert(**config: Any) -> Any:

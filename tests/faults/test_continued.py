@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from epmq_cli.store.run_lock import alone
+from epmq_cli.store.run_lock import exclusive_lock
 from tests.faults.driver import at_stage, attempt, command, files, mini
 from tests.helpers.hubs import run_in
 from tests.helpers.tiers import first
@@ -59,7 +59,7 @@ def test_another_command_does_not_touch_an_interrupted_run(bert_hub: Path, tmp_p
 def test_an_active_run_is_not_continued(bert_hub: Path, tmp_path: Path) -> None:
     assert command(tmp_path, *mini(bert_hub), hook=at_stage(PACK))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)
-    with alone(left):
+    with exclusive_lock(left):
         status, said = command(tmp_path, *mini(bert_hub), hook=wait)
         assert status == 0, said
         assert len(folders(tmp_path)) == 2
