@@ -21,7 +21,7 @@ METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
 OTHERS = [path for path in GROUPS if path not in EXPERIMENTS]
 BUILT = [path if "_b16_" not in path.name and "_l14_" not in path.name else slow(path) for path in OTHERS]
-"""Suites for ViT-B/16 and ViT-L/14 are slow: but for their models they are those for ViT-B/32."""
+"""Suites for ViT-B/16 and ViT-L/14 are slow: except for their models they equal those for ViT-B/32."""
 
 
 @pytest.mark.parametrize("option", BUILT, ids=str)

@@ -12,7 +12,7 @@ from tests.helpers.minihub import build
 
 OPTIONS = ("group_size=32", "eval.stages=[]", "calib.samples=8")
 Made = Callable[..., tuple[Path, Scene]]
-"""A checkpoint of a kind of model with further options, and the scene it was made in."""
+"""Returns the checkpoint of a kind of model with further options, and its scene."""
 
 
 @pytest.fixture(scope="session")

@@ -71,10 +71,10 @@ BUILD: dict[str, Callable[[], Any]] = {
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**DECODER)),
     "open_clip": lambda: open_clip.CLIP(**copy.deepcopy(OPEN_CLIP)),
 }
-"""The model of each kind; each family but clip and open_clip has a kind of its own name."""
+"""The model of each kind; every family except clip and open_clip has a kind of the same name."""
 
 KINDS = (*BUILD, "lora")
-"""What `inputs` makes a folder for: lora is adapters of the causal_lm base."""
+"""The folders that `inputs` writes; lora contains adapters of the causal_lm base."""
 
 
 def family(kind: str) -> str:

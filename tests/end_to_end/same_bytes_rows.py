@@ -9,7 +9,7 @@ SMALL = ("device=cpu", "cache=false", "group_size=16", "calib.samples=24", "cali
 TINY = ("device=cpu", "cache=false", "calib.samples=32", "eval.stages=[]")
 FAMILIES = ("clip", "open_clip", "bert", "roberta", "deberta", "distilbert", "vit", "t5", "causal_lm")
 OTHERS = ("t5_tied", "t5_untied", "qwen3", "gemma3", "phi3", "lora")
-"""Kinds of models beside those with a family's name."""
+"""Kinds of models other than those with a family's name."""
 MERGES = {
     "average": ("merge=average",),
     "task_arithmetic": ("merge=task_arithmetic",),
@@ -83,7 +83,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "scored": ("eval.stages=[base,experts,merged,quantized]",),
     "seed": ("seed=1",),
 }
-"""Each with guidance=feature and quant=gptq unless it says otherwise."""
+"""Each with guidance=feature and quant=gptq unless it sets them."""
 TINY_OPTIONS = ("bits=2", "bits=3", "bits=3.5", "bits=8", "asymmetric grid", "group_size=-1", "dense", "bfloat16")
 
 

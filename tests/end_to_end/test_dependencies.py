@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BROUGHT = {"triton": "torch"}
-"""Modules that a declared package brings on some platforms only; epmq imports them where they are installed."""
+"""Modules that a declared package installs on some platforms only; epmq imports them if they are installed."""
 
 
 def normal(name: str) -> str:

@@ -93,7 +93,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "adapter": ("adapter/adapter_config.json", lambda root: read_adapter(root / "adapter")),
     "suite": ("suite/mini.yaml", read_suite),
 }
-"""The file that is changed, and what reads it, both in a folder."""
+"""The changed file, and the function that reads it, both relative to a folder."""
 ADAPTER = {"peft_type": "LORA", "r": 1, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"q": 8}, "bias": "none"}
 
 

@@ -46,12 +46,13 @@ TIPPED: dict[str, dict[str, Any]] = {
     "distilbert": {"distance": 0.6},
     "modernbert-cls": {"others": 6, "losses": 0.2},
 }
-"""Options of `check_near` where rounding tips more. The stand-in gave distances of 0.44 and 0.31. One H200 gave 4
-samples and losses 10 % off, noise of 1e-6 on the CPU one sample and losses up to 16 % off (six runs)."""
+"""Options of `check_near` for kinds that are more sensitive to rounding. The stand-in gave distances of 0.44 and
+0.31. One H200 gave 4 samples and losses 10 % off, noise of 1e-6 on the CPU one sample and losses up to 16 % off (six
+runs)."""
 EXACT: tuple[Any, ...] = (("int4", torch.float32), ("dequantize", torch.float32))
 WIDE = [(4, True, torch.float16, 300, 128), (4, False, torch.bfloat16, 5, 512), (3, True, torch.float16, 4, 513)]
 Runs = Callable[..., Path]
-"""Gives the folder of a run on the miniature hub of a kind of model, with further options."""
+"""Returns the folder of a run on the miniature hub of a kind of model, with further options."""
 
 
 @pytest.fixture(scope="module")

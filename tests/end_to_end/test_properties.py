@@ -127,7 +127,7 @@ MODELS = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
         st.tuples(*(st.lists(NUMBERS, min_size=size, max_size=size) for size in sizes)), min_size=2, max_size=5
     )
 )
-"""A base and one to four experts, of the same sizes."""
+"""A base and one to four experts of the same sizes."""
 METHODS = st.one_of(
     st.just(Average()),
     st.builds(TaskArithmetic, st.sampled_from([0, 0.25, 1, 2])),

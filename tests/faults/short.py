@@ -20,7 +20,7 @@ from tests.helpers.hubs import config, run_in
 from tests.helpers.minihub import build
 
 Undisturbed = Callable[..., Path]
-"""Gives the folder of a run with some options on a hub."""
+"""Returns the folder of a run with some options on a hub."""
 OPTIONS = ("guidance=feature", "guidance.heads=always", "eval.samples=8")
 AUTO = ("guidance.rho=auto",)
 PLACES: dict[str, tuple[tuple[Place, ...], bool | None, tuple[str, ...]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 TRIED: Counter[str] = Counter()
-"""By this process so far; of tests that pass it is what was tried and came out as it should."""
+"""Of this process so far. For tests that pass, the counted cases had the expected result."""
 KILLS, FAULTS = "processes killed", "other faults made in a process"
 COMPARED = "results after kills compared byte for byte"
 BAD, FUZZED, CLAIMS = "bad inputs and options", "fuzzed or damaged files", "examples of properties"

@@ -7,7 +7,7 @@ import torch
 DEVICE = "cuda"
 OWN = f"device={DEVICE}"
 STANDIN = hasattr(torch.ops.standin, "peak")
-"""Whether this is tests/standin."""
+"""Whether the device is that of tests/standin."""
 
 
 def lacking() -> str | None:

@@ -25,7 +25,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.weights import copy_into
 
 Copies = Mapping[str, str]
-"""Tied tensors that are stored too, by the names of their sources."""
+"""Stored copies of tied tensors: copy -> source, by name."""
 CPU = torch.device("cpu")
 PACK = DenseExporter("auto", "5GB", False)
 
@@ -77,7 +77,7 @@ def run_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: An
 
 
 WRITERS: dict[str, Callable[..., Path]] = {"merge": merged_folder, "run": run_folder}
-"""By the names of the commands."""
+"""By command."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

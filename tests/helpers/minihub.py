@@ -207,7 +207,7 @@ DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
 KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
 TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
-"""KINDS for `parametrize`; those that differ little from another one are slow."""
+"""KINDS for `parametrize`; those that are similar to another kind are slow."""
 Hub = Callable[[str], Path]
 """The miniature hub of a kind of model."""
 

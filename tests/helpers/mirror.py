@@ -86,7 +86,7 @@ LAYOUTS: dict[str, Layout] = {
         "nateraw/rendered-sst2", 2, splits=(("train", "train"), ("validation", "test"), ("test", "test"))
     ),
 }
-"""Task -> its data set, with what is awkward about it."""
+"""Task -> its data set, including its peculiarities."""
 
 TWO = {"sentence1": "string", "sentence2": "string"}
 GLUE: dict[str, tuple[Mapping[str, str], str]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 FOREIGN = "foreign"
-"""The property of a test under which its outcome is, so that it reaches pytest's report from other processes too."""
+"""The user property that holds the outcome of a test; pytest passes it on from other processes too."""
 ALWAYS = ("taken", "refused", "silently wrong")
 
 

@@ -18,7 +18,7 @@ from tests.end_to_end.foreign.kinds import Kind, body_of, model, quiet
 
 Tensors = dict[str, Tensor]
 Form = Callable[[Kind, Tensors], Tensors]
-"""Changes what is stored of a model."""
+"""Changes the stored tensors of a model."""
 
 PRETRAINING = {"bert": "BertForPreTraining", "roberta": "RobertaForMaskedLM", "distilbert": "DistilBertForMaskedLM"}
 PRETRAINING |= {"deberta": "DebertaV2ForMaskedLM"}

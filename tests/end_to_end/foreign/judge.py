@@ -29,7 +29,7 @@ TAKEN, REFUSED, WRONG = "taken", "refused", "silently wrong"
 BARRED, CRASHED, UNSAID = "refused though legitimate", "ended as a defect", "right without a word"
 NOTHING_SAID = "nothing was said"
 CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1e-2, 2e-3)}
-"""Relative and absolute, by the coarsest type that was given."""
+"""Relative and absolute tolerance, by the coarsest type of the inputs."""
 CHOICES = {"suite": "foreign", "merge": "average", "guidance": "merged", "quant": "none"}
 QUICK = ("group_size=-1", "device=cpu", "calib.samples=4", "calib.batch_size=4", "cache=false", "merge=average")
 

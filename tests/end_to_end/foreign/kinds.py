@@ -187,7 +187,7 @@ KINDS = {
         ),
     )
 }
-"""By name; gpt2 is one of the decoders that `epmq merge` takes and `epmq run` does not."""
+"""By name; gpt2 is one of the decoders that `epmq merge` accepts and `epmq run` refuses."""
 
 
 @contextmanager

@@ -95,7 +95,7 @@ SOURCES: dict[str, tuple[str, Callable[[Path, Sequence[Row]], None]]] = {
     "jsonl-bom": ("jsonl", _lines(bom=True)),
     "parquet": ("parquet", _parquet),
 }
-"""By name: the file's ending, and what writes it."""
+"""By name: the file's extension, and the function that writes it."""
 
 
 def write_table(place: Path, source: str, rows: Sequence[Row], listed: Sequence[str] | None) -> dict[str, Any]:
