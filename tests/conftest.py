@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.helpers.counts import TRIED
-from tests.helpers.gpu import lacking
+from tests.helpers.gpu import skip_reason
 from tests.helpers.outcomes import foreign_line
 
 os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's cache
@@ -43,7 +43,7 @@ TASKS = ("first", "second")
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests with the marker gpu on machines without a GPU, before their fixtures run."""
-    if item.get_closest_marker("gpu") and (reason := lacking()):
+    if item.get_closest_marker("gpu") and (reason := skip_reason()):
         pytest.skip(reason)
 
 
@@ -186,9 +186,9 @@ def epmq(tmp_path: Path) -> Run:
     """Runs the `epmq` command in an empty folder and a separate process, forked from this one to save the imports."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        from tests.faults.driver import separate
+        from tests.faults.driver import run_epmq
 
-        return separate(tmp_path, *arguments, **environment)
+        return run_epmq(tmp_path, *arguments, **environment)
 
     return run
 

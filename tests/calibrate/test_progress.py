@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-def walked(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
+def run_walk(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
     """The result of a walk of the miniature BERT, and the student's tensors after it."""
     job = make_job(config(hub, "guidance=feature", *options))
     models, model, dtype = steps.open_models(job)
@@ -66,24 +66,24 @@ def test_a_walk_in_files_equals_one_in_memory_and_resumes_from_any_entry(
     kind: str, bert_hub: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS[kind]
-    memory = walked(bert_hub, RunProgress(), *options)
-    files = walked(bert_hub, RunProgress(tmp_path), *options)
+    memory = run_walk(bert_hub, RunProgress(), *options)
+    files = run_walk(bert_hub, RunProgress(tmp_path), *options)
     assert list(memory[0].weights.in_memory()) == list(memory[0].weights)
     assert not files[0].weights.in_memory()
     assert_same(files, memory)
-    again = walked(bert_hub, RunProgress(tmp_path), *options)  # every entry exists
+    again = run_walk(bert_hub, RunProgress(tmp_path), *options)  # every entry exists
     assert_same(again, memory)
     entries = sorted((tmp_path / "last").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for entry in reversed(entries):
         entry.unlink()
         if entry in entries[1:3]:
-            assert_same(walked(bert_hub, RunProgress(tmp_path), *options), memory)
+            assert_same(run_walk(bert_hub, RunProgress(tmp_path), *options), memory)
             break
 
 
 def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: Path) -> None:
     """The address of the tensor is mapped to the file."""
-    result, _ = walked(bert_hub, RunProgress(tmp_path))
+    result, _ = run_walk(bert_hub, RunProgress(tmp_path))
     weight = next(iter(result.weights.values()))
     assert isinstance(weight, QuantizedWeight)
     address, maps = weight.codes.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
@@ -92,11 +92,11 @@ def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: 
 
 
 def test_a_damaged_entry_is_refused_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
-    walked(bert_hub, RunProgress(tmp_path))
+    run_walk(bert_hub, RunProgress(tmp_path))
     entry = next((tmp_path / "last").iterdir())
     entry.write_bytes(entry.read_bytes()[:20])
     with pytest.raises(RunError, match="is damaged .*; start from the beginning with resume=never"):
-        walked(bert_hub, RunProgress(tmp_path))
+        run_walk(bert_hub, RunProgress(tmp_path))
 
 
 def test_progress_without_a_folder_restores_nothing(bert_hub: Path) -> None:

@@ -37,7 +37,7 @@ def check(model: Any, family: Family | None = None) -> None:
     check_blocks(model, family or CAUSAL_LM, {"first": [{"input_ids": IDS}]})
 
 
-def claimed(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> Family:
+def with_steps(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> Family:
     """A family with changed steps."""
 
     return with_blocks(CAUSAL_LM, lambda blocks: [replace(block, steps=change(block.steps)) for block in blocks])
@@ -53,7 +53,7 @@ def with_blocks(family: Family, change: Callable[[list[Section]], list[Section]]
 
 
 def with_step(number: int, **changes: Any) -> Family:
-    return claimed(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
+    return with_steps(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
 
 
 FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
@@ -86,12 +86,12 @@ CLAIMS: dict[str, tuple[Family, str]] = {
     "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read the output of .*o_proj"),
     "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to the input of"),
     "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to the input of .*input_layernorm"),
-    "another order": (claimed(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
+    "another order": (with_steps(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
     "linears of two inputs": (
-        claimed(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
+        with_steps(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
         "down_proj does not have the same input as .*gate_proj",
     ),
-    "a norm left out": (claimed(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to the input of"),
+    "a norm left out": (with_steps(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to the input of"),
     "a module that is not there": (with_step(2, names=("self_attn.out",)), "cannot follow the blocks"),
 }
 
@@ -213,7 +213,7 @@ def test_glm_4_with_the_steps_of_llama_is_refused() -> None:
     """The steps of Llama omit some norms; the check finds them under any name."""
     assert like_llama(CAUSAL_LM.blocks(TAKEN["glm4"]())[0].steps)[2] == CAUSAL_LM.blocks(llama())[0].steps[2]
     with pytest.raises(ModelError, match="o_proj is not added to the input of model.layers.0.input_layernorm"):
-        check(built(TAKEN["glm4"]), claimed(like_llama))
+        check(built(TAKEN["glm4"]), with_steps(like_llama))
 
 
 @pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1"), (1, "self_attn.q_proj")])

@@ -30,7 +30,7 @@ def affine(seed: int) -> Affine:
     return Affine(rand(sum(OUTS), IN, seed=seed), rand(sum(OUTS), seed=seed + 1))
 
 
-def solved(by_drift: bool) -> dict[str, Tensor]:
+def solve_part(by_drift: bool) -> dict[str, Tensor]:
     """The results of this process for its part of the batches."""
     anchor = affine(100)
     objective = Objective(anchor, 0.05, True, distributed)
@@ -70,7 +70,7 @@ def work(number: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=number, world_size=PROCESSES
     )
     for by_drift in (False, True):
-        torch.save(solved(by_drift), folder / f"{number}-{by_drift}.pt")
+        torch.save(solve_part(by_drift), folder / f"{number}-{by_drift}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -79,7 +79,7 @@ def test_every_process_gets_the_result_of_a_single_process(tmp_path: Path) -> No
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks with threads
         multiprocessing.start_processes(work, (tmp_path,), PROCESSES, start_method="fork")  # type: ignore[no-untyped-call]
     for by_drift in (False, True):
-        alone = solved(by_drift)
+        alone = solve_part(by_drift)
         for number in range(PROCESSES):
             found = torch.load(tmp_path / f"{number}-{by_drift}.pt")
             torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)

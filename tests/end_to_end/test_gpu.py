@@ -217,7 +217,7 @@ def test_a_student_in_files_is_refused(hubs: Callable[[str], Path], tmp_path: Pa
         run_in(tmp_path / "run", hubs("bert"), *OPTIONS, OWN, "calib.student=disk")
 
 
-def moved(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Tensor:
+def features_on(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Tensor:
     """The features of the scene's batches, computed on a device in a type."""
     own = [{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in b.items()} for b in scene.batches]
     with torch.inference_mode():
@@ -242,7 +242,7 @@ def test_epmq_load_runs_packed_on_the_device(kind: str, runs: Runs, hubs: Callab
             model: Any = epmq_cli.load(checkpoint, device, *own)
             assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
             assert (kernels(model)["int4"] > 0) == (options[0] != "dequantize")
-            result = moved(scene, model, options[1], device)
+            result = features_on(scene, model, options[1], device)
             assert (result.dtype, result.device.type) == (options[1], device)
             found.append(relative_distance(result.float().cpu(), wanted))
         assert found[1] < 2 * found[0] + 0.003, (options, found)  # TF32 would use half of the 0.003

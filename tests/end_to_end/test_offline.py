@@ -17,7 +17,7 @@ from tests.helpers.hubs import run_in
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The network requests so far; all of them fail."""
     found: list[Any] = []
 
@@ -30,23 +30,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_run_and_its_verification_send_no_requests(clip_hub: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_a_run_and_its_verification_send_no_requests(clip_hub: Path, tmp_path: Path, requests: list[Any]) -> None:
     verify(run_in(tmp_path, clip_hub, "calib.samples=8", "eval.samples=8"), True, "cpu", None)
-    assert asked == []
+    assert requests == []
 
 
 def test_a_run_sends_no_requests_when_online(
-    bert_hub: Path, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    bert_hub: Path, tmp_path: Path, requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     run_in(tmp_path, bert_hub, "calib.samples=8", "eval.samples=8")
-    assert asked == []
+    assert requests == []
     with pytest.raises(ModelError):
         locate("someone/something", "base")
-    assert asked  # the fixture records requests
+    assert requests  # the fixture records requests
 
 
-def test_missing_models_and_data_cause_no_requests_when_offline(asked: list[Any]) -> None:
+def test_missing_models_and_data_cause_no_requests_when_offline(requests: list[Any]) -> None:
     with pytest.raises(
         ModelError, match="someone/something was not found locally and cannot be downloaded from the hub"
     ):
@@ -54,14 +54,14 @@ def test_missing_models_and_data_cause_no_requests_when_offline(asked: list[Any]
     for count in (None, 3):
         with pytest.raises(DataError, match="data set someone/something cannot be loaded"):
             Hub("someone/something").load("train", count)
-    assert asked == []
+    assert requests == []
 
 
 def test_missing_models_are_requested_when_online(
-    asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     with pytest.raises(ModelError):
         locate("someone/something", "base")
-    assert asked
+    assert requests

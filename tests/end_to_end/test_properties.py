@@ -39,7 +39,7 @@ SEARCHES = st.sampled_from(["minmax", "mse"])
 SEEDS = st.integers(0, 1 << 30)
 
 
-def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
+def check_examples(examples: int, claim: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
     """Checks the claim for this number of examples, the same ones each time."""
     options = settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -78,7 +78,9 @@ def test_rounded_weights_lie_on_the_grid_within_half_a_step(examples: int) -> No
                 assert float(error.square().sum()) <= 1.0001 * float((plain.dequantize() - weight).square().sum())
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, FORMATS, SEARCHES, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types)
+    check_examples(
+        examples, claim, FORMATS, SEARCHES, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types
+    )
 
 
 @FEW_OR_MANY
@@ -105,7 +107,7 @@ def test_packed_weights_are_read_back_bit_for_bit(examples: int) -> None:
             assert found.dtype == dtype
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
+    check_examples(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
 
 
 class InMemory:
@@ -161,7 +163,7 @@ def test_the_order_of_experts_and_the_size_of_pieces_change_nothing(examples: in
         torch.testing.assert_close(merged(merge, [models[0], *others]), expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(merged(merge, models, piece), expected)
 
-    hold(examples, claim, METHODS, MODELS, st.randoms(use_true_random=False), st.integers(1, 4))
+    check_examples(examples, claim, METHODS, MODELS, st.randoms(use_true_random=False), st.integers(1, 4))
 
 
 @FEW_OR_MANY
@@ -169,7 +171,7 @@ def test_experts_that_are_the_base_give_the_base(examples: int) -> None:
     def claim(merge: MergeMethod, models: list[Model], count: int) -> None:
         assert torch.equal(merged(merge, [models[0]] * (1 + count)), flat(models[0]))
 
-    hold(examples, claim, METHODS, MODELS, st.integers(1, 4))
+    check_examples(examples, claim, METHODS, MODELS, st.integers(1, 4))
 
 
 def naive_ties(models: list[Model], ties: Ties) -> Tensor:
@@ -198,4 +200,4 @@ def test_ties_equals_the_naive_version(examples: int) -> None:
         torch.testing.assert_close(merged(ties, models), naive_ties(models, ties), rtol=1e-6, atol=1e-6)
 
     densities = st.floats(0.01, 1)
-    hold(examples, claim, densities, st.sampled_from([0.3, 1.0]), st.sampled_from(["sum", "mean"]), MODELS)
+    check_examples(examples, claim, densities, st.sampled_from([0.3, 1.0]), st.sampled_from(["sum", "mean"]), MODELS)

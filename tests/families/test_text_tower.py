@@ -43,7 +43,7 @@ def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
         return job.family.logits(model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
 
 
-def by_transformers(hub: Path) -> torch.Tensor:
+def transformers_logits(hub: Path) -> torch.Tensor:
     """The logits of the expert's folder in transformers."""
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
@@ -60,7 +60,7 @@ def by_transformers(hub: Path) -> torch.Tensor:
 
 
 def test_a_head_from_the_experts_text_tower_reproduces_its_logits(trained: Path) -> None:
-    wanted = by_transformers(trained)
+    wanted = transformers_logits(trained)
     torch.testing.assert_close(logits_of(trained, "++suite.heads=expert"), wanted, rtol=1e-4, atol=2e-3)
     assert (logits_of(trained) - wanted).abs().max() > 1
 

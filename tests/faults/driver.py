@@ -132,12 +132,12 @@ def command(folder: Path, *arguments: str, hook: Callable[[], None] = nothing) -
         return status, pipe.read()
 
 
-def separate(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_epmq(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`epmq`, started in a folder, with separate stdout and stderr."""
-    return ranks(folder, [environment], *arguments)[0]
+    return run_ranks(folder, [environment], *arguments)[0]
 
 
-def ranks(
+def run_ranks(
     folder: Path, environments: Sequence[Mapping[str, str]], *arguments: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """Runs the same command in several processes at once, one per environment."""
@@ -156,7 +156,7 @@ def torchrun(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.C
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    return ranks(folder, [{**meeting, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)], *arguments)
+    return run_ranks(folder, [{**meeting, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)], *arguments)
 
 
 def _start(folder: Path, place: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> int:

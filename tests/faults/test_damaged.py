@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def left(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted_run(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed before packing."""
     folder = tmp_path_factory.mktemp("left") / "run"
     assert attempt(folder, bert_hub, *OPTIONS, hook=at_stage(PACK)) == -signal.SIGKILL
@@ -73,22 +73,24 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-def test_an_interrupted_run_leaves_only_json_and_safetensors(left: Path) -> None:
-    found = [path for path in (left / FOLDER).rglob("*") if path.is_file()]
+def test_an_interrupted_run_leaves_only_json_and_safetensors(interrupted_run: Path) -> None:
+    found = [path for path in (interrupted_run / FOLDER).rglob("*") if path.is_file()]
     assert {path.suffix for path in found if path.name != "lock"} == {".json", ".safetensors"}
     for path in found:
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
             load_file(path)
-    assert (left / FOLDER / "lock").read_bytes() == b""
+    assert (interrupted_run / FOLDER / "lock").read_bytes() == b""
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_entries_are_refused_in_one_sentence(case: str, left: Path, bert_hub: Path, tmp_path: Path) -> None:
+def test_damaged_entries_are_refused_in_one_sentence(
+    case: str, interrupted_run: Path, bert_hub: Path, tmp_path: Path
+) -> None:
     pattern, damage = DAMAGE[case]
     run = tmp_path / "run"
-    shutil.copytree(left, run)
+    shutil.copytree(interrupted_run, run)
     path = next(iter(sorted((run / FOLDER).glob(pattern))))
     damage(path)
     with pytest.raises(RunError, match=r"is damaged \(.*\); start from the beginning with resume=never") as raised:
@@ -97,9 +99,9 @@ def test_damaged_entries_are_refused_in_one_sentence(case: str, left: Path, bert
     assert "\n" not in str(raised.value)
 
 
-def test_resume_never_ignores_existing_entries(left: Path, bert_hub: Path, tmp_path: Path) -> None:
+def test_resume_never_ignores_existing_entries(interrupted_run: Path, bert_hub: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(left, run)
+    shutil.copytree(interrupted_run, run)
     for path in (run / FOLDER).rglob("*.*"):
         path.write_text("damaged")
     run_in(run, bert_hub, *OPTIONS, "resume=never")

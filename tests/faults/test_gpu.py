@@ -16,7 +16,7 @@ from tests.end_to_end.test_gpu import check_near, check_place
 from tests.faults.device import CALIBRATION, SCORING, Device
 from tests.faults.driver import files, mini
 from tests.faults.short import OPTIONS, Undisturbed, measured
-from tests.faults.test_processes import WORKER, ended, start
+from tests.faults.test_processes import WORKER, start, wait_for
 from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.helpers.gpu import DEVICE, OWN
 from tests.helpers.hubs import Scene, run_in
@@ -83,12 +83,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(bert_hub: Path, tmp_path: Path) 
     arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", OWN)
     for call, entries in ((6, ["0000-stem"]), (10, ["0000", "0000-stem"])):
         worker = (sys.executable, WORKER, "0", str(int(signal.SIGKILL)), str(call))
-        status, said = ended(start(tmp_path, *worker, *arguments, "out=run"))
+        status, said = wait_for(start(tmp_path, *worker, *arguments, "out=run"))
         assert status == -signal.SIGKILL, said
         TRIED[KILLS] += 1
         assert sorted(path.stem for path in (tmp_path / "run").glob(".resume/*/last/*.safetensors")) == entries
     for out in ("run", "whole"):
-        status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments, f"out={out}"))
+        status, said = wait_for(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments, f"out={out}"))
         assert status == 0, said
         assert ("continues after the last finished block" in said) == (out == "run")
     assert files(tmp_path / "run") == files(tmp_path / "whole")
@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(bert_hub: Path, tmp_path: Path) 
 def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     """Each process solves its own rows, so the products have other shapes than those of one process."""
     arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", f"device={device}", "out=run")
-    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
+    status, said = wait_for(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
     assert status == 0, said
     check_place(tmp_path / "run")
     check_near(tmp_path / "run", undisturbed(bert_hub, OWN), Scene(bert_hub, *OPTIONS), SAMPLES)

@@ -28,7 +28,7 @@ from epmq_cli.runtime import distributed
 from tests.faults.device import CALIBRATION, SCORES, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
-from tests.faults.test_processes import ended, start
+from tests.faults.test_processes import start, wait_for
 from tests.helpers.hubs import config, eval_config, run_in
 from tests.helpers.tiers import first
 from tests.runtime.test_distributed import TORCHRUN
@@ -196,8 +196,8 @@ def test_out_of_memory_in_one_process_ends_all_with_a_sentence(bert_hub: Path, t
         "cli.main()\n"
     )
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
-    status, said = ended(start(tmp_path, *TORCHRUN, str(script), *arguments))
+    status, said = wait_for(start(tmp_path, *TORCHRUN, str(script), *arguments))
     assert status != 0
     assert "the device does not have enough memory for calib.batch_size=8; lower it, because a run of several " in said
-    status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
+    status, said = wait_for(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said

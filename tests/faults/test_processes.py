@@ -26,7 +26,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         said, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -35,7 +35,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def check_one(folder: Path, *arguments: str) -> None:
+def check_against_one_process(folder: Path, *arguments: str) -> None:
     """Compares the folder `run` of a stopped and continued run with that of an uninterrupted single process."""
     status, said = command(folder, *arguments, "out=one")
     assert status == 0, said
@@ -49,15 +49,15 @@ def test_a_dead_process_ends_the_others_and_the_run_can_continue(
     rank: int, number: int, bert_hub: Path, tmp_path: Path
 ) -> None:
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
-    status, said = ended(start(tmp_path, *TORCHRUN, WORKER, str(rank), str(int(number)), "6", *arguments))
+    status, said = wait_for(start(tmp_path, *TORCHRUN, WORKER, str(rank), str(int(number)), "6", *arguments))
     assert status != 0
     TRIED[KILLS] += 1
     assert not (tmp_path / "run" / "checkpoint").exists()
     assert list((tmp_path / "run" / ".resume").glob("*/last/*.safetensors")), said
-    status, said = ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
+    status, said = wait_for(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))
     assert status == 0, said
     assert "run was interrupted; the run continues after the last finished block" in said
-    check_one(tmp_path, *arguments[:-1])
+    check_against_one_process(tmp_path, *arguments[:-1])
 
 
 @pytest.mark.slow
@@ -69,9 +69,9 @@ def test_stopping_torchrun_stops_its_processes(number: signal.Signals, bert_hub:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
-    status, _ = ended(process)
+    status, _ = wait_for(process)
     assert status != 0
     TRIED[KILLS] += 1
     assert not (tmp_path / "run" / "checkpoint").exists()
-    assert ended(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))[0] == 0
-    check_one(tmp_path, *arguments[:-1])
+    assert wait_for(start(tmp_path, *TORCHRUN, "-m", "epmq_cli", *arguments))[0] == 0
+    check_against_one_process(tmp_path, *arguments[:-1])

@@ -10,6 +10,6 @@ STANDIN = hasattr(torch.ops.standin, "peak")
 """Whether the device is that of tests/standin."""
 
 
-def lacking() -> str | None:
+def skip_reason() -> str | None:
     """The reason why tests with the marker gpu cannot run; None if they can."""
     return None if torch.cuda.is_available() else "needs a GPU that torch.cuda finds"

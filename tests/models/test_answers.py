@@ -39,7 +39,7 @@ def test_a_cached_class_is_equal_and_not_asked_for_again(
 ) -> None:
     base = ModelFolder(request.getfixturevalue(hub) / "base", "base")
     first = model_class.model_class(base.config, base.infos)
-    asked = model_class._ask(json.dumps(base.config, sort_keys=True, default=str), frozenset(tops(base)))
+    asked = model_class._ask(json.dumps(base.config, sort_keys=True, default=str), frozenset(top_level_names(base)))
     forget()
     with monkeypatch.context() as patched:
         patched.setattr(model_class, "_ask", refuse)
@@ -51,7 +51,7 @@ def test_a_cached_class_is_equal_and_not_asked_for_again(
     assert [type(renaming) for renaming in cached.renamings()] == [type(renaming) for renaming in asked.renamings()]
 
 
-def tops(folder: ModelFolder) -> set[str]:
+def top_level_names(folder: ModelFolder) -> set[str]:
     return {name.partition(".")[0] for name in folder.infos}
 
 

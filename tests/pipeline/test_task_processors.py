@@ -251,7 +251,7 @@ def test_a_checkpoint_stores_the_experts_processor_and_is_scored_with_it(hub: Hu
     assert json.loads((checkpoint / "epmq.json").read_text())["processors"] == ["first"]
     assert "- first: `processors/first`" in (checkpoint / "README.md").read_text()
     assert file_problems(checkpoint) == []
-    evaluate(eval_config(checkpoint), again(tmp_path, "again"), [])
+    evaluate(eval_config(checkpoint), new_folder(tmp_path, "again"), [])
     assert scores["first"]["quantized"] == eval_score(tmp_path / "again")
     (saved(checkpoint) / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     assert file_problems(checkpoint) == ["processors/first/tokenizer.json is missing"]
@@ -259,14 +259,14 @@ def test_a_checkpoint_stores_the_experts_processor_and_is_scored_with_it(hub: Hu
         file.unlink()
     saved(checkpoint).rmdir()
     with pytest.raises(CheckpointError, match="processors/first, the processor of task first, is missing"):
-        evaluate(eval_config(checkpoint), again(tmp_path, "gone"), [])
+        evaluate(eval_config(checkpoint), new_folder(tmp_path, "gone"), [])
 
 
 def saved(checkpoint: Path) -> Path:
     return checkpoint / "processors" / "first"
 
 
-def again(folder: Path, name: str) -> Path:
+def new_folder(folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     return folder / name
 

@@ -13,7 +13,7 @@ from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline import unfinished
 from epmq_cli.pipeline.unfinished import RUNS, VARIABLE, begin, continued, end, typed
-from epmq_cli.store.run_lock import RESULTS, alone
+from epmq_cli.store.run_lock import RESULTS, exclusive_lock
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_no_folder_is_used_if_the_arguments_set_one(argument: str) -> None:
 
 def test_a_folder_in_use_or_complete_is_not_used() -> None:
     folder = started("1", "bits=3")
-    with alone(folder):
+    with exclusive_lock(folder):
         assert continued(["bits=3"]) == ["bits=3"]
     assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
     for name in RESULTS:

@@ -128,8 +128,8 @@ def test_each_group_is_clipped_to_the_least_error_of_its_outputs() -> None:
         for group in range(groups.shape[1]):
             own, block = groups[row, group], H[8 * group : 8 * group + 8, 8 * group : 8 * group + 8]
             tries = [own.clamp(-ratio * own.abs().max(), ratio * own.abs().max()) for ratio in CLIPS]
-            lost = [lost_by(own, one, block) for one in tries]
-            assert lost_by(own, found[row, group], block) == pytest.approx(min(lost))
+            lost = [clipping_error(own, one, block) for one in tries]
+            assert clipping_error(own, found[row, group], block) == pytest.approx(min(lost))
     assert not torch.equal(found, groups)
 
 
@@ -139,7 +139,7 @@ def weights_with_outlier(W: Tensor) -> Tensor:
     return found
 
 
-def lost_by(group: Tensor, shrunk: Tensor, block: Tensor) -> float:
+def clipping_error(group: Tensor, shrunk: Tensor, block: Tensor) -> float:
     rounded = rtn(shrunk[None], IntFormat(3, -1, "none"), "minmax", group.dtype).dequantize()[0]
     return float((rounded - group) @ block @ (rounded - group))
 

@@ -22,7 +22,7 @@ P, DTYPE = 0.7, torch.float64
 OPTIONS = (P, 10.0, 1.01, 20)
 
 
-def heavy(groups: int, columns: int = 16, seed: int = 0) -> Tensor:
+def weights_with_outliers(groups: int, columns: int = 16, seed: int = 0) -> Tensor:
     """Groups of weights with outliers."""
     generator = torch.Generator().manual_seed(seed)
     plain, spread = (torch.randn(groups, columns, generator=generator, dtype=DTYPE) for _ in range(2))
@@ -35,7 +35,7 @@ def total(groups: Tensor, grid: Grid, format: IntFormat) -> float:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_zero_points_are_close_to_brute_force_and_better_than_the_start(bits: int) -> None:
-    groups, format = heavy(200), IntFormat(bits, -1, "real")
+    groups, format = weights_with_outliers(200), IntFormat(bits, -1, "real")
     start = fit_grid(groups, format, "minmax", DTYPE)
     found = solve_grid(groups, format, DTYPE, *OPTIONS, False)
     shifts = torch.linspace(-2, 2, 801, dtype=DTYPE)
@@ -48,7 +48,7 @@ def test_zero_points_are_close_to_brute_force_and_better_than_the_start(bits: in
 @pytest.mark.parametrize("kind", ["whole", "real"])
 @pytest.mark.parametrize("solve_scale", [True, False])
 def test_no_iteration_raises_the_error_of_a_group(kind: str, solve_scale: bool) -> None:
-    groups, format = heavy(50), IntFormat(3, -1, kind)  # type: ignore[arg-type]
+    groups, format = weights_with_outliers(50), IntFormat(3, -1, kind)  # type: ignore[arg-type]
     errors = [
         lp_error(groups, solve_grid(groups, format, DTYPE, P, 10.0, 1.01, count, solve_scale), format, P)
         for count in range(6)
@@ -59,7 +59,7 @@ def test_no_iteration_raises_the_error_of_a_group(kind: str, solve_scale: bool) 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_real_zero_points_beat_integer_ones_and_both_beat_rtn(bits: int) -> None:
-    groups = heavy(200)
+    groups = weights_with_outliers(200)
     real, whole = IntFormat(bits, -1, "real"), IntFormat(bits, -1, "whole")
     free = total(groups, solve_grid(groups, real, DTYPE, *OPTIONS, True), real)
     rounded = total(groups, solve_grid(groups, whole, DTYPE, *OPTIONS, True), whole)
@@ -68,7 +68,7 @@ def test_real_zero_points_beat_integer_ones_and_both_beat_rtn(bits: int) -> None
 
 
 def test_without_iterations_it_is_rtn_over_the_full_range() -> None:
-    weight = heavy(8, 32).float()
+    weight = weights_with_outliers(8, 32).float()
     found = Hqq(4, 8, "integer", True, P, 10, 1.01, 0).quantize(problem(weight), NOTHING).weight
     assert torch.equal(found.dequantize(), rtn(weight, IntFormat(4, 8, "whole"), "minmax", torch.float32).dequantize())
 
@@ -78,7 +78,7 @@ def problem(weight: Tensor) -> LayerProblem:
 
 
 def test_integer_zero_points_are_codes_and_real_ones_are_not() -> None:
-    weight = heavy(8, 32).float()
+    weight = weights_with_outliers(8, 32).float()
     for kind, whole in (("integer", True), ("real", False)):
         found = Hqq(4, 8, kind, True, P, 10, 1.01, 20).quantize(problem(weight), NOTHING).weight  # type: ignore[arg-type]
         zero = found.grid.zero  # type: ignore[union-attr]

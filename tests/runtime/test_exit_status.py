@@ -40,7 +40,7 @@ def twice(number: int) -> None:
             time.sleep(0.01)
 
 
-def spoilt(number: int) -> None:
+def replace_exception(number: int) -> None:
     """Stands for a library that raises another exception when it is interrupted."""
     try:
         send(number)
@@ -48,7 +48,7 @@ def spoilt(number: int) -> None:
         raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'") from None
 
 
-def swallowed(number: int) -> None:
+def swallow_exception(number: int) -> None:
     """Stands for a library that swallows the exception; `launch` raises it again."""
     try:
         send(number)
@@ -56,7 +56,7 @@ def swallowed(number: int) -> None:
         return
 
 
-@pytest.mark.parametrize("act", [send, twice, spoilt])
+@pytest.mark.parametrize("act", [send, twice, replace_exception])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_job_ends_with_the_status_of_its_first_signal(
     act: Callable[[int], None], number: int, tmp_path: Path
@@ -67,7 +67,7 @@ def test_a_job_ends_with_the_status_of_its_first_signal(
 
 
 @pytest.mark.parametrize("arguments", ["list", "run", "verify x", "run --help"])
-@pytest.mark.parametrize("act", [send, twice, spoilt])
+@pytest.mark.parametrize("act", [send, twice, replace_exception])
 def test_a_signal_during_an_import_ends_the_command(arguments: str, act: Callable[[int], None], tmp_path: Path) -> None:
     hook = on_call(cli.importlib, "import_module", 1, lambda: act(signal.SIGINT))
     said = INTERRUPTED.get(arguments.split()[0], "interrupted")
@@ -75,7 +75,7 @@ def test_a_signal_during_an_import_ends_the_command(arguments: str, act: Callabl
 
 
 def test_a_signal_that_an_import_swallows_ends_the_command_later(tmp_path: Path) -> None:
-    hook = on_call(cli.importlib, "import_module", 1, lambda: swallowed(signal.SIGTERM))
+    hook = on_call(cli.importlib, "import_module", 1, lambda: swallow_exception(signal.SIGTERM))
     assert command(tmp_path, "merge", hook=hook) == (143, f"epmq: {INTERRUPTED['merge']}\n")
 
 

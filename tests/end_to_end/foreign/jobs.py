@@ -15,7 +15,15 @@ from tests.end_to_end.foreign.kinds import KINDS, Kind, body_of, model, outputs,
 from tests.end_to_end.foreign.labels import LABELS, Labels
 from tests.end_to_end.foreign.processors import PROCESSORS, write_base
 from tests.end_to_end.foreign.speakers import ASKED, CLASS_ORDERS, SPEAKERS, answer_data, clip_data, running_text
-from tests.end_to_end.foreign.tasks import SOURCES, clear, pictures, spread_out, texts, write_classes, write_table
+from tests.end_to_end.foreign.tasks import (
+    SOURCES,
+    balance_predictions,
+    clear,
+    pictures,
+    texts,
+    write_classes,
+    write_table,
+)
 from tests.end_to_end.foreign.users import suite
 
 CLASSIFIERS = ("bert", "roberta", "distilbert", "deberta", "vit")
@@ -70,7 +78,7 @@ def quick_jobs(jobs: list[Job]) -> set[Job]:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedJob:
     """The suite of a user, and the expected results: the expert's merged part, its outputs, and its score."""
 
     suite: dict[str, Any]
@@ -79,7 +87,7 @@ class Ready:
     score: float
 
 
-def ready(job: Job, place: Path) -> Ready:
+def prepare(job: Job, place: Path) -> PreparedJob:
     """Writes the folders of a job. Its labels are the expert's predictions with its own processor."""
     kind = KINDS[job.kind]
     base, folder = place / "base", place / "expert"
@@ -98,7 +106,7 @@ def ready(job: Job, place: Path) -> Ready:
         (body_of(kind, expert) if kind.name == "clip" else expert).save_pretrained(folder)
     entry = suite(kind, base, {"task": folder}, data)
     entry["tasks"]["task"] |= fields
-    return Ready(entry, part(kind, expert), outputs(kind, body_of(kind, expert)), score)
+    return PreparedJob(entry, part(kind, expert), outputs(kind, body_of(kind, expert)), score)
 
 
 def _data(job: Job, expert: Any, base: Path, owner: Path, place: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
@@ -146,6 +154,6 @@ def _pictures(labels: Labels, expert: Any, processor: Any, place: Path) -> dict[
 
 
 def _predicted(expert: Any, batch: dict[str, Tensor]) -> tuple[list[int], list[int]]:
-    spread_out(expert, batch)
+    balance_predictions(expert, batch)
     with torch.inference_mode(), quiet():
         return clear(expert(**batch).logits)

@@ -43,7 +43,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Made:
+class CommandResult:
     """The results of a command: its checkpoint, its messages, and its metrics.json."""
 
     checkpoint: Path
@@ -57,18 +57,20 @@ def _config(command: str, *overrides: str) -> DictConfig:
         return compose(command, overrides=["suite=tiny", "out=unused", *overrides])
 
 
-def merged(suite: Mapping[str, Any], folder: Path) -> Made:
+def run_merge(suite: Mapping[str, Any], folder: Path) -> CommandResult:
     """The results of `epmq merge merge=average` on a suite."""
-    return _made(suite, folder, _config("merge", "merge=average"), lambda cfg: merge(cfg, folder, []))
+    return _run_command(suite, folder, _config("merge", "merge=average"), lambda cfg: merge(cfg, folder, []))
 
 
-def ran(suite: Mapping[str, Any], folder: Path, *overrides: str) -> Made:
+def run_unquantized(suite: Mapping[str, Any], folder: Path, *overrides: str) -> CommandResult:
     """The results of `epmq run` without quantization on a suite."""
     cfg = _config("run", *QUICK, "quant=none", "guidance=merged", *overrides)
-    return _made(suite, folder, cfg, lambda cfg: run(cfg, folder, [], CHOICES))
+    return _run_command(suite, folder, cfg, lambda cfg: run(cfg, folder, [], CHOICES))
 
 
-def _made(suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Callable[[DictConfig], None]) -> Made:
+def _run_command(
+    suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Callable[[DictConfig], None]
+) -> CommandResult:
     own: Any = OmegaConf.create(OmegaConf.to_container(cfg))
     own.suite = dict(suite)
     folder.mkdir(parents=True)
@@ -83,10 +85,10 @@ def _made(suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Call
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-    return Made(folder / "checkpoint", "\n".join(said), json.loads((folder / "metrics.json").read_text()))
+    return CommandResult(folder / "checkpoint", "\n".join(said), json.loads((folder / "metrics.json").read_text()))
 
 
-def judged(attempt: Callable[[Path], Iterable[str]], folder: Path, may_be_refused: str | None) -> Verdict:
+def judge(attempt: Callable[[Path], Iterable[str]], folder: Path, may_be_refused: str | None) -> Verdict:
     """The verdict on an attempt, which writes to a folder and returns everything that is wrong with the result."""
     try:
         problems = list(attempt(folder))
@@ -124,7 +126,7 @@ def loaded(kind: Kind, checkpoint: Path) -> Any:
 
 def problems(
     kind: Kind,
-    made: Made,
+    made: CommandResult,
     wanted: Mapping[str, Tensor],
     answers: Tensor,
     dtype: torch.dtype,
@@ -140,8 +142,8 @@ def problems(
         return [f"transformers does not load the checkpoint: {type(error).__name__}: {error}"]
     parameters = dict(own.requires_grad_(False).named_parameters(remove_duplicate=False))
     found = _differing(parameters, wanted, dtype)
-    found += _odd_answers(outputs(kind, own), answers, dtype) + _torn(kind, made.checkpoint)
-    found += [f"verify: {problem}" for problem in _unverified(made.checkpoint)]
+    found += _differing_outputs(outputs(kind, own), answers, dtype) + _stale_copies(kind, made.checkpoint)
+    found += [f"verify: {problem}" for problem in _verify_problems(made.checkpoint)]
     if said is not None and said not in made.said:
         found.append(f"{NOTHING_SAID} of {said}")
     return found
@@ -160,13 +162,13 @@ def _differing(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: t
     return [f"{len(off)} tensors differ, {worst[0]} by {off[worst[0]]:.3g}"] if off else []
 
 
-def _odd_answers(own: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[str]:
+def _differing_outputs(own: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[str]:
     off = float((own - wanted).abs().max() / wanted.abs().max())
     bound = 1e-4 if dtype is torch.float32 else 0.2  # for a model with rounded weights
     return [f"what it says is off by {off:.3g} of the largest"] if not off <= bound else []
 
 
-def _torn(kind: Kind, checkpoint: Path) -> list[str]:
+def _stale_copies(kind: Kind, checkpoint: Path) -> list[str]:
     """Tied copies in the checkpoint's files outside the merged part, in the head of the pretrained encoder, that
     differ from the table."""
     tensors = read(checkpoint)
@@ -179,7 +181,7 @@ def _torn(kind: Kind, checkpoint: Path) -> list[str]:
     ]
 
 
-def _unverified(checkpoint: Path) -> list[str]:
+def _verify_problems(checkpoint: Path) -> list[str]:
     found = file_problems(checkpoint)
     with quiet():
         return found or verify.tensor_problems(checkpoint)

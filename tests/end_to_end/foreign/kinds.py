@@ -214,12 +214,12 @@ def model(kind: str, which: str) -> Any:
     if which == "base":
         torch.manual_seed(0)
         with quiet():
-            return moved(_lively(KINDS[kind].make()), 7, 0.02)
-    return moved(model(kind, "base"), {"a": 1, "b": 2}[which], 0.1)
+            return with_noise(_spread_weights(KINDS[kind].make()), 7, 0.02)
+    return with_noise(model(kind, "base"), {"a": 1, "b": 2}[which], 0.1)
 
 
 @torch.no_grad()
-def _lively(made: Any) -> Any:
+def _spread_weights(made: Any) -> Any:
     """The same model with larger weights, so that its outputs depend on its inputs."""
     for parameter in made.parameters():
         if parameter.dim() > 1:
@@ -227,7 +227,7 @@ def _lively(made: Any) -> Any:
     return made
 
 
-def moved(made: Any, seed: int, size: float) -> Any:
+def with_noise(made: Any, seed: int, size: float) -> Any:
     """A copy with noise on every parameter, relative to the parameter's spread, with a lower bound."""
     generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(made)

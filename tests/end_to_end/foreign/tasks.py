@@ -37,7 +37,7 @@ def pictures(seed: int) -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def spread_out(expert: Any, batch: dict[str, Tensor]) -> None:
+def balance_predictions(expert: Any, batch: dict[str, Tensor]) -> None:
     """Changes the last linear of an expert so that its predictions on a batch are clear and cover all classes."""
     linear = next(module for module in reversed(list(expert.modules())) if isinstance(module, torch.nn.Linear))
     linear.weight.mul_(30)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.end_to_end.foreign.combinations import Combination, every, quick
 from tests.end_to_end.foreign.conftest import Conclude
-from tests.end_to_end.foreign.judge import judged, merged, problems
+from tests.end_to_end.foreign.judge import judge, problems, run_merge
 from tests.end_to_end.foreign.kinds import KINDS
 from tests.end_to_end.foreign.savings import SAVINGS
 from tests.end_to_end.foreign.users import base_of, dtype_of, expert_of, suite
@@ -35,10 +35,10 @@ def test_a_lone_expert_is_reproduced(combination: Combination, tmp_path: Path, s
     said = None if combination.adapter != "none" else WRAPPERS[combination.wrapper].said
 
     def attempt(folder: Path) -> Iterable[str]:
-        made = merged(suite(kind, base, {"task": expert.path}), folder)
+        made = run_merge(suite(kind, base, {"task": expert.path}), folder)
         return problems(kind, made, expert.parameters, expert.outputs, coarsest, said)
 
-    conclude(judged(attempt, tmp_path / "out", combination.may_be_refused))
+    conclude(judge(attempt, tmp_path / "out", combination.may_be_refused))
 
 
 def test_the_tiers_have_their_documented_sizes() -> None:

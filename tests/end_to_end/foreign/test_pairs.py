@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.foreign.conftest import Conclude
-from tests.end_to_end.foreign.judge import judged, merged, problems
+from tests.end_to_end.foreign.judge import judge, problems, run_merge
 from tests.end_to_end.foreign.kinds import KINDS
 from tests.end_to_end.foreign.pairs import Pair, every_pair, mean, mean_outputs, quick_pairs
 from tests.end_to_end.foreign.savings import SAVINGS
@@ -36,7 +36,7 @@ def test_the_average_of_two_experts_is_their_mean(pair: Pair, tmp_path: Path, st
     wanted = mean([expert.parameters for expert in experts])
 
     def attempt(folder: Path) -> Iterable[str]:
-        made = merged(suite(kind, base, {"a": experts[0].path, "b": experts[1].path}), folder)
+        made = run_merge(suite(kind, base, {"a": experts[0].path, "b": experts[1].path}), folder)
         return problems(kind, made, wanted, mean_outputs(kind, wanted), coarsest)
 
-    conclude(judged(attempt, tmp_path / "out", pair.may_be_refused))
+    conclude(judge(attempt, tmp_path / "out", pair.may_be_refused))
