@@ -37,7 +37,7 @@ def test_a_damaged_conversion_is_converted_again(file: str | None, content: byte
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_conversion_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(convert, "sync", synced.append)
     folder = converted(stored(tmp_path / "base", build()), "base")
