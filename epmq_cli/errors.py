@@ -68,12 +68,12 @@ def placed(error: ConfigError, where: str) -> ConfigError:
     return ConfigError(f"{where}{text.removeprefix(part)}") if text.startswith(f"{part}.") else error
 
 
-def shown(value: object) -> str:
+def literal(value: object) -> str:
     """A value as the user types it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {literal(item)}' for key, item in value.items())}}}"
     return repr(value)

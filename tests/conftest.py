@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: no test may depend on the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub is imported: no test may depend on the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # models of a few thousand weights only lose by more threads
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks CUDA itself for GPUs must not fork any more
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads only slow down models of a few thousand weights
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that queries CUDA itself for GPUs can no longer fork
 
 import atexit
 import copy
@@ -29,10 +29,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.helpers.counts import TRIED
-from tests.helpers.gpu import lacking
+from tests.helpers.gpu import skip_reason
 from tests.helpers.outcomes import foreign_line
 
-os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's own
+os.environ["EPMQ_CACHE"] = tempfile.mkdtemp(prefix="epmq-cache-")  # not the developer's cache
 atexit.register(shutil.rmtree, os.environ["EPMQ_CACHE"], ignore_errors=True)
 
 WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
@@ -42,8 +42,8 @@ TASKS = ("first", "second")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what has the marker gpu, before any fixture is made for it, where there is none."""
-    if item.get_closest_marker("gpu") and (reason := lacking()):
+    """Skips tests with the marker gpu on machines without a GPU, before their fixtures run."""
+    if item.get_closest_marker("gpu") and (reason := skip_reason()):
         pytest.skip(reason)
 
 
@@ -55,7 +55,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def pytest_collection_finish() -> None:
-    """Keeps what imports have made out of all later garbage collections."""
+    """Excludes the objects that imports created from all later garbage collections."""
     gc.collect()
     gc.freeze()
 
@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def drifted(model: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
-    """A copy of the model with noise on every parameter, as a stand-in for fine-tuning."""
+    """A copy of the model with noise on every parameter, in place of fine-tuning."""
     generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def write_suite(folder: Path, suite: dict[str, Any]) -> Path:
 
 
 def write_pictures(path: Path, generator: np.random.Generator, train: int, test: int) -> dict[str, str]:
-    """An npz of so many random pictures with labels 0, 1 and 2; the entry of a suite that names it."""
+    """Writes an npz of random pictures with labels 0, 1 and 2; returns its entry in a suite."""
     arrays = {}
     for split, count in (("train", train), ("test", test)):
         arrays[f"{split}_images"] = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
@@ -109,7 +109,7 @@ def clip_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<unk>", *WORDS, "<end>"])}
-    end = vocabulary["<end>"]  # the last one, as in CLIP's own vocabulary: its output is the text's embedding
+    end = vocabulary["<end>"]  # the last token, as in CLIP's vocabulary: its output is the text embedding
     tokens = {"vocab_size": len(vocabulary), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": end}
     vision = {**size, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(text_config={**size, **tokens}, vision_config=vision, projection_dim=32)
@@ -183,19 +183,20 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def epmq(tmp_path: Path) -> Run:
-    """Runs the `epmq` command in an empty folder and a process of its own, forked from this one to save imports."""
+    """Runs the `epmq` command in an empty folder and a separate process, forked from this one to save the imports."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        from tests.faults.driver import separate
+        from tests.faults.driver import run_epmq
 
-        return separate(tmp_path, *arguments, **environment)
+        return run_epmq(tmp_path, *arguments, **environment)
 
     return run
 
 
 @pytest.fixture
 def epmq_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The same in the test's own process, which saves the seconds that importing torch and transformers takes."""
+    """Runs the `epmq` command in an empty folder within the test's process, to save the seconds of importing torch
+    and transformers."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         from epmq_cli import cli

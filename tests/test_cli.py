@@ -1,4 +1,4 @@
-"""Oracles: what a user types and expects; every config composes and is made, by glob."""
+"""Oracles: the input and expectations of users; every config composes and can be instantiated, by glob."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
 OTHERS = [path for path in GROUPS if path not in EXPERIMENTS]
 BUILT = [path if "_b16_" not in path.name and "_l14_" not in path.name else slow(path) for path in OTHERS]
-"""Suites for ViT-B/16 and ViT-L/14 are slow: but for their models they are those for ViT-B/32."""
+"""Suites for ViT-B/16 and ViT-L/14 are slow: except for their models they equal those for ViT-B/32."""
 
 
 @pytest.mark.parametrize("option", BUILT, ids=str)
-def test_every_config_composes_and_is_made(option: Path) -> None:
-    """With what its own first line says where something must be given."""
+def test_every_config_composes_and_can_be_instantiated(option: Path) -> None:
+    """With the overrides of its own first line, if values are required."""
     group = option.parent.name
     command = shlex.split((conf_dir() / option).with_suffix(".yaml").read_text().splitlines()[0])
     given = [part for part in command if part.startswith(f"{group}.")]
@@ -52,7 +52,7 @@ TASKS = sorted((conf_dir() / "suite").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", [*TASKS, *((conf_dir() / option).with_suffix(".yaml") for option in GROUPS)], ids=str)
-def test_every_config_opens_with_its_command_and_what_it_is(path: Path) -> None:
+def test_every_config_opens_with_its_command_and_description(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
     assert lines[0].startswith("# epmq run ")
     assert lines[1].startswith("# ")
@@ -70,7 +70,7 @@ def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
     assert [line.split() for line in epmq("list", "merge").stdout.splitlines()] == merges
 
 
-def test_list_shows_the_users_own_configs_and_refuses_what_is_not_there(epmq: Run, tmp_path: Path) -> None:
+def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
     assert f"{'suite=birds':<32} Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
@@ -119,7 +119,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG)
-def test_what_does_not_exist_is_answered_with_what_does(arguments: str, epmq_inside: Run) -> None:
+def test_errors_for_unknown_names_list_the_known_ones(arguments: str, epmq_inside: Run) -> None:
     result = epmq_inside(*arguments.split())
     assert result.returncode == 1
     assert result.stderr.startswith(f"epmq: {WRONG[arguments]}")
@@ -127,8 +127,8 @@ def test_what_does_not_exist_is_answered_with_what_does(arguments: str, epmq_ins
     assert result.stdout == ""
 
 
-def test_a_config_of_ones_own_is_asked_its_folder(epmq_inside: Run) -> None:
-    """By hand: the way out is said where it was not taken."""
+def test_the_error_for_an_unknown_config_suggests_config_dir(epmq_inside: Run) -> None:
+    """The suggestion appears only if --config-dir is missing."""
     assert epmq_inside("run", "suite=mine").stderr.endswith(
         "(see epmq list suite); to use one of your own, add --config-dir FOLDER\n"
     )
@@ -147,7 +147,7 @@ def test_eval_takes_one_checkpoint(given: str, epmq_inside: Run, tmp_path: Path)
     assert epmq_inside("eval", *given.split()).stderr.startswith(said)
 
 
-def test_what_takes_away_or_adds_an_option_is_no_checkpoint() -> None:
+def test_overrides_that_add_or_remove_options_are_not_checkpoints() -> None:
     given = ["x", "~suite.tasks.y", "+a.b", "~merge=ties", "+c=3", "device=cpu"]
     assert cli._with_checkpoint(given) == ["checkpoint='x'", *given[1:]]
 
@@ -187,20 +187,20 @@ def test_completion_can_be_installed(epmq: Run) -> None:
     assert "COMP_LINE" in epmq("-sc", "install=bash").stdout
 
 
-def test_the_command_itself_imports_neither_torch_nor_hydra() -> None:
+def test_the_cli_module_imports_neither_torch_nor_hydra() -> None:
     code = "import sys, epmq_cli.cli; sys.exit(bool({'torch', 'hydra', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_completion_and_refusals_wait_for_no_torch() -> None:
-    """By hand: importing torch takes seconds, which every press of the Tab key would take, too."""
+def test_command_modules_do_not_import_torch() -> None:
+    """Importing torch takes seconds, which would delay every completion and error message."""
     names = [path.stem for path in Path(commands.__path__[0]).glob("*.py")]
     modules = ", ".join(f"epmq_cli.commands.{name}" for name in names if name != "__init__")
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'numba'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_shipped_name_is_not_shadowed_by_the_users(epmq: Run, tmp_path: Path) -> None:
+def test_users_configs_cannot_shadow_shipped_names(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "merge").mkdir(parents=True)
     (tmp_path / "mine" / "merge" / "ties.yaml").write_text("_target_: epmq_cli.merge.average.Average\n")
     shown = epmq("run", "--config-dir", "mine", "merge=ties", "--cfg", "job")

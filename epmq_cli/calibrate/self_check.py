@@ -228,18 +228,18 @@ class _Check:
         """Checks that only the modules of `mixing` mix tokens. Of the other modules, only outputs for the token that is
         read out may affect it."""
         mixing = step.mixing if isinstance(step, Linears) else (step.name,) if step.mixing else ()
-        alone = [name for name in _names(step) if name not in mixing]
+        local = [name for name in _names(step) if name not in mixing]
 
         def change(name: str, output: Tensor, trace: Trace) -> Tensor:
-            if name not in alone or output.ndim < 3:
+            if name not in local or output.ndim < 3:
                 return output
             other = 1 - output
             other[:, token] = output[:, token]
             return other
 
-        if alone:
+        if local:
             trace = self._pass(self.hidden, change)
-            problem = f"the output of {self._name(alone[0])} for one token reaches other tokens"
+            problem = f"the output of {self._name(local[0])} for one token reaches other tokens"
             self._compare(trace.output[:, token], self.plain.output[:, token], problem)
 
     def _compare(self, actual: Tensor, expected: Tensor, problem: str, terms: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from epmq_cli.commands.error_report import log_errors
 from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
-from epmq_cli.store.run_lock import alone, refuse_used
+from epmq_cli.store.run_lock import exclusive_lock, refuse_used
 
 PROBE = 8  # the length in tokens of the synthetic texts on which tokenizers are compared
 
@@ -24,7 +24,7 @@ PROBE = 8  # the length in tokens of the synthetic texts on which tokenizers are
 def main(cfg: DictConfig) -> None:
     """Runs one merge, or one for each job of a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with alone(folder):
+    with exclusive_lock(folder):
         merge(cfg, folder, list(HydraConfig.get().overrides.task))
 
 

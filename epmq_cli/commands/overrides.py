@@ -13,7 +13,7 @@ from yaml import MarkedYAMLError
 
 from epmq_cli.commands.readable import parsed
 from epmq_cli.config.instantiate import conf_dir, groups_of, options_of
-from epmq_cli.errors import ConfigError, first_line, shown
+from epmq_cli.errors import ConfigError, first_line, literal
 
 OPTIONAL = re.compile(r"suite\.(each\.|tasks\.[^=]+\.)?(processor|heads)=")
 
@@ -30,7 +30,7 @@ def check_overrides(command: str, texts: Sequence[str]) -> None:
         elif name in groups:
             _check_group(name, override)
         elif name == "out" and (override.value() in ("", None) or isinstance(override.value(), (list, dict))):
-            raise ConfigError(f"out must be a folder, got {shown(override.value())}")
+            raise ConfigError(f"out must be a folder, got {literal(override.value())}")
 
 
 def addable(arguments: Sequence[str]) -> list[str]:
@@ -65,4 +65,4 @@ def _check_group(group: str, override: Override) -> None:
     for name in value.list if isinstance(value, ChoiceSweep) else [value]:
         if not isinstance(name, (str, QuotedString)) or name == "":
             options = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
-            raise ConfigError(f"{group} must be one of {options} (see epmq list {group}), got {shown(name)}")
+            raise ConfigError(f"{group} must be one of {options} (see epmq list {group}), got {literal(name)}")

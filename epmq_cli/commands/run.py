@@ -19,7 +19,7 @@ from epmq_cli.errors import RunError
 from epmq_cli.pipeline import unfinished
 from epmq_cli.runtime import distributed, memory
 from epmq_cli.runtime.console import say
-from epmq_cli.store.run_lock import RESULTS, alone
+from epmq_cli.store.run_lock import RESULTS, exclusive_lock
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
     memory.keep_freed()
     from torch import OutOfMemoryError
 
-    with alone(folder):
+    with exclusive_lock(folder):
         try:
             _run(cfg, folder, overrides, choices)
         except OutOfMemoryError as error:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, literal
 
 ONE = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 MANY = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text", type(None): "null"}
@@ -35,7 +35,7 @@ def check_types(where: str, kind: type, values: Mapping[str, Any], names: Mappin
 def check_type(name: str, hint: Any, value: Any) -> None:
     """Raises ConfigError if a value does not have an annotated type."""
     if not fits(value, hint):
-        raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}{_remedy(value, hint)}")
+        raise ConfigError(f"{name} must be {described(hint)}, got {literal(value)}{_remedy(value, hint)}")
 
 
 def _remedy(value: Any, hint: Any) -> str:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli.config.field_types import check_type, check_types, required
 from epmq_cli.config.validate import check_keys, check_range
-from epmq_cli.errors import ConfigError, TokenError, first_line, placed, shown
+from epmq_cli.errors import ConfigError, TokenError, first_line, literal, placed
 from epmq_cli.runtime import distributed
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def references(node: DictConfig) -> dict[str, str]:
 def _check_node(group: str, node: object) -> None:
     """Raises ConfigError unless a config group describes an object."""
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {shown(node)}")
+        raise ConfigError(f"{group} must be one of its options (see epmq list {group}), got {literal(node)}")
     if "_target_" not in node:
         raise ConfigError(f"{group} has no _target_; copy the first lines of one of the shipped {group} files")
 
@@ -200,7 +200,7 @@ def device_of(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, index = str(name if name != "auto" else "cuda" if count else "cpu").partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ConfigError(f"device must be {DEVICES}, got {shown(name)}")
+        raise ConfigError(f"device must be {DEVICES}, got {literal(name)}")
     if kind == "cpu":
         return torch.device("cpu")
     number = int(index or distributed.local_rank())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, literal
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -27,7 +27,7 @@ def bytes_of(name: str, text: object) -> int:
     unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
     if unit is None or not number.isdecimal() or int(number) == 0:
         raise ConfigError(
-            f"{name} must be a whole number with a unit ({', '.join(UNITS)}) such as 5GB, got {shown(text)}"
+            f"{name} must be a whole number with a unit ({', '.join(UNITS)}) such as 5GB, got {literal(text)}"
         )
     return int(number) * unit
 
@@ -105,7 +105,7 @@ class Harness(Evaluation):
         for stage in self.stages:
             check_choice("eval.stages", stage, [other for other in STAGES if other != "experts"])
         if not self.tasks or not isinstance(self.tasks, list | tuple):
-            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {shown(self.tasks)}")
+            raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {literal(self.tasks)}")
         if self.shots is not None:
             check_range("eval.shots", self.shots, 0, 1000, integer=True)
         if self.include_path is not None and not Path(self.include_path).is_dir():

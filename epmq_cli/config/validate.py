@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, literal
 
 
 def check_range(
@@ -24,15 +24,15 @@ def check_range(
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     inside = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
     if not inside or (open_low and value == low):
-        raise ConfigError(f"{name} must be {kind} in {span}, got {shown(value)}")
+        raise ConfigError(f"{name} must be {kind} in {span}, got {literal(value)}")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """ConfigError unless `value` is one of `allowed`."""
     options = list(allowed)
     if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
-        names = ", ".join(option if isinstance(option, str) else shown(option) for option in options)
-        raise ConfigError(f"{name} must be one of {names}, got {shown(value)}")
+        names = ", ".join(option if isinstance(option, str) else literal(option) for option in options)
+        raise ConfigError(f"{name} must be one of {names}, got {literal(value)}")
 
 
 def check_keys(where: str, keys: Iterable[str], options: Iterable[str], required: Iterable[str] = ()) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from epmq_cli.data.texts import check_text, kind_of
-from epmq_cli.errors import DataError, shown
+from epmq_cli.errors import DataError, literal
 
 ROLES = {
     "human": "user",
@@ -105,8 +105,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = fields.get("content", fields.get("value"))
     if not isinstance(role, str):
         raise DataError(
-            f"{where} is from {shown(fields.get('from', role))}, which is not one of {', '.join(ROLES)}; rename it, or "
-            "store messages with role and content"
+            f"{where} is from {literal(fields.get('from', role))}, which is not one of {', '.join(ROLES)}; rename it, "
+            "or store messages with role and content"
         )
     calls = _tool_calls(fields.get("tool_calls") or (), where)
     if content is None and not calls:

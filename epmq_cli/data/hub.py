@@ -18,8 +18,7 @@ from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.pictures import Decoder, are_images, check_decoding
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, first_line
-from epmq_cli.runtime.links import escapes
-from epmq_cli.runtime.paths import check_permitted, expanded
+from epmq_cli.runtime.paths import check_permitted, escapes, expanded
 
 BUFFER = 2048  # rows in the shuffle buffer of a streamed draw
 SHARDS = 32  # files, or row groups of parquet files, that fill the buffer in turn, so that sorted classes mix

@@ -15,7 +15,7 @@ from PIL import Image
 from epmq_cli.data.folders import class_files, flat_images
 from epmq_cli.data.pictures import Decoder, check_decoding
 from epmq_cli.data.samples import Samples, Split
-from epmq_cli.errors import ConfigError, DataError, shown
+from epmq_cli.errors import ConfigError, DataError, literal
 from epmq_cli.runtime.paths import check_permitted, expanded
 
 
@@ -64,7 +64,7 @@ class ImageFolder:
         check_decoding(self.background, self.white_level)
         names = [str(label) for label in self.labels or ()]
         if len(set(names)) < len(names):
-            raise ConfigError(f"data.labels must be different names of sub-folders, got {shown(names)}")
+            raise ConfigError(f"data.labels must be different names of sub-folders, got {literal(names)}")
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Images of the split; without a seed they are sorted by class and file name."""

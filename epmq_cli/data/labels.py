@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import DataError, shown
+from epmq_cli.errors import DataError, literal
 
 MOST = 1 << 63  # int64 holds the whole numbers below
 LARGEST = torch.finfo(torch.float32).max
@@ -51,7 +51,7 @@ def _check_single(values: Sequence[Any], where: str) -> None:
         if isinstance(value, (list, tuple, dict)):
             kind = "an object" if isinstance(value, dict) else "a list"
             raise DataError(
-                f"{where}, row {number}: the label {shown(value)} is {kind}; epmq scores single-label tasks, not "
+                f"{where}, row {number}: the label {literal(value)} is {kind}; epmq scores single-label tasks, not "
                 f"multi-label ones; {WITHOUT}"
             )
     empty = [number for number, value in enumerate(values, 1) if _is_empty(value)]
@@ -148,7 +148,7 @@ def _whole(value: Any, where: str) -> int:
     except (TypeError, ValueError, OverflowError):
         pass
     raise DataError(
-        f"{where}: labels must be whole numbers from 0, got {shown(value)}; list the values in data.labels, or set "
+        f"{where}: labels must be whole numbers from 0, got {literal(value)}; list the values in data.labels, or set "
         "data.regression: true and metric: spearman for a regression"
     )
 
@@ -160,4 +160,4 @@ def _number(value: Any, where: str) -> float:
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise DataError(f"{where}: with data.regression every label must be a finite number, got {shown(value)}")
+    raise DataError(f"{where}: with data.regression every label must be a finite number, got {literal(value)}")

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
 from epmq_cli.config.validate import check_range
-from epmq_cli.errors import ConfigError, DataError, first_line, shown
+from epmq_cli.errors import ConfigError, DataError, first_line, literal
 from epmq_cli.runtime.console import log, say
 
 ORIENTATION = 0x0112  # of EXIF
@@ -67,7 +67,7 @@ def check_decoding(background: object, white_level: object) -> None:
         except ValueError as error:
             raise ConfigError(
                 "data.background must be a colour such as white, black or '#ff8000', or null to drop transparency, "
-                f"got {shown(background)}"
+                f"got {literal(background)}"
             ) from error
     if white_level is not None:
         check_range("data.white_level", white_level, 0, math.inf, open_low=True)

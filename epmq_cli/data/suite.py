@@ -10,7 +10,7 @@ from typing import Any
 from epmq_cli.config.field_types import check_types
 from epmq_cli.config.validate import check_choice, check_keys, check_range
 from epmq_cli.data.samples import Source
-from epmq_cli.errors import ConfigError, placed, shown
+from epmq_cli.errors import ConfigError, literal, placed
 
 MAX_LENGTH = 128
 METRICS = ("accuracy", "matthews", "spearman", "perplexity")
@@ -93,7 +93,7 @@ class Suite:
         if not self.entries:
             raise ConfigError(
                 "suite.tasks must name at least one task, or suite.experts the experts by task name, got "
-                f"{shown(self.tasks)} and {shown(self.experts)}"
+                f"{literal(self.tasks)} and {literal(self.experts)}"
             )
         if isinstance(self.experts, str) and self.experts.count("{task}") != 1:
             raise ConfigError(f"suite.experts must have one {{task}} for the task's name, got {self.experts!r}")
@@ -166,7 +166,7 @@ def _task(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Tas
 def _check_source(where: str, data: Any) -> None:
     if not hasattr(data, "load"):
         raise ConfigError(
-            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {shown(data)}"
+            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {literal(data)}"
         )
 
 

@@ -47,10 +47,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Match:
-    """The order that translates labels of the data; None to match by position. `said`: the message for the user."""
+    """The order that translates labels of the data; None to match by position. `message`: the message for the user."""
 
     order: Order | None
-    said: str | None = None
+    message: str | None = None
 
 
 def in_order_of_head(samples: Samples, heading: Heading, task: Task) -> Match:
@@ -77,14 +77,14 @@ def _by_value(heading: Heading, labels: Tensor) -> Match | None:
         return None
     if present <= set(range(len(numbers))):
         raise DataError(
-            f"task {heading.task}: the labels {shown(sorted(map(str, present)))} may be the classes of these names, or "
-            f"those at these positions of {shown(heading.names or ())}; list the data's values in data.labels, in the "
-            f"order of the classes, or set suite.tasks.{heading.task}.match_labels: position"
+            f"task {heading.task}: the labels {listing(sorted(map(str, present)))} may be the classes of these names, "
+            f"or those at these positions of {listing(heading.names or ())}; list the data's values in data.labels, in "
+            f"the order of the classes, or set suite.tasks.{heading.task}.match_labels: position"
         )
     if min(present) < 0:
         return None
     order = tuple(numbers.index(label) if label in numbers else None for label in range(max(present) + 1))
-    return Match(order, f"labels are the names of the head's classes, {shown(heading.names or ())}")
+    return Match(order, f"labels are the names of the head's classes, {listing(heading.names or ())}")
 
 
 def translated(samples: Samples, order: Order | None, heading: Heading) -> Samples:
@@ -98,7 +98,7 @@ def translated(samples: Samples, order: Order | None, heading: Heading) -> Sampl
         name = beyond[0] if beyond else (samples.classes or ())[unknown[0]]
         raise DataError(
             f"task {heading.task}: the test samples have the label {name}, which is not among the classes "
-            f"{shown(heading.names or ())}"
+            f"{listing(heading.names or ())}"
         )
     table = torch.tensor([-1 if place is None else place for place in order], dtype=torch.int64)
     return replace(samples, labels=table[samples.labels], classes=heading.names)
@@ -115,7 +115,7 @@ def match(heading: Heading, data: tuple[str, ...] | None, listed: bool = False) 
         if head is None or not heading.own:
             return Match(None)
         return Match(
-            None, f"labels 0 to {len(head) - 1} are taken as {shown(head)}, in the order of the expert's config"
+            None, f"labels 0 to {len(head) - 1} are taken as {listing(head)}, in the order of the expert's config"
         )
     if head is None:
         return _unnamed_head(heading, data, listed)
@@ -136,9 +136,10 @@ def _check_numbered_head(heading: Heading, data: tuple[str, ...], numbers: Seque
     """Raises DataError if the names of the head are unsorted numbers and those of the data are words."""
     if list(numbers) != sorted(numbers):
         raise DataError(
-            f"task {heading.task}: the classes of the head are numbers in another order, {shown(heading.names or ())}, "
-            f"and the data has {shown(data)}; name the classes in the expert's config.json (id2label), or list the "
-            f"data's values in the order of the head and set suite.tasks.{heading.task}.match_labels: position"
+            f"task {heading.task}: the classes of the head are numbers in another order, "
+            f"{listing(heading.names or ())}, and the data has {listing(data)}; name the classes in the "
+            "expert's config.json (id2label), or list the data's values in the order of the head and set "
+            f"suite.tasks.{heading.task}.match_labels: position"
         )
 
 
@@ -154,15 +155,15 @@ def _by_order(heading: Heading, data: tuple[str, ...], order: Order) -> Match:
     moved = [label for label in matches if order[label] != label]
     if len(matches) == len(data) and not moved:
         extra = head[len(data) :]
-        return Match(None, f"the head also has {shown(extra)}, which the data does not have" if extra else None)
+        return Match(None, f"the head also has {listing(extra)}, which the data does not have" if extra else None)
     if len(matches) == len(data) or (len(matches) == len(head) and not heading.own):
-        return Match(order, f"classes are matched by name: the data has {shown(data)}, the head {shown(head)}")
+        return Match(order, f"classes are matched by name: the data has {listing(data)}, the head {listing(head)}")
     if heading.own or len(data) != len(head) or len(moved) > QUIRKS * len(matches):
         raise DataError(_contradiction(heading, data, len(matches)))
     if matches:
         differ = [f"{data[label]} as {head[label]}" for label, place in enumerate(order) if place != label]
-        return Match(None, f"labels are matched by position, {shown(differ)}; the other names are the same")
-    return Match(None, f"labels are matched by position: {shown(data)} as {shown(head)}, which share no name")
+        return Match(None, f"labels are matched by position, {listing(differ)}; the other names are the same")
+    return Match(None, f"labels are matched by position: {listing(data)} as {listing(head)}, which share no name")
 
 
 def _with_abbreviations(order: Order, head: Sequence[str], data: Sequence[str]) -> Order:
@@ -209,10 +210,10 @@ def _check_sorted(heading: Heading, data: tuple[str, ...], numbers: Sequence[int
     """Raises DataError if the names of the data are unsorted numbers, such as the folders 0, 1, 10, 2: the position of
     a class in the head is then ambiguous. `listed`: whether the user gave the order."""
     if numbers is not None and list(numbers) != sorted(numbers) and not listed:
-        classes = f"its classes are {shown(heading.names)}" if heading.names else "its head names no classes"
+        classes = f"its classes are {listing(heading.names)}" if heading.names else "its head names no classes"
         raise DataError(
-            f"task {heading.task}: the labels of the data are numbers in another order, {shown(data)}, and {classes}; "
-            "list the data's values in the order of the head in data.labels"
+            f"task {heading.task}: the labels of the data are numbers in another order, {listing(data)}, and {classes}"
+            "; list the data's values in the order of the head in data.labels"
         )
 
 
@@ -220,22 +221,22 @@ def _incomparable(heading: Heading, data: tuple[str, ...], why: str) -> Match:
     """The match by position; DataError if a trained head has another number of classes than the data."""
     if heading.own and heading.count is not None and heading.count != len(data):
         raise DataError(
-            f"task {heading.task}: its head has {heading.count} classes and the data {len(data)}, {shown(data)}; name "
-            f"them in data.labels in the order of the head, or set suite.tasks.{heading.task}.match_labels: position "
-            "if the first labels are the first classes"
+            f"task {heading.task}: its head has {heading.count} classes and the data {len(data)}, {listing(data)}; "
+            f"name them in data.labels in the order of the head, or set suite.tasks.{heading.task}.match_labels: "
+            "position if the first labels are the first classes"
         )
     if heading.names is None:
-        return Match(None, f"labels are matched by position ({shown(data)}) and could not be compared, because {why}")
-    return Match(None, f"labels are matched by position, {shown(data)} as {shown(heading.names)}, because {why}")
+        return Match(None, f"labels are matched by position ({listing(data)}) and could not be compared, because {why}")
+    return Match(None, f"labels are matched by position, {listing(data)} as {listing(heading.names)}, because {why}")
 
 
 def _contradiction(heading: Heading, data: tuple[str, ...], common: int) -> str:
     of = "the expert's config.json has the classes" if heading.own else "the suite has the classes"
     much = f"only {common} of the names are in both" if common else "no name is in both"
     return (
-        f"task {heading.task}: {of} {shown(heading.names or ())} and the data {shown(data)}, where {much}; list the "
-        f"data's values in the order of the classes in data.labels and set suite.tasks.{heading.task}.match_labels: "
-        "position, or use the same names"
+        f"task {heading.task}: {of} {listing(heading.names or ())} and the data {listing(data)}, where {much}; list "
+        f"the data's values in the order of the classes in data.labels and set suite.tasks.{heading.task}.match_labels"
+        ": position, or use the same names"
     )
 
 
@@ -265,7 +266,7 @@ def _numbers(names: Sequence[str]) -> list[int] | None:
     return [int(text) for text in texts] if texts and all(map(NUMBER.fullmatch, texts)) else None
 
 
-def shown(names: Sequence[str]) -> str:
+def listing(names: Sequence[str]) -> str:
     """Names for a sentence; a long list is cut."""
     rest = len(names) - SHOWN
     return ", ".join([*names[:SHOWN], *([f"... ({rest} more)"] if rest > 0 else [])])

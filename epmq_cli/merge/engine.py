@@ -30,7 +30,7 @@ from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
 from epmq_cli.models.resolve import locate
 from epmq_cli.models.tokenizers import check_tokens
-from epmq_cli.models.wrappers import merged_names, misfit, refuse_wrapped, unwrapped
+from epmq_cli.models.wrappers import merged_names, misfit, refuse_wrapped, unwrap
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.runtime.console import log, plain, say, track
 from epmq_cli.runtime.threads import spread
@@ -91,7 +91,7 @@ def _fitted(family: Family, expert: ModelFolder, base: Member) -> ModelFolder:
         ask_classes(family, [base])
         targets -= {*base.tieable, *base.tieable.values(), *foreign(base)}
         targets -= {name for name in targets if name.startswith(family.added)}
-    return unwrapped(expert, base.folder, targets, family.tensor_names)
+    return unwrap(expert, base.folder, targets, family.tensor_names)
 
 
 def _resolve(family: Family, base: Member, experts: Mapping[str, Member], whole: bool) -> Ties:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.other_formats import refuse_other_formats
-from epmq_cli.runtime.links import leaves
-from epmq_cli.runtime.paths import check_permitted
+from epmq_cli.runtime.paths import check_permitted, leaves
 from epmq_cli.store.safetensors_writer import INDEX, SINGLE
 
 NAMED = "transformers_weights"  # key in config.json

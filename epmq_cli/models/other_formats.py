@@ -83,8 +83,8 @@ def _pickles(folder: Path, role: str) -> str | None:
     name = _named(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin")
     if name is None or not (folder / CONFIG).is_file():
         return None
-    alone = name == "pytorch_model.bin" and role.startswith("expert")
-    file = f", or give the file {folder / name} itself" if alone else ""
+    single = name == "pytorch_model.bin" and role.startswith("expert")
+    file = f", or give the file {folder / name} itself" if single else ""
     return f"stores its weights as a pickle ({name}); convert it and give the new folder: {conversion(folder)}{file}"
 
 

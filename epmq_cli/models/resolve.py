@@ -16,8 +16,7 @@ from pathlib import Path
 from epmq_cli.errors import ModelError, first_line
 from epmq_cli.models.model_folder import READ
 from epmq_cli.models.open_clip.registry import SCHEME, locate_open_clip
-from epmq_cli.runtime.links import escapes
-from epmq_cli.runtime.paths import expanded
+from epmq_cli.runtime.paths import escapes, expanded
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 SHIPPED_SCHEME = "shipped:"

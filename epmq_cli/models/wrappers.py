@@ -63,7 +63,7 @@ class Renamed:
         return self._tensors.tensor(self.stored[name])
 
 
-def unwrapped(expert: ModelFolder, base: ModelFolder, targets: Collection[str], names: Names) -> ModelFolder:
+def unwrap(expert: ModelFolder, base: ModelFolder, targets: Collection[str], names: Names) -> ModelFolder:
     """Returns the expert under the names of the family.
 
     The expert stays unchanged if its own names cover all `targets`, the base tensors that the family merges, or if no

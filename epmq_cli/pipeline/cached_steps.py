@@ -92,10 +92,10 @@ class CachedSteps:
         of them uses the cache.
         """
         make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
-        alone = distributed.world_size() == 1 if data is not None else distributed.is_main()
+        uses_cache = distributed.world_size() == 1 if data is not None else distributed.is_main()
         if data is not None and self._cache is not None:
             self._measured = _measured_on(data, self._job.merge.needs)
-        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not alone:
+        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not uses_cache:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))

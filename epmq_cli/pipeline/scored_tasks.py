@@ -69,8 +69,8 @@ class EvaluationData:
             outputs = len(head["weight"]) if "weight" in head else None
             heading = Heading(task.name, names, outputs, family.heads == "own")
             matched = in_order_of_head(samples, heading, task)
-            if matched.said:
-                say(f"task {task.name}: {matched.said}")
+            if matched.message:
+                say(f"task {task.name}: {matched.message}")
             samples = translated(samples, matched.order, heading)
         return ScoredTask(
             name=task.name,

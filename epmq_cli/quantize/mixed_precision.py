@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, literal
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer, Transform
@@ -36,7 +36,7 @@ class MixedPrecision:
     def __post_init__(self) -> None:
         low, high = (quantizer.format for quantizer in (self.low, self.high))
         if low is None or high is None or not low.bits < self.bits < high.bits:
-            raise ConfigError(f"mixed precision needs bits between those of its two formats, got {shown(self.bits)}")
+            raise ConfigError(f"mixed precision needs bits between those of its two formats, got {literal(self.bits)}")
 
     @property
     def quantizers(self) -> dict[int, Quantizer]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from epmq_cli.errors import ConfigError, RunError, first_line, lacks_memory, shown
+from epmq_cli.errors import ConfigError, RunError, first_line, lacks_memory, literal
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def _variable(name: str) -> int:
 def check_environment(command: str) -> None:
     """ConfigError for values that torchrun never sets, and for several processes with any command but run."""
     values = {name: os.environ.get(name, usual) for name, usual in VARIABLES.items()}
-    settings = " ".join(f"{name}={shown(value)}" for name, value in values.items())
+    settings = " ".join(f"{name}={literal(value)}" for name, value in values.items())
     size, *numbers = [int(value) if value.isdecimal() else -1 for value in values.values()]
     if size < 1 or min(numbers) < 0 or (size > 1 and max(numbers) >= size):
         raise ConfigError(f"torchrun never sets {settings}; start the processes with it, or unset these variables")

@@ -1,4 +1,4 @@
-"""Paths as users type them: expands ~ and checks that files are readable."""
+"""Paths: expands ~, checks that files are readable, and detects names and links that leave a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from epmq_cli.errors import ConfigError, EpmqError
+
+SNAPSHOTS, BLOBS = "snapshots", "blobs"
 
 
 def expanded(name: str | Path, where: str = "") -> Path:
@@ -35,3 +37,21 @@ def check_permitted(path: Path, kind: type[EpmqError], role: str = "") -> None:
             f"{role}{': ' * bool(role)}the user that epmq runs as has no permission to read {path}; change its "
             "permissions, or give another path"
         )
+
+
+def escapes(name: str) -> bool:
+    """Whether a name, taken relative to a folder, leads out of it."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
+def leaves(path: Path, root: Path | None = None) -> bool:
+    """Whether a link leads out of the file's folder, or out of `root` if that contains the folder.
+
+    In the hub's cache, snapshots are folders of links to the `blobs` beside them; these count as inside.
+    """
+    folder, target = (root or path.parent).resolve(), path.resolve()
+    inside = [folder]
+    for parent in (folder, *folder.parents):
+        if parent.parent.name == SNAPSHOTS:
+            inside.append(parent.parent.parent / BLOBS)
+    return not any(target.is_relative_to(place) for place in inside)

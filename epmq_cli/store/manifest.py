@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from epmq_cli.errors import CheckpointError
-from epmq_cli.runtime.links import leaves
-from epmq_cli.runtime.paths import read_regular
+from epmq_cli.runtime.paths import leaves, read_regular
 from epmq_cli.store.hashing import Content, contents
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Locks the run folder for this process and removes temporary files of killed processes; RunError if another
     process holds the lock or the folder cannot be written. The system releases the lock however the process ends."""
     if not distributed.is_main():

@@ -1,4 +1,4 @@
-"""Oracles: least squares of one-hot inputs, the convolution itself, and experts that are met exactly."""
+"""Oracles: least squares on one-hot inputs, the convolution itself, and experts that the student must reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 def student_of(hub: Path, *overrides: str) -> tuple[Student, dict[str, list[dict[str, Tensor]]]]:
-    """The base under feature guidance, and the calibration batches."""
+    """The base model under feature guidance, and the calibration batches."""
     job = make_job(config(hub, "guidance=feature", *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
@@ -44,7 +44,7 @@ def test_a_table_is_least_squares_of_one_hot_inputs() -> None:
     torch.testing.assert_close(solved_table(anchor, experts, counts, lam), direct)
 
 
-def test_rows_that_nobody_looks_up_keep_the_anchors() -> None:
+def test_rows_without_lookups_keep_the_anchor() -> None:
     anchor, expert = rand(ROWS, WIDTH, seed=0), rand(ROWS, WIDTH, seed=1)
     counts = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1]).double()
     found = solved_table(anchor, [expert], [counts], 0.0)
@@ -52,7 +52,7 @@ def test_rows_that_nobody_looks_up_keep_the_anchors() -> None:
     torch.testing.assert_close(found[0], expert[0])
 
 
-def test_look_ups_are_counted_without_padding(bert_hub: Path) -> None:
+def test_lookups_of_padding_do_not_count(bert_hub: Path) -> None:
     student, batches = student_of(bert_hub)
     group = batches["first"]
     rows = student.model.get_parameter("embeddings.word_embeddings.weight").shape[0]
@@ -66,7 +66,7 @@ def test_look_ups_are_counted_without_padding(bert_hub: Path) -> None:
     assert places.sum() == words.sum()
 
 
-def test_patches_and_their_places_are_what_the_convolution_reads(clip_hub: Path) -> None:
+def test_patches_are_the_inputs_of_the_convolution(clip_hub: Path) -> None:
     student, batches = student_of(clip_hub)
     tower = student.model.vision_model.embeddings
     pixels = batches["first"][0]
@@ -78,7 +78,7 @@ def test_patches_and_their_places_are_what_the_convolution_reads(clip_hub: Path)
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_stem_of_a_lone_expert_is_reproduced(name: str, request: pytest.FixtureRequest) -> None:
     student, batches = student_of(
         request.getfixturevalue(f"{name}_hub"), "guidance.lam=1e-9", "~suite.tasks.second", "calib.samples=40"
     )
@@ -99,8 +99,9 @@ def test_the_stem_of_one_expert_is_met(name: str, request: pytest.FixtureRequest
     torch.testing.assert_close(student.own(table)[used], student.expert("first", table)[used], rtol=1e-4, atol=1e-4)
 
 
-def written_out(student: Student, batches: dict[str, list[dict[str, Tensor]]], tensors: dict[str, Tensor]) -> Tensor:
-    """Squared distance of what convolution and positions give from what each expert's give, and from the anchor."""
+def objective(student: Student, batches: dict[str, list[dict[str, Tensor]]], tensors: dict[str, Tensor]) -> Tensor:
+    """The squared distance between the student's convolution plus positions and those of each expert, and from the
+    anchor."""
     kernel, places = (f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position"))
     lam = float(student.guidance.lam)
     total = sum(lam * (tensors[name] - student.own(name).double()).square().sum() for name in tensors)
@@ -116,7 +117,7 @@ def written_out(student: Student, batches: dict[str, list[dict[str, Tensor]]], t
     return total
 
 
-def test_patches_and_places_are_the_minimum_of_the_written_out_objective(clip_hub: Path) -> None:
+def test_patches_and_positions_minimise_the_written_out_objective(clip_hub: Path) -> None:
     options = ("guidance.lam=0.03", "+guidance.weights.second=3")
     (anchored, batches), (student, _) = student_of(clip_hub, *options), student_of(clip_hub, *options)
     with torch.inference_mode():
@@ -125,7 +126,7 @@ def test_patches_and_places_are_the_minimum_of_the_written_out_objective(clip_hu
     slopes = []
     for owner in (student, anchored):
         tensors = {name: owner.own(name).double().requires_grad_() for name in names}
-        slopes.append(torch.autograd.grad(written_out(anchored, batches, tensors), list(tensors.values())))
+        slopes.append(torch.autograd.grad(objective(anchored, batches, tensors), list(tensors.values())))
     for here, there in zip(*slopes, strict=True):
         assert here.norm() < 1e-5 * there.norm()
 
@@ -139,7 +140,7 @@ def test_the_class_token_is_the_mean_of_the_experts_and_the_anchor(clip_hub: Pat
     torch.testing.assert_close(student.own(name), (0.5 * own + first + 3 * second) / 4.5)
 
 
-def test_tables_are_the_minimum_of_the_written_out_objective(bert_hub: Path) -> None:
+def test_tables_minimise_the_written_out_objective(bert_hub: Path) -> None:
     student, batches = student_of(bert_hub, "guidance.lam=0.03", "+guidance.weights.second=3")
     name = "embeddings.word_embeddings.weight"
     anchor = student.own(name).double()

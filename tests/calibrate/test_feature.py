@@ -1,4 +1,4 @@
-"""Oracles: experts and hidden states as transformers has them, and invariants of walks under feature guidance."""
+"""Oracles: the experts and hidden states of transformers, and invariants of walks under feature guidance."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def hub_of(name: str, request: pytest.FixtureRequest) -> Path:
     return hub
 
 
-def state(found: Walk) -> dict[str, Tensor]:
+def student_state(found: Walk) -> dict[str, Tensor]:
     return dict(found.student.state_dict())
 
 
-def changed(one: Walk, other: Walk) -> set[str]:
+def changed_names(one: Walk, other: Walk) -> set[str]:
     """The names of the tensors that differ."""
-    return {name for name, tensor in state(one).items() if not torch.equal(tensor, state(other)[name])}
+    return {name for name, tensor in student_state(one).items() if not torch.equal(tensor, student_state(other)[name])}
 
 
 def expert_features(hub: Path, found: Walk, task: str) -> Tensor:
@@ -59,7 +59,7 @@ def test_one_expert_without_anchor_is_reproduced(name: str, beta: int, request: 
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_teachers_walk_through_transformers_own_hidden_states(name: str, request: pytest.FixtureRequest) -> None:
+def test_teachers_have_the_hidden_states_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
     job = make_job(config(hub, *FEATURE))
     models, model, dtype = steps.open_models(job)
@@ -87,7 +87,7 @@ def test_teachers_walk_through_transformers_own_hidden_states(name: str, request
 
 
 def parts(found: Walk) -> dict[str, set[str]]:
-    """The tensors that each option decides on."""
+    """The tensors that each option controls."""
     model, family = found.student, found.job.family
     readout = family.readout(model)
     sections = [*family.blocks(model), readout]
@@ -106,20 +106,18 @@ def parts(found: Walk) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_every_part_is_solved_and_those_that_are_switched_off_keep_the_merged_values(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_part_is_solved_unless_it_is_switched_off(name: str, request: pytest.FixtureRequest) -> None:
     hub = hub_of(name, request)
     full, merged = walk(hub, *FEATURE), walk(hub, "guidance=merged", "quant=none")
-    solved = changed(full, merged)
+    solved = changed_names(full, merged)
     assert solved == set().union(*parts(full).values())
     for option in ("norms", "embeddings", "readout", "intercepts"):
         without = walk(hub, *FEATURE, f"guidance.{option}=false")
-        assert solved - changed(without, merged) == parts(full)[option], option
+        assert solved - changed_names(without, merged) == parts(full)[option], option
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_tokens_that_are_not_read_count_less_in_the_last_block_where_they_reach_nothing(
+def test_tokens_that_the_head_does_not_read_count_less_in_the_last_block(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     even, weighted = (walk(hub_of(name, request), *FEATURE, f"guidance.readout_weight={w}") for w in (1, 0.01))
@@ -127,14 +125,14 @@ def test_tokens_that_are_not_read_count_less_in_the_last_block_where_they_reach_
     mixing = {n for step in last.steps if isinstance(step, Linears) for n in step.mixing}
     mixing |= {step.name for step in last.steps if isinstance(step, Norm) and step.mixing}
     wanted = {last.name(n) for n in last.module.state_dict() if n.rsplit(".", 1)[0] not in mixing}
-    assert changed(even, weighted) == wanted | {readout.name(n) for n in readout.module.state_dict()}
+    assert changed_names(even, weighted) == wanted | {readout.name(n) for n in readout.module.state_dict()}
 
 
 def test_padding_changes_nothing_under_feature_guidance(bert_hub: Path) -> None:
     alone, padded = (walk(bert_hub, *FEATURE, "guidance.lam=0.05", f"calib.batch_size={size}") for size in (1, 24))
     assert any((batch["attention_mask"] == 0).any() for batch in padded.batches["first"])
-    for name, tensor in state(alone).items():
-        torch.testing.assert_close(tensor, state(padded)[name], rtol=1e-3, atol=1e-4)
+    for name, tensor in student_state(alone).items():
+        torch.testing.assert_close(tensor, student_state(padded)[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
@@ -148,18 +146,18 @@ def test_order_of_tasks_changes_nothing(name: str, request: pytest.FixtureReques
     turned = dict(reversed(batches.items()))
     guide.calibrate(RunContext.of(job), model, turned, [], merged)
     for part, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, state(forward)[part], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, student_state(forward)[part], rtol=1e-3, atol=1e-4)
 
 
-def test_a_task_of_weight_zero_has_no_say(clip_hub: Path) -> None:
+def test_a_task_of_weight_zero_has_no_effect(clip_hub: Path) -> None:
     silent = walk(clip_hub, *FEATURE, "+guidance.weights.second=0", "guidance.rho=1", "merge=none")
     alone = walk(clip_hub, *FEATURE, "~suite.tasks.second", "guidance.rho=1", "merge=none")
-    for name, tensor in state(silent).items():
-        torch.testing.assert_close(tensor, state(alone)[name], rtol=1e-4, atol=1e-5)
+    for name, tensor in student_state(silent).items():
+        torch.testing.assert_close(tensor, student_state(alone)[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_asymmetric_guidance_is_nearer_to_the_dense_model_than_plain_gptq(
+def test_asymmetric_guidance_is_closer_to_the_dense_model_than_plain_gptq(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     hub = hub_of(name, request)
@@ -183,5 +181,5 @@ def test_without_a_quantizer_asymmetric_guidance_leaves_the_model_as_it_is(
 ) -> None:
     hub = hub_of(name, request)
     merged, found = (walk(hub, f"guidance={guidance}", "quant=none") for guidance in ("merged", "asymmetric"))
-    for part, tensor in state(merged).items():
-        torch.testing.assert_close(state(found)[part], tensor, rtol=1e-6, atol=1e-7)
+    for part, tensor in student_state(merged).items():
+        torch.testing.assert_close(student_state(found)[part], tensor, rtol=1e-6, atol=1e-7)

@@ -1,4 +1,5 @@
-"""Oracles: walks of the rounding method alone, of plain quantization, and the experts that a lone student must meet."""
+"""Oracles: walks of the rounding method alone, of plain quantization, and a lone expert that the student must
+reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def same(one: Walk, other: Walk) -> bool:
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_with_alpha_0_alone_it_is_the_rounding_itself(rounding: str, clip_hub: Path) -> None:
+def test_alpha_0_is_plain_rounding(rounding: str, clip_hub: Path) -> None:
     grid = {"rtn": "mse", "gptq": "hessian"}[rounding]
     options = ("quant=awq", f"quant.rounding={rounding}", f"quant.grid={grid}", "quant.candidates=1")
     assert same(walk(clip_hub, *options), walk(clip_hub, f"quant={rounding}"))
@@ -53,8 +54,8 @@ def test_experts_equal_to_the_merge_give_plain_awq_bit_for_bit(name: str, reques
 
 
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_a_lone_expert_is_met_through_a_fold(name: str, request: pytest.FixtureRequest) -> None:
-    """Feature guidance in scaled channels: bases, experts, their activations and norms are all scaled alike."""
+def test_a_lone_expert_is_reproduced_through_a_fold(name: str, request: pytest.FixtureRequest) -> None:
+    """Feature guidance with scaled channels: base, experts, activations and norms are scaled alike."""
     options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
     options += ["quant=awq", "quant.alpha=0.5", "bits=8", "merge=none", "calib.samples=40"]
     found = walk(request.getfixturevalue(f"{name}_hub"), *options)
@@ -67,7 +68,7 @@ def test_a_lone_expert_is_met_through_a_fold(name: str, request: pytest.FixtureR
 
 
 @pytest.mark.parametrize("quant", ["rtn", "hqq"])
-def test_without_need_of_inputs_no_batch_goes_through_the_model(
+def test_no_forward_pass_runs_if_no_inputs_are_needed(
     quant: str, clip_hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def called(*_: object) -> None:

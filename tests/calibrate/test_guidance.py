@@ -1,4 +1,4 @@
-"""Oracle: the messages that are promised, and the fields themselves."""
+"""Oracles: the documented error messages, and the fields themselves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_bad_options_are_refused(fields: dict[str, Any], message: str) -> None:
     + [{name: bound} for name, limit in LIMITS.items() for bound in (0, min(limit, 1e6))]
     + [{"readout_weight": 1e-9}, {"sweeps": 10}, {"heads": "own"}, {"weights": {}}, {"weights": {"trec": 0}}],
 )
-def test_bounds_belong_to_what_is_allowed(fields: dict[str, Any]) -> None:
+def test_bounds_are_allowed_values(fields: dict[str, Any]) -> None:
     found = replace(PLAIN, **fields)
     assert {name: getattr(found, name) for name in fields} == fields
 
@@ -85,7 +85,7 @@ def test_teachers_are_needed_for_alpha_and_beta(fields: dict[str, Any], teaches:
     assert replace(PLAIN, **fields).teaches is teaches
 
 
-def test_tasks_without_a_weight_of_their_own_count_one() -> None:
+def test_the_default_weight_of_a_task_is_1() -> None:
     weighted = replace(PLAIN, weights={"trec": 2})
     assert [weighted.factor(task) for task in ("trec", "subj")] == [2, 1]
     assert PLAIN.factor("trec") == 1

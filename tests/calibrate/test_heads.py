@@ -32,7 +32,7 @@ def test_without_anchor_the_head_is_least_squares_to_the_experts_logits(biased: 
         torch.testing.assert_close(found.bias, direct[:, WIDTH])
 
 
-def test_features_that_are_the_experts_keep_the_head_to_the_last_bit() -> None:
+def test_the_experts_own_features_keep_the_head_bit_for_bit() -> None:
     own, given = rand(40, WIDTH, seed=3), head()
     found = solved_head([own], [own], given, 0.01)
     assert torch.equal(found.weight, given.weight)
@@ -66,7 +66,7 @@ def test_the_head_keeps_its_type() -> None:
     )
 
 
-def test_relative_error_is_zero_for_equals_and_one_for_the_mean() -> None:
+def test_relative_error_is_0_for_equal_logits_and_1_for_their_mean() -> None:
     teacher = rand(40, WIDTH, seed=4)
     assert relative_error(teacher, teacher) == 0
     assert relative_error(teacher.mean(0).expand_as(teacher), teacher) == pytest.approx(1)

@@ -1,5 +1,5 @@
-"""Oracles: transformers' own models of the experts, sample by sample: gradients by a backward pass for each class, and
-inputs of linears by hooks."""
+"""Oracles: transformers' own models of the experts, sample by sample: gradients from one backward pass per class,
+and inputs of linears from hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = ("calib.samples=10", "calib.batch_size=4")
 
 
 def measurements(hub: Path, *overrides: str) -> ExpertMeasurements:
-    """Those of a run with `merge=regmean`, or another method that needs data."""
+    """The measurements of a run with `merge=regmean`, or another method that needs data."""
     job = make_job(config(hub, "merge=regmean", *FEW, *overrides))
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
@@ -42,8 +42,8 @@ def samples(data: ExpertMeasurements) -> list[Batch]:
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Up to what is rounding beside the largest value of a tensor, or of all: softmax makes gradients of keys' biases
-    that are nothing but rounding."""
+    """Equal up to rounding relative to the largest value of a tensor, or of all tensors: the gradients of key biases
+    are pure rounding error, because softmax ignores these biases."""
     largest = max(float(tensor.abs().max()) for tensor in wanted.values())
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -52,7 +52,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def reference(model: nn.Module, logits: Any, batches: list[Batch], classes: int | None = None) -> dict[str, Tensor]:
-    """E over samples, sum over classes of p (d log p)^2, each by a backward pass of its own."""
+    """E over samples, sum over classes of p (d log p)^2, with one backward pass per class."""
     sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for batch in batches:
         chances = logits(batch).softmax(-1).flatten().detach()
@@ -91,7 +91,7 @@ def test_squared_gradients_of_clip(clip_hub: Path) -> None:
     assert "vision_model.embeddings.class_embedding" in found
 
 
-def test_gradients_of_classes_add_up_however_many_share_a_pass() -> None:
+def test_class_gradients_add_up_for_any_number_of_classes_per_pass() -> None:
     W = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     x, b = torch.tensor([1.0, -2.0, 0.5]).double(), torch.zeros(5, dtype=torch.float64, requires_grad=True)
     p = (W @ x).softmax(-1).detach()
@@ -103,20 +103,22 @@ def test_gradients_of_classes_add_up_however_many_share_a_pass() -> None:
         torch.testing.assert_close(found["b"], wanted["b"])
 
 
-def test_a_head_of_one_output_is_a_mean_of_a_gaussian() -> None:
+def test_a_head_with_one_output_is_the_mean_of_a_gaussian() -> None:
     w = torch.tensor([[1.0, 2.0]], requires_grad=True)
     found = expected_squares(lambda: w @ torch.tensor([3.0, -1.0]), {"w": w}, None, 8)
     assert found["w"].tolist() == [[9.0, 1.0]]
 
 
-def test_the_model_needs_no_gradients_afterwards(bert_hub: Path) -> None:
+def test_the_model_requires_no_gradients_afterwards(bert_hub: Path) -> None:
     data = measurements(bert_hub)
     data.squared_gradients(TASK, None)
     assert not any(parameter.requires_grad for parameter in data.model.parameters())
 
 
-def hooked(model: nn.Module, names: list[str], call: Any, rows: Any, data: ExpertMeasurements) -> dict[str, Tensor]:
-    """The mean of x x' by linear, from the inputs of first calls. `rows`: the real rows of an input of a name."""
+def moments_by_hooks(
+    model: nn.Module, names: list[str], call: Any, rows: Any, data: ExpertMeasurements
+) -> dict[str, Tensor]:
+    """The mean of x x' by linear, over the inputs of first calls. `rows`: the rows of an input that are not padding."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in data.batches[TASK]:
         caught: dict[str, Tensor] = {}
@@ -146,12 +148,12 @@ def test_input_moments_leave_padding_out(bert_hub: Path) -> None:
     def rows(name: str, x: Tensor, batch: Batch) -> Tensor:
         return x if name == "pooler.dense" else x[batch["attention_mask"].bool()]
 
-    wanted = hooked(expert, names, lambda batch: expert(**batch), rows, data)
+    wanted = moments_by_hooks(expert, names, lambda batch: expert(**batch), rows, data)
     same(data.input_moments(TASK, names), wanted)
     assert data.input_moments(TASK, names[:1]).keys() == set(names[:1])
 
 
-def test_input_moments_of_cross_attention_are_over_what_the_encoder_read(tmp_path: Path) -> None:
+def test_input_moments_of_cross_attention_are_over_the_encoders_tokens(tmp_path: Path) -> None:
     data = measurements(build(tmp_path / "hub", "t5"))
     names = [group[0] for group in data.linear_groups()]
     expert = t.T5ForConditionalGeneration.from_pretrained(tmp_path / "hub" / TASK).eval()
@@ -160,7 +162,7 @@ def test_input_moments_of_cross_attention_are_over_what_the_encoder_read(tmp_pat
         encoder = name.startswith("encoder.") or name.endswith("EncDecAttention.k")
         return x[batch["attention_mask" if encoder else "decoder_attention_mask"].bool()]
 
-    wanted = hooked(expert, names, lambda batch: expert(**batch), rows, data)
+    wanted = moments_by_hooks(expert, names, lambda batch: expert(**batch), rows, data)
     same(data.input_moments(TASK, names), wanted)
 
 
@@ -173,7 +175,7 @@ def test_smaller_micro_batches_give_the_same_bytes(bert_hub: Path) -> None:
     assert all(torch.equal(found[name], again[name]) for name in names)
 
 
-def test_an_expert_is_in_the_model_until_the_next(clip_hub: Path) -> None:
+def test_an_expert_stays_in_the_model_until_the_next_one(clip_hub: Path) -> None:
     data = measurements(clip_hub)
     name = data.source.names[0]
     for task in data.batches:

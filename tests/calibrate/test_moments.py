@@ -1,4 +1,4 @@
-"""Oracles: the sums written out; all in float64."""
+"""Oracle: the sums written out; all in float64."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def test_moments_of_batches_are_those_of_all_rows_at_once(weighted: bool) -> Non
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool) -> None:
-    """p = W d, so that xp, p and pp are those of the parts written out."""
+def test_the_drift_gives_the_same_moments_as_its_parts(weighted: bool) -> None:
+    """p = W d, so xp, p and pp are those of the parts written out."""
     X, drift, w = rand(30, IN, seed=0), rand(30, IN, seed=1), rand(30, seed=2).abs() if weighted else None
     W = rand(OUT, IN, seed=3)
     written, measured = Measure(), Measure()
@@ -61,8 +61,9 @@ def test_the_drift_gives_the_same_moments_as_the_parts_made_of_it(weighted: bool
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
-def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None:
-    """The same sums in another order, to the last bit; the float64 product but for what float32 loses in a batch."""
+def test_sums_do_not_depend_on_the_number_or_order_of_batches() -> None:
+    """The sums are equal in any order, bit for bit; the float64 product differs only by float32 rounding within a
+    batch."""
     rows = (1 + 0.1 * rand(200_000, 4, seed=0)).float()
     forward, backward = Products(ALONE), Products(ALONE)
     for part in rows.split(1000):
@@ -74,14 +75,14 @@ def test_sums_depend_neither_on_the_number_nor_on_the_order_of_batches() -> None
     torch.testing.assert_close(found, rows.double().T @ rows.double(), rtol=1e-6, atol=0)
 
 
-def test_a_square_wider_than_its_panels_is_whole() -> None:
+def test_a_square_wider_than_its_panels_is_complete() -> None:
     rows = rand(20, 2 * PANEL + 3, seed=0)
     products = Products(ALONE)
     products.add_square(rows)
     torch.testing.assert_close(products.square_rows(), rows.T @ rows)
 
 
-def test_a_part_that_is_not_given_is_zero() -> None:
+def test_a_missing_part_is_zero() -> None:
     measure = Measure()
     measure.add(rand(5, IN, seed=0), None, None)
     found = measure.moments()

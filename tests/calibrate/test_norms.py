@@ -16,7 +16,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 class Rms(nn.Module):
-    """An RMS norm as language models have it: a gain, no bias."""
+    """An RMS norm as in language models: a gain, no bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def rms_norm() -> nn.RMSNorm:
     return norm
 
 
-def test_normalised_is_what_gain_and_bias_act_on() -> None:
+def test_gain_and_bias_act_on_the_normalised_input() -> None:
     norm, x = layer_norm(), rand(5, WIDTH, seed=0)
     before = [parameter.clone() for parameter in norm.parameters()]
     torch.testing.assert_close(normalised(norm, x), (norm(x) - norm.bias) / norm.weight)
@@ -51,8 +51,8 @@ def test_normalised_is_what_gain_and_bias_act_on() -> None:
 
 
 @pytest.mark.parametrize("norm", [layer_norm(), Rms(), rms_norm()], ids=["layer", "own rms", "rms"])
-def test_one_expert_is_found_from_what_it_gives_on_its_own_input(norm: nn.Module) -> None:
-    """alpha = 1: the student has another gain and other inputs, whose normalised values are the teacher's up to scale
+def test_one_expert_is_recovered_from_its_outputs_on_its_own_input(norm: nn.Module) -> None:
+    """alpha = 1: the student has another gain and other inputs. Its normalised values are the teacher's up to scale
     and shift of the row."""
     taught = rand(20, WIDTH, seed=0)
     shift = 1.0 if isinstance(norm, nn.LayerNorm) else 0.0
@@ -64,7 +64,7 @@ def test_one_expert_is_found_from_what_it_gives_on_its_own_input(norm: nn.Module
     objective.add(normalised(norm, own), normalised(norm, taught), None, gain.detach(), bias)
     objective.close(1.0)
     found = objective.solve()
-    torch.testing.assert_close(found[0], gain.detach(), rtol=1e-4, atol=1e-4)  # eps is not scaled with the row
+    torch.testing.assert_close(found[0], gain.detach(), rtol=1e-4, atol=1e-4)  # eps does not scale with the row
     assert (found[1] is None) is not biased
     if bias is not None:
         torch.testing.assert_close(found[1], bias.detach(), rtol=1e-4, atol=1e-4)
@@ -123,7 +123,7 @@ def test_a_strong_anchor_and_equal_experts_both_give_the_anchor() -> None:
 
 def test_channels_without_a_unique_solution_keep_the_anchor() -> None:
     z, gain, bias = rand(20, WIDTH, seed=0), rand(WIDTH, seed=1), rand(WIDTH, seed=2)
-    z[:, 3] = 1.5  # gain and bias of a constant channel cannot be told apart
+    z[:, 3] = 1.5  # gain and bias of a constant channel are not identifiable
     objective = NormObjective(gain, bias, 0.0)
     objective.add(z, z, None, gain + 1, bias + 1)
     objective.close(1.0)
@@ -133,7 +133,7 @@ def test_channels_without_a_unique_solution_keep_the_anchor() -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_without_any_say_the_anchor_stays_to_the_last_bit(biased: bool) -> None:
+def test_the_anchor_stays_bit_for_bit_if_all_weights_are_zero(biased: bool) -> None:
     gain, bias = rand(WIDTH, seed=1), rand(WIDTH, seed=2) if biased else None
     objective = NormObjective(gain, bias, 0.0)
     objective.add(rand(20, WIDTH, seed=0), rand(20, WIDTH, seed=3), None, gain + 1, bias)

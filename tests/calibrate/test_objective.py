@@ -83,7 +83,7 @@ def test_loss_away_from_the_target_is_the_quadratic_form_that_gptq_minimises() -
     assert float(away) == pytest.approx(float(form), rel=1e-9)
 
 
-def test_the_bias_of_a_quantized_weight_makes_up_for_the_mean_of_its_error() -> None:
+def test_the_bias_compensates_the_mean_error_of_a_quantized_weight() -> None:
     given = given_problem(rich=True)
     problem = given.problem(0.0, intercepts=True)
     coarse = problem.solve()[0].round()
@@ -124,8 +124,8 @@ def test_experts_equal_to_the_anchor_give_gptq_of_the_merge_bit_for_bit(intercep
 
 @pytest.mark.parametrize("lam", [0.0, 0.05])
 def test_intercepts_centre_the_inputs(lam: float) -> None:
-    """Without anchor, H is that of inputs whose weighted mean is taken off; with one, of a row of zeros of weight lam
-    beside them."""
+    """Without an anchor, H is that of inputs minus their weighted mean; with one, that of inputs plus a row of zeros
+    of weight lam."""
     given = given_problem(rich=True)
     roots = [(s * w).sqrt()[:, None] for s, w in zip(given.s(), given.weights, strict=True) if w is not None]
     rows = torch.cat([*(root * X for root, X in zip(roots, given.inputs, strict=True)), torch.zeros(1, IN).double()])
@@ -182,7 +182,7 @@ def test_dead_columns_keep_the_anchor() -> None:
 
 
 @pytest.mark.parametrize("intercepts", [False, True])
-def test_fewer_tokens_than_inputs_still_gives_a_finite_target_and_says_the_damping(intercepts: bool) -> None:
+def test_fewer_tokens_than_inputs_give_a_finite_target_and_report_the_damping(intercepts: bool) -> None:
     given = given_problem()
     given.inputs = [rows[:1] for rows in given.inputs]
     target, factor = given.problem(0.0, intercepts).solve()
@@ -210,7 +210,7 @@ def test_a_hessian_without_factor_keeps_the_anchor_as_target() -> None:
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.05])
-def test_a_linear_without_bias_has_none_afterwards(lam: float) -> None:
+def test_a_linear_without_bias_gets_none(lam: float) -> None:
     given, biased = given_problem(), given_problem()
     given.anchor = Affine(given.anchor.weight, None)
     given.experts = [Affine(expert.weight, None) for expert in given.experts]
@@ -220,7 +220,7 @@ def test_a_linear_without_bias_has_none_afterwards(lam: float) -> None:
     assert torch.equal(target, biased.problem(lam, intercepts=False).solve()[0])
 
 
-def test_a_task_of_weight_zero_has_no_say() -> None:
+def test_a_task_of_weight_zero_has_no_effect() -> None:
     given, without = given_problem(rich=True), given_problem(rich=True)
     for values in (without.experts, without.inputs, without.parts, without.weights):
         del values[1]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Oracle: the objectives written out from what reaches the modules of whole models; a walk leaves their minimum."""
+"""Oracle: the objectives written out from the layer inputs of whole models; a walk ends in their minimum."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ GUIDANCE = (
 TOLERANCE = 1e-5  # of the gradient at the anchor: tensors and activations are float32
 
 LayerInputs = dict[str, Tensor]
-"""What reaches modules in all batches of a task, by module: (tokens, width) in float64."""
+"""The inputs of modules over all batches of a task, by module: (tokens, width) in float64."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A walk that is over; the base, the merged model, and for each task its expert, what reached the student's modules
-    and the expert's, and the weights of the tokens of the last block."""
+    """A finished walk: the base, the merged model, and per task its expert, the inputs of the student's and the
+    expert's modules, and the token weights of the last block."""
 
     found: Walk
     base: nn.Module
     merged: nn.Module
     experts: dict[str, nn.Module]
     own: dict[str, LayerInputs]
-    taught: dict[str, LayerInputs]
+    teacher: dict[str, LayerInputs]
     weights: dict[str, Tensor]
 
     def anchor(self, name: str) -> Tensor:
@@ -66,8 +66,9 @@ class Scene:
                 yield step, section.name, section is blocks[-1]
 
 
-def reached(model: nn.Module, family: Family, batches: Sequence[Batch]) -> tuple[LayerInputs, Tensor]:
-    """What reaches each linear and norm, and READ for each token but a sample's first, which has 1."""
+def layer_inputs(model: nn.Module, family: Family, batches: Sequence[Batch]) -> tuple[LayerInputs, Tensor]:
+    """The inputs of each linear and norm, and the token weights: 1 for the first token of a sample, READ for the
+    others."""
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm) and "text" not in n}
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
     weights = []
@@ -97,28 +98,28 @@ def scene(hub: Path, *overrides: str) -> Scene:
     models, base, dtype = steps.open_models(make_job(config(hub, *options)))
     merged = copy.deepcopy(base)
     copy_into(merged, LazyMerge(models.source, found.job.merge, dtype))
-    experts, own, taught, weights = {}, {}, {}, {}
+    experts, own, teacher, weights = {}, {}, {}, {}
     for task, batches in found.batches.items():
         experts[task] = copy.deepcopy(base)
         copy_into(experts[task], models.source.model(task))
-        own[task], weights[task] = reached(found.student, found.job.family, batches)
-        taught[task], _ = reached(experts[task], found.job.family, batches)
-    return Scene(found, base, merged, experts, own, taught, weights)
+        own[task], weights[task] = layer_inputs(found.student, found.job.family, batches)
+        teacher[task], _ = layer_inputs(experts[task], found.job.family, batches)
+    return Scene(found, base, merged, experts, own, teacher, weights)
 
 
 def linear_loss(given: Scene, name: str, stream: str | None, weighted: bool, Q: Tensor, b: Tensor | None) -> Tensor:
-    """J of a linear as design.md, section 2 and 6, has it."""
+    """J of a linear, from design.md, sections 2 and 6."""
     total = LAM * (Q - given.anchor(f"{name}.weight")).square().sum()
     if b is not None:
         total = total + LAM * (b - given.anchor(f"{name}.bias")).square().sum()
     for task, factor in FACTORS.items():
-        own, taught = given.own[task], given.taught[task]
-        X, T = own[name], (1 - ALPHA) * own[name] + ALPHA * taught[name]
+        own, teacher = given.own[task], given.teacher[task]
+        X, T = own[name], (1 - ALPHA) * own[name] + ALPHA * teacher[name]
         Y = T @ given.expert(task, f"{name}.weight").T
         if b is not None:
             Y = Y + given.expert(task, f"{name}.bias")
         if stream:
-            Y = Y + BETA * (taught[stream] - own[stream])
+            Y = Y + BETA * (teacher[stream] - own[stream])
         w = (given.weights[task] if weighted else torch.ones(len(X)).double())[:, None]
         s = factor / torch.linalg.norm(X.T @ (w * X))
         total = total + s * (w * (X @ Q.T + (0 if b is None else b) - Y).square()).sum()
@@ -126,16 +127,16 @@ def linear_loss(given: Scene, name: str, stream: str | None, weighted: bool, Q: 
 
 
 def norm_loss(given: Scene, name: str, weighted: bool, g: Tensor, b: Tensor) -> Tensor:
-    """J of a layer norm as norms.py has it."""
+    """J of a layer norm, from norms.py."""
     total = LAM * (g - given.anchor(f"{name}.weight")).square().sum()
     total = total + LAM * (b - given.anchor(f"{name}.bias")).square().sum()
     eps = given.found.student.get_submodule(name).eps
     for task, factor in FACTORS.items():
-        z, taught = (
+        z, teacher = (
             nn.functional.layer_norm(rows[name], rows[name].shape[-1:], eps=eps)  # type: ignore[arg-type]
-            for rows in (given.own[task], given.taught[task])
+            for rows in (given.own[task], given.teacher[task])
         )
-        y = given.expert(task, f"{name}.weight") * ((1 - ALPHA) * z + ALPHA * taught)
+        y = given.expert(task, f"{name}.weight") * ((1 - ALPHA) * z + ALPHA * teacher)
         y = y + given.expert(task, f"{name}.bias")
         w = (given.weights[task] if weighted else torch.ones(len(z)).double())[:, None]
         total = total + factor / w.sum() * (w * (g * z + b - y).square()).sum()
@@ -143,17 +144,17 @@ def norm_loss(given: Scene, name: str, weighted: bool, g: Tensor, b: Tensor) -> 
 
 
 def slope(loss: Callable[..., Tensor], at: Sequence[Tensor | None], index: int) -> float:
-    """The length of the gradient by one of the arguments."""
+    """The norm of the gradient with respect to one argument."""
     points = list(at)
     point = points[index] = points[index].detach().clone().requires_grad_()  # type: ignore[union-attr]
     return float(torch.autograd.grad(loss(*points), point)[0].norm())
 
 
-def assert_least(
+def assert_minimum(
     loss: Callable[..., Tensor], found: Sequence[Tensor | None], anchors: Sequence[Tensor | None], name: str
 ) -> None:
-    """Gradients vanish, beside what they are with that one argument at its anchor; arguments of anchor None are left
-    out."""
+    """The gradients vanish, relative to those with that one argument at its anchor. Arguments whose anchor is None
+    are skipped."""
     for index, anchor in enumerate(anchors):
         if anchor is not None:
             moved = [*found[:index], anchor, *found[index + 1 :]]
@@ -163,7 +164,7 @@ def assert_least(
 
 @pytest.mark.parametrize("quant", ["quant=none", "bits=3"])
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_linears_are_the_minimum_and_biases_that_beside_the_quantized_weights(
+def test_linears_are_the_minimum_and_biases_given_the_quantized_weights(
     name: str, quant: str, request: pytest.FixtureRequest
 ) -> None:
     given = scene(request.getfixturevalue(f"{name}_hub"), quant)
@@ -179,7 +180,7 @@ def test_linears_are_the_minimum_and_biases_that_beside_the_quantized_weights(
                 given.anchor(f"{linear}.weight") if free else None,
                 given.anchor(f"{linear}.bias") if f"{linear}.bias" in own else None,
             ]
-            assert_least(loss, [own[f"{linear}.weight"], own.get(f"{linear}.bias")], anchors, linear)
+            assert_minimum(loss, [own[f"{linear}.weight"], own.get(f"{linear}.bias")], anchors, linear)
             checked += 1
     assert checked == 13
 
@@ -192,5 +193,5 @@ def test_norms_are_the_minimum(name: str, request: pytest.FixtureRequest) -> Non
     for norm, weighted in norms:
         tensors = [f"{norm}.{part}" for part in ("weight", "bias")]
         found = [given.found.student.get_parameter(tensor).double() for tensor in tensors]
-        assert_least(partial(norm_loss, given, norm, weighted), found, [given.anchor(t) for t in tensors], norm)
+        assert_minimum(partial(norm_loss, given, norm, weighted), found, [given.anchor(t) for t in tensors], norm)
     assert len(norms) == {"clip": 6, "bert": 5}[name]

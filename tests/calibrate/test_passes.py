@@ -1,4 +1,4 @@
-"""Oracles: the walks done one by one."""
+"""Oracle: the walks run one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.hubs import config
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_each_sweep_is_a_walk_anchored_at_the_one_before_and_the_last_alone_is_quantized(
+def test_each_pass_is_anchored_at_the_one_before_and_only_the_last_is_quantized(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     job = make_job(config(request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.sweeps=3"))

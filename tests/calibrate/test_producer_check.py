@@ -1,4 +1,5 @@
-"""Oracles: producers that families name pass; a producer that feeds something else, or another layer, is refused."""
+"""Oracles: the producers that families name pass; a producer that feeds something else, or another layer, is
+refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracle: the same walk in memory, to the last bit."""
+"""Oracle: the same walk in memory, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-def walked(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
+def run_walk(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResult, dict[str, torch.Tensor]]:
     """The result of a walk of the miniature BERT, and the student's tensors after it."""
     job = make_job(config(hub, "guidance=feature", *options))
     models, model, dtype = steps.open_models(job)
@@ -62,28 +62,28 @@ def assert_same(
 
 
 @pytest.mark.parametrize("kind", only(("two widths", "folded"), OPTIONS))
-def test_a_walk_in_files_is_the_walk_in_memory_and_goes_on_from_any_entry(
+def test_a_walk_in_files_equals_one_in_memory_and_resumes_from_any_entry(
     kind: str, bert_hub: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS[kind]
-    memory = walked(bert_hub, RunProgress(), *options)
-    files = walked(bert_hub, RunProgress(tmp_path), *options)
+    memory = run_walk(bert_hub, RunProgress(), *options)
+    files = run_walk(bert_hub, RunProgress(tmp_path), *options)
     assert list(memory[0].weights.in_memory()) == list(memory[0].weights)
     assert not files[0].weights.in_memory()
     assert_same(files, memory)
-    again = walked(bert_hub, RunProgress(tmp_path), *options)  # every entry is there
+    again = run_walk(bert_hub, RunProgress(tmp_path), *options)  # every entry exists
     assert_same(again, memory)
     entries = sorted((tmp_path / "last").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for entry in reversed(entries):
         entry.unlink()
         if entry in entries[1:3]:
-            assert_same(walked(bert_hub, RunProgress(tmp_path), *options), memory)
+            assert_same(run_walk(bert_hub, RunProgress(tmp_path), *options), memory)
             break
 
 
 def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: Path) -> None:
-    """The system maps the tensor's address to the file."""
-    result, _ = walked(bert_hub, RunProgress(tmp_path))
+    """The address of the tensor is mapped to the file."""
+    result, _ = run_walk(bert_hub, RunProgress(tmp_path))
     weight = next(iter(result.weights.values()))
     assert isinstance(weight, QuantizedWeight)
     address, maps = weight.codes.data_ptr(), Path("/proc/self/maps").read_text().splitlines()
@@ -91,12 +91,12 @@ def test_weights_in_files_take_no_memory_of_their_own(bert_hub: Path, tmp_path: 
     assert [line for line, start, end in spans if start <= address < end and str(tmp_path) in line]
 
 
-def test_a_damaged_entry_ends_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
-    walked(bert_hub, RunProgress(tmp_path))
+def test_a_damaged_entry_is_refused_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
+    run_walk(bert_hub, RunProgress(tmp_path))
     entry = next((tmp_path / "last").iterdir())
     entry.write_bytes(entry.read_bytes()[:20])
     with pytest.raises(RunError, match="is damaged .*; start from the beginning with resume=never"):
-        walked(bert_hub, RunProgress(tmp_path))
+        run_walk(bert_hub, RunProgress(tmp_path))
 
 
 def test_progress_without_a_folder_restores_nothing(bert_hub: Path) -> None:

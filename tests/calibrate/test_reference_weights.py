@@ -1,4 +1,4 @@
-"""Oracles: the tensors in the models' own files, and invariants of putting values into a model and taking them back."""
+"""Oracles: the tensors in the model files, and invariants of swapping weights in a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_tensors_of_base_and_experts_are_those_of_their_files(source: MergeSourc
     assert not torch.equal(found.base(NORM), found.expert("second", NORM))
 
 
-def test_what_is_shared_is_the_same_in_all_models(source: MergeSource) -> None:
+def test_shared_tensors_are_equal_in_all_models(source: MergeSource) -> None:
     projection, norm = torch.ones(3), torch.zeros(3)
     found = ReferenceWeights(source, {PROJECTION: projection, NORM: norm}, nothing, False)
     assert found.base(PROJECTION) is found.expert("first", PROJECTION) is projection
@@ -51,7 +51,7 @@ def test_merged_tensors_stand_in_for_every_expert_but_not_for_the_base(source: M
     assert found.expert("first", PROJECTION) is shared
 
 
-def test_names_leave_out_what_is_under_a_prefix(source: MergeSource) -> None:
+def test_names_exclude_those_under_a_prefix(source: MergeSource) -> None:
     found = ReferenceWeights(source, {}, nothing, False).names(("vision_model.encoder.layers.0.", NORM))
     assert set(source.names) - set(found) == {
         name for name in source.names if name.startswith("vision_model.encoder.layers.0.") or name == NORM

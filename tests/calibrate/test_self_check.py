@@ -1,5 +1,5 @@
-"""Oracles: models whose blocks do one thing otherwise than their steps say, each of which must be named; and
-transformers' models of all families, which pass."""
+"""Oracles: models in which one block differs from its steps, which the check must name; and transformers' models of
+all families, which pass."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def check(model: Any, family: Family | None = None) -> None:
     check_blocks(model, family or CAUSAL_LM, {"first": [{"input_ids": IDS}]})
 
 
-def claimed(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> Family:
-    """A family that says something else of the steps of its blocks."""
+def with_steps(change: Callable[[tuple[Linears | Norm, ...]], tuple[Linears | Norm, ...]]) -> Family:
+    """A family with changed steps."""
 
     return with_blocks(CAUSAL_LM, lambda blocks: [replace(block, steps=change(block.steps)) for block in blocks])
 
 
 def with_blocks(family: Family, change: Callable[[list[Section]], list[Section]]) -> Family:
-    """A family that says something else of its blocks."""
+    """A family with changed blocks."""
     changed = Family(family.architecture, family.tasks)
     changed.stacks = lambda model: [  # type: ignore[method-assign, assignment]
         replace(stack, blocks=change(stack.blocks)) for stack in family.stacks(model)
@@ -53,7 +53,7 @@ def with_blocks(family: Family, change: Callable[[list[Section]], list[Section]]
 
 
 def with_step(number: int, **changes: Any) -> Family:
-    return claimed(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
+    return with_steps(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
 
 
 FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
@@ -61,7 +61,7 @@ FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
 
 @pytest.mark.parametrize("kind", only(FAST, KINDS))
 def test_every_family_passes_without_a_random_number(kind: str, tmp_path: Path) -> None:
-    """transformers' own models, and torch's generator before and after."""
+    """transformers' own models; the state of torch's generator stays unchanged."""
     scene, state = Scene(build(tmp_path, kind)), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in scene.model.state_dict().items()}
     check_blocks(scene.model, scene.family, {"first": scene.batches})
@@ -73,14 +73,12 @@ def test_every_family_passes_without_a_random_number(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert_hub", "clip_hub"])
 def test_bert_and_clip_pass(name: str, request: pytest.FixtureRequest) -> None:
-    """transformers' own models."""
     scene = Scene(request.getfixturevalue(name))
     check_blocks(scene.model, scene.family, {"first": scene.batches})
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_every_decoder_that_auto_takes_passes(kind: str) -> None:
-    """transformers' own models."""
+def test_every_decoder_that_auto_accepts_passes(kind: str) -> None:
     check(built(TAKEN[kind]))
 
 
@@ -88,26 +86,26 @@ CLAIMS: dict[str, tuple[Family, str]] = {
     "a norm behind a linear": (with_step(2, stream=None), "layernorm does not read the output of .*o_proj"),
     "a stream that is another one": (with_step(2, stream="self_attn.q_proj"), "o_proj is not added to the input of"),
     "a factor that is none": (with_step(2, scale=0.5), "o_proj is not added to the input of .*input_layernorm"),
-    "another order": (claimed(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
+    "another order": (with_steps(lambda steps: (steps[3], *steps[:3], *steps[4:])), "layernorm is called after"),
     "linears of two inputs": (
-        claimed(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
+        with_steps(lambda steps: (*steps[:4], Linears(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")))),
         "down_proj does not have the same input as .*gate_proj",
     ),
-    "a norm left out": (claimed(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to the input of"),
+    "a norm left out": (with_steps(lambda steps: (*steps[:3], *steps[4:])), "o_proj is not added to the input of"),
     "a module that is not there": (with_step(2, names=("self_attn.out",)), "cannot follow the blocks"),
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_steps_that_are_not_what_llama_computes_are_named(claim: str) -> None:
-    """Llama itself, with one wrong claim."""
+def test_steps_that_differ_from_llama_are_named(claim: str) -> None:
+    """Llama itself, with one wrong claim about it."""
     family, said = CLAIMS[claim]
     with pytest.raises(ModelError, match=f"^base: the self-check .*{said}.*; epmq merge "):
         check(llama(), family)
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Gives a module another forward pass, which gets its own."""
+    """Replaces the forward pass of a module; the new one receives the old one as its argument."""
     real = module.forward
     module.forward = lambda *args, **options: forward(real, *args, **options)
 
@@ -127,14 +125,14 @@ def parallel(layer: Any) -> None:
 
 
 def between(model: Any) -> None:
-    """The second block reads more than what the first one gives."""
+    """The second block reads more than the output of the first."""
     layers, first = model.model.layers, []
     layers[0].register_forward_pre_hook(lambda _, args: first.append(args[0]))
     layers[1].register_forward_pre_hook(lambda _, args: (args[0] + first[-1], *args[1:]))
 
 
 def behind(model: Any) -> None:
-    """The model gives something else than what its last norm gives."""
+    """The model changes the output of its last norm."""
 
     def forward(real: Callable[..., Any], **options: Any) -> Any:
         output = real(**options)
@@ -170,8 +168,8 @@ CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_blocks_that_compute_something_else_than_llama_are_named(change: str) -> None:
-    """Llama with one part that does something else, and without new tensors: nothing in its files shows it."""
+def test_blocks_that_differ_from_llama_are_named(change: str) -> None:
+    """Llama with one part that computes something else without new tensors, so its files do not show it."""
     model, (apply, said) = llama(), CHANGED[change]
     check(model)
     apply(model)
@@ -179,8 +177,8 @@ def test_blocks_that_compute_something_else_than_llama_are_named(change: str) ->
         check(model)
 
 
-def test_a_block_of_another_kind_is_looked_at_wherever_it_is() -> None:
-    """Only the last of four blocks is changed; the first, which is like the others by its tensors, is not."""
+def test_a_block_of_another_kind_is_checked_at_any_position() -> None:
+    """Only the last of four blocks differs; its tensors are like those of the first."""
     model = built(lambda: LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 4})))
     model.model.layers[3].mlp.factor = 0.5
     with_forward(model.model.layers[3].mlp, lambda real, x: 0.5 * real(x))
@@ -189,8 +187,8 @@ def test_a_block_of_another_kind_is_looked_at_wherever_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2", "glm4"])
-def test_a_branch_beside_normed_parts_is_found(kind: str) -> None:
-    """Blocks whose linears write into no stream, with a branch around all of their steps."""
+def test_a_branch_around_normed_parts_is_detected(kind: str) -> None:
+    """Blocks whose linears do not write into a stream, with a branch around all of their steps."""
     model = built(TAKEN[kind])
     with_forward(model.model.layers[1], lambda real, hidden, **options: real(hidden, **options) + hidden.tanh())
     model.model.layers[1].gated = True
@@ -199,7 +197,7 @@ def test_a_branch_beside_normed_parts_is_found(kind: str) -> None:
 
 
 def like_llama(steps: tuple[Linears | Norm, ...]) -> tuple[Linears | Norm, ...]:
-    """The steps without the norms behind attention and feed-forward, and with streams."""
+    """The steps without the norms after attention and feed-forward, and with streams."""
     found: list[Linears | Norm] = []
     for step in steps:
         if isinstance(step, Linears):
@@ -211,16 +209,16 @@ def like_llama(steps: tuple[Linears | Norm, ...]) -> tuple[Linears | Norm, ...]:
     return tuple(found)
 
 
-def test_glm_4_by_the_steps_of_llama_is_refused() -> None:
-    """The norms that the steps of Llama leave out, whatever they are called."""
+def test_glm_4_with_the_steps_of_llama_is_refused() -> None:
+    """The steps of Llama omit some norms; the check finds them under any name."""
     assert like_llama(CAUSAL_LM.blocks(TAKEN["glm4"]())[0].steps)[2] == CAUSAL_LM.blocks(llama())[0].steps[2]
     with pytest.raises(ModelError, match="o_proj is not added to the input of model.layers.0.input_layernorm"):
-        check(built(TAKEN["glm4"]), claimed(like_llama))
+        check(built(TAKEN["glm4"]), with_steps(like_llama))
 
 
 @pytest.mark.parametrize(("step", "said"), [(0, "layer_norm1"), (1, "self_attn.q_proj")])
-def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: Path) -> None:
-    """CLIP's keys, values and first norm, claimed to stay with their token."""
+def test_steps_that_reach_other_tokens_must_declare_it(step: int, said: str, clip_hub: Path) -> None:
+    """CLIP's keys, values and first norm, declared as local to their token."""
 
     def change(blocks: list[Section]) -> list[Section]:
         return [
@@ -232,8 +230,8 @@ def test_what_reaches_other_tokens_must_be_said(step: int, said: str, clip_hub: 
         check_blocks(scene.model, with_blocks(CLIP, change), {"first": scene.batches})
 
 
-def test_one_sample_is_enough_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that has room for one sample alone."""
+def test_one_sample_is_enough_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that runs out of memory beyond one sample."""
     model, seen = llama(), []
 
     def forward(real: Any, x: Tensor) -> Tensor:
@@ -248,8 +246,8 @@ def test_one_sample_is_enough_where_memory_is_short(monkeypatch: pytest.MonkeyPa
     assert set(seen) == {1, 2}
 
 
-def test_a_run_refuses_before_anything_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that the check does not accept, and an empty run folder."""
+def test_a_run_refuses_before_scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check rejects a block, and the run folder stays empty."""
     hub = decoder_files(tmp_path / "hub", llama())
     monkeypatch.setattr(self_check, "_close", lambda *_: False)
     with pytest.raises(ModelError, match="self-check"):

@@ -1,4 +1,4 @@
-"""Oracle: one process that has all rows; in float64, with more processes than some linear has rows."""
+"""Oracle: one process with all rows, in float64; some linears have fewer rows than there are processes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def affine(seed: int) -> Affine:
     return Affine(rand(sum(OUTS), IN, seed=seed), rand(sum(OUTS), seed=seed + 1))
 
 
-def solved(by_drift: bool) -> dict[str, Tensor]:
-    """What this process has in the end, of the batches that are its part."""
+def solve_part(by_drift: bool) -> dict[str, Tensor]:
+    """The results of this process for its part of the batches."""
     anchor = affine(100)
     objective = Objective(anchor, 0.05, True, distributed)
     for task in range(TASKS):
@@ -64,22 +64,22 @@ def solved(by_drift: bool) -> dict[str, Tensor]:
 
 
 def work(number: int, folder: Path) -> None:
-    """One of the processes."""
+    """The body of one process."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(PROCESSES)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=number, world_size=PROCESSES
     )
     for by_drift in (False, True):
-        torch.save(solved(by_drift), folder / f"{number}-{by_drift}.pt")
+        torch.save(solve_part(by_drift), folder / f"{number}-{by_drift}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_has_what_one_process_would(tmp_path: Path) -> None:
+def test_every_process_gets_the_result_of_a_single_process(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks with threads
         multiprocessing.start_processes(work, (tmp_path,), PROCESSES, start_method="fork")  # type: ignore[no-untyped-call]
     for by_drift in (False, True):
-        alone = solved(by_drift)
+        alone = solve_part(by_drift)
         for number in range(PROCESSES):
             found = torch.load(tmp_path / f"{number}-{by_drift}.pt")
             torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)

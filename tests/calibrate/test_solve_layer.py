@@ -1,4 +1,4 @@
-"""Oracles: each linear solved alone, and the objective's own losses; in float64 up to the quantizer."""
+"""Oracles: each linear solved on its own, and the objective's own losses; in float64 up to the quantizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 def objective(indices: tuple[int, ...] = (0, 1), scale: float = 1, lam: float = 0.1) -> Objective:
-    """That of some of two linears with one expert and 30 tokens."""
+    """The objective of the linears at `indices` of two, with one expert and 30 tokens."""
     anchors = [Affine(rand(OUTS[index], IN, seed=index), None) for index in indices]
     experts = [Affine(a.weight + rand(*a.weight.shape, seed=9), None) for a in anchors]
     found, measure, X = Objective(Affine.stacked(anchors), lam, intercepts=False), Measure(), rand(30, IN, seed=5)
@@ -37,7 +37,7 @@ def rtn() -> Rtn:
     return Rtn(ints(3, 4), "mse")
 
 
-def test_linears_of_a_group_are_those_solved_alone() -> None:
+def test_a_group_equals_its_linears_solved_one_by_one() -> None:
     together, _ = solve(objective().closed(), NAMES, list(OUTS), 30, rtn(), DTYPE)
     for index, solution in enumerate(together):
         alone, _ = solve(objective((index,)).closed(), NAMES[:1], [OUTS[index]], 30, rtn(), DTYPE)
@@ -69,7 +69,7 @@ def test_records_hold_the_losses_of_anchor_target_and_result() -> None:
         assert record.condition <= exact * (1 + 1e-9)
 
 
-def test_where_nothing_pulls_away_from_the_anchor_it_is_the_target_and_needs_no_factor() -> None:
+def test_the_target_is_the_anchor_without_a_factor_if_all_experts_equal_it() -> None:
     anchor = Affine(rand(6, IN, seed=0), None)
     given, measure = Objective(anchor, 0.0, intercepts=False), Measure()
     measure.add(rand(40, IN, seed=5), None, None)
@@ -81,7 +81,7 @@ def test_where_nothing_pulls_away_from_the_anchor_it_is_the_target_and_needs_no_
     assert records[0].loss > 0
 
 
-def test_a_hessian_without_factor_is_recorded_as_such() -> None:
+def test_a_hessian_without_factor_is_recorded() -> None:
     given = objective(lam=0.0)
     anchor = given.closed().anchor
     given.add(_negative(), anchor, 1.0)
@@ -97,7 +97,7 @@ def _negative() -> Moments:
     return Moments(-100 * torch.eye(IN, dtype=torch.float64), 1.0, torch.zeros(IN).double(), 0.0, zero, zero, zero)
 
 
-def test_damping_that_had_to_be_raised_is_counted() -> None:
+def test_raised_damping_is_counted() -> None:
     given, measure = Objective(Affine(rand(6, IN, seed=0), None), 0.0, intercepts=False), Measure()
     measure.add(rand(2, IN, seed=5), None, None)  # two tokens for eight inputs
     given.add(measure.moments(), Affine(rand(6, IN, seed=1), None), 1.0)

@@ -1,4 +1,4 @@
-"""Oracles: the definition of the anchor, and the values in the models' files."""
+"""Oracles: the definition of the anchor, and the values in the model files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ LINEAR = "vision_model.encoder.layers.0.mlp.fc1"
 
 
 def student_of(hub: Path, *overrides: str) -> Student:
-    """The merged model."""
     job = make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
     merged = LazyMerge(models.source, job.merge, dtype)
@@ -37,12 +36,12 @@ def test_the_anchor_goes_from_the_base_through_the_merge(rho: float, clip_hub: P
     assert torch.equal(student.own(f"{LINEAR}.weight"), found.weight) is (rho == 1)
 
 
-def test_without_extrapolation_the_anchor_is_the_model_itself_to_the_last_bit(clip_hub: Path) -> None:
+def test_without_extrapolation_the_anchor_is_the_model_bit_for_bit(clip_hub: Path) -> None:
     student = student_of(clip_hub)
     assert torch.equal(student.anchor(f"{LINEAR}.weight"), student.model.get_parameter(f"{LINEAR}.weight"))
 
 
-def test_its_own_values_are_copies(clip_hub: Path) -> None:
+def test_own_returns_copies(clip_hub: Path) -> None:
     student = student_of(clip_hub)
     own = student.own(f"{LINEAR}.bias")
     student.put_affine(LINEAR, torch.zeros_like(student.own(f"{LINEAR}.weight")), own + 1)
@@ -50,7 +49,7 @@ def test_its_own_values_are_copies(clip_hub: Path) -> None:
     assert not student.own(f"{LINEAR}.weight").any()
 
 
-def test_a_bias_that_is_not_given_stays(clip_hub: Path) -> None:
+def test_a_missing_bias_stays_unchanged(clip_hub: Path) -> None:
     student = student_of(clip_hub)
     own = student.own(f"{LINEAR}.bias")
     student.put_affine(LINEAR, torch.zeros_like(student.own(f"{LINEAR}.weight")), None)
@@ -64,7 +63,7 @@ def test_a_linear_without_bias_has_none_in_anchor_and_expert(clip_hub: Path) -> 
     assert student.affine_expert("first", LINEAR).bias is not None
 
 
-def test_what_is_put_is_rounded_to_the_stored_type(clip_hub: Path) -> None:
+def test_put_rounds_to_the_stored_type(clip_hub: Path) -> None:
     student = student_of(clip_hub, "pack.dtype=bfloat16")
     value = torch.full_like(student.own(f"{LINEAR}.bias"), 1.001)
     student.put({f"{LINEAR}.bias": value})
@@ -73,11 +72,11 @@ def test_what_is_put_is_rounded_to_the_stored_type(clip_hub: Path) -> None:
 
 
 @pytest.mark.parametrize(("targets", "own"), [("expert", True), ("merged", False)])
-def test_experts_are_the_merged_model_where_that_is_the_target(targets: str, own: bool, clip_hub: Path) -> None:
+def test_experts_are_the_merged_model_if_that_is_the_target(targets: str, own: bool, clip_hub: Path) -> None:
     student = student_of(clip_hub, f"guidance.targets={targets}")
     merged = student.own(f"{LINEAR}.weight")
     experts = [student.affine_expert(task, LINEAR).weight for task in ("first", "second")]
     assert [torch.equal(expert, merged) for expert in experts] == [not own] * 2
     assert torch.equal(*experts) is not own
-    student.put({f"{LINEAR}.weight": 0 * merged})  # what the targets are does not follow the student
+    student.put({f"{LINEAR}.weight": 0 * merged})  # the targets do not follow the student
     assert torch.equal(student.affine_expert("first", LINEAR).weight, experts[0])

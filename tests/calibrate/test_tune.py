@@ -18,14 +18,14 @@ def error(guidance: Guidance) -> float:
     return sum(abs(float(getattr(guidance, name)) - best) for name, best in BEST.items())
 
 
-def test_each_open_option_is_settled_at_its_best_value() -> None:
+def test_each_open_option_gets_its_best_value() -> None:
     found = choose(replace(PLAIN, lam="auto", alpha="auto", beta="auto", rho="auto"), error)
     assert {name: getattr(found.guidance, name) for name in BEST} == BEST
     assert found.guidance.open == []
     assert min(found.trials, key=lambda trial: trial["error"]) == {**BEST, "error": 0}
 
 
-def test_what_is_given_is_left_alone() -> None:
+def test_fixed_options_stay_unchanged() -> None:
     found = choose(replace(PLAIN, lam="auto", rho=3), error)
     assert (found.guidance.lam, found.guidance.rho, found.guidance.alpha) == (0.01, 3, 0)
     assert len(found.trials) == len(GRID["lam"])
@@ -43,27 +43,27 @@ def test_nothing_is_tried_twice() -> None:
     assert len(asked) == len(GRID["lam"]) + len(GRID["beta"]) - 1
 
 
-def test_of_equals_the_first_is_taken_and_nothing_is_tried_where_nothing_is_open() -> None:
+def test_ties_go_to_the_first_value_and_fixed_guidance_needs_no_trials() -> None:
     found = choose(replace(PLAIN, beta="auto", alpha="auto"), lambda _: 1.0)
     assert (found.guidance.beta, found.guidance.alpha) == (GRID["beta"][0], GRID["alpha"][0])
     assert choose(PLAIN, error).trials == []
     assert choose(PLAIN, error).guidance == PLAIN
 
 
-def test_a_later_option_is_settled_beside_the_earlier_ones() -> None:
-    """The best alpha depends on lam: at lam's best value, not at the one that stood in for it."""
+def test_later_options_are_tuned_at_the_best_earlier_values() -> None:
+    """The best alpha depends on lam: it is tuned at the best lam, not at lam's starting value."""
     coupled = lambda g: (g.lam - 0.01) ** 2 + (g.alpha - (0.3 if g.lam == 0.01 else 1)) ** 2 * 1e-9  # noqa: E731
     assert choose(replace(PLAIN, lam="auto", alpha="auto"), coupled).guidance.alpha == 0.3
 
 
-def test_grids_lie_within_what_is_allowed() -> None:
+def test_grids_hold_allowed_values() -> None:
     for name, values in GRID.items():
         for value in values:
             assert getattr(replace(PLAIN, **{name: value}), name) == value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 3, 32])
-def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
+def test_every_fifth_sample_is_held_out(size: int) -> None:
     rows = torch.arange(23)
     fitted, held = holdout_split({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
     held_out = torch.cat([batch["x"] for batch in held["task"]])
@@ -74,7 +74,7 @@ def test_every_fifth_sample_is_held_out_and_none_is_lost(size: int) -> None:
         assert torch.equal(batch["y"], 2 * batch["x"])
 
 
-def test_each_task_is_divided_by_itself() -> None:
+def test_each_task_is_split_separately() -> None:
     fitted, held = holdout_split({task: [{"x": torch.arange(size)}] for task, size in (("one", 12), ("other", 11))})
     assert [batch["x"].tolist() for batch in held["other"]] == [[4, 9]]
     assert [batch["x"].tolist() for batch in fitted["one"]] == [[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]

@@ -1,4 +1,4 @@
-"""Oracles: the same calculation from transformers' own hidden states, and invariants of the walk as a whole."""
+"""Oracles: the same calculation from the hidden states of transformers, and invariants of the walk as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.hubs import Walk, config, walk
 
-STEPS = 4  # of linears in a block
+STEPS = 4  # number of linears in a block
 LAYERS = {"clip": "vision_model.encoder.layers", "bert": "encoder.layer"}
 
 
@@ -46,7 +46,7 @@ def test_every_linear_of_every_block_is_walked_once_in_order(name: str, request:
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_the_student_is_left_with_the_weights_that_came_out(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_student_ends_with_the_quantized_weights(name: str, request: pytest.FixtureRequest) -> None:
     found = walk(hub_of(name, request), "bits=3")
     for module, weight in dequantized(found).items():
         assert torch.equal(found.student.get_submodule(module).weight, weight)
@@ -90,7 +90,7 @@ def test_inputs_come_through_the_quantized_prefix(clip_hub: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_guidance_brings_the_objective_below_that_of_the_merge(name: str, request: pytest.FixtureRequest) -> None:
+def test_guidance_lowers_the_objective_below_that_of_the_merge(name: str, request: pytest.FixtureRequest) -> None:
     for record in walk(hub_of(name, request), "bits=8").walked.records:
         assert record.loss_target < record.loss < record.loss_merged
         assert record.condition is not None
@@ -129,16 +129,14 @@ def test_activations_that_are_not_finite_are_refused(clip_hub: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
 def test_activations_in_files_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
-    """The same walk with all activations in memory, to the last bit."""
+    """Equals the same walk with all activations in memory, bit for bit."""
     hub = request.getfixturevalue(f"{name}_hub")
     inside, outside = (walk(hub, "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
     for one, other in zip(inside.student.state_dict().values(), outside.student.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_an_experts_block_is_read_once_where_there_is_room_for_it(
-    clip_hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_experts_block_is_read_once_if_it_fits_in_memory(clip_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, str]] = []
     real = ReferenceWeights.expert
 
@@ -148,7 +146,7 @@ def test_an_experts_block_is_read_once_where_there_is_room_for_it(
 
     monkeypatch.setattr(ReferenceWeights, "expert", expert)
     norm = ("first", f"{LAYERS['clip']}.0.layer_norm1.weight")
-    for memory, often in (("1GB", 1), ("1KB", STEPS + 1)):  # for each step, and to finish the block
+    for memory, often in (("1GB", 1), ("1KB", STEPS + 1)):  # once per step, and once to finish the block
         read.clear()
         walk(clip_hub, "guidance=feature", "guidance.norms=false", f"calib.memory={memory}")
         assert read.count(norm) == often

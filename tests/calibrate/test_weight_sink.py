@@ -1,4 +1,4 @@
-"""Oracle: the weights that were added, to the last bit."""
+"""Oracle: the weights that were added, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quantized(symmetric: bool) -> QuantizedWeight:
     return QuantizedWeight(codes, Grid(torch.full((2, 2), 0.5), zero), ints(4, 4, symmetric), torch.float16)
 
 
-def test_weights_keep_their_order_and_values_when_they_move_to_a_file(tmp_path: Path) -> None:
+def test_weights_in_a_file_keep_their_order_and_values(tmp_path: Path) -> None:
     weights: dict[str, Weight] = {"b": quantized(True), "dense": DenseWeight(torch.randn(2, 8)), "a": quantized(False)}
     sink, path = WeightSink(), tmp_path / "section.safetensors"
     for name, weight in weights.items():

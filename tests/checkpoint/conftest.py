@@ -1,4 +1,4 @@
-"""Checkpoints of the miniature hubs, 4 bits in groups of 32, as the int4 kernel takes them."""
+"""Checkpoints of the miniature hubs: 4 bits in groups of 32, as the int4 kernel requires."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.helpers.minihub import build
 
 OPTIONS = ("group_size=32", "eval.stages=[]", "calib.samples=8")
 Made = Callable[..., tuple[Path, Scene]]
-"""A checkpoint of a kind of model with further options, and the scene it was made in."""
+"""Returns the checkpoint of a kind of model with further options, and its scene."""
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, clip_hub: Path, bert_hub: Path) -> Made:
-    """Each made when it is first asked for; not to be written to."""
+    """The checkpoints are written on first use and must not be changed."""
     found: dict[tuple[str, ...], tuple[Path, Scene]] = {}
     hubs = {"clip": clip_hub, "bert": bert_hub}
 

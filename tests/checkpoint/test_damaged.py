@@ -1,5 +1,5 @@
-"""Oracle: a merge of sound files. Damage to an expert or the base ends in one sentence or, where it is to numbers that
-stay finite, cannot be seen without a manifest, and the merge goes through with finite numbers."""
+"""Oracle: a merge of undamaged files. Damage to an expert or the base is refused in one sentence; damage that leaves
+all numbers finite cannot be detected without a manifest, and the merge contains finite numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW_OR_MANY = pytest.mark.parametrize("count", [60, slow(1500)])
 
 
 def merge(hub: Path) -> dict[str, torch.Tensor]:
-    """All that a run reads of the models."""
+    """Reads all tensors that a run reads from the models."""
     values: Any = OmegaConf.to_container(OmegaConf.load(hub / "configs/suite/mini.yaml"))
     tasks = {name: {**task, "data": Npz("unread.npz")} for name, task in values["tasks"].items()}
     models = SuiteModels(Suite("mini", "clip", str(hub / "base"), tasks), FAMILIES["clip"])
@@ -34,7 +34,7 @@ def merge(hub: Path) -> dict[str, torch.Tensor]:
 
 
 def outcome(hub: Path) -> str:
-    """What comes of a merge: refused or merged."""
+    """Whether a merge is refused or done."""
     TRIED[FUZZED] += 1
     try:
         found = merge(hub)
@@ -48,7 +48,7 @@ def outcome(hub: Path) -> str:
 
 @FEW_OR_MANY
 @pytest.mark.parametrize("model", ["base", "first"])
-def test_truncated_files_are_refused_wherever_they_end(model: str, count: int, clip_hub: Path, tmp_path: Path) -> None:
+def test_truncated_files_are_refused_at_any_length(model: str, count: int, clip_hub: Path, tmp_path: Path) -> None:
     hub = copied(clip_hub, tmp_path / "hub")
     path = hub / model / "model.safetensors"
     content, generator = path.read_bytes(), random.Random(0)
@@ -62,10 +62,11 @@ def test_truncated_files_are_refused_wherever_they_end(model: str, count: int, c
 
 @FEW_OR_MANY
 @pytest.mark.parametrize("model", ["base", "first"])
-def test_flipped_bits_are_refused_or_leave_numbers_finite(
+def test_flipped_bits_are_refused_or_leave_the_numbers_finite(
     model: str, count: int, clip_hub: Path, tmp_path: Path
 ) -> None:
-    """Half of the bits in the header, where most are noticed, half in the data, where only NaN and infinity are."""
+    """Half of the flipped bits lie in the header, where most are detected; half lie in the data, where only NaN and
+    infinity are."""
     hub = copied(clip_hub, tmp_path / "hub")
     path = hub / model / "model.safetensors"
     content, generator, found = path.read_bytes(), random.Random(1), []
@@ -79,7 +80,7 @@ def test_flipped_bits_are_refused_or_leave_numbers_finite(
     assert {(1, "refused"), (0, "merged")} <= set(found)
 
 
-def test_what_is_not_damaged_is_merged(clip_hub: Path, tmp_path: Path) -> None:
+def test_undamaged_files_are_merged(clip_hub: Path, tmp_path: Path) -> None:
     hub = copied(clip_hub, tmp_path / "hub")
     assert outcome(hub) == "merged"
     shutil.rmtree(hub / "first")

@@ -1,4 +1,4 @@
-"""Oracle: the same checkpoint dequantized by its first forward pass, bit for bit."""
+"""Oracle: the same checkpoint, dequantized by its first forward pass, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.helpers.hubs import run_in
 from tests.helpers.minihub import build
 
 
-def test_a_decoder_is_dequantized_on_load_and_says_the_same(tmp_path: Path) -> None:
-    """What exporters need: its linears have dense weights before it is first called."""
+def test_a_decoder_dequantized_on_load_has_the_same_outputs(tmp_path: Path) -> None:
+    """Exporters need dense weights before the first call of the model."""
     hub = build(tmp_path / "hub", "llama")
     checkpoint = run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8")
     config = json.loads((checkpoint / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Oracle: the same class of transformers with the dense weights that codes times scales give in closed form."""
+"""Oracle: the same transformers class with the dense weights, codes times scales in closed form."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIXED = ("bits=5", "quant.format=[int4,fp8]")
 
 
 def dense_twin(checkpoint: Path, folder: Path) -> nn.Module:
-    """The model with the dequantized weights, saved as a plain checkpoint and loaded by its class."""
+    """The model with the dequantized weights, saved as a plain checkpoint and loaded with its class."""
     config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
     del config["quantization_config"]
     for name in [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]:
@@ -54,7 +54,7 @@ def class_of(checkpoint: Path) -> Any:
 
 
 def output(model: Any) -> Tensor:
-    """What the whole model gives for a few tokens, and an image if it takes one."""
+    """The output of the whole model for a few tokens, and for an image if the model takes one."""
     vision, text = getattr(model.config, "vision_config", None), getattr(model.config, "text_config", model.config)
     ids = torch.arange(1, 13).reshape(2, 6) % text.vocab_size
     given: dict[str, Tensor] = {"input_ids": ids}
@@ -73,7 +73,7 @@ CASES += [(kind, MIXED) for kind in ("bert", "clip", "llama")]
 
 
 @pytest.mark.parametrize(("kind", "options"), only([("llama", FP8), ("clip", MIXED)], CASES), ids=str)
-def test_transformers_alone_says_what_the_dequantized_model_says(
+def test_plain_transformers_has_the_outputs_of_the_dequantized_model(
     kind: str, options: tuple[str, ...], made: Made, tmp_path: Path
 ) -> None:
     checkpoint, _ = made(kind, *options)
@@ -81,8 +81,8 @@ def test_transformers_alone_says_what_the_dequantized_model_says(
     assert torch.equal(output(plain), output(dense_twin(checkpoint, tmp_path / "twin")))
 
 
-def test_a_mix_that_transformers_cannot_load_is_refused_before_any_work() -> None:
-    """Oracle: transformers, which cannot initialize T5 when linears have no weight."""
+def test_a_mix_that_transformers_cannot_load_is_refused_first() -> None:
+    """Oracle: transformers, which cannot initialize T5 if linears have no weight."""
     exporter, formats = CompressedTensorsExporter("auto", "5GB", False), [ints(4, -1), Fp8Format(-1)]
     exporter.check(FAMILIES["causal_lm"], formats)
     exporter.check(FAMILIES["t5"], formats[:1])
@@ -91,7 +91,7 @@ def test_a_mix_that_transformers_cannot_load_is_refused_before_any_work() -> Non
 
 
 def test_a_class_with_a_pooler_that_the_checkpoint_lacks_loads_fp8(made: Made) -> None:
-    """transformers draws the pooler, which it must not do in FP8."""
+    """transformers initializes the pooler at random, which is not possible in FP8."""
     checkpoint, scene = made("vit", *FP8)
     plain = transformers.ViTModel.from_pretrained(checkpoint).eval()
     batch = scene.batches[0]["pixel_values"]
@@ -107,7 +107,7 @@ def test_a_class_with_a_pooler_that_the_checkpoint_lacks_loads_fp8(made: Made) -
         (MIXED, "mixed-precision", [("int", 4, "pack-quantized"), ("float", 8, "float-quantized")]),
     ],
 )
-def test_config_names_the_formats_and_leaves_activations_alone(
+def test_the_config_names_the_formats_and_no_activation_format(
     options: tuple[str, ...], format: str, kinds: list[tuple[Any, ...]], made: Made
 ) -> None:
     checkpoint, _ = made("llama", *options)
@@ -119,7 +119,7 @@ def test_config_names_the_formats_and_leaves_activations_alone(
 
 
 def test_verify_finds_tensors_that_are_not_fp8(made: Made, tmp_path: Path) -> None:
-    """As written, with one code made a NaN, and with codes of another type."""
+    """The checkpoint as written, with one code set to NaN, and with codes of another type."""
     checkpoint, _ = made("llama", *MIXED)
     assert tensor_problems(checkpoint) == []
     shutil.copytree(checkpoint, tmp_path / "copy")
@@ -133,7 +133,7 @@ def test_verify_finds_tensors_that_are_not_fp8(made: Made, tmp_path: Path) -> No
     )
 
 
-def test_load_dequantizes_fp8_and_refuses_it_on_the_int4_kernel(made: Made) -> None:
+def test_load_dequantizes_fp8_and_refuses_the_int4_kernel(made: Made) -> None:
     checkpoint, scene = made("llama", *FP8)
     dense = load(checkpoint, "cpu")
     assert kernels(dense)["int4"] == 0

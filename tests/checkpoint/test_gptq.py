@@ -1,4 +1,4 @@
-"""Oracle: a naive unpacker, bit by bit in plain integers, written from the description of AutoGPTQ's format."""
+"""Oracle: a naive unpacker, bit by bit in plain integers, written from the description of the AutoGPTQ format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors_of(weight: QuantizedWeight, form: str) -> dict[str, Tensor]:
 
 
 def codes_of(words: list[int], bits: int, count: int) -> list[int]:
-    """The codes in a run of words: one long integer, the first word lowest, cut every `bits` bits."""
+    """The codes in a run of words: one long integer, lowest word first, cut every `bits` bits."""
     whole = sum((word % (1 << 32)) << (32 * index) for index, word in enumerate(words))
     return [(whole >> (bits * index)) % (1 << bits) for index in range(count)]
 
@@ -43,7 +43,7 @@ def naive(tensors: dict[str, Tensor], bits: int, form: str) -> Tensor:
     inputs, outputs = len(tensors["g_idx"]), tensors["scales"].shape[1]
     codes = [codes_of(tensors["qweight"][:, row].tolist(), bits, inputs) for row in range(outputs)]
     zeros = [codes_of(words, bits, outputs) for words in tensors["qzeros"].tolist()]
-    more = 1 if form == "gptq" else 0  # in a wider type: 15 + 1 is 16, as readers have it
+    more = 1 if form == "gptq" else 0  # in a wider type, as in readers: 15 + 1 is 16
     return torch.tensor(
         [
             [
@@ -56,7 +56,7 @@ def naive(tensors: dict[str, Tensor], bits: int, form: str) -> Tensor:
 
 
 def positive_weight(format: NumberFormat) -> QuantizedWeight:
-    """A random weight on a grid; the upper rows are positive, so that asymmetric zero points are the lowest code."""
+    """A random weight on a grid. The upper rows are positive, so asymmetric zero points are the lowest code."""
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     weight[:8] = weight[:8].abs()
     return rtn(weight, format, "minmax", torch.float16)
@@ -66,7 +66,7 @@ def positive_weight(format: NumberFormat) -> QuantizedWeight:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 16])
-def test_the_naive_unpacker_finds_the_dequantized_weight(
+def test_the_naive_unpacker_returns_the_dequantized_weight(
     form: str, bits: int, symmetric: bool, group_size: int
 ) -> None:
     weight = positive_weight(ints(bits, group_size, symmetric))
@@ -75,13 +75,13 @@ def test_the_naive_unpacker_finds_the_dequantized_weight(
     assert torch.equal(found.half().float(), weight.dequantize())
 
 
-def test_symmetric_zero_points_are_the_constant_that_kernels_look_for() -> None:
+def test_symmetric_zero_points_are_the_constant_that_kernels_expect() -> None:
     weight = positive_weight(ints(4, 16))
     assert set(tensors_of(weight, "gptq")["qzeros"].flatten().tolist()) == {0x77777777}
     assert set(tensors_of(weight, "gptq_v2")["qzeros"].flatten().tolist()) == {0x88888888 - (1 << 32)}
 
 
-def test_mirroring_changes_no_weight_and_leaves_no_zero_point_at_the_lowest_code() -> None:
+def test_mirroring_keeps_the_weight_and_avoids_zero_points_at_the_lowest_code() -> None:
     weight = positive_weight(ints(3, 16, False))
     other = mirrored(weight)
     assert not torch.equal(other.codes, weight.codes)
@@ -93,7 +93,7 @@ def test_mirroring_changes_no_weight_and_leaves_no_zero_point_at_the_lowest_code
 
 
 @pytest.mark.parametrize(("damping", "written"), [(0.01, {"damp_percent": 0.01}), (None, {}), (1.0, {})])
-def test_quantize_config_says_what_config_json_says(damping: float | None, written: dict[str, float]) -> None:
+def test_quantize_config_matches_config_json(damping: float | None, written: dict[str, float]) -> None:
     exporter = exporter_of("gptq", damping=damping)
     config = exporter.config(model_of(SHAPE), {LINEAR: positive_weight(ints(4, 16))}, False)
     assert {name: json.loads(text) for name, text in exporter.files(config).items()} == {"quantize_config.json": config}
@@ -127,7 +127,7 @@ def test_quantize_config_says_what_config_json_says(damping: float | None, writt
         ("bert", [ints(4, 24)], "group_size with pack=gptq must be one of -1, 16, 32, 64, 128, 256, 512, 1024, got 24"),
     ],
 )
-def test_what_loaders_do_not_take_is_refused_before_a_model_is_opened(
+def test_options_that_loaders_do_not_support_are_refused_first(
     family: str, formats: list[NumberFormat], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -147,7 +147,7 @@ def test_what_loaders_do_not_take_is_refused_before_a_model_is_opened(
         ({LINEAR: (32, 20)}, 4, "4 bits of .* multiples of 8, got layers.0.linear with 20 inputs and 32 outputs; use"),
     ],
 )
-def test_linears_that_the_format_does_not_hold_are_refused_before_calibration(
+def test_linears_that_do_not_fit_the_format_are_refused_before_calibration(
     linears: dict[str, tuple[int, int]], bits: int, message: str
 ) -> None:
     shapes = {name: torch.Size(shape) for name, shape in linears.items()}
@@ -156,7 +156,7 @@ def test_linears_that_the_format_does_not_hold_are_refused_before_calibration(
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_the_kernels_types_are_the_only_ones(dtype: str) -> None:
+def test_only_the_types_of_the_kernels_are_allowed(dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"pack.dtype must be one of float16, bfloat16, got '{dtype}'"):
         exporter_of("gptq", dtype=dtype)
 
@@ -171,7 +171,7 @@ def test_the_kernels_types_are_the_only_ones(dtype: str) -> None:
         (False, "scales", None),
     ],
 )
-def test_values_that_the_format_does_not_have_are_named(symmetric: bool, part: str, problem: str | None) -> None:
+def test_unknown_values_of_the_format_are_named(symmetric: bool, part: str, problem: str | None) -> None:
     weight = positive_weight(ints(4, 16, symmetric))
     exporter = exporter_of("gptq")
     reader = layout(Path(), exporter.config(model_of(SHAPE), {LINEAR: weight}, False))

@@ -1,4 +1,4 @@
-"""Oracles: products in whole numbers and powers of two, which bfloat16 has exactly; closed forms of the layouts."""
+"""Oracles: products of whole numbers and powers of two, which are exact in bfloat16; closed forms of the layouts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.helpers.gpu import DEVICE
 CPU = torch.device("cpu")
 
 
-def drawn(format: IntFormat, rows: int = 48, columns: int = 256, device: str = "cpu") -> QuantizedWeight:
-    """Random codes, scales of powers of two and either sign, and zero points if the format has them."""
+def random_weight(format: IntFormat, rows: int = 48, columns: int = 256, device: str = "cpu") -> QuantizedWeight:
+    """Random codes, scales that are powers of two of either sign, and zero points if the format has them."""
     generator = torch.Generator().manual_seed(format.bits)
     shape = rows, columns // group_columns(format, columns)
 
@@ -35,7 +35,7 @@ def inputs(*shape: int) -> Tensor:
 
 
 def product(weight: QuantizedWeight, x: Tensor) -> Tensor:
-    """What a kernel gives that only rounds its outputs."""
+    """The result of a kernel that only rounds its outputs."""
     return (x @ weight.dequantize().T).bfloat16().float()
 
 
@@ -45,14 +45,14 @@ def product(weight: QuantizedWeight, x: Tensor) -> Tensor:
 def test_the_kernel_multiplies_with_the_dequantized_weight(
     bits: int, symmetric: bool, group_size: int, columns: int
 ) -> None:
-    weight, x = drawn(ints(bits, group_size, symmetric), columns=columns), inputs(3, 5, columns)
+    weight, x = random_weight(ints(bits, group_size, symmetric), columns=columns), inputs(3, 5, columns)
     bias = nn.Parameter(torch.arange(48.0))
     assert torch.equal(Int4Linear(weight, bias)(x), product(weight, x) + bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_inputs_may_have_any_type_and_layout(dtype: torch.dtype) -> None:
-    weight = drawn(ints(4, 64, True))
+    weight = random_weight(ints(4, 64, True))
     linear = Int4Linear(weight, None)
     for x in (inputs(256, 4).T, inputs(4, 3, 256)[:, 1], inputs(256), inputs(0, 256)):
         found = linear(x.to(dtype))
@@ -61,20 +61,20 @@ def test_inputs_may_have_any_type_and_layout(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_model_may_be_given_another_type(dtype: torch.dtype) -> None:
-    weight, x = drawn(ints(4, 64, True)), inputs(4, 256)
+def test_a_model_can_be_cast_to_another_type(dtype: torch.dtype) -> None:
+    weight, x = random_weight(ints(4, 64, True)), inputs(4, 256)
     assert torch.equal(Int4Linear(weight, None).to(dtype)(x), product(weight, x))
 
 
-def test_weights_take_half_a_byte_each_and_four_bytes_a_group() -> None:
-    linear = Int4Linear(drawn(ints(3, 128, True)), None)
+def test_weights_take_half_a_byte_each_and_four_bytes_per_group() -> None:
+    linear = Int4Linear(random_weight(ints(3, 128, True)), None)
     assert sum(tensor.nbytes for tensor in linear.buffers()) == 48 * 256 // 2 + 4 * 48 * 2
     assert list(linear.parameters()) == []
     assert repr(linear) == "Int4Linear(in_features=256, out_features=48, group=128)"
 
 
 def test_the_even_column_is_the_upper_half_of_a_byte() -> None:
-    """Closed form, that of matrix_to_m16n8k16_Bint4_layout in int4mm.cu."""
+    """Closed form from matrix_to_m16n8k16_Bint4_layout in int4mm.cu."""
     assert pairs_of(torch.tensor([[1, 2, 15, 0]])).tolist() == [[0x12, 0xF0]]
 
 
@@ -89,10 +89,10 @@ def test_cuda_gets_the_largest_tiles_that_fit(columns: int, tiles: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [256, 192, 96])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_on_cuda_the_kernel_gives_the_same(columns: int, symmetric: bool) -> None:
+def test_the_kernel_on_cuda_gives_the_same_outputs(columns: int, symmetric: bool) -> None:
     format, x = ints(4, 32, symmetric), inputs(7, columns)
-    found = Int4Linear(drawn(format, columns=columns, device=DEVICE), None)(x.to(DEVICE))
-    torch.testing.assert_close(found.cpu(), product(drawn(format, columns=columns), x), rtol=2**-6, atol=2**-6)
+    found = Int4Linear(random_weight(format, columns=columns, device=DEVICE), None)(x.to(DEVICE))
+    torch.testing.assert_close(found.cpu(), product(random_weight(format, columns=columns), x), rtol=2**-6, atol=2**-6)
 
 
 def test_the_kernels_group_is_the_largest_that_divides() -> None:
@@ -110,12 +110,12 @@ def test_the_kernels_group_is_the_largest_that_divides() -> None:
         (2, -1, (16, 96), None),
     ],
 )
-def test_what_the_kernel_does_not_take_is_said(
+def test_unsupported_linears_are_reported(
     bits: int, group_size: int, shape: tuple[int, int], reason: str | None
 ) -> None:
     assert obstacle(ints(bits, group_size), torch.Size(shape), CPU) == reason
 
 
-def test_the_kernel_takes_integers_alone() -> None:
+def test_the_kernel_supports_integers_only() -> None:
     format: NumberFormat = Fp8Format(-1)
     assert obstacle(format, torch.Size((16, 96)), CPU) == "its format is fp8, the kernel takes integers"

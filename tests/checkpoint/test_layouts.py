@@ -1,4 +1,4 @@
-"""Oracle: what an exporter stores, the layout of the written config.json reads back, code for code."""
+"""Oracle: the layout of the written config.json reads the tensors of an exporter back, code for code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPORTERS = {"-".join([pack, *changes.values()]): exporter_of(pack, **changes) f
 
 
 def stored(folder: Path, exporter: Exporter, weight: QuantizedWeight) -> tuple[Layout, SafetensorsFiles]:
-    """The weight of a linear in a folder, and how the folder is read."""
+    """Writes the weight of one linear to a folder; returns the layout and the files to read it back."""
     entries = exporter.entries(LINEAR, weight)
     save_file({entry.name: entry.make().contiguous() for entry in entries}, folder / "model.safetensors")
     config = exporter.config(model_of(weight.shape), {LINEAR: weight}, dequantize=False)
@@ -38,7 +38,7 @@ def stored(folder: Path, exporter: Exporter, weight: QuantizedWeight) -> tuple[L
 
 
 def random_weight(format: NumberFormat, shape: torch.Size = SHAPE) -> QuantizedWeight:
-    """A random weight on a grid, the upper rows all positive: their zero points are the lowest code."""
+    """A random weight on a grid. The upper rows are positive, so their zero points are the lowest code."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[: len(weight) // 4] = weight[: len(weight) // 4].abs()
     return rtn(weight, format, "minmax", torch.float16)
@@ -72,7 +72,7 @@ def test_reading_is_the_inverse_of_writing(exporter: Exporter, format: NumberFor
         assert torch.equal(files.tensor(f"{LINEAR}.weight").float(), weight.dequantize())
 
 
-def test_a_group_larger_than_the_inputs_is_one_sentence(tmp_path: Path) -> None:
+def test_a_group_larger_than_the_inputs_is_refused_in_one_sentence(tmp_path: Path) -> None:
     for exporter in (exporter for exporter in EXPORTERS.values() if exporter.packs):
         _, files = stored(tmp_path, exporter, random_weight(ints(4, 16)))
         config = tmp_path / "config.json"
@@ -100,7 +100,7 @@ def test_zero_points_of_few_rows_fill_one_word(exporter: Exporter, bits: int, ro
         (4, -1, True, (32, 64)),
     ],
 )
-def test_tensors_that_do_not_fit_are_one_sentence(
+def test_tensors_that_do_not_fit_are_refused_in_one_sentence(
     exporter: Exporter, bits: int, group_size: int, symmetric: bool, shape: tuple[int, int], tmp_path: Path
 ) -> None:
     stored(tmp_path, exporter, random_weight(ints(bits, group_size, symmetric), torch.Size(shape)))
@@ -137,7 +137,7 @@ def test_tensors_that_do_not_fit_are_one_sentence(
         {"quant_method": "compressed-tensors", "ignore": [], "config_groups": {"a": {"targets": ["Linear"]}}},
     ],
 )
-def test_a_config_that_epmq_does_not_write_is_one_sentence(quantization: object, tmp_path: Path) -> None:
+def test_a_foreign_config_is_refused_in_one_sentence(quantization: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     with pytest.raises(CheckpointError, match=r"config.json has a quantization_config that epmq does not write; give"):
         layout_of(tmp_path).format_of(LINEAR)

@@ -1,4 +1,4 @@
-"""Oracles: the same checkpoint as transformers reads and dequantizes it; what a user would expect to be refused."""
+"""Oracles: the same checkpoint, read and dequantized by transformers; the refusals that a user would expect."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def features(scene: Scene, model: nn.Module) -> Tensor:
         return torch.cat([scene.family.features(model, batch) for batch in scene.batches])
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """The distance, relative to the spread of what is wanted."""
+def relative_distance(found: Tensor, wanted: Tensor) -> float:
+    """The distance, relative to the spread of `wanted`."""
     return float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
 
 
@@ -50,7 +50,7 @@ def test_every_family_runs_on_packed_weights(kind: str, made: Made) -> None:
     wanted = features(scene, model)
     dense, packed = load(checkpoint, "cpu", "dequantize"), load(checkpoint, "cpu")
     torch.testing.assert_close(features(scene, dense), wanted)
-    assert apart(features(scene, packed), wanted) < 0.03
+    assert relative_distance(features(scene, packed), wanted) < 0.03
     config = json.loads((checkpoint / "config.json").read_text())
     assert kernels(packed)["int4"] > 0
     assert kernels(packed)["dense"] == len(config["quantization_config"]["ignore"])
@@ -59,12 +59,12 @@ def test_every_family_runs_on_packed_weights(kind: str, made: Made) -> None:
     assert not packed.training
     last = [module for module in packed.modules() if isinstance(module, Int4Linear)][-1]
     last.get_buffer("pairs").neg_()
-    assert apart(features(scene, packed), wanted) > 0.01  # what the kernel reads does matter
+    assert relative_distance(features(scene, packed), wanted) > 0.01  # the output depends on the buffer of the kernel
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_all_but_the_packed_weights_is_as_transformers_loads_it(kind: str, made: Made) -> None:
-    """Tied weights, and buffers that are not stored such as positions and rotary frequencies, included."""
+def test_everything_except_packed_weights_matches_transformers(kind: str, made: Made) -> None:
+    """Includes tied weights, and buffers that are not stored, such as positions and rotary frequencies."""
     checkpoint, scene = made(kind)
     found, wanted = load(checkpoint, "cpu"), dequantized(scene, checkpoint)
     packed = {f"{name}.weight" for name, module in found.named_modules() if isinstance(module, Int4Linear)}
@@ -76,8 +76,8 @@ def test_all_but_the_packed_weights_is_as_transformers_loads_it(kind: str, made:
     assert not hasattr(found.config, "quantization_config")
 
 
-def test_an_output_layer_with_values_of_its_own_is_not_tied(made: Made, tmp_path: Path) -> None:
-    """Oracle: transformers, which does so whatever config.json says."""
+def test_an_output_layer_with_its_own_values_is_not_tied(made: Made, tmp_path: Path) -> None:
+    """Oracle: transformers, which does so whatever config.json says about it."""
     checkpoint, scene = made("gemma3")
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
@@ -97,11 +97,11 @@ def test_activations_may_be_bfloat16(kind: str, made: Made) -> None:
     with torch.inference_mode():
         found = torch.cat([scene.family.features(model, batch) for batch in narrow])
     assert found.dtype == torch.bfloat16
-    assert apart(found.float(), features(scene, dequantized(scene, checkpoint))) < 0.1
+    assert relative_distance(found.float(), features(scene, dequantized(scene, checkpoint))) < 0.1
 
 
 @pytest.mark.parametrize("kind", first(1, T5S))
-def test_generation_is_as_the_checkpoint_says(kind: str, made: Made, tmp_path: Path) -> None:
+def test_generation_settings_come_from_the_checkpoint(kind: str, made: Made, tmp_path: Path) -> None:
     checkpoint, scene = made(kind)
     shutil.copytree(checkpoint, tmp_path / "copy")
     options = {"max_length": 5, "do_sample": False, "decoder_start_token_id": 0, "pad_token_id": 0}
@@ -131,15 +131,15 @@ def test_generation_is_as_the_checkpoint_says(kind: str, made: Made, tmp_path: P
         ],
     ),
 )
-def test_every_grid_and_way_to_store_it_runs_on_it_too(options: str, made: Made) -> None:
+def test_every_grid_and_every_layout_run_on_the_kernel(options: str, made: Made) -> None:
     checkpoint, scene = made("llama", *options.split())
     packed = load(checkpoint, "cpu", "int4")
-    assert apart(features(scene, packed), features(scene, dequantized(scene, checkpoint))) < 0.03
+    assert relative_distance(features(scene, packed), features(scene, dequantized(scene, checkpoint))) < 0.03
     assert kernels(packed)["dense"] == 1  # the output layer
 
 
 @pytest.mark.parametrize(("options", "reason"), [("bits=8", "it has 8 bits"), ("group_size=16", "16 input columns")])
-def test_what_the_kernel_does_not_take_is_dense_or_refused(options: str, reason: str, made: Made) -> None:
+def test_unsupported_linears_are_dense_or_refused(options: str, reason: str, made: Made) -> None:
     checkpoint, scene = made("llama", options)
     model = load(checkpoint, "cpu")
     assert kernels(model)["int4"] == 0
@@ -150,7 +150,7 @@ def test_what_the_kernel_does_not_take_is_dense_or_refused(options: str, reason:
         load(checkpoint, "cpu", "int4")
 
 
-def test_a_dense_checkpoint_is_loaded_as_it_is(made: Made) -> None:
+def test_a_dense_checkpoint_is_loaded_unchanged(made: Made) -> None:
     checkpoint, scene = made("bert", "quant=none")
     assert torch.equal(features(scene, load(checkpoint, "cpu")), features(scene, dequantized(scene, checkpoint)))
     with pytest.raises(
@@ -160,8 +160,8 @@ def test_a_dense_checkpoint_is_loaded_as_it_is(made: Made) -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all floating tensors that any operation makes and fills: modules as they are made only reserve
-    their parameters, before those go to the meta device."""
+    """Records the shapes of all floating tensors that operations create and fill. New modules only reserve their
+    parameters before these move to the meta device, so empty tensors do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,8 +178,8 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kernel", "dense"), [("int4", False), ("dequantize", True)])
-def test_no_dense_weight_is_ever_made(kernel: str, dense: bool, made: Made) -> None:
-    """Oracle: every operation while loading and calling; (64, 32) and (32, 64) are shapes of fc1 and fc2 alone."""
+def test_no_dense_weight_is_ever_created(kernel: str, dense: bool, made: Made) -> None:
+    """Oracle: every operation of loading and calling. Only fc1 and fc2 have the shapes (64, 32) and (32, 64)."""
     checkpoint, scene = made("vit")
     with Shapes() as shapes, torch.inference_mode():
         scene.family.features(load(checkpoint, "cpu", kernel), scene.batches[0])
@@ -187,14 +187,14 @@ def test_no_dense_weight_is_ever_made(kernel: str, dense: bool, made: Made) -> N
     assert bool({(64, 32), (32, 64)} & shapes.seen) == dense
 
 
-def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kernel must be one of auto, int4, dequantize, got 'marlin'"):
         load(tmp_path, "cpu", "marlin")
     with pytest.raises(CheckpointError, match="is not a checkpoint; give the checkpoint folder that epmq run wrote"):
         load(tmp_path, "cpu")
 
 
-def test_epmq_load_is_there_without_importing_torch() -> None:
+def test_epmq_load_exists_without_importing_torch() -> None:
     assert epmq_cli.load is load
     code = "import sys, epmq_cli; assert 'torch' not in sys.modules; assert not hasattr(epmq_cli, 'store')"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Oracle: CommonMark, by which nothing in a name may become HTML, a link, a heading or the end of a code span."""
+"""Oracle: CommonMark. Nothing in a name may become HTML, a link, a heading or the end of a code span."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def card(name: str, source: str) -> str:
     return model_card(suite, ("ties", "feature", "gptq"), (), None, exporter_of("compressed_tensors"), "BertModel")
 
 
-def test_plain_names_stay_as_they_are() -> None:
+def test_plain_names_stay_unchanged() -> None:
     text = card("ox-ford_pets", "owner/base")
     assert "\n# ox-ford_pets: one model of 1 experts\n" in text
     assert "\n- base: `owner/base`\n- experts: `owner/base` (ox-ford_pets)\n" in text

@@ -1,4 +1,5 @@
-"""Oracle: features, tokens and pixels of transformers' CLIPModel, which the exported model gives in open_clip."""
+"""Oracle: the features, tokens and pixels of CLIPModel in transformers, which the exported model must reproduce in
+open_clip."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ TOKENS = torch.tensor([[298, 5, 40, 7, 299, 0], [298, 40, 299, 0, 0, 0]])
 
 
 def clip(**options: Any) -> CLIPConfig:
-    """A small config; options as part__option."""
+    """A small config; options have the form part__option."""
     parts: dict[str, dict[str, Any]] = {
         "vision_config": {**VISION, "image_size": 32, "patch_size": 16},
         "text_config": {**TEXT, **END, "max_position_embeddings": 6},
@@ -42,10 +43,10 @@ def clip(**options: Any) -> CLIPConfig:
 
 
 def saved(folder: Path, config: CLIPConfig, **pixels: Any) -> CLIPModel:
-    """A folder with a random model and its image processor."""
+    """Writes a folder with a random model and its image processor."""
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
-    for parameter in model.parameters():  # norms and biases too, so that a mix-up shows
+    for parameter in model.parameters():  # norms and biases too, so that swapped tensors are detected
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     side = {"height": 32, "width": 32}
@@ -93,7 +94,7 @@ def test_the_exported_model_gives_the_features_of_clip_model(config: CLIPConfig,
     ],
     ids=["CLIP's own", "squashed", "other colours"],
 )
-def test_open_clip_makes_the_pixels_of_the_checkpoint(pixels: dict[str, Any], tmp_path: Path) -> None:
+def test_open_clip_produces_the_pixels_of_the_checkpoint(pixels: dict[str, Any], tmp_path: Path) -> None:
     saved(tmp_path, clip(), **pixels)
     _, transform, _ = exported(tmp_path)
     image = Image.effect_noise((90, 50), 60).convert("RGB")
@@ -101,7 +102,7 @@ def test_open_clip_makes_the_pixels_of_the_checkpoint(pixels: dict[str, Any], tm
     torch.testing.assert_close(transform(image), made, rtol=0, atol=1.01 / 255 / 0.2)
 
 
-def test_another_tokenizer_goes_with_the_model(clip_hub: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_is_exported_with_the_model(clip_hub: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(clip_hub / "base", tmp_path / "base")
@@ -114,7 +115,7 @@ def test_another_tokenizer_goes_with_the_model(clip_hub: Path, tmp_path: Path) -
         torch.testing.assert_close(own.encode_text(tokenizer(texts)), text, rtol=0, atol=1e-5)
 
 
-def test_a_model_of_open_clips_list_takes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_from_the_list_of_open_clip_loads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(tmp_path / "base", clip())
     exported(tmp_path / "base")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-quickgelu", model_cfg(model.config))
@@ -150,12 +151,12 @@ def test_other_families_are_refused_before_any_model_is_opened(bert_hub: Path) -
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-bigG-14"])
-def test_open_clips_own_configs_come_back(name: str) -> None:
+def test_configs_of_open_clip_are_reproduced(name: str) -> None:
     config = {"model_cfg": open_clip.get_model_config(name)}
     assert named_model(model_cfg(clip_config(config, name, "base"))) == name
 
 
-def test_the_weights_are_stored_once_in_their_type(tmp_path: Path) -> None:
+def test_weights_are_stored_once_in_their_type(tmp_path: Path) -> None:
     saved(tmp_path, clip()).half().save_pretrained(tmp_path)
     exported(tmp_path)
     tensors = load_file(tmp_path / FOLDER / WEIGHTS)
@@ -187,7 +188,7 @@ def test_a_model_that_open_clip_does_not_have_is_refused(options: dict[str, Any]
         ({"resample": 0}, "resample of the image processor is 0"),
     ],
 )
-def test_pixels_that_open_clip_does_not_make_are_refused(options: dict[str, Any], phrase: str) -> None:
+def test_pixels_that_open_clip_cannot_produce_are_refused(options: dict[str, Any], phrase: str) -> None:
     side = {"height": 32, "width": 32}
     processor = CLIPImageProcessor(**{"size": {"shortest_edge": 32}, "crop_size": side, **options})
     with pytest.raises(NotExpressibleError, match=phrase):

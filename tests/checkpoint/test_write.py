@@ -1,4 +1,5 @@
-"""Oracles: unpacking gives the integers back; transformers' own from_pretrained gives the student's outputs."""
+"""Oracles: unpacking returns the integers; the model from transformers' from_pretrained has the outputs of the
+student."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
     tensors = {entry.name.removeprefix("linear."): entry.make() for entry in entries}
     assert all(tuple(entry.make().shape) == entry.shape for entry in entries)
     assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.codes)
-    assert tensors["weight_packed"].shape == (24, -(-48 * bits // 32))  # dense: no bit is wasted at 3 bits either
+    assert tensors["weight_packed"].shape == (24, -(-48 * bits // 32))  # dense: no padding bits, even with 3-bit codes
     assert torch.equal(tensors["weight_scale"].float(), found.grid.scale)
     assert tensors["weight_shape"].tolist() == [24, 48]
     assert ("weight_zero_point" in tensors) == (not symmetric)
@@ -98,10 +99,10 @@ def test_reloaded_outputs_equal_the_dequantized_models_exactly(
     plain = AutoModel.from_pretrained(folder).eval()
     assert type(plain) is type(found.student)
     if len({weight.format.bits for weight in found.walked.weights.values() if isinstance(weight, QuantizedWeight)}) > 1:
-        plain.hf_quantizer.compressor.decompress_model(plain)  # a call of the whole model would do it too
+        plain.hf_quantizer.compressor.decompress_model(plain)  # calling the whole model would work too
     assert plain.dtype == dtype
     assert torch.equal(found.features(plain), found.features(found.student.to(dtype)))
-    assert {tensor.device.type for tensor in reloaded.to("meta").parameters()} == {"meta"}  # moves to other devices
+    assert {tensor.device.type for tensor in reloaded.to("meta").parameters()} == {"meta"}  # works on any device
 
 
 def test_only_the_blocks_linears_are_packed(clip_hub: Path, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_a_write_that_fails_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_write_does_not_stand_in_the_way(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_killed_write_does_not_block_the_next_one(clip_hub: Path, tmp_path: Path) -> None:
     found = walk(clip_hub)
     (tmp_path / ".checkpoint.partial").mkdir()
     (tmp_path / ".checkpoint.partial" / "stale").write_text("")
@@ -170,9 +171,7 @@ def test_a_killed_write_does_not_stand_in_the_way(clip_hub: Path, tmp_path: Path
     assert (folder / "x.txt").read_text() == "y"
 
 
-def test_dequantizing_on_load_is_asked_for_only_where_it_is_needed(
-    clip_hub: Path, bert_hub: Path, tmp_path: Path
-) -> None:
+def test_dequantizing_on_load_is_requested_only_if_needed(clip_hub: Path, bert_hub: Path, tmp_path: Path) -> None:
     for name, hub, options, asked in (
         ("clip", clip_hub, (), True),
         ("bert", bert_hub, (), False),
@@ -184,7 +183,7 @@ def test_dequantizing_on_load_is_asked_for_only_where_it_is_needed(
 
 
 @pytest.mark.parametrize("hub_name", first(1, ["clip", "bert"]))
-def test_mixed_widths_keep_to_the_budget_and_share_it_among_fused_linears(
+def test_mixed_widths_keep_the_budget_and_are_equal_for_fused_linears(
     hub_name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     hub: Path = request.getfixturevalue(f"{hub_name}_hub")
@@ -204,13 +203,13 @@ def test_mixed_widths_keep_to_the_budget_and_share_it_among_fused_linears(
     assert sorted(name for group in groups.values() for name in group["targets"]) == sorted(weights)
 
 
-def test_a_whole_call_of_a_mixed_checkpoint_in_plain_transformers(bert_hub: Path, tmp_path: Path) -> None:
+def test_a_mixed_checkpoint_runs_in_plain_transformers(bert_hub: Path, tmp_path: Path) -> None:
     found = walk(bert_hub, "bits=2.5")
     plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", bert_hub, found)).eval()
     assert torch.equal(found.features(plain), found.features(found.student))
 
 
-def test_a_whole_call_of_a_mixed_clip_needs_nothing_else(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_mixed_clip_runs_in_plain_transformers(clip_hub: Path, tmp_path: Path) -> None:
     found = walk(clip_hub, "bits=2.5")
     plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", clip_hub, found)).eval()
     ids = torch.arange(12).reshape(2, 6) % found.student.config.text_config.vocab_size
@@ -230,7 +229,7 @@ def test_a_whole_call_of_a_mixed_clip_needs_nothing_else(clip_hub: Path, tmp_pat
         (("quant=none",), {None}, "dense"),
     ],
 )
-def test_metrics_and_card_say_the_widths(
+def test_metrics_and_model_card_name_the_widths(
     options: tuple[str, ...], widths: set[int | None], text: str, bert_hub: Path, tmp_path: Path
 ) -> None:
     card = (run_in(tmp_path, bert_hub, *options) / "README.md").read_text()
@@ -239,7 +238,7 @@ def test_metrics_and_card_say_the_widths(
     assert f"linears: {text.format(metrics['average_bits'])}\n" in card
 
 
-def test_negative_scales_are_used_and_survive_packing(bert_hub: Path, tmp_path: Path) -> None:
+def test_negative_scales_survive_packing(bert_hub: Path, tmp_path: Path) -> None:
     found = walk(bert_hub, "bits=2", "quant.grid=hessian")
     scales = [w.grid.scale for w in found.walked.weights.values() if isinstance(w, QuantizedWeight)]
     assert any((scale < 0).any() for scale in scales)

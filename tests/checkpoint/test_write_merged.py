@@ -1,4 +1,4 @@
-"""Oracles: the types in the files, and the one in which transformers loads them."""
+"""Oracles: the types in the files, and the type in which transformers loads them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.helpers.lone import WRITERS, merged_folder, store, suite_of
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 NAMES = {HALF: "float16", BRAIN: "bfloat16", FULL: "float32"}
-LAST = "model.norm.weight"  # of the names in order, which once decided the type of all
+LAST = "model.norm.weight"  # the last name in order; its type once decided the type of all tensors
 
 
 def llama(folder: Path, seed: int, dtype: torch.dtype, norms: torch.dtype, says: str | None) -> Path:
-    """A model whose norms are of a type of their own, and whose config.json says a type, or none."""
+    """A model whose norms have their own type and whose config.json names a type, or none."""
     torch.manual_seed(0)
     base = t.LlamaForCausalLM(t.LlamaConfig(**DECODER)).eval()
 
@@ -46,14 +46,14 @@ CASES = [
     (BRAIN, FULL, BRAIN, FULL, "bfloat16"),  # norms in float32
     (BRAIN, FULL, FULL, FULL, "bfloat16"),  # an expert that was saved in float32
     (HALF, HALF, BRAIN, BRAIN, "float16"),
-    (FULL, FULL, BRAIN, BRAIN, "bfloat16"),  # a config that says another type than the files have
+    (FULL, FULL, BRAIN, BRAIN, "bfloat16"),  # a config that names another type than that of the files
     (BRAIN, BRAIN, BRAIN, BRAIN, None),
 ]
 
 
 @pytest.mark.parametrize("command", WRITERS)
 @pytest.mark.parametrize(("weights", "norms", "own", "own_norms", "says"), CASES)
-def test_the_type_is_that_of_most_elements_and_config_says_it(
+def test_the_type_is_that_of_most_elements_and_config_json_names_it(
     weights: torch.dtype,
     norms: torch.dtype,
     own: torch.dtype,
@@ -62,7 +62,8 @@ def test_the_type_is_that_of_most_elements_and_config_says_it(
     command: str,
     tmp_path: Path,
 ) -> None:
-    """`epmq merge` leaves each tensor in its base's type; under dtype=auto transformers loads all in that of most."""
+    """`epmq merge` keeps the base's type of each tensor; with dtype=auto, transformers loads all tensors in the type
+    of most elements."""
     base = llama(tmp_path / "base", 0, weights, norms, says)
     expert = llama(tmp_path / "x", 1, own, own_norms, NAMES[own])
     made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"x": expert}))
@@ -79,7 +80,7 @@ def test_the_type_is_that_of_most_elements_and_config_says_it(
         verify(made, False, "cpu", None)
 
 
-def test_experts_of_a_wider_type_are_said_and_pack_dtype_keeps_them(
+def test_experts_of_a_wider_type_are_reported_and_pack_dtype_keeps_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, expert = llama(tmp_path / "base", 0, BRAIN, BRAIN, None), llama(tmp_path / "x", 1, FULL, FULL, None)
@@ -94,8 +95,8 @@ def test_experts_of_a_wider_type_are_said_and_pack_dtype_keeps_them(
     assert settings_of(made)["dtype"] == "float32"
 
 
-def test_values_that_the_bases_type_does_not_hold_are_refused(tmp_path: Path) -> None:
-    """float16 ends at 65504, bfloat16 does not."""
+def test_values_outside_the_range_of_the_bases_type_are_refused(tmp_path: Path) -> None:
+    """The largest float16 value is 65504; bfloat16 has a larger range."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[LAST] = tensors[LAST] * 1e6

@@ -1,4 +1,4 @@
-"""A checkpoint as epmq run writes it, for tests to damage."""
+"""A checkpoint of epmq run that tests can damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.hubs import run_in
 
 @pytest.fixture(scope="module")
 def made(clip_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose checkpoint has symmetric grids of 4 bits, searched by squared error."""
+    """A run folder whose checkpoint has symmetric 4-bit grids, searched by squared error."""
     folder = tmp_path_factory.mktemp("made")
     run_in(folder, clip_hub, "quant.grid=mse", "eval.stages=[quantized]", "eval.samples=20", "calib.samples=8")
     return folder

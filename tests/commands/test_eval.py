@@ -37,7 +37,7 @@ def test_every_kernel_gives_the_scores_of_the_run(kernel: str, packed: int, clip
 
 
 @pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12)])
-def test_a_run_scores_on_the_kernel_that_is_asked_for(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
+def test_a_run_scores_on_the_requested_kernel(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path, clip_hub, "group_size=32", f"eval.kernel={kernel}", "eval.stages=[quantized]")
     found = json.loads((tmp_path / "metrics.json").read_text())
     jsonschema.validate(found, schema())
@@ -53,7 +53,7 @@ def test_a_run_scores_on_the_kernel_that_is_asked_for(kernel: str, packed: int, 
         (("quant=none",), "kernel=int4 needs quantized linears, but the model has none"),
     ],
 )
-def test_a_run_that_cannot_be_scored_on_the_kernel_is_refused_before_it_starts(
+def test_a_run_that_the_kernel_cannot_score_is_refused_first(
     options: tuple[str, ...], message: str, clip_hub: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -61,7 +61,7 @@ def test_a_run_that_cannot_be_scored_on_the_kernel_is_refused_before_it_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kernel_that_nothing_is_scored_on_is_not_refused(clip_hub: Path, tmp_path: Path) -> None:
+def test_an_unused_kernel_is_not_refused(clip_hub: Path, tmp_path: Path) -> None:
     assert run_in(tmp_path, clip_hub, "eval.kernel=int4", "group_size=16", "eval.stages=[]").is_dir()
 
 

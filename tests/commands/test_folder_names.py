@@ -1,4 +1,4 @@
-"""Oracles: the file system, which accepts the names; no two jobs share one; valid names stay as they were before."""
+"""Oracles: the file system accepts the names; no two jobs share one; valid names stay unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ODD = (
 
 
 @pytest.mark.parametrize("overrides", SOUND)
-def test_valid_names_stay_as_they_are(overrides: str) -> None:
+def test_valid_names_stay_unchanged(overrides: str) -> None:
     assert folder_name(overrides) == overrides
 
 
@@ -45,7 +45,7 @@ def test_other_names_are_accepted_by_the_file_system_and_differ(tmp_path: Path) 
 
 @pytest.mark.parametrize("command", ["run", "merge", "eval"])
 def test_the_jobs_of_every_command_have_these_names(command: str) -> None:
-    """Oracle: the function itself, on the overrides as Hydra writes them."""
+    """Oracle: the function itself, applied to the overrides as Hydra writes them."""
     experts = "{" + ",".join(f"task{i}:/data/models/expert-{i}" for i in range(20)) + "}"
     given = (
         [f"+x={experts}", "out=elsewhere", "device=cpu"] if command != "merge" else [f"+x={experts}", "out=elsewhere"]

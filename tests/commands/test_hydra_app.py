@@ -1,4 +1,4 @@
-"""Oracle: what errors.py promises of whatever is raised: a sentence, a status, and a traceback on request."""
+"""Oracle: the contract of errors.py for every exception: a sentence, a status, and a traceback on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Broken = Callable[[BaseException], None]
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
-    """Makes every run raise this where it would open its models."""
+    """Makes every run raise this error where it would open its models."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def set_up(error: BaseException) -> None:
@@ -77,7 +77,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     ],
     ids=repr,
 )
-def test_whatever_is_raised_ends_in_one_sentence(
+def test_every_exception_is_reported_in_one_sentence(
     error: BaseException, status: int, message: str, broken: Broken, epmq_inside: Run, tmp_path: Path
 ) -> None:
     broken(error)
@@ -92,7 +92,7 @@ def test_whatever_is_raised_ends_in_one_sentence(
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), DataError("no data")], ids=repr)
 @pytest.mark.parametrize("how", ["--debug", "HYDRA_FULL_ERROR"])
-def test_tracebacks_come_where_they_are_asked_for(
+def test_tracebacks_are_shown_on_request(
     error: Exception, how: str, broken: Broken, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(error)
@@ -102,7 +102,7 @@ def test_tracebacks_come_where_they_are_asked_for(
     assert raised.traceback[-1].name == "fail"
 
 
-def test_the_log_has_the_traceback_of_a_defect_and_the_sentence_of_a_mistake(
+def test_the_log_has_tracebacks_of_defects_and_messages_of_user_errors(
     broken: Broken, epmq_inside: Run, tmp_path: Path
 ) -> None:
     broken(ZeroDivisionError("division by zero"))
@@ -117,7 +117,7 @@ def test_the_log_has_the_traceback_of_a_defect_and_the_sentence_of_a_mistake(
     assert "Traceback" not in later
 
 
-def test_a_sweep_goes_on_behind_a_job_that_fails(
+def test_a_sweep_continues_after_a_failed_job(
     epmq_inside: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
@@ -133,8 +133,8 @@ def test_a_sweep_goes_on_behind_a_job_that_fails(
 
 
 @pytest.mark.parametrize("command", ["run", "merge", "eval", "verify"])
-def test_every_command_knows_debug(command: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of verify and eval: what is not there is a mistake, with its traceback where that is asked for."""
+def test_every_command_has_the_debug_option(command: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing checkpoint is a user error of verify and eval; its traceback is shown on request."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert "--debug" in epmq_inside(command, "--help").stdout
     given = "nowhere" if command in ("eval", "verify") else "suite.base=nowhere.pt"
@@ -143,7 +143,7 @@ def test_every_command_knows_debug(command: str, epmq_inside: Run, monkeypatch: 
         epmq_inside(command, given, "--debug")
 
 
-def test_a_log_that_cannot_be_written_is_no_defect(epmq_inside: Run, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_a_user_error(epmq_inside: Run, tmp_path: Path) -> None:
     (tmp_path / "here" / "run.log").mkdir(parents=True)
     result = epmq_inside(*OPTIONS)
     assert result.returncode == 1

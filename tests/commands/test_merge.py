@@ -1,4 +1,4 @@
-"""Oracles: the merged model that a run starts from, and transformers, which loads the folder as it does the base's."""
+"""Oracles: the merged model that a run starts from, and transformers, which loads the folder like that of the base."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def merged(hub: Path, folder: Path, *overrides: str) -> Path:
 
 
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "none", "tsv_m", "dare_linear", "dare_ties"])
-def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub: Path, tmp_path: Path) -> None:
+def test_the_folder_holds_the_merge_with_the_names_of_the_base(method: str, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = merged(clip_hub, tmp_path / "run", f"merge={method}")
     job = make_job(config(clip_hub, f"merge={method}"))
     source = SuiteModels(job.suite, job.family).source
@@ -60,14 +60,12 @@ def test_the_folder_holds_the_merge_under_the_bases_names(method: str, clip_hub:
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
-def test_methods_that_need_data_are_refused_before_any_model_is_opened(
-    method: str, clip_hub: Path, tmp_path: Path
-) -> None:
+def test_methods_that_need_data_are_refused_first(method: str, clip_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"merge={method} needs calibration data, .* use epmq run merge={method} "):
         merged(clip_hub, tmp_path / "run", f"merge={method}", "suite.base=gone")
 
 
-def test_weights_of_unknown_tasks_are_refused_before_any_model_is_opened(clip_hub: Path, tmp_path: Path) -> None:
+def test_weights_of_unknown_tasks_are_refused_first(clip_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"merge.weights has no option 'frist', .*; did you mean first\?"):
         merged(clip_hub, tmp_path / "run", "merge=average", "merge.weights={frist: 2}", "suite.base=gone")
 
@@ -98,7 +96,7 @@ def test_a_used_folder_is_refused(clip_hub: Path, tmp_path: Path) -> None:
 
 
 def files(folder: Path, model: Any) -> None:
-    """What save_pretrained writes of a base, and beside it two experts of the same tensors, moved."""
+    """Writes a base with save_pretrained, and beside it two experts: its tensors with noise."""
     model.save_pretrained(folder / "base")
     stored = load_file(folder / "base" / "model.safetensors")
     for seed, name in enumerate(("a", "b")):
@@ -113,7 +111,7 @@ def files(folder: Path, model: Any) -> None:
 
 
 def merged_folders(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """The tensors of `epmq merge suite=causal_lm` of experts a and b."""
+    """The tensors of `epmq merge suite=causal_lm` with experts a and b."""
     experts = f"suite.experts={{a: {folder}/a, b: {folder}/b}}"
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         given = ["suite=causal_lm", f"suite.base={folder}/base", experts, "out=unused", *overrides]
@@ -126,7 +124,7 @@ def merged_folders(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", every(3, [*REFUSED, *sorted(ENCODERS)]))
 def test_models_that_run_refuses_merge_exactly(kind: str, tmp_path: Path) -> None:
-    """The mean of the experts' files, tensor by tensor, of models that no family calibrates."""
+    """Oracle: the mean of the experts' files, tensor by tensor, for models that no family calibrates."""
     files(tmp_path, built(REFUSED[kind][0] if kind in REFUSED else ENCODERS[kind]))
     found = merged_folders(tmp_path, "merge=average")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
@@ -137,7 +135,7 @@ def test_models_that_run_refuses_merge_exactly(kind: str, tmp_path: Path) -> Non
 
 
 def test_a_model_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
-    """BERT, which family bert takes."""
+    """BERT, which belongs to family bert."""
     files(tmp_path, built(lambda: t.BertModel(t.BertConfig(**SIZE, vocab_size=IDS["vocab_size"]))))
     with pytest.raises(ModelError, match="holds a model of type bert, which family bert takes; set suite.family=bert"):
         merged_folders(tmp_path, "merge=average")

@@ -1,4 +1,5 @@
-"""Oracle: what a user may type and write into a YAML of their own; all else is one sentence, and nothing is left."""
+"""Oracle: the allowed input on the command line and in the user's YAML files; everything else is refused in one
+sentence and leaves no files."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("value", ["rün✓", "a'b", "a b(", 'say "x(', "a=b"])
-def test_hydra_takes_a_value_as_it_is_said_to_be_quoted(value: str) -> None:
+def test_hydra_accepts_the_suggested_quoting(value: str) -> None:
     (word,) = shlex.split(quoted(f"out={value}"))
     parsed([word])
     (override,) = OverridesParser.create().parse_overrides([word])
@@ -94,8 +95,8 @@ QUOTED = {
 
 
 @pytest.mark.parametrize("typed", QUOTED)
-def test_an_override_with_marks_of_the_grammar_says_how_to_quote_it(typed: str) -> None:
-    """Hydra's own parser refuses it as typed; what the error says to type gives the text that was meant."""
+def test_the_error_for_an_unquoted_override_shows_the_quoting(typed: str) -> None:
+    """Hydra's parser rejects the override as typed; with the quoting of the message, its value is the intended text."""
     with pytest.raises(OverrideParseException):
         OverridesParser.create().parse_overrides([typed])
     with pytest.raises(ConfigError) as found:
@@ -106,8 +107,7 @@ def test_an_override_with_marks_of_the_grammar_says_how_to_quote_it(typed: str) 
         assert parsed(shlex.split(way_out))[0].value() == typed.partition("=")[2]
 
 
-def test_what_quotes_do_not_help_is_left_to_hydra() -> None:
-    """Hydra's own sentence."""
+def test_other_syntax_errors_are_those_of_hydra() -> None:
     for typed in ("merge=ties,", "bits=choice(3,4", "suite.experts"):
         with pytest.raises(OverrideParseException):
             parsed([typed])
@@ -121,7 +121,7 @@ def one_sentence(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("typed", TYPED)
-def test_what_cannot_be_typed_is_answered_in_one_sentence(typed: str, epmq_inside: Run, tmp_path: Path) -> None:
+def test_invalid_overrides_are_refused_in_one_sentence(typed: str, epmq_inside: Run, tmp_path: Path) -> None:
     result = epmq_inside(*typed.split())
     assert result.returncode == 1
     one_sentence(result.stderr, TYPED[typed])
@@ -141,7 +141,7 @@ def test_a_config_file_that_cannot_be_read_is_named(case: str, epmq_inside: Run,
 
 
 @pytest.mark.parametrize("case", MADE)
-def test_a_config_file_that_describes_no_suite_is_refused(case: str, epmq_inside: Run, tmp_path: Path) -> None:
+def test_a_config_file_without_a_valid_suite_is_refused(case: str, epmq_inside: Run, tmp_path: Path) -> None:
     content, message = MADE[case]
     (tmp_path / "configs" / "suite").mkdir(parents=True)
     (tmp_path / "configs" / "suite" / "mine.yaml").write_text(content)
@@ -150,12 +150,12 @@ def test_a_config_file_that_describes_no_suite_is_refused(case: str, epmq_inside
     one_sentence(result.stderr, message)
 
 
-def test_out_may_be_called_like_a_number(epmq_inside: Run, tmp_path: Path) -> None:
+def test_out_may_be_a_number(epmq_inside: Run, tmp_path: Path) -> None:
     assert epmq_inside("merge", "out=7").returncode == 0
     assert (tmp_path / "7" / "checkpoint").is_dir()
 
 
-def test_what_a_suite_may_leave_out_can_be_set_without_a_plus() -> None:
+def test_optional_fields_of_a_suite_can_be_set_without_a_plus() -> None:
     given = ["suite.processor=base", "suite.each.heads=expert", "suite.tasks.a.b.processor=same"]
     assert addable(given) == [f"++{text}" for text in given]
     others = ["suite.name=x", "+suite.processor=base", "guidance.heads=own", "suite.tasks.a.data.processor.x=1", "-m"]

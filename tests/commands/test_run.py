@@ -1,4 +1,4 @@
-"""Oracles: the JSON schema, the command's own files, and what a user would expect to be refused."""
+"""Oracles: the JSON schema, the files of the command itself, and the refusals that a user would expect."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_run_leaves_a_checkpoint_and_metrics_that_fit_the_schema(
         assert all(f"{100 * accuracy:.1f}" in printed for accuracy in by_stage.values())
 
 
-def test_stages_that_are_not_asked_for_are_not_scored(clip_hub: Path, tmp_path: Path) -> None:
+def test_only_requested_stages_are_scored(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path, clip_hub, "eval.stages=[quantized]", "eval.samples=7")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["scores"]["average"]) == {"quantized"}
@@ -54,7 +54,7 @@ def test_stages_that_are_not_asked_for_are_not_scored(clip_hub: Path, tmp_path: 
     )
 
 
-def test_nothing_scored_is_still_a_run(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_run_may_score_nothing(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path, clip_hub, "eval.stages=[]")
     assert json.loads((tmp_path / "metrics.json").read_text())["scores"]["average"] == {}
 
@@ -106,7 +106,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("override", "error", "message"), BAD, ids=[override for override, _, _ in BAD])
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_refused_in_one_sentence_and_leaves_no_files(
     override: str, error: type[EpmqError], message: str, clip_hub: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message) as raised:
@@ -126,14 +126,14 @@ def test_models_of_another_family_are_refused(clip_hub: Path, bert_hub: Path, tm
         run_in(tmp_path, bert_hub, f"suite.tasks.first.expert={clip_hub / 'first'}")
 
 
-def test_texts_longer_than_the_model_are_refused(bert_hub: Path, tmp_path: Path) -> None:
+def test_lengths_beyond_the_positions_of_the_model_are_refused(bert_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="suite.tasks.first.max_length must be at most 32, the positions of the model in"
     ):
         run_in(tmp_path, bert_hub, "suite.tasks.first.max_length=33")
 
 
-def test_a_quantized_model_is_no_base(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_quantized_base_is_refused(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "eval.stages=[]")
     with pytest.raises(ModelError, match="base: .* is quantized already; give the original model"):
         run_in(tmp_path / "again", clip_hub, f"suite.base={checkpoint}")
@@ -146,7 +146,7 @@ def test_the_command_runs_and_its_checkpoint_evaluates_to_the_same_scores(
     result = epmq("run", *options)
     assert result.returncode == 0, result.stderr
     assert "here/checkpoint" in result.stdout
-    assert "\x1b" not in result.stdout + result.stderr  # plain where there is no terminal
+    assert "\x1b" not in result.stdout + result.stderr  # plain without a terminal
     assert (
         "WARNING epmq: task first: calibration uses all 40 training samples"
         in (tmp_path / "here" / "run.log").read_text()
@@ -161,7 +161,7 @@ def test_the_command_runs_and_its_checkpoint_evaluates_to_the_same_scores(
         assert by_stage["quantized"] == first["scores"]["tasks"][task]["quantized"]
 
 
-def test_a_sweep_runs_every_combination_in_folders_of_its_own(bert_hub: Path, epmq_inside: Run, tmp_path: Path) -> None:
+def test_a_sweep_runs_every_combination_in_its_own_folder(bert_hub: Path, epmq_inside: Run, tmp_path: Path) -> None:
     options = (
         "--config-dir",
         str(bert_hub / "configs"),
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_refused(bert_hub: Path, epmq_inside: Run, tmp_p
     assert "Traceback" not in result.stderr
 
 
-def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
+def test_a_checkpoint_cannot_name_its_own_code(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
     checkpoint = run_in(tmp_path / "run", bert_hub, "eval.stages=[]")
     record = checkpoint / "epmq.json"
     record.write_text(record.read_text().replace("epmq_cli.data.table.Table", "tests.data.evil.Table"))
@@ -227,7 +227,7 @@ def test_a_checkpoint_cannot_name_code_of_its_own(bert_hub: Path, tmp_path: Path
     assert trusted.returncode == 0, trusted.stderr
 
 
-def test_an_interrupted_run_says_so_and_leaves_no_checkpoint(
+def test_an_interrupted_run_reports_it_and_leaves_no_checkpoint(
     bert_hub: Path, tmp_path: Path, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Oracle: a run on shipped tasks from a mirror scores every task of the suite, and repeats itself to the byte."""
+"""Oracle: a run on shipped tasks from a mirror scores every task of the suite; a second run writes the same bytes."""
 
 from __future__ import annotations
 

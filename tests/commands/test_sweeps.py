@@ -1,4 +1,4 @@
-"""Oracle: what the jobs of a sweep leave behind when they run one after the other."""
+"""Oracle: the files of the same sweep when its jobs run one after the other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_jobs_of_a_sweep_run_side_by_side(launcher: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @NEEDS_RAY
 def test_jobs_of_ray_start_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
-    """On a cluster that was started elsewhere, as most are."""
+    """On a cluster that was started elsewhere, the usual case."""
     for name in ("cluster", "sweep"):
         (tmp_path / name).mkdir()
     path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -63,7 +63,7 @@ def test_jobs_of_ray_start_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("sweep/here/*/metrics.json"))) == 2
 
 
-def test_a_worker_of_ray_goes_to_the_folder_that_the_shipped_config_gives_it(
+def test_a_ray_worker_changes_to_the_folder_of_the_shipped_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = OmegaConf.load(conf_dir() / "hydra" / "launcher" / "ray_cluster.yaml").ray.init.runtime_env
@@ -74,7 +74,7 @@ def test_a_worker_of_ray_goes_to_the_folder_that_the_shipped_config_gives_it(
     assert Path.cwd() == tmp_path
 
 
-def test_the_shipped_slurm_settings_are_submitits() -> None:
+def test_the_shipped_slurm_settings_are_valid_for_submitit() -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=["hydra/launcher=slurm", "out=x"], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
@@ -84,7 +84,7 @@ def test_the_shipped_slurm_settings_are_submitits() -> None:
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
-def test_a_launcher_that_is_not_installed_is_named_with_its_extra(launcher: str) -> None:
+def test_the_error_for_a_missing_launcher_names_its_extra(launcher: str) -> None:
     from hydra.errors import MissingConfigException
 
     error = MissingConfigException(

@@ -1,4 +1,4 @@
-"""Oracles: checkpoints as they were written pass; each kind of damage is done to a copy and is named."""
+"""Oracles: checkpoints pass as written; each kind of damage is applied to a copy and must be named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(checkpoint: Path, scores: bool = False) -> None:
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Tensor]], object], file: str = MODEL) -> None:
-    """Writes changed tensors and a manifest to match, as one who wrote wrong tensors would."""
+    """Writes changed tensors and a matching manifest, like a writer with a bug."""
     tensors = load_file(checkpoint / file)
     change(tensors)
     save_file(tensors, checkpoint / file, {"format": "pt"})
@@ -62,12 +62,12 @@ def test_the_manifest_has_size_and_sha256_of_every_file(checkpoint: Path) -> Non
     ],
     ids=" ".join,
 )
-def test_what_a_run_wrote_is_sound(options: tuple[str, ...], clip_hub: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_run_is_sound(options: tuple[str, ...], clip_hub: Path, tmp_path: Path) -> None:
     check(run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8", *options))
 
 
 @pytest.mark.parametrize("kind", first(3, ["vit", "t5-tied", "llama", "roberta", "distilbert", "t5", "gemma3"]))
-def test_what_a_run_and_a_merge_of_any_family_wrote_is_sound(kind: str, tmp_path: Path) -> None:
+def test_checkpoints_of_every_family_are_sound(kind: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
     check(run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8"))
     (tmp_path / "merge").mkdir()
@@ -111,7 +111,7 @@ def test_damaged_files_are_named(damage: Callable[[Path], None], message: str, n
 
 
 @pytest.mark.parametrize("name", ["heads/more.safetensors", "processors/first/manifest.json", "prompts"])
-def test_what_was_added_in_a_sub_folder_is_named(name: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_files_added_in_a_sub_folder_are_named(name: str, checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "elsewhere").mkdir()
     if name == "prompts":
@@ -130,8 +130,8 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, checkpoin
         check(checkpoint)
 
 
-def test_heads_at_the_place_of_earlier_versions_are_read(checkpoint: Path) -> None:
-    """Oracle: the same checkpoint with its heads in the folder of their own."""
+def test_heads_in_the_location_of_earlier_versions_are_read(checkpoint: Path) -> None:
+    """Oracle: the same checkpoint with its heads in the folder heads/."""
     before = tensor_problems(checkpoint)
     (checkpoint / "heads" / "heads.safetensors").rename(checkpoint / "heads.safetensors")
     (checkpoint / "heads").rmdir()
@@ -140,7 +140,7 @@ def test_heads_at_the_place_of_earlier_versions_are_read(checkpoint: Path) -> No
     check(checkpoint)
 
 
-def test_files_beside_the_manifest_are_named_but_for_hidden_ones(checkpoint: Path) -> None:
+def test_files_outside_the_manifest_are_named_unless_hidden(checkpoint: Path) -> None:
     (checkpoint / ".gitattributes").write_text("")
     check(checkpoint)
     (checkpoint / "pytorch_model.bin").write_text("")
@@ -149,7 +149,7 @@ def test_files_beside_the_manifest_are_named_but_for_hidden_ones(checkpoint: Pat
 
 
 def test_a_snapshot_of_the_hubs_cache_is_sound(checkpoint: Path, tmp_path: Path) -> None:
-    """There every file, those of sub-folders too, is a link into the blobs beside the snapshots."""
+    """In a snapshot every file, including those in sub-folders, is a link into the blobs beside the snapshots."""
     snapshot, blobs = tmp_path / "models--me--it/snapshots/abc", tmp_path / "models--me--it/blobs"
     blobs.mkdir(parents=True)
     for number, path in enumerate(path for path in sorted(checkpoint.rglob("*")) if path.is_file()):
@@ -236,7 +236,7 @@ def test_wrong_tensors_are_named(case: str, checkpoint: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_heads_are_finite(checkpoint: Path) -> None:
+def test_heads_must_be_finite(checkpoint: Path) -> None:
     edit(checkpoint, scaled("first.weight", float("nan")), "heads/heads.safetensors")
     with pytest.raises(CheckpointError, match=r"first.weight holds NaN or infinity \(heads/heads.safetensors\)"):
         check(checkpoint)
@@ -253,7 +253,7 @@ def test_heads_are_finite(checkpoint: Path) -> None:
     ],
     ids=["width", "no dimension", "no weight", "another task", "half"],
 )
-def test_heads_are_those_of_the_tasks_and_the_model(
+def test_heads_must_match_the_tasks_and_the_model(
     change: Callable[[dict[str, Tensor]], object], message: str, checkpoint: Path
 ) -> None:
     edit(checkpoint, change, "heads/heads.safetensors")
@@ -261,14 +261,14 @@ def test_heads_are_those_of_the_tasks_and_the_model(
         check(checkpoint)
 
 
-def test_heads_that_are_not_there_are_missed(checkpoint: Path) -> None:
+def test_missing_heads_are_named(checkpoint: Path) -> None:
     (checkpoint / "heads/heads.safetensors").unlink()
     write_manifest(checkpoint, {})
     with pytest.raises(CheckpointError, match="is not what epmq wrote: heads/heads.safetensors is missing; fetch"):
         check(checkpoint)
 
 
-def test_scales_of_the_hessian_search_may_be_negative_but_not_0(clip_hub: Path, tmp_path: Path) -> None:
+def test_scales_of_the_hessian_search_may_be_negative_but_not_zero(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]", "calib.samples=8")
     scales = [tensor for name, tensor in load_file(checkpoint / MODEL).items() if name.endswith("weight_scale")]
     assert any((scale < 0).any() for scale in scales)

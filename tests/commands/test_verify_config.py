@@ -1,4 +1,4 @@
-"""Oracles: configs that epmq does not write, made of one that it wrote; each ends in a sentence."""
+"""Oracles: configs that epmq never writes, derived from one that it wrote; each is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_config_that_epmq_does_not_write_is_refused(change: Callable[[object],
 
 
 @pytest.mark.parametrize("architecture", ["pipeline", "no_such_thing", "AutoModel"])
-def test_an_architecture_that_is_no_model_is_refused(architecture: str, checkpoint: Path) -> None:
+def test_an_unknown_architecture_is_refused(architecture: str, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": [architecture]}
     (checkpoint / "config.json").write_text(json.dumps(config))
     write_manifest(checkpoint, {})
@@ -49,7 +49,7 @@ def test_an_architecture_that_is_no_model_is_refused(architecture: str, checkpoi
 
 
 def paths(node: object) -> Iterator[tuple[str | int, ...]]:
-    """Where in nested objects and lists there is a value."""
+    """The paths to all values in nested objects and lists."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in items:
         yield (key,)
@@ -57,8 +57,8 @@ def paths(node: object) -> Iterator[tuple[str | int, ...]]:
 
 
 @pytest.mark.parametrize("value", first(1, ["x", -1, None, []]))
-def test_whatever_stands_in_a_config_ends_in_sentences(value: object, checkpoint: Path) -> None:
-    """Each value of config.json replaced by one of another type or out of range."""
+def test_any_value_in_a_config_leads_to_sentences_only(value: object, checkpoint: Path) -> None:
+    """Replaces each value of config.json by one of another type or out of range."""
     file = checkpoint / "config.json"
     text, wrong = file.read_text(), 0
     for path in paths(json.loads(text)):

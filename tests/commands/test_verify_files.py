@@ -1,4 +1,4 @@
-"""Oracles: files that are none, names that are no text, widths that nobody has; `pack_to_int32` for the sizes."""
+"""Oracles: pipes in place of files, names that are not text, impossible widths; `pack_to_int32` for the sizes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.commands.test_verify import MODEL, check
 from tests.conftest import Run
 
 
-def test_names_of_files_that_are_no_text_are_shown(checkpoint: Path, epmq_inside: Run) -> None:
+def test_file_names_that_are_not_utf_8_are_shown(checkpoint: Path, epmq_inside: Run) -> None:
     Path(os.fsdecode(os.fsencode(checkpoint) + b"/odd\xff")).touch()
     found = epmq_inside("verify", str(checkpoint))
     assert (found.returncode, found.stdout) == (1, "odd? is not listed in manifest.json\n")
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "epmq.json", MODEL, "README.md"])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, checkpoint: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_refused_without_blocking(name: str, checkpoint: Path) -> None:
     size = (checkpoint / name).stat().st_size
     (checkpoint / name).unlink()
     os.mkfifo(checkpoint / name)
@@ -52,13 +52,13 @@ def test_pipes_for_the_record_and_the_scores_are_refused(checkpoint: Path) -> No
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_words_are_counted_as_they_are_packed(bits: int) -> None:
+def test_the_number_of_words_is_that_of_the_packing(bits: int) -> None:
     for count in range(1, 100):
         assert words(count, bits) == pack_to_int32(torch.zeros(1, count, dtype=torch.int8), bits).shape[1]
 
 
 def test_a_config_of_enormous_widths_takes_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of that width is made to see how it would be packed."""
+    """The check packs no tensor of that width."""
     monkeypatch.setattr("compressed_tensors.compressors.pack_quantized.helpers.pack_to_int32", Mock())
     config = json.loads((checkpoint / "config.json").read_text())
     config["vision_config"]["hidden_size"] = 100_000_000

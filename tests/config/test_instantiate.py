@@ -1,4 +1,4 @@
-"""Oracle: what a config may name and what it may not."""
+"""Oracle: the targets that a config may name, and those that it may not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TIES = {"_target_": "epmq_cli.merge.ties.Ties", "density": 0.2, "scale": 0.3, "c
 
 
 @pytest.mark.parametrize("hidden", [{"a": [{"_target_": "os.system"}]}, {"a": {"b": {"_target_": "os.system"}}}])
-def test_targets_are_found_at_any_depth(hidden: object) -> None:
+def test_targets_are_instantiated_at_any_depth(hidden: object) -> None:
     assert targets(hidden) == ["os.system"]
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "nowhere.Nothing", "epmq_cli.merge.ties.trim"])
-def test_only_config_classes_are_made_however_deep_they_are_named(target: str) -> None:
+def test_only_config_classes_are_instantiated_at_any_depth(target: str) -> None:
     for value in ({"_target_": target}, [{"_target_": target}]):
         with pytest.raises(ConfigError, match="_target_ must name one of epmq's classes"):
             build("merge", OmegaConf.create({**TIES, "density": value}))
@@ -34,8 +34,8 @@ def test_a_group_without_target_and_a_missing_field_are_named() -> None:
         build("merge", OmegaConf.create({key: value for key, value in TIES.items() if key != "combine"}))
 
 
-def test_earlier_names_of_classes_still_make_them() -> None:
-    """Oracle: what the current names make."""
+def test_earlier_names_of_classes_still_work() -> None:
+    """Oracle: the objects of the current names."""
     assert targets([{"_target_": old} for old in MOVED]) == list(MOVED.values())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=["bits=3"])
@@ -48,12 +48,12 @@ def test_earlier_names_of_classes_still_make_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "cpu:0", "cuda:x", 3])
-def test_devices_that_are_not_there_are_refused(name: str) -> None:
+def test_missing_devices_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="device"):
         device_of(name)
 
 
-def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [device_of(name) for name in ("auto", "cuda", "cuda:1")] == [
@@ -70,7 +70,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
             device_of(name)
 
 
-def test_a_suite_of_the_users_takes_shipped_tasks(tmp_path: Path) -> None:
+def test_a_users_suite_can_use_shipped_tasks(tmp_path: Path) -> None:
     lines = ["defaults: [clip_tasks@tasks.mnist: mnist, clip_tasks@tasks.svhn: svhn, _self_]", "name: mine"]
     lines += ["_target_: epmq_cli.data.suite.Suite", "family: clip", "base: b", "experts: 'me/{task}'"]
     (tmp_path / "suite").mkdir()

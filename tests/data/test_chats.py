@@ -1,4 +1,4 @@
-"""Oracle: the messages that a conversation was written from, in the two conventions and as parquet gives them back."""
+"""Oracle: the original messages of a conversation, in both conventions and as read back from parquet."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_conventions_give_the_same_conversation(stored: list[Any], name: str, tm
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_tool_calls_have_arguments_that_are_objects(name: str, tmp_path: Path) -> None:
-    """OpenAI writes them as JSON, and parquet fills objects up with null."""
+def test_arguments_of_tool_calls_are_objects(name: str, tmp_path: Path) -> None:
+    """OpenAI stores them as JSON text, and parquet fills objects up with null."""
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
     rows = [[*MESSAGES[:2], {"role": "assistant", "content": None, "tool_calls": [call]}], MESSAGES]
     with_call, without = load(tmp_path, rows, name)
@@ -90,7 +90,7 @@ def test_tool_calls_have_arguments_that_are_objects(name: str, tmp_path: Path) -
         ),
     ],
 )
-def test_messages_that_are_none_are_named(message: dict[str, Any], wrong: str, tmp_path: Path) -> None:
+def test_invalid_messages_are_named(message: dict[str, Any], wrong: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"a.jsonl, row 1, {wrong}") as raised:
         load(tmp_path, [[MESSAGES[0], message]])
     assert "\n" not in str(raised.value)
@@ -113,7 +113,7 @@ def test_a_pair_or_a_prompt_takes_no_conversations(tmp_path: Path) -> None:
         Table(str(tmp_path / "b.jsonl"), path, text=["chat", "chat"]).load("train")
 
 
-def test_conversations_are_known_by_roles_and_contents(tmp_path: Path) -> None:
+def test_hashes_of_conversations_depend_on_roles_and_contents(tmp_path: Path) -> None:
     rows = [MESSAGES, [*MESSAGES[:2], {"role": "user", "content": ""}], MESSAGES[:2]]
     chats = load(tmp_path, rows)
     found = {hash_samples(Samples([chat], torch.zeros(1, dtype=torch.int64))) for chat in [*chats, str(chats[0])]}
@@ -121,8 +121,8 @@ def test_conversations_are_known_by_roles_and_contents(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
-def test_messages_that_are_written_as_nothing_that_can_be_read_are_refused(tmp_path: Path) -> None:
-    """What pandas writes of an array of messages into a csv; other texts in brackets stay texts."""
+def test_messages_written_by_pandas_to_csv_are_refused(tmp_path: Path) -> None:
+    """pandas writes the repr of an array of messages; other texts in brackets stay texts."""
     stored = str(np.array(MESSAGES, dtype=object))
     with pytest.raises(
         DataError, match="row 1: column chat holds a text that cannot be read .*; store it as JSON lines"

@@ -1,4 +1,4 @@
-"""Oracles: the texts that were written, and sequences that are found in the tokens."""
+"""Oracles: the written texts, and sequences that occur in their tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_documents_are_the_rows_of_a_table_or_a_whole_text(tmp_path: Path) -> No
     assert list(source(tmp_path, ".txt").load("train").inputs) == TEXTS[:1]
 
 
-def test_a_count_takes_the_first_or_a_draw_that_the_seed_decides(tmp_path: Path) -> None:
+def test_a_count_takes_the_first_documents_or_a_seeded_draw(tmp_path: Path) -> None:
     data = source(tmp_path, ".jsonl")
     assert list(data.load("train", 2).inputs) == TEXTS[:2]
     draws = [tuple(data.load("train", 3, seed).inputs) for seed in range(8)]
@@ -36,14 +36,14 @@ def test_a_count_takes_the_first_or_a_draw_that_the_seed_decides(tmp_path: Path)
     assert draws == [tuple(data.load("train", 3, seed).inputs) for seed in range(8)]
 
 
-def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.txt cannot be read as text"):
         source(tmp_path, ".txt").load("test")
     with pytest.raises(ConfigError, match=r"must end in .txt, .tsv, .csv, .jsonl, .json, .parquet, got a.pdf"):
         Documents("a.pdf", "a.txt")
 
 
-def test_sequences_are_cut_out_of_the_tokens_by_the_seed() -> None:
+def test_the_seed_chooses_sequences_from_the_tokens() -> None:
     ids = torch.arange(50)
     blocks = token_blocks(ids, 7, 30, 0)
     assert blocks.shape == (30, 7)

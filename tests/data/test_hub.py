@@ -1,4 +1,4 @@
-"""Oracle: a miniature mirror with the hub's layout, whose pictures and sentences say which row they are; offline."""
+"""Oracle: a miniature mirror with the hub's layout, whose pictures and sentences encode their row; offline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(mirror: Path) -> dict[str, Task]:
-    """Every task of the shipped suites, with data_root at the mirror."""
+    """Every task of the shipped suites, with data_root set to the mirror."""
     members: list[Task] = []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for suite in ("clip_vit_b32_tall20", "flan_t5_base_glue"):
@@ -46,7 +46,7 @@ def tasks(mirror: Path) -> dict[str, Task]:
 
 
 def shades(samples: Samples) -> list[int]:
-    """The rows that the pictures show."""
+    """The rows that the pictures encode."""
     return [image.convert("L").getpixel((2, 2)) // 10 for image in samples.inputs]
 
 
@@ -56,7 +56,7 @@ def test_the_mirror_has_every_shipped_task(tasks: dict[str, Task]) -> None:
 
 @pytest.mark.parametrize("split", first(1, ["train", "test"]))
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_image_task_is_read_whole_and_streamed(name: str, split: Any, tasks: dict[str, Task]) -> None:
+def test_every_image_task_is_read_completely_and_streamed(name: str, split: Any, tasks: dict[str, Task]) -> None:
     source, classes = tasks[name].data, LAYOUTS[name].classes
     whole, first = source.load(split), source.load(split, 5)
     drawn, again = (source.load(split, 5, seed=3) for _ in range(2))
@@ -69,7 +69,7 @@ def test_every_image_task_is_read_whole_and_streamed(name: str, split: Any, task
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_every_glue_task_is_asked_in_its_prompt(name: str, tasks: dict[str, Task]) -> None:
+def test_every_glue_task_has_its_prompt(name: str, tasks: dict[str, Task]) -> None:
     source = tasks[name].data
     for split in ("train", "test"):
         whole, drawn = source.load(split), source.load(split, 4, seed=1)
@@ -81,7 +81,7 @@ def test_every_glue_task_is_asked_in_its_prompt(name: str, tasks: dict[str, Task
     assert whole.labels.tolist()[:3] == ([0.25, 1.25, 2.25] if name == "stsb" else [0, 1, 2 if name == "mnli" else 0])
 
 
-def test_prompts_are_to_the_letter(tasks: dict[str, Task]) -> None:
+def test_prompts_are_exact(tasks: dict[str, Task]) -> None:
     sentence = "it is a bad sentence 0"
     assert tasks["cola"].data.load("test").inputs[0] == (
         f'Indicate if the following sentence is grammatically correct or not: "{sentence}". '
@@ -89,15 +89,15 @@ def test_prompts_are_to_the_letter(tasks: dict[str, Task]) -> None:
     )
 
 
-def test_more_samples_than_there_are_give_all(tasks: dict[str, Task]) -> None:
+def test_a_count_beyond_the_split_gives_all_samples(tasks: dict[str, Task]) -> None:
     assert sorted(shades(tasks["svhn"].data.load("train", 100, seed=0))) == list(range(ROWS["train"]))
 
 
-def test_seeds_choose_the_samples(tasks: dict[str, Task]) -> None:
+def test_the_seed_chooses_the_samples(tasks: dict[str, Task]) -> None:
     assert len({tuple(shades(tasks["dtd"].data.load("train", 6, seed=seed))) for seed in range(6)}) > 3
 
 
-def test_a_count_reads_no_further_than_it_must_and_writes_nothing(mirror: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_count_reads_only_what_it_needs_and_writes_nothing(mirror: Path, tmp_path: Path, cache: Path) -> None:
     place = tmp_path / "tanganke" / "sun397"
     shutil.copytree(mirror / "datasets" / "tanganke" / "sun397", place)
     (place / "data" / "train-00001-of-00002.parquet").write_bytes(b"no parquet")
@@ -109,7 +109,7 @@ def test_a_count_reads_no_further_than_it_must_and_writes_nothing(mirror: Path, 
     assert len(source.load("test")) == ROWS["test"]  # the broken split is not touched
 
 
-def test_images_are_decoded_when_they_are_asked_for(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_on_access(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, decode = [], Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda *a: decoded.append(a) or decode(*a))
     for samples in (tasks["food101"].data.load("test"), tasks["food101"].data.load("test", 6, seed=0)):
@@ -120,7 +120,7 @@ def test_images_are_decoded_when_they_are_asked_for(tasks: dict[str, Task], monk
         decoded.clear()
 
 
-def test_a_configuration_may_be_a_folder_that_no_readme_declares(mirror: Path, tmp_path: Path) -> None:
+def test_a_configuration_may_be_a_folder_without_a_readme(mirror: Path, tmp_path: Path) -> None:
     found = mirror / "datasets" / "ufldl-stanford" / "svhn" / "cropped_digits"
     shutil.copytree(found, tmp_path / "svhn" / "cropped_digits")
     shutil.copytree(found, tmp_path / "svhn" / "full_numbers")
@@ -130,7 +130,7 @@ def test_a_configuration_may_be_a_folder_that_no_readme_declares(mirror: Path, t
 
 
 def local(tmp_path: Path) -> Path:
-    """A folder with texts a and b, and labels y."""
+    """A folder with the texts a and b, and labels y."""
     for split, count in (("train", 4), ("validation", 2)):
         rows = [{"a": f"a{row}", "b": f"b{row}", "y": row % 2} for row in range(count)]
         path = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
@@ -147,18 +147,18 @@ def test_columns_splits_and_pairs_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "epmq/train"])
-def test_what_is_cached_is_read_offline(place: str, tmp_path: Path, cache: Path) -> None:
+def test_cached_data_sets_are_read_offline(place: str, tmp_path: Path, cache: Path) -> None:
     datasets.load_dataset(str(local(tmp_path)), cache_dir=str(cache / place))
     (default,) = (cache / place / "set").glob("default*")
     default.rename(default.parent / "default")
-    default.parent.rename(cache / place / "someone___set")  # as an id of the hub is cached
+    default.parent.rename(cache / place / "someone___set")  # the cache layout of a hub id
     source = Hub(path="someone/set", test="validation", input="a", label="y")
     assert list(source.load("train").inputs) == ["a0", "a1", "a2", "a3"]
     assert set(source.load("train", 2, seed=1).inputs) < {"a0", "a1", "a2", "a3"}
 
 
 def picture_folders(place: Path, **splits: tuple[str, ...]) -> Hub:
-    """A data set of folders, each with pictures of its own shade."""
+    """A data set of class folders, each with pictures of its own shade."""
     for split, names in splits.items():
         for name in names:
             (place / split / name).mkdir(parents=True)
@@ -183,7 +183,7 @@ def test_hidden_folders_that_became_classes_are_refused(tmp_path: Path) -> None:
             source.load("train", count)
 
 
-def test_conversations_and_nested_columns_are_told_apart(tmp_path: Path) -> None:
+def test_conversations_and_nested_columns_are_distinguished(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages, "pair": {"en": "a", "de": "b"}, "tokens": ["a", "b"], "n": 3}] * 2
     (tmp_path / "set").mkdir()
@@ -230,12 +230,12 @@ def test_missing_columns_splits_and_sets_are_named(tmp_path: Path) -> None:
         ({"regression": True, "labels": ["a"]}, "data.labels names classes, and a regression has none"),
     ],
 )
-def test_columns_that_make_no_sample_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_columns_that_do_not_form_samples_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Hub(path="x", **fields)
 
 
-def test_names_do_not_lead_out_of_the_mirror(tmp_path: Path) -> None:
+def test_names_cannot_leave_the_mirror(tmp_path: Path) -> None:
     (tmp_path / "outside" / "set").mkdir(parents=True)
     root = tmp_path / "mirror"
     root.mkdir()
@@ -245,7 +245,7 @@ def test_names_do_not_lead_out_of_the_mirror(tmp_path: Path) -> None:
         Hub("a/b", name="../x")
 
 
-def test_bytes_that_are_text_are_not_taken_for_images(tmp_path: Path) -> None:
+def test_bytes_of_text_are_not_images(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Oracles: images and arrays written by Pillow and numpy, read back."""
+"""Oracle: images and arrays written by Pillow and numpy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_sub_folders_are_classes_in_sorted_order(folders: Path) -> None:
     assert load(folders) == [(label, (label * 100, index, 0)) for label in (0, 1) for index in range(3)]
 
 
-def test_given_labels_set_the_order(folders: Path) -> None:
+def test_labels_set_the_order(folders: Path) -> None:
     assert [label for label, _ in load(folders, ["dog", "cat"])] == [0, 0, 0, 1, 1, 1]
     assert load(folders, ["dog", "cat"])[0][1] == (100, 0, 0)
 
@@ -65,14 +65,14 @@ LEFT = (".DS_Store", "cat/Thumbs.db", "cat/.hidden.png", "cat/._0.png", "dog/des
 LEFT_FOLDERS = (".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "cat/.ipynb_checkpoints")
 
 
-def test_hidden_files_and_folders_are_no_classes_and_no_images(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hidden_files_and_folders_are_ignored(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     wanted = load(folders)
     for name in LEFT_FOLDERS:
         (folders / name).mkdir()
         Image.new("RGB", (4, 4)).save(folders / name / "0.png")
     for name in LEFT:
         Image.new("RGB", (4, 4)).save(folders / name, "PNG")
-    caplog.clear()  # of what the first load said, where the level is INFO already
+    caplog.clear()  # drops the messages of the first load, if the level was already INFO
     with caplog.at_level(logging.INFO, "epmq"):
         assert load(folders) == load(folders, ["cat", "dog"]) == wanted
     said = f"{folders}: epmq does not read hidden files and folders (10): $RECYCLE.BIN, .DS_Store, "
@@ -81,7 +81,7 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(folders: Path, ca
     assert caplog.messages[0].endswith("files that are not images by their extension (1): cat/notes.txt")
 
 
-def test_a_folder_that_labels_name_or_of_one_character_is_a_class(folders: Path) -> None:
+def test_folders_named_in_labels_or_by_one_character_are_classes(folders: Path) -> None:
     for name in ("@home", "@"):
         (folders / "cat").rename(folders / name)
         wanted = ["@home", "dog"] if name == "@home" else None
@@ -91,7 +91,7 @@ def test_a_folder_that_labels_name_or_of_one_character_is_a_class(folders: Path)
         (folders / name).rename(folders / "cat")
 
 
-def test_images_have_any_ending_that_pillow_reads(folders: Path) -> None:
+def test_images_have_any_extension_that_pillow_reads(folders: Path) -> None:
     for name, kind in (
         ("3.jfif", "JPEG"),
         ("4.JPG", "JPEG"),
@@ -103,7 +103,7 @@ def test_images_have_any_ending_that_pillow_reads(folders: Path) -> None:
     assert [label for label, _ in load(folders)] == [0] * 3 + [1] * 8
 
 
-def test_what_is_left_out_is_counted_and_said(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_files_are_counted_and_reported(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folders / "dog" / "sub").mkdir()
     Image.new("RGB", (4, 4)).save(folders / "dog" / "sub" / "0.png")
     Image.new("RGB", (4, 4)).save(folders / "stray.png")
@@ -135,7 +135,7 @@ def test_a_class_has_the_same_number_in_both_splits(tmp_path: Path, caplog: pyte
     assert f"{tmp_path / 'train'} is not a folder, so the classes are the sub-folders of" in caplog.text
 
 
-def test_a_split_without_images_is_refused_with_what_it_has(tmp_path: Path) -> None:
+def test_the_error_for_a_split_without_images_names_its_contents(tmp_path: Path) -> None:
     for name in ("test/cat", "test/dog"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.heic").write_bytes(b"")
@@ -147,7 +147,7 @@ def test_a_split_without_images_is_refused_with_what_it_has(tmp_path: Path) -> N
         load(tmp_path)
 
 
-def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
+def test_a_corrupted_image_is_named_when_it_is_opened(folders: Path) -> None:
     (folders / "dog" / "1.png").write_bytes((folders / "dog" / "1.png").read_bytes()[:30])
     with pytest.raises(DataError, match=r"dog/1.png is not an image that Pillow can read"):
         load(folders)
@@ -156,7 +156,7 @@ def test_a_corrupt_image_is_named_when_it_is_opened(folders: Path) -> None:
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 1), (5, 4, 4, 3)])
 @pytest.mark.parametrize("labels", [np.arange(5, dtype=np.uint8), np.arange(5)[:, None], np.arange(5.0)])
 def test_npz_arrays_are_read(shape: tuple[int, ...], labels: np.ndarray, tmp_path: Path) -> None:
-    """With a channel of grey or without, and labels in a column, as those of MedMNIST, or as floats."""
+    """Grey pictures with or without a channel axis; labels in a column, as in MedMNIST, or as floats."""
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", test_images=images, test_labels=labels)
     samples = Npz(str(tmp_path / "x.npz")).load("test")
@@ -189,7 +189,7 @@ def test_bad_npz_files_are_refused(arrays: dict[str, np.ndarray], message: str, 
         Npz(str(tmp_path / "x.npz")).load("test")
 
 
-def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_npz_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"nothing")
     for path in ("x.npz", "gone.npz"):
         with pytest.raises(DataError, match="cannot be read as npz"):
@@ -203,7 +203,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 
 def of_shape(rows: int) -> bytes:
-    """An npz whose header promises so many rows."""
+    """An npz whose header claims this number of rows."""
     header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, 4, 4)}}".encode().ljust(117) + b"\n"
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -212,7 +212,7 @@ def of_shape(rows: int) -> bytes:
 
 
 class Evil:
-    """Pickled, it would make a file when it is loaded."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -248,14 +248,14 @@ def test_pickles_in_npz_files_are_not_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_image_that_would_fill_the_memory_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # twice that is an error, and these have 16
+def test_an_image_too_large_for_memory_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # above twice that Pillow raises; these have 16
     with pytest.raises(DataError, match=r"0.png is not an image that Pillow can read .*; remove or replace it"):
         load(folders)
 
 
-def test_labels_may_be_numbers_that_folders_are_called(tmp_path: Path) -> None:
-    """In the order that is given, as a config has them without quotes."""
+def test_labels_may_be_numbers_if_folders_have_such_names(tmp_path: Path) -> None:
+    """The order is that of the config, whose numbers have no quotes."""
     for split in ("train", "test"):
         for name in (0, 1, 10, 2):
             (tmp_path / split / str(name)).mkdir(parents=True)

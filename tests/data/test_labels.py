@@ -1,4 +1,4 @@
-"""Oracles: label columns written by hand; shares of classes counted."""
+"""Oracles: label columns written by hand; counted class shares."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(values: list[Any], labels: Any = None, names: Any = None, regression: b
         ([0, 1], [False, True], ["no", "yes"], ([0, 1], ("no", "yes"))),
     ],
 )
-def test_labels_and_their_names_by_hand(values: Any, labels: Any, names: Any, wanted: Any) -> None:
+def test_labels_and_their_names(values: Any, labels: Any, names: Any, wanted: Any) -> None:
     assert read(values, labels, names) == wanted
 
 
@@ -54,7 +54,7 @@ def test_labels_and_their_names_by_hand(values: Any, labels: Any, names: Any, wa
         ([2], {"names": ["neg", "pos"]}, "the labels are 2..2, but 2 classes have names"),
     ],
 )
-def test_labels_that_are_none_are_refused_by_name(values: Any, options: Any, message: str) -> None:
+def test_invalid_labels_are_refused_by_name(values: Any, options: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(values, **options)
 
@@ -65,7 +65,7 @@ def table(path: Path, rows: list[dict[str, Any]], **fields: Any) -> Table:
 
 
 def test_calibration_data_need_no_labels(tmp_path: Path) -> None:
-    """Inputs are those of the file whatever its labels are; test samples are refused."""
+    """The inputs are those of the file for any label; test samples are refused."""
     texts = ["red film", "blue film"]
     for label in ({}, {"label": None}, {"label": [0, 1]}, {"label": "spam"}):
         source = table(tmp_path / "x.jsonl", [{"text": text, **label} for text in texts])
@@ -76,7 +76,7 @@ def test_calibration_data_need_no_labels(tmp_path: Path) -> None:
     assert (source.load("test").labels, list(source.load("test").inputs)) == (None, texts)
 
 
-def test_pictures_to_calibrate_on_need_no_labels(tmp_path: Path) -> None:
+def test_calibration_pictures_need_no_labels(tmp_path: Path) -> None:
     """A flat folder and an npz without labels give their pictures; test samples are refused."""
     for index in range(3):
         Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / f"{index}.png")
@@ -93,7 +93,7 @@ def test_pictures_to_calibrate_on_need_no_labels(tmp_path: Path) -> None:
 
 
 def hub(tmp_path: Path, names: list[str], **splits: list[int]) -> str:
-    """A data set with ClassLabels, a split for each list of labels, whose texts say which row they are."""
+    """A data set with ClassLabels and a split per list of labels; its texts encode their row."""
     datasets = pytest.importorskip("datasets", reason="needs the extra hub")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     for split, labels in splits.items():
@@ -103,10 +103,10 @@ def hub(tmp_path: Path, names: list[str], **splits: list[int]) -> str:
 
 
 @pytest.mark.slow
-def test_the_hubs_class_labels_are_named_and_rows_without_one_are_left_out(
+def test_class_labels_have_names_and_unlabelled_rows_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The names that the file declares; -1 is a sample without a label."""
+    """The names come from the file; a label of -1 marks an unlabelled sample."""
     path = hub(tmp_path, ["neg", "pos"], train=[0, 1], validation=[0, 1, -1, 1], test=[-1, -1])
     source = Hub(path, input="text", test="validation")
     for samples in (source.load("test"), source.load("test", 10, 0)):
@@ -118,7 +118,7 @@ def test_the_hubs_class_labels_are_named_and_rows_without_one_are_left_out(
 
 
 @pytest.mark.slow
-def test_a_streamed_draw_has_each_class_in_its_share(tmp_path: Path) -> None:
+def test_a_streamed_draw_keeps_the_share_of_each_class(tmp_path: Path) -> None:
     """A split sorted by label: 90 of one class, 30 of the other."""
     source = Hub(hub(tmp_path, ["a", "b"], train=[0], test=[0] * 90 + [1] * 30), input="text")
     samples = source.load("test", 40, seed=3)
@@ -128,7 +128,7 @@ def test_a_streamed_draw_has_each_class_in_its_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 24, 60, 119])
 def test_shares_of_classes_are_exact_to_within_a_sample(count: int) -> None:
-    """count x share, whatever the order of the file."""
+    """Closed form: count x share, for any order of the file."""
     labels = torch.tensor([2] * 80 + [0] * 30 + [1] * 10)
     found = Samples(list(range(120)), labels).stratified(count, 5)
     assert list(found.inputs) == sorted(found.inputs)
@@ -137,8 +137,8 @@ def test_shares_of_classes_are_exact_to_within_a_sample(count: int) -> None:
         assert abs(found.labels.tolist().count(label) - count * size / 120) <= 1
 
 
-def test_draws_depend_on_the_seed_and_a_longer_one_contains_a_shorter() -> None:
-    """Also of numbers and of samples without labels."""
+def test_draws_depend_on_the_seed_and_longer_draws_contain_shorter_ones() -> None:
+    """Also for numbers and for unlabelled samples."""
     for labels in (torch.arange(50) % 7, torch.arange(50) / 2, None):
         samples = Samples(list(range(50)), labels)
         draws = {seed: tuple(samples.stratified(10, seed).inputs) for seed in range(4)}
@@ -158,14 +158,14 @@ def test_draws_depend_on_the_seed_and_a_longer_one_contains_a_shorter() -> None:
         (["1.0", "2.0"], ["2.0", "1.0"], [1, 0]),
     ],
 )
-def test_values_fit_labels_but_for_case_spaces_and_decimals(
+def test_values_match_labels_up_to_case_spaces_and_decimals(
     values: list[Any], labels: list[Any], wanted: list[int]
 ) -> None:
-    """By hand; labels that only such things tell apart are compared to the letter."""
+    """Labels that differ only in these are compared exactly."""
     assert read(values, labels)[0] == wanted
 
 
-def test_values_that_fit_no_label_even_so_are_named() -> None:
+def test_values_that_match_no_label_are_named() -> None:
     with pytest.raises(DataError, match="label 'A ' is not among data.labels, which are A, a"):
         read(["A "], ["A", "a"])
     with pytest.raises(DataError, match="label '1.5' is not among data.labels"):

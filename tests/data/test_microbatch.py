@@ -1,4 +1,4 @@
-"""Oracles: what a call gives when there is room; sizes halved by hand; the system's own limit of memory."""
+"""Oracles: the result of a call with enough memory; sizes halved by hand; the memory limit of the system."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def micro(most: int) -> MicroBatcher:
 
 
 @pytest.mark.parametrize("samples", range(1, 9))
-def test_parts_of_a_batch_are_the_batch(samples: int) -> None:
+def test_the_parts_of_a_batch_join_to_the_batch(samples: int) -> None:
     parts = split(BATCH, samples)
     assert {len(part["mask"]) for part in parts[:-1]} <= {samples}
     assert len(parts[-1]["mask"]) <= samples
@@ -37,7 +37,7 @@ def test_parts_of_a_batch_are_the_batch(samples: int) -> None:
 
 
 @pytest.mark.parametrize("fits", range(1, 9))
-def test_samples_at_a_time_are_halved_until_there_is_room_and_stay_so(fits: int) -> None:
+def test_the_micro_batch_is_halved_on_out_of_memory_and_stays_small(fits: int) -> None:
     found, tried = micro(32), []
 
     def call(part: dict[str, Tensor]) -> Tensor:
@@ -53,10 +53,10 @@ def test_samples_at_a_time_are_halved_until_there_is_room_and_stay_so(fits: int)
     assert found.most == 32
 
 
-def test_nothing_of_a_call_that_failed_is_held_when_the_next_begins() -> None:
+def test_tensors_of_a_failed_call_are_freed_before_the_next() -> None:
     found, made = micro(2), []
 
-    class Node:  # in a cycle, as calls of a model may be
+    class Node:  # a reference cycle, as model calls may create
         def __init__(self) -> None:
             self.own, self.tensor = self, torch.ones(4)
 
@@ -73,7 +73,7 @@ def test_nothing_of_a_call_that_failed_is_held_when_the_next_begins() -> None:
     assert restored == [True]
 
 
-def test_without_room_for_one_sample_it_is_said_what_to_do() -> None:
+def test_out_of_memory_with_one_sample_names_the_remedy() -> None:
     found, tried = micro(5), []
 
     def call(samples: int) -> None:
@@ -88,7 +88,7 @@ def test_without_room_for_one_sample_it_is_said_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("shapes"), ConfigError("no"), OSError(28)])
-def test_other_errors_are_nothing_of_this(error: Exception) -> None:
+def test_other_errors_are_raised_at_once(error: Exception) -> None:
     calls = []
 
     def call(samples: int) -> None:
@@ -101,7 +101,7 @@ def test_other_errors_are_nothing_of_this(error: Exception) -> None:
     assert not lacks_memory(error)
 
 
-def test_what_must_not_be_retried_is_not() -> None:
+def test_calls_are_not_retried_if_retries_are_off() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         MicroBatcher(4, "thinking", "think less", retries=False).run(lambda samples: (_ for _ in ()).throw(full()))
 
@@ -116,13 +116,13 @@ def test_what_must_not_be_retried_is_not() -> None:
         RuntimeError("CUDA error: out of memory"),
     ],
 )
-def test_ways_to_say_that_there_is_no_room(error: Exception) -> None:
+def test_every_kind_of_out_of_memory_error_is_recognised(error: Exception) -> None:
     assert lacks_memory(error)
     assert micro(2).run(lambda samples: samples if samples == 1 else (_ for _ in ()).throw(error)) == 1
 
 
-def test_memory_of_the_machine_that_does_not_suffice(tmp_path: Path) -> None:
-    """A process that may have 1 GB more, of which each sample takes 100 MB."""
+def test_out_of_memory_on_the_cpu(tmp_path: Path) -> None:
+    """The process may allocate 1 GB more; each sample takes 100 MB."""
 
     def body() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

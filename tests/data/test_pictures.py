@@ -1,4 +1,4 @@
-"""Oracle: the pixels that were encoded, by hand or by Pillow, and the same bytes read through every data source."""
+"""Oracle: the encoded pixels, from the test or from Pillow, and the same bytes read through every data source."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decoded(content: bytes, **options: Any) -> np.ndarray:
 
 
 def grey(content: bytes, **options: Any) -> np.ndarray:
-    """The one channel of a picture whose three are alike."""
+    """The one channel of a picture whose three channels are equal."""
     pixels = decoded(content, **options)
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]
@@ -74,7 +74,7 @@ GREY = {
 
 
 @pytest.mark.parametrize("case", GREY)
-def test_a_ramp_is_a_ramp_however_it_is_stored(case: str) -> None:
+def test_a_ramp_is_read_equally_from_every_format(case: str) -> None:
     assert np.array_equal(grey(GREY[case]), RAMP)
 
 
@@ -88,21 +88,22 @@ def test_opaque_pictures_keep_every_pixel(kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "CMYK", "YCbCr"])
-def test_other_modes_are_what_pillow_converts_them_to(mode: str) -> None:
+def test_other_modes_are_converted_as_in_pillow(mode: str) -> None:
     content = encoded(
         Image.fromarray(COLOURS).convert(mode), "TIFF" if mode == "YCbCr" else "PNG" if mode in "1P" else "JPEG"
     )
     assert np.array_equal(decoded(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
-def test_lab_is_turned_into_srgb() -> None:
-    """White and mid grey of CIE L*a*b*."""
+def test_lab_is_converted_to_srgb() -> None:
+    """White and mid grey in CIE L*a*b*."""
     content = encoded(Image.fromarray(np.array([[[255, 0, 0], [137, 0, 0]]], np.uint8), "LAB"), "TIFF")
     assert np.abs(decoded(content).astype(int) - [[[255] * 3, [128] * 3]]).max() <= 2
 
 
 def transparent(mode: str) -> bytes:
-    """Black, whose alpha is the ramp where the mode has one, and 0 or 255 where it has a transparent colour."""
+    """Black, with the ramp as alpha if the mode has an alpha channel, and alpha 0 or 255 if it has a transparent
+    colour."""
     if mode in ("RGBA", "LA"):
         image = Image.new(mode, (16, 16), 0)
         image.putalpha(Image.fromarray(RAMP))
@@ -115,7 +116,7 @@ def transparent(mode: str) -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB", "P", "I;16"])
 @pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#404040", 64)])
-def test_transparent_pictures_lie_over_the_background(mode: str, background: str, colour: int) -> None:
+def test_transparent_pictures_are_blended_with_the_background(mode: str, background: str, colour: int) -> None:
     content = transparent(mode)
     alpha = RAMP if mode in ("RGBA", "LA") else np.where(RAMP < 128, 0, 255)
     wanted = np.rint(colour * (1 - alpha / 255))
@@ -129,8 +130,8 @@ def test_without_a_background_transparency_is_dropped() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("turned", range(1, 9))
-def test_pictures_are_turned_as_their_exif_data_say(kind: str, turned: int) -> None:
-    """Orientation 1 to 8 say where the stored upper left corner is seen."""
+def test_pictures_are_rotated_according_to_exif(kind: str, turned: int) -> None:
+    """Orientations 1 to 8 tell where the stored upper left corner belongs."""
     pixels = np.zeros((16, 24), np.uint8)
     pixels[:8, :8] = 255
     exif = Image.Exif()
@@ -141,7 +142,7 @@ def test_pictures_are_turned_as_their_exif_data_say(kind: str, turned: int) -> N
     assert [corner for corner in {(0, 0), (0, -1), (-1, 0), (-1, -1)} if seen[corner][0] > 128] == [corners[turned]]
 
 
-def test_damaged_exif_data_are_ignored_as_viewers_do() -> None:
+def test_damaged_exif_data_are_ignored() -> None:
     content = encoded(Image.fromarray(COLOURS), "PNG", exif=b"Exif\0\0MM\0*\0\0\xff\xff")
     assert np.array_equal(decoded(content), COLOURS)
 
@@ -156,27 +157,27 @@ def test_damaged_exif_data_are_ignored_as_viewers_do() -> None:
         (np.int32([[-5, 9]]), r"x: its pixels are integers from -5 to 9"),
     ],
 )
-def test_values_without_a_meaning_in_8_bits_are_refused(values: np.ndarray, message: str) -> None:
+def test_values_that_do_not_map_to_8_bits_are_refused(values: np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message):
         decoded(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_the_white_level_may_be_given() -> None:
+def test_the_white_level_can_be_set() -> None:
     twelve = np.rint(RAMP / 255 * 4095).astype(np.uint16)
     assert np.array_equal(grey(encoded(Image.fromarray(twelve), "PNG"), white_level=4095), RAMP)
     assert np.array_equal(grey(encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), white_level=255), RAMP)
     assert np.array_equal(grey(encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), white_level=255), RAMP)
 
 
-def test_integers_of_8_and_of_16_bits_in_one_source_are_refused() -> None:
-    """A dark picture of 16 bits would become a bright one."""
+def test_a_mix_of_8_bit_and_16_bit_pictures_is_refused() -> None:
+    """A dark 16-bit picture would become a bright one."""
     decoder = Decoder()
     decoder.decode(GREY["32-bit integers"], "a")
     with pytest.raises(DataError, match=r"b: its pixels are 32-bit integers up to 255, so white is 255, but it is"):
         decoder.decode(GREY["32-bit integers of 8 bits"], "b")
 
 
-def test_a_picture_of_16_bits_that_becomes_black_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_16_bit_picture_that_becomes_black_causes_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     decoder, dark = Decoder(), encoded(Image.fromarray(RAMP.astype(np.uint16)), "PNG")
     with caplog.at_level(logging.WARNING, "epmq"):
         decoder.decode(dark, "a.png")
@@ -187,7 +188,7 @@ def test_a_picture_of_16_bits_that_becomes_black_is_warned_of_once(caplog: pytes
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])
-def test_of_several_frames_the_first_is_read_which_is_said_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_first_frame_is_read_with_one_message(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     content = encoded(
         frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
@@ -199,7 +200,7 @@ def test_of_several_frames_the_first_is_read_which_is_said_once(kind: str, caplo
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"no picture", encoded(Image.fromarray(COLOURS), "PNG")[:200]])
-def test_what_cannot_be_decoded_is_named(content: bytes) -> None:
+def test_pictures_that_cannot_be_decoded_are_named(content: bytes) -> None:
     with pytest.raises(
         DataError, match=r"x is not an image that Pillow can read \(.+\); remove or replace it"
     ) as raised:
@@ -208,7 +209,7 @@ def test_what_cannot_be_decoded_is_named(content: bytes) -> None:
 
 
 def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow hands it to Ghostscript."""
+    """Pillow would pass it to Ghostscript."""
     from PIL import EpsImagePlugin
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it was run"))
@@ -216,13 +217,13 @@ def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
         decoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
-def test_endings_are_those_of_the_formats_that_pillow_decodes() -> None:
+def test_extensions_are_those_of_the_formats_that_pillow_decodes() -> None:
     assert {".png", ".jpg", ".jfif", ".webp", ".jp2", ".tif", ".gif", ".mpo"} <= endings()
     assert not {".h5", ".mpg", ".eps", ".pdf", ".wmf", ".txt"} & endings()
     assert set(formats()) <= set(Image.OPEN)
 
 
-def test_all_sources_give_the_same_picture(tmp_path: Path) -> None:
+def test_all_sources_read_the_same_picture(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     contents = [*GREY.values(), transparent("RGBA"), encoded(Image.fromarray(COLOURS), "JPEG", exif=exif)]
@@ -245,7 +246,7 @@ def test_rows_without_an_image_are_named() -> None:
             _ = Pictures([value], "here")[0]
 
 
-def test_what_a_picture_means_is_part_of_its_fingerprint(tmp_path: Path) -> None:
+def test_the_hash_of_a_picture_depends_on_its_interpretation(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(transparent("RGBA"))
@@ -258,7 +259,7 @@ def test_what_a_picture_means_is_part_of_its_fingerprint(tmp_path: Path) -> None
     assert len(hub) == len(options)
 
 
-def test_options_that_are_no_colour_or_level_are_refused() -> None:
+def test_invalid_colours_and_levels_are_refused() -> None:
     with pytest.raises(ConfigError, match="data.background must be a colour such as white, .* got 'ultraviolet'"):
         ImageFolder("a", "b", background="ultraviolet")
     with pytest.raises(ConfigError, match=r"data.white_level must be a number in \(0, inf\), got 0"):

@@ -1,4 +1,4 @@
-"""Oracles: files written by csv and json, or byte by byte, and the rows that they were written from."""
+"""Oracle: the rows that csv, json or the test itself wrote to the files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def read(path: Path, content: str | bytes) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_marks_and_line_ends_are_no_part_of_the_rows(name: str, ending: str, mark: str, tmp_path: Path) -> None:
+def test_byte_order_marks_and_line_ends_are_not_part_of_the_rows(
+    name: str, ending: str, mark: str, tmp_path: Path
+) -> None:
     assert read(tmp_path / name, mark + LINES[name].replace("\n", ending)) == ROWS
     assert read(tmp_path / name.upper(), mark + LINES[name]) == ROWS
     text = f"{mark}one\nfünf".replace("\n", ending)
@@ -74,18 +76,18 @@ def test_nul_characters_in_json_are_named(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_json_may_be_lines_or_arrays(text: str, name: str, tmp_path: Path) -> None:
+def test_json_may_be_lines_or_an_array(text: str, name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name, text) == ROWS
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '"one"', "[[{}]]", '{"text": "a"', "{'text': 'a'}"])
-def test_what_is_no_list_of_objects_is_refused(text: str, tmp_path: Path) -> None:
+def test_json_other_than_a_list_of_objects_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a.json cannot be read as json in UTF-8"):
         read(tmp_path / "a.json", text)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
-def test_a_column_that_is_there_twice_is_refused_where_it_is_read(name: str, tmp_path: Path) -> None:
+def test_a_duplicate_column_is_refused_when_it_is_read(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "a.parquet":
         columns = [pyarrow.array(["one", "two"])] * 2 + [pyarrow.array([0, 1])]
@@ -116,7 +118,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("writer", NEEDS)
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_quotes_that_a_program_wrote_are_syntax(
+def test_quotes_written_by_programs_are_syntax(
     writer: str, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = io.StringIO(newline="")
@@ -134,18 +136,16 @@ def test_quotes_that_a_program_wrote_are_syntax(
         ['"Hello there', 'and "there"'],
         ["plain", 'he said "no"'],
         ['"so" he said', '"never"'],
-        ['"one', 'two"'],  # with quotes as syntax this is one row, which is as many rows as a header has fields
+        ['"one', 'two"'],  # with quotes as syntax, this would be one valid row
     ],
 )
-def test_quotes_of_a_file_like_those_of_glue_are_text(texts: list[str], tmp_path: Path) -> None:
+def test_quotes_in_files_like_those_of_glue_are_text(texts: list[str], tmp_path: Path) -> None:
     content = "text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts)
     assert [row["text"] for row in read(tmp_path / "a.tsv", content)] == texts
 
 
 @pytest.mark.parametrize("text", ['"A fine film."', '"so \\"fine\\" a film"'])
-def test_quotes_that_may_be_either_are_text_with_a_warning(
-    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ambiguous_quotes_are_text_with_a_warning(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "epmq"):
         (row,) = read(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n")
     assert row["text"] == text
@@ -183,7 +183,7 @@ def test_bytes_are_not_text(tmp_path: Path) -> None:
         Table(str(path), str(path)).load("train")
 
 
-def test_numbers_in_prompts_have_the_digits_that_were_stored(tmp_path: Path) -> None:
+def test_numbers_in_prompts_keep_their_stored_digits(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for kind in (pyarrow.float32(), pyarrow.float64()):
         scores = pyarrow.array([3.8, 0.1, 2.0, 1e-9], kind)
@@ -198,7 +198,7 @@ def test_texts_that_look_like_json_are_texts(tmp_path: Path) -> None:
     assert list(Documents(str(tmp_path / "a.jsonl"), "b.txt").load("train").inputs) == texts
 
 
-def test_prompts_take_texts_and_numbers_and_nothing_else(tmp_path: Path) -> None:
+def test_prompts_accept_only_texts_and_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "score": 3, "label": 1}\n{"text": "two", "score": 0.5, "label": 1}\n')
     for source in (Table, Documents):

@@ -1,4 +1,4 @@
-"""Oracles: invariants of drawing; batches joined give the samples back."""
+"""Oracles: invariants of drawing; joined batches equal the samples."""
 
 import logging
 
@@ -42,11 +42,11 @@ def test_samples_are_drawn_without_replacement_and_keep_their_labels() -> None:
     assert found.labels.tolist() == list(found.inputs)
 
 
-def test_more_samples_extend_fewer() -> None:
+def test_a_larger_draw_extends_a_smaller_one() -> None:
     assert drawn(50, 20, 0, "a")[:5] == drawn(50, 5, 0, "a")
 
 
-def test_without_a_seed_the_first_samples_come() -> None:
+def test_without_a_seed_the_first_samples_are_taken() -> None:
     assert list(samples(9).some(4, None).inputs) == [0, 1, 2, 3]
     assert list(samples(3).some(4, None).inputs) == list(samples(3).some(None, None).inputs) == [0, 1, 2]
 
@@ -57,7 +57,7 @@ def test_too_few_samples_are_all_taken_with_a_warning(caplog: pytest.LogCaptureF
     assert "task birds: calibration uses all 3 training samples, fewer than calib.samples=10" in caplog.text
 
 
-def test_no_samples_are_refused() -> None:
+def test_an_empty_source_is_refused() -> None:
     with pytest.raises(DataError, match="task birds has no training samples"):
         drawn(0, 10, 0, "birds")
 

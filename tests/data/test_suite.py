@@ -1,4 +1,4 @@
-"""Oracle: what the README says a suite must have."""
+"""Oracle: the rules of the README for suites."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_tasks_become_members_in_order() -> None:
     assert members[0].max_length == MAX_LENGTH
 
 
-def test_lists_are_read_as_text() -> None:
+def test_lists_are_converted_to_text() -> None:
     assert suite(classes=[0, 1]).members[0].classes == ("0", "1")
 
 
@@ -51,8 +51,8 @@ def test_bad_tasks_are_refused(task: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["tasks", "tasks.t", "each", "experts"])
-def test_a_target_where_a_mapping_belongs_is_refused(place: str) -> None:
-    source = Npz("x.npz")  # what a `_target_` there makes
+def test_a_target_in_place_of_a_mapping_is_refused(place: str) -> None:
+    source = Npz("x.npz")  # the object of a `_target_`
     fields: dict[str, Any] = {"tasks": {"t": {"expert": "e", "data": source}}}
     fields |= {"tasks": {"t": source}} if place == "tasks.t" else {place: source}
     with pytest.raises(ConfigError, match=rf"suite.{place.partition('.')[0]} must be .*a mapping.*, got "):
@@ -64,7 +64,7 @@ def experts(pattern: Any, **task: Any) -> list[str]:
     return [each.expert for each in Suite(name="s", family="clip", base="b", tasks=tasks, experts=pattern).members]
 
 
-def test_experts_come_from_the_task_the_pattern_or_the_mapping() -> None:
+def test_experts_come_from_the_task_a_pattern_or_a_mapping() -> None:
     assert experts("me/clip_{task}") == ["me/clip_a", "me/clip_b-c"]
     assert experts({"a": "x", "b-c": "y"}) == ["x", "y"]
     assert experts("me/clip_{task}", expert="own") == ["own", "own"]
@@ -91,7 +91,7 @@ def test_suites_without_tasks_or_with_half_a_task_are_refused() -> None:
         Suite(name="s", family="clip", base="b", tasks={"t": {"expert": "e"}})
 
 
-def test_processor_and_heads_are_the_suites_unless_each_or_the_task_says_otherwise() -> None:
+def test_each_and_tasks_override_processor_and_heads_of_the_suite() -> None:
     entry = {"expert": "e", "data": Npz("x.npz")}
     tasks = {"a": entry, "b": {**entry, "processor": "same", "heads": None}}
     made = Suite(name="s", family="clip", base="b", tasks=tasks, processor="base", heads="expert").members
@@ -104,7 +104,7 @@ def test_processor_and_heads_are_the_suites_unless_each_or_the_task_says_otherwi
         suite(heads="own")
 
 
-def test_what_tasks_have_in_common_is_said_once_and_a_task_may_differ() -> None:
+def test_tasks_override_their_common_fields() -> None:
     each = {"max_length": 7, "data": Table("a.tsv", "b.tsv", text="body")}
     tasks = {"x": {}, "y": {"max_length": 9, "data": {"text": ["one", "two"]}}}
     made = Suite(name="s", family="bert", base="b", experts="e/{task}", each=each, tasks=tasks).members
@@ -113,7 +113,7 @@ def test_what_tasks_have_in_common_is_said_once_and_a_task_may_differ() -> None:
     assert made[1].data == Table("a.tsv", "b.tsv", text=["one", "two"])
 
 
-def test_experts_by_name_are_the_tasks_where_none_are_named() -> None:
+def test_the_tasks_default_to_the_names_of_the_experts() -> None:
     each = {"data": Npz("x.npz")}
     made = Suite(name="s", family="clip", base="b", experts={"z": "o/z", "a": "o/a"}, each=each, tasks={}).members
     assert [(task.name, task.expert) for task in made] == [("z", "o/z"), ("a", "o/a")]

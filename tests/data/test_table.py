@@ -1,4 +1,4 @@
-"""Oracles: files written by hand, by csv, json and pyarrow, read back."""
+"""Oracle: files written by the test, by csv, json and pyarrow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def table(path: Path, **fields: Any) -> Table:
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
-def test_every_kind_gives_the_rows_back(kind: str, tmp_path: Path) -> None:
+def test_every_kind_returns_the_rows(kind: str, tmp_path: Path) -> None:
     samples = table(write(tmp_path / f"x.{kind}")).load("train")
     assert list(samples.inputs) == [row["text"] for row in ROWS]
     assert samples.labels.tolist() == [1, 0, 2]
@@ -101,7 +101,7 @@ def test_bad_tables_are_named(content: str, fields: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
-def test_bytes_that_are_not_the_kind_are_refused(kind: str, tmp_path: Path) -> None:
+def test_bytes_of_another_kind_are_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / f"x.{kind}").write_bytes(b"label\ttext\n1\t\xff\xfe\n")
     with pytest.raises(DataError, match=f"cannot be read as {kind} in UTF-8"):
         table(tmp_path / f"x.{kind}").load("train")
@@ -131,7 +131,7 @@ def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["1.7", "true", "Infinity", "NaN", "1e300", "null", "[1]", "9223372036854775808"])
 @pytest.mark.parametrize("regression", [False, True])
-def test_labels_that_are_no_numbers_are_refused_and_not_rounded(label: str, regression: bool, tmp_path: Path) -> None:
+def test_labels_that_are_not_whole_numbers_are_refused(label: str, regression: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(f'{{"text": "a", "label": 1.0}}\n{{"text": "b", "label": {label}}}\n')
     if regression and label in ("1.7", "9223372036854775808"):
@@ -143,7 +143,7 @@ def test_labels_that_are_no_numbers_are_refused_and_not_rounded(label: str, regr
         table(path, regression=regression).load("test")
 
 
-def test_whole_numbers_that_are_floats_or_texts_are_labels(tmp_path: Path) -> None:
+def test_whole_numbers_as_floats_or_texts_are_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"text": "a", "label": label} for label in (1.0, "2", 3, -1)])
     assert table(path).load("test").labels.tolist() == [1, 2, 3, -1]
     write(path, [{"text": "a", "label": label} for label in (True, False)])
@@ -151,8 +151,8 @@ def test_whole_numbers_that_are_floats_or_texts_are_labels(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("prompt", [None, "It is {text}."])
-def test_half_a_surrogate_pair_is_no_text(prompt: str | None, tmp_path: Path) -> None:
-    """The tokenizers would end in an error of their own."""
+def test_half_a_surrogate_pair_is_refused(prompt: str | None, tmp_path: Path) -> None:
+    """Tokenizers would raise their own error."""
     path = write(tmp_path / "x.jsonl", [{"text": "a", "label": 1}, {"text": "b\ud800", "label": 1}])
     with pytest.raises(
         DataError, match=r"x.jsonl, row 2: the text holds '\\ud800', which is not a character"
@@ -164,12 +164,12 @@ def test_half_a_surrogate_pair_is_no_text(prompt: str | None, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("prompt", ["{text:Q}", "{text!x}", "{text:{label}}", "{text:{}}", "{text", "{}", "{a.b}"])
-def test_prompts_that_no_value_goes_into_are_refused(prompt: str, tmp_path: Path) -> None:
+def test_invalid_prompts_are_refused(prompt: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data.prompt must "):
         table(tmp_path / "x.jsonl", prompt=prompt)
 
 
-def test_layouts_in_prompts_are_for_the_values_that_take_them(tmp_path: Path) -> None:
+def test_format_specs_in_prompts_apply_to_matching_values(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"text": "a", "count": 3, "label": 1}])
     assert list(table(path, prompt="{text:>3}{count:03d}{count!r}").load("test").inputs) == ["  a0033"]
     with pytest.raises(

@@ -3,8 +3,8 @@
     python tests/end_to_end/same_bytes.py --out before.json
     python tests/end_to_end/same_bytes.py --against before.json [--only PREFIX] [--quick]
 
-The script drives epmq by its command line and finds its classes by name, so the same script runs on older and newer
-trees: put the tree to test on PYTHONPATH. Each row runs in a process forked from one that has imported everything.
+The script uses epmq's command line and finds its classes by name, so the same script runs on older and newer
+trees: put the tree to test on PYTHONPATH. Each row runs in a process forked from one that has imported all modules.
 Records (epmq.json, README.md, manifest.json) hold options, versions and paths of classes: comparisons list them apart.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def table(rows: Sequence[Row], jobs: int = 1) -> dict[str, Any]:
-    """The rows' hashes, and what they depend on."""
+    """The hashes of the rows, and the values that they depend on."""
     inputs = cached_inputs()
     import_all()
     gc.freeze()
@@ -94,7 +94,7 @@ def table(rows: Sequence[Row], jobs: int = 1) -> dict[str, Any]:
 
 
 def cached_inputs() -> Path:
-    """The folder of the miniature models and data, made once for this version of their code and of the libraries."""
+    """The folder of the miniature models and data, cached by the versions of their code and of the libraries."""
     code = Path(same_bytes_models.__file__).read_bytes()
     key = hashlib.sha256(code + f"{torch.__version__} {transformers.__version__}".encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"epmq-same-bytes-inputs-{os.getuid()}-{key}"
@@ -108,7 +108,7 @@ def cached_inputs() -> Path:
 
 
 def _results(rows: Sequence[Row], jobs: int, inputs: Path, scratch: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The result of each row, in the order in which they end."""
+    """The result of each row, in order of completion."""
     waiting, running = list(rows), {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -123,7 +123,7 @@ def _results(rows: Sequence[Row], jobs: int, inputs: Path, scratch: Path) -> Ite
 
 
 def run_row(row: Row, inputs: Path, place: Path) -> dict[str, str]:
-    """The hashes of a row, made in a process of its own; `place`: an empty folder."""
+    """The hashes of a row, computed in a separate process. `place`: an empty folder."""
     _check(_wait(_fork(lambda: _run(row, inputs, place))))
     files: dict[str, str] = json.loads((place / "result.json").read_text())["files"]
     return files
@@ -134,7 +134,7 @@ def _run(row: Row, inputs: Path, place: Path) -> None:
     started = time.time()
     try:
         _write_suite(row, place / "configs" / "suite")
-        os.chdir(inputs)  # paths in suites, and so in records, are the same everywhere
+        os.chdir(inputs)  # so that paths in suites and records are the same on every machine
         os.environ["EPMQ_CACHE"] = str(place / "cache")
         _HOW[row.how](row, place)
         files = file_hashes(place / "run" / "checkpoint")
@@ -155,14 +155,14 @@ def _once(row: Row, place: Path, *more: str) -> None:
 
 
 def _twice(row: Row, place: Path) -> None:
-    """The second run reads what the first one cached."""
+    """The second run reads the cache of the first."""
     _once(row, place, "cache=1GB")
     shutil.rmtree(place / "run")
     _once(row, place, "cache=1GB")
 
 
 def _resumed(row: Row, place: Path) -> None:
-    """Kills the run at a later and later file, and continues it, until it ends by itself."""
+    """Kills the run at later and later files and continues it each time, until it completes."""
     for kills in range(100):
         status = _wait(_fork(partial(_epmq, _arguments(row, place), place, row.threads, kill=3 * (kills + 1))))
         if status == 0 and kills > 1:
@@ -172,7 +172,7 @@ def _resumed(row: Row, place: Path) -> None:
 
 
 def _two_processes(row: Row, place: Path) -> None:
-    """What torchrun does, without its own imports."""
+    """Does the same as torchrun, without its imports."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -202,7 +202,7 @@ _HOW = {
 def _epmq(
     arguments: Sequence[str], place: Path, threads: int, environment: dict[str, str] | None = None, kill: int = 0
 ) -> None:
-    """The command `epmq`, in this process; `kill`: SIGKILL at this renaming of a file in the run folder."""
+    """Runs the command `epmq` in this process. `kill`: SIGKILL at the n-th rename of a file in the run folder."""
     from epmq_cli import cli
 
     log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -261,9 +261,9 @@ def _write_suite(row: Row, folder: Path) -> None:
 
 @cache
 def _targets() -> dict[str, str]:
-    """Where the tree has the classes that suites name."""
+    """The location of the classes that suites name."""
     found = {}
-    for path in [*sorted(TREE.rglob("*.py")), *sorted((TREE / "data").rglob("*.py"))]:  # data/ decides
+    for path in [*sorted(TREE.rglob("*.py")), *sorted((TREE / "data").rglob("*.py"))]:  # data/ takes precedence
         text = path.read_text(encoding="utf-8")
         module = ".".join(path.relative_to(TREE.parent).with_suffix("").parts)
         found |= {name: f"{module}.{name}" for name in CLASSES if re.search(rf"^class {name}\b", text, re.M)}
@@ -271,7 +271,7 @@ def _targets() -> dict[str, str]:
 
 
 def import_all() -> None:
-    """Imports what the rows need, so that forked processes have it."""
+    """Imports the modules that the rows need, for all forked processes."""
     for name in ("open_clip", "compressed_tensors", "sklearn.metrics", "scipy.stats", "numba", "hydra"):
         importlib.import_module(name)
     for found in pkgutil.walk_packages(epmq_cli.__path__, "epmq_cli."):

@@ -1,6 +1,6 @@
-"""The inputs of same_bytes.py: a miniature base, two experts and data for every family, the same on every machine.
+"""The inputs of same_bytes.py: a miniature base, two experts and data for every family, equal on every machine.
 
-transformers makes the models; their values come from NumPy's generator, whose numbers depend on no vector instructions.
+The models are those of transformers; their values come from NumPy's generator, which depends on no vector instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TASKS = ("first", "second")
 WORDS = ["red", "blue", "green", "a", "photo", "of", "good", "bad", "film", "very", "not", "it", "is"]
 CLASSES = ["red", "blue", "green"]
 VOCABULARY = ["<pad>", "<s>", "<unk>", "<mask>", *WORDS, "</s>"]
-END = len(VOCABULARY) - 1  # the last token, as in CLIP: its output is the text's embedding
+END = len(VOCABULARY) - 1  # the last token, as in CLIP: its output is the text embedding
 IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 PICTURE = {"image_size": 16, "patch_size": 8}
@@ -71,14 +71,14 @@ BUILD: dict[str, Callable[[], Any]] = {
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**DECODER)),
     "open_clip": lambda: open_clip.CLIP(**copy.deepcopy(OPEN_CLIP)),
 }
-"""The model of each kind; each family but clip and open_clip has a kind of its own name."""
+"""The model of each kind; every family except clip and open_clip has a kind of the same name."""
 
 KINDS = (*BUILD, "lora")
-"""What `inputs` makes a folder for: lora is adapters of the causal_lm base."""
+"""The folders that `inputs` writes; lora contains adapters of the causal_lm base."""
 
 
 def family(kind: str) -> str:
-    """The family of epmq that takes a kind of model."""
+    """The family of epmq for a kind of model."""
     if kind in ("qwen3", "gemma3", "phi3", "lora"):
         return "causal_lm"
     return "t5" if kind.startswith("t5") else kind
@@ -99,8 +99,8 @@ def inputs(folder: Path) -> None:
 
 
 def suite(kind: str, targets: dict[str, str]) -> dict[str, Any]:
-    """The suite of a kind, whose paths start at the folder of the inputs; `targets`: where the classes Suite, Npz,
-    Table and Documents are."""
+    """The suite of a kind, whose paths are relative to the folder of the inputs. `targets`: the locations of the
+    classes Suite, Npz, Table and Documents."""
     pictures = family(kind) in ("clip", "open_clip", "vit")
     tasks: dict[str, Any] = {}
     for task in TASKS:
@@ -123,7 +123,7 @@ def suite(kind: str, targets: dict[str, str]) -> dict[str, Any]:
 
 
 def _filled(model: nn.Module, seed: int) -> nn.Module:
-    """The model with random weights; gains and biases stay near what they are."""
+    """The model with random weights; gains and biases stay near their initial values."""
     generator = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,13 +131,13 @@ def _filled(model: nn.Module, seed: int) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             elif parameter.ndim == 1:
-                constant = bool((parameter == parameter[0]).all())  # else transformers has drawn it
+                constant = bool((parameter == parameter[0]).all())  # else transformers has drawn it at random
                 parameter.copy_(parameter.double() * constant + 0.1 * noise)
     return model
 
 
 def _untied(model: Any) -> Any:
-    """The model with an output layer of its own, as FLAN-T5 has."""
+    """The model with a separate output layer, as in FLAN-T5."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
@@ -162,7 +162,7 @@ def _transformers(folder: Path, kind: str, model: Any) -> None:
     if kind == "clip":
         size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
         t.CLIPImageProcessor(**size).save_pretrained(folder / "base")
-    if kind in ("t5", "t5_untied"):  # as FLAN-T5's files say it; transformers 5 writes that embeddings are tied
+    if kind in ("t5", "t5_untied"):  # as in the files of FLAN-T5; transformers 5 writes true
         for name in ("base", *TASKS):
             path = folder / name / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))

@@ -1,4 +1,4 @@
-"""The rows of same_bytes.py: one `epmq run` or `epmq merge` each."""
+"""The rows of same_bytes.py: each is one `epmq run` or `epmq merge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SMALL = ("device=cpu", "cache=false", "group_size=16", "calib.samples=24", "cali
 TINY = ("device=cpu", "cache=false", "calib.samples=32", "eval.stages=[]")
 FAMILIES = ("clip", "open_clip", "bert", "roberta", "deberta", "distilbert", "vit", "t5", "causal_lm")
 OTHERS = ("t5_tied", "t5_untied", "qwen3", "gemma3", "phi3", "lora")
-"""Kinds of models beside those with a family's name."""
+"""Kinds of models other than those with a family's name."""
 MERGES = {
     "average": ("merge=average",),
     "task_arithmetic": ("merge=task_arithmetic",),
@@ -35,7 +35,7 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Row:
-    """`kind` of same_bytes_models, or empty for the built-in suite; `how` the command is run."""
+    """`kind` of same_bytes_models, or empty for the built-in suite; `how` to run the command."""
 
     name: str
     kind: str
@@ -50,9 +50,9 @@ class Row:
 
     @property
     def portable(self) -> bool:
-        """Whether the weights are the same on every processor: merges are elementwise, and rounding to nearest depends
+        """Whether the weights are equal on every processor: merges are elementwise, and rounding to nearest depends
         on sums only through the choice among scales. Checked without AVX2 and FMA, in torch and in numba."""
-        zero_shot = self.kind in ("clip", "open_clip")  # a text tower makes their heads
+        zero_shot = self.kind in ("clip", "open_clip")  # their heads come from a text tower
         return self.command == "merge" or (self.name.endswith("/merged/rtn") and not zero_shot)
 
 
@@ -83,7 +83,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "scored": ("eval.stages=[base,experts,merged,quantized]",),
     "seed": ("seed=1",),
 }
-"""Each with guidance=feature and quant=gptq unless it says otherwise."""
+"""Each with guidance=feature and quant=gptq unless it sets them."""
 TINY_OPTIONS = ("bits=2", "bits=3", "bits=3.5", "bits=8", "asymmetric grid", "group_size=-1", "dense", "bfloat16")
 
 

@@ -1,4 +1,4 @@
-"""Tables of hashes: what they depend on, how they are compared, and those that are recorded for the tests."""
+"""Tables of hashes: the values that they depend on, their comparison, and the hashes recorded for the tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSIONS = ("torch", "transformers", "numpy", "numba", "safetensors")
 
 
 def machine() -> str:
-    """What the rounding of sums depends on: the processor, its vector instructions and the versions of libraries."""
+    """Identifies everything that rounding of sums depends on: processor, vector instructions and library versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
@@ -26,7 +26,7 @@ def machine() -> str:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The rows of `after` whose weights differ; prints them, and the records that differ."""
+    """The rows of `after` whose weights differ; prints them and the records that differ."""
     if before["machine"] != after["machine"]:
         sys.exit(f"the tables cannot be compared: they are of {before['machine']} and of {after['machine']}")
     others = [kind for kind, digest in after["inputs"].items() if before["inputs"].get(kind, digest) != digest]
@@ -49,8 +49,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def record(made: dict[str, Any]) -> None:
-    """Keeps the hashes of a table in same_bytes.json, beside those of other machines; earlier ones of rows whose models
-    have changed since go."""
+    """Stores the hashes of a table in same_bytes.json, beside those of other machines. Removes earlier rows whose
+    models have changed."""
     kept = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"machines": {}}
     own = kept["machines"].setdefault(made["machine"], {"inputs": {}, "rows": {}})
     stale = {kind for kind, digest in own["inputs"].items() if made["inputs"].get(kind) != digest}
@@ -62,8 +62,8 @@ def record(made: dict[str, Any]) -> None:
 
 
 def recorded(row: Row, inputs: Path) -> dict[str, str] | None:
-    """The hashes to expect of a row, as `short` has them; None where nothing is recorded for this machine. Weights of
-    portable rows are taken from any machine."""
+    """The expected hashes of a row, in the form of `short`; None if nothing is recorded for this machine. Weights of
+    portable rows may come from any machine."""
     kept, digest = json.loads(RECORDED.read_text())["machines"], input_digest(inputs, row.kind)
     for name, own in sorted(kept.items(), key=lambda item: item[0] != machine()):
         if own["inputs"].get(row.kind, "") == digest and row.name in own["rows"]:
@@ -76,7 +76,7 @@ def recorded(row: Row, inputs: Path) -> dict[str, str] | None:
 
 
 def short(files: dict[str, str]) -> dict[str, str]:
-    """16 digits of the sha256 of each file of weights, and of all other files but records together."""
+    """The first 16 digits of the sha256 of each weight file, and of all other files except records together."""
     weights = {name: value[:16] for name, value in files.items() if name.endswith(".safetensors")}
     others = {name: value for name, value in files.items() if name not in weights and Path(name).name not in RECORDS}
     return {**weights, "others": _digest(others)[:16]}

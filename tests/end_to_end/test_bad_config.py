@@ -1,5 +1,5 @@
-"""Oracle: the config files themselves. Every key of them takes what `TAKES` says of it and refuses all else in a
-sentence that names the key and what was given, before any model is opened; a key that is new takes nothing."""
+"""Oracle: the config files themselves. Every key accepts the values that `TAKES` lists and refuses all others, in a
+sentence that names the key and the value, before any model is opened; a new key accepts none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands import run as command
 from epmq_cli.config.instantiate import conf_dir
-from epmq_cli.errors import EpmqError, shown
+from epmq_cli.errors import EpmqError, literal
 from tests.helpers.counts import BAD, TRIED
 from tests.helpers.hubs import CHOICES
 from tests.helpers.tiers import slow
@@ -44,7 +44,7 @@ GIVEN = {
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
 }
-"""What configs with ??? in them need, by group and name."""
+"""The overrides that configs with ??? need, by group and name."""
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
@@ -59,7 +59,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "guidance.weights": ("null", "empty mapping"),
     "quant.symmetric": ("true",),
     "quant.act_order": ("true",),
-    "quant.group_size": ("minus", "huge"),  # whether it divides the inputs is known when the model is
+    "quant.group_size": ("minus", "huge"),  # the divisibility check needs the model
     "eval.samples": ("null",),
     "eval.stages": ("empty list",),
     "eval.shots": ("null", "zero"),
@@ -80,8 +80,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "suite.root": TEXT_OR_NULL,
     **dict.fromkeys(("suite.each.data", "suite.experts"), ("null",)),
     "suite.each": ("null", "empty mapping"),
-    "suite.tasks": ("empty mapping",),  # where suite.experts names them
-    "suite.tasks.*": ("null", "empty mapping"),  # likewise, where suite.each has their data
+    "suite.tasks": ("empty mapping",),  # valid if suite.experts names them
+    "suite.tasks.*": ("null", "empty mapping"),  # valid if suite.each has their data
     "suite.tasks.*.data": ("empty mapping",),  # likewise
     "suite.tasks.*.classes": ("list",),
     "data.label": TEXT_OR_NULL,
@@ -93,7 +93,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "suite.each.documents": ("null",),
 }
 FILES = [path for path in sorted(conf_dir().glob("*/*.yaml")) if path.parent.name != "experiment"]
-SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # these have every key that a suite can have
+SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # together they have every key of suites
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "suite" or path.stem in SUITES]
 TOP = (
     "bits",
@@ -141,7 +141,7 @@ def _base(causal_lm: bool) -> DictConfig:
 
 
 def keys(node: DictConfig, where: str) -> Iterator[str]:
-    """Every key below a node, however deep; of the tasks of a suite the first alone."""
+    """Every key below a node, at any depth; for the tasks of a suite, only the first one."""
     for name in list(node)[: 1 if where == "suite.tasks" else None]:
         if name != "_target_":
             yield f"{where}.{name}"
@@ -151,7 +151,7 @@ def keys(node: DictConfig, where: str) -> Iterator[str]:
 
 
 def general(key: str) -> str:
-    """A key as `TAKES` has it."""
+    """A key in the notation of `TAKES`."""
     parts = key.split(".")
     if "data" in parts[:-1]:
         return ".".join(parts[-2:])
@@ -172,7 +172,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(cfg: DictConfig, folder: Path) -> str | None:
-    """The sentence that a run of the config ends with before its models are opened; None where it gets there."""
+    """The sentence that refuses a run of the config before its models are opened; None if the run gets there."""
     try:
         command.run(cfg, folder, [], CHOICES)
     except Stopped:
@@ -184,7 +184,7 @@ def refusal(cfg: DictConfig, folder: Path) -> str | None:
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """Group, option and key; options of one class have the same keys, which are tried once."""
+    """Group, option and key. Options of one class share their keys, which are tried once."""
     seen = set()
     for group, name in OPTIONS:
         node = composed(group, name)[group]
@@ -213,7 +213,7 @@ def test_the_table_has_every_key() -> None:
 
 @pytest.mark.parametrize("kinds", [QUICK, slow([kind for kind in WRONG if kind not in QUICK])], ids=["quick", "rest"])
 @pytest.mark.parametrize(("group", "name", "key"), list(cases()), ids=lambda part: part)
-def test_every_key_refuses_what_it_does_not_take(
+def test_every_key_refuses_invalid_values(
     group: str, name: str, key: str, kinds: Sequence[str], tmp_path: Path
 ) -> None:
     cfg = composed(group, name).copy()
@@ -222,23 +222,23 @@ def test_every_key_refuses_what_it_does_not_take(
         OmegaConf.update(cfg, key, value, merge=False)
         found, takes = refusal(cfg, tmp_path), TAKES.get(general(key), ())
         if kind in takes:
-            assert found is None or group == "suite", kind  # a suite may want more
+            assert found is None or group == "suite", kind  # a suite may require other fields
             continue
         assert found is not None, f"{key}={value} is taken"
         TRIED[BAD] += 1
         assert key.rpartition(".")[2] in found
         if not isinstance(value, (dict, list)):
-            assert shown(value) in found or (value is None and " no " in found)
+            assert literal(value) in found or (value is None and " no " in found)
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
-def test_every_group_refuses_keys_that_it_has_not(group: str, name: str, tmp_path: Path) -> None:
+def test_every_group_refuses_unknown_keys(group: str, name: str, tmp_path: Path) -> None:
     config = composed(group, name)
     places = [
         key for key in [group, *keys(config[group], group)] if isinstance(OmegaConf.select(config, key), DictConfig)
     ]
     for place in places:
-        if general(place) in ("suite.tasks", "suite.experts"):  # whose keys are names
+        if general(place) in ("suite.tasks", "suite.experts"):  # their keys are names
             continue
         cfg = config.copy()
         OmegaConf.update(cfg, f"{place}.densty", 1, force_add=True)
@@ -247,7 +247,7 @@ def test_every_group_refuses_keys_that_it_has_not(group: str, name: str, tmp_pat
 
 
 @pytest.mark.parametrize("key", [*TOP, "out"])
-def test_every_key_of_the_top_must_be_there_and_no_other(key: str, tmp_path: Path) -> None:
+def test_every_top_level_key_is_required_and_no_other_is_allowed(key: str, tmp_path: Path) -> None:
     cfg = composed("merge", "average").copy()
     OmegaConf.set_struct(cfg, False)
     del cfg[key]

@@ -1,5 +1,5 @@
-"""Oracle: what the README asks of models and data. Each case is a miniature suite with one thing wrong in its files; a
-run ends in the sentence beside it and leaves nothing, or goes through where the README says that it may."""
+"""Oracle: the README's requirements on models and data. Each case is a miniature suite with one error in its files;
+the run is refused with the sentence of the case and writes nothing, or it completes if the README allows the case."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, clip_hub: Path, bert_hub: Pat
 
 
 @pytest.mark.parametrize("case", every(3, BAD))
-def test_bad_models_and_data_end_in_one_sentence(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_models_and_data_are_refused_in_one_sentence(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
     kind, change, error, message = BAD[case]
     hub = edited.copied(hubs[kind], tmp_path / "hub")
     change(hub)
@@ -228,7 +228,7 @@ def every_expert_is_the_base(hub: Path) -> None:
 
 
 def chats(hub: Path) -> None:
-    """The first task has conversations, for which the base has a template."""
+    """The first task has conversations, and the base has a chat template."""
     template = "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }}{% endfor %}"
     (hub / "base" / "chat_template.jinja").write_text(template)
     for split in ("train", "test"):
@@ -258,7 +258,7 @@ FINE: dict[str, tuple[str, tuple[str, ...], Change]] = {
 
 @pytest.mark.parametrize("case", every(3, FINE))
 @pytest.mark.filterwarnings("ignore:A single label was found")
-def test_what_is_odd_but_allowed_goes_through(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
+def test_unusual_but_valid_inputs_are_accepted(case: str, hubs: dict[str, Path], tmp_path: Path) -> None:
     kind, options, change = FINE[case]
     hub = edited.copied(hubs[kind], tmp_path / "hub")
     change(hub)

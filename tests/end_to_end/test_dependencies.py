@@ -1,4 +1,4 @@
-"""Oracle: the import statements of the package, against the dependencies and extras that pyproject.toml declares."""
+"""Oracle: the import statements of the package, compared with the dependencies and extras in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BROUGHT = {"triton": "torch"}
-"""Modules that a declared package brings on some platforms only; epmq imports them where they are installed."""
+"""Modules that a declared package installs on some platforms only; epmq imports them if they are installed."""
 
 
 def normal(name: str) -> str:
-    """A distribution's name as package indexes compare it."""
+    """The normalized name of a distribution, as in package indexes."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def declared(*extras: str) -> set[str]:
-    """The packages that installing epmq installs by its own request, with these extras."""
+    """The packages that epmq itself requires, with these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(item for name in extras for item in project["optional-dependencies"][name])]
     return {normal(re.split(r"[^\w.-]", item)[0]) for item in wanted}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The top-level module of every import in a file, those inside functions too."""
+    """The top-level module of every import in a file, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

@@ -11,11 +11,11 @@ import pytest
 
 from tests.faults.driver import attempt, files
 
-TENSORS = ("model.safetensors", "heads/heads.safetensors")  # epmq.json has the options themselves
+TENSORS = ("model.safetensors", "heads/heads.safetensors")  # epmq.json contains the options
 
 
 @pytest.mark.slow
-def test_where_things_are_kept_changes_nothing(bert_hub: Path, tmp_path: Path) -> None:
+def test_storage_options_do_not_change_the_checkpoint(bert_hub: Path, tmp_path: Path) -> None:
     places = {"plain": (), "again": (), "disk": ("calib.student=disk",), "files": ("calib.memory=1KB",)}
     for name, options in places.items():
         assert attempt(tmp_path / name, bert_hub, "guidance=feature", "eval.stages=[]", *options) == 0
@@ -26,7 +26,7 @@ def test_where_things_are_kept_changes_nothing(bert_hub: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_threads_give_the_same_each_time(tmp_path: Path) -> None:
+def test_two_threads_are_deterministic(tmp_path: Path) -> None:
     options = ("device=cpu", "calib.samples=32", "eval.stages=[]")
     for name in ("one", "other"):
         command = [sys.executable, "-m", "epmq_cli", "run", *options, f"out={tmp_path / name}"]

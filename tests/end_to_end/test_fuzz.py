@@ -1,5 +1,5 @@
-"""Oracle: valid files of a stranger with random bytes changed, or values replaced; readers take them or refuse them by
-an EpmqError of one line, and nothing else comes out. Seeds are fixed; paths and times among the bytes are not."""
+"""Oracle: valid files with random bytes or values changed. Readers accept them or raise an EpmqError of one line,
+and nothing else. Seeds are fixed; paths and times in the bytes are not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_adapter(folder: Path) -> None:
 
 
 def read_suite(folder: Path) -> None:
-    """As `launch` does; what PyYAML and OmegaConf raise becomes its sentences there."""
+    """Reads a suite like `launch`, which turns errors of PyYAML and OmegaConf into sentences."""
     try:
         node = OmegaConf.load(folder / "suite" / "mini.yaml")
         OmegaConf.to_container(node, resolve=True)
@@ -93,13 +93,13 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "adapter": ("adapter/adapter_config.json", lambda root: read_adapter(root / "adapter")),
     "suite": ("suite/mini.yaml", read_suite),
 }
-"""The file that is changed, and what reads it, both in a folder."""
+"""The changed file, and the function that reads it, both relative to a folder."""
 ADAPTER = {"peft_type": "LORA", "r": 1, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"q": 8}, "bias": "none"}
 
 
 @pytest.fixture(scope="module")
 def sound(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, a model in shards, an adapter for that and a suite."""
+    """A run, a sharded model, an adapter of that model, and a suite."""
     root = tmp_path_factory.mktemp("sound")
     run_in(root / "run", bert_hub, "eval.stages=[quantized]", "eval.samples=4", "calib.samples=8")
     shutil.copytree(bert_hub / "configs" / "suite", root / "suite")
@@ -118,7 +118,7 @@ def sound(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(read: Callable[[Path], Any], root: Path) -> bool:
-    """Whether a reader refuses what it finds; anything but an EpmqError goes on to the test."""
+    """Whether a reader refuses the files; any exception but EpmqError fails the test."""
     try:
         read(root)
     except EpmqError as error:
@@ -135,7 +135,7 @@ def with_odd_bytes(content: bytes, generator: random.Random) -> bytes:
 
 
 def with_an_odd_value(value: Any, generator: random.Random) -> Any:
-    """The JSON with something anywhere in it replaced, removed or added."""
+    """The JSON with one value at any depth replaced, removed or added."""
     if not isinstance(value, (dict, list)) or not value or generator.random() < 0.15:
         return generator.choice(ODD)
     changed = copy.copy(value)
@@ -151,7 +151,7 @@ def with_an_odd_value(value: Any, generator: random.Random) -> Any:
 
 @FEW_OR_MANY
 @pytest.mark.parametrize("kind", READERS)
-def test_of_files_with_odd_bytes_or_values_nothing_but_sentences_is_seen(
+def test_files_with_random_bytes_or_values_lead_to_sentences_only(
     kind: str, count: int, sound: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(sound, tmp_path / "root")
@@ -165,18 +165,18 @@ def test_of_files_with_odd_bytes_or_values_nothing_but_sentences_is_seen(
             path.write_bytes(with_odd_bytes(content, generator))
         else:
             whole = OmegaConf.to_container(OmegaConf.load(path)) if kind == "suite" else json.loads(content)
-            path.write_text(json.dumps(with_an_odd_value(whole, generator)))  # which is YAML as well
+            path.write_text(json.dumps(with_an_odd_value(whole, generator)))  # JSON is YAML
         results.add(refused(read, tmp_path / "root"))
         TRIED[FUZZED] += 1
         path.write_bytes(content)
-    assert results == {True, False} or kind == "manifest"  # of that every change is a problem, which is no error
+    assert results == {True, False} or kind == "manifest"  # here every change is a problem, not an error
 
 
 @FEW_OR_MANY
-def test_of_a_checkpoint_with_an_odd_config_problems_are_found_and_nothing_else(
+def test_a_checkpoint_with_a_random_config_value_leads_to_problems_only(
     count: int, sound: Path, tmp_path: Path
 ) -> None:
-    """A fifth as many, since each makes a model."""
+    """A fifth as many cases, because each builds a model."""
     shutil.copytree(sound / "run", tmp_path / "run")
     path = tmp_path / "run" / "checkpoint" / "config.json"
     whole = json.loads(path.read_text())

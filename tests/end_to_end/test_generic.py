@@ -1,4 +1,4 @@
-"""Oracles: what the shipped suites that ask for models say of themselves, and transformers, which loads the results."""
+"""Oracles: the documentation of the shipped suites that require models, and transformers, which loads the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def experts(folder: Path, names: list[str]) -> str:
     return f"suite.experts={{{models}}}"
 
 
-def test_any_decoder_runs_on_text_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_runs_on_texts_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, mirror = decoder_hub(tmp_path / "models", "qwen3"), tmp_path / "mirror"
     for split in ("train", "test"):
         rows = [{"text": text} for text in ["", " = A photo = ", *(f"it is a red film not good {i}" for i in range(9))]]
@@ -62,7 +62,7 @@ def test_any_classifier_of_texts_runs_on_glue(tmp_path: Path, monkeypatch: pytes
     RobertaModel.from_pretrained(tmp_path / "run" / "checkpoint", add_pooling_layer=False)
 
 
-def test_models_of_a_mirror_are_found_by_their_ids_and_their_family_by_the_config(
+def test_mirrored_models_are_found_by_id_and_their_family_by_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror = glue_mirror(tmp_path / "mirror")

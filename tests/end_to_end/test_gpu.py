@@ -1,10 +1,10 @@
-"""Oracle: the same on the CPU, to the last bit where the operations are the same, up to rounding where they are not;
-and of two ways to the same result on one GPU the bytes of the other.
+"""Oracles: the CPU, bit for bit if the operations are the same and otherwise up to rounding; and, for two ways to the
+same result on one GPU, equal bytes.
 
-What rounding does was measured on the CPU, with noise of 1e-6 on what each linear gives, and on the stand-in, whose
-attention takes other operations: without a quantizer features of the checkpoint up to 2.3e-5 apart and losses by 1.4e-5
-of themselves; at 4 bits, where it tips integers that later blocks answer, up to 0.44 (of a random DeBERTa) and 7.5%,
-scores of the checkpoint by one sample of 30.
+The effect of rounding was measured on the CPU, with noise of 1e-6 on the output of each linear, and on the stand-in,
+whose attention uses other operations. Without a quantizer, features of the checkpoint differ by up to 2.3e-5 and losses
+by 1.4e-5, relatively. At 4 bits, rounding changes some integers, to which later blocks adapt: features differ by up to
+0.44 (a random DeBERTa), losses by 7.5%, and scores by one sample of 30.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.kernels.select import kernel_for
-from tests.checkpoint.test_load import apart, dequantized, features
+from tests.checkpoint.test_load import dequantized, features, relative_distance
 from tests.faults.driver import files
 from tests.faults.short import measured
 from tests.helpers.formats import ints
@@ -46,12 +46,13 @@ TIPPED: dict[str, dict[str, Any]] = {
     "distilbert": {"distance": 0.6},
     "modernbert-cls": {"others": 6, "losses": 0.2},
 }
-"""Options of `check_near` where rounding tips more. The stand-in gave distances of 0.44 and 0.31. One H200 gave 4
-samples and losses 10 % off, noise of 1e-6 on the CPU one sample and losses up to 16 % off (six runs)."""
+"""Options of `check_near` for kinds that are more sensitive to rounding. The stand-in gave distances of 0.44 and
+0.31. One H200 gave 4 samples and losses 10 % off, noise of 1e-6 on the CPU one sample and losses up to 16 % off (six
+runs)."""
 EXACT: tuple[Any, ...] = (("int4", torch.float32), ("dequantize", torch.float32))
 WIDE = [(4, True, torch.float16, 300, 128), (4, False, torch.bfloat16, 5, 512), (3, True, torch.float16, 4, 513)]
 Runs = Callable[..., Path]
-"""Gives the folder of a run on the miniature hub of a kind of model, with further options."""
+"""Returns the folder of a run on the miniature hub of a kind of model, with further options."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, clip_hub: Path, bert_hub: Pat
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, hubs: Callable[[str], Path]) -> Runs:
-    """Each done when it is first asked for; not to be written to."""
+    """The runs are done on first use and must not be changed."""
     done: dict[tuple[str, ...], Path] = {}
 
     def run(kind: str, *options: str) -> Path:
@@ -82,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, hubs: Callable[[str], Path]) 
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """The files of a run's checkpoint that hold tensors; others hold the options, too."""
+    """The files of a run's checkpoint that hold tensors; other files also contain the options."""
     return {name: content for name, content in files(folder).items() if name.endswith(".safetensors")}
 
 
@@ -95,10 +96,10 @@ def check_near(
     distance: float = 0.3,
     others: int = 3,
 ) -> None:
-    """That a run's checkpoint, which transformers loads, losses and scores (of so many samples) are those of another up
-    to rounding. `losses`: how far these may be off, relatively, and `distance`: the features of the checkpoints;
-    `others`: how many samples the quantized model may tell otherwise."""
-    own, other = measured(found), measured(wanted)  # which have the form of the schema
+    """Compares the checkpoints, losses and scores of two runs up to rounding; transformers loads the checkpoints.
+    `samples`: the number of scored samples. `losses`, `distance`: the relative tolerances of losses and of features.
+    `others`: the number of samples that the quantized model may classify differently."""
+    own, other = measured(found), measured(wanted)  # also checks the schema
     for task, scores in other["scores"]["tasks"].items():
         for stage, score in scores.items():
             rel, most = (0.02, others) if stage == "quantized" else (1e-3, 1)
@@ -110,12 +111,12 @@ def check_near(
         for loss in ("loss_merged", "loss_target", "loss"):
             assert mine[loss] == pytest.approx(record[loss], rel=losses, abs=1e-4), (mine["name"], loss)
     models = (dequantized(scene, folder / "checkpoint") for folder in (found, wanted))
-    assert apart(*(features(scene, model) for model in models)) < distance
+    assert relative_distance(*(features(scene, model) for model in models)) < distance
     assert tensors(found).keys() == tensors(wanted).keys()
 
 
 def check_place(folder: Path) -> None:
-    """That metrics.json names the device, and that it was used."""
+    """Checks that metrics.json names the device, and that the run used it."""
     found = measured(folder)
     environment, peak = found["environment"], found["stages"]["calibrate and quantize"]["peak_device_bytes"]
     assert torch.device(environment["device"]).type == DEVICE
@@ -124,13 +125,13 @@ def check_place(folder: Path) -> None:
 
 
 def scene_of(hub: Path) -> Scene:
-    """On the CPU."""
+    """The scene on the CPU."""
     return Scene(hub, *OPTIONS)
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "dtype", "rows", "width"), [*CASES, *WIDE])
 @pytest.mark.parametrize("which", ["triton", "chosen"])
-def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
+def test_columns_are_quantized_as_on_the_cpu_bit_for_bit(
     which: str, bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int
 ) -> None:
     columns = kernel_for(torch.zeros(1, 1, device=DEVICE), ints(bits, -1, symmetric))
@@ -146,7 +147,7 @@ def test_columns_are_quantized_as_on_the_cpu_to_the_last_bit(
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("search", ["minmax", "hessian"])
-def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: bool) -> None:
+def test_gptq_has_the_loss_that_it_has_on_the_cpu(search: str, act_order: bool) -> None:
     W = problem(40, 96)[0]
     X = torch.randn(300, 96, generator=torch.Generator().manual_seed(1)).double().cumsum(1)
     H, found = X.T @ X, []
@@ -159,13 +160,13 @@ def test_gptq_ends_with_the_loss_that_it_has_on_the_cpu(search: str, act_order: 
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_run_is_that_of_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
+def test_a_run_equals_that_on_the_cpu_up_to_rounding(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
     check_place(runs(kind, OWN))
     check_near(runs(kind, OWN), runs(kind, "device=cpu"), scene_of(hubs(kind)), **TIPPED.get(kind, {}))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_an_unquantized_run_is_nearer_to_that_of_the_cpu(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
+def test_an_unquantized_run_is_closer_to_that_on_the_cpu(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
     own, other = (runs(kind, device, "quant=none") for device in (OWN, "device=cpu"))
     check_near(own, other, scene_of(hubs(kind)), losses=1e-3, distance=1e-3)
 
@@ -178,7 +179,7 @@ def test_device_auto_is_the_gpu(kind: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("options", [("bits=3.5", "guidance.rho=auto"), ("quant.symmetric=false", "guidance.sweeps=2")])
 def test_other_options_run_too(options: tuple[str, ...], runs: Runs) -> None:
-    """Their own numbers go by discrete choices, which rounding may tip."""
+    """Their results depend on discrete choices that rounding may change, so only success is checked."""
     check_place(runs("bert", OWN, *options))
     model = load(runs("bert", OWN, *options) / "checkpoint", "cpu", "dequantize")
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
@@ -186,7 +187,7 @@ def test_other_options_run_too(options: tuple[str, ...], runs: Runs) -> None:
 
 @pytest.mark.parametrize("kind", first(1, ["bert", "clip", "t5"]))
 @pytest.mark.parametrize("memory", first(1, ["400KB", "1KB", "1MB"]))
-def test_activations_in_files_give_the_same_bytes(memory: str, kind: str, runs: Runs) -> None:
+def test_activations_in_files_do_not_change_the_bytes(memory: str, kind: str, runs: Runs) -> None:
     spilled: list[torch.device] = []
     real = ActivationStore._spill
 
@@ -196,12 +197,12 @@ def test_activations_in_files_give_the_same_bytes(memory: str, kind: str, runs: 
 
     with mock.patch.object(ActivationStore, "_spill", spill):
         found = runs(kind, OWN, f"calib.memory={memory}")
-    assert tensors(found) == tensors(runs(kind, OWN))  # which had 8GB
+    assert tensors(found) == tensors(runs(kind, OWN))  # the first run had 8GB
     assert spilled or memory != "1KB"
     assert {device.type for device in spilled} <= {DEVICE}
 
 
-def test_what_is_found_in_the_cache_gives_the_same_bytes(
+def test_cached_results_do_not_change_the_bytes(
     hubs: Callable[[str], Path], runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
@@ -216,8 +217,8 @@ def test_a_student_in_files_is_refused(hubs: Callable[[str], Path], tmp_path: Pa
         run_in(tmp_path / "run", hubs("bert"), *OPTIONS, OWN, "calib.student=disk")
 
 
-def moved(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Tensor:
-    """The features of the scene's batches, calculated on a device in a type."""
+def features_on(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Tensor:
+    """The features of the scene's batches, computed on a device in a type."""
     own = [{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in b.items()} for b in scene.batches]
     with torch.inference_mode():
         return torch.cat([scene.family.features(model, batch) for batch in own])
@@ -232,7 +233,7 @@ def capable() -> None:
 @pytest.mark.usefixtures("capable")
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_epmq_load_runs_packed_on_the_device(kind: str, runs: Runs, hubs: Callable[[str], Path]) -> None:
-    """Oracle: what the same linears cost on the CPU, rounded to bfloat16 there, too."""
+    """Oracle: the rounding error of the same linears on the CPU, in bfloat16 too."""
     checkpoint, scene = runs(kind, "device=cpu") / "checkpoint", scene_of(hubs(kind))
     wanted = features(scene, dequantized(scene, checkpoint))
     for given, options in (((), ("auto", torch.bfloat16)), *((own, own) for own in EXACT)):
@@ -241,10 +242,10 @@ def test_epmq_load_runs_packed_on_the_device(kind: str, runs: Runs, hubs: Callab
             model: Any = epmq_cli.load(checkpoint, device, *own)
             assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
             assert (kernels(model)["int4"] > 0) == (options[0] != "dequantize")
-            result = moved(scene, model, options[1], device)
+            result = features_on(scene, model, options[1], device)
             assert (result.dtype, result.device.type) == (options[1], device)
-            found.append(apart(result.float().cpu(), wanted))
-        assert found[1] < 2 * found[0] + 0.003, (options, found)  # TF32 would take half of the latter
+            found.append(relative_distance(result.float().cpu(), wanted))
+        assert found[1] < 2 * found[0] + 0.003, (options, found)  # TF32 would use half of the 0.003
 
 
 @pytest.mark.usefixtures("capable")
@@ -262,5 +263,5 @@ def test_the_int4_kernel_scores(runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", first(1, ["bert", "llama"]))
-def test_epmq_verify_scores_the_same_again(kind: str, runs: Runs) -> None:
+def test_epmq_verify_reproduces_the_scores(kind: str, runs: Runs) -> None:
     verify(runs(kind, OWN) / "checkpoint", True, DEVICE, None)

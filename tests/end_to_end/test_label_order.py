@@ -1,4 +1,4 @@
-"""Oracle: labels are the expert's own predictions in transformers, by name, so that its accuracy is 1."""
+"""Oracle: the labels are the expert's own predictions in transformers, by name, so its accuracy is 1."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from epmq_cli.report.metrics_json import schema
 from tests.conftest import WORDS, write_suite
 from tests.helpers.hubs import config, eval_config, run_in
 
-NAMES = ["Red Film", "green_film", "blue-film"]  # of the head's rows
-DATA = ["blue film", "red film", "green film"]  # of the data, in another order
+NAMES = ["Red Film", "green_film", "blue-film"]  # the order of the head's rows
+DATA = ["blue film", "red film", "green film"]  # the order of the data
 PLAIN = ("quant=none", "merge=average", "guidance=merged", "calib.samples=4", "group_size=-1")
 
 
 @pytest.fixture(scope="module")
 def hub(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A lone expert whose predictions are spread over its classes, and its data; the test file is sorted by label."""
+    """A lone expert whose predictions cover its classes, and its data; the test file is sorted by label."""
     folder = tmp_path_factory.mktemp("order")
     expert: Any = BertForSequenceClassification.from_pretrained(bert_hub / "first").eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(bert_hub / "base")
@@ -80,18 +80,18 @@ def test_labels_are_matched_by_name_in_run_and_eval(
     assert measured(tmp_path / "eval")["scores"]["tasks"]["films"] == {"quantized": 1}
 
 
-def test_labels_by_position_are_an_option_and_a_bad_expert_a_warning(
+def test_labels_can_be_matched_by_position_and_a_bad_expert_is_a_warning(
     hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every label is another class of the head by position, so that nothing is right."""
+    """By position every label is another class of the head, so all predictions are wrong."""
     run_in(tmp_path, hub, *PLAIN, "eval.stages=[experts]", "+suite.tasks.films.match_labels=position")
     assert measured(tmp_path)["scores"]["tasks"]["films"] == {"experts": 0}
     assert measured(tmp_path)["expert_checks"]["films"]["at_chance"] is True
     assert "task films: the expert scores 0.0 (accuracy in %) on 90 test samples, where chance is" in caplog.text
 
 
-def test_nothing_of_the_test_data_is_needed_where_nothing_is_scored(hub: Path, tmp_path: Path) -> None:
-    """The names of the head are recorded all the same, for `epmq eval`."""
+def test_no_test_data_are_needed_without_scores(hub: Path, tmp_path: Path) -> None:
+    """The names of the head are still recorded, for `epmq eval`."""
     options = (*PLAIN, "eval.stages=[]", "suite.tasks.films.data.test=gone.tsv")
     checkpoint = run_in(tmp_path / "run", hub, *options)
     assert measured(tmp_path / "run")["scores"]["tasks"] == {}
@@ -101,7 +101,7 @@ def test_nothing_of_the_test_data_is_needed_where_nothing_is_scored(hub: Path, t
 
 
 def expert(hub: Path, folder: Path, **settings: Any) -> str:
-    """The option that names a copy of the expert with other settings in its config.json."""
+    """The override that names a copy of the expert with other settings in its config.json."""
     shutil.copytree(hub / "expert", folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -116,10 +116,10 @@ def expert(hub: Path, folder: Path, **settings: Any) -> str:
         ({"problem_type": "multi_label_classification"}, ModelError, "does not take multi-label heads"),
     ],
 )
-def test_experts_whose_labels_do_not_fit_are_refused_before_the_work(
+def test_experts_whose_labels_do_not_match_are_refused_first(
     settings: dict[str, Any], error: type[EpmqError], message: str, hub: Path, tmp_path: Path
 ) -> None:
-    """Nothing is written; the same expert is taken where nothing is scored."""
+    """The run writes nothing; it accepts the same expert if nothing is scored."""
     option = expert(hub, tmp_path / "expert", **settings)
     with pytest.raises(error, match=message):
         run_in(tmp_path / "run", hub, *PLAIN, option)
@@ -137,15 +137,13 @@ def test_experts_whose_labels_do_not_fit_are_refused_before_the_work(
         (["match_labels=names"], "match_labels must be one of name, position, got 'names'"),
     ],
 )
-def test_metrics_and_labels_that_do_not_go_together_are_refused_before_models_are_opened(
-    options: list[str], message: str, hub: Path
-) -> None:
+def test_metrics_that_do_not_match_the_labels_are_refused_first(options: list[str], message: str, hub: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         make_job(config(hub, *(f"++suite.tasks.films.{option}" for option in options)))
 
 
-def test_heads_of_one_output_take_numbers_and_no_classes(hub: Path, tmp_path: Path) -> None:
-    """As those of cross-encoders on 0 and 1: refused with accuracy, ranked with spearman."""
+def test_heads_with_one_output_need_numbers_not_classes(hub: Path, tmp_path: Path) -> None:
+    """Cross-encoders have such heads for labels 0 and 1: accuracy is refused, spearman ranks them."""
     model: Any = BertForSequenceClassification.from_pretrained(
         hub / "expert", num_labels=1, ignore_mismatched_sizes=True
     )
@@ -166,7 +164,7 @@ def test_heads_of_one_output_take_numbers_and_no_classes(hub: Path, tmp_path: Pa
 
 
 def test_run_and_eval_draw_the_same_test_samples(hub: Path, tmp_path: Path) -> None:
-    """Shares of a file sorted by label, and the samples that the seed of the run draws."""
+    """Each draw keeps the class shares of a file sorted by label, and eval uses the seed of the run."""
     job = make_job(config(hub, "seed=5"))
     task = job.suite.members[0]
     whole, drawn = task.data.load("test"), scored_tasks.evaluation_samples(task, 30, 5)
@@ -189,7 +187,7 @@ def test_run_and_eval_draw_the_same_test_samples(hub: Path, tmp_path: Path) -> N
 
 
 def test_classes_of_prompts_are_matched_with_class_folders(clip_hub: Path, tmp_path: Path) -> None:
-    """Each picture has the shade of its class's position in the suite."""
+    """The shade of each picture is the position of its class in the suite."""
     classes = ("red", "blue", "green")
     for split in ("train", "test"):
         for position, name in enumerate(classes):
@@ -207,7 +205,7 @@ def test_classes_of_prompts_are_matched_with_class_folders(clip_hub: Path, tmp_p
 
 
 def test_perplexity_needs_no_labels(tmp_path: Path) -> None:
-    """The texts of a table whose column of labels, which is named by default, is not there."""
+    """The label column of the default config does not exist in the table."""
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
     task = Task("t", "expert", Table(*[str(tmp_path / "x.jsonl")] * 2), metric="perplexity")
     assert len(scored_tasks.evaluation_samples(task, None, 0)) == 9

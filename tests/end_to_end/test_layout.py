@@ -1,4 +1,4 @@
-"""Oracle: the house rules on the package's own source: short files and functions, nothing beside the layers."""
+"""Oracle: the house rules for the package's source: short files and functions, and no module outside the layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOP = {"__init__", "__main__", "cli", "errors"}
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Names and lines of the functions of a module."""
+    """Names and lengths in lines of the functions of a module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
@@ -29,7 +29,7 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_parameter_lists_are_short() -> None:
-    """Kernels take their matrices one by one."""
+    """Kernels are exempt: they take each matrix as a parameter."""
     long = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -54,7 +54,7 @@ def test_every_module_is_in_a_layer() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A folder of tests is a package's, or one of those for what crosses modules."""
+    """Each folder of tests is that of a package, or one of those for tests across modules."""
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     packages = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")}
     crossing = {"end_to_end", "end_to_end/foreign", "faults", "security"}

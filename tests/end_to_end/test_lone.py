@@ -1,5 +1,5 @@
-"""Oracle: transformers. A lone expert under merge=average is that expert, every tensor and the logits, whichever of its
-tied tensors its files store."""
+"""Oracle: transformers. A lone expert under merge=average equals that expert in every tensor and in the logits,
+whichever of its tied tensors its files store."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ FAST = ("llama tied", "t5 tied", "bert", "clip")
 
 
 def quick(name: str, command: str, files: str = FILES[0]) -> bool:
-    """Whether a case is in the quick tier: merges, and runs of one kind and of models as they are saved."""
+    """Whether a case is in the fast tier: merges, and runs of one kind and of models as saved by transformers."""
     return name in FAST and (command == "merge" or (name == FAST[0] and files == FILES[0]))
 
 
@@ -127,10 +127,10 @@ UNTIED = [
 
 
 def saved(kind: Kind, model: Any, folder: Path, files: str, owner: str) -> Path:
-    """A folder in which tied tensors are stored as `files` says."""
+    """A folder that stores tied tensors according to `files`."""
     if files in ("copies", f"copies of the {owner}"):
         return store(model, folder, kind.copies)
-    if files == "copies alone":  # the first of each source, which is not stored itself
+    if files == "copies alone":  # the first copy of each source; the source itself is not stored
         first = {source: copy for copy, source in reversed(kind.copies.items())}
         return store(model, folder, {copy: source for source, copy in first.items()}, without=list(first))
     return store(model, folder)
@@ -152,27 +152,27 @@ def models() -> Callable[[str], tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize(("name", "command", "files"), CASES)
-def test_a_lone_expert_is_itself_whichever_tied_tensors_its_files_store(
+def test_a_lone_expert_is_reproduced_whichever_tied_tensors_its_files_store(
     name: str, command: str, files: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
 ) -> None:
-    """Against transformers' own reading of the expert."""
+    """Compared with the expert as transformers loads it."""
     kind = KINDS[name]
     base, expert = models(name)
     folders = [saved(kind, model, tmp_path / own, files, own) for model, own in ((base, "base"), (expert, "expert"))]
     made = WRITERS[command](tmp_path / "made", suite_of(kind.family, folders[0], {"x": folders[1]}))
     found, wanted = (type(base).from_pretrained(folder) for folder in (made, folders[1]))
     assert_same(found, wanted, kind.inputs)
-    assert_same(wanted, expert)  # the files hold the expert
+    assert_same(wanted, expert)  # the files contain the expert
 
 
 ENCODERS = [name for name, kind in KINDS.items() if kind.commands == MERGE and name != "gpt2"]
 
 
 @pytest.mark.parametrize("name", only(FAST, ENCODERS))
-def test_the_encoder_of_a_lone_expert_is_itself_in_a_run(
+def test_a_run_reproduces_the_encoder_of_a_lone_expert(
     name: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
 ) -> None:
-    """Against transformers' own reading of the expert without its head; of CLIP the vision tower."""
+    """Compared with the expert without its head as transformers loads it; for CLIP the vision tower."""
     kind, (base, expert) = KINDS[name], models(name)
     folders = [store(model, tmp_path / own, kind.copies) for own, model in (("base", base), ("expert", expert))]
     made = WRITERS["run"](tmp_path / "made", suite_of(kind.family, folders[0], {"x": folders[1]}))
@@ -201,7 +201,7 @@ def set_tie(folder: Path, tied: bool) -> None:
 
 
 def untied(kind: Kind, model: Any, folder: Path) -> Path:
-    """A folder whose output layer is a tensor of its own."""
+    """A folder whose output layer is a separate tensor."""
     name = next(reversed([copy for copy in kind.copies if copy.endswith("weight")]))
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -213,13 +213,14 @@ def untied(kind: Kind, model: Any, folder: Path) -> Path:
 @pytest.mark.parametrize("says", ["nothing", "false"])
 @pytest.mark.parametrize("owner", ["expert", "base", "both"])
 @pytest.mark.parametrize(("name", "command"), UNTIED)
-def test_an_output_layer_of_its_own_in_one_model_is_one_in_the_result(
+def test_a_separate_output_layer_stays_separate(
     name: str, command: str, owner: str, says: str, models: Callable[[str], tuple[Any, Any]], tmp_path: Path
 ) -> None:
-    """Against transformers' own reading of the expert; the config of a model that is untied says so or not."""
+    """Compared with the expert as transformers loads it; the config of the untied model has
+    tie_word_embeddings=false, or not."""
     kind, folders = KINDS[name], {}
     if says == "false" and name in ("bert", "roberta", "deberta", "t5 tied"):
-        return  # their biases would be missing, or the scale of their outputs another
+        return  # their biases would be missing, or their outputs scaled differently
     for own, model in zip(("base", "expert"), models(name), strict=True):
         if owner in (own, "both"):
             folders[own] = untied(kind, model, tmp_path / own)
@@ -231,5 +232,5 @@ def test_an_output_layer_of_its_own_in_one_model_is_one_in_the_result(
     kinds = type(models(name)[0])
     found, wanted = (kinds.from_pretrained(folder) for folder in (made, folders["expert"]))
     assert_same(found, wanted, kind.inputs)
-    if kind.family != "t5":  # whose class has no such setting
+    if kind.family != "t5":  # its class has no such setting
         assert found.config.tie_word_embeddings is False

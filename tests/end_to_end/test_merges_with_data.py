@@ -1,4 +1,4 @@
-"""Oracles: the merge made step by step, the same run without a cache, and closed forms that hold for whole runs."""
+"""Oracles: the merge computed step by step, the same run without a cache, and closed forms for whole runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(hub: Path, *overrides: str) -> tuple[Job, SuiteModels, ExpertMeasurements | None]:
-    """A job, its models, and what its merge measures the experts on."""
+    """A job, its models, and the data on which its merge measures the experts."""
     job = make_job(config(hub, *PLAIN, *overrides))
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
@@ -41,7 +41,7 @@ def measured(hub: Path, *overrides: str) -> tuple[Job, SuiteModels, ExpertMeasur
 
 
 @pytest.mark.parametrize(("kind", "method"), [("t5", "regmean"), ("llama", "regmean"), ("deberta", "fisher")])
-def test_equal_experts_come_out_as_they_are(kind: str, method: str, tmp_path: Path) -> None:
+def test_equal_experts_stay_unchanged(kind: str, method: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
     shutil.rmtree(hub / "second")
     shutil.copytree(hub / "first", hub / "second")
@@ -60,9 +60,7 @@ def test_a_merge_from_the_cache_is_the_merge(bert_hub: Path, tmp_path: Path) -> 
     assert len(files) == 1
 
 
-def test_the_key_of_a_merge_has_samples_and_heads_as_far_as_the_method_needs_them(
-    bert_hub: Path, tmp_path: Path
-) -> None:
+def test_the_key_of_a_merge_depends_on_the_data_its_method_needs(bert_hub: Path, tmp_path: Path) -> None:
     job, models, data = measured(bert_hub, "merge=fisher")
     assert data is not None
 
@@ -80,7 +78,7 @@ def test_the_key_of_a_merge_has_samples_and_heads_as_far_as_the_method_needs_the
         assert (key(method, replace(data, heads=moved)) != key(method, data)) == gradients
 
 
-def test_the_key_of_a_random_merge_has_the_seed(clip_hub: Path, tmp_path: Path) -> None:
+def test_the_key_of_a_random_merge_depends_on_the_seed(clip_hub: Path, tmp_path: Path) -> None:
     def key(*overrides: str) -> str:
         job = make_job(config(clip_hub, *overrides))
         models = SuiteModels(job.suite, job.family)
@@ -98,14 +96,14 @@ def test_the_key_of_a_random_merge_has_the_seed(clip_hub: Path, tmp_path: Path) 
         ("+merge.sclae=1", "merge has no option 'sclae', .*; did you mean scale?"),
     ],
 )
-def test_options_are_checked_before_any_model_is_opened(option: str, message: str, clip_hub: Path) -> None:
+def test_options_are_checked_first(option: str, message: str, clip_hub: Path) -> None:
     gone = ("suite.base=gone", "suite.tasks.first.expert=gone")
     with pytest.raises(ConfigError, match=message):
         make_job(config(clip_hub, *gone, option))
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_fisher_is_refused_where_there_are_no_heads(kind: str, tmp_path: Path) -> None:
+def test_fisher_is_refused_without_heads(kind: str, tmp_path: Path) -> None:
     hub, family = build(tmp_path / "hub", kind), {"t5": "t5", "llama": "causal_lm"}[kind]
     with pytest.raises(
         ConfigError, match=f"merge=fisher needs gradients .* family {family} have no heads; use another"

@@ -1,5 +1,5 @@
-"""Oracle: what is said or done where the machine lacks something: an extra, /proc, glibc, a writable folder
-for machine code, locks. Each is taken away in the test."""
+"""Oracle: the documented message or fallback if the machine lacks something: an extra, /proc, glibc, a writable
+folder for machine code, locks. Each test removes one of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_without_proc_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatc
     assert 0 < measured.records["x"]["peak_host_bytes"] <= most
 
 
-def test_a_status_without_a_peak_gives_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_for_a_status_file_without_a_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
     (tmp_path / "status").write_text("VmRSS: 3 kB\n")
     assert stage_timer._peak_bytes() > 1 << 20
@@ -70,12 +70,12 @@ def test_a_status_without_a_peak_gives_that_of_the_process(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin"])
-def test_a_c_library_that_is_not_glibc_is_left_alone(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_c_libraries_than_glibc_are_not_configured(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
     def library(name: object) -> SimpleNamespace:
         asked.append(name)
-        return SimpleNamespace()  # as musl's, which has neither function
+        return SimpleNamespace()  # like musl, which has neither function
 
     monkeypatch.setattr(ctypes, "CDLL", library)
     monkeypatch.setattr(sys, "platform", system)
@@ -84,7 +84,7 @@ def test_a_c_library_that_is_not_glibc_is_left_alone(system: str, monkeypatch: p
     assert asked == ([None, None] if system == "linux" else [])
 
 
-def test_glibc_is_told_to_keep_and_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glibc_is_configured_to_keep_and_to_release_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[int, ...]] = []
     own = SimpleNamespace(mallopt=lambda *words: said.append(words), malloc_trim=lambda *words: said.append(words))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: own)
@@ -94,7 +94,7 @@ def test_glibc_is_told_to_keep_and_to_give_back(monkeypatch: pytest.MonkeyPatch)
     assert said == [(-3, 1 << 25), (-1, 1 << 26), (0,)]
 
 
-def test_machine_code_that_cannot_be_kept_is_made_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_is_compiled_per_process_if_it_cannot_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     real, options = epmq_cli.runtime.jit.njit, []
 
     def njit(**given: Any) -> Any:
@@ -115,23 +115,21 @@ def test_machine_code_that_cannot_be_kept_is_made_for_the_process(monkeypatch: p
     assert options[1] == {"nogil": True, "error_model": "numpy"}
 
 
-def test_a_file_system_without_locks_is_warned_of(
+def test_a_file_system_without_locks_causes_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(file: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with caplog.at_level(logging.WARNING, "epmq"), run_lock.alone(tmp_path):
+    with caplog.at_level(logging.WARNING, "epmq"), run_lock.exclusive_lock(tmp_path):
         (tmp_path / run_lock.FOLDER / "key").mkdir()
         assert not run_lock.in_use(tmp_path)
     assert f"{tmp_path} cannot be locked: [Errno {errno.ENOLCK}] No locks available" in caplog.text
     assert (tmp_path / run_lock.FOLDER / "key").is_dir()
 
 
-def test_without_cpuinfo_the_processor_is_what_the_system_calls_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_cpuinfo_the_system_names_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "CPU", tmp_path / "none")
     assert keys._processor.__wrapped__() == (platform.processor() or platform.machine())
     (tmp_path / "none").write_text("processor : 0\nmodel name\t: Some CPU @ 3 GHz\nmodel name\t: Another\n")

@@ -1,5 +1,5 @@
-"""Oracles: the files that are written, all of whose numbers must be finite, and what metrics.json counts; or else the
-sentence that a run ends with, and nothing written."""
+"""Oracles: the written files, in which all numbers must be finite, and the counts in metrics.json; or the error
+message of a run that writes nothing."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ HARD: dict[str, tuple[str, Change]] = {
 
 @pytest.mark.parametrize("guidance", first(1, ["feature", "merged", "expert"]))
 @pytest.mark.parametrize("case", first(4, HARD))
-def test_hard_cases_finish_and_what_is_written_is_finite(
+def test_hard_cases_finish_with_finite_numbers(
     case: str, guidance: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Plain quantization has no anchor: there a Hessian of rank 1 needs damping, which is counted and said."""
+    """Plain quantization has no anchor, so a Hessian of rank 1 needs damping, which is counted and reported."""
     name, change = HARD[case]
     hub = edited.copied(request.getfixturevalue(f"{name}_hub"), tmp_path / "hub")
     change(hub)
@@ -98,7 +98,7 @@ HOPELESS: dict[str, tuple[str, tuple[str, ...], Change, str]] = {
 
 
 @pytest.mark.parametrize("case", every(2, HOPELESS))
-def test_hopeless_cases_end_in_one_sentence_and_leave_no_checkpoint(
+def test_hopeless_cases_are_refused_in_one_sentence_without_a_checkpoint(
     case: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     name, options, change, message = HOPELESS[case]
@@ -111,10 +111,10 @@ def test_hopeless_cases_end_in_one_sentence_and_leave_no_checkpoint(
     assert not {"checkpoint", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_a_walk_that_ends_in_a_nan_writes_nothing(
+def test_weights_that_are_not_finite_are_never_written(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong before: the last look is at what is written."""
+    """The last check covers the written weights, whatever the cause of a NaN."""
     from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
     from epmq_cli.quantize.rtn import rtn
 

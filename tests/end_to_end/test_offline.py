@@ -1,4 +1,4 @@
-"""Oracle: sockets that fail the test when anything connects or looks up a name."""
+"""Oracle: sockets that fail the test on any connection or name lookup."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers.hubs import run_in
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was asked of the network; it answers nothing."""
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The network requests so far; all of them fail."""
     found: list[Any] = []
 
     def ask(*arguments: Any, **_: Any) -> Any:
@@ -30,23 +30,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_run_and_its_verification_ask_nothing(clip_hub: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_a_run_and_its_verification_send_no_requests(clip_hub: Path, tmp_path: Path, requests: list[Any]) -> None:
     verify(run_in(tmp_path, clip_hub, "calib.samples=8", "eval.samples=8"), True, "cpu", None)
-    assert asked == []
+    assert requests == []
 
 
-def test_transformers_asks_nothing_online_either(
-    bert_hub: Path, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_a_run_sends_no_requests_when_online(
+    bert_hub: Path, tmp_path: Path, requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     run_in(tmp_path, bert_hub, "calib.samples=8", "eval.samples=8")
-    assert asked == []
+    assert requests == []
     with pytest.raises(ModelError):
         locate("someone/something", "base")
-    assert asked  # what asks is seen
+    assert requests  # the fixture records requests
 
 
-def test_what_is_not_there_is_not_asked_for_offline(asked: list[Any]) -> None:
+def test_missing_models_and_data_cause_no_requests_when_offline(requests: list[Any]) -> None:
     with pytest.raises(
         ModelError, match="someone/something was not found locally and cannot be downloaded from the hub"
     ):
@@ -54,12 +54,14 @@ def test_what_is_not_there_is_not_asked_for_offline(asked: list[Any]) -> None:
     for count in (None, 3):
         with pytest.raises(DataError, match="data set someone/something cannot be loaded"):
             Hub("someone/something").load("train", count)
-    assert asked == []
+    assert requests == []
 
 
-def test_it_would_be_asked_for_online(asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_models_are_requested_when_online(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     with pytest.raises(ModelError):
         locate("someone/something", "base")
-    assert asked
+    assert requests

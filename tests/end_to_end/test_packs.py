@@ -1,5 +1,5 @@
-"""Oracles: the weights and scores of pack=compressed_tensors, for every option of conf/pack; an uninterrupted run, byte
-for byte; one process, byte for byte."""
+"""Oracles: the weights and scores of pack=compressed_tensors, for every option of conf/pack; the bytes of an
+uninterrupted run; the bytes of one process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.helpers.packs import PACKS, exporter_of
 from tests.helpers.tiers import first
 
 OPTIONS = ("quant=rtn", "pack.dtype=float16", "calib.samples=8", "eval.samples=8", "eval.stages=[quantized]")
-"""Of all runs."""
+"""The overrides of all runs."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of each option on a decoder, under its name."""
+    """A folder with a run of a decoder for each option, named after the option."""
     folder = tmp_path_factory.mktemp("packs")
     hub = build(folder / "hub", "llama")
     for pack in PACKS:
@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("pack", PACKS)
-def test_every_pack_verifies_and_holds_the_same_weights_with_the_same_scores(pack: str, runs: Path) -> None:
+def test_every_pack_is_sound_with_the_same_weights_and_scores(pack: str, runs: Path) -> None:
     verify(runs / pack / "checkpoint", True, "cpu", None)
     model, other = (load(runs / name / "checkpoint", "cpu", "dequantize") for name in (pack, "compressed_tensors"))
     wanted = other.state_dict()
@@ -57,7 +57,7 @@ def test_every_pack_is_scored_by_eval(pack: str, runs: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("pack", PACKS)
-def test_card_and_record_say_how_weights_are_stored(pack: str, runs: Path) -> None:
+def test_model_card_and_record_describe_the_storage_of_weights(pack: str, runs: Path) -> None:
     exporter, checkpoint = exporter_of(pack), runs / pack / "checkpoint"
     card = (checkpoint / "README.md").read_text()
     assert f"tags: [{', '.join(['merge', 'epmq', *exporter.tags])}]\n" in card
@@ -70,19 +70,19 @@ def test_card_and_record_say_how_weights_are_stored(pack: str, runs: Path) -> No
 
 
 @pytest.mark.parametrize("pack", PACKS)
-def test_packed_weights_go_to_the_int4_kernel(pack: str, runs: Path) -> None:
+def test_packed_weights_use_the_int4_kernel(pack: str, runs: Path) -> None:
     found = kernels(load(runs / pack / "checkpoint", "cpu", "auto"))
     assert (found["int4"] > 0) == exporter_of(pack).packs
 
 
-def test_the_int4_kernel_is_refused_for_dense_weights_before_anything_is_calibrated(runs: Path) -> None:
+def test_the_int4_kernel_is_refused_for_dense_weights_first(runs: Path) -> None:
     job = make_job(config(runs / "hub", "pack=dense", "eval.kernel=int4"))
     with pytest.raises(ConfigError, match="kernel=int4 needs quantized linears, but the model has none; use"):
         open_models(job)
 
 
 @pytest.mark.parametrize("pack", [pack for pack in PACKS if exporter_of(pack).packs])
-def test_real_zero_points_are_refused_before_a_model_is_opened(pack: str, bert_hub: Path) -> None:
+def test_real_zero_points_are_refused_first(pack: str, bert_hub: Path) -> None:
     options = ("quant=hqq", "quant.zero_point=real", "suite.base=nowhere")
     with pytest.raises(ConfigError, match="those of this quantizer are real numbers; use .*pack=dense"):
         make_job(config(bert_hub, f"pack={pack}", *options))
@@ -90,7 +90,7 @@ def test_real_zero_points_are_refused_before_a_model_is_opened(pack: str, bert_h
 
 
 @pytest.mark.parametrize("pack", first(1, PACKS))
-def test_a_run_killed_while_it_packs_ends_with_the_same_bytes(pack: str, bert_hub: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_packing_resumes_to_the_same_bytes(pack: str, bert_hub: Path, tmp_path: Path) -> None:
     options, run = (f"pack={pack}", *OPTIONS, "eval.stages=[]"), tmp_path / "run"
     assert attempt(tmp_path / "whole", bert_hub, *options) == 0
     hook = at_file(3, run / PARTIAL.format("checkpoint"))

@@ -1,5 +1,5 @@
-"""Oracles: bounds and identities that hold for any numbers, and TIES written down naively; the numbers are those of
-hypothesis, always the same ones."""
+"""Oracles: bounds and identities that hold for any numbers, and a naive TIES. The numbers come from hypothesis, with
+fixed seeds."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ SEARCHES = st.sampled_from(["minmax", "mse"])
 SEEDS = st.integers(0, 1 << 30)
 
 
-def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
-    """The claim for so many examples, the same ones each time."""
+def check_examples(examples: int, claim: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
+    """Checks the claim for this number of examples, the same ones each time."""
     options = settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
@@ -54,7 +54,7 @@ def hold(examples: int, claim: Callable[..., None], *strategies: st.SearchStrate
 
 
 @FEW_OR_MANY
-def test_what_is_rounded_is_on_its_grid_and_half_a_step_away_at_most(examples: int) -> None:
+def test_rounded_weights_lie_on_the_grid_within_half_a_step(examples: int) -> None:
     def claim(
         format: IntFormat, search: str, rows: int, groups: int, seed: int, exponent: int, dtype: torch.dtype
     ) -> None:
@@ -69,7 +69,7 @@ def test_what_is_rounded_is_on_its_grid_and_half_a_step_away_at_most(examples: i
         points = zero.repeat_interleave(format.group_size, 1)
         assert bool((zero == zero.round()).all())
         error = ((found.codes - points) * step - weight).abs()
-        if search == "minmax":  # a scale that is rounded down leaves the ends of the range out
+        if search == "minmax":  # a scale rounded down does not reach the ends of the range
             missed = (format.highest - format.lowest) * torch.finfo(dtype).eps
             assert bool((error <= (0.5 + missed + 1e-4) * step).all())
         else:
@@ -78,11 +78,13 @@ def test_what_is_rounded_is_on_its_grid_and_half_a_step_away_at_most(examples: i
                 assert float(error.square().sum()) <= 1.0001 * float((plain.dequantize() - weight).square().sum())
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, FORMATS, SEARCHES, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types)
+    check_examples(
+        examples, claim, FORMATS, SEARCHES, st.integers(1, 5), st.integers(1, 3), SEEDS, st.integers(-8, 8), types
+    )
 
 
 @FEW_OR_MANY
-def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) -> None:
+def test_packed_weights_are_read_back_bit_for_bit(examples: int) -> None:
     def claim(format: IntFormat, rows: int, groups: int, seed: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -105,10 +107,10 @@ def test_what_is_packed_and_written_is_read_back_to_the_last_bit(examples: int) 
             assert found.dtype == dtype
 
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-    hold(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
+    check_examples(examples, claim, FORMATS, st.integers(1, 40), st.integers(1, 4), SEEDS, types)
 
 
-class Held:
+class InMemory:
     """Tensors in memory."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -121,13 +123,13 @@ class Held:
 
 Model = list[list[float]]
 """Tensors as rows of numbers."""
-NUMBERS = st.integers(-16, 16).map(lambda number: number / 8)  # sums of these are exact, and many of them cancel
+NUMBERS = st.integers(-16, 16).map(lambda number: number / 8)  # their sums are exact, and many cancel
 MODELS = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
     lambda sizes: st.lists(
         st.tuples(*(st.lists(NUMBERS, min_size=size, max_size=size) for size in sizes)), min_size=2, max_size=5
     )
 )
-"""A base and one to four experts, of the same sizes."""
+"""A base and one to four experts of the same sizes."""
 METHODS = st.one_of(
     st.just(Average()),
     st.builds(TaskArithmetic, st.sampled_from([0, 0.25, 1, 2])),
@@ -138,8 +140,8 @@ METHODS = st.one_of(
 
 
 def merged(merge: MergeMethod, models: list[Model], piece: int = 1 << 18) -> Tensor:
-    """The merge of a base and its experts, all tensors in one row."""
-    held = [Held({f"w{i}": torch.tensor(row) for i, row in enumerate(model)}) for model in models]
+    """The merge of a base and its experts, all tensors in one vector."""
+    held = [InMemory({f"w{i}": torch.tensor(row) for i, row in enumerate(model)}) for model in models]
     folders = [ModelFolder(Path(f"m{i}"), f"m{i}", {}, tensors) for i, tensors in enumerate(held)]
     names = {name: name for name in held[0].infos}
     base, *experts = (NamedTensors(folder, names) for folder in folders)
@@ -153,7 +155,7 @@ def flat(model: Model) -> Tensor:
 
 
 @FEW_OR_MANY
-def test_the_order_of_experts_changes_nothing_nor_does_the_size_of_pieces(examples: int) -> None:
+def test_the_order_of_experts_and_the_size_of_pieces_change_nothing(examples: int) -> None:
     def claim(merge: MergeMethod, models: list[Model], random: Any, piece: int) -> None:
         expected = merged(merge, models)
         others = models[1:]
@@ -161,7 +163,7 @@ def test_the_order_of_experts_changes_nothing_nor_does_the_size_of_pieces(exampl
         torch.testing.assert_close(merged(merge, [models[0], *others]), expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(merged(merge, models, piece), expected)
 
-    hold(examples, claim, METHODS, MODELS, st.randoms(use_true_random=False), st.integers(1, 4))
+    check_examples(examples, claim, METHODS, MODELS, st.randoms(use_true_random=False), st.integers(1, 4))
 
 
 @FEW_OR_MANY
@@ -169,11 +171,11 @@ def test_experts_that_are_the_base_give_the_base(examples: int) -> None:
     def claim(merge: MergeMethod, models: list[Model], count: int) -> None:
         assert torch.equal(merged(merge, [models[0]] * (1 + count)), flat(models[0]))
 
-    hold(examples, claim, METHODS, MODELS, st.integers(1, 4))
+    check_examples(examples, claim, METHODS, MODELS, st.integers(1, 4))
 
 
 def naive_ties(models: list[Model], ties: Ties) -> Tensor:
-    """The paper's algorithm 1 on whole vectors in float64, with this tool's rule where signs cancel."""
+    """The paper's algorithm 1 on whole vectors in float64, with this tool's rule for cancelling signs."""
     base, vectors = flat(models[0]).double(), []
     for expert in models[1:]:
         vector = flat(expert).double() - base
@@ -192,10 +194,10 @@ def naive_ties(models: list[Model], ties: Ties) -> Tensor:
 
 
 @FEW_OR_MANY
-def test_ties_is_the_naive_one(examples: int) -> None:
+def test_ties_equals_the_naive_version(examples: int) -> None:
     def claim(density: float, scale: float, combine: str, models: list[Model]) -> None:
         ties = Ties(density, scale, combine)
         torch.testing.assert_close(merged(ties, models), naive_ties(models, ties), rtol=1e-6, atol=1e-6)
 
     densities = st.floats(0.01, 1)
-    hold(examples, claim, densities, st.sampled_from([0.3, 1.0]), st.sampled_from(["sum", "mean"]), MODELS)
+    check_examples(examples, claim, densities, st.sampled_from([0.3, 1.0]), st.sampled_from(["sum", "mean"]), MODELS)

@@ -1,6 +1,6 @@
-"""Oracles: the published suites' own lists of tasks, and transformers, which loads their checkpoints alone.
+"""Oracles: the task lists of the published suites, and plain transformers, which loads their checkpoints.
 
-End to end and offline: tiny models and data under the true ids, in the true layout, in a mirror of the hub.
+End to end and offline: tiny models and data in a mirror of the hub, with the real ids and layout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SMALL = ("group_size=16", "device=cpu", "calib.samples=6", "eval.samples=4", "ev
 
 
 def clip_models(root: Path, size: str) -> None:
-    """A CLIPModel and the CLIPVisionModel of every task, stored under the prefix that the published files have."""
+    """A CLIPModel and the CLIPVisionModel of every task, stored with the prefix of the published files."""
     from transformers import CLIPConfig, CLIPImageProcessor
 
     from tests.helpers.minihub import VOCABULARY
@@ -68,7 +68,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flan_models(root: Path) -> None:
-    """FLAN-T5-base and its experts, whose files hold the shared table three times and an output layer of their own."""
+    """FLAN-T5-base and its experts, whose files hold the shared table three times and a separate output layer."""
     from tests.helpers.minihub import t5_models
 
     base: nn.Module = t5_models()
@@ -85,7 +85,7 @@ def flan_models(root: Path) -> None:
 
 
 def run_suite(folder: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Any]:
-    """Runs `epmq run` with these overrides; the metrics."""
+    """Runs `epmq run` with these overrides; returns the metrics."""
     prepare(monkeypatch, folder / "cache")
     options = [f"data_root={mirror}", f"out={folder}", *SMALL, *overrides]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -133,7 +133,7 @@ def test_flan_t5_runs_on_glue_and_reloads(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_scored_again_with_its_data_elsewhere(
+def test_a_checkpoint_is_scored_with_its_data_in_another_place(
     mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_suite(tmp_path, mirror, monkeypatch, "suite=flan_t5_base_glue", "eval.stages=[]", "calib.samples=2")

@@ -1,4 +1,4 @@
-"""Oracle: the README itself. Every command in it is run, every suite in it composes and is made."""
+"""Oracle: the README itself. Every command in it runs; every suite in it composes and can be instantiated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_command_runs(command: str, epmq_inside: Run) -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_what_needs_models_or_engines_can_be_typed_so(line: str) -> None:
+def test_commands_that_need_models_or_engines_can_be_parsed(line: str) -> None:
     command, *arguments = shlex.split(line.replace("\\\n", ""), comments=True)[1:]
     overrides, flags = split(arguments)
     check_overrides(command, overrides)
@@ -61,7 +61,7 @@ def test_what_needs_models_or_engines_can_be_typed_so(line: str) -> None:
 
 
 @pytest.mark.parametrize("text", SUITES, ids=[text.splitlines()[1] for text in SUITES])
-def test_every_suite_composes_and_is_made(text: str, tmp_path: Path) -> None:
+def test_every_suite_composes_and_can_be_instantiated(text: str, tmp_path: Path) -> None:
     (tmp_path / "suite").mkdir()
     (tmp_path / "suite" / "mine.yaml").write_text(text)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

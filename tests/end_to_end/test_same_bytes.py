@@ -1,6 +1,6 @@
-"""Oracle: the sha256 of checkpoint files that were recorded on a machine of the same kind.
+"""Oracle: the recorded sha256 of checkpoint files, from a machine of the same kind.
 
-After a change that is meant to change numerics: `python tests/end_to_end/same_bytes.py --record`.
+After an intended change of the numerics: `python tests/end_to_end/same_bytes.py --record`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALL = only(FAST, (row.name for row in ROWS))
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """same_bytes.py, which finds its neighbours as a script does."""
+    """same_bytes.py, loaded as a script, since it imports its siblings."""
     place = str(Path(__file__).parent)
     sys.path.insert(0, place)
     try:
@@ -34,13 +34,13 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tables(script: ModuleType) -> ModuleType:
-    """Its neighbour that compares and records."""
+    """The sibling module that compares and records."""
     return sys.modules["same_bytes_table"]
 
 
 @pytest.fixture(scope="module")
 def inputs(script: ModuleType) -> Path:
-    """The models, when all modules that the forked processes need are imported."""
+    """The models, once all modules for the forked processes are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         script.import_all()
@@ -60,13 +60,13 @@ def test_a_checkpoint_has_the_recorded_bytes(
             "right and run: python tests/end_to_end/same_bytes.py --record"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of forks with threads
         files = script.run_row(row, inputs, tmp_path)
     assert "error" not in files, files["error"]
     assert {file: value for file, value in tables.short(files).items() if file in expected} == expected
 
 
-def test_weights_of_portable_rows_alone_are_expected_on_another_machine(
+def test_only_weights_of_portable_rows_are_expected_on_another_machine(
     script: ModuleType, tables: ModuleType, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {row.name: row for row in script.ROWS}
@@ -77,7 +77,7 @@ def test_weights_of_portable_rows_alone_are_expected_on_another_machine(
     assert tables.recorded(rows["bert/merge/ties"], inputs).keys() == {"model.safetensors"}
 
 
-def test_a_difference_in_weights_counts_and_one_in_records_does_not(
+def test_differences_in_weights_count_and_those_in_records_do_not(
     tables: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {"machine": "m", "inputs": {"bert": "i"}, "rows": {"one": {"model.safetensors": "a", "epmq.json": "b"}}}

@@ -1,4 +1,4 @@
-"""Oracles: what guessing scores, by hand."""
+"""Oracle: the scores of guessing, by hand."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def scored(labels: list[Any], metric: str = "accuracy", classes: int = 2) -> Sco
         (scored([0.5, 1.5] * 200, "spearman"), 0.8, 0.0, False),
     ],
 )
-def test_chance_by_hand(task: ScoredTask, score: float, chance: float, at_chance: bool) -> None:
+def test_chance_levels(task: ScoredTask, score: float, chance: float, at_chance: bool) -> None:
     found = check(task, score, None, 1)
     assert (found.chance, found.at_chance) == (chance, at_chance)
 
 
 @pytest.mark.parametrize(("score", "base", "at_chance"), [(900, None, True), (90, 40, True), (70, 40, False)])
 def test_perplexities_are_compared_with_a_uniform_guess_and_the_base(score: float, base: Any, at_chance: bool) -> None:
-    """A guess among 500 tokens has a perplexity of 500."""
+    """Closed form: a uniform guess among 500 tokens has a perplexity of 500."""
     task = ScoredTask("code", Samples([torch.arange(9)]), dict, {}, lambda *_: None, "perplexity", 4)
     found = check(task, score, base, 500)
     assert (found.chance, found.at_chance) == (500, at_chance)
 
 
-def test_an_expert_at_chance_is_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Once for the bad one, not for the good one."""
+def test_an_expert_at_chance_causes_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:
+    """One warning for the expert at chance, none for the good one."""
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
     tasks = [scored([0, 1] * 50)]
     with caplog.at_level(logging.WARNING, "epmq"):

@@ -1,4 +1,4 @@
-"""Oracles: orders of names written by hand."""
+"""Oracle: class orders written by hand."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def prompts(*names: str) -> Heading:
         (prompts("A", "B"), tuple(map(str, range(37))), POSITIONS, "the labels of the data are numbers"),
     ],
 )
-def test_matches_by_hand(heading: Heading, data: Any, order: Any, said: str | None) -> None:
+def test_match_kinds(heading: Heading, data: Any, order: Any, said: str | None) -> None:
     found = match(heading, data)
     assert found.order == order
-    assert (said is None) == (found.said is None)
-    assert said is None or said in str(found.said)
+    assert (said is None) == (found.message is None)
+    assert said is None or said in str(found.message)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def task(**fields: Any) -> Task:
 
 
 def test_labels_are_translated_into_the_order_of_the_head() -> None:
-    """Label 0 of the data is class 1 of the head; a label that the head has no class for is named."""
+    """Label 0 of the data is class 1 of the head; a label without a class in the head is named."""
     samples = Samples("abc", torch.tensor([0, 1, 0]), ("neg", "pos"))
     heading = own("POS", "NEG")
     found = translated(samples, in_order_of_head(samples, heading, task()).order, heading)
@@ -133,11 +133,11 @@ def test_labels_are_translated_into_the_order_of_the_head() -> None:
         translated(samples, (0, None), heading)
 
 
-def test_classes_of_the_suite_stand_for_names_that_the_data_lacks() -> None:
-    """As in `epmq eval` with a suite that lists the classes in another order than the checkpoint has them."""
+def test_classes_of_the_suite_name_the_labels_of_unnamed_data() -> None:
+    """As in `epmq eval` if the suite lists the classes in another order than the checkpoint."""
     samples = Samples("ab", torch.tensor([0, 1]))
     assert in_order_of_head(samples, prompts("a", "b"), task(classes=("b", "a"))).order == (1, 0)
-    assert in_order_of_head(samples, prompts("a", "b"), task(classes=("a", "b"))).said is None
+    assert in_order_of_head(samples, prompts("a", "b"), task(classes=("a", "b"))).message is None
 
 
 def expert(**config: Any) -> Any:
@@ -157,7 +157,7 @@ def expert(**config: Any) -> Any:
         ({"id2label": ["a", "b"]}, None),
     ],
 )
-def test_names_of_a_config_by_hand(config: dict[str, Any], wanted: Any) -> None:
+def test_class_names_of_a_config(config: dict[str, Any], wanted: Any) -> None:
     assert read_names(expert(**config), 2) == wanted
 
 
@@ -175,7 +175,7 @@ def test_configs_that_contradict_themselves_are_refused(config: dict[str, Any], 
 
 
 def test_multi_label_heads_are_refused_by_name() -> None:
-    """problem_type as transformers writes it."""
+    """The values of problem_type are those of transformers."""
     check_single_label(expert(problem_type="single_label_classification"), "t")
     with pytest.raises(
         ModelError, match="has problem_type multi_label_classification; epmq scores task t by one label"
@@ -183,7 +183,7 @@ def test_multi_label_heads_are_refused_by_name() -> None:
         check_single_label(expert(problem_type="multi_label_classification"), "t")
 
 
-def test_folding_keeps_what_makes_names_different() -> None:
+def test_folding_keeps_distinct_names_distinct() -> None:
     """Case, spaces, _ and - are folded; signs of numbers are not."""
     assert fold("Not-Equivalent ") == fold("not_equivalent") == "notequivalent"
     assert fold("-1") != fold("1")
@@ -195,16 +195,16 @@ def test_folding_keeps_what_makes_names_different() -> None:
     [
         (("1", "2", "3"), [1, 3, 2], [0, 2, 1]),
         (("LABEL_3", "LABEL_1", "LABEL_2"), [3, 1], [0, 1]),
-        (("1", "2", "3"), [0, 2, 1], [0, 2, 1]),  # positions, as there is no class 0
-        (("1", "2", "3"), [1, 5], [1, 5]),  # neither, and refused where they are scored
+        (("1", "2", "3"), [0, 2, 1], [0, 2, 1]),  # positions, because there is no class 0
+        (("1", "2", "3"), [1, 5], [1, 5]),  # neither; refused when they are scored
         (("1", "2", "3"), [2, 1], None),
         (("2", "4"), [4, 2, 4], [1, 0, 1]),
     ],
 )
-def test_values_are_the_names_of_a_head_that_are_numbers(
+def test_values_can_be_numeric_class_names_of_the_head(
     names: tuple[str, ...], labels: list[int], wanted: list[int] | None
 ) -> None:
-    """Labels of data without names, which may be names of classes, positions, or both, and are refused then."""
+    """Labels of unnamed data may be names of classes or positions; if they may be both, they are refused."""
     task = Task("t", "expert", Table("a.csv", "a.csv"))
     samples = Samples(list(labels), torch.tensor(labels))
     if wanted is None:
@@ -217,7 +217,7 @@ def test_values_are_the_names_of_a_head_that_are_numbers(
     assert translation.tolist() == wanted
 
 
-def test_an_order_of_numbers_that_is_given_is_taken() -> None:
-    """Sorted folders 0, 1, 10, 2 are refused without it."""
+def test_an_explicit_order_of_numbers_is_accepted() -> None:
+    """Without it, the sorted folders 0, 1, 10, 2 are refused."""
     found = match(own(count=4), ("0", "1", "10", "2"), listed=True)
     assert found.order is None

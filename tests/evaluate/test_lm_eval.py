@@ -1,4 +1,4 @@
-"""Oracles: the log-likelihoods that the model itself gives, and results written by hand."""
+"""Oracles: the log-likelihoods of the model itself, and results written by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def scores(model: nn.Module, hub: Path, tasks: list[str], samples: int | None = 
     return harness_scores(model, hub / "base", CPU, evaluation, MicroBatcher(4, "scoring", "lower eval.batch_size"))
 
 
-@pytest.mark.filterwarnings("ignore")  # the harness's own
+@pytest.mark.filterwarnings("ignore")  # created by the harness
 @pytest.mark.slow
 def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
@@ -70,7 +70,7 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-def test_a_task_that_the_harness_does_not_know_is_refused(hub: Path) -> None:
+def test_an_unknown_task_is_refused(hub: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(hub / "base")
     with pytest.raises(ConfigError, match="eval.tasks names mimi, which lm-evaluation-harness does not know"):
         scores(model, hub, ["mimi"])
@@ -88,12 +88,12 @@ def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_ta
     assert found == dict.fromkeys([f"{name}/acc" for name in NAMES], found["mini/acc"])
 
 
-def test_of_several_metrics_the_preferred_one_is_taken() -> None:
+def test_the_preferred_metric_is_used() -> None:
     several = {"alias": "a", "acc,none": 0.5, "acc_norm,none": 0.25, "acc_stderr,none": 0.1}
     odd = {"bleu,none": 0.125, "bleu_stderr,none": "N/A"}
     assert chosen(["a", "b"], {"a": several, "b": odd}) == {"a/acc_norm": 0.25, "b/bleu": 0.125}
 
 
-def test_of_a_metric_behind_several_filters_the_first_is_taken() -> None:
+def test_the_first_filter_of_a_metric_is_used() -> None:
     filters = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
     assert chosen(["gsm8k"], {"gsm8k": filters}) == {"gsm8k/exact_match": 0.25}

@@ -1,4 +1,4 @@
-"""Oracles: closed forms of models without memory, and transformers' own loss window by window."""
+"""Oracles: closed forms for models without memory, and the loss of transformers, window by window."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ IDS = torch.randint(0, 7, (23,), generator=torch.Generator().manual_seed(0))
 
 
 def perplexity(logits_of: Callable[[Tensor], Tensor], *given: Any) -> float:
-    """That of a model with these logits."""
+    """The perplexity of a model with these logits."""
     return of_windows.perplexity(partial(window_losses, logits_of), *given)
 
 
 @pytest.mark.parametrize("stride", [2, 5])
-def test_of_a_model_that_knows_nothing_it_is_the_size_of_the_vocabulary(stride: int) -> None:
+def test_a_uniform_model_has_the_size_of_the_vocabulary_as_perplexity(stride: int) -> None:
     found = perplexity(lambda ids: torch.zeros(*ids.shape, 7), IDS, 5, stride, 2)
     assert found == pytest.approx(7)
 
 
-def test_of_a_table_of_followers_it_is_the_mean_loss_over_what_is_predicted() -> None:
+def test_a_bigram_model_has_the_mean_loss_of_its_predictions() -> None:
     table = torch.randn(7, 7, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-    losses = -table[IDS[:-1], IDS[1:]]  # of token 1, 2, ..., 22
+    losses = -table[IDS[:-1], IDS[1:]]  # the losses of tokens 1, 2, ..., 22
     apart = [loss for place, loss in enumerate(losses.tolist(), 1) if place % 5]
     assert perplexity(lambda ids: table[ids], IDS, 5, 5, 3) == pytest.approx(math.exp(sum(apart) / len(apart)))
     assert perplexity(lambda ids: table[ids], IDS, 5, 2, 3) == pytest.approx(math.exp(float(losses.mean())))
@@ -40,7 +40,7 @@ def test_of_a_table_of_followers_it_is_the_mean_loss_over_what_is_predicted() ->
 
 @pytest.mark.parametrize("batch_size", [1, 2, 50])
 @pytest.mark.parametrize(("length", "stride"), [(5, 5), (6, 4), (8, 3), (40, 40)])
-def test_windows_are_read_as_transformers_documentation_does(length: int, stride: int, batch_size: int) -> None:
+def test_windows_match_the_recipe_of_the_transformers_documentation(length: int, stride: int, batch_size: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=7, bos_token_id=0, eos_token_id=1)).double().eval()
@@ -71,6 +71,6 @@ def test_every_token_is_new_in_one_window(stride: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_a_text_of_which_nothing_can_be_predicted_is_refused(tokens: int) -> None:
+def test_a_text_without_predicted_tokens_is_refused(tokens: int) -> None:
     with pytest.raises(DataError, match=f"at least two tokens of text, got {tokens}"):
         perplexity(lambda ids: torch.zeros(*ids.shape, 7), IDS[:tokens], 5, 5, 1)

@@ -1,4 +1,4 @@
-"""Oracles: closed forms on vectors chosen by hand."""
+"""Oracle: closed forms on vectors chosen by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_classifier_logits_are_those_of_a_linear() -> None:
 
 
 def reading_inputs(family: Family) -> Family:
-    """The family with a model's inputs as its features."""
+    """The family, with the inputs of a model as its features."""
     found = Family(family.architecture, family.tasks)
     found.features = lambda model, batch: batch["x"]  # type: ignore[method-assign, misc]
     return found
@@ -64,14 +64,14 @@ def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
-def test_accuracy_is_the_fraction_right_for_any_batch_size(batch_size: int) -> None:
+def test_accuracy_is_the_correct_fraction_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
     assert scorer(CLIP, batch_size).score(nn.Identity(), task) == 0.8
 
 
 @pytest.mark.parametrize("label", [3, -2])
-def test_labels_that_the_head_does_not_have_are_refused(label: int) -> None:
+def test_labels_outside_the_head_are_refused(label: int) -> None:
     with pytest.raises(DataError, match=r"task t: labels must lie in 0..2 as its head has 3 classes"):
         scored([[1.0, 0, 0]], [label])
 
@@ -81,8 +81,8 @@ def test_a_task_without_test_samples_is_refused() -> None:
         scored([], [])
 
 
-def test_a_head_with_one_output_gives_a_number() -> None:
-    """Ranks of 2 x and of x are the same."""
+def test_a_head_with_one_output_predicts_a_number() -> None:
+    """The ranks of 2 x equal those of x."""
     labels = torch.tensor([0.5, 3.0, 1.0, 2.0])
     task = Task("t", "expert", Npz("t.npz"), metric="spearman")
     head = {"weight": torch.tensor([[2.0]])}
@@ -105,7 +105,7 @@ def collate(items: list[Any]) -> dict[str, Tensor]:
         ("spearman", [1.0, 1.0, 1.0], [0.0, 5.0, 5.5], 0.0),
     ],
 )
-def test_measures_by_hand(metric: str, predictions: list[float], labels: list[float], wanted: float) -> None:
+def test_metrics(metric: str, predictions: list[float], labels: list[float], wanted: float) -> None:
     assert MEASURES[metric](torch.tensor(predictions), torch.tensor(labels)) == pytest.approx(wanted)
 
 
@@ -122,8 +122,8 @@ def test_measures_by_hand(metric: str, predictions: list[float], labels: list[fl
         ("matthews", [1, 1], "matthews needs labels that differ, and those of all 2 test samples are 1"),
     ],
 )
-def test_labels_that_a_metric_says_nothing_of_are_refused(metric: str, labels: list[float], message: str) -> None:
-    """The unlabelled test split of STS-B, and correlations with a constant, which have no value."""
+def test_labels_without_a_defined_metric_are_refused(metric: str, labels: list[float], message: str) -> None:
+    """The unlabelled test split of STS-B, and correlations with a constant, which are undefined."""
     head = {"weight": torch.ones(3 if isinstance(labels[0], int) else 1, 1)}
     task = Task("t", "expert", Npz("t.npz"), metric=metric)
     predict = reading_inputs(CLIP).predict(Path(), task)

@@ -1,4 +1,4 @@
-"""The miniature hubs of the families' tests."""
+"""Fixtures of the families' tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.minihub import Hub, build
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
-    """The miniature hub of a kind, made when it is first asked for."""
+    """The miniature hub of a kind, built on first use."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:

@@ -1,4 +1,4 @@
-"""Oracles: transformers' own hidden states, forward passes and loading of checkpoints, for all but CLIP and BERT."""
+"""Oracles: hidden states, forward passes and checkpoint loading of transformers, for all families but CLIP and BERT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers.tiers import first, only, slow
 
 
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """transformers' own, of each stack."""
+    """The hidden states of each stack in transformers."""
     if kind.startswith("t5"):
         found = model(**batch, output_hidden_states=True)
         return [found.encoder_hidden_states, found.decoder_hidden_states]
@@ -37,7 +37,7 @@ def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple
 
 
 @pytest.mark.parametrize("kind", TIERED)
-def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str, hub: Hub) -> None:
+def test_hidden_states_of_all_stacks_match_transformers(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     for batch in scene.batches:
         handed = dict(batch)
@@ -54,7 +54,7 @@ def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str
                 stream.finish(stack.readout.module)
                 pooled = not kind.startswith("t5") and kind not in (*DECODERS, "modernbert")
                 final = wanted[-1][:, 0] if pooled else wanted[-1]
-                if kind == "vit":  # its last hidden state is the one before the last norm
+                if kind == "vit":  # its last hidden state comes before the last norm
                     final = scene.family.features(scene.model, batch)
                 torch.testing.assert_close(stream.hidden, final)
             if stack.handed:
@@ -62,7 +62,7 @@ def test_streams_through_all_stacks_are_transformers_own_hidden_states(kind: str
 
 
 def step_names(scene: Scene) -> list[str]:
-    """Every linear and norm that is walked, in order."""
+    """The name of every linear and norm of the walk, in order."""
     return [
         section.name(local)
         for stack in scene.family.stacks(scene.model)
@@ -81,7 +81,7 @@ def called(model: nn.Module, names: list[str], forward: Callable[[], object]) ->
 
 
 @pytest.mark.parametrize("kind", TIERED)
-def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_forward_pass(kind: str, hub: Hub) -> None:
+def test_steps_are_all_linears_and_norms_in_the_order_of_a_forward_pass(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     wanted = step_names(scene)
     found = {
@@ -89,7 +89,7 @@ def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_fo
         for name, module in scene.model.named_modules()
         if isinstance(module, nn.Linear)
         or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-        or name.endswith(".attn_norm")  # nothing in the first block of ModernBERT
+        or name.endswith(".attn_norm")  # the first block of ModernBERT has no such norm
     }
     left = {"lm_head", str(scene.family.stacks(scene.model)[0].first_norm)}
     left |= {name for name in found if name.endswith(("q_norm", "k_norm")) or name == "encoder.LayerNorm"}
@@ -99,7 +99,7 @@ def test_steps_are_every_linear_and_norm_of_the_blocks_in_the_order_of_a_real_fo
 
 
 def first_inputs(scene: Scene, modules: list[nn.Module]) -> list[Tensor]:
-    """What reaches each module first in a forward pass of the whole model."""
+    """The first input of each module in a forward pass of the whole model."""
     caught: dict[nn.Module, Tensor] = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, args: caught.setdefault(m, args[0]) is None or None) for m in modules
@@ -112,7 +112,7 @@ def first_inputs(scene: Scene, modules: list[nn.Module]) -> list[Tensor]:
 
 
 def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each linear that writes into a stream inside its block: what that then holds, and what it should."""
+    """For each linear that writes into a stream within its block: the resulting stream, and the expected one."""
     for block in (block for stack in scene.family.stacks(scene.model) for block in stack.blocks):
         for index, step in enumerate(block.steps):
             behind = next((s.name for s in block.steps[index + 1 :] if isinstance(s, Norm)), None)
@@ -123,14 +123,14 @@ def added(scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", only(("deberta", "vit", "t5", "llama"), (kind for kind in KINDS if kind != "gemma3")))
-def test_streams_are_what_the_outputs_are_added_to(kind: str, hub: Hub) -> None:
+def test_outputs_are_added_to_their_streams(kind: str, hub: Hub) -> None:
     pairs = list(added(Scene(hub(kind))))
     assert pairs
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted)
 
 
-def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub: Hub) -> None:
+def test_outputs_normed_before_the_addition_have_no_stream(hub: Hub) -> None:
     assert all(
         step.stream is None
         for block in Scene(hub("gemma3")).family.blocks(Scene(hub("gemma3")).model)
@@ -140,8 +140,8 @@ def test_outputs_that_are_normed_before_they_are_added_write_into_no_stream(hub:
 
 
 @pytest.mark.parametrize("kind", TIERED)
-def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
-    """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
+def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
+    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
     options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
     found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=40")
     models, model, _ = steps.open_models(found.job)
@@ -155,7 +155,7 @@ def test_a_lone_expert_is_met(kind: str, hub: Hub) -> None:
 
 @pytest.mark.parametrize("kind", first(1, ["t5", "deberta", "gemma3", "llama"]))
 def test_activations_in_files_change_nothing(kind: str, hub: Hub) -> None:
-    """The same walk with all activations in memory, to the last bit."""
+    """Equals the same walk with all activations in memory, bit for bit."""
     inside, outside = (walk(hub(kind), "guidance=feature", f"calib.memory={size}") for size in ("1GB", "1KB"))
     for one, other in zip(inside.student.state_dict().values(), outside.student.state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -200,7 +200,7 @@ def test_tied_tensors_are_written_once(kind: str, hub: Hub, tmp_path: Path) -> N
     assert ("lm_head.weight" in names) is (kind != "t5-tied")
 
 
-def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Hub) -> None:
+def test_the_gain_of_gemmas_norms_is_one_plus_their_weight(hub: Hub) -> None:
     rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     for kind, plus in (("gemma3", 1), ("llama", 0), ("t5", 0)):
         scene = Scene(hub(kind))
@@ -211,14 +211,14 @@ def test_gemmas_norms_have_a_gain_of_one_more_than_their_weight(hub: Hub) -> Non
 
 
 @pytest.mark.parametrize("kind", TIERED)
-def test_the_family_of_a_model_is_found_by_its_config(kind: str, hub: Hub) -> None:
+def test_the_config_determines_the_family(kind: str, hub: Hub) -> None:
     folder = hub(kind)
     found = claiming(json.loads((folder / "base" / "config.json").read_text()))
     assert found is make_job(config(folder)).family
     assert found is make_job(config(folder, "suite.family=auto")).family
 
 
-def test_a_model_that_no_family_takes_says_what_was_found_and_how_to_write_one() -> None:
+def test_the_error_for_an_unknown_model_names_its_type_and_how_to_add_a_family() -> None:
     with pytest.raises(
         ModelError, match=r"no family takes models of type mamba, the families take .*bert.*new encoder is a row"
     ):

@@ -1,4 +1,5 @@
-"""Oracles: the expert itself, which a student without quantizer must become, and transformers' own forward pass."""
+"""Oracles: the expert itself, which a student without a quantizer must reproduce, and the forward pass of
+transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ LONE = ("~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "qu
 
 
 def distances(folder: Path, *options: str) -> tuple[float, float]:
-    """How far base and student are from the lone expert, in the mean square of the features."""
+    """The mean squared distances of the base's and the student's features from those of the lone expert."""
     found = walk(folder, *LONE, "calib.samples=40", *options)
     models, model, _ = steps.open_models(found.job)
     far = found.features(model)
@@ -38,34 +39,34 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
     return tuple(float((x - wanted).square().mean()) for x in (far, found.features(found.student)))  # type: ignore[return-value]
 
 
-FAST = ("glm4", "olmo")  # norms on both sides of a part, and behind it alone
+FAST = ("glm4", "olmo")  # norms on both sides of a part, and only after it
 
 
 @pytest.mark.parametrize("kind", only(FAST, TAKEN))
-def test_a_lone_expert_is_met_under_auto(kind: str, tmp_path: Path) -> None:
-    """One task, no anchor, no quantizer: the student, started from another model, ends as the expert."""
+def test_a_lone_expert_is_reproduced_with_family_auto(kind: str, tmp_path: Path) -> None:
+    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
     hub = decoder_files(tmp_path, built(TAKEN[kind]))
     base, student = distances(hub, "suite.family=auto")
     assert student < 0.05 * base
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_unknown_of_a_decoder_is_refused_by_name(kind: str) -> None:
-    """The architectures whose blocks have other parts than the family's steps."""
+def test_unknown_parts_of_a_decoder_are_refused_by_name(kind: str) -> None:
+    """The architectures whose blocks have parts that the family's steps do not describe."""
     build, said = REFUSED[kind]
     with pytest.raises(ModelError, match=f"^base: .*{said}.*family causal_lm takes llama, .*; epmq merge .* merges"):
         check_parts(build(), FAMILY)
 
 
 def test_parallel_parts_of_a_listed_type_are_refused_before_calibration(tmp_path: Path) -> None:
-    """`auto` takes StableLM by its type; whether a block adds its parts in parallel is in its config alone."""
+    """`auto` accepts StableLM by its type; only its config tells whether a block adds its parts in parallel."""
     hub = decoder_files(tmp_path, built(REFUSED["stablelm"][0]))
     with pytest.raises(ModelError, match="no norms that the family knows"):
         steps.open_models(make_job(config(hub, "suite.family=auto")))
 
 
-def test_glm_4_has_norms_before_and_behind_its_parts() -> None:
-    """The order of transformers' own forward pass."""
+def test_glm_4_has_norms_before_and_after_its_parts() -> None:
+    """Oracle: the order of the forward pass in transformers."""
     found = block_steps(TAKEN["glm4"]().model.layers[0], "a block")
     assert [step.name if isinstance(step, Norm) else step.names[-1].rpartition(".")[2] for step in found] == [
         "input_layernorm",
@@ -80,8 +81,9 @@ def test_glm_4_has_norms_before_and_behind_its_parts() -> None:
     assert all(step.stream is None for step in found if isinstance(step, Linears))
 
 
-def test_the_drift_of_a_scaled_stream_is_made_up_for(tmp_path: Path) -> None:
-    """Granite adds 0.22 of what its linears give: with beta = 1 the student is nearer to the expert than without."""
+def test_the_drift_of_a_scaled_stream_is_compensated(tmp_path: Path) -> None:
+    """Granite scales the outputs of its linears by 0.22: with beta = 1 the student is closer to the expert than
+    without."""
     hub = decoder_files(tmp_path, built(TAKEN["granite"]))
     scales = {s.scale for s in FAMILY.blocks(TAKEN["granite"]())[0].steps if isinstance(s, Linears) and s.stream}
     assert scales == {0.22}
@@ -92,7 +94,7 @@ def test_the_drift_of_a_scaled_stream_is_made_up_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["glm4", "olmo", "olmo2", "starcoder2"])
 def test_checkpoints_of_these_blocks_reload_with_equal_outputs(kind: str, tmp_path: Path) -> None:
-    """The student itself, loaded by plain transformers."""
+    """Oracle: the student itself; plain transformers loads the checkpoint."""
     hub = decoder_files(tmp_path / "hub", built(TAKEN[kind]))
     options = ["suite.family=auto", "guidance=feature", "bits=4", "eval.samples=4"]
     public = AutoModelForCausalLM.from_pretrained(run_in(tmp_path / "run", hub, *options)).eval()
@@ -102,8 +104,8 @@ def test_checkpoints_of_these_blocks_reload_with_equal_outputs(kind: str, tmp_pa
         assert torch.equal(public(ids).logits, student(ids).logits)
 
 
-def test_an_explicit_family_takes_no_type_of_another_one(tmp_path: Path) -> None:
-    """The families' own lists of types."""
+def test_an_explicit_family_refuses_types_of_other_families(tmp_path: Path) -> None:
+    """Oracle: the lists of types of the families."""
     hub = decoder_files(tmp_path, built(TAKEN["arcee"]))
     path = hub / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
@@ -111,8 +113,8 @@ def test_an_explicit_family_takes_no_type_of_another_one(tmp_path: Path) -> None
         steps.open_models(make_job(config(hub)))
 
 
-def test_a_type_that_no_family_lists_is_taken_where_the_checks_find_nothing(tmp_path: Path) -> None:
-    """InternLM 3 is a Llama by another name in transformers: the same steps."""
+def test_an_unlisted_type_is_accepted_if_the_checks_pass(tmp_path: Path) -> None:
+    """InternLM 3 has the steps of Llama under another name in transformers."""
     import transformers as t
 
     model = t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model("internlm3", **GROUPED))

@@ -1,4 +1,4 @@
-"""Oracle: what transformers makes of two spellings of one config; and the readout of each row by hand."""
+"""Oracles: transformers' reading of two spellings of one config; the readout of each family by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_settings(hub: Path, folder: Path, **settings: object) -> ModelFolder:
 
 
 def test_a_setting_in_another_spelling_is_the_same_setting(hub: Hub, tmp_path: Path) -> None:
-    """`p2c|c2p`, as the files of DeBERTa 3 have it, and the list that transformers writes for experts."""
+    """`p2c|c2p` in the files of DeBERTa 3, and the list that transformers writes for experts."""
     spelled = [["p2c", "c2p"], "p2c|c2p"]
     folders = [with_settings(hub("deberta"), tmp_path / str(i), pos_att_type=each) for i, each in enumerate(spelled)]
     assert DEBERTA.settings(folders[0]) == DEBERTA.settings(folders[1])
@@ -43,14 +43,14 @@ def test_a_setting_that_the_steps_do_not_describe_is_refused(hub: Hub, tmp_path:
 
 
 @pytest.mark.parametrize(("kind", "token", "lone"), [("modernbert", MEAN, None), ("modernbert-cls", 0, 0)])
-def test_the_pooling_of_the_config_says_what_heads_read(kind: str, token: object, lone: int | None, hub: Hub) -> None:
+def test_the_pooling_of_the_config_determines_the_readout(kind: str, token: object, lone: int | None, hub: Hub) -> None:
     (stack,) = MODERNBERT.stacks(Scene(hub(kind)).model)
     assert (stack.read_token, stack.lone_token) == (token, lone)
     assert stack.readout.steps == (Norm("final_norm"),)
 
 
 def test_every_encoder_is_a_row() -> None:
-    """The families by their architectures: those that are no row are the ones with two stacks, two towers or layouts
-    that are found by name."""
+    """Oracle: the architectures of the families. Only families with two stacks, two towers or layouts detected by
+    name are not rows."""
     rows = {name for name, family in FAMILIES.items() if type(family.architecture) is Encoder}
     assert {*FAMILIES} - rows == {"causal_lm", "clip", "open_clip", "t5"}

@@ -1,4 +1,4 @@
-"""Oracles: state dicts and outputs of transformers itself."""
+"""Oracle: the state dicts and outputs of transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_tensor_names_are_those_of_the_loaded_model(name: str, request: pytest.F
 
 
 def batch_of(name: str) -> Batch:
-    """Two samples."""
+    """A batch of two samples."""
     generator = torch.Generator().manual_seed(0)
     if name == "clip":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
@@ -81,7 +81,7 @@ def called(model: nn.Module, names: Iterable[str], forward: Callable[[], object]
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_steps_are_every_linear_and_norm_in_the_order_of_a_real_forward_pass(
+def test_steps_are_all_linears_and_norms_in_the_order_of_a_forward_pass(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     family = FAMILIES[name]
@@ -107,7 +107,7 @@ def test_steps_are_every_linear_and_norm_in_the_order_of_a_real_forward_pass(
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_readout_makes_the_features_of_the_last_hidden_state(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_readout_maps_the_last_hidden_state_to_the_features(name: str, request: pytest.FixtureRequest) -> None:
     family, batch = FAMILIES[name], batch_of(name)
     model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
     with torch.inference_mode():
@@ -118,12 +118,12 @@ def test_readout_makes_the_features_of_the_last_hidden_state(name: str, request:
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_streams_are_what_the_outputs_are_added_to(name: str, request: pytest.FixtureRequest) -> None:
+def test_outputs_are_added_to_their_streams(name: str, request: pytest.FixtureRequest) -> None:
     family, batch = FAMILIES[name], batch_of(name)
     model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
     blocks, readout = family.blocks(model), family.readout(model)
     after = {"self_attn.out_proj": "layer_norm2", "attention.output.dense": "attention.output.LayerNorm"}
-    after["output.dense"] = "output.LayerNorm"  # the sum goes into this norm; CLIP's last goes out of the block
+    after["output.dense"] = "output.LayerNorm"  # this norm reads the sum; CLIP's last sum leaves the block
     for block, behind in pairwise([*blocks, readout]):
         writing = [step for step in block.steps if isinstance(step, Linears) and step.stream]
         assert len(writing) == 2
@@ -131,7 +131,7 @@ def test_streams_are_what_the_outputs_are_added_to(name: str, request: pytest.Fi
             linear, stream = (block.module.get_submodule(local) for local in (step.names[0], str(step.stream)))
             follower = block.module.get_submodule(after[step.names[0]]) if step.names[0] in after else behind.module
             caught: dict[nn.Module, torch.Tensor] = {}
-            if follower is readout.module:  # it is no module of the model's
+            if follower is readout.module:  # it is not a module of the model
                 follower = readout.module.get_submodule("vision_model.post_layernorm")
             with torch.inference_mode():
                 hooks = [
@@ -147,10 +147,10 @@ def test_streams_are_what_the_outputs_are_added_to(name: str, request: pytest.Fi
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_in_the_last_block_other_tokens_matter_through_what_mixes_alone(
+def test_in_the_last_block_other_tokens_matter_only_through_mixing_modules(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    """By the gradient of the features by each step's outputs."""
+    """Oracle: the gradient of the features with respect to the outputs of each step."""
     family, batch = FAMILIES[name], batch_of(name)
     model = load_model(family, request.getfixturevalue(f"{name}_hub") / "base", CPU)
     last, outputs = family.blocks(model)[-1], {}
@@ -162,7 +162,7 @@ def test_in_the_last_block_other_tokens_matter_through_what_mixes_alone(
         outputs[local] = output.detach().requires_grad_()
         return outputs[local]
 
-    for local in names:  # a pass for each, as a leaf hides what is in front of it
+    for local in names:  # one pass each, because a leaf cuts off the modules before it
         handle = last.module.get_submodule(local).register_forward_hook(lambda _, __, out, n=local: keep(n, out))
         features = family.features(model, batch)
         handle.remove()
@@ -174,9 +174,7 @@ def test_in_the_last_block_other_tokens_matter_through_what_mixes_alone(
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_what_makes_the_first_stream_is_all_that_is_in_front_of_the_blocks(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_stem_is_everything_before_the_blocks(name: str, request: pytest.FixtureRequest) -> None:
     family = FAMILIES[name]
     hub: Path = request.getfixturevalue(f"{name}_hub")
     model = load_model(family, hub / "base", CPU)
@@ -193,17 +191,17 @@ def test_what_makes_the_first_stream_is_all_that_is_in_front_of_the_blocks(
     assert tensors == merged - behind - norm
 
 
-def test_heads_are_the_experts_own_where_the_family_says_so(clip_hub: Path, bert_hub: Path) -> None:
+def test_the_family_decides_whether_each_expert_has_its_own_head(clip_hub: Path, bert_hub: Path) -> None:
     for hub in (clip_hub, bert_hub):
         job = make_job(config(hub))
         models, model, _ = steps.open_models(job)
         first, second = (task.head["weight"] for task in steps.prepare_tasks(job, model, models))
-        assert torch.equal(first, second) is not (job.family.heads == "own")  # both have the same classes
+        assert torch.equal(first, second) is not (job.family.heads == "own")  # both tasks have the same classes
         assert len({tuple(row.tolist()) for row in first}) == 3
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_logits_are_linear_in_what_the_head_is_multiplied_with(name: str) -> None:
+def test_logits_are_linear_in_the_head_inputs(name: str) -> None:
     family, generator = FAMILIES[name], torch.Generator().manual_seed(0)
     features, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (3, 8), (3,)))
     head = {"weight": weight} if name == "clip" else {"weight": weight, "bias": bias}
@@ -214,11 +212,11 @@ def test_logits_are_linear_in_what_the_head_is_multiplied_with(name: str) -> Non
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_vision_model_with_and_without_prefix_and_a_whole_clip_read_the_same(clip_hub: Path, tmp_path: Path) -> None:
+def test_vision_models_with_and_without_prefix_and_whole_clips_are_equal(clip_hub: Path, tmp_path: Path) -> None:
     family = FAMILIES["clip"]
     bare = load_file(clip_hub / "first" / "model.safetensors")
     prefixed = {f"vision_model.{name}": tensor for name, tensor in bare.items()}
-    prefixed["vision_model.embeddings.position_ids"] = torch.arange(5)  # as older versions of transformers stored it
+    prefixed["vision_model.embeddings.position_ids"] = torch.arange(5)  # older versions of transformers stored it
     whole = load_file(clip_hub / "base" / "model.safetensors")
     names = [
         family.tensor_names(stored(tmp_path / "bare", bare, "clip_vision_model")),
@@ -302,7 +300,7 @@ def test_an_expert_of_the_same_shapes_but_other_settings_is_refused(
         steps.open_models(job)
 
 
-def test_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Path) -> None:
+def test_the_heads_of_a_checkpoint_are_those_of_the_run(clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, clip_hub, "eval.stages=[]")
     job = make_job(config(clip_hub))
     models, model, _ = steps.open_models(job)

@@ -1,4 +1,4 @@
-"""Oracles: transformers' own generation and loss, and a second scoring from disk."""
+"""Oracles: generation and loss of transformers, and a second scoring from disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.minihub import Hub
 
 
 @pytest.mark.slow
-def test_epmq_eval_gives_the_scores_of_the_run(hub: Hub, tmp_path: Path) -> None:
+def test_epmq_eval_reproduces_the_scores_of_the_run(hub: Hub, tmp_path: Path) -> None:
     for kind in ("t5", "llama", "roberta"):
         folder = tmp_path / kind
         checkpoint = run_in(folder, hub(kind))
@@ -43,7 +43,7 @@ def config_of_eval(checkpoint: Path, *overrides: str) -> Any:
         return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu", *overrides])
 
 
-def test_the_harness_is_refused_for_what_is_no_language_model(hub: Hub, tmp_path: Path) -> None:
+def test_the_harness_is_refused_for_other_models_than_language_models(hub: Hub, tmp_path: Path) -> None:
     harness = ("eval=lm_eval", "eval.tasks=[arc_easy]")
     checkpoint = run_in(tmp_path, hub("roberta"), "eval.stages=[]")
     (tmp_path / "again").mkdir()
@@ -53,7 +53,7 @@ def test_the_harness_is_refused_for_what_is_no_language_model(hub: Hub, tmp_path
         run_in(tmp_path / "run", hub("roberta"), *harness)
 
 
-def test_answers_are_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
+def test_answers_match_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
     scene = Scene(hub("t5"))
     expert: Any = T5ForConditionalGeneration.from_pretrained(hub("t5") / "first").eval()
     for batch in scene.batches:
@@ -69,11 +69,11 @@ def test_answers_are_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("text", "number"), [("1.0", 1.0), ("positive", 0.0)])
-def test_numbers_are_read_from_answers_and_what_is_none_counts_nothing(text: str, number: float) -> None:
+def test_numbers_are_parsed_from_answers_and_others_score_zero(text: str, number: float) -> None:
     assert _number(text) == number
 
 
-def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -> None:
+def test_perplexity_matches_the_loss_of_transformers(hub: Hub, tmp_path: Path) -> None:
     folder = hub("llama")
     run_in(tmp_path, folder, "eval.stages=[base]")
     found = json.loads((tmp_path / "metrics.json").read_text())["scores"]["tasks"]["first"]["base"]
@@ -88,7 +88,7 @@ def test_perplexity_is_that_of_transformers_own_loss(hub: Hub, tmp_path: Path) -
     assert found == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
 
 
-def test_an_expert_whose_answers_start_otherwise_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_an_expert_with_another_start_token_is_refused(hub: Hub, tmp_path: Path) -> None:
     source = copied(hub("t5"), tmp_path / "hub")
     path = source / "first" / "config.json"
     settings = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_an_expert_whose_answers_start_otherwise_is_refused(hub: Hub, tmp_path: 
     with pytest.raises(ModelError, match="decoder_start_token_id is 1 in its config and 0 in the base's"):
         steps.open_models(make_job(config(source)))
     path.write_text(json.dumps({name: value for name, value in settings.items() if "decoder_start" not in name}))
-    steps.open_models(make_job(config(source)))  # which is the token that pads, as T5 was trained
+    steps.open_models(make_job(config(source)))  # the padding token, as in the training of T5
 
 
 def test_answers_in_words_need_their_classes(hub: Hub, tmp_path: Path) -> None:

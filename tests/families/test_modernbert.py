@@ -1,4 +1,5 @@
-"""Oracles: transformers' ModernBertForSequenceClassification, and the mean over real tokens by hand."""
+"""Oracles: ModernBertForSequenceClassification of transformers, and the mean over the tokens without padding by
+hand."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 POOLINGS = {"mean": "modernbert", "cls": "modernbert-cls"}
 
 
-def test_the_mean_is_that_of_the_real_tokens() -> None:
+def test_the_mean_ignores_padding() -> None:
     hidden = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, True, True], [True, True, False]])
     wanted = torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)])
@@ -41,8 +42,8 @@ def test_the_mean_is_that_of_the_real_tokens() -> None:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_logits_are_those_of_transformers_own_class(pooling: str, hub: Hub) -> None:
-    """Texts of several lengths, so that some are padded."""
+def test_logits_match_transformers(pooling: str, hub: Hub) -> None:
+    """Texts of several lengths, so some are padded."""
     job = make_job(config(hub(POOLINGS[pooling])))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
@@ -79,7 +80,7 @@ def features() -> Tensor:
     ],
 )
 def test_the_head_follows_the_settings_of_the_config(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The modules of transformers' own head."""
+    """Oracle: the modules of the head in transformers."""
     made, expert = saved(tmp_path / "expert", **settings)
     head = MODERNBERT.head(made, tmp_path, steps.Task("t", "expert", object()), expert, CPU)  # type: ignore[arg-type]
     with torch.inference_mode():
@@ -115,8 +116,8 @@ def test_an_expert_with_another_setting_than_the_base_is_refused(setting: str, h
         steps.open_models(job)
 
 
-def test_a_solved_head_is_nearer_to_the_experts_logits_and_keeps_its_dense_layer_and_norm(hub: Hub) -> None:
-    """The same head before it was solved."""
+def test_a_solved_head_is_closer_to_the_experts_logits_and_keeps_dense_and_norm(hub: Hub) -> None:
+    """Compared with the same head before solving."""
     job = make_job(config(hub("modernbert"), "guidance=feature", "guidance.heads=own"))
     models, model, _ = steps.open_models(job)
     tasks = steps.prepare_tasks(job, model, models)
@@ -135,7 +136,7 @@ def test_a_solved_head_is_nearer_to_the_experts_logits_and_keeps_its_dense_layer
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_a_checkpoint_has_the_parts_of_its_heads(hub: Hub, tmp_path: Path) -> None:
+def test_a_checkpoint_stores_all_parts_of_its_heads(hub: Hub, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, hub("modernbert"), "guidance=merged", "quant=rtn", "eval.samples=4")
     job = make_job(config(hub("modernbert")))
     heads = read_heads(checkpoint, job.suite, job.family, CPU)
@@ -149,13 +150,14 @@ def test_a_checkpoint_has_the_parts_of_its_heads(hub: Hub, tmp_path: Path) -> No
     }
 
 
-def test_mixed_widths_are_refused_before_anything_is_opened(tmp_path: Path, hub: Hub) -> None:
+def test_mixed_widths_are_refused_first(tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(ConfigError, match="transformers cannot load this family with two formats in one checkpoint"):
         make_job(config(hub("modernbert"), "bits=3.5", f"suite.base={tmp_path / 'none'}"))
 
 
-def test_a_merge_with_a_base_of_masked_words_keeps_the_bases_head(hub: Hub, tmp_path: Path) -> None:
-    """The base's own tensors; its head has the names of a classifier's dense layer and norm."""
+def test_a_merge_with_a_masked_language_model_keeps_the_head_of_the_base(hub: Hub, tmp_path: Path) -> None:
+    """The head's tensors are those of the base, although their names are those of a classifier's dense layer and
+    norm."""
     shutil.copytree(hub("modernbert"), tmp_path / "hub")
     base = tmp_path / "hub" / "base"
     encoder = ModernBertForSequenceClassification.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""Oracles: open_clip's own features of an expert, and the checkpoint as transformers and open_clip load it."""
+"""Oracles: the features of an expert in open_clip, and the checkpoint as transformers and open_clip load it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def hub(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> None:
+def test_an_expert_in_the_model_has_the_features_of_open_clip(hub: Path) -> None:
     job = make_job(config(hub))
     models, model, _ = steps.open_models(job)
     copy_into(model, {name: models.source.expert(TASKS[1], name) for name in models.source.names})
@@ -62,7 +62,7 @@ def test_an_expert_put_into_the_model_gives_open_clips_features(hub: Path) -> No
 
 @pytest.mark.slow
 def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
-    """As openai/clip-vit-base-patch32 is for experts of open_clip's `openai` weights; the results are the same."""
+    """For example openai/clip-vit-base-patch32 for experts of open_clip's `openai` weights; the results are equal."""
     models = steps.open_models(make_job(config(hub)))[0]
     ready, *_ = steps.open_models(make_job(config(hub, f"suite.base={models.base.path}")))
     assert ready.base.path == models.base.path
@@ -71,7 +71,7 @@ def test_the_base_may_be_a_clip_model_of_transformers(hub: Path) -> None:
         assert torch.equal(ready.source.expert(TASKS[0], name), models.source.expert(TASKS[0], name))
 
 
-def test_a_run_gives_a_checkpoint_that_transformers_loads_as_clip(hub: Path, tmp_path: Path) -> None:
+def test_transformers_loads_the_checkpoint_as_clip(hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", hub, "guidance=feature", "eval.samples=8", "pack.open_clip=true")
     verify(checkpoint, False, "cpu", None)
     model = AutoModel.from_pretrained(checkpoint)

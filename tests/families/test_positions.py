@@ -1,4 +1,4 @@
-"""Oracle: the positions that the models' authors state in their configs, with the scaling that they describe."""
+"""Oracle: the number of positions that the authors state in the configs, with the described scaling."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ LIMITS: dict[str, tuple[str, dict[str, Any], int | None]] = {
 
 
 @pytest.mark.parametrize("case", LIMITS)
-def test_texts_and_sequences_are_no_longer_than_the_positions(case: str, tmp_path: Path) -> None:
+def test_texts_and_sequences_do_not_exceed_the_positions(case: str, tmp_path: Path) -> None:
     family, fields, limit = LIMITS[case]
     AutoConfig.for_model(case.partition(",")[0], **({} if case in ("t5", "clip") else SMALL), **fields).save_pretrained(
         tmp_path

@@ -1,4 +1,4 @@
-"""Oracle: the features of the model before a fold, which a fold of any scales must leave as they are."""
+"""Oracle: the features of the model before a fold; a fold with any scales must not change them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.tiers import only
 
 
 def fold_all(student: Student, blocks: list[Any], seed: int = 0) -> int:
-    """Folds random scales from 1/4 to 4 into every layer with a producer; how many."""
+    """Folds random scales from 1/4 to 4 into every layer with a producer; returns their number."""
     generator, count = torch.Generator().manual_seed(seed), 0
     for block in blocks:
         for step in foldable(block):
@@ -74,7 +74,7 @@ def _block(name: str, layer: nn.Module) -> Any:
     return Section(name, layer, block_steps(layer, name))
 
 
-def test_grouped_queries_have_too_few_values_to_fold(hub: Hub) -> None:
+def test_grouped_query_attention_is_not_folded(hub: Hub) -> None:
     scene = Scene(hub("llama"))
     block = scene.family.blocks(scene.model)[0]
     folded = [step.names[0] for step in foldable(block)]

@@ -39,7 +39,7 @@ def folder(path: Path, template: str | None) -> Path:
 
 
 def test_conversations_are_the_tokens_of_the_chat_template(tmp_path: Path) -> None:
-    """So that the start token, which the tokenizer adds to a text by itself, comes once for each."""
+    """The tokenizer adds a start token to plain texts, but conversations contain it only once."""
     own = AutoTokenizer.from_pretrained(folder(tmp_path, TEMPLATE))
     wanted = [own.apply_chat_template(list(chat.messages), return_dict=False) for chat in CHATS]
     ids = LanguageModel().tokens(tmp_path, CHATS)
@@ -47,7 +47,7 @@ def test_conversations_are_the_tokens_of_the_chat_template(tmp_path: Path) -> No
     assert (ids == own.bos_token_id).sum() == 2
 
 
-def test_texts_are_read_as_before(tmp_path: Path) -> None:
+def test_plain_texts_ignore_the_template(tmp_path: Path) -> None:
     own = AutoTokenizer.from_pretrained(folder(tmp_path, TEMPLATE))
     assert LanguageModel().tokens(tmp_path, ["red", "blue"]).tolist() == own("red\n\nblue")["input_ids"]
 
@@ -61,7 +61,7 @@ def test_without_a_template_conversations_are_refused(tmp_path: Path) -> None:
     ("template", "reason"),
     [(STRICT, "System role not supported"), ("{{ messages[0].x.y }}", "has no attribute 'x'"), ("{% if", ".+")],
 )
-def test_what_a_template_refuses_is_one_sentence(template: str, reason: str, tmp_path: Path) -> None:
+def test_errors_of_a_template_are_reported_in_one_sentence(template: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=rf"row \d: the chat template in .* does not take .* \(.*{reason}.*\)"
     ) as raised:
@@ -69,14 +69,14 @@ def test_what_a_template_refuses_is_one_sentence(template: str, reason: str, tmp
     assert "\n" not in str(raised.value)
 
 
-def test_messages_that_a_template_leaves_out_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_that_a_template_omits_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "epmq"):
         LanguageModel().tokens(folder(tmp_path, USER_ONLY), CHATS)
     wanted = f"the chat template in {tmp_path} leaves out 2 of 4 messages, such as one with the role assistant of row 1"
     assert caplog.messages == [wanted]
 
 
-def test_thoughts_that_a_template_leaves_out_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_thoughts_that_a_template_omits_cause_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     thinking = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}{% endfor %}"
     chat = Chat([{"role": "assistant", "content": "<think>red</think> good"}], "row 1")
     with caplog.at_level(logging.WARNING, "epmq"):
@@ -94,7 +94,7 @@ def test_tool_calls_are_rendered_or_refused(tmp_path: Path) -> None:
     assert ids.tolist() == AutoTokenizer.from_pretrained(tmp_path / "b")("red", add_special_tokens=False)["input_ids"]
 
 
-def test_dates_in_templates_are_the_same_every_day(tmp_path: Path) -> None:
+def test_dates_in_templates_are_fixed(tmp_path: Path) -> None:
     from epmq_cli.families.rendering import rendered
 
     own = AutoTokenizer.from_pretrained(folder(tmp_path, DATED))
@@ -111,7 +111,7 @@ def test_dates_in_templates_are_the_same_every_day(tmp_path: Path) -> None:
         ("vit", [torch.zeros(3)], "task t: its data are Tensor, and family vit reads images"),
     ],
 )
-def test_inputs_that_a_family_does_not_read_are_refused(family: str, inputs: list[Any], message: str) -> None:
+def test_inputs_of_another_kind_than_the_familys_are_refused(family: str, inputs: list[Any], message: str) -> None:
     from epmq_cli.families import FAMILIES
 
     with pytest.raises(DataError, match=message):

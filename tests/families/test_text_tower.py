@@ -1,4 +1,4 @@
-"""Oracles: transformers' own CLIPModel of an expert that trained all of it, and norms by hand."""
+"""Oracles: transformers' CLIPModel of an expert that trained all of it, and norms by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = "suite.tasks.first.templates=['a photo of a {}']"
 
 @pytest.fixture
 def trained(clip_hub: Path, tmp_path: Path) -> Path:
-    """A copy whose first expert is a CLIPModel that was trained in all of its parts; the second has a vision tower."""
+    """A copy whose first expert is a completely trained CLIPModel; the second has a vision tower."""
     from transformers import CLIPModel
 
     found = copied(clip_hub, tmp_path / "hub")
@@ -34,7 +34,7 @@ def trained(clip_hub: Path, tmp_path: Path) -> Path:
 
 
 def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
-    """What epmq gives of the first expert on its test pictures."""
+    """epmq's logits of the first expert on its test pictures."""
     job = make_job(config(hub, TEMPLATE, *overrides))
     models, model, _ = steps.open_models(job)
     task = steps.prepare_tasks(job, model, models)[0]
@@ -43,8 +43,8 @@ def logits_of(hub: Path, *overrides: str) -> torch.Tensor:
         return job.family.logits(model, job.family.features(model, task.collate(list(task.samples.inputs))), task.head)
 
 
-def by_transformers(hub: Path) -> torch.Tensor:
-    """The same by the expert's folder in transformers."""
+def transformers_logits(hub: Path) -> torch.Tensor:
+    """The logits of the expert's folder in transformers."""
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     whole = CLIPModel.from_pretrained(hub / "first").eval()
@@ -59,13 +59,13 @@ def by_transformers(hub: Path) -> torch.Tensor:
     return logits
 
 
-def test_a_head_of_the_experts_own_text_tower_gives_the_experts_own_logits(trained: Path) -> None:
-    wanted = by_transformers(trained)
+def test_a_head_from_the_experts_text_tower_reproduces_its_logits(trained: Path) -> None:
+    wanted = transformers_logits(trained)
     torch.testing.assert_close(logits_of(trained, "++suite.heads=expert"), wanted, rtol=1e-4, atol=2e-3)
     assert (logits_of(trained) - wanted).abs().max() > 1
 
 
-def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
+def test_trained_parts_outside_the_vision_tower_are_reported_with_their_size(
     trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "epmq"):
@@ -85,9 +85,7 @@ def test_what_is_trained_beside_the_vision_tower_is_said_with_its_size(
     assert (line.levelname, "its own text tower makes its head" in line.getMessage()) == ("INFO", True)
 
 
-def test_a_projection_is_merged_where_an_expert_trained_it_and_is_the_bases_where_one_has_none(
-    trained: Path, clip_hub: Path
-) -> None:
+def test_a_projection_is_merged_if_trained_and_defaults_to_the_base(trained: Path, clip_hub: Path) -> None:
     source = steps.open_models(make_job(config(trained)))[0].source
     name = "visual_projection.weight"
     base, first = (load_file(trained / folder / "model.safetensors")[name] for folder in ("base", "first"))
@@ -96,7 +94,7 @@ def test_a_projection_is_merged_where_an_expert_trained_it_and_is_the_bases_wher
     assert name not in steps.open_models(make_job(config(clip_hub)))[0].source.names
 
 
-def test_what_a_smaller_type_rounds_away_is_no_training(clip_hub: Path, tmp_path: Path) -> None:
+def test_rounding_to_a_smaller_type_does_not_count_as_training(clip_hub: Path, tmp_path: Path) -> None:
     found = copied(clip_hub, tmp_path / "hub")
     tensors = load_file(found / "base" / "model.safetensors")
     halves = {name: x.half() if x.is_floating_point() else x for name, x in tensors.items()}

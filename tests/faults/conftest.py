@@ -1,4 +1,4 @@
-"""Runs that many tests compare with."""
+"""Uninterrupted runs, for comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.hubs import run_in
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The folder of a run with these options on a hub, done when it is first asked for."""
+    """The folder of a run with these options on a hub; each run is done on first use."""
     done: dict[tuple[Any, ...], Path] = {}
 
     def run(hub: Path, *options: str) -> Path:

@@ -1,4 +1,4 @@
-"""A device that has room for a few samples at a time, as the linears of a model know it."""
+"""Simulates a device whose memory fits only a few samples at a time, by hooks on linears."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Place = tuple[Any, str]
 
 @dataclass
 class Device:
-    """Has room for `samples` samples at a time, once `after` calls of linears went well whatever their samples.
+    """Fits `samples` samples at a time, after the first `after` calls of linears, which always succeed.
 
-    `teacher`: whether it is the modules of the model that a function was called with that are short of room (False), or
-    others (True), or all (None).
+    `teacher`: which modules run out of memory: those of the models passed to the patched function (False), others
+    (True), or all (None).
     """
 
     samples: int
@@ -37,7 +37,7 @@ class Device:
     refused: int = 0
 
     def refuse(self, own: set[int], module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """In front of every call of a module: says of a linear with too many samples what CUDA says."""
+        """Pre-hook of all modules: raises CUDA's error for linears with too many samples."""
         if not isinstance(module, nn.Linear) or self.teacher == (id(module) in own):
             return
         self.after -= 1
@@ -46,19 +46,19 @@ class Device:
             self.fail()
 
     def fail(self) -> None:
-        """Raises what torch raises."""
+        """Raises the error of torch."""
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nOf which nothing is left.")
 
     @contextmanager
     def during(self, *places: Place) -> Iterator[None]:
-        """Inside, these functions find the device so."""
+        """Inside the context, these functions run on this device."""
         with ExitStack() as stack:
             for owner, name in places:
                 stack.enter_context(mock.patch.object(owner, name, self._limited(getattr(owner, name))))
             yield
 
     def enter(self, *places: Place) -> None:
-        """From here to the end of the process these functions find the device so."""
+        """From now on, these functions run on this device in this process."""
         for owner, name in places:
             setattr(owner, name, self._limited(getattr(owner, name)))
 

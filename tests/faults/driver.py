@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed at a chosen moment, forked from one that has imported everything."""
+"""Runs in separate processes that are killed at a chosen moment, forked from one that has imported all modules."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ENDS = (".out", ".err")
 
 
 def nothing() -> None:
-    """No hook."""
+    """A hook that does nothing."""
 
 
 def kill() -> None:
-    """What a power cut is to a process."""
+    """Kills the process without cleanup, like a power cut."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
 class Countdown:
-    """Does something when this has been called so often; `seen` counts on."""
+    """Calls `act` on the call with number `until`; `seen` counts all calls."""
 
     until: int
     act: Callable[[], None]
@@ -52,8 +52,8 @@ class Countdown:
 
 
 def at_file(number: int, folder: Path, act: Callable[[], None] = kill) -> Callable[[], None]:
-    """In a process, kills it, or does something else, in front of the so-manieth opening, renaming, making or removing
-    of a file in a folder."""
+    """A hook that kills the process, or calls `act`, before the n-th time that it opens, renames, creates or removes
+    a file in a folder."""
     step, inside = Countdown(number, act), (str(folder), os.path.relpath(folder))
 
     def hook(event: str, args: tuple[object, ...]) -> None:
@@ -64,7 +64,7 @@ def at_file(number: int, folder: Path, act: Callable[[], None] = kill) -> Callab
 
 
 def at_stage(number: int, act: Callable[[], None] = kill) -> Callable[[], None]:
-    """In a process, kills it, or does something else, in front of the so-manieth stage."""
+    """A hook that kills the process, or calls `act`, before the n-th stage."""
     return on_call(epmq_cli.report.stage_timer.Stages, "stage", number, act)
 
 
@@ -74,17 +74,16 @@ def forked(
     seconds: float | None = None,
     output: int | None = None,
 ) -> int:
-    """What a process that does this ended with: its status, 99 with a traceback where something was raised, or minus
-    the number of the signal that killed it; SIGKILL comes after so many seconds if they are given. `output`: the
-    end of a pipe for what it says."""
+    """Runs `body` in a forked process. Returns its exit status, 99 with a traceback after an exception, or minus the
+    number of the signal that killed it. `seconds`: when to send SIGKILL. `output`: the end of a pipe for its output."""
 
-    def hooked() -> None:
+    def run() -> None:
         if output is not None:
-            _say_to(output)
+            _redirect_to(output)
         hook()
         body()
 
-    child = _fork(hooked)
+    child = _fork(run)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
@@ -95,10 +94,10 @@ def forked(
 
 
 def _fork(body: Callable[[], object]) -> int:
-    """The number of a process that does this. Its status is that of Python, or 99 with a traceback where something else
-    than SystemExit was raised."""
+    """Runs `body` in a forked process; returns the process id. Its exit status is that of Python, or 99 with a
+    traceback after an exception other than SystemExit."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: threads that wait do no harm here
+        warnings.simplefilter("ignore", DeprecationWarning)  # since Python 3.12; waiting threads are harmless here
         child = os.fork()
     if child:
         return child
@@ -118,30 +117,30 @@ def _fork(body: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def _say_to(descriptor: int) -> None:
+def _redirect_to(descriptor: int) -> None:
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     for stream in (console.console, console.messages, console.complaints):
         stream.file = sys.stderr
 
 
 def command(folder: Path, *arguments: str, hook: Callable[[], None] = nothing) -> tuple[int, str]:
-    """The status of `epmq` as started in a folder, and what it says."""
-    reading, writing = os.pipe()  # which holds 64 kB
+    """The exit status and the output of `epmq`, started in a folder."""
+    reading, writing = os.pipe()  # holds 64 kB
     status = forked(lambda: _epmq(folder, arguments), hook, output=writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         return status, pipe.read()
 
 
-def separate(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`epmq` as started in a folder, with output and errors apart."""
-    return ranks(folder, [environment], *arguments)[0]
+def run_epmq(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`epmq`, started in a folder, with separate stdout and stderr."""
+    return run_ranks(folder, [environment], *arguments)[0]
 
 
-def ranks(
+def run_ranks(
     folder: Path, environments: Sequence[Mapping[str, str]], *arguments: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The same command in several processes at once, one for each environment."""
+    """Runs the same command in several processes at once, one per environment."""
     with tempfile.TemporaryDirectory() as outputs:
         places = [Path(outputs, str(number)) for number in range(len(environments))]
         children = [_start(folder, place, arguments, own) for place, own in zip(places, environments, strict=True)]
@@ -153,15 +152,15 @@ def ranks(
 
 
 def torchrun(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
-    """What `torchrun --nproc-per-node` starts, without its own imports."""
+    """Does the same as `torchrun --nproc-per-node`, without its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    return ranks(folder, [{**meeting, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)], *arguments)
+    return run_ranks(folder, [{**meeting, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)], *arguments)
 
 
 def _start(folder: Path, place: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Forks `epmq`; the number of the process. Its output goes to files beside `place`."""
+    """Forks `epmq`; returns the process id. Its output goes to files beside `place`."""
 
     def body() -> None:
         for number, end in enumerate(ENDS, 1):
@@ -181,7 +180,7 @@ def _epmq(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def on_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """In a process, does something when a function or method is called the so-manieth time, before it."""
+    """A hook that calls `act` before the n-th call of a function or method."""
     calls, real = itertools.count(1), getattr(owner, name)
 
     def wrapper(*args: Any, **options: Any) -> Any:
@@ -200,7 +199,7 @@ def attempt(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The checkpoint of a run."""
+    """The files of a run's checkpoint."""
     checkpoint = folder / "checkpoint"
     found = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items()}

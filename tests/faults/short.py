@@ -1,4 +1,4 @@
-"""Runs on a device that is short of memory, against the same runs on one with room for everything."""
+"""Runs on a device with little memory, compared with the same runs with enough memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.hubs import config, run_in
 from tests.helpers.minihub import build
 
 Undisturbed = Callable[..., Path]
-"""Gives the folder of a run with some options on a hub."""
+"""Returns the folder of a run with some options on a hub."""
 OPTIONS = ("guidance=feature", "guidance.heads=always", "eval.samples=8")
 AUTO = ("guidance.rho=auto",)
 PLACES: dict[str, tuple[tuple[Place, ...], bool | None, tuple[str, ...]]] = {
@@ -46,7 +46,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, whole: Path) -> dict[str, int]:
-    """That a run made what an undisturbed one did; the events of the former."""
+    """Checks that a run has the results of an undisturbed one; returns the events of the former."""
     found, wanted = measured(folder), measured(whole)
     assert files(folder) == files(whole)
     assert found["layers"] == wanted["layers"]

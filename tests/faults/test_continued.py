@@ -1,4 +1,4 @@
-"""Oracles: the folders that are there, and the checkpoint of an uninterrupted run."""
+"""Oracles: the folders that exist, and the checkpoint of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from epmq_cli.store.run_lock import alone
+from epmq_cli.store.run_lock import exclusive_lock
 from tests.faults.driver import at_stage, attempt, command, files, mini
 from tests.helpers.hubs import run_in
 from tests.helpers.tiers import first
 
-PACK = 7  # the stage
+PACK = 7  # the number of the stage
 
 
 def wait() -> None:
-    """Until it is another second, so that the next run has another folder."""
+    """Waits for the next second, so that the next run gets another folder."""
     time.sleep(1.05 - time.time() % 1)
 
 
@@ -27,7 +27,7 @@ def folders(place: Path) -> list[Path]:
     return sorted((place / "runs").iterdir())
 
 
-def test_the_same_command_goes_on_in_the_folder_that_was_left(bert_hub: Path, tmp_path: Path) -> None:
+def test_the_same_command_continues_in_the_unfinished_folder(bert_hub: Path, tmp_path: Path) -> None:
     for stage in (3, 8):
         assert command(tmp_path, *mini(bert_hub), hook=at_stage(stage))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)
@@ -45,7 +45,7 @@ def test_the_same_command_goes_on_in_the_folder_that_was_left(bert_hub: Path, tm
 
 
 @pytest.mark.slow
-def test_another_command_leaves_an_interrupted_run_alone(bert_hub: Path, tmp_path: Path) -> None:
+def test_another_command_does_not_touch_an_interrupted_run(bert_hub: Path, tmp_path: Path) -> None:
     assert command(tmp_path, *mini(bert_hub), hook=at_stage(PACK))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)
     kept = {path: path.read_bytes() for path in (left / ".resume").rglob("*") if path.is_file()}
@@ -56,10 +56,10 @@ def test_another_command_leaves_an_interrupted_run_alone(bert_hub: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_at_work_is_not_joined(bert_hub: Path, tmp_path: Path) -> None:
+def test_an_active_run_is_not_continued(bert_hub: Path, tmp_path: Path) -> None:
     assert command(tmp_path, *mini(bert_hub), hook=at_stage(PACK))[0] == -signal.SIGKILL
     (left,) = folders(tmp_path)
-    with alone(left):
+    with exclusive_lock(left):
         status, said = command(tmp_path, *mini(bert_hub), hook=wait)
         assert status == 0, said
         assert len(folders(tmp_path)) == 2
@@ -71,7 +71,7 @@ def test_a_run_at_work_is_not_joined(bert_hub: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_with_the_job_that_was_interrupted(bert_hub: Path, tmp_path: Path) -> None:
+def test_a_sweep_continues_with_the_interrupted_job(bert_hub: Path, tmp_path: Path) -> None:
     arguments = ("-m", *mini(bert_hub, "bits=2,3")[1:])
     assert command(tmp_path, "run", *arguments, hook=at_stage(8 + PACK))[0] == -signal.SIGKILL
     (sweep,) = folders(tmp_path)
@@ -88,8 +88,8 @@ def test_a_sweep_goes_on_with_the_job_that_was_interrupted(bert_hub: Path, tmp_p
 
 
 @pytest.mark.parametrize("change", first(1, ["option", "expert", "calibration data", "never"]))
-def test_blocks_of_another_run_are_never_mixed_in(change: str, bert_hub: Path, tmp_path: Path) -> None:
-    """The folder given by out, and what a run with the change gives in an empty folder."""
+def test_blocks_of_another_run_are_never_used(change: str, bert_hub: Path, tmp_path: Path) -> None:
+    """Oracle: a run with the change in an empty folder."""
     hub, run, options = tmp_path / "hub", tmp_path / "run", ["guidance=feature", "eval.samples=8"]
     shutil.copytree(bert_hub, hub)
     suite = hub / "configs" / "suite" / "mini.yaml"
@@ -115,7 +115,7 @@ def test_blocks_of_another_run_are_never_mixed_in(change: str, bert_hub: Path, t
 
 
 @pytest.mark.parametrize("option", first(0, ["calib.memory=1KB", "eval.samples=5", "calib.student=disk"]))
-def test_what_changes_nothing_in_the_result_may_change(option: str, bert_hub: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_affect_the_result_may_change(option: str, bert_hub: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert attempt(run, bert_hub, "guidance=feature", hook=at_stage(PACK)) == -signal.SIGKILL
     assert attempt(run, bert_hub, "guidance=feature", option) == 0

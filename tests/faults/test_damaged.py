@@ -1,4 +1,4 @@
-"""Oracle: what a run left in `.resume`, damaged or put there by somebody else; it is refused in a sentence."""
+"""Oracle: the contents of `.resume`, damaged or planted; the run refuses them in a sentence."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.faults.driver import at_stage, attempt
 from tests.helpers.hubs import run_in
 
 OPTIONS = ("guidance=feature", "eval.samples=8", "guidance.heads=always")
-PACK = 7  # the stage
+PACK = 7  # the number of the stage
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def left(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed before it packed."""
+def interrupted_run(bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed before packing."""
     folder = tmp_path_factory.mktemp("left") / "run"
     assert attempt(folder, bert_hub, *OPTIONS, hook=at_stage(PACK)) == -signal.SIGKILL
     return folder
@@ -73,22 +73,24 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-def test_what_an_interrupted_run_leaves_is_json_and_safetensors(left: Path) -> None:
-    found = [path for path in (left / FOLDER).rglob("*") if path.is_file()]
+def test_an_interrupted_run_leaves_only_json_and_safetensors(interrupted_run: Path) -> None:
+    found = [path for path in (interrupted_run / FOLDER).rglob("*") if path.is_file()]
     assert {path.suffix for path in found if path.name != "lock"} == {".json", ".safetensors"}
     for path in found:
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
             load_file(path)
-    assert (left / FOLDER / "lock").read_bytes() == b""
+    assert (interrupted_run / FOLDER / "lock").read_bytes() == b""
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_what_is_damaged_is_refused_in_one_sentence(case: str, left: Path, bert_hub: Path, tmp_path: Path) -> None:
+def test_damaged_entries_are_refused_in_one_sentence(
+    case: str, interrupted_run: Path, bert_hub: Path, tmp_path: Path
+) -> None:
     pattern, damage = DAMAGE[case]
     run = tmp_path / "run"
-    shutil.copytree(left, run)
+    shutil.copytree(interrupted_run, run)
     path = next(iter(sorted((run / FOLDER).glob(pattern))))
     damage(path)
     with pytest.raises(RunError, match=r"is damaged \(.*\); start from the beginning with resume=never") as raised:
@@ -97,9 +99,9 @@ def test_what_is_damaged_is_refused_in_one_sentence(case: str, left: Path, bert_
     assert "\n" not in str(raised.value)
 
 
-def test_anew_takes_nothing_of_what_is_there(left: Path, bert_hub: Path, tmp_path: Path) -> None:
+def test_resume_never_ignores_existing_entries(interrupted_run: Path, bert_hub: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(left, run)
+    shutil.copytree(interrupted_run, run)
     for path in (run / FOLDER).rglob("*.*"):
         path.write_text("damaged")
     run_in(run, bert_hub, *OPTIONS, "resume=never")
@@ -142,7 +144,7 @@ def test_a_pipe_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     signal.alarm(0)
 
 
-def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_permission_is_not_reported_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(self: Path, encoding: str | None = None) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 

@@ -1,4 +1,4 @@
-"""Oracles: one sentence, no results, and the checkpoint of the same run when there is room again."""
+"""Oracles: one sentence, no results, and the checkpoint of the same run once there is space again."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ WRITES: dict[str, tuple[Any, str, int]] = {
 
 
 def fill() -> None:
-    """Leaves room for 16 bytes in each file."""
+    """Limits every file to 16 bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 
 
 def one_sentence(said: str) -> bool:
-    """Whether all that was said last is one of ours."""
+    """Whether the last line is an error of epmq without a traceback."""
     return said.splitlines()[-1].startswith("epmq: ") and "Traceback" not in said
 
 
 @pytest.mark.parametrize("write", only(("checkpoint",), WRITES))
-def test_a_disk_that_is_full_ends_a_run_that_can_go_on(write: str, bert_hub: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_run_that_can_continue(write: str, bert_hub: Path, tmp_path: Path) -> None:
     owner, name, number = WRITES[write]
     arguments, run = mini(bert_hub, "guidance=feature", "calib.memory=1KB", "out=run"), tmp_path / "run"
     status, said = command(tmp_path, *arguments, hook=on_call(owner, name, number, fill))
@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_ends_a_run_that_can_go_on(write: str, bert_hub: Pat
 
 
 def mount(folder: Path, options: str) -> None:
-    """Mounts a file system in memory at a folder, or mounts it anew with other options."""
+    """Mounts a tmpfs on a folder, or remounts it with other options."""
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
@@ -69,7 +69,7 @@ def mount(folder: Path, options: str) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 60 kB of its own."""
+    """A separate file system of 60 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -109,7 +109,7 @@ def test_a_file_where_the_folder_should_be(out: str, bert_hub: Path, tmp_path: P
 
 
 def test_a_log_that_cannot_be_written(bert_hub: Path, tmp_path: Path) -> None:
-    """Hydra says so in words of its own."""
+    """Hydra itself would show a traceback."""
     (tmp_path / "run" / "run.log").mkdir(parents=True)
     status, said = command(tmp_path, *mini(bert_hub, "out=run"))
     assert (status, one_sentence(said)) == (1, True), said

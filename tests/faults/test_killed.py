@@ -43,14 +43,14 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def check_end(run: Path, whole: Path) -> None:
-    """A run that was killed and went on, against one that was not."""
+    """Compares a run that was killed and continued with one that was not."""
     assert files(run) == files(whole)
     assert json.dumps(measured(run)) == json.dumps(measured(whole))
     TRIED[COMPARED] += 1
 
 
 def check_killed(run: Path, whole: Path) -> None:
-    """What a killed run leaves: no results, or a checkpoint that is whole."""
+    """A killed run leaves no results, or a complete checkpoint."""
     if (run / "checkpoint").exists():
         assert files(run) == files(whole)
 
@@ -63,7 +63,7 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return found
 
 
-def test_killed_in_front_of_every_stage(bert_hub: Path, tmp_path: Path) -> None:
+def test_killed_before_every_stage(bert_hub: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     run_in(whole, bert_hub, *FEATURE)
     for number in range(1, STAGES + 1):
@@ -73,28 +73,28 @@ def test_killed_in_front_of_every_stage(bert_hub: Path, tmp_path: Path) -> None:
     assert attempt(run, bert_hub, *FEATURE) == 0
     check_end(run, whole)
     assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json"}
-    assert json.loads((run / "metrics.json").read_text())["resumed"] == STAGES - 1  # before the first there is nothing
+    assert json.loads((run / "metrics.json").read_text())["resumed"] == STAGES - 1  # none before the first
 
 
 @pytest.mark.slow
-def test_killed_in_front_of_every_fourth_file(bert_hub: Path, tmp_path: Path) -> None:
-    assert killed_again_and_again(tmp_path, bert_hub, FEATURE, 4) >= 10
+def test_killed_before_every_fourth_file(bert_hub: Path, tmp_path: Path) -> None:
+    assert kill_repeatedly(tmp_path, bert_hub, FEATURE, 4) >= 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hub", "options"), KINDS.values(), ids=KINDS, indirect=["hub"])
-def test_killed_in_front_of_every_other_file(hub: Path, options: tuple[str, ...], tmp_path: Path) -> None:
-    assert killed_again_and_again(tmp_path, hub, (*options, "eval.samples=8"), 2) >= 15
+def test_killed_before_every_other_file(hub: Path, options: tuple[str, ...], tmp_path: Path) -> None:
+    assert kill_repeatedly(tmp_path, hub, (*options, "eval.samples=8"), 2) >= 15
 
 
-def killed_again_and_again(folder: Path, hub: Path, options: tuple[str, ...], step: int) -> int:
-    """A run that is killed a few files later each time, until it comes to its end; how often it was."""
+def kill_repeatedly(folder: Path, hub: Path, options: tuple[str, ...], step: int) -> int:
+    """Kills a run a few files later each time until it completes; returns the number of kills."""
     run, whole, kills = folder / "run", folder / "whole", 0
     assert attempt(whole, hub, *options) == 0
     while (status := attempt(run, hub, *options, hook=at_file(1 + kills * step, run))) == -signal.SIGKILL:
         check_killed(run, whole)
         kills += 1
-        if (run / "metrics.json").exists():  # killed behind its end
+        if (run / "metrics.json").exists():  # killed after it completed
             break
     assert status in (0, -signal.SIGKILL)
     check_end(run, whole)
@@ -119,7 +119,7 @@ def test_killed_at_any_time(bert_hub: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_of_the_command_killed_at_any_time(bert_hub: Path, tmp_path: Path) -> None:
-    """With the default folder, which is another one at each start."""
+    """With the default folder, whose name differs at each start."""
     chance, command = random.Random(1), (sys.executable, "-m", "epmq_cli", *mini(bert_hub, "guidance=feature"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -1,4 +1,4 @@
-"""Oracle: the checkpoint and the scores of the same run on a device with room for everything, byte for byte."""
+"""Oracle: the checkpoint and the scores of the same run on a device with enough memory, byte for byte."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from epmq_cli.runtime import distributed
 from tests.faults.device import CALIBRATION, SCORES, SCORING, Device
 from tests.faults.driver import at_file, attempt, mini
 from tests.faults.short import OPTIONS, Undisturbed, check_place, check_same, hub_of, measured
-from tests.faults.test_processes import ended, start
+from tests.faults.test_processes import start, wait_for
 from tests.helpers.hubs import config, eval_config, run_in
 from tests.helpers.tiers import first
 from tests.runtime.test_distributed import TORCHRUN
 
 
 @pytest.mark.parametrize("kind", first(1, ["bert", "t5", "clip", "llama"]))
-def test_a_device_with_room_for_one_sample_at_a_time(
+def test_a_device_that_fits_one_sample(
     kind: str,
     undisturbed: Undisturbed,
     request: pytest.FixtureRequest,
@@ -58,14 +58,14 @@ def test_a_device_with_room_for_one_sample_at_a_time(
 
 
 @pytest.mark.parametrize("place", first(1, ["the teachers walk", "heads are solved"]))
-def test_wherever_there_is_no_room_less_is_tried(
+def test_the_micro_batch_is_halved_in_every_step(
     place: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
     check_place(place, 3, bert_hub, tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
-def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
+def test_finished_blocks_are_not_recomputed(undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     written: list[str] = []
     real = WalkProgress.write
 
@@ -82,7 +82,7 @@ def test_blocks_that_are_finished_are_not_made_again(undisturbed: Undisturbed, b
 
 
 @pytest.mark.slow
-def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Path, tmp_path: Path) -> None:
+def test_memory_of_a_failed_walk_is_freed_before_it_restarts(bert_hub: Path, tmp_path: Path) -> None:
     left: list[int] = []
     real = ReferenceWeights.restore
 
@@ -96,7 +96,7 @@ def test_nothing_of_a_walk_that_failed_is_left_when_it_begins_again(bert_hub: Pa
 
 
 @pytest.mark.slow
-def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewhere(
+def test_a_run_that_fits_no_sample_ends_in_a_sentence_and_can_continue(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -114,15 +114,15 @@ def test_without_room_for_one_sample_a_run_ends_in_a_sentence_and_goes_on_elsewh
         run_in(run, bert_hub, *OPTIONS)
     run_in(run, bert_hub, *OPTIONS)
     events = check_same(run, undisturbed(bert_hub))
-    assert (events["batches_halved"], events["eval_batches_halved"]) == (3, 3)  # of the processes before
+    assert (events["batches_halved"], events["eval_batches_halved"]) == (3, 3)  # those of the earlier processes
     assert measured(run)["resumed"] == 2
 
 
-def killed_in_between(
+def kill_between_halvings(
     whole: Path, folder: Path, hub: Path, number: int, capfd: pytest.CaptureFixture[str], *options: str
 ) -> tuple[bool, bool]:
-    """A run that is short of memory, killed in front of that opening, renaming or making of a file, and taken up again
-    where memory is short from the start; whether it was killed behind a halving, and whether the second was short."""
+    """Kills a run with little memory before its n-th file operation and continues it, with little memory from the
+    start. Returns whether the first process halved its micro-batch before it was killed, and whether the second did."""
     run = folder / str(number)
 
     def short(after: int, kills: bool) -> Callable[[], None]:
@@ -146,7 +146,7 @@ def killed_in_between(
 def test_killed_between_halvings(
     undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert killed_in_between(undisturbed(bert_hub), tmp_path, bert_hub, 52, capfd) == (True, True)
+    assert kill_between_halvings(undisturbed(bert_hub), tmp_path, bert_hub, 52, capfd) == (True, True)
 
 
 @pytest.mark.slow
@@ -155,12 +155,12 @@ def test_killed_between_halvings_at_any_file(
 ) -> None:
     options = ("guidance.sweeps=2", "bits=3.5")
     whole = undisturbed(bert_hub, *options)
-    found = [killed_in_between(whole, tmp_path, bert_hub, n, capfd, *options) for n in range(24, 120, 6)]
+    found = [kill_between_halvings(whole, tmp_path, bert_hub, n, capfd, *options) for n in range(24, 120, 6)]
     print(found)
     assert sum(first and second for first, second in found) >= 4
 
 
-def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path) -> None:
+def test_epmq_eval_halves_its_batches_too(bert_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path, bert_hub, "eval.samples=8")
     cfg = eval_config(checkpoint, "eval.samples=8")
     (tmp_path / "again").mkdir()
@@ -172,7 +172,7 @@ def test_epmq_eval_scores_with_what_room_there_is(bert_hub: Path, tmp_path: Path
         assert found["scores"]["tasks"][task]["quantized"] == scores["quantized"]
 
 
-def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_never_halves_alone(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(config(bert_hub))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(torch.OutOfMemoryError):
@@ -182,7 +182,7 @@ def test_of_several_processes_none_tries_less_by_itself(bert_hub: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
+def test_out_of_memory_in_one_process_ends_all_with_a_sentence(bert_hub: Path, tmp_path: Path) -> None:
     script = tmp_path / "short.py"
     script.write_text(
         "import sys\n"
@@ -196,8 +196,8 @@ def test_a_process_without_room_ends_all_in_a_sentence(bert_hub: Path, tmp_path:
         "cli.main()\n"
     )
     arguments = mini(bert_hub, "guidance=feature", "eval.stages=[]", "out=run")
-    status, said = ended(start(tmp_path, *TORCHRUN, str(script), *arguments))
+    status, said = wait_for(start(tmp_path, *TORCHRUN, str(script), *arguments))
     assert status != 0
     assert "the device does not have enough memory for calib.batch_size=8; lower it, because a run of several " in said
-    status, said = ended(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
+    status, said = wait_for(start(tmp_path, sys.executable, "-m", "epmq_cli", *arguments[:-1], "out=one"))
     assert status == 0, said

@@ -1,4 +1,4 @@
-"""Oracle: as in test_memory.py; every family, place and kind of calibration, at sizes down to one sample."""
+"""Oracle: that of test_memory.py; every family, place and kind of calibration, at sizes down to one sample."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_kind_of_calibration(
 
 @pytest.mark.slow
 def test_two_threads(tmp_path: Path) -> None:
-    """The built-in suite, whose linears are wide enough for two threads to share them."""
+    """The linears of the built-in suite are wide enough to be shared by two threads."""
     options = ["device=cpu", "calib.samples=32", "eval.stages=[]"]
     script = (
         "import sys\nimport epmq_cli.pipeline.calibration as guide\nfrom epmq_cli import cli\n"

@@ -1,4 +1,4 @@
-"""Oracles: the statuses that shells give to SIGINT and SIGTERM, one sentence, and the run without an interruption."""
+"""Oracles: the statuses that shells assign to SIGINT and SIGTERM, one sentence, and the run without an interruption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCE = "epmq: interrupted; start the same command again to continue after th
 
 
 @pytest.mark.parametrize(("number", "status"), first(1, [(signal.SIGTERM, 143), (signal.SIGINT, 130)]))
-def test_a_signal_ends_a_run_with_a_sentence_and_its_own_status(
+def test_a_signal_ends_a_run_with_a_sentence_and_its_status(
     number: signal.Signals, status: int, bert_hub: Path, tmp_path: Path
 ) -> None:
     arguments, run = mini(bert_hub, "guidance=feature", "calib.memory=1KB", "out=run"), tmp_path / "run"
@@ -40,10 +40,10 @@ def test_a_signal_ends_a_run_with_a_sentence_and_its_own_status(
     assert files(run)["model.safetensors"] == files(tmp_path / "whole")["model.safetensors"]
 
 
-def test_a_device_without_room_for_the_batches_of_the_scores_makes_them_smaller(
+def test_scoring_batches_are_halved_on_out_of_memory(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for batches of more than 8 samples, as a CUDA device says it."""
+    """Batches of more than 8 samples raise the error of CUDA."""
     real = BERT.features
 
     def features(model: nn.Module, batch: Batch) -> Tensor:

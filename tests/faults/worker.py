@@ -1,6 +1,6 @@
-"""`epmq` as torchrun starts it, with one process that does something to itself: worker.py RANK SIGNAL CALL ARGUMENTS.
+"""`epmq` under torchrun, with one process that sends itself a signal: worker.py RANK SIGNAL CALL ARGUMENTS.
 
-Before the CALL-th sum over all processes for a norm (two for each task), process RANK sends itself SIGNAL.
+Process RANK sends itself SIGNAL before the CALL-th all-reduce for a norm (two for each task).
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         "no norms that the family knows",
     ),
 }
-"""With what is said of them."""
+"""With their error messages."""
 
 TEXTS = {**SIZE, "vocab_size": IDS["vocab_size"], "max_position_embeddings": 64}
 PICTURES = {**SIZE, "image_size": 16, "patch_size": 8}
@@ -102,11 +102,11 @@ ENCODERS: dict[str, Build] = {
     "electra": lambda: t.ElectraModel(t.ElectraConfig(**TEXTS, embedding_size=32)),
     "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**TEXTS)),
 }
-"""That no family takes."""
+"""Models that no family accepts."""
 
 
 def built(build: Build) -> Any:
-    """The model, ready to score, with gains, biases and other tensors that start as constants moved away from them."""
+    """The model in evaluation mode; gains, biases and other tensors with constant initial values get noise."""
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)

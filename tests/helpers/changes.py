@@ -1,4 +1,4 @@
-"""One thing that is wrong in the files of a miniature hub: models, their settings and tokenizers, data."""
+"""Changes that break one thing in the files of a miniature hub: models, their settings and tokenizers, data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS, PIXELS, GENERATION = "tokenizer_config.json", "preprocessor_config.json"
 
 
 def tensors(model: str, change: Callable[[Tensor], Tensor], part: str = "") -> Change:
-    """Replaces the tensors of a model whose names have this part."""
+    """Replaces the tensors of a model whose names contain `part`."""
 
     def edit(found: dict[str, Tensor]) -> None:
         found.update({name: change(tensor) for name, tensor in found.items() if part in name})
@@ -38,7 +38,7 @@ def settings(model: str, **values: Any) -> Change:
 
 
 def part_settings(model: str, part: str, **values: Any) -> Change:
-    """Changes a part of a model's config.json, such as text_config."""
+    """Changes a section of a model's config.json, such as text_config."""
 
     def edit(hub: Path) -> None:
         path = hub / model / "config.json"
@@ -50,7 +50,7 @@ def part_settings(model: str, part: str, **values: Any) -> Change:
 
 
 def without(part: str, *models: str) -> Change:
-    """Takes the tensors whose names have this part out of models."""
+    """Removes the tensors whose names contain `part` from models."""
 
     def edit(found: dict[str, Tensor]) -> None:
         for name in [name for name in found if part in name]:
@@ -70,7 +70,7 @@ def content(path: str, **values: Any) -> Change:
 
 
 def other_ids(hub: Path) -> None:
-    """Words get numbers beyond the rows of the table."""
+    """Gives words ids beyond the rows of the table."""
     path = hub / "base" / "tokenizer.json"
     found = json.loads(path.read_text())
     found["model"]["vocab"] = {word: n + 1000 * (word in WORDS) for word, n in found["model"]["vocab"].items()}
@@ -83,7 +83,7 @@ def no_tokenizer(hub: Path) -> None:
 
 
 def file(path: str, content: str | bytes | None) -> Change:
-    """Gives a file this content, or removes it."""
+    """Writes this content to a file, or removes the file."""
 
     def edit(hub: Path) -> None:
         if content is None:
@@ -125,7 +125,7 @@ def with_one(value: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def both_settings(**values: Any) -> Change:
-    """Changes the config of a base and its experts, and how they answer."""
+    """Changes the configs of a base and its experts, and their generation settings."""
     names = ("config.json", GENERATION)
     changes = [content(f"{model}/{name}", **values) for model in ("base", *TASKS) for name in names]
     return lambda hub: [change(hub) for change in changes]

@@ -1,11 +1,11 @@
-"""How much the tests tried, counted where they try it, for the last lines of pytest's report."""
+"""Counters of the cases that the tests tried, for the last lines of pytest's report."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 TRIED: Counter[str] = Counter()
-"""By this process so far; of tests that pass it is what was tried and came out as it should."""
+"""Of this process so far. For tests that pass, the counted cases had the expected result."""
 KILLS, FAULTS = "processes killed", "other faults made in a process"
 COMPARED = "results after kills compared byte for byte"
 BAD, FUZZED, CLAIMS = "bad inputs and options", "fuzzed or damaged files", "examples of properties"

@@ -1,4 +1,4 @@
-"""Copies of the miniature hubs with something changed: tensors of a model, arrays or rows of its data."""
+"""Copies of the miniature hubs with changed tensors of a model, or changed arrays or rows of its data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODELS = ("base", *TASKS)
 
 
 def copied(hub: Path, folder: Path) -> Path:
-    """A hub of its own, whose suite names its own files."""
+    """A copy of a hub whose suite refers to its own files."""
     shutil.copytree(hub, folder)
     suite = folder / "configs" / "suite" / "mini.yaml"
     suite.write_text(suite.read_text().replace(str(hub), str(folder)))
@@ -33,7 +33,7 @@ def edit_tensors(model: Path, change: Callable[[dict[str, Tensor]], None]) -> No
 
 
 def put(model: Path, part: str, value: float) -> None:
-    """Sets one item of the one tensor whose name has this part."""
+    """Sets one item of the only tensor whose name contains `part`."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         (name,) = (name for name in tensors if part in name)
@@ -43,7 +43,7 @@ def put(model: Path, part: str, value: float) -> None:
 
 
 def scale(hub: Path, part: str, factor: float) -> None:
-    """Multiplies all tensors whose names have this part, in base and experts."""
+    """Multiplies all tensors whose names contain `part`, in base and experts."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -55,7 +55,7 @@ def scale(hub: Path, part: str, factor: float) -> None:
 
 
 def edit_pictures(hub: Path, change: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]) -> None:
-    """Replaces arrays of the training pictures of both tasks; `change` gets and gives images and labels."""
+    """Replaces the training pictures of both tasks. `change` maps images and labels to new ones."""
     for task in TASKS:
         arrays = dict(np.load(hub / f"{task}.npz"))
         own = change({name: arrays[f"train_{name}"] for name in ("images", "labels")})
@@ -63,12 +63,12 @@ def edit_pictures(hub: Path, change: Callable[[Mapping[str, np.ndarray]], Mappin
 
 
 def write_rows(hub: Path, rows: str) -> None:
-    """Gives both tasks these training rows."""
+    """Writes these training rows for both tasks."""
     for task in TASKS:
         (hub / f"{task}_train.tsv").write_text(f"label\ttext\n{rows}")
 
 
 def all_finite(checkpoint: Path) -> bool:
-    """Whether a checkpoint's files hold finite numbers only."""
+    """Whether all numbers in a checkpoint's files are finite."""
     tensors = [tensor for path in checkpoint.glob("*.safetensors") for tensor in load_file(path).values()]
     return len(tensors) > 0 and all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

@@ -1,4 +1,4 @@
-"""Integer formats as the tests name them."""
+"""Short names for integer formats in tests."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from epmq_cli.quantize.formats.int import IntFormat
 
 
 def ints(bits: int, group_size: int, symmetric: bool = True) -> IntFormat:
-    """Integers without zero points where symmetric, with whole ones elsewhere."""
+    """Integers without zero points if symmetric, with integer zero points otherwise."""
     return IntFormat(bits, group_size, "none" if symmetric else "whole")

@@ -1,4 +1,4 @@
-"""The device of tests that have the marker gpu; where there is none, `make test-standin` runs them on a stand-in."""
+"""The device of tests with the marker gpu; on machines without a GPU, `make test-standin` runs them on a stand-in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 DEVICE = "cuda"
 OWN = f"device={DEVICE}"
 STANDIN = hasattr(torch.ops.standin, "peak")
-"""Whether this is tests/standin."""
+"""Whether the device is that of tests/standin."""
 
 
-def lacking() -> str | None:
-    """Why tests with the marker gpu cannot run; None where they can."""
+def skip_reason() -> str | None:
+    """The reason why tests with the marker gpu cannot run; None if they can."""
     return None if torch.cuda.is_available() else "needs a GPU that torch.cuda finds"

@@ -1,4 +1,4 @@
-"""Runs on the miniature hub in the test's own process: steps one by one, or the whole command."""
+"""Runs on the miniature hub within the test's process: single steps, or the whole command."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from epmq_cli.pipeline.job import make_job
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
 GROUPS = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-VALUE = re.compile(r"[a-z_][\w.]*=")  # neither adds nor removes a key
+VALUE = re.compile(r"[a-z_][\w.]*=")  # does not add or remove keys
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 
 def config(hub: Path, *overrides: str) -> DictConfig:
-    """The composed config of `epmq run suite=mini`, small and quick."""
+    """The composed config of a small, fast `epmq run suite=mini`."""
     options = ("suite=mini", "out=unused", *QUICK, *overrides)
     values = [option for option in options if VALUE.match(option) and option.partition("=")[0] not in GROUPS]
     files = tuple((path, path.stat().st_mtime_ns) for path in sorted((hub / "configs").rglob("*.yaml")))
@@ -44,7 +44,7 @@ def config(hub: Path, *overrides: str) -> DictConfig:
 
 @cache
 def _composed(hub: Path, files: tuple[tuple[Path, int], ...], options: tuple[str, ...]) -> DictConfig:
-    """Composed once for the same files and choices, since that takes longer than all other options."""
+    """Cached by files and choices, because composing is the slow part."""
     search = f"hydra.searchpath=[file://{hub / 'configs'}]"
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("run", overrides=[search, *options])
@@ -57,7 +57,7 @@ def eval_config(checkpoint: Path, *overrides: str) -> DictConfig:
 
 
 def run_in(folder: Path, hub: Path, *overrides: str) -> Path:
-    """Runs the command's body; the checkpoint."""
+    """Runs the body of the command; returns the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     run(config(hub, *overrides), folder, list(overrides), CHOICES)
     return folder / "checkpoint"
@@ -65,7 +65,7 @@ def run_in(folder: Path, hub: Path, *overrides: str) -> Path:
 
 @dataclass(frozen=True)
 class Walk:
-    """What the steps up to the walk made: the student as it was left, the results, and one batch of each task."""
+    """The results of all steps up to the walk: the student after it, the records, and one batch of each task."""
 
     job: steps.Job
     student: nn.Module
@@ -73,7 +73,7 @@ class Walk:
     batches: Batches
 
     def features(self, model: nn.Module) -> Tensor:
-        """The features of all calibration batches, one under the other, calculated in the model's type."""
+        """The features of all calibration batches, concatenated, in the model's type."""
         dtype = next(model.parameters()).dtype
         batches = [
             {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
@@ -85,7 +85,7 @@ class Walk:
 
 
 def walk(hub: Path, *overrides: str) -> Walk:
-    """The steps up to the walk."""
+    """Runs the steps up to the walk."""
     job = make_job(config(hub, *overrides))
     models, model, dtype = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)
@@ -99,7 +99,7 @@ def walk(hub: Path, *overrides: str) -> Walk:
 
 
 class Scene:
-    """A job with the base's model and the batches of a task as its expert completed them."""
+    """A job with the base model and the batches of a task, completed by its expert."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.job = make_job(config(folder, *overrides))

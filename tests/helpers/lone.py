@@ -1,5 +1,5 @@
-"""The general oracle of a merge: a lone expert under merge=average is that expert in transformers, whatever its files
-store. Folders as users have them, both commands' bodies without a process, and the comparison."""
+"""The general oracle of a merge: a lone expert under merge=average equals that expert in transformers, whatever its
+files store. Folders as users have them, the bodies of both commands without a process, and the comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.weights import copy_into
 
 Copies = Mapping[str, str]
-"""Tied tensors that are stored too, by the names of their sources."""
+"""Stored copies of tied tensors: copy -> source, by name."""
 CPU = torch.device("cpu")
 PACK = DenseExporter("auto", "5GB", False)
 
@@ -33,8 +33,8 @@ PACK = DenseExporter("auto", "5GB", False)
 def store(
     model: Any, folder: Path, copies: Copies | None = None, without: Sequence[str] = (), change: Any = None
 ) -> Path:
-    """A model folder, with copies of tied tensors beside what save_pretrained stores, and without some tensors.
-    `change`: what to do with the tensors before they are written."""
+    """Writes a model folder: the files of save_pretrained plus copies of tied tensors, without some tensors.
+    `change`: edits the tensors before they are written."""
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -48,7 +48,7 @@ def store(
 
 
 def suite_of(family: str, base: Path, experts: Mapping[str, Path], **fields: Any) -> Suite:
-    """A suite of these models, whose data are never read."""
+    """A suite of these models. Its data are never read."""
     data = Table(train="unread.tsv", test="unread.tsv")
     given = {"classes": ["a", "b"], "templates": ["{}"]} if family in ("clip", "open_clip", "t5") else {}
     metric = {"metric": "perplexity"} if family == "causal_lm" else {}
@@ -57,7 +57,7 @@ def suite_of(family: str, base: Path, experts: Mapping[str, Path], **fields: Any
 
 
 def merged_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: Any = None) -> Path:
-    """What `epmq merge` writes of a suite."""
+    """The result of `epmq merge` for a suite."""
     models = SuiteModels(suite, FAMILIES[suite.family], whole=True)
     merged = LazyMerge(models.source, method or Average(), torch.float32)
     write_dense(folder, models, merged, exporter, ProcessorFiles(models.base.path))
@@ -65,7 +65,7 @@ def merged_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method:
 
 
 def run_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: Any = None) -> Path:
-    """What `epmq run quant=none` writes of a suite if its walk changes nothing."""
+    """The result of `epmq run quant=none` for a suite, with a walk that changes nothing."""
     family = FAMILIES[suite.family]
     models = SuiteModels(suite, family)
     dtype = written_dtype(models.source, exporter.dtype)
@@ -77,17 +77,17 @@ def run_folder(folder: Path, suite: Suite, exporter: Exporter = PACK, method: An
 
 
 WRITERS: dict[str, Callable[..., Path]] = {"merge": merged_folder, "run": run_folder}
-"""By the names of the commands."""
+"""By command."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, tied ones under each of their names."""
+    """All parameters and buffers; tied ones under each of their names."""
     return dict(model.state_dict())
 
 
 @torch.inference_mode()
 def assert_same(found: nn.Module, wanted: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> None:
-    """Two models have equal tensors, and equal outputs for these inputs."""
+    """Asserts that two models have equal tensors, and equal outputs for these inputs."""
     own, other = tensors_of(found), tensors_of(wanted)
     assert own.keys() == other.keys()
     for name, tensor in own.items():

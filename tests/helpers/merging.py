@@ -1,4 +1,4 @@
-"""Small models to merge, and the calibration data that methods with needs are given."""
+"""Small models to merge, and calibration data for the methods that need them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
 
 
 def tensors(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
-    """Normal numbers."""
+    """Normally distributed tensors."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def folder(path: Path, content: dict[str, Tensor], config: str = "{}") -> ModelFolder:
-    """A model folder on disk."""
+    """Writes a model folder."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(config)
     save_file(content, path / "model.safetensors")
@@ -44,7 +44,7 @@ Experts = Sequence[dict[str, Tensor]] | Mapping[str, dict[str, Tensor]]
 
 
 def source(path: Path, base: dict[str, Tensor], experts: Experts, config: str = "{}") -> MergeSource:
-    """Base and experts in folders of `path`."""
+    """Writes base and experts to folders in `path`."""
     named = experts if isinstance(experts, Mapping) else {f"t{i}": content for i, content in enumerate(experts)}
     tensors = {task: own_names(folder(path / task, content)) for task, content in named.items()}
     return MergeSource(own_names(folder(path / "base", base, config)), tensors)
@@ -64,7 +64,7 @@ def method(name: str, **options: Any) -> MergeMethod:
 
 @dataclass(frozen=True)
 class GivenData:
-    """Calibration data that was measured already; other tasks and linears have random measures of their own."""
+    """Precomputed calibration data; tasks and linears without data get random ones."""
 
     fisher: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Miniature hubs on disk of the families beyond CLIP and BERT: a random base, two experts, and data beside them."""
+"""Miniature hubs on disk for the families beyond CLIP and BERT: a random base, two experts, and their data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos
 
 
 def tokenizer(folder: Path, end: bool) -> None:
-    """A tokenizer of whole words, whose texts start with <s>, or end with </s>, or both where `end` is None."""
+    """Writes a tokenizer of whole words. Its texts start with <s>, or end with </s>, or both if `end` is None."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -43,21 +43,21 @@ def tokenizer(folder: Path, end: bool) -> None:
 
 
 def table(path: Path, seed: int, count: int) -> None:
-    """Random texts with labels 0, 1 and 2."""
+    """Writes random texts with labels 0, 1 and 2."""
     generator = np.random.default_rng(seed)
     rows = [f"{i % 3}\t{' '.join(generator.choice(WORDS, generator.integers(1, 9)))}" for i in range(count)]
     path.write_text("\n".join(["label\ttext", *rows]) + "\n")
 
 
 def models(folder: Path, base: nn.Module, save_base: Callable[[Path], None] | None = None) -> None:
-    """Folders base, first and second."""
+    """Writes the folders base, first and second."""
     (save_base or base.save_pretrained)(folder / "base")  # type: ignore[operator]
     for seed, task in enumerate(TASKS):
         drifted(base, seed).save_pretrained(folder / task)  # type: ignore[operator]
 
 
 def texts(folder: Path, **fields: Any) -> dict[str, Any]:
-    """Tables for both tasks, and the entries of a suite that name them."""
+    """Writes tables for both tasks; returns their suite entries."""
     entries = {}
     for seed, task in enumerate(TASKS):
         paths = {split: folder / f"{task}_{split}.tsv" for split in ("train", "test")}
@@ -69,7 +69,7 @@ def texts(folder: Path, **fields: Any) -> dict[str, Any]:
 
 
 def modernbert(pooling: str) -> Any:
-    """A ModernBERT classifier of one block with global attention and one with a window of 5 tokens."""
+    """A ModernBERT classifier with one block of global attention and one with a window of 5 tokens."""
     import transformers as t
 
     ids = {**IDS, "cls_token_id": 1, "sep_token_id": 2}
@@ -78,7 +78,7 @@ def modernbert(pooling: str) -> Any:
 
 
 def encoder_hub(folder: Path, kind: str) -> Path:
-    """Classifiers of texts: one of ENCODERS."""
+    """Text classifiers: one of ENCODERS."""
     import transformers as t
 
     made: dict[str, Callable[[], Any]] = {
@@ -124,7 +124,7 @@ def encoder_hub(folder: Path, kind: str) -> Path:
 
 
 def vit_hub(folder: Path) -> Path:
-    """Classifiers of pictures."""
+    """Image classifiers."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def vit_hub(folder: Path) -> Path:
 
 
 def t5_models(tied: bool = False, gated: bool = True) -> Any:
-    """A T5 with an output layer of its own as FLAN-T5 has, or a tied one."""
+    """A T5 with a separate output layer, as in FLAN-T5, or a tied one."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def t5_models(tied: bool = False, gated: bool = True) -> Any:
 def t5_hub(folder: Path, tied: bool = False, gated: bool = True) -> Path:
     """T5 models, a tokenizer, texts and answers."""
     models(folder, t5_models(tied, gated))
-    for name in ("base", *TASKS):  # as the files of FLAN-T5 have it; transformers 5 writes that it is tied
+    for name in ("base", *TASKS):  # as in the files of FLAN-T5; transformers 5 writes true
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
     tokenizer(folder / "base", end=True)
@@ -186,7 +186,7 @@ def decoder_hub(folder: Path, kind: str) -> Path:
 
 
 def decoder_files(folder: Path, base: Any) -> Path:
-    """Language models around this base, their tokenizer, documents and suite."""
+    """Writes language models based on `base`, their tokenizer, documents and suite."""
     models(folder, base)
     tokenizer(folder / "base", end=False)
     generator, entries = np.random.default_rng(0), {}
@@ -207,13 +207,13 @@ DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
 KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
 TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
-"""KINDS for `parametrize`; those that differ little from another one are slow."""
+"""KINDS for `parametrize`; those that are similar to another kind are slow."""
 Hub = Callable[[str], Path]
 """The miniature hub of a kind of model."""
 
 
 def build(folder: Path, kind: str) -> Path:
-    """The miniature hub of one of KINDS."""
+    """Writes the miniature hub of one of KINDS."""
     if kind in ENCODERS:
         return encoder_hub(folder, kind)
     if kind in DECODERS:

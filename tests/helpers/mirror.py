@@ -1,7 +1,7 @@
-"""A miniature mirror of the hub: data sets with the real layout, splits and columns, of a few pictures or sentences.
+"""A miniature mirror of the hub: data sets with the real layout, splits and columns, and few pictures or sentences.
 
-Every picture is of one colour, 10 x row + 5 in all channels, and its label is the row modulo the classes, so that a
-test can tell from a picture which row it is.
+Every picture has one colour, 10 x row + 5 in all channels, and its label is the row modulo the number of classes, so
+a test can derive the row from the picture.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pytest
 from PIL import Image
 
 ROWS = {"train": 12, "test": 8}
-GROUP = 3  # rows of a row group
+GROUP = 3  # rows per row group
 SIDE = 6
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One data set: `folder` of its parquet files, `splits` as (its name, train or test), the picture's mode.
+    """One data set: `folder` of its parquet files, `splits` as (its name, train or test), the mode of its pictures.
 
     `image` and `label`: their columns; `others`: further columns, as arrow types. `config`: the name that its README
     declares, "" for a data set without README. `shards`: files of the train split.
@@ -86,7 +86,7 @@ LAYOUTS: dict[str, Layout] = {
         "nateraw/rendered-sst2", 2, splits=(("train", "train"), ("validation", "test"), ("test", "test"))
     ),
 }
-"""Task -> its data set, with what is awkward about it."""
+"""Task -> its data set, including its peculiarities."""
 
 TWO = {"sentence1": "string", "sentence2": "string"}
 GLUE: dict[str, tuple[Mapping[str, str], str]] = {
@@ -103,7 +103,7 @@ GLUE: dict[str, tuple[Mapping[str, str], str]] = {
 
 
 def prepare(patch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Keeps what `datasets` caches in a folder of the test, and spares it the seconds that it waits after each draw."""
+    """Moves the cache of `datasets` to a folder of the test, and skips its wait of seconds after each draw."""
     import datasets
 
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -111,7 +111,7 @@ def prepare(patch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 def image_mirror(folder: Path, tasks: Iterable[str] = tuple(LAYOUTS)) -> Path:
-    """A mirror with the data sets of these CLIP tasks, at `<folder>/datasets/<owner>/<name>`."""
+    """Writes the data sets of these CLIP tasks to `<folder>/datasets/<owner>/<name>`."""
     for task in tasks:
         layout = LAYOUTS[task]
         place = folder / "datasets" / layout.path
@@ -127,7 +127,7 @@ def image_mirror(folder: Path, tasks: Iterable[str] = tuple(LAYOUTS)) -> Path:
 
 
 def glue_mirror(folder: Path, tasks: Iterable[str] = tuple(GLUE)) -> Path:
-    """A mirror with these configurations of GLUE, at `<folder>/nyu-mll/glue`."""
+    """Writes these configurations of GLUE to `<folder>/nyu-mll/glue`."""
     place, declared = folder / "nyu-mll" / "glue", {}
     for task in tasks:
         texts, scored = GLUE[task]
@@ -147,7 +147,7 @@ def _glue_row(task: str, texts: Mapping[str, str], row: int, split: str) -> dict
 
 
 def write_images(folder: Path, split: str, layout: Layout, rows: int, shards: int = 1) -> None:
-    """Parquet files of a split as the hub names them."""
+    """Writes the parquet files of a split with the names of the hub."""
     types = {layout.image: "image", layout.label: layout.label_type, **layout.others}
     for shard in range(shards):
         found = [_image_row(layout, row) for row in range(rows) if row * shards // rows == shard]
@@ -169,7 +169,7 @@ def _picture(mode: str, row: int, kind: str) -> bytes:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], types: Mapping[str, str]) -> None:
-    """A parquet file in small row groups, with the features that `datasets` writes into its schema."""
+    """Writes a parquet file in small row groups, with the features that `datasets` stores in its schema."""
     stored = {name: _feature(kind) for name, kind in types.items()}
     image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     fields = [

@@ -20,7 +20,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 @dataclass
 class Given:
-    """Anchor, experts, inputs of different scale and number for each task, the targets' other part, token weights."""
+    """Per task: anchor, experts, inputs of different scale and number, the other part of the targets, token weights."""
 
     anchor: Affine
     experts: list[Affine]
@@ -46,7 +46,7 @@ class Given:
         return objective.closed()
 
     def written_out(self, Q: Tensor, b: Tensor | None, lam: float, kind: str = "frobenius") -> Tensor:
-        """J(Q, b) as objective.py's docstring has it; without intercepts biases are no part of it."""
+        """J(Q, b) as in the docstring of objective.py; without intercepts, biases do not enter."""
         total = lam * (Q - self.anchor.weight).square().sum()
         if b is not None and self.anchor.bias is not None:
             total = total + lam * (b - self.anchor.bias).square().sum()
@@ -69,7 +69,7 @@ def relative(problem: QuadraticProblem, Q: Tensor) -> float:
 
 
 def given_problem(rich: bool = False) -> Given:
-    """With `rich`, targets have parts that are no weight times the inputs, and tokens count differently."""
+    """With `rich`, targets have parts other than weight times inputs, and tokens have different weights."""
     anchor = Affine(rand(OUT, IN, seed=100), rand(OUT, seed=101))
     assert anchor.bias is not None
     experts = [

@@ -1,4 +1,4 @@
-"""What became of the folders of users that tests/end_to_end/foreign makes, for the last lines of pytest's report."""
+"""The outcomes of the users' folders in tests/end_to_end/foreign, for the last lines of pytest's report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 FOREIGN = "foreign"
-"""The property of a test under which its outcome is, so that it reaches pytest's report from other processes too."""
+"""The user property that holds the outcome of a test; pytest passes it on from other processes too."""
 ALWAYS = ("taken", "refused", "silently wrong")
 
 
 def foreign_line(reports: Iterable[Any]) -> str | None:
-    """How many combinations were tried and how they came out; None where none was."""
+    """The number of combinations by outcome; None if none were tried."""
     found = Counter(value for report in reports for key, value in report.user_properties if key == FOREIGN)
     if not found:
         return None

@@ -16,12 +16,12 @@ LINEAR = "layers.0.linear"
 
 
 def exporter_of(pack: str, **changes: Any) -> Exporter:
-    """The exporter of a shipped option, with some of its settings changed."""
+    """The exporter of a shipped option, with some settings changed."""
     found: Exporter = build("pack", OmegaConf.merge(OmegaConf.load(conf_dir() / "pack" / f"{pack}.yaml"), changes))  # type: ignore[arg-type]
     return found
 
 
 def model_of(shape: torch.Size) -> nn.Module:
-    """A model of one block with one linear (out, in), which has the name `LINEAR`, and a linear `head` behind it."""
+    """A model of one block with one linear (out, in) called `LINEAR`, followed by a linear `head`."""
     block = nn.ModuleDict({"linear": nn.Linear(shape[1], shape[0], bias=False)})
     return nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(1, 1)})

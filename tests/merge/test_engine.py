@@ -1,4 +1,4 @@
-"""Oracle: the same experts as whole folders in float32; how an expert is kept must not change what is merged."""
+"""Oracle: the same experts as whole folders in float32; the storage of an expert must not change the merge."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from epmq_cli.merge.engine import SuiteModels
 from tests.conftest import TASKS, drifted, write_suite
 from tests.helpers.hubs import run_in
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of what transformers will remove
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about deprecated features of transformers
 
 
 def opened(hub: Path, family: str, expert: Path | str, base: Path | None = None) -> SuiteModels:
-    """The suite of a hub with another first expert, and perhaps base."""
+    """The suite of a hub with another first expert, and optionally another base."""
     values: Any = OmegaConf.to_container(OmegaConf.load(hub / "configs/suite/mini.yaml"))
     tasks = {name: {**task, "data": Npz("unread.npz")} for name, task in values["tasks"].items()}
     tasks[TASKS[0]]["expert"] = str(expert)
@@ -52,7 +52,7 @@ def full_clip(hub: Path) -> CLIPModel:
 
 
 @pytest.mark.parametrize("kind", ["shards", "full model", "state dict", "vision state dict", "safetensors file"])
-def test_clip_experts_are_the_same_in_every_form(kind: str, clip_hub: Path, tmp_path: Path) -> None:
+def test_clip_experts_are_equal_in_every_form(kind: str, clip_hub: Path, tmp_path: Path) -> None:
     vision, model, path = CLIPVisionModel.from_pretrained(clip_hub / TASKS[0]), full_clip(clip_hub), tmp_path / "expert"
     if kind == "shards":
         vision.save_pretrained(path, max_shard_size="10KB")
@@ -88,7 +88,7 @@ def test_a_classifier_as_state_dict_keeps_its_head(bert_hub: Path, tmp_path: Pat
 
 
 def test_a_run_with_an_adapter_and_a_state_dict(bert_hub: Path, tmp_path: Path) -> None:
-    """The merge by simple average, from the checkpoint."""
+    """Oracle: the simple average, compared with the checkpoint."""
     base = BertModel.from_pretrained(bert_hub / "base")
     model = BertForSequenceClassification.from_pretrained(bert_hub / TASKS[0])
     model.bert.load_state_dict(base.state_dict())
@@ -125,7 +125,7 @@ def test_a_base_that_is_an_adapter_or_a_file_and_quantized_experts_are_refused(c
         opened(clip_hub, "clip", tmp_path / "expert")
 
 
-def test_an_expert_in_a_type_that_is_not_merged_is_told_which_ones_are(bert_hub: Path, tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_type_lists_the_supported_ones(bert_hub: Path, tmp_path: Path) -> None:
     expert = BertForSequenceClassification.from_pretrained(bert_hub / "first")
     path = tmp_path / "first.pt"
     torch.save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in expert.state_dict().items()}, path)

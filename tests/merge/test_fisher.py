@@ -1,4 +1,5 @@
-"""Oracles: equal Fisher information gives the mean, a large one its expert, and the paper's equation 4 in float64."""
+"""Oracles: equal Fisher information gives the mean; large Fisher information of one expert gives that expert; the
+paper's equation 4 in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def fisher(**options: Any) -> Fisher:
     return made
 
 
-def test_it_is_the_papers_mean_weighted_by_element_expert_and_norm(tmp_path: Path) -> None:
+def test_it_is_the_weighted_mean_of_the_paper(tmp_path: Path) -> None:
     given = {f"t{i}": squares(7 + i, 10.0**i) for i in range(3)}
     for number, normalize in enumerate((True, False)):
         options = {"normalize": normalize, "floor": 1e-3, "weights": {"t2": 3.0}}
@@ -47,7 +48,7 @@ def test_equal_fisher_information_gives_the_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_an_expert_far_more_certain_than_the_others_comes_out_as_it_is(tmp_path: Path) -> None:
+def test_an_expert_with_much_larger_fisher_information_is_reproduced(tmp_path: Path) -> None:
     one = {name: torch.ones(shape) for name, shape in SHAPES.items()}
     given = {
         "t0": {name: 1e-3 * part for name, part in one.items()},
@@ -65,13 +66,13 @@ def test_tensors_without_gradients_are_averaged(tmp_path: Path) -> None:
     torch.testing.assert_close(found["a.bias"], wanted)
 
 
-def test_a_weight_of_0_leaves_an_expert_out(tmp_path: Path) -> None:
+def test_a_weight_of_0_excludes_an_expert(tmp_path: Path) -> None:
     found = merged(tmp_path / "x", fisher(weights={"t0": 0}), tensors(0), EXPERTS)
     without = {f"t{i}": EXPERTS[i] for i in (1, 2)}
     torch.testing.assert_close(found, merged(tmp_path / "y", fisher(), tensors(0), without), rtol=1e-5, atol=1e-6)
 
 
-def test_equal_values_are_their_mean_to_the_last_bit() -> None:
+def test_the_mean_of_equal_values_is_exact() -> None:
     mean, value = WeightedMean(), tensors(3)["a.weight"]
     for weight in (1e-9, 3.0, 0.1):
         mean.add(value, torch.full_like(value, weight))

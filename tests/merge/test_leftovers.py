@@ -1,4 +1,4 @@
-"""Oracle: the expert in transformers, whatever base and expert store beside the model or lack of it."""
+"""Oracle: the expert in transformers, whatever extra tensors base and expert store and whatever they lack."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def llama(seed: int = 0) -> Any:
     return drifted(base, seed) if seed else base
 
 
-def beside(tensors: dict[str, Tensor]) -> None:
+def add_extra_tensors(tensors: dict[str, Tensor]) -> None:
     tensors |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.empty": torch.zeros(0), "step": torch.tensor(7)}
 
 
 @pytest.mark.parametrize("command", PAIR)
 @pytest.mark.parametrize("both", [False, True])
-def test_what_a_base_stores_beside_the_model_is_no_part_of_it(
+def test_extra_tensors_of_the_base_are_left_out(
     both: bool, command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The value head that TRL stores, in the base alone or in the expert too; the lone expert comes out."""
+    """TRL's value head, in the base alone or in the expert too; the lone expert is reproduced."""
     caplog.set_level(logging.WARNING, "epmq")
-    base = store(llama(), tmp_path / "base", change=beside)
-    expert = store(llama(1), tmp_path / "x", change=beside if both else None)
+    base = store(llama(), tmp_path / "base", change=add_extra_tensors)
+    expert = store(llama(1), tmp_path / "x", change=add_extra_tensors if both else None)
     made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"x": expert}))
     assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, expert)))
     dropped = (
@@ -50,8 +50,8 @@ def test_what_a_base_stores_beside_the_model_is_no_part_of_it(
     assert (dropped in caplog.text) == (command == "run" or not both)
 
 
-def test_a_tensor_that_no_model_of_the_suite_has_is_missed(tmp_path: Path) -> None:
-    """transformers would fill it up with random numbers; verify finds it in a folder that was made before."""
+def test_a_tensor_that_no_model_has_is_reported_missing(tmp_path: Path) -> None:
+    """transformers would initialize it at random; verify reports it for a folder written by an older version."""
     folders = [store(llama(seed), tmp_path / str(seed), without=[UP]) for seed in (0, 1)]
     with pytest.raises(ModelError, match=rf"describes a LlamaForCausalLM with {UP}, which its files do not have"):
         merged_folder(tmp_path / "made", suite_of("causal_lm", folders[0], {"x": folders[1]}))
@@ -62,7 +62,7 @@ def test_a_tensor_that_no_model_of_the_suite_has_is_missed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("owner", ["none", "base", "expert"])
 def test_berts_without_a_pooler_are_merged(owner: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """BertForMaskedLM has none; the lone expert comes out, and what it alone has is named."""
+    """BertForMaskedLM has no pooler. The lone expert is reproduced; tensors that only the expert has are named."""
     caplog.set_level(logging.WARNING, "epmq")
     torch.manual_seed(0)
     kinds = {"none": t.BertForMaskedLM, "base": t.BertForMaskedLM, "expert": t.BertForPreTraining}

@@ -34,8 +34,8 @@ def merged(folder: Path, base: Any, **experts: Any) -> Path:
 
 
 @pytest.mark.parametrize("names", [{}, NAMES])
-def test_a_lone_classifier_of_a_base_with_a_head_is_itself(names: dict[str, Any], tmp_path: Path) -> None:
-    """Head and class names included, whether or not the base names its classes."""
+def test_a_lone_classifier_of_a_base_with_a_head_is_reproduced(names: dict[str, Any], tmp_path: Path) -> None:
+    """Including head and class names, whether or not the base names its classes."""
     made = merged(tmp_path, classifier(1), x=classifier(2, **names))
     found, wanted = (t.BertForSequenceClassification.from_pretrained(path) for path in (made, tmp_path / "x"))
     assert_same(found, wanted, IDS)
@@ -44,10 +44,10 @@ def test_a_lone_classifier_of_a_base_with_a_head_is_itself(names: dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["another number", "other names", "no head"])
-def test_the_bases_head_is_not_written_beside_experts_of_other_classes(
+def test_the_bases_head_is_left_out_if_experts_have_other_classes(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The result is the expert's encoder, as a class without a head."""
+    """The result is the expert's encoder, with a class that has no head."""
     caplog.set_level(logging.WARNING, "epmq")
     expert = classifier(2, **(OTHERS if kind == "other names" else {}))
     if kind == "another number":
@@ -60,7 +60,7 @@ def test_the_bases_head_is_not_written_beside_experts_of_other_classes(
 
 
 def test_experts_for_different_classes_do_not_share_a_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A mean of heads for different classes means nothing."""
+    """The mean of heads for different classes has no meaning."""
     caplog.set_level(logging.WARNING, "epmq")
     made = merged(tmp_path, classifier(1), a=classifier(2, **NAMES), b=classifier(3, **OTHERS))
     assert "the experts' heads are for different classes" in caplog.text

@@ -1,4 +1,4 @@
-"""Oracles: closed forms on a few numbers, and invariants that hold for every method."""
+"""Oracles: closed forms on a few numbers, and invariants of every method."""
 
 from __future__ import annotations
 
@@ -36,15 +36,13 @@ def test_order_of_experts_changes_nothing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["average", "fisher", "regmean"])
-def test_means_of_one_expert_are_that_expert(name: str, tmp_path: Path) -> None:
+def test_the_mean_of_one_expert_is_that_expert(name: str, tmp_path: Path) -> None:
     found = merged(tmp_path / "x", method(name), tensors(0), [tensors(1)])
     assert all(torch.equal(found[part], tensors(1)[part]) for part in SHAPES)
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
-def test_threads_and_the_tensors_beside_it_change_nothing(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_and_other_tensors_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"first": (3, 70_000), "second": (5, 40_000)}  # several pieces each
     base, experts = tensors(0, shapes), [tensors(seed, shapes) for seed in (1, 2)]
     opened, found = source(tmp_path / "all", base, experts), {}
@@ -52,14 +50,14 @@ def test_threads_and_the_tensors_beside_it_change_nothing(
         monkeypatch.setattr(threads, "threads", lambda count=count: count)
         found[count] = dict(LazyMerge(opened, method(name), torch.float32))
     assert all(torch.equal(found[1][part], found[8][part]) for part in shapes)
-    if name == "ties":  # whose thresholds are over all tensors
+    if name == "ties":  # its thresholds depend on all tensors
         return
-    alone = source(tmp_path / "one", {"second": base["second"]}, [{"second": other["second"]} for other in experts])
-    assert torch.equal(LazyMerge(alone, method(name), torch.float32).tensor("second"), found[1]["second"])
+    single = source(tmp_path / "one", {"second": base["second"]}, [{"second": other["second"]} for other in experts])
+    assert torch.equal(LazyMerge(single, method(name), torch.float32).tensor("second"), found[1]["second"])
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
-def test_half_precision_models_give_the_merge_of_the_same_numbers_in_float32(name: str, tmp_path: Path) -> None:
+def test_half_precision_models_merge_like_the_same_numbers_in_float32(name: str, tmp_path: Path) -> None:
     models = [{part: tensor.bfloat16() for part, tensor in tensors(seed).items()} for seed in range(3)]
     wide = [{part: tensor.float() for part, tensor in model.items()} for model in models]
     found = merged(tmp_path / "x", method(name), models[0], models[1:])
@@ -67,7 +65,7 @@ def test_half_precision_models_give_the_merge_of_the_same_numbers_in_float32(nam
     assert all(torch.equal(found[part], expected[part]) for part in SHAPES)
 
 
-def test_a_piece_knows_its_place_and_its_random_numbers_know_seed_task_name_and_offset(tmp_path: Path) -> None:
+def test_random_numbers_of_a_piece_depend_on_seed_task_name_and_offset(tmp_path: Path) -> None:
     shapes = {"long": (140_000,)}
     opened = source(tmp_path / "x", tensors(0, shapes), [tensors(1, shapes)])
     pieces = [reader() for reader in opened.pieces("long")]
@@ -82,12 +80,12 @@ def test_a_piece_knows_its_place_and_its_random_numbers_know_seed_task_name_and_
 
 
 class Old:
-    """A method of a user, with the interface of earlier versions."""
+    """A user's method with the interface of earlier versions."""
 
     def __call__(self) -> None: ...
 
 
-def test_what_is_no_method_is_refused_by_name() -> None:
+def test_an_object_that_is_not_a_method_is_refused_by_name() -> None:
     with pytest.raises(
         ConfigError, match=r"merge._target_ names .*Old, which has no needs, check, fit; a merge method"
     ):
@@ -95,7 +93,7 @@ def test_what_is_no_method_is_refused_by_name() -> None:
 
 
 class Mine:
-    """A method of a user."""
+    """A user's method."""
 
     needs: ClassVar = frozenset()
 
@@ -105,7 +103,7 @@ class Mine:
         return ElementwiseRule(lambda piece: piece.base + 1)
 
 
-def test_a_method_of_a_user_merges(tmp_path: Path) -> None:
+def test_a_users_method_merges(tmp_path: Path) -> None:
     mine: MergeMethod = Mine()
     check_method(mine, ["t0"])
     refuse_needs(mine)
@@ -140,10 +138,10 @@ def test_ties_of_one_expert_at_full_density_is_that_expert(tmp_path: Path) -> No
         torch.testing.assert_close(found, tensors(1), rtol=1e-6, atol=1e-6)
 
 
-def test_ties_trims_over_the_whole_vector_and_keeps_the_exact_count(tmp_path: Path) -> None:
+def test_ties_trims_the_whole_vector_and_keeps_the_exact_count(tmp_path: Path) -> None:
     zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     expert = tensors(1)
-    expert["a.bias"] *= 100  # tensor-wise trimming would drop some of these
+    expert["a.bias"] *= 100  # trimming per tensor would drop some of these
     found = merged(tmp_path / "x", Ties(density=0.2, scale=1.0, combine="sum"), zero, [expert])
     kept = torch.cat([tensor.flatten() for tensor in found.values()])
     every = torch.cat([expert[name].flatten() for name in found])
@@ -163,7 +161,7 @@ def test_ties_elects_the_larger_total_and_drops_the_rest() -> None:
         assert elected(base, experts, [0.0, 0.0, 1.0], sign, 1.0, mean).tolist() == wanted
 
 
-def test_ties_resolves_a_tie_by_the_majority_of_signs_over_the_whole_vector(tmp_path: Path) -> None:
+def test_ties_resolves_ties_by_the_majority_sign_of_the_whole_vector(tmp_path: Path) -> None:
     base = {"w": torch.zeros(4)}
     experts = [{"w": torch.tensor([1.0, -1.0, -1.0, 5.0])}, {"w": torch.tensor([-1.0, -1.0, -1.0, 5.0])}]
     found = merged(tmp_path / "x", Ties(density=1.0, scale=1.0, combine="sum"), base, experts)
@@ -171,7 +169,7 @@ def test_ties_resolves_a_tie_by_the_majority_of_signs_over_the_whole_vector(tmp_
 
 
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 1.0])
-def test_kth_largest_is_that_of_a_sort(density: float) -> None:
+def test_kth_largest_matches_a_sort(density: float) -> None:
     parts = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((50, 7), (31,), (1,))]
     parts.append(torch.tensor([0.0, 1e-42, -1e30]))
     reads = [[partial(list, [piece, -2 * piece]) for piece in part.flatten().split(100)] for part in parts]
@@ -180,7 +178,7 @@ def test_kth_largest_is_that_of_a_sort(density: float) -> None:
     assert kth_largest_magnitudes(lambda: reads, 2, density) == [wanted, 2 * wanted]
 
 
-def test_merging_is_rounded_to_the_checkpoint_type_once(tmp_path: Path) -> None:
+def test_the_merge_is_rounded_once_to_the_checkpoint_type(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     opened = source(tmp_path / "x", tensors(0), [tensors(1), tensors(2)])
     exact = dict(LazyMerge(opened, TaskArithmetic(0.3), torch.float32))
@@ -221,7 +219,7 @@ def test_models_that_do_not_match_are_refused_by_name(change: str, message: str,
         source(tmp_path, tensors(0), [changed(change)])
 
 
-def test_only_the_first_differences_are_shown(tmp_path: Path) -> None:
+def test_the_error_lists_only_the_first_differences(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"; .*; .* and 4 more; give an expert"):
         source(tmp_path, {f"w{i}": torch.zeros(1) for i in range(6)}, [{"other": torch.zeros(1)}])
 
@@ -250,7 +248,7 @@ def test_bad_options_of_ties_are_refused(fields: dict[str, object], message: str
         Ties(**{"density": 0.2, "scale": 0.3, "combine": "sum", **fields})  # type: ignore[arg-type]
 
 
-def test_bad_scale_of_task_arithmetic_is_refused() -> None:
+def test_a_bad_scale_of_task_arithmetic_is_refused() -> None:
     for scale in (11, -1, float("nan"), "x", None, True):
         with pytest.raises(ConfigError, match=r"merge.scale must be a number in \[0, 10\]"):
             TaskArithmetic(scale)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Oracles: the least squares solution over all experts' inputs; moments that are equal give the mean."""
+"""Oracles: the least squares solution over the inputs of all experts; equal moments give the mean."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def mean(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_linears_are_least_squares_on_the_experts_own_inputs_and_the_rest_is_the_mean(
-    memory: int, tmp_path: Path
-) -> None:
+def test_linears_are_least_squares_on_each_experts_inputs_and_others_the_mean(memory: int, tmp_path: Path) -> None:
     X = {f"t{i}": {name: inputs(10 * i, 30, name) for (name,) in LINEARS} for i in range(3)}
     given = GivenData(
         moments={task: {name: moments(own) for name, own in parts.items()} for task, parts in X.items()}, memory=memory
@@ -47,7 +45,7 @@ def test_linears_are_least_squares_on_the_experts_own_inputs_and_the_rest_is_the
         torch.testing.assert_close(found[name], mean(name))
 
 
-def test_alpha_shrinks_what_is_off_the_diagonal(tmp_path: Path) -> None:
+def test_alpha_shrinks_the_off_diagonal_moments(tmp_path: Path) -> None:
     own = {f"t{i}": moments(inputs(i, 20, "a")) for i in range(3)}
     given = GivenData(moments={task: {"a": G} for task, G in own.items()})
     found = merged(tmp_path / "x", RegMean(0.3), tensors(0), EXPERTS, given)["a.weight"]
@@ -65,7 +63,7 @@ def test_equal_moments_give_the_mean(tmp_path: Path) -> None:
         torch.testing.assert_close(found["a.weight"], mean("a.weight"))
 
 
-def test_columns_that_no_expert_uses_keep_the_mean(tmp_path: Path) -> None:
+def test_unused_columns_keep_the_mean(tmp_path: Path) -> None:
     unused = {f"t{i}": {"a": moments(inputs(i, 20, "a") * torch.tensor([1, 1, 0, 1, 0, 1]))} for i in range(3)}
     found = merged(tmp_path / "x", RegMean(0.95), tensors(0), EXPERTS, GivenData(moments=unused))["a.weight"]
     torch.testing.assert_close(found[:, [2, 4]], mean("a.weight")[:, [2, 4]], rtol=1e-4, atol=1e-4)
@@ -81,7 +79,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name() -> None:
         regression.solve()
 
 
-def test_linears_are_measured_together_as_far_as_memory_goes(tmp_path: Path) -> None:
+def test_linears_are_measured_together_within_the_memory_limit(tmp_path: Path) -> None:
     opened = source(tmp_path, tensors(0), EXPERTS)
     assert list(parts(LINEARS, opened, 1)) == [[("a",)], [("b",)]]
     assert list(parts(LINEARS, opened, 1 << 30)) == [LINEARS]

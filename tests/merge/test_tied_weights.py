@@ -1,4 +1,4 @@
-"""Oracles: transformers, which loads the results, and values put together by hand."""
+"""Oracles: transformers, which loads the results, and values computed by hand."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def t5(seed: int = 0, **changes: Any) -> Any:
     return drifted(base, seed) if seed else base
 
 
-def noise(name: str, seed: int = 7) -> Any:
-    """Puts values of its own under a name."""
+def add_random(name: str, seed: int = 7) -> Any:
+    """Adds a random tensor under a name."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         like = tensors[TABLE if TABLE in tensors else "shared.weight"]
@@ -50,10 +50,10 @@ def noise(name: str, seed: int = 7) -> Any:
 
 
 @pytest.mark.parametrize("command", PAIR)
-def test_models_in_which_an_output_layer_is_tied_give_their_table_for_it(command: str, tmp_path: Path) -> None:
-    """The mean of the untied expert's layer and the tied expert's table, by hand; verify is content."""
+def test_models_with_a_tied_output_layer_contribute_their_table(command: str, tmp_path: Path) -> None:
+    """Oracle: the mean of the untied expert's layer and the tied expert's table; verify accepts the result."""
     base = store(llama(True), tmp_path / "base")
-    own = store(llama(True, 1), tmp_path / "own", change=noise(HEAD))
+    own = store(llama(True, 1), tmp_path / "own", change=add_random(HEAD))
     tied = store(llama(True, 2), tmp_path / "tied", {HEAD: TABLE})
     set_tie(own, False)
     made = WRITERS[command](tmp_path / "made", suite_of("causal_lm", base, {"own": own, "tied": tied}))
@@ -65,8 +65,8 @@ def test_models_in_which_an_output_layer_is_tied_give_their_table_for_it(command
         verify(made, False, "cpu", None)
 
 
-def test_a_config_that_does_not_say_what_its_class_does_by_default(tmp_path: Path) -> None:
-    """Gemma ties, and configs of transformers 4 do not say so."""
+def test_a_config_without_the_tie_setting_uses_the_default_of_its_class(tmp_path: Path) -> None:
+    """Gemma ties by default, and configs of transformers 4 omit the setting."""
     torch.manual_seed(0)
     base = t.GemmaForCausalLM(t.GemmaConfig(**DECODER, head_dim=8)).eval()
     folders = [store(base, tmp_path / "base", {HEAD: TABLE}), store(drifted(base, 1), tmp_path / "x")]
@@ -81,13 +81,13 @@ def test_a_config_that_does_not_say_what_its_class_does_by_default(tmp_path: Pat
 
 @pytest.mark.parametrize("command", PAIR)
 @pytest.mark.parametrize("scaled", [True, False])
-def test_the_scale_of_t5s_outputs_stays_when_its_output_layer_is_its_own(
+def test_the_scale_of_t5s_outputs_stays_with_a_separate_output_layer(
     command: str, scaled: bool, tmp_path: Path
 ) -> None:
-    """transformers scales them by another setting of the same name: t5-small with a layer of its own, and FLAN-T5."""
+    """In transformers, the tie setting also controls the scale: t5-small with a separate layer, and FLAN-T5."""
     changes = {} if scaled else {"tie_word_embeddings": False}
-    base = store(t5(**changes), tmp_path / "base", change=None if scaled else noise("lm_head.weight", 6))
-    own = store(t5(1, **changes), tmp_path / "own", SHARED, change=noise("lm_head.weight"))
+    base = store(t5(**changes), tmp_path / "base", change=None if scaled else add_random("lm_head.weight", 6))
+    own = store(t5(1, **changes), tmp_path / "own", SHARED, change=add_random("lm_head.weight"))
     made = WRITERS[command](tmp_path / "made", suite_of("t5", base, {"own": own}))
     found, wanted = (t.T5ForConditionalGeneration.from_pretrained(folder) for folder in (made, own))
     assert found.config.scale_decoder_outputs is scaled
@@ -95,21 +95,21 @@ def test_the_scale_of_t5s_outputs_stays_when_its_output_layer_is_its_own(
 
 
 @pytest.mark.parametrize("command", PAIR)
-def test_tables_that_are_always_tied_are_refused_where_they_differ(command: str, tmp_path: Path) -> None:
+def test_tables_that_are_always_tied_must_be_equal(command: str, tmp_path: Path) -> None:
     name = "decoder.embed_tokens.weight"
-    base, own = store(t5(), tmp_path / "base"), store(t5(1), tmp_path / "own", change=noise(name))
+    base, own = store(t5(), tmp_path / "base"), store(t5(1), tmp_path / "own", change=add_random(name))
     with pytest.raises(ModelError, match=f"expert of task x: .* stores {name} with other values than shared.weight"):
         WRITERS[command](tmp_path / "made", suite_of("t5", base, {"x": own}))
 
 
-def test_experts_whose_outputs_are_scaled_otherwise_are_refused(tmp_path: Path) -> None:
+def test_experts_with_another_output_scale_are_refused(tmp_path: Path) -> None:
     base, other = store(t5(), tmp_path / "base"), store(t5(1, tie_word_embeddings=False), tmp_path / "other")
     with pytest.raises(ModelError, match="scale_decoder_outputs is False in its config and True in the base's"):
         SuiteModels(suite_of("t5", base, {"x": other}), FAMILIES["t5"])
 
 
 def test_an_output_layer_that_transformers_renames_on_load_is_merged(tmp_path: Path) -> None:
-    """Oracle: the expert itself. Files of GPT-NeoX have embed_out, which the class calls lm_head."""
+    """Oracle: the expert itself. Files of GPT-NeoX name it embed_out, the class lm_head."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
@@ -119,11 +119,11 @@ def test_an_output_layer_that_transformers_renames_on_load_is_merged(tmp_path: P
     stored = load_file(expert / "model.safetensors")
     assert "embed_out.weight" in stored
     models = SuiteModels(suite_of("causal_lm", base, {"x": expert}), FAMILIES["causal_lm"], whole=True)
-    found = models.source.expert("x", "lm_head.weight")  # the class's own name
+    found = models.source.expert("x", "lm_head.weight")  # the name in the class
     assert torch.equal(found, stored["embed_out.weight"])
 
 
-def test_a_layer_that_is_neither_tied_nor_stored_is_refused(tmp_path: Path) -> None:
+def test_an_output_layer_neither_tied_nor_stored_is_refused(tmp_path: Path) -> None:
     base, broken = store(llama(True), tmp_path / "base"), store(llama(True, 1), tmp_path / "broken")
     set_tie(broken, False)
     with pytest.raises(ModelError, match=f"expert of task x: .* has no {HEAD}, which its config does not tie"):
@@ -134,12 +134,12 @@ def test_a_layer_that_is_neither_tied_nor_stored_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("owner", ["nobody", "base", "expert"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_larger_vocabulary_reaches_the_copies(kind: str, owner: str, command: str, tmp_path: Path) -> None:
-    """The larger expert is itself, tied or not, under vocabulary=pad, in transformers."""
+    """With vocabulary=pad, the larger expert is reproduced in transformers, tied or not."""
     make, table, head = (llama, TABLE, HEAD) if kind == "llama" else (t5, "shared.weight", "lm_head.weight")
     base, expert = (make(True), make(True, 1)) if kind == "llama" else (make(), make(1))
     expert.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
     folders = [
-        store(model, tmp_path / own, {head: table}, change=noise(head) if own == owner else None)
+        store(model, tmp_path / own, {head: table}, change=add_random(head) if own == owner else None)
         for own, model in (("base", base), ("expert", expert))
     ]
     family = "causal_lm" if kind == "llama" else "t5"
@@ -149,8 +149,8 @@ def test_a_larger_vocabulary_reaches_the_copies(kind: str, owner: str, command: 
     assert_same(found, wanted)
 
 
-def test_a_masked_language_model_is_merged_with_its_head_where_all_have_it(tmp_path: Path) -> None:
-    """Beside a classifier the base's head stays, tied to the merged table; the classifier is the expert's own."""
+def test_a_masked_language_model_keeps_its_head_only_if_all_have_it(tmp_path: Path) -> None:
+    """Next to a classifier, the base's head stays, tied to the merged table; the classifier is the expert's own."""
     torch.manual_seed(0)
     base = t.BertForPreTraining(t.BertConfig(**ENCODER)).eval()
     copies = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
@@ -164,8 +164,10 @@ def test_a_masked_language_model_is_merged_with_its_head_where_all_have_it(tmp_p
 
 
 @pytest.mark.parametrize("command", PAIR)
-def test_what_no_result_can_have_is_named(command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The value head that TRL stores beside a language model."""
+def test_tensors_that_the_result_cannot_have_are_named(
+    command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL's value head next to a language model."""
     caplog.set_level(logging.WARNING, "epmq")
 
     def value_head(tensors: dict[str, Tensor]) -> None:
@@ -177,15 +179,15 @@ def test_what_no_result_can_have_is_named(command: str, tmp_path: Path, caplog: 
     assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, folders[1])))
 
 
-def test_what_a_block_of_the_base_has_not_is_refused(tmp_path: Path) -> None:
+def test_tensors_that_the_bases_blocks_lack_are_refused(tmp_path: Path) -> None:
     base, other = store(llama(True), tmp_path / "base"), store(llama(True, attention_bias=True), tmp_path / "x")
     with pytest.raises(ModelError, match=r"self_attn.q_proj.bias is missing from the base"):
         SuiteModels(suite_of("causal_lm", base, {"x": other}), FAMILIES["causal_lm"], whole=True)
 
 
 @pytest.mark.parametrize("command", PAIR)
-def test_tensors_that_a_class_does_not_load_on_purpose_count_for_nothing(command: str, tmp_path: Path) -> None:
-    """Old T5 files have a position bias in cross-attention, which no version reads."""
+def test_tensors_that_a_class_ignores_on_purpose_are_ignored(command: str, tmp_path: Path) -> None:
+    """Old T5 files have a position bias in cross-attention that no version reads."""
     name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     base = store(t5(), tmp_path / "base", change=lambda tensors: tensors.update({name: torch.ones(32, 4)}))
     expert = store(t5(1), tmp_path / "x")
@@ -194,10 +196,11 @@ def test_tensors_that_a_class_does_not_load_on_purpose_count_for_nothing(command
 
 
 def test_a_whole_run_walks_and_writes_an_untied_output_layer(tmp_path: Path) -> None:
-    """The expert's own layer, to the last bit, in files that verify takes; the table alone is walked."""
+    """The output layer is the expert's own, bit for bit, and verify accepts the files; the walk changes only the
+    table."""
     hub = build(tmp_path / "hub", "gemma3")
     expert = hub / "first"
-    store(t.Gemma3ForCausalLM.from_pretrained(expert), expert, change=noise(HEAD))
+    store(t.Gemma3ForCausalLM.from_pretrained(expert), expert, change=add_random(HEAD))
     options = ["~suite.tasks.second", "merge=average", "guidance=feature", "quant=none", "eval.stages=[]"]
     checkpoint = run_in(tmp_path / "run", hub, *options)
     found, own = (load_file(folder / "model.safetensors") for folder in (checkpoint, expert))
@@ -207,8 +210,8 @@ def test_a_whole_run_walks_and_writes_an_untied_output_layer(tmp_path: Path) -> 
     verify(checkpoint, False, "cpu", None)
 
 
-def test_an_output_layer_that_files_call_otherwise_is_the_classes(tmp_path: Path) -> None:
-    """GPT-NeoX's lm_head is embed_out in files; a state dict of the live model has its name, and verify knows both."""
+def test_an_output_layer_with_another_name_in_files_is_recognised(tmp_path: Path) -> None:
+    """GPT-NeoX's lm_head is embed_out in files, but lm_head in the state dict of a live model; verify accepts both."""
     torch.manual_seed(0)
     sizes = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
     base = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, tie_word_embeddings=False)).eval()
@@ -223,19 +226,19 @@ def test_an_output_layer_that_files_call_otherwise_is_the_classes(tmp_path: Path
         verify(made, False, "cpu", None)
 
 
-def test_files_of_the_body_alone_can_be_untied(tmp_path: Path) -> None:
-    """A base without the prefix model., which gets an output layer of its own, in transformers."""
+def test_files_of_the_body_can_be_untied(tmp_path: Path) -> None:
+    """A base without the prefix model. gets a separate output layer; transformers loads it."""
     base = store(llama(True), tmp_path / "base")
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    own = store(llama(True, 1), tmp_path / "own", change=noise(HEAD))
+    own = store(llama(True, 1), tmp_path / "own", change=add_random(HEAD))
     made = merged_folder(tmp_path / "made", suite_of("causal_lm", base, {"x": own}))
     assert_same(*(t.LlamaForCausalLM.from_pretrained(folder) for folder in (made, own)))
 
 
 def test_verify_names_copies_that_differ_and_layers_that_are_missing(tmp_path: Path) -> None:
-    """A folder as epmq merge once wrote it, and one without its untied layer."""
-    differing = store(llama(True), tmp_path / "differing", change=noise(HEAD))
+    """A folder from an old version of epmq merge, and one without its untied layer."""
+    differing = store(llama(True), tmp_path / "differing", change=add_random(HEAD))
     missing = store(llama(True), tmp_path / "missing")
     set_tie(missing, False)
     for folder, message in (

@@ -1,5 +1,5 @@
-"""Oracles: one expert comes out as it is, orthogonal low-rank experts add up exactly, equal experts give what is kept
-of one, and the paper's algorithm in float64."""
+"""Oracles: one expert is reproduced; orthogonal low-rank experts add up exactly; equal experts give the truncation
+of one; the paper's algorithm in float64."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def test_it_is_the_papers_algorithm() -> None:
     torch.testing.assert_close(merged_singular_vectors(vectors, 2), reference(vectors, 2))
 
 
-def test_one_expert_comes_out_as_it_is(tmp_path: Path) -> None:
+def test_one_expert_is_reproduced(tmp_path: Path) -> None:
     found = merged(tmp_path / "x", method("tsv_m"), tensors(0, SHAPES), [tensors(1, SHAPES)])
     torch.testing.assert_close(found, tensors(1, SHAPES), rtol=1e-5, atol=1e-5)
 
 
 def test_orthogonal_experts_of_low_rank_add_up_exactly() -> None:
-    """Of a lower rank than is kept, too, where the singular vectors without strength are arbitrary."""
+    """Also if their rank is lower than the number of kept singular vectors, where those with value 0 are arbitrary."""
     left, right = (torch.linalg.qr(random(9, 9, seed=seed))[0] for seed in (1, 2))
     vectors = [left[:, at] @ torch.diag(random(2).abs()) @ right[:, at].T for at in ([0, 1], [2, 3], [4, 5])]
     for rank in (2, 3):
         torch.testing.assert_close(merged_singular_vectors(vectors, rank), sum(vectors, torch.zeros(9, 9)).double())
 
 
-def test_equal_experts_give_what_is_kept_of_one() -> None:
+def test_equal_experts_give_the_truncation_of_one() -> None:
     vector = random(8, 6)
     U, S, Vh = torch.linalg.svd(vector, full_matrices=False)
     torch.testing.assert_close(merged_singular_vectors([vector, vector], 3), U[:, :3] * S[:3] @ Vh[:3])
 
 
-def test_nothing_is_moved_where_nothing_was_trained() -> None:
+def test_untrained_matrices_stay_unchanged() -> None:
     assert not merged_singular_vectors([torch.zeros(5, 4), torch.zeros(5, 4)], 2).any()
 
 
@@ -71,7 +71,7 @@ def test_the_nearest_orthonormal_columns() -> None:
     assert (found - columns).norm() <= (found @ turned - columns).norm()
 
 
-def test_what_is_no_matrix_or_has_no_room_for_all_experts_is_their_mean(tmp_path: Path) -> None:
+def test_other_tensors_and_matrices_too_small_for_all_experts_are_averaged(tmp_path: Path) -> None:
     base, experts = tensors(0, SHAPES), [tensors(seed, SHAPES) for seed in (1, 2, 3)]
     found = merged(tmp_path / "x", method("tsv_m", scale=2), base, experts)
     for name in ("conv", "bias", "few"):
@@ -82,7 +82,7 @@ def test_what_is_no_matrix_or_has_no_room_for_all_experts_is_their_mean(tmp_path
 
 
 @pytest.mark.parametrize("tables", ["mean", "svd"])
-def test_tables_over_the_vocabulary_are_not_decomposed_unless_asked(tables: str, tmp_path: Path) -> None:
+def test_tables_over_the_vocabulary_are_decomposed_only_on_request(tables: str, tmp_path: Path) -> None:
     base, experts = tensors(0, SHAPES), [tensors(seed, SHAPES) for seed in (1, 2)]
     opened = source(tmp_path, base, experts, '{"vocab_size": 8}')
     found = LazyMerge(opened, method("tsv_m", tables=tables), torch.float32).tensor("w")
@@ -90,7 +90,7 @@ def test_tables_over_the_vocabulary_are_not_decomposed_unless_asked(tables: str,
     assert torch.allclose(found, mean, atol=1e-5) == (tables == "mean")
 
 
-def test_a_fraction_keeps_so_much_of_each_expert(tmp_path: Path) -> None:
+def test_fraction_is_the_kept_share_of_each_expert(tmp_path: Path) -> None:
     base, experts = tensors(0, SHAPES), [tensors(seed, SHAPES) for seed in (1, 2)]
     found = merged(tmp_path / "x", method("tsv_m", fraction=0.2), base, experts)["w"]
     vectors = [(expert["w"] - base["w"]).double() for expert in experts]
@@ -110,7 +110,7 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
         TsvM(**{"scale": 1, "fraction": None, "tables": "mean", **options})  # type: ignore[arg-type]
 
 
-def test_more_singular_vectors_than_have_room_are_refused() -> None:
+def test_more_singular_vectors_than_fit_are_refused() -> None:
     TsvM(1, 1 / 3, "mean").check(["a", "b", "c"])
     with pytest.raises(
         ConfigError, match=r"merge.fraction must be at most 1 / 3 for 3 experts, .*, got 0.5; null means"

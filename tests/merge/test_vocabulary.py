@@ -1,4 +1,4 @@
-"""Oracle: rows counted by hand, and a checkpoint of the larger size that transformers loads."""
+"""Oracles: rows counted by hand, and a checkpoint of the larger size that transformers loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def source(folder: Path, vocabulary: str, **rows: int) -> MergeSource:
     return MergeSource(models.pop("base"), models, vocabulary)
 
 
-def test_missing_rows_come_from_the_base_and_the_bases_from_the_experts_that_have_them(tmp_path: Path) -> None:
+def test_missing_rows_come_from_the_base_or_from_experts_that_have_them(tmp_path: Path) -> None:
     made = source(tmp_path, "pad", **SIZES)
     assert made.vocabulary_size == 6
     assert made.padded == {"embed": 6, "bias": 6}
@@ -63,7 +63,7 @@ def test_a_base_with_the_most_rows_keeps_its_size(tmp_path: Path) -> None:
     assert source(tmp_path / "same", "pad", base=3, other=3).padded == {}
 
 
-def test_the_refusal_names_the_option_where_it_would_help(tmp_path: Path) -> None:
+def test_the_error_names_the_option_if_it_would_help(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"embed is \[5, 2\] in the expert and \[3, 2\] .*suite.vocabulary=pad"):
         source(tmp_path, "same", **{"base": 3, "large": 5})
     base, wide = model(tmp_path / "a", 3, 0.0), model(tmp_path / "b", 5, 0.0, width=4)
@@ -72,12 +72,12 @@ def test_the_refusal_names_the_option_where_it_would_help(tmp_path: Path) -> Non
         MergeSource(NamedTensors(base, names), {"x": NamedTensors(wide, names)}, "pad")
 
 
-def test_a_suite_knows_both_ways_and_no_other() -> None:
+def test_a_suite_allows_only_the_two_policies() -> None:
     with pytest.raises(ConfigError, match="suite.vocabulary must be one of same, pad, got 'grow'"):
         Suite("x", "bert", "base", {}, vocabulary="grow")
 
 
-def test_a_run_gives_a_checkpoint_of_the_largest_size(bert_hub: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_has_the_largest_vocabulary(bert_hub: Path, tmp_path: Path) -> None:
     """The second expert has two more tokens than the base and the first."""
     hub = tmp_path / "hub"
     suite = OmegaConf.to_container(OmegaConf.load(bert_hub / "configs/suite/mini.yaml"))

@@ -1,4 +1,4 @@
-"""Oracle: a weight of 2 is the expert twice, and a weight of 0 is without it."""
+"""Oracle: a weight of 2 equals the expert twice, and a weight of 0 equals the merge without it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def test_the_methods_that_take_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["average", "task_arithmetic"])
-def test_a_weight_of_2_is_the_expert_twice(name: str, tmp_path: Path) -> None:
+def test_a_weight_of_2_equals_the_expert_twice(name: str, tmp_path: Path) -> None:
     found = merged(tmp_path / "x", method(name, weights={"t2": 2}), tensors(0), EXPERTS)
     wanted = merged(tmp_path / "y", method(name), tensors(0), {**EXPERTS, "again": EXPERTS["t2"]})
     torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_a_weight_of_0_is_without_the_expert(name: str, tmp_path: Path) -> None:
+def test_a_weight_of_0_excludes_the_expert(name: str, tmp_path: Path) -> None:
     found = merged(tmp_path / "x", method(name, weights={"t2": 0}), tensors(0), EXPERTS)
     wanted = merged(tmp_path / "y", method(name), tensors(0), {task: EXPERTS[task] for task in ("t1", "t3")})
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_a_task_that_the_suite_does_not_have_is_refused_with_the_one_that_was_meant(name: str) -> None:
+def test_an_unknown_task_is_refused_with_a_suggestion(name: str) -> None:
     made = method(name, weights={"digist": 2.0})
     message = r"merge.weights has no option 'digist', the options are shapes, digits; did you mean digits\?"
     with pytest.raises(ConfigError, match=message):

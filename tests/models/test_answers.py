@@ -17,7 +17,7 @@ from epmq_cli.models.processor_files import ProcessorFiles
 
 
 @pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The empty cache folder. The in-memory caches are empty too."""
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
     forget()
@@ -34,28 +34,28 @@ def refuse(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize("hub", ["bert_hub", "clip_hub"])
-def test_a_kept_class_is_the_class_and_takes_no_second_question(
+def test_a_cached_class_is_equal_and_not_asked_for_again(
     hub: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ModelFolder(request.getfixturevalue(hub) / "base", "base")
     first = model_class.model_class(base.config, base.infos)
-    asked = model_class._ask(json.dumps(base.config, sort_keys=True, default=str), frozenset(tops(base)))
+    asked = model_class._ask(json.dumps(base.config, sort_keys=True, default=str), frozenset(top_level_names(base)))
     forget()
     with monkeypatch.context() as patched:
         patched.setattr(model_class, "_ask", refuse)
-        kept = model_class.model_class(base.config, base.infos)
-    assert first is not None and kept is not None and asked is not None
-    for field in fields(kept):
+        cached = model_class.model_class(base.config, base.infos)
+    assert first is not None and cached is not None and asked is not None
+    for field in fields(cached):
         if field.name != "renamings":
-            assert getattr(kept, field.name) == getattr(first, field.name) == getattr(asked, field.name)
-    assert [type(renaming) for renaming in kept.renamings()] == [type(renaming) for renaming in asked.renamings()]
+            assert getattr(cached, field.name) == getattr(first, field.name) == getattr(asked, field.name)
+    assert [type(renaming) for renaming in cached.renamings()] == [type(renaming) for renaming in asked.renamings()]
 
 
-def tops(folder: ModelFolder) -> set[str]:
+def top_level_names(folder: ModelFolder) -> set[str]:
     return {name.partition(".")[0] for name in folder.infos}
 
 
-def test_other_contents_of_a_tokenizers_files_are_another_question(
+def test_changed_tokenizer_files_are_asked_about_again(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(bert_hub / "base", tmp_path / "base")
@@ -69,16 +69,16 @@ def test_other_contents_of_a_tokenizers_files_are_another_question(
             ProcessorFiles(folder)
 
 
-def test_another_version_of_transformers_is_asked_itself(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_transformers_is_asked_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers.cached_answer({"q": 1}, lambda: [1], __file__) == [1]
     assert answers.cached_answer({"q": 1}, refuse, __file__) == [1]
     monkeypatch.setattr(answers, "installed_version", lambda name: "0")
     assert answers.cached_answer({"q": 1}, lambda: [2], __file__) == [2]
-    assert len(list(kept.glob("*.json"))) == 2
+    assert len(list(empty_cache.glob("*.json"))) == 2
 
 
-def test_where_nothing_can_be_kept_each_question_is_asked(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kept.parent.mkdir()
-    kept.write_text("no folder")
+def test_without_a_writable_cache_every_question_is_asked(empty_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty_cache.parent.mkdir()
+    empty_cache.write_text("no folder")
     assert [answers.cached_answer({"q": 1}, partial(list, (number,)), __file__) for number in range(2)] == [[0], [1]]
     assert not caplog.records

@@ -52,9 +52,7 @@ def test_a_single_file_of_another_name_is_read(single: Path) -> None:
     assert set(ModelFolder(single, "base").infos) == {"a", "b"}
 
 
-def test_where_there_is_an_index_too_the_single_file_is_read_as_transformers_does(
-    clip_hub: Path, tmp_path: Path
-) -> None:
+def test_a_single_file_beside_an_index_is_read_as_in_transformers(clip_hub: Path, tmp_path: Path) -> None:
     shutil.copytree(clip_hub / "base", tmp_path / "base")
     single = load_file(tmp_path / "base" / "model.safetensors")
     save_file({name: 0 * tensor for name, tensor in single.items()}, tmp_path / "base" / "other.safetensors")
@@ -65,7 +63,7 @@ def test_where_there_is_an_index_too_the_single_file_is_read_as_transformers_doe
     assert wanted.any()
 
 
-def test_a_config_that_names_files_of_its_own_is_refused(single: Path) -> None:
+def test_a_config_that_names_its_own_files_is_refused(single: Path) -> None:
     (single / "config.json").write_text('{"model_type": "x", "transformers_weights": "other.safetensors"}')
     with pytest.raises(ModelError, match="sets transformers_weights, which epmq does not support; rename the weights"):
         ModelFolder(single, "base")
@@ -116,7 +114,7 @@ def test_folders_without_weights_or_config_say_what_to_do(single: Path, tmp_path
         ModelFolder(single, "base")
 
 
-def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
+def test_locate_finds_folders_and_shipped_models(tmp_path: Path) -> None:
     assert locate(str(tmp_path), "base") == tmp_path
     assert locate("shipped:tiny/base", "base") == SHIPPED / "tiny" / "base"
     with pytest.raises(ModelError, match="base: shipped:huge is not shipped with epmq"):
@@ -124,12 +122,12 @@ def test_locate_finds_folders_and_what_is_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
-def test_paths_that_are_not_there_are_not_asked_of_the_hub(source: str) -> None:
+def test_missing_paths_are_not_requested_from_the_hub(source: str) -> None:
     with pytest.raises(ModelError, match=r"is neither an existing folder or file .* nor a hub id .*; check the path"):
         locate(source, "base")
 
 
-def test_an_id_that_cannot_be_had_offline_says_so() -> None:
+def test_the_error_for_an_id_that_is_unavailable_offline() -> None:
     with pytest.raises(
         ModelError, match="expert of task x: someone/something was not found locally and cannot be downloaded"
     ):
@@ -160,14 +158,14 @@ def test_ids_are_looked_for_in_the_mirror(source: str, path: str, mirror: Path) 
 
 
 @pytest.mark.parametrize("source", ["owner/other", "owner/name@v2", "owner/name:sub/none.pt"])
-def test_what_the_mirror_lacks_is_asked_of_the_hub(source: str, mirror: Path) -> None:
+def test_ids_outside_the_mirror_are_requested_from_the_hub(source: str, mirror: Path) -> None:
     repo = source.partition("@")[0].partition(":")[0]
     with pytest.raises(ModelError, match=f"{repo} was not found locally or under {mirror} and cannot be downloaded"):
         locate(source, "base", str(mirror))
 
 
 @pytest.mark.parametrize("name", ["../../..", "/etc", "tiny/../../shipped", ".."])
-def test_what_is_shipped_is_inside_the_package(name: str) -> None:
+def test_shipped_models_are_inside_the_package(name: str) -> None:
     with pytest.raises(ModelError, match=f"base: shipped:{name} is not shipped with epmq"):
         locate(f"shipped:{name}", "base")
 
@@ -188,7 +186,7 @@ def test_paths_inside_an_id_stay_inside(source: str, mirror: Path) -> None:
         locate(source, "base", str(mirror))
 
 
-def test_the_hub_is_asked_for_the_revision_and_only_for_what_is_read(
+def test_only_files_that_are_read_are_requested_in_the_given_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

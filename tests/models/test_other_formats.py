@@ -69,7 +69,7 @@ def open_expert_tensors(folder: Path) -> ModelFolder:
     return ModelFolder(folder, "base", {}, open_file(folder / "pytorch_model.bin", "base"))
 
 
-def test_a_trainers_folder_names_the_folders_inside(tmp_path: Path) -> None:
+def test_the_error_for_a_trainers_folder_names_the_folders_inside(tmp_path: Path) -> None:
     for step in (500, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
@@ -96,7 +96,7 @@ def test_a_trainers_folder_names_the_folders_inside(tmp_path: Path) -> None:
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
-def test_what_a_folder_holds_instead_is_named(files: list[str], message: str, tmp_path: Path) -> None:
+def test_the_error_names_the_actual_contents_of_a_folder(files: list[str], message: str, tmp_path: Path) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(ModelError, match=f"base: .*{message}") as raised:

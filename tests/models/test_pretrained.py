@@ -38,7 +38,7 @@ def nothing_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_beside_a_model_that_transformers_has_is_left_alone(folder: Path) -> None:
+def test_code_beside_a_model_that_transformers_supports_is_ignored(folder: Path) -> None:
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
     assert type(from_folder(AutoModel, folder)) is BertModel
 
@@ -50,7 +50,7 @@ def test_code_of_a_model_that_transformers_lacks_is_refused(folder: Path) -> Non
     assert "\n" not in str(raised.value)
 
 
-def test_code_of_a_tokenizer_that_transformers_can_replace_is_left_alone(folder: Path) -> None:
+def test_code_of_a_tokenizer_that_transformers_can_replace_is_ignored(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
     assert "Evil" not in type(from_folder(AutoTokenizer, folder)).__name__
 
@@ -62,7 +62,7 @@ def test_code_of_an_image_processor_is_refused(folder: Path) -> None:
         from_folder(AutoImageProcessor, folder)
 
 
-def test_a_run_refuses_models_with_code_of_their_own(folder: Path, bert_hub: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_models_with_their_own_code(folder: Path, bert_hub: Path, tmp_path: Path) -> None:
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}, model_type="evil")
     with pytest.raises(ModelError, match="base: .* holds a model of type evil, family bert takes bert"):
         run_in(tmp_path / "run", bert_hub, f"suite.base={folder}")
@@ -79,13 +79,13 @@ def test_an_evaluated_checkpoint_brings_no_code(bert_hub: Path, tmp_path: Path, 
     assert "needs its own code" in result.stderr
 
 
-def test_pickled_weights_beside_are_not_opened(folder: Path) -> None:
+def test_pickled_weights_beside_safetensors_are_not_opened(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"cannot be read by AutoModel of transformers \(.*safetensors.*\); give"):
         from_folder(AutoModel, folder, use_safetensors=True)
 
 
-def test_what_is_missing_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_files_are_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read by AutoConfig of transformers") as raised:
         from_folder(AutoConfig, tmp_path)
     assert "\n" not in str(raised.value)

@@ -49,7 +49,7 @@ def phobert(folder: Path) -> Path:
     )
 
 
-def test_what_the_class_of_a_tokenizer_reads_is_copied(tmp_path: Path) -> None:
+def test_files_that_the_tokenizer_class_reads_are_copied(tmp_path: Path) -> None:
     source = phobert(tmp_path / "base")
     assert {"vocab.txt", "bpe.codes", "tokenizer_config.json"} <= copied(source, tmp_path / "made")
     found, wanted = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("made", "base"))
@@ -57,7 +57,7 @@ def test_what_the_class_of_a_tokenizer_reads_is_copied(tmp_path: Path) -> None:
     assert found(TEXT)["input_ids"] == wanted(TEXT)["input_ids"]
 
 
-def test_a_name_that_nobody_foresaw_is_copied_where_a_class_reads_it(
+def test_files_with_unknown_names_are_copied_if_the_class_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stands for a future tokenizer: the same files under other names."""
@@ -81,7 +81,7 @@ def test_a_checkpoint_whose_tokenizer_does_not_load_is_never_complete(
         known.copy(base(tmp_path / "made", "roberta"))
 
 
-def test_a_checkpoint_that_reads_texts_otherwise_is_never_complete(
+def test_a_checkpoint_that_tokenizes_differently_is_never_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = base(tmp_path / "base")
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_reads_texts_otherwise_is_never_complete(
         known.copy(base(tmp_path / "made"))
 
 
-def test_files_of_other_engines_templates_and_settings_are_copied_and_nothing_else(tmp_path: Path) -> None:
+def test_only_files_of_engines_templates_and_settings_are_copied_too(tmp_path: Path) -> None:
     source = base(tmp_path / "base")
     tokenizer(source, end=False)
     kept = ("tokenizer.model.v3", "x.tiktoken", "source.spm", "tekken.json", "generation_config.json", "merges.txt")
@@ -138,13 +138,15 @@ def test_image_processors_and_feature_extractors_load(kind: str, tmp_path: Path)
         ({"preprocessor_config.json": '{"image_processor_type": "NoSuch"}'}, "cannot be read by AutoImageProcessor"),
     ],
 )
-def test_what_does_not_load_from_the_base_is_refused_first(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_processor_that_does_not_load_from_the_base_is_refused_first(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=message) as raised:
         ProcessorFiles(base(tmp_path / "base", **files))
     assert "\n" not in str(raised.value)
 
 
-def test_a_base_without_any_is_taken_and_transformers_is_not_asked(
+def test_a_base_without_processor_files_is_accepted_without_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(transformers, "AutoTokenizer", raising=False)
@@ -168,7 +170,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
             (source / name).unlink()
 
 
-def test_what_is_downloaded_has_the_words_of_every_tokenizer_and_no_pickle() -> None:
+def test_downloads_cover_the_vocabulary_files_of_every_tokenizer_but_no_pickles() -> None:
     """Oracle: `vocab_files_names` of all tokenizers in transformers."""
     names = {
         kind
@@ -188,7 +190,7 @@ def test_what_is_downloaded_has_the_words_of_every_tokenizer_and_no_pickle() -> 
     assert not [pattern for pattern in READ for ending in PICKLES if fnmatchcase(f"x{ending}", pattern)]
 
 
-def test_files_that_are_read_are_those_of_the_folder_and_its_templates(tmp_path: Path) -> None:
+def test_only_files_of_the_folder_and_its_templates_are_read(tmp_path: Path) -> None:
     source = base(tmp_path / "base", **{"bpe.codes": "", ".hidden.json": "", "x.bin": "", "README.md": ""})
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("")

@@ -33,13 +33,13 @@ def test_a_folder_has_the_files_of_its_own_processor(
     assert list(processor_files(tmp_path, reads)) == found
 
 
-def test_a_processor_config_without_an_image_processor_is_none_and_a_file_has_none(tmp_path: Path) -> None:
+def test_no_image_processor_in_a_config_without_one_or_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
     assert processor_files(tmp_path, "pictures") == {}
     assert processor_files(tmp_path / "processor_config.json", "pictures") == {}
 
 
-def test_files_are_the_same_byte_by_byte(tmp_path: Path) -> None:
+def test_files_are_equal_byte_for_byte(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()

@@ -79,7 +79,7 @@ def test_pickled_modules_and_code_are_refused_and_not_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "reason"), [([1, 2], "contains a list, not a state dict"), ({"epoch": 3}, "contains no named tensors")]
 )
-def test_other_contents_say_what_to_save(content: Any, reason: str, tmp_path: Path) -> None:
+def test_the_error_for_other_contents_names_what_to_save(content: Any, reason: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "expert.bin")
     with pytest.raises(ModelError, match=f"{reason}; save model.state_dict"):
         open_file(tmp_path / "expert.bin", "expert")
@@ -94,7 +94,7 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
         open_file(path, "expert")
 
 
-def test_a_file_is_an_expert_with_the_bases_config_and_no_base(tmp_path: Path) -> None:
+def test_a_file_is_an_expert_with_the_bases_config_but_not_a_base(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
     base = open_base(tmp_path, "base")
@@ -108,7 +108,7 @@ def test_a_file_is_an_expert_with_the_bases_config_and_no_base(tmp_path: Path) -
         open_base(tmp_path / "expert.pt", "base")
 
 
-def test_parameters_that_require_gradients_are_tensors_like_others(tmp_path: Path) -> None:
+def test_parameters_that_require_gradients_are_read(tmp_path: Path) -> None:
     """The file comes from `torch.save(dict(model.named_parameters()), FILE)`."""
     model = torch.nn.Linear(2, 3)
     torch.save(dict(model.named_parameters()), tmp_path / "expert.pt")

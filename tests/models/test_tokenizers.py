@@ -78,7 +78,7 @@ def check(base: ModelFolder, *experts: ModelFolder, processor: str = "expert") -
         (models.Unigram([UNIGRAM[0], UNIGRAM[2], UNIGRAM[1]]), (), False),
     ],
 )
-def test_the_same_tokens_must_have_the_same_numbers(
+def test_equal_tokens_must_have_equal_ids(
     model: Any, added: tuple[str, ...], fits: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, other = words(tmp_path / "base", level(WORDS)), words(tmp_path / "expert", model, *added)
@@ -94,7 +94,7 @@ def test_the_same_tokens_must_have_the_same_numbers(
         assert "suite.processor=base reads its task with the base's tokenizer" in caplog.text
 
 
-def test_vocabularies_are_compared_whatever_files_they_are_in(tmp_path: Path) -> None:
+def test_vocabularies_are_compared_across_file_formats(tmp_path: Path) -> None:
     base = pairs(tmp_path / "base", PAIRS)
     check(base, pairs(tmp_path / "same", PAIRS), opened(tmp_path / "none"))
     check(base, pairs(tmp_path / "longer", [*PAIRS, "d"]))
@@ -118,7 +118,7 @@ def test_experts_of_a_base_without_tokenizer_are_compared_with_each_other(tmp_pa
         check(opened(tmp_path / "base"), one, other)
 
 
-def test_two_experts_that_give_a_number_to_different_tokens_are_named(
+def test_two_experts_with_one_id_for_different_tokens_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = words(tmp_path / "base", level(WORDS))
@@ -129,7 +129,7 @@ def test_two_experts_that_give_a_number_to_different_tokens_are_named(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"vocab": 3}}', "[" * 100_000])
-def test_what_is_no_tokenizer_is_named(text: str, tmp_path: Path) -> None:
+def test_invalid_tokenizers_are_named(text: str, tmp_path: Path) -> None:
     base = words(tmp_path / "base", level(WORDS))
     broken = words(tmp_path / "expert", level(WORDS))
     (tmp_path / "expert" / "tokenizer.json").write_text(text)
@@ -140,7 +140,7 @@ def test_what_is_no_tokenizer_is_named(text: str, tmp_path: Path) -> None:
     check(base, broken, processor="base")
 
 
-def test_a_run_refuses_an_expert_of_another_tokenizer(tmp_path: Path) -> None:
+def test_a_run_refuses_an_expert_with_another_tokenizer(tmp_path: Path) -> None:
     source = build(tmp_path / "hub", "llama")
     shutil.copytree(source / "first", tmp_path / "first")
     text = (source / "base" / "tokenizer.json").read_text()

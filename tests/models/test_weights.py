@@ -9,7 +9,7 @@ from torch import nn
 from epmq_cli.models.weights import copy_into, swapped_weights
 
 
-def test_installed_values_are_the_models_own_storage() -> None:
+def test_copied_values_use_the_models_own_storage() -> None:
     model = nn.Linear(2, 2)
     address = model.weight.data_ptr()
     copy_into(model, {"weight": torch.full((2, 2), 3.0)})
@@ -18,7 +18,7 @@ def test_installed_values_are_the_models_own_storage() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_values_installed_for_a_while_are_gone_afterwards_even_after_an_error(fails: bool) -> None:
+def test_swapped_values_are_restored_even_after_an_error(fails: bool) -> None:
     model = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:

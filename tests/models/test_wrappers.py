@@ -14,7 +14,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.models import wrappers
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
-from epmq_cli.models.wrappers import Renaming, misfit, refuse_wrapped, renamings, unwrapped
+from epmq_cli.models.wrappers import Renaming, misfit, refuse_wrapped, renamings, unwrap
 
 LLAMA = (
     "model.embed_tokens.weight",
@@ -66,14 +66,14 @@ WRAPPED: dict[str, tuple[str, tuple[str, ...], Callable[[str], str]]] = {
 
 
 @pytest.mark.parametrize("case", WRAPPED)
-def test_wrapped_names_are_read_as_the_bases(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapped_names_are_mapped_to_those_of_the_base(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, names, wrap = WRAPPED[case]
     base, family = folder(kind, names, "base"), FAMILIES["causal_lm" if kind == "llama" else kind]
     wanted = family.tensor_names(base)
     expert = folder(kind, tuple(map(wrap, names)))
     said: list[str] = []
     monkeypatch.setattr(wrappers, "say", said.append)
-    found = unwrapped(expert, base, wanted, family.tensor_names)
+    found = unwrap(expert, base, wanted, family.tensor_names)
     own = family.tensor_names(found)
     assert own.keys() >= wanted.keys()
     for name, stored in wanted.items():
@@ -86,16 +86,16 @@ def test_heads_get_the_same_treatment() -> None:
     """A renaming that covers all names takes precedence over one that covers only the encoder."""
     base, family = folder("bert", BERT, "base"), FAMILIES["bert"]
     expert = folder("bert", (*(f"model.bert.{name}" for name in BERT), "model.classifier.weight"))
-    found = unwrapped(expert, base, family.tensor_names(base), family.tensor_names)
+    found = unwrap(expert, base, family.tensor_names(base), family.tensor_names)
     assert "classifier.weight" in found.infos
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "clip"])
-def test_names_that_fit_are_left_alone(name: str) -> None:
+def test_matching_names_stay_unchanged(name: str) -> None:
     names = LLAMA if name == "causal_lm" else CLIP
     base, family = folder(name, names, "base"), FAMILIES[name]
     expert = folder(name, (*names, "module.extra.weight"))
-    assert unwrapped(expert, base, family.tensor_names(base), family.tensor_names) is expert
+    assert unwrap(expert, base, family.tensor_names(base), family.tensor_names) is expert
 
 
 def test_two_models_in_one_file_are_refused() -> None:
@@ -104,14 +104,14 @@ def test_two_models_in_one_file_are_refused() -> None:
     with pytest.raises(
         ModelError, match=r"contains several models, because .* without '(student|teacher).' and without"
     ):
-        unwrapped(expert, base, family.tensor_names(base), family.tensor_names)
+        unwrap(expert, base, family.tensor_names(base), family.tensor_names)
 
 
 def test_adapters_that_are_not_merged_are_refused() -> None:
     base, family = folder("llama", LLAMA, "base"), FAMILIES["causal_lm"]
     expert = folder("llama", (*LLAMA, "model.layers.0.self_attn.q_proj.lora_A.default.weight"))
     with pytest.raises(ModelError, match="lora_A.default.weight beside the model's own tensors; give the folder"):
-        unwrapped(expert, base, family.tensor_names(base), family.tensor_names)
+        unwrap(expert, base, family.tensor_names(base), family.tensor_names)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +129,15 @@ def test_adapters_that_are_not_merged_are_refused() -> None:
     ],
     ids=["no output layer", "wrapped", "another"],
 )
-def test_what_does_not_fit_is_told(names: tuple[str, ...], message: str) -> None:
+def test_names_that_do_not_match_are_reported(names: tuple[str, ...], message: str) -> None:
     base, family = folder("llama", LLAMA, "base"), FAMILIES["causal_lm"]
     expert, wanted = folder("llama", names), family.tensor_names(base)
-    assert unwrapped(expert, base, wanted, family.tensor_names) is expert
+    assert unwrap(expert, base, wanted, family.tensor_names) is expert
     assert re.search(message, misfit(expert, base, wanted, family.tensor_names))
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "student."])
-def test_a_wrapped_base_is_refused_by_the_prefix(prefix: str) -> None:
+def test_a_wrapped_base_is_refused_with_its_prefix(prefix: str) -> None:
     refuse_wrapped(folder("llama", LLAMA, "base"))
     with pytest.raises(
         ModelError,
@@ -146,12 +146,12 @@ def test_a_wrapped_base_is_refused_by_the_prefix(prefix: str) -> None:
         refuse_wrapped(folder("llama", tuple(prefix + name for name in LLAMA), "base"))
 
 
-def test_no_renaming_makes_one_name_of_two() -> None:
+def test_no_renaming_maps_two_names_to_one() -> None:
     found = renamings(["_orig_mod.a.b", "a.b", "x.a.b"], ["a.b"])
     assert all(len({renaming(name) for name in ("_orig_mod.a.b", "a.b", "x.a.b")}) == 3 for renaming in found)
 
 
-def test_a_renaming_says_what_it_does() -> None:
+def test_renamings_have_a_description() -> None:
     assert str(Renaming(("_orig_mod",), "module.", "")) == "without '_orig_mod.' and 'module.'"
     assert str(Renaming((), "", "model.")) == "with 'model.' before them"
     assert str(Renaming((), "model.text.", "model.")) == "with 'model.' in place of 'model.text.'"

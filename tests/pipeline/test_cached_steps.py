@@ -24,7 +24,7 @@ from tests.helpers.minihub import build
 from tests.helpers.tiers import first
 
 KEEPING = ("cache=1MB", "eval.samples=10")
-ALL = 2 + 2 + 2 + 1  # scores of base, experts and merge on two tasks, and the merge
+ALL = 2 + 2 + 2 + 1  # scores of base, experts and merge on two tasks, and the merge itself
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +45,13 @@ def metrics(checkpoint: Path) -> Any:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two runs gave the same files and scores."""
+    """Whether two runs have equal files and scores."""
     return contents(first) == contents(second) and metrics(first)["scores"] == metrics(second)["scores"]
 
 
 @pytest.fixture(scope="session")
 def hubs(clip_hub: Path, bert_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A hub for each kind of result: T5's experts generate answers, BERT's have heads."""
+    """A hub for each kind of result: T5's experts generate answers, those of BERT have heads."""
     made = {kind: build(tmp_path_factory.mktemp(kind), kind) for kind in ("t5", "llama")}
     return {"clip": clip_hub, "bert": bert_hub, **made}
 
@@ -59,7 +59,7 @@ def hubs(clip_hub: Path, bert_hub: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     ("kind", "entries"), first(1, [("bert", ALL + 2), ("clip", ALL), ("t5", ALL + 2), ("llama", ALL)])
 )
-def test_a_run_gives_the_same_with_an_empty_cache_with_a_full_one_and_without(
+def test_a_run_is_the_same_with_an_empty_cache_a_full_one_or_none(
     kind: str, entries: int, hubs: dict[str, Path], tmp_path: Path
 ) -> None:
     options = ("guidance=feature", "guidance.lam=0.01", "merge=ties")
@@ -75,7 +75,7 @@ def test_a_run_gives_the_same_with_an_empty_cache_with_a_full_one_and_without(
 
 def test_jobs_of_a_sweep_share_results(bert_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "first", bert_hub, *KEEPING)
-    jobs = {  # and how many results of the first run they find
+    jobs = {  # the number of results that they find in the cache
         "bits=3": ALL,
         "guidance.lam=0.5": ALL,
         "merge.scale=0.5": 4,
@@ -90,14 +90,14 @@ def test_jobs_of_a_sweep_share_results(bert_hub: Path, tmp_path: Path) -> None:
 
 
 CHANGES = [
-    ("clip", "first", "q_proj.weight", 2 + 1),  # what is found: all of the base, and the other expert
+    ("clip", "first", "q_proj.weight", 2 + 1),  # found: all scores of the base, and those of the other expert
     ("clip", "base", "vision_model.encoder.layers.0.self_attn.q_proj.weight", 0),
     ("bert", "first", "classifier.weight", 1 + 1),  # the base is scored with this expert's head
 ]
 
 
 @pytest.mark.parametrize(("kind", "model", "tensor", "found"), first(1, CHANGES))
-def test_a_changed_model_is_another_model(
+def test_results_of_a_changed_model_are_recomputed(
     kind: str, model: str, tensor: str, found: int, hubs: dict[str, Path], tmp_path: Path
 ) -> None:
     hub = tmp_path / "hub"
@@ -115,9 +115,9 @@ def test_a_changed_model_is_another_model(
 
 
 @pytest.mark.slow
-def test_other_calibration_samples_go_through_the_experts_again(bert_hub: Path, tmp_path: Path) -> None:
+def test_other_calibration_samples_change_only_the_teachers(bert_hub: Path, tmp_path: Path) -> None:
     options = ("guidance=feature", "calib.samples=8")
-    keeping = (*KEEPING, "eval.samples=null")  # which the seed would draw, too
+    keeping = (*KEEPING, "eval.samples=null")  # the seed would also choose the test samples
     run_in(tmp_path / "first", bert_hub, *options, *keeping)
     second = run_in(tmp_path / "second", bert_hub, *options, *keeping, "seed=1")
     assert metrics(second)["cache"] == {"found": ALL, "made": 2}
@@ -125,7 +125,7 @@ def test_other_calibration_samples_go_through_the_experts_again(bert_hub: Path, 
 
 
 @pytest.mark.slow
-def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Path) -> None:
+def test_copies_of_the_models_share_results(clip_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
     for name in ("base", "first"):
         shutil.copytree(clip_hub / name, tmp_path / "models" / name)
@@ -135,9 +135,7 @@ def test_a_copy_of_the_models_elsewhere_is_the_same(clip_hub: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_another_version_computes_everything_again(
-    clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_version_recomputes_everything(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_in(tmp_path / "first", clip_hub, *KEEPING)
     monkeypatch.setattr(keys, "installed_version", lambda name: "0.0.0")
     assert metrics(run_in(tmp_path / "second", clip_hub, *KEEPING))["cache"]["found"] == 0
@@ -165,7 +163,7 @@ def test_keys_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys.environment(torch.device("cpu")) != before
 
 
-def test_damaged_entries_are_computed_again(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
+def test_damaged_entries_are_recomputed(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
     first = run_in(tmp_path / "first", clip_hub, *KEEPING)
     for path in (cache / "jobs").iterdir():
         path.write_bytes(path.read_bytes()[:-9])
@@ -175,7 +173,7 @@ def test_damaged_entries_are_computed_again(clip_hub: Path, tmp_path: Path, cach
 
 
 @pytest.mark.slow
-def test_an_entry_that_another_job_evicts_is_computed_again(
+def test_an_entry_that_another_job_evicts_is_recomputed(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_in(tmp_path / "first", bert_hub, *KEEPING, "guidance=feature")
@@ -206,13 +204,13 @@ def test_a_model_that_changes_during_the_run_is_not_cached(
     assert not list((cache / "jobs").glob("*.json"))
 
 
-def test_without_a_cache_nothing_is_written_there(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
+def test_without_a_cache_its_folder_stays_empty(clip_hub: Path, tmp_path: Path, cache: Path) -> None:
     run_in(tmp_path / "run", clip_hub, "eval.samples=10")
     assert not (cache / "jobs").exists()
 
 
 @pytest.mark.slow
-def test_merges_that_are_not_epmqs_are_not_kept(
+def test_merges_of_users_methods_are_not_cached(
     clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mine", sys.modules[Average.__module__])
@@ -237,7 +235,7 @@ def test_a_base_with_padded_rows_depends_on_the_experts(clip_hub: Path, tmp_path
     assert common._base["vocabulary"] == [common.files["expert of first"], common.files["expert of second"]]
 
 
-def test_a_cached_merge_is_the_merge(clip_hub: Path, tmp_path: Path) -> None:
+def test_a_cached_merge_equals_the_merge(clip_hub: Path, tmp_path: Path) -> None:
     job = make_job(config(clip_hub, "merge=ties", "pack.dtype=bfloat16"))
     models, _, dtype = steps.open_models(job)
     kept = cached_steps.CachedSteps(Cache(tmp_path / "jobs", 10**7), job, models, dtype).merged()

@@ -1,4 +1,4 @@
-"""Oracles: the experts loaded by transformers, and what the checkpoint and metrics.json hold."""
+"""Oracles: the experts loaded by transformers, and the contents of checkpoint and metrics.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def opened(hub: Path, *overrides: str) -> tuple[steps.Job, steps.SuiteModels, nn
 
 
 def expert_features(hub: Path, task: str, batches: list[Batch]) -> Tensor:
-    """Those that transformers' own class gives."""
+    """The features from the expert's own class in transformers."""
     if (hub / "vocab.txt").exists():
         bert = BertForSequenceClassification.from_pretrained(hub / task).bert.eval()
         with torch.inference_mode():
@@ -52,7 +52,7 @@ def expert_features(hub: Path, task: str, batches: list[Batch]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_teachers_features_are_those_of_the_experts_themselves(name: str, request: pytest.FixtureRequest) -> None:
+def test_teacher_features_are_those_of_the_experts(name: str, request: pytest.FixtureRequest) -> None:
     hub = request.getfixturevalue(f"{name}_hub")
     job, models, model, _ = opened(hub, "guidance=feature", "guidance.heads=always")
     batches = steps.calibration_batches(job, models.base.path)
@@ -62,8 +62,8 @@ def test_teachers_features_are_those_of_the_experts_themselves(name: str, reques
         torch.testing.assert_close(features, expert_features(hub, task, batches[task]), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_taught_where_nothing_asks_for_it(clip_hub: Path) -> None:
-    job = make_job(config(clip_hub, "guidance=feature"))  # heads: own, and a CLIP has none of its own
+def test_teachers_do_not_run_if_no_option_needs_them(clip_hub: Path) -> None:
+    job = make_job(config(clip_hub, "guidance=feature"))  # heads=own, but CLIP experts have no heads of their own
     models, model, _ = steps.open_models(job)
     drawn = steps.calibration_batches(job, models.base.path)
     assert guide.run_teachers(RunContext.of(job), model, models.source, drawn) == guide.TeacherOutputs(drawn, {})
@@ -79,7 +79,7 @@ def test_nothing_is_taught_where_nothing_asks_for_it(clip_hub: Path) -> None:
         ("clip", "always", True),
     ],
 )
-def test_heads_are_solved_where_they_shall_be_and_bring_the_logits_nearer(
+def test_solved_heads_bring_the_logits_closer(
     name: str, heads: str, solved: bool, request: pytest.FixtureRequest
 ) -> None:
     hub = request.getfixturevalue(f"{name}_hub")
@@ -107,14 +107,14 @@ def test_a_student_that_is_the_expert_keeps_its_head(bert_hub: Path) -> None:
     job, models, model, _ = opened(bert_hub, "guidance=feature", "~suite.tasks.second")
     batches = steps.calibration_batches(job, models.base.path)
     tasks = steps.prepare_tasks(job, model, models)
-    taught = guide.run_teachers(RunContext.of(job), model, models.source, batches)  # leaves the one expert in the model
+    taught = guide.run_teachers(RunContext.of(job), model, models.source, batches)  # leaves the expert in the model
     found = guide.solve_heads(RunContext.of(job), model, taught, tasks, job.guidance)
     assert all(torch.equal(found[0].head[part], tasks[0].head[part]) for part in ("weight", "bias"))
 
 
 @pytest.mark.parametrize("targets", first(1, ["expert", "merged"]))
 @pytest.mark.parametrize("name", first(1, ["bert", "clip"]))
-def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_as_it_was(
+def test_auto_minimises_the_hold_out_error_and_keeps_the_model(
     name: str, targets: str, request: pytest.FixtureRequest
 ) -> None:
     options = ["guidance=feature", "guidance.rho=auto", "guidance.heads=never", f"guidance.targets={targets}"]
@@ -151,8 +151,8 @@ def test_auto_chooses_the_least_error_on_held_out_samples_and_leaves_the_model_a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, request: pytest.FixtureRequest) -> None:
-    """Nothing is quantized on trial, so that a student which shall give what the merged model gives does so."""
+def test_during_tuning_a_plain_model_reproduces_its_teacher(name: str, request: pytest.FixtureRequest) -> None:
+    """Trials do not quantize, so a student whose target is the merged model reproduces it."""
     options = ["guidance=asymmetric", "guidance.lam=auto"]
     job, models, model, dtype = opened(request.getfixturevalue(f"{name}_hub"), *options)
     batches = steps.calibration_batches(job, models.base.path)
@@ -165,7 +165,7 @@ def test_a_plain_model_is_its_own_teacher_where_options_are_chosen(name: str, re
 
 
 @pytest.mark.parametrize("name", first(1, ["clip", "bert"]))
-def test_what_was_chosen_is_in_metrics_json_and_is_what_was_done(
+def test_the_tuned_options_are_used_and_recorded_in_metrics_json(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     hub = request.getfixturevalue(f"{name}_hub")
@@ -182,7 +182,7 @@ def test_what_was_chosen_is_in_metrics_json_and_is_what_was_done(
         assert (checkpoint / file).read_bytes() == (given / file).read_bytes()
 
 
-def test_solved_heads_are_in_the_checkpoint_and_suit_its_features(bert_hub: Path, tmp_path: Path) -> None:
+def test_solved_heads_are_stored_and_match_the_features(bert_hub: Path, tmp_path: Path) -> None:
     own, again = (
         run_in(tmp_path / heads, bert_hub, "guidance=feature", f"guidance.heads={heads}", "guidance.lam=0.001")
         for heads in ("never", "own")
@@ -205,7 +205,7 @@ def test_solved_heads_are_in_the_checkpoint_and_suit_its_features(bert_hub: Path
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_a_weight_for_a_task_that_is_not_there_is_refused(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
+def test_a_weight_for_an_unknown_task_is_refused(bert_hub: Path, tmp_path: Path, epmq_inside: Run) -> None:
     result = epmq_inside(
         "run", "--config-dir", str(bert_hub / "configs"), "suite=mini", "group_size=16", "guidance.weights={frist: 2}"
     )
@@ -214,7 +214,7 @@ def test_a_weight_for_a_task_that_is_not_there_is_refused(bert_hub: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "heads"), first(1, [("bert", "own"), ("clip", "always")]))
-def test_solved_heads_are_what_epmq_eval_scores(
+def test_epmq_eval_scores_the_solved_heads(
     name: str, heads: str, request: pytest.FixtureRequest, tmp_path: Path, epmq_inside: Run
 ) -> None:
     hub = request.getfixturevalue(f"{name}_hub")
@@ -240,7 +240,7 @@ def test_solved_heads_are_what_epmq_eval_scores(
 
 
 @pytest.mark.parametrize("samples", [4, 9])
-def test_too_few_samples_to_hold_two_out_are_refused_in_one_sentence(
+def test_too_few_samples_for_a_hold_out_are_refused_in_one_sentence(
     samples: int, clip_hub: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"task first has {samples} calibration samples.*need 10.*raise calib.samples"):
@@ -248,7 +248,7 @@ def test_too_few_samples_to_hold_two_out_are_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_no_task_that_counts_and_no_anchor_is_refused_by_name(
+def test_zero_weights_without_an_anchor_are_refused_by_name(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     silent = ("+guidance.weights.first=0", "+guidance.weights.second=0")

@@ -1,4 +1,4 @@
-"""Oracles: the options, files and bytes that a result depends on, one by one."""
+"""Oracles: each option, file and byte that a result depends on, one by one."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ def test_options_that_change_the_result_change_the_key(option: str, named: str, 
         1, ["eval.samples=3", "out=elsewhere", "resume=never", "calib.memory=1KB", "calib.student=disk", "cache=1MB"]
     ),
 )
-def test_other_options_keep_it(option: str, bert_hub: Path) -> None:
+def test_other_options_keep_the_key(option: str, bert_hub: Path) -> None:
     assert short(key_of(bert_hub)) == short(key_of(bert_hub, option))
 
 
-def test_the_number_of_threads_counts(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_depend_on_the_number_of_threads(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = key_of(bert_hub)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert list(differences(one, key_of(bert_hub))) == ["machine threads"]
 
 
-def test_the_code_counts(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_depend_on_the_code(bert_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = key_of(bert_hub)
     monkeypatch.setattr("epmq_cli.pipeline.keys.hash_code", lambda: "edited")
     assert list(differences(one, key_of(bert_hub))) == ["versions of epmq's code"]
 
 
-def test_models_count_by_the_bytes_of_their_files(bert_hub: Path, tmp_path: Path) -> None:
+def test_keys_depend_on_the_bytes_of_the_models(bert_hub: Path, tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     shutil.copytree(bert_hub, hub)
     suite = hub / "configs" / "suite" / "mini.yaml"
@@ -84,7 +84,7 @@ def test_models_count_by_the_bytes_of_their_files(bert_hub: Path, tmp_path: Path
     os.utime(file)
     assert short(key_of(hub)) == short(before)
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1  # of the same size, and below with the same date
+    content[-1] ^= 1  # same size, and later the same date
     file.write_bytes(content)
     os.utime(file, ns=times)
     assert list(differences(before, key_of(hub))) == ["models expert of first model.safetensors"]
@@ -103,7 +103,7 @@ def test_scores_depend_on_the_evaluation_and_on_the_samples(bert_hub: Path) -> N
     assert scores_key(one, ["a", None]) is None, "what the samples hold is not known"
 
 
-def test_a_model_counts_by_the_files_that_are_read(tmp_path: Path) -> None:
+def test_keys_depend_only_on_model_files_that_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "merges.txt", ".hidden.json", "optimizer.pt", "README.md"):
@@ -151,6 +151,6 @@ def test_hashes_of_samples_depend_on_inputs_order_and_labels(tmp_path: Path) -> 
     found = [hash_samples(each) for each in samples]
     assert None not in found
     assert len(set(found)) == len(samples)
-    assert hash_samples(_samples(Pictures(stored, "here"))) == found[11]  # both are known by what the files hold
+    assert hash_samples(_samples(Pictures(stored, "here"))) == found[11]  # both are hashed by the contents of the files
     assert hash_samples(samples[6].take([1, 0])) == found[5]
     assert hash_samples(_samples([object()])) is None

@@ -19,7 +19,7 @@ ENCODER = {"num_hidden_layers": 1, "vocab_size": IDS["vocab_size"], "hidden_size
 
 
 def llama(width: int, inner: int) -> Any:
-    """A Llama with these inputs, without memory for its tensors."""
+    """A Llama with these input widths, on the meta device."""
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.device("meta"):
         return t.LlamaForCausalLM(t.LlamaConfig(**sizes, **IDS))
@@ -37,16 +37,15 @@ def llama(width: int, inner: int) -> Any:
         (6, 10, "no group size divides the inputs of all linears of this model; use -1 (one group per row)"),
     ],
 )
-def test_the_group_sizes_that_are_possible_are_named(width: int, inner: int, said: str) -> None:
-    """The common divisors of both numbers of inputs; 576 and 1536 are SmolLM2's."""
+def test_the_possible_group_sizes_are_named(width: int, inner: int, said: str) -> None:
+    """The common divisors of both input widths; 576 and 1536 are those of SmolLM2."""
     with pytest.raises(ConfigError) as found:
         check_groups(llama(width, inner), FAMILIES["causal_lm"], [ints(4, 128)])
     assert f"group_size=128 must divide the {width} inputs of model.layers.0.self_attn.q_proj; " in str(found.value)
     assert said in str(found.value)
 
 
-def test_a_group_size_that_is_named_is_taken() -> None:
-    """The sentence itself."""
+def test_the_named_group_sizes_are_accepted() -> None:
     for size in (8, 12, 96, 192, -1):
         check_groups(llama(576, 1536), FAMILIES["causal_lm"], [ints(4, size)])
 
@@ -63,8 +62,8 @@ MODELS: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "module"])
-def test_a_tensor_that_no_step_knows_is_refused_by_name(family: str, kind: str) -> None:
-    """The model as it is, which is taken, and with one tensor more in a block, which is not."""
+def test_a_tensor_outside_the_steps_is_refused_by_name(family: str, kind: str) -> None:
+    """The model is accepted unchanged, and refused with one more tensor in a block."""
     with torch.device("meta"):
         model = MODELS[family]()
         check_parts(model, FAMILIES[family])
@@ -81,8 +80,8 @@ def test_a_tensor_that_no_step_knows_is_refused_by_name(family: str, kind: str) 
         check_parts(model, FAMILIES[family])
 
 
-def test_buffers_that_are_not_stored_are_no_part_to_know() -> None:
-    """What a config alone makes, such as rotary frequencies."""
+def test_buffers_that_are_not_stored_are_ignored() -> None:
+    """Buffers that the config determines, such as rotary frequencies."""
     model = llama(32, 64)
     model.model.layers[0].register_buffer("gate", torch.ones(3), persistent=False)
     check_parts(model, FAMILIES["causal_lm"])

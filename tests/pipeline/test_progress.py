@@ -43,7 +43,7 @@ def test_only_the_value_of_a_finished_part_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"x.json"}
 
 
-def test_progress_is_found_by_its_key(tmp_path: Path) -> None:
+def test_progress_is_identified_by_its_key(tmp_path: Path) -> None:
     first = opened(tmp_path, {"bits": 4}, "auto")
     first.value("x", lambda: 1)
     assert opened(tmp_path, {"bits": 3}, "auto").value("x", lambda: 2) == 2

@@ -1,4 +1,5 @@
-"""Oracle: what a stranger could write into the epmq.json of a checkpoint; none of it is run, imported or looked up."""
+"""Oracle: the values that a stranger could write into the epmq.json of a checkpoint; none is run, imported or looked
+up."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def recorded(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_a_record_makes_its_suite_and_takes_another_mirror(tmp_path: Path) -> None:
+def test_a_record_builds_its_suite_with_another_mirror(tmp_path: Path) -> None:
     suite = checkpoint_suite(recorded(tmp_path, root="/theirs"), None, "/ours")
     assert (suite.name, suite.root, suite.members[0].data.train) == ("mini", "/ours", "a.tsv")
 
@@ -43,16 +44,16 @@ def test_a_record_makes_its_suite_and_takes_another_mirror(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "target",
     [
-        "this.Table",  # a module that would print when it is imported
+        "this.Table",  # prints when it is imported
         "os.system",
-        "epmq_cli.data.table.Path",  # found in epmq, but not its own
+        "epmq_cli.data.table.Path",  # importable from epmq, but not part of it
         "epmq_cli.pipeline.steps.torch.Tensor",
         "epmq_cli.nothing.Table",
         "epmq_cli",
         "${oc.env:HOME}",
     ],
 )
-def test_code_that_is_not_epmqs_is_refused_before_it_is_imported(target: str, tmp_path: Path) -> None:
+def test_code_outside_epmq_is_refused_before_it_is_imported(target: str, tmp_path: Path) -> None:
     data = {"first": {**TASKS["first"], "data": {**DATA, "_target_": target}}}
     with pytest.raises(
         CheckpointError, match="epmq.json names .*, which is not a class of epmq; if you trust it, give the"
@@ -69,7 +70,7 @@ def test_a_record_cannot_read_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"config": {}}', '{"config": 3}', "[" * 100_000, '{"config": []}'])
-def test_a_record_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_record_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "epmq.json").write_text(text)
     with pytest.raises(CheckpointError, match="has no readable epmq.json; give the checkpoint folder"):
         read_record(tmp_path)
@@ -86,8 +87,8 @@ FAMILY = FAMILIES["distilbert"]
 HEAD = {"weight": (3, 2), "bias": (3,), "dense_weight": (2, 2), "dense_bias": (2,)}
 
 
-def headed(folder: Path, **parts: torch.Tensor | None) -> None:
-    """A checkpoint folder whose heads have these parts in place of their own."""
+def write_heads(folder: Path, **parts: torch.Tensor | None) -> None:
+    """Writes a checkpoint folder with these parts of heads instead of the correct ones."""
     (folder / "config.json").write_text('{"model_type": "distilbert", "dim": 2}')
     tensors = {part: torch.ones(shape) for part, shape in HEAD.items()} | parts
     kept = {f"first.{part}": tensor for part, tensor in tensors.items() if tensor is not None}
@@ -95,20 +96,20 @@ def headed(folder: Path, **parts: torch.Tensor | None) -> None:
 
 
 def test_heads_are_read_by_task(tmp_path: Path) -> None:
-    headed(tmp_path)
+    write_heads(tmp_path)
     assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {*HEAD}  # type: ignore[arg-type]
-    headed(tmp_path, bias=None)
+    write_heads(tmp_path, bias=None)
     assert {*read_heads(tmp_path, HEADED, FAMILY, CPU)["first"]} == {*HEAD} - {"bias"}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["weight", "second.weight", ".weight", "first"])
-def test_heads_of_other_names_are_refused(name: str, tmp_path: Path) -> None:
+def test_heads_with_other_names_are_refused(name: str, tmp_path: Path) -> None:
     save_file({name: torch.ones(2)}, tmp_path / "heads.safetensors")
     with pytest.raises(CheckpointError, match=r"heads.safetensors has no head for task first; its tasks are"):
         read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
 
 
-def test_heads_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
+def test_pickled_heads_are_refused(tmp_path: Path) -> None:
     torch.save({"first.weight": torch.ones(2)}, tmp_path / "heads.safetensors")
     with pytest.raises(CheckpointError, match=r"heads.safetensors cannot be read \(.*\); run epmq run again"):
         read_heads(tmp_path, HEADED, FAMILY, CPU)  # type: ignore[arg-type]
@@ -133,9 +134,9 @@ WRONG_HEADS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_HEADS)
-def test_heads_that_are_none_of_the_model_are_refused(case: str, tmp_path: Path) -> None:
+def test_heads_that_do_not_match_the_model_are_refused(case: str, tmp_path: Path) -> None:
     parts, message = WRONG_HEADS[case]
-    headed(tmp_path, **parts)
+    write_heads(tmp_path, **parts)
     with pytest.raises(
         CheckpointError, match=f"does not hold the heads of this model: {message}; fetch it again"
     ) as raised:

@@ -1,4 +1,4 @@
-"""Oracle: what transformers makes of an expert's folder, with the tokenizer or image processor in it."""
+"""Oracle: the outputs of transformers on an expert's folder, with the folder's tokenizer or image processor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXT_KINDS = ("bert", "roberta", "deberta", "distilbert")
 
 
 def texts(seed: int) -> list[str]:
-    """Words in upper case, which a tokenizer knows that makes them lower."""
+    """Words in upper case, which only a lower-casing tokenizer knows."""
     generator = np.random.default_rng(seed)
     return [" ".join(generator.choice(WORDS, generator.integers(1, 9))).upper() for _ in range(30)]
 
@@ -47,7 +47,7 @@ def unchanged(tokenizer: Any) -> None:
 
 
 def tokenizer_of(base: Path, expert: Path, change: Callable[[Any], None], **options: Any) -> None:
-    """The base's tokenizer, changed, as the expert's own."""
+    """Saves the base's tokenizer, changed, as the expert's own."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, **options)
@@ -62,7 +62,7 @@ def lower(tokenizer: Any) -> None:
 
 
 def balance(model: Any, batch: Any, folder: Path) -> None:
-    """Moves the classifier's bias so that every class is met."""
+    """Moves the classifier's bias so that every class is predicted."""
     (bias,) = (tensor for name, tensor in model.named_parameters() if name.endswith("bias") and tensor.shape == (3,))
     with torch.no_grad():
         bias -= model(**batch).logits.mean(0)
@@ -70,8 +70,8 @@ def balance(model: Any, batch: Any, folder: Path) -> None:
 
 
 def text_hub(source: Path, folder: Path, change: Callable[[Any], None] = lower, **options: Any) -> Path:
-    """A copy whose first expert has a tokenizer of its own and upper-case texts, whose labels are what transformers
-    makes of them with that."""
+    """A copy whose first expert has its own tokenizer and upper-case texts. Their labels are its predictions in
+    transformers with that tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     found = copied(source, folder)
@@ -89,8 +89,8 @@ def text_hub(source: Path, folder: Path, change: Callable[[Any], None] = lower, 
 
 
 def picture_hub(source: Path, folder: Path, labels_of: Callable[[Path, list[Any]], Tensor], **settings: Any) -> Path:
-    """A copy whose first expert has an image processor of its own, and labels that are what transformers makes of the
-    pictures with that."""
+    """A copy whose first expert has its own image processor. The labels are its predictions in transformers with
+    that processor."""
     from transformers import AutoImageProcessor
 
     found = copied(source, folder)
@@ -111,7 +111,7 @@ def vit_labels(found: Path, pictures: list[Any]) -> Tensor:
 
     batch = AutoImageProcessor.from_pretrained(found / "first")(images=pictures, return_tensors="pt")
     model = ViTForImageClassification.from_pretrained(found / "first").eval()
-    if not (found / "balanced").is_file():  # for the test split alone
+    if not (found / "balanced").is_file():  # only for the test split
         balance(model, batch, found / "first")
         (found / "balanced").touch()
     with torch.inference_mode():
@@ -145,15 +145,15 @@ def expert_score(found: Path, *overrides: str) -> float:
     return Scorer(job.evaluation, job.family, CPU).score(model, task)
 
 
-def chosen(found: Path, *overrides: str) -> dict[str, Any]:
-    """The tasks that are read with their expert's own processor."""
+def own_processors(found: Path, *overrides: str) -> dict[str, Any]:
+    """The tasks that use their expert's own processor."""
     job = make_job(config(found, *overrides))
     models, _, _ = steps.open_models(job)
     return own.task_processors(job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family))
 
 
 @pytest.mark.parametrize("kind", first(1, TEXT_KINDS))
-def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
+def test_an_expert_with_its_own_tokenizer_scores_as_in_transformers(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = request.getfixturevalue("bert_hub") if kind == "bert" else hub(kind)
@@ -163,17 +163,17 @@ def test_an_expert_with_its_own_tokenizer_scores_as_transformers_alone(
         assert expert_score(found) == 1
     assert "expert of task first: its own tokenizer reads '" in caplog.text
     assert "epmq uses it for its task and saves it in processors/first of the checkpoint" in caplog.text
-    assert list(chosen(found)) == ["first"]
+    assert list(own_processors(found)) == ["first"]
     caplog.clear()
-    assert chosen(found, "++suite.processor=base") == {}
+    assert own_processors(found, "++suite.processor=base") == {}
     assert "suite.processor=base reads its task with the base's" in caplog.text
     assert expert_score(found, "++suite.processor=base") < 1
     with pytest.raises(ModelError, match=r"expert of task first .*: its own tokenizer reads '.*' as \[.*\], and the"):
-        chosen(found, "++suite.processor=same")
+        own_processors(found, "++suite.processor=same")
 
 
 @pytest.mark.parametrize("kind", first(1, ["clip", "vit"]))
-def test_an_expert_with_its_own_image_processor_scores_as_transformers_alone(
+def test_an_expert_with_its_own_image_processor_scores_as_in_transformers(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     from transformers import AutoImageProcessor
@@ -182,21 +182,23 @@ def test_an_expert_with_its_own_image_processor_scores_as_transformers_alone(
     found = picture_hub(source, tmp_path / "hub", clip_labels if kind == "clip" else vit_labels, **PIXELS)
     one = () if kind == "vit" else ("suite.tasks.first.templates=['a photo of a {}']",)
     assert expert_score(found, *one) == 1
-    assert list(chosen(found)) == ["first"]
+    assert list(own_processors(found)) == ["first"]
     message = r"\(preprocessor_config.json\) has image_mean \[0.1, 0.2, 0.3\] where the base's has \[0\.\d+, "
     with pytest.raises(ModelError, match=message):
-        chosen(found, "++suite.tasks.first.processor=same")
-    assert chosen(found, "++suite.each.processor=base") == {}
+        own_processors(found, "++suite.tasks.first.processor=same")
+    assert own_processors(found, "++suite.each.processor=base") == {}
     assert kind == "clip" or expert_score(found, "++suite.processor=base") < 1
     pictures = [Image.fromarray(array) for array in np.load(found / "first.npz")["test_images"]]
     job = make_job(config(found))
-    made = job.family.collate(found / "base", job.suite.members[0], chosen(found)["first"])(pictures)["pixel_values"]
+    made = job.family.collate(found / "base", job.suite.members[0], own_processors(found)["first"])(pictures)[
+        "pixel_values"
+    ]
     wanted = AutoImageProcessor.from_pretrained(found / "first")(images=pictures, return_tensors="pt")["pixel_values"]
     assert torch.equal(made, wanted)
 
 
 @pytest.mark.parametrize("kind", first(1, ["llama", "t5"]))
-def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(kind: str, hub: Hub, tmp_path: Path) -> None:
+def test_prompts_and_running_text_use_the_experts_own_tokenizer(kind: str, hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     found = copied(hub(kind), tmp_path / "hub")
@@ -207,7 +209,7 @@ def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(kind: 
         (found / f"first_{split}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(seed)))
     job = make_job(config(found))
     models, model, _ = steps.open_models(job)
-    processors = chosen(found)
+    processors = own_processors(found)
     assert list(processors) == ["first"]
     task = steps.prepare_tasks(job, model, models, processors)[0]
     tokenizer = AutoTokenizer.from_pretrained(found / "first")
@@ -221,7 +223,7 @@ def test_prompts_and_running_text_are_read_with_the_experts_own_tokenizer(kind: 
         assert torch.equal(batch["input_ids"], tokenizer(texts(1), padding=True, return_tensors="pt")["input_ids"])
 
 
-def test_processors_that_do_the_same_are_one_whatever_their_files_say(
+def test_equivalent_processors_count_as_one_despite_different_files(
     hub: Hub, clip_hub: Path, bert_hub: Path, tmp_path: Path
 ) -> None:
     from transformers import CLIPImageProcessorPil
@@ -229,15 +231,15 @@ def test_processors_that_do_the_same_are_one_whatever_their_files_say(
     pictures = copied(clip_hub, tmp_path / "clip")
     CLIPImageProcessorPil.from_pretrained(pictures / "base").save_pretrained(pictures / "first")
     assert (pictures / "first" / "preprocessor_config.json").is_file()
-    assert chosen(pictures, "++suite.processor=same") == {}
+    assert own_processors(pictures, "++suite.processor=same") == {}
     words = copied(bert_hub, tmp_path / "bert")
     tokenizer_of(words / "base", words / "first", unchanged)
     path = words / "first" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
-    assert chosen(words, "++suite.processor=same") == {}
+    assert own_processors(words, "++suite.processor=same") == {}
 
 
-def test_a_checkpoint_has_the_experts_processor_and_is_scored_with_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_checkpoint_stores_the_experts_processor_and_is_scored_with_it(hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     found = text_hub(hub("roberta"), tmp_path / "hub")
@@ -249,7 +251,7 @@ def test_a_checkpoint_has_the_experts_processor_and_is_scored_with_it(hub: Hub, 
     assert json.loads((checkpoint / "epmq.json").read_text())["processors"] == ["first"]
     assert "- first: `processors/first`" in (checkpoint / "README.md").read_text()
     assert file_problems(checkpoint) == []
-    evaluate(eval_config(checkpoint), again(tmp_path, "again"), [])
+    evaluate(eval_config(checkpoint), new_folder(tmp_path, "again"), [])
     assert scores["first"]["quantized"] == eval_score(tmp_path / "again")
     (saved(checkpoint) / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     assert file_problems(checkpoint) == ["processors/first/tokenizer.json is missing"]
@@ -257,14 +259,14 @@ def test_a_checkpoint_has_the_experts_processor_and_is_scored_with_it(hub: Hub, 
         file.unlink()
     saved(checkpoint).rmdir()
     with pytest.raises(CheckpointError, match="processors/first, the processor of task first, is missing"):
-        evaluate(eval_config(checkpoint), again(tmp_path, "gone"), [])
+        evaluate(eval_config(checkpoint), new_folder(tmp_path, "gone"), [])
 
 
 def saved(checkpoint: Path) -> Path:
     return checkpoint / "processors" / "first"
 
 
-def again(folder: Path, name: str) -> Path:
+def new_folder(folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     return folder / name
 
@@ -274,13 +276,13 @@ def eval_score(folder: Path) -> float:
     return found
 
 
-def test_a_run_whose_processors_are_alike_writes_none(bert_hub: Path, tmp_path: Path) -> None:
+def test_a_run_with_equal_processors_stores_none(bert_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", bert_hub, "eval.stages=[]")
     assert not (checkpoint / "processors").exists()
     assert "processors" not in json.loads((checkpoint / "epmq.json").read_text())
 
 
-def test_a_merge_compares_without_data_and_keeps_the_experts_processor(
+def test_a_merge_compares_processors_without_data_and_stores_the_experts(
     hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import AutoTokenizer
@@ -299,41 +301,41 @@ def test_a_merge_compares_without_data_and_keeps_the_experts_processor(
     assert "suite.processor=base reads its task with the base's" in caplog.text
 
 
-def test_a_base_without_a_tokenizer_leaves_each_task_to_its_expert(hub: Hub, tmp_path: Path) -> None:
+def test_without_a_base_tokenizer_each_task_uses_its_experts(hub: Hub, tmp_path: Path) -> None:
     found = text_hub(hub("roberta"), tmp_path / "hub")
     tokenizer_of(found / "base", found / "second", unchanged)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (found / "base" / name).unlink()
-    assert list(chosen(found)) == ["first", "second"]
+    assert list(own_processors(found)) == ["first", "second"]
     assert expert_score(found) == 1
     with pytest.raises(ModelError, match="has no tokenizer, but expert of task first has one; add the base"):
-        chosen(found, "++suite.processor=base")
+        own_processors(found, "++suite.processor=base")
 
 
-def test_an_image_processor_that_the_model_cannot_read_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
+def test_an_image_processor_that_does_not_fit_the_model_is_refused(hub: Hub, tmp_path: Path) -> None:
     found = picture_hub(hub("vit"), tmp_path / "hub", lambda _, pictures: torch.zeros(len(pictures)).long())
     path = found / "first" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 32, "width": 32}}))
     with pytest.raises(ModelError, match=r"makes images of \[3, 32, 32\], and the model reads \[3, 16, 16\].*=base"):
-        chosen(found)
-    assert chosen(found, "++suite.processor=base") == {}
+        own_processors(found)
+    assert own_processors(found, "++suite.processor=base") == {}
 
 
-def test_a_base_whose_own_processor_fails_leaves_the_task_to_the_expert(hub: Hub, tmp_path: Path) -> None:
+def test_if_the_bases_processor_fails_the_experts_is_used(hub: Hub, tmp_path: Path) -> None:
     found = picture_hub(hub("vit"), tmp_path / "hub", lambda _, pictures: torch.zeros(len(pictures)).long())
     path = found / "base" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 32, "width": 32}}))
-    assert list(chosen(found)) == ["first"]
+    assert list(own_processors(found)) == ["first"]
     with pytest.raises(ModelError, match=r"reads the task's samples, which the base's does not \(.*\[3, 32, 32\]"):
-        chosen(found, "++suite.processor=same")
+        own_processors(found, "++suite.processor=same")
 
 
 @pytest.mark.parametrize(("task", "name"), [("a", "a"), ("glue/cola", "glue%2Fcola"), ("..", "%2E."), (".x", "%2Ex")])
-def test_the_folder_of_a_task_is_inside_the_checkpoint_and_not_hidden(task: str, name: str) -> None:
+def test_the_folder_of_a_task_stays_in_the_checkpoint_and_is_visible(task: str, name: str) -> None:
     assert own.place(task) == f"processors/{name}"
 
 
-def test_scores_with_another_processor_are_not_taken_from_the_cache(
+def test_cached_scores_of_another_processor_are_not_used(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
@@ -362,13 +364,13 @@ def test_an_experts_added_tokens_are_rows_of_the_padded_tables(hub: Hub, tmp_pat
         (found / f"first_{split}.jsonl").write_text("".join(lines))
     job = make_job(config(found, "++suite.vocabulary=pad"))
     models, base, _ = steps.open_models(job)
-    processors = chosen(found, "++suite.vocabulary=pad")
+    processors = own_processors(found, "++suite.vocabulary=pad")
     task = steps.prepare_tasks(job, base, models, processors)[0]
     assert int(task.samples.inputs[0].max()) == rows
     assert Scorer(job.evaluation, job.family, CPU).score(base, task) > 0
 
 
-def test_an_adapters_folder_has_a_tokenizer_of_its_own(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapters_folder_can_have_its_own_tokenizer(hub: Hub, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     found = copied(hub("llama"), tmp_path / "hub")
@@ -380,11 +382,11 @@ def test_an_adapters_folder_has_a_tokenizer_of_its_own(hub: Hub, tmp_path: Path)
     parts = {f"{where}.lora_A.weight": torch.ones(1, 32), f"{where}.lora_B.weight": torch.ones(32, 1)}
     save_file(parts, adapter / "adapter_model.safetensors")
     (found / "first_train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0)))
-    processors = chosen(found, f"suite.tasks.first.expert={adapter}")
+    processors = own_processors(found, f"suite.tasks.first.expert={adapter}")
     assert processors["first"].folder == adapter
 
 
-def test_an_open_clip_folder_says_how_its_pictures_are_made(clip_hub: Path, tmp_path: Path) -> None:
+def test_an_open_clip_folder_configures_its_image_processor(clip_hub: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoImageProcessor
 
     from epmq_cli.models.open_clip.convert import own_processor
@@ -405,10 +407,10 @@ def test_an_open_clip_folder_says_how_its_pictures_are_made(clip_hub: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", first(1, TEXT_KINDS))
-def test_heads_read_the_first_token_of_texts_that_a_tokenizer_pads_on_the_left(
+def test_heads_read_the_first_token_of_left_padded_texts(
     kind: str, hub: Hub, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Texts one by one in transformers, which have no padding; also without a token for that."""
+    """Oracle: texts one by one in transformers, without padding; also for a tokenizer without a padding token."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     found = text_hub(request.getfixturevalue("bert_hub") if kind == "bert" else hub(kind), tmp_path / "hub")
@@ -424,21 +426,22 @@ def test_heads_read_the_first_token_of_texts_that_a_tokenizer_pads_on_the_left(
         assert expert_score(found) == 1
 
 
-def test_an_experts_tokenizer_is_its_own_where_only_the_test_texts_tell(hub: Hub, tmp_path: Path) -> None:
+def test_tokenizers_that_differ_only_on_test_texts_are_distinguished(hub: Hub, tmp_path: Path) -> None:
     found = text_hub(hub("roberta"), tmp_path / "hub")
     train = found / "first_train.tsv"
     train.write_text(train.read_text().lower())
-    assert list(chosen(found)) == ["first"]
+    assert list(own_processors(found)) == ["first"]
     assert expert_score(found) == 1
 
 
-def test_an_image_processor_is_its_own_where_only_pictures_of_other_sizes_tell(hub: Hub, tmp_path: Path) -> None:
-    """Resampling, which pictures of the model's own size do not show; those that it does not resize are not tried."""
+def test_image_processors_that_differ_only_in_resampling_are_distinguished(hub: Hub, tmp_path: Path) -> None:
+    """Pictures of the model's own size do not show the difference; a processor that does not resize is not tested on
+    others."""
     for number, (settings, names) in enumerate((({"resample": 0}, ["first"]), ({"do_resize": False}, []))):
         found = picture_hub(
             hub("vit"), tmp_path / str(number), lambda _, some: torch.zeros(len(some)).long(), **settings
         )
-        assert list(chosen(found)) == names
+        assert list(own_processors(found)) == names
 
 
 TEMPLATE = "{% for each in messages %}{{ each['content'] }} </s> {% endfor %}"
@@ -446,7 +449,7 @@ MESSAGES = "+suite.tasks.first.data.text=messages"
 
 
 def chat_hub(source: Path, folder: Path, **templates: str | None) -> Path:
-    """A copy whose first task has conversations, and tokenizers that differ in their chat templates alone."""
+    """A copy whose first task has conversations, and whose tokenizers differ only in their chat templates."""
 
     def templated(template: str | None) -> Callable[[Any], None]:
         return lambda tokenizer: setattr(tokenizer, "chat_template", template)
@@ -471,8 +474,9 @@ def chat_tokens(found: Path, *overrides: str) -> list[int]:
     return ids
 
 
-def test_conversations_are_written_with_the_template_of_the_expert(hub: Hub, tmp_path: Path) -> None:
-    """Also where the base has none, as one that is not instructed; where the expert has none, with the base's."""
+def test_conversations_use_the_template_of_the_expert(hub: Hub, tmp_path: Path) -> None:
+    """Also if the base has none, like a model without instruction tuning; if the expert has none, that of the base
+    is used."""
     from transformers import AutoTokenizer
 
     other = TEMPLATE.replace("</s>", "<mask>")
@@ -484,7 +488,7 @@ def test_conversations_are_written_with_the_template_of_the_expert(hub: Hub, tmp
         )
     ):
         found = chat_hub(hub("llama"), tmp_path / str(number), **templates)
-        assert list(chosen(found, MESSAGES)) == names
+        assert list(own_processors(found, MESSAGES)) == names
         tokenizer = AutoTokenizer.from_pretrained(hub("llama") / "base")
         chats = [[{"role": "user", "content": text.lower()}] for text in texts(0)]
         rendered = [tokenizer.apply_chat_template(chat, chat_template=wanted, tokenize=False) for chat in chats]
@@ -492,9 +496,11 @@ def test_conversations_are_written_with_the_template_of_the_expert(hub: Hub, tmp
         assert chat_tokens(found) == ids
 
 
-def test_a_conversation_that_no_template_writes_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_conversation_without_any_template_is_refused(hub: Hub, tmp_path: Path) -> None:
     found = chat_hub(hub("llama"), tmp_path / "hub", base=None, first=None)
     with pytest.raises(DataError, match=r"has no chat template to write it with; put a chat_template.jinja there"):
         chat_tokens(found)
     with pytest.raises(ModelError, match="reads the task's samples, which the base's does not"):
-        chosen(chat_hub(hub("llama"), tmp_path / "b", base=None, first=TEMPLATE), MESSAGES, "++suite.processor=same")
+        own_processors(
+            chat_hub(hub("llama"), tmp_path / "b", base=None, first=TEMPLATE), MESSAGES, "++suite.processor=same"
+        )

@@ -1,4 +1,4 @@
-"""Oracles: the folder in which a command continues, for folders that others left."""
+"""Oracle: the folder in which a command continues, given folders of earlier runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline import unfinished
 from epmq_cli.pipeline.unfinished import RUNS, VARIABLE, begin, continued, end, typed
-from epmq_cli.store.run_lock import RESULTS, alone
+from epmq_cli.store.run_lock import RESULTS, exclusive_lock
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(VARIABLE, "")  # to be put back
+    monkeypatch.setenv(VARIABLE, "")  # restored after the test
 
 
 def started(name: str, *arguments: str) -> Path:
@@ -48,7 +48,7 @@ def test_no_folder_is_used_if_the_arguments_set_one(argument: str) -> None:
 
 def test_a_folder_in_use_or_complete_is_not_used() -> None:
     folder = started("1", "bits=3")
-    with alone(folder):
+    with exclusive_lock(folder):
         assert continued(["bits=3"]) == ["bits=3"]
     assert continued(["bits=3"]) == ["out=runs/1", "bits=3"]
     for name in RESULTS:

@@ -1,4 +1,5 @@
-"""Oracles: the layer's outputs written out, the rounding method itself at alpha 0, brute force over clips; float64."""
+"""Oracles: the layer's outputs written out, the rounding method itself at alpha 0, brute force over clips; in
+float64."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def awq(**changes: Any) -> Awq:
 
 
 def inputs(tokens: int = 64, width: int = 16, seed: int = 0) -> Tensor:
-    """Rows (tokens, width) of which two channels are much larger than the others."""
+    """Rows (tokens, width) in which two channels are much larger than the others."""
     generator = torch.Generator().manual_seed(seed)
     found = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     found[:, [3, 9]] *= 30
@@ -68,7 +69,7 @@ def test_the_output_error_is_that_of_the_outputs() -> None:
     assert output_error(error, X.T @ X) == pytest.approx(float((X @ error.T).square().sum()))
 
 
-def test_alpha_is_the_best_of_those_tried() -> None:
+def test_alpha_is_the_best_candidate() -> None:
     X, W = inputs(), weights()
     errors = {}
     for number in range(10):
@@ -79,7 +80,7 @@ def test_alpha_is_the_best_of_those_tried() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_outlier_channels_lose_less_than_by_the_rounding_alone(rounding: str) -> None:
+def test_outlier_channels_lose_less_than_with_plain_rounding(rounding: str) -> None:
     before = after = 0.0
     for seed in range(4):
         X, W, quantizer = inputs(seed=seed), weights(seed=seed + 10), awq(rounding=rounding)
@@ -94,7 +95,7 @@ def test_outlier_channels_lose_less_than_by_the_rounding_alone(rounding: str) ->
 
 
 @pytest.mark.parametrize("alpha", [0, "auto"])
-def test_where_alpha_is_0_it_is_the_rounding_itself(alpha: object) -> None:
+def test_alpha_0_is_plain_rounding(alpha: object) -> None:
     X, W = inputs(), weights().float()
     H = X.T @ X
     for rounding, grid, plain in (
@@ -110,7 +111,7 @@ def test_where_alpha_is_0_it_is_the_rounding_itself(alpha: object) -> None:
         assert torch.equal(found, wanted)
 
 
-def test_it_needs_inputs_unless_it_is_rtn_alone() -> None:
+def test_it_needs_inputs_unless_it_is_plain_rtn() -> None:
     assert awq().needs == awq(alpha=0, clip=True).needs == awq(alpha=0, rounding="gptq", grid="mse").needs == {"inputs"}
     assert awq(alpha=0).needs == frozenset()
     assert isinstance(awq(), Transform)
@@ -127,8 +128,8 @@ def test_each_group_is_clipped_to_the_least_error_of_its_outputs() -> None:
         for group in range(groups.shape[1]):
             own, block = groups[row, group], H[8 * group : 8 * group + 8, 8 * group : 8 * group + 8]
             tries = [own.clamp(-ratio * own.abs().max(), ratio * own.abs().max()) for ratio in CLIPS]
-            lost = [lost_by(own, one, block) for one in tries]
-            assert lost_by(own, found[row, group], block) == pytest.approx(min(lost))
+            lost = [clipping_error(own, one, block) for one in tries]
+            assert clipping_error(own, found[row, group], block) == pytest.approx(min(lost))
     assert not torch.equal(found, groups)
 
 
@@ -138,7 +139,7 @@ def weights_with_outlier(W: Tensor) -> Tensor:
     return found
 
 
-def lost_by(group: Tensor, shrunk: Tensor, block: Tensor) -> float:
+def clipping_error(group: Tensor, shrunk: Tensor, block: Tensor) -> float:
     rounded = rtn(shrunk[None], IntFormat(3, -1, "none"), "minmax", group.dtype).dequantize()[0]
     return float((rounded - group) @ block @ (rounded - group))
 

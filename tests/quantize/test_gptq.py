@@ -26,8 +26,7 @@ def loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
 
 
 def reference(W: Tensor, H: Tensor, format: NumberFormat, search: str, damping: float, act_order: bool) -> Tensor:
-    """Optimal brain quantization with a fixed order: after each column the inverse of what is left of H is formed
-    anew."""
+    """Optimal brain quantization in a fixed order: inverts the remaining part of H after each column."""
     size = group_columns(format, len(H))
     groups = [range(start, start + size) for start in range(0, len(H), size)]
     if act_order:
@@ -118,7 +117,7 @@ def test_act_order_beats_the_natural_order_on_average(group_size: int, search: s
     for seed in range(8):
         W, H = problem(16, 32, seed)
         spread = torch.logspace(-1, 1, 32, dtype=torch.float64)
-        H = H * spread * spread[:, None]  # the columns that matter most come last
+        H = H * spread * spread[:, None]  # the most important columns come last
         lost = [
             loss(W, gptq(W, H, *spec, torch.float64, 0.001, 128, act_order).weight.dequantize(), H)
             for act_order in (True, False)
@@ -128,7 +127,7 @@ def test_act_order_beats_the_natural_order_on_average(group_size: int, search: s
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 4, 8])
-def test_act_order_takes_groups_whole_and_the_largest_first(group_size: int) -> None:
+def test_act_order_quantizes_whole_groups_with_the_largest_first(group_size: int) -> None:
     _, H = problem()
     order = column_order(H, group_size, act_order=True)
     assert sorted(order.tolist()) == list(range(8))
@@ -140,7 +139,7 @@ def test_act_order_takes_groups_whole_and_the_largest_first(group_size: int) -> 
 
 
 @pytest.mark.parametrize("search", ["mse", "hessian"])
-def test_act_order_is_the_natural_order_where_columns_come_sorted(search: str) -> None:
+def test_act_order_is_the_natural_order_for_sorted_columns(search: str) -> None:
     W, H = problem()
     order = torch.argsort(H.diagonal(), descending=True)
     spec = (ints(3, 4, True), search)
@@ -150,7 +149,7 @@ def test_act_order_is_the_natural_order_where_columns_come_sorted(search: str) -
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_dead_columns_have_no_say_in_the_scales(scale: float, act_order: bool) -> None:
+def test_dead_columns_do_not_affect_the_scales(scale: float, act_order: bool) -> None:
     W, H = problem(16, 8)
     H[2:6], H[:, 2:6] = 0, 0
     live = [0, 1, 6, 7]
@@ -158,7 +157,7 @@ def test_dead_columns_have_no_say_in_the_scales(scale: float, act_order: bool) -
     found = gptq(W, scale * H, *spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
     alone = gptq(W[:, live], H[live][:, live], *spec, torch.float64, 1e-9, 128, act_order).weight.dequantize()
     lost = [loss(W[:, live], Q, H[live][:, live]) for Q in (found[:, live], alone)]
-    assert lost[0] < 1.05 * lost[1]  # candidates span the range of all columns, hence not quite the same
+    assert lost[0] < 1.05 * lost[1]  # candidates span the range of all columns, so the scales are only close
 
 
 def test_a_hessian_of_zeros_is_rtn() -> None:
@@ -187,7 +186,7 @@ def test_a_hessian_of_rank_one_is_quantized_with_damping() -> None:
     assert torch.isfinite(outcome.weight.dequantize()).all()
 
 
-def test_a_hessian_that_no_damping_helps_falls_back_to_rtn() -> None:
+def test_a_hessian_that_stays_singular_falls_back_to_rtn() -> None:
     W, H = problem()
     spec = (ints(4, 4, True), "mse")
     outcome = gptq(W, -H, *spec, torch.float64, 0.01, 128, False)

@@ -22,7 +22,7 @@ P, DTYPE = 0.7, torch.float64
 OPTIONS = (P, 10.0, 1.01, 20)
 
 
-def heavy(groups: int, columns: int = 16, seed: int = 0) -> Tensor:
+def weights_with_outliers(groups: int, columns: int = 16, seed: int = 0) -> Tensor:
     """Groups of weights with outliers."""
     generator = torch.Generator().manual_seed(seed)
     plain, spread = (torch.randn(groups, columns, generator=generator, dtype=DTYPE) for _ in range(2))
@@ -34,8 +34,8 @@ def total(groups: Tensor, grid: Grid, format: IntFormat) -> float:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_zero_points_are_near_the_best_of_brute_force_and_better_than_the_start(bits: int) -> None:
-    groups, format = heavy(200), IntFormat(bits, -1, "real")
+def test_zero_points_are_close_to_brute_force_and_better_than_the_start(bits: int) -> None:
+    groups, format = weights_with_outliers(200), IntFormat(bits, -1, "real")
     start = fit_grid(groups, format, "minmax", DTYPE)
     found = solve_grid(groups, format, DTYPE, *OPTIONS, False)
     shifts = torch.linspace(-2, 2, 801, dtype=DTYPE)
@@ -48,7 +48,7 @@ def test_zero_points_are_near_the_best_of_brute_force_and_better_than_the_start(
 @pytest.mark.parametrize("kind", ["whole", "real"])
 @pytest.mark.parametrize("solve_scale", [True, False])
 def test_no_iteration_raises_the_error_of_a_group(kind: str, solve_scale: bool) -> None:
-    groups, format = heavy(50), IntFormat(3, -1, kind)  # type: ignore[arg-type]
+    groups, format = weights_with_outliers(50), IntFormat(3, -1, kind)  # type: ignore[arg-type]
     errors = [
         lp_error(groups, solve_grid(groups, format, DTYPE, P, 10.0, 1.01, count, solve_scale), format, P)
         for count in range(6)
@@ -58,8 +58,8 @@ def test_no_iteration_raises_the_error_of_a_group(kind: str, solve_scale: bool) 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_real_zero_points_beat_whole_ones_and_both_beat_rtn(bits: int) -> None:
-    groups = heavy(200)
+def test_real_zero_points_beat_integer_ones_and_both_beat_rtn(bits: int) -> None:
+    groups = weights_with_outliers(200)
     real, whole = IntFormat(bits, -1, "real"), IntFormat(bits, -1, "whole")
     free = total(groups, solve_grid(groups, real, DTYPE, *OPTIONS, True), real)
     rounded = total(groups, solve_grid(groups, whole, DTYPE, *OPTIONS, True), whole)
@@ -68,7 +68,7 @@ def test_real_zero_points_beat_whole_ones_and_both_beat_rtn(bits: int) -> None:
 
 
 def test_without_iterations_it_is_rtn_over_the_full_range() -> None:
-    weight = heavy(8, 32).float()
+    weight = weights_with_outliers(8, 32).float()
     found = Hqq(4, 8, "integer", True, P, 10, 1.01, 0).quantize(problem(weight), NOTHING).weight
     assert torch.equal(found.dequantize(), rtn(weight, IntFormat(4, 8, "whole"), "minmax", torch.float32).dequantize())
 
@@ -77,8 +77,8 @@ def problem(weight: Tensor) -> LayerProblem:
     return LayerProblem(("it",), weight, weight, None, torch.float32)
 
 
-def test_whole_zero_points_are_codes_and_real_ones_are_not() -> None:
-    weight = heavy(8, 32).float()
+def test_integer_zero_points_are_codes_and_real_ones_are_not() -> None:
+    weight = weights_with_outliers(8, 32).float()
     for kind, whole in (("integer", True), ("real", False)):
         found = Hqq(4, 8, kind, True, P, 10, 1.01, 20).quantize(problem(weight), NOTHING).weight  # type: ignore[arg-type]
         zero = found.grid.zero  # type: ignore[union-attr]
@@ -86,8 +86,8 @@ def test_whole_zero_points_are_codes_and_real_ones_are_not() -> None:
         assert torch.equal(zero, zero.round().clamp(-8, 7)) is whole
 
 
-def test_one_outlier_leaves_the_scale_of_the_other_weights() -> None:
-    codes = torch.tensor([[-4.0, -3, -1, 0, 1, 2, 3, 3.5]], dtype=DTYPE)  # 3.5 is an outlier of a grid of steps of 1
+def test_one_outlier_does_not_change_the_scale_of_the_other_weights() -> None:
+    codes = torch.tensor([[-4.0, -3, -1, 0, 1, 2, 3, 3.5]], dtype=DTYPE)  # 3.5 is an outlier for a grid with steps of 1
     format = IntFormat(3, -1, "whole")
     found = solve_grid(codes, format, DTYPE, *OPTIONS, True)
     assert float(fit_grid(codes, format, "minmax", DTYPE).scale) == pytest.approx(7.5 / 7)
@@ -123,7 +123,7 @@ def test_bad_options_are_refused(change: dict[str, object], message: str) -> Non
         Hqq(**{**good, **change})  # type: ignore[arg-type]
 
 
-def test_real_zero_points_are_refused_where_the_checkpoint_cannot_hold_them() -> None:
+def test_real_zero_points_are_refused_if_the_checkpoint_cannot_store_them() -> None:
     def job(*overrides: str) -> Job:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return make_job(compose("run", overrides=["device=cpu", "out=unused", "quant=hqq", *overrides]))

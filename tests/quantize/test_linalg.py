@@ -1,4 +1,4 @@
-"""Oracles: the factor multiplied out, and the eigenvalues of small matrices."""
+"""Oracles: the product of the factors, and the eigenvalues of small matrices."""
 
 import torch
 
@@ -42,7 +42,7 @@ def test_condition_is_the_ratio_of_the_extreme_eigenvalues() -> None:
 
 
 def test_triangular_inverse_multiplies_out_to_the_identity() -> None:
-    """Larger than what is solved in one piece, and odd."""
+    """An odd size, larger than the block that is solved at once."""
     n = 2 * SMALL + 3
     lower = torch.linalg.cholesky(moment(n) + n * torch.eye(n, dtype=torch.float64))
     found = triangular_inverse(lower)

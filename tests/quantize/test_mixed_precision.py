@@ -1,4 +1,4 @@
-"""Oracles: exhaustive search, the budget, and what a quantizer really loses."""
+"""Oracles: exhaustive search, the budget, and the actual loss of a quantizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_sizes_get_the_best_of_all_allocations(budget: float) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_unequal_sizes_stay_within_one_groups_gain_of_the_best(seed: int) -> None:
-    """What the greedy rule of the knapsack problem guarantees, and no more."""
+    """The guarantee of the greedy rule for the knapsack problem."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {str(i): int(torch.randint(1, 20, (), generator=generator)) for i in range(7)}
     high = {group: float(torch.rand((), generator=generator)) for group in sizes}
@@ -56,30 +56,30 @@ def test_unequal_sizes_stay_within_one_groups_gain_of_the_best(seed: int) -> Non
     assert best - 1e-12 <= lost <= best + max(gains.values())
 
 
-def test_a_budget_that_nothing_fits_in_leaves_all_at_the_smaller_width() -> None:
+def test_a_budget_too_small_for_any_group_keeps_the_smaller_width() -> None:
     assert set(allocate(LOSSES, SIZES, 3.2).values()) == {3}
     assert allocate({"one": {4: 1.0, 8: 0.1}}, {"one": 5}, 7.9) == {"one": 4}
 
 
 @pytest.mark.parametrize(("low", "high"), [(2, 3), (4, 8)])
-def test_the_step_between_the_widths_is_what_a_group_costs(low: int, high: int) -> None:
+def test_the_cost_of_a_group_is_the_difference_of_the_widths(low: int, high: int) -> None:
     losses = {group: {low: loss[3], high: loss[4]} for group, loss in LOSSES.items()}
     half = allocate(losses, SIZES, (low + high) / 2)
     assert half == {"a": high, "b": high, "c": low, "d": low}
 
 
-def test_what_counts_is_the_gain_for_each_weight() -> None:
+def test_groups_are_ranked_by_gain_per_weight() -> None:
     losses = {"large": {3: 5.0, 4: 0.0}, "small": {3: 3.0, 4: 0.0}, "other": {3: 3.0, 4: 0.0}}
     found = allocate(losses, {"large": 20, "small": 10, "other": 10}, 3.5)
     assert found == {"large": 3, "small": 4, "other": 4}
 
 
-def test_a_group_that_does_not_fit_leaves_its_place_to_smaller_ones() -> None:
+def test_smaller_groups_use_the_budget_that_a_large_one_exceeds() -> None:
     sizes = {"a": 100, "b": 10, "c": 10, "d": 10}
     assert allocate({**LOSSES, "a": {3: 900.0, 4: 1.0}}, sizes, 3.2) == {"a": 3, "b": 4, "c": 4, "d": 3}
 
 
-def test_no_group_is_given_bits_that_it_loses_by() -> None:
+def test_no_group_gets_bits_that_increase_its_loss() -> None:
     assert allocate(LOSSES, SIZES, 4.0)["d"] == 3
 
 
@@ -89,7 +89,7 @@ def test_the_budget_holds_for_sizes_that_do_not_divide() -> None:
         assert average(allocate(LOSSES, sizes, budget), sizes) <= budget + 1e-9
 
 
-def test_a_trial_notes_the_losses_of_each_width_and_changes_nothing() -> None:
+def test_a_trial_records_the_losses_of_each_width_and_changes_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 8, generator=generator)
     inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_a_trial_notes_the_losses_of_each_width_and_changes_nothing() -> None:
     assert trial.choose() == {"q": mixed.low}
 
 
-def test_formats_are_those_that_a_linear_can_get() -> None:
+def test_formats_are_all_possible_formats_of_a_linear() -> None:
     one, other = Rtn(ints(4, 64), "mse"), Rtn(Fp8Format(64), "mse")
     assert formats_of(MixedPrecision(one, other, 5)) == (ints(4, 64), Fp8Format(64))
     assert formats_of(other) == (Fp8Format(64),)
@@ -117,6 +117,6 @@ def test_formats_are_those_that_a_linear_can_get() -> None:
 
 
 @pytest.mark.parametrize("bits", [3.5, 4, 8, 9])
-def test_bits_outside_of_the_two_formats_are_refused(bits: float) -> None:
+def test_bits_outside_the_two_formats_are_refused(bits: float) -> None:
     with pytest.raises(ConfigError, match="mixed precision needs bits between those of its two formats, got"):
         MixedPrecision(Rtn(ints(4, 64), "mse"), Rtn(Fp8Format(64), "mse"), bits)

@@ -53,7 +53,7 @@ def test_the_grid_is_never_worse_than_any_coarse_candidate(bits: int, symmetric:
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("bits", "gain"), [(4, 0.95), (3, 0.9), (2, 0.85)])
-def test_it_loses_less_than_the_search_by_squared_error(bits: int, gain: float, act_order: bool) -> None:
+def test_it_loses_less_than_the_squared_error_search(bits: int, gain: float, act_order: bool) -> None:
     ratios = []
     for seed in range(6):
         W, H = problem(16, 32, seed)
@@ -65,7 +65,7 @@ def test_it_loses_less_than_the_search_by_squared_error(bits: int, gain: float, 
     assert sum(ratios) / len(ratios) < gain
 
 
-def test_rows_are_searched_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_searched_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H = problem()
     U, format = factor_of(H), ints(3, -1)
     whole = hessian_grid(W, U, format, torch.float64, TORCH)

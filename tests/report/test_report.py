@@ -17,26 +17,26 @@ HALVED = {"batches_halved": 2, "eval_batches_halved": 0}
 SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
 
 
-def test_scores_are_turned_to_tasks_and_averaged_by_stage() -> None:
+def test_scores_are_grouped_by_task_and_averaged_by_stage() -> None:
     found = by_task(SCORES, {"a": "accuracy", "b": "accuracy"})
     assert found["tasks"] == {"a": {"base": 0.5, "experts": 1.0}, "b": {"base": 0.25}}
     assert found["average"] == {"base": 0.375, "experts": 1.0}
 
 
-def test_perplexities_are_averaged_as_losses_are_and_shown_as_they_are() -> None:
+def test_perplexities_are_averaged_as_losses_and_shown_unscaled() -> None:
     found = by_task({"base": {"a": 2.0, "b": 8.0}}, {"a": "perplexity", "b": "perplexity"})
     assert found["average"] == {"base": pytest.approx(4)}
     columns = {column.header: list(column.cells) for column in score_table(found).columns}
     assert columns == {"perplexity": ["a", "b", "average"], "base": ["2.00", "8.00", "4.00"]}
 
 
-def test_tasks_of_several_metrics_say_which() -> None:
+def test_tasks_with_different_metrics_name_them() -> None:
     found = by_task(SCORES, {"a": "accuracy", "b": "spearman"})
     columns = {column.header: list(column.cells) for column in score_table(found).columns}
     assert columns["score in %"] == ["a (accuracy)", "b (spearman)", "average"]
 
 
-def test_table_has_a_row_a_task_and_one_for_the_mean() -> None:
+def test_the_table_has_a_row_per_task_and_one_for_the_mean() -> None:
     table = score_table(by_task(SCORES, {"a": "accuracy", "b": "accuracy"}))
     columns = {column.header: list(column.cells) for column in table.columns}
     assert columns == {
@@ -46,8 +46,8 @@ def test_table_has_a_row_a_task_and_one_for_the_mean() -> None:
     }
 
 
-def test_stages_on_a_gpu_start_it_before_they_ask_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is counted there cannot be set back before anything was done there."""
+def test_stages_initialize_the_gpu_before_they_read_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA cannot reset memory statistics before it is initialized."""
     called: list[str] = []
     monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append("reset"))
@@ -75,7 +75,7 @@ def test_stages_measure_time_and_the_peak_of_each_stage_alone() -> None:
     assert stages.records["small"]["peak_host_bytes"] <= stages.records["large"]["peak_host_bytes"]
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_json_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     with pytest.raises(ValueError, match="Out of range float values"):
@@ -83,7 +83,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_reports_tuning_cache_and_mixed_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured = {
         "scores": by_task({}, {}),
         "bytes": {"model_dense": 8e6, "model_packed": 2e6, "linears_dense": 4e6, "linears_packed": 1e6},
@@ -110,8 +112,7 @@ def test_what_was_chosen_found_and_mixed_is_said(tmp_path: Path, capsys: pytest.
     assert "4.0 times smaller\n" in printed
 
 
-def test_a_merge_is_said_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand."""
+def test_the_summary_of_a_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = {"read": {"seconds": 1.0}, "merge": {"seconds": 2.0}}
     show_merge({"bytes": {"model_dense": 8e6}, "stages": stages}, tmp_path)
     assert capsys.readouterr().out.splitlines() == [

@@ -44,7 +44,7 @@ def test_torchrun_starts_two_processes_that_write_the_checkpoint_of_one(tmp_path
 
 
 def check_same(folder: Path, *options: str) -> None:
-    """That two/ holds the checkpoint of the same run in one process."""
+    """Checks that two/ contains the checkpoint of the same run in one process."""
     status, said = command(folder, *options, "out=one")
     assert status == 0, said
     assert files(folder / "two") == files(folder / "one")
@@ -60,7 +60,7 @@ def test_a_mistake_is_printed_once(tmp_path: Path) -> None:
     assert result.stderr.count("merge.scale must be a number in [0, 10], got -1") == 1
 
 
-def test_the_shares_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shares_of_all_processes_cover_all_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     items, rows = [], []
     for number in range(3):
@@ -100,7 +100,7 @@ def test_a_lost_process_ends_the_others_with_a_sentence(
 
 
 @pytest.mark.slow
-def test_in_a_sweep_all_processes_skip_the_jobs_that_the_first_one_has_done(bert_hub: Path, tmp_path: Path) -> None:
+def test_in_a_sweep_all_processes_skip_jobs_that_are_done(bert_hub: Path, tmp_path: Path) -> None:
     options = (*mini(bert_hub, "guidance=expert"), "-m", f"out={tmp_path / 'sweep'}")
     assert command(tmp_path, *options, "merge=ties")[0] == 0
     swept = torchrun(tmp_path, *options, "merge=ties,average")
@@ -123,7 +123,7 @@ def test_out_of_memory_is_not_reported_as_a_lost_process(monkeypatch: pytest.Mon
 
 def test_two_processes_cannot_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    distributed.init(torch.device("cuda", 1))  # alone it may be any
+    distributed.init(torch.device("cuda", 1))  # a single process may use any device
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="2 processes cannot share device=cuda:1; with device=cuda each takes its own"):
         distributed.init(torch.device("cuda", 1))
@@ -159,7 +159,7 @@ def test_values_that_torchrun_never_sets_are_refused(
     assert message in result.stderr
 
 
-def test_a_rank_alone_does_not_make_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_world_size_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     distributed.check_environment("merge")

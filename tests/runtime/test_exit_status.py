@@ -41,7 +41,7 @@ def twice(number: int) -> None:
             time.sleep(0.01)
 
 
-def spoilt(number: int) -> None:
+def replace_exception(number: int) -> None:
     """Stands for a library that raises another exception when it is interrupted."""
     try:
         send(number)
@@ -49,7 +49,7 @@ def spoilt(number: int) -> None:
         raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'") from None
 
 
-def swallowed(number: int) -> None:
+def swallow_exception(number: int) -> None:
     """Stands for a library that swallows the exception; `launch` raises it again."""
     try:
         send(number)
@@ -57,7 +57,7 @@ def swallowed(number: int) -> None:
         return
 
 
-@pytest.mark.parametrize("act", [send, twice, spoilt])
+@pytest.mark.parametrize("act", [send, twice, replace_exception])
 @pytest.mark.parametrize("number", first(1, SIGNALS))
 def test_a_job_ends_with_the_status_of_its_first_signal(
     act: Callable[[int], None], number: int, tmp_path: Path
@@ -68,7 +68,7 @@ def test_a_job_ends_with_the_status_of_its_first_signal(
 
 
 @pytest.mark.parametrize("arguments", ["list", "run", "verify x", "run --help"])
-@pytest.mark.parametrize("act", [send, twice, spoilt])
+@pytest.mark.parametrize("act", [send, twice, replace_exception])
 def test_a_signal_during_an_import_ends_the_command(arguments: str, act: Callable[[int], None], tmp_path: Path) -> None:
     hook = on_call(cli.importlib, "import_module", 1, lambda: act(signal.SIGINT))
     said = INTERRUPTED.get(arguments.split()[0], "interrupted")
@@ -76,11 +76,11 @@ def test_a_signal_during_an_import_ends_the_command(arguments: str, act: Callabl
 
 
 def test_a_signal_that_an_import_swallows_ends_the_command_later(tmp_path: Path) -> None:
-    hook = on_call(cli.importlib, "import_module", 1, lambda: swallowed(signal.SIGTERM))
+    hook = on_call(cli.importlib, "import_module", 1, lambda: swallow_exception(signal.SIGTERM))
     assert command(tmp_path, "merge", hook=hook) == (143, f"epmq: {INTERRUPTED['merge']}\n")
 
 
-def test_verify_has_a_sentence_of_its_own(tmp_path: Path) -> None:
+def test_verify_has_its_own_sentence(tmp_path: Path) -> None:
     hook = on_call(epmq_cli.store.manifest, "file_problems", 1, lambda: send(signal.SIGINT))
     assert command(tmp_path, "verify", str(tmp_path), hook=hook) == (130, f"epmq: {INTERRUPTED['verify']}\n")
 

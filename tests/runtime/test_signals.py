@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def nothing() -> None:
-    """No last words."""
+    """A `last_words` callback that does nothing."""
 
 
 def test_the_handlers_are_restored_if_no_signal_arrives() -> None:

@@ -27,7 +27,7 @@ def test_torch_uses_one_thread_inside_and_as_many_as_before_outside(count: int) 
     meeting = threading.Barrier(count, timeout=60)
 
     def work(item: int) -> tuple[int, int]:
-        meeting.wait()  # which none of them leaves before all are there
+        meeting.wait()  # a barrier for all threads
         return threading.get_ident(), torch.get_num_threads()
 
     found = threads.spread(work, range(count))

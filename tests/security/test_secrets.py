@@ -1,4 +1,4 @@
-"""Oracle: a token in the environment, looked for in everything that a run leaves behind and says."""
+"""Oracle: a token in the environment; the tests search all files and output of a run for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def files_with_it(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("base", [None, slow("someone/something")], ids=["a run", "a run without its base"])
-def test_a_token_is_in_nothing_that_a_run_leaves_or_says(
+def test_a_token_never_appears_in_files_or_output_of_a_run(
     base: str | None, bert_hub: Path, tmp_path: Path, epmq: Run
 ) -> None:
     options = ["suite=mini", "group_size=16", "calib.samples=8", "eval.stages=[quantized]", "out=here"]
@@ -50,7 +50,7 @@ def test_a_token_in_the_config_is_refused_and_not_repeated(
 
 
 @pytest.mark.parametrize("sweep", ["", "-m", slow("-m suite=tok,tiny")], ids=["a run", "a sweep", "a swept suite"])
-def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(sweep: str, tmp_path: Path, epmq_inside: Run) -> None:
+def test_a_token_in_a_users_file_is_not_copied(sweep: str, tmp_path: Path, epmq_inside: Run) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     text = f"_target_: epmq_cli.data.suite.Suite\nname: {TOKEN}\nbase: b\nexperts: e\ntasks: {{}}\nfamily: clip\n"
     (tmp_path / "mine" / "suite" / "tok.yaml").write_text(text)
@@ -63,14 +63,14 @@ def test_a_token_in_a_file_of_the_users_is_left_nowhere_else(sweep: str, tmp_pat
 
 
 @pytest.mark.parametrize("key", ["out", "hydra.run.dir"])
-def test_no_folder_is_called_like_a_token(key: str, tmp_path: Path, epmq_inside: Run) -> None:
+def test_no_folder_name_contains_a_token(key: str, tmp_path: Path, epmq_inside: Run) -> None:
     result = epmq_inside("run", f"{key}='${{oc.env:HF_TOKEN}}'")
     assert result.returncode == 1
     assert result.stderr.startswith("epmq: a Hugging Face token must not be in the config")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_only_looks_like_a_token_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_resembles_a_token_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_tokens(["hf_models/bert", "my_hf_" + "x" * 40])
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "secret")
     with pytest.raises(ConfigError):

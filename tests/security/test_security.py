@@ -1,5 +1,5 @@
-"""Oracle: SECURITY.md. What its promises rest on everywhere in the package, by the package's own source; and those that
-have no better place. Each way in which the source is searched is tried on an offender first."""
+"""Oracle: SECURITY.md. The promises that concern the whole package are checked on its source; those without a better
+place are checked here too. Each search of the source is first tried on an offender."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_DOOR = ROOT / "epmq_cli" / "models" / "pretrained.py"
 
 
 def offences(source: str, path: Path = ROOT) -> Iterator[str]:
-    """What in a module runs code of others, or could."""
+    """The places in a module that run foreign code, or could."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -61,28 +61,28 @@ OFFENDERS = [
 
 
 @pytest.mark.parametrize("source", OFFENDERS)
-def test_what_would_run_code_of_others_is_seen(source: str) -> None:
+def test_every_offender_is_detected(source: str) -> None:
     assert list(offences(source))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_module_runs_code_of_others_or_unpickles_more_than_tensors(path: Path) -> None:
+def test_no_module_runs_foreign_code_or_unpickles_more_than_tensors(path: Path) -> None:
     assert list(offences(path.read_text(encoding="utf-8"), path)) == []
 
 
-def test_the_one_door_to_transformers_says_no_to_code_and_network() -> None:
+def test_the_only_from_pretrained_call_forbids_code_and_network() -> None:
     calls = [node for node in ast.walk(ast.parse(ONE_DOOR.read_text())) if isinstance(node, ast.Call)]
     (call,) = [node for node in calls if ast.unparse(node.func).endswith("from_pretrained")]
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     assert (given["local_files_only"], given["trust_remote_code"]) == ("True", "False")
 
 
-def test_no_config_has_an_option_for_code_of_others() -> None:
+def test_no_config_has_an_option_for_foreign_code() -> None:
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         assert "trust_remote_code" not in OmegaConf.to_yaml(OmegaConf.load(path)), path
 
 
-def test_the_cache_is_its_users_alone_and_holds_json_and_safetensors(
+def test_the_cache_is_private_and_holds_only_json_and_safetensors(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = os.umask(0)
@@ -102,7 +102,7 @@ def test_the_cache_is_its_users_alone_and_holds_json_and_safetensors(
             load_file(path)
 
 
-def test_a_pickle_in_the_place_of_a_cached_file_is_made_again(tmp_path: Path) -> None:
+def test_a_pickle_in_place_of_a_cached_file_is_recomputed(tmp_path: Path) -> None:
     from epmq_cli.store.safetensors_writer import of
 
     cache, entries = Cache(tmp_path, 10**6), [of("a", torch.ones(2))]

@@ -1,8 +1,7 @@
-"""Gives every Python process that has this folder on PYTHONPATH two GPUs: those of device.cpp, under CUDA's name.
+"""Gives every Python process with this folder on PYTHONPATH two simulated GPUs: those of device.cpp, as CUDA devices.
 
-They are for finding what a run on a GPU would stumble over where there is none: tensors of two devices in one
-operation, what is only done for CUDA, memory that runs out, processes of which each has a device. Of times, of CUDA's
-own kernels, Triton's and NCCL they say nothing.
+They reveal errors of GPU runs on machines without a GPU: tensors of two devices in one operation, code for CUDA only,
+out of memory, and one device per process. They do not cover timing, the kernels of CUDA and Triton, or NCCL.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-TOTAL = 1 << 36  # bytes of its memory, as it says itself
+TOTAL = 1 << 36  # reported memory in bytes
 SOURCE = Path(__file__).with_name("device.cpp")
 BUILT = SOURCE.parents[2] / "build" / f"standin-{torch.__version__}.so"
 
 
 def build() -> None:
-    """Compiles the stand-in for this version of torch, where that is not done."""
+    """Compiles the stand-in for this version of torch, unless it exists."""
     if BUILT.is_file() and BUILT.stat().st_mtime > SOURCE.stat().st_mtime:
         return
     BUILT.parent.mkdir(exist_ok=True)
@@ -38,7 +37,7 @@ def build() -> None:
 
 
 def pretend() -> None:
-    """Makes torch.cuda say of the stand-in what it says of a GPU."""
+    """Makes the functions of torch.cuda report the stand-in as a GPU."""
     device: Any = torch.ops.standin
     device.set_limit(TOTAL)
     said = {
@@ -62,8 +61,8 @@ def pretend() -> None:
     torch.cuda.set_per_process_memory_fraction = lambda part, *ignored: device.set_limit(int(TOTAL * part))
 
 
-def mend() -> None:
-    """Resizes its storages, which torch does by itself for CUDA's, and has gloo do what NCCL would."""
+def patch_torch() -> None:
+    """Resizes storages of the stand-in, which torch does itself only for CUDA, and lets gloo replace NCCL."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -86,7 +85,7 @@ def mend() -> None:
 
 
 def packed(pairs: Tensor, tiles: int) -> Tensor:
-    """Stands for CUDA's order of four-bit integers, of which the shape is kept."""
+    """Stands for CUDA's order of four-bit integers; only the shape is the same."""
     rows, columns = pairs.shape[0], pairs.shape[1] * 2
     if pairs.dtype != torch.uint8 or rows % 8 or columns % (16 * tiles) or tiles not in (2, 4, 8):
         raise RuntimeError(f"CUDA would not pack {pairs.dtype} {tuple(pairs.shape)} in {tiles} tiles")
@@ -94,7 +93,7 @@ def packed(pairs: Tensor, tiles: int) -> Tensor:
 
 
 def multiplied(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
-    """x (rows, in) by what `packed` gave, with (in / group, out, 2) scales and zeros."""
+    """x (rows, in) times the result of `packed`, with (in / group, out, 2) scales and zeros."""
     rows, columns = weight.shape[0] * 8, x.shape[1]
     if {x.dtype, scales.dtype} != {torch.bfloat16} or scales.shape != (columns // group, rows, 2):
         raise RuntimeError(f"CUDA would not multiply {x.dtype} with {scales.dtype} scales {tuple(scales.shape)}")
@@ -107,9 +106,9 @@ def multiplied(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
 build()
 torch.ops.load_library(str(BUILT))
 pretend()
-mend()
+patch_torch()
 kernels = torch.library.Library("aten", "IMPL")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # they take the place of others in a build for CUDA
+    warnings.simplefilter("ignore")  # in a CUDA build they replace other kernels
     kernels.impl("_convert_weight_to_int4pack", packed, "CUDA")
     kernels.impl("_weight_int4pack_mm", multiplied, "CUDA")

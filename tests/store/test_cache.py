@@ -28,7 +28,7 @@ def test_a_value_is_computed_once_and_stays_the_same_to_the_last_bit(tmp_path: P
     first, second = Cache(tmp_path, 10**6), Cache(tmp_path, 10**6)
     value = {"score": 0.1 + 0.2, "list": [1, None, "ü"]}
     assert first.value(KEY, lambda: value) == value
-    assert second.value({"task": "first", "kind": "score"}, never) == value  # the order of a key's parts is no part
+    assert second.value({"task": "first", "kind": "score"}, never) == value  # the order of parts does not matter
     assert (first.found, first.made, second.found, second.made) == (0, 1, 1, 0)
 
 
@@ -70,7 +70,7 @@ def _other(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut, _flip, _empty, _other, Path.unlink])
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-def test_a_damaged_entry_is_computed_again(damage: Any, suffix: str, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_recomputed(damage: Any, suffix: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     path = cache.tensors(KEY, lambda: ENTRIES)
     assert path is not None
@@ -81,7 +81,7 @@ def test_a_damaged_entry_is_computed_again(damage: Any, suffix: str, tmp_path: P
     assert path.read_bytes() == before
 
 
-def test_a_changed_value_is_computed_again(tmp_path: Path) -> None:
+def test_a_changed_value_is_recomputed(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.value(KEY, lambda: 0.5)
     (path,) = tmp_path.iterdir()
@@ -100,7 +100,7 @@ def test_an_entry_of_another_key_is_not_used(tmp_path: Path) -> None:
     assert cache.value(KEY, lambda: 1) == 1
 
 
-def test_jobs_that_race_all_get_the_tensors(tmp_path: Path) -> None:
+def test_concurrent_jobs_all_get_the_tensors(tmp_path: Path) -> None:
     def job(_: int) -> Path | None:
         return Cache(tmp_path, 10**6).tensors(KEY, lambda: ENTRIES)
 
@@ -163,7 +163,7 @@ def test_files_of_a_killed_job_are_removed_after_a_day(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*.partial")] == [".new.partial"]
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPMQ_CACHE", "~/here")
     assert cache_folder() == Path("~/here").expanduser()
     monkeypatch.delenv("EPMQ_CACHE")

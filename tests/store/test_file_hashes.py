@@ -45,7 +45,7 @@ def test_a_file_is_read_once_and_again_after_a_change(
     assert len(reads) == 1
     times = path.stat()
     path.write_bytes(b"two")
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # size and time of writing are as before
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size and modification time as before
     assert FileHashes(tmp_path / "known").file(path) == hashlib.sha256(b"two").hexdigest()
     assert len(reads) == 2
 

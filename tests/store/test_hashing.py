@@ -1,4 +1,4 @@
-"""Oracle: any change of a tensor, or of the cut of parts, changes the hash."""
+"""Oracle: any change of a tensor, or of the boundaries between parts, changes the hash."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_hashes_of_tensors_depend_on_name_type_shape_and_value() -> None:
     )
 
 
-def test_the_cut_of_parts_counts() -> None:
+def test_hashes_depend_on_the_boundaries_between_parts() -> None:
     assert len({hash_parts(parts) for parts in ([b"ab"], [b"a", b"b"], [b"b", b"a"], [b"ab", b""])}) == 4

@@ -15,8 +15,8 @@ from epmq_cli.store.safetensors_writer import NAMES, Entry, of, write_file, writ
 
 
 def tensors() -> dict[str, Tensor]:
-    """One of every type, odd numbers of items, a scalar, an empty one, one that is not contiguous and a
-    single item with the stride that transposing left it."""
+    """One of every type, odd numbers of items, a scalar, an empty tensor, a non-contiguous one, and one with a
+    single item and the strides of a transposed tensor."""
     rows = 10 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     found = {f"part.{NAMES[dtype]}": rows.to(dtype) for dtype in NAMES}
     return {
@@ -58,7 +58,7 @@ def test_tensors_within_the_limit_are_one_file_without_index(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_each_tensor_is_computed_once_and_in_turn(tmp_path: Path) -> None:
+def test_each_tensor_is_computed_once_and_in_order(tmp_path: Path) -> None:
     made: list[str] = []
 
     def entry(name: str) -> Entry:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.data.batching import ALL, Batch, Collate, split
 from epmq_cli.data.suite import Task
-from epmq_cli.errors import ConfigError, ModelError, first_line, shown
+from epmq_cli.errors import ConfigError, ModelError, first_line, literal
 from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.families.tasks.adapter import Features, Head, Predict, TaskAdapter
 from epmq_cli.models.processor_folder import Processor
@@ -35,7 +35,7 @@ class GeneratedText(TaskAdapter):
         if not task.classes and task.metric != "spearman":
             raise ConfigError(
                 f"suite.tasks.{task.name}.classes must be the answers in label order for the metric {task.metric}, "
-                f"got {shown(task.classes)}"
+                f"got {literal(task.classes)}"
             )
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
@@ -99,8 +99,8 @@ def _check_answering(model: Any) -> None:
     for name, number in {**ids, "eos_token_id": model.config.eos_token_id}.items():
         if not isinstance(number, int) or not 0 <= number < model.config.vocab_size:
             raise ModelError(
-                f"the generation_config.json or config.json of the base has a {name} of {shown(number)}, which must be "
-                f"one of the model's {model.config.vocab_size} tokens; fetch it again"
+                f"the generation_config.json or config.json of the base has a {name} of {literal(number)}, which must "
+                f"be one of the model's {model.config.vocab_size} tokens; fetch it again"
             )
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from epmq_cli.data.batching import Collate
 from epmq_cli.data.suite import Task
-from epmq_cli.errors import ConfigError, ModelError, shown
+from epmq_cli.errors import ConfigError, ModelError, literal
 from epmq_cli.families.heads import zero_shot
 from epmq_cli.families.processors import images, tokens
 from epmq_cli.families.tasks.adapter import Head, TaskAdapter
@@ -41,7 +41,7 @@ class ZeroShot(TaskAdapter):
         if not task.classes or not task.templates:
             raise ConfigError(
                 f"suite.tasks.{task.name} needs classes and templates, which make its head, got "
-                f"{shown(task.classes)} and {shown(task.templates)}"
+                f"{literal(task.classes)} and {literal(task.templates)}"
             )
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
@@ -64,7 +64,7 @@ class ZeroShot(TaskAdapter):
             encoding = tokenizer(texts, padding=True, truncation=True)
             if not _ends(encoding["input_ids"], end):
                 raise ModelError(
-                    f"{base / 'config.json'} has a text_config.eos_token_id of {shown(end)}, the token at which text "
+                    f"{base / 'config.json'} has a text_config.eos_token_id of {literal(end)}, the token at which text "
                     "embeddings are read, and the tokenizer beside it does not end texts with it; fetch both again"
                 )
             embedding: Tensor = model.get_text_features(**encoding.to(device)).pooler_output  # type: ignore[operator]

@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-from epmq_cli.errors import ModelError, shown
+from epmq_cli.errors import ModelError, literal
 from epmq_cli.models.model_folder import read_json
 from epmq_cli.runtime.console import log
 
@@ -155,7 +155,7 @@ class AdapterConfig:
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             raise ModelError(
                 f"{self.role}: trainable_token_indices in {self.path / CONFIG} must list the token ids of {module}, "
-                f"got {shown(self.values.get('trainable_token_indices'))}; fetch the adapter again"
+                f"got {literal(self.values.get('trainable_token_indices'))}; fetch the adapter again"
             )
         return rows
 
@@ -167,7 +167,7 @@ def read_config(path: Path, role: str) -> AdapterConfig:
     if kind != "LORA":
         way = UNMERGEABLE if kind in PROMPTS else REMEDY
         raise ModelError(
-            f"{role}: {path} is an adapter of type {shown(kind)}, but epmq merges adapters of type LORA only; {way}"
+            f"{role}: {path} is an adapter of type {literal(kind)}, but epmq merges adapters of type LORA only; {way}"
         )
     for option, way in REFUSED.items():
         if values.get(option):
@@ -175,7 +175,7 @@ def read_config(path: Path, role: str) -> AdapterConfig:
     for option in SWITCHES:
         if not isinstance(values.get(option), bool | None):
             raise ModelError(
-                f"{role}: {option} in {path / CONFIG} must be true or false, got {shown(values[option])}; fetch the "
+                f"{role}: {option} in {path / CONFIG} must be true or false, got {literal(values[option])}; fetch the "
                 "adapter again"
             )
     _check_modules(path, role, values)
@@ -196,7 +196,7 @@ def _init(path: Path, role: str, values: dict[str, Any]) -> str | None:
         names = ", ".join([*(name for name in UNCHANGED if isinstance(name, str)), *RESIDUALS])
         raise ModelError(
             f"{role}: init_lora_weights in {path / CONFIG} must be true, false or one of {names}, got "
-            f"{shown(setting)}; {REMEDY}"
+            f"{literal(setting)}; {REMEDY}"
         )
     raise ModelError(
         f"{role}: {path} is a LoRA adapter with init_lora_weights={setting}, which changed the base's weights before "
@@ -211,14 +211,14 @@ def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
     saved = values.get("modules_to_save")
     if not isinstance(saved, list | None):
         raise ModelError(
-            f"{role}: modules_to_save in {path / CONFIG} must be a list of modules, got {shown(saved)}; fetch the "
+            f"{role}: modules_to_save in {path / CONFIG} must be a list of modules, got {literal(saved)}; fetch the "
             "adapter again"
         )
     targets = values.get("target_parameters") or []
     odd = [target for target in targets if not str(target).endswith("weight")] if isinstance(targets, list) else [1]
     if odd:
         raise ModelError(
-            f"{role}: {path} is a LoRA adapter with target_parameters {shown(targets)}, but epmq merges only those "
+            f"{role}: {path} is a LoRA adapter with target_parameters {literal(targets)}, but epmq merges only those "
             f"that are the weight of a module; {REMEDY}"
         )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from epmq_cli.config.validate import check_choice
-from epmq_cli.errors import ConfigError, shown
+from epmq_cli.errors import ConfigError, literal
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
@@ -39,7 +39,7 @@ class FormatOptions:
         check_choice("quant.format", self.format, KINDS)
         if self.format == "fp8":
             if self.bits != 8:
-                raise ConfigError(f"quant.format=fp8 needs bits=8, got bits={shown(self.bits)}")
+                raise ConfigError(f"quant.format=fp8 needs bits=8, got bits={literal(self.bits)}")
             return (self._named("fp8"),)
         return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
 
@@ -50,12 +50,12 @@ class FormatOptions:
         if len(formats) != 2 or formats[0].bits == formats[1].bits:
             raise ConfigError(
                 f"quant.format must be int, fp8, or a list of two formats with different bits such as [int4, fp8], "
-                f"got {shown(names)}"
+                f"got {literal(names)}"
             )
         if not formats[0].bits < self.bits < formats[1].bits:
             raise ConfigError(
-                f"bits must lie between {formats[0].bits} and {formats[1].bits} with quant.format={shown(names)}, "
-                f"got {shown(self.bits)}"
+                f"bits must lie between {formats[0].bits} and {formats[1].bits} with quant.format={literal(names)}, "
+                f"got {literal(self.bits)}"
             )
         if not self.symmetric:
             raise ConfigError("quant.symmetric=false takes one format; a mix of formats needs quant.symmetric=true")

@@ -1,4 +1,4 @@
-"""Oracle: the same rows in one call with many others, to the last bit."""
+"""Oracle: each row computed in one large batch, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 3, 5, 11, 12, ROWS - 1, ROWS, ROWS + 1)
 
 @pytest.mark.parametrize(("width", "out"), [(32, 64), (64, 32), (128, 384), (768, 96)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_rows_do_not_depend_on_how_many_there_are(width: int, out: int, bias: bool) -> None:
+def test_a_row_does_not_depend_on_the_batch_size(width: int, out: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear, rows = nn.Linear(width, out, bias=bias), torch.randn(1000, width)
     with torch.inference_mode(), batch_invariant(linear):
@@ -26,7 +26,7 @@ def test_rows_do_not_depend_on_how_many_there_are(width: int, out: int, bias: bo
         assert torch.equal(linear(rows[0]), whole[0])
 
 
-def test_modules_are_what_they_were_afterwards_and_copies_go_on_alone() -> None:
+def test_modules_are_restored_afterwards_and_copies_work_on_their_own() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     with pytest.raises(ValueError, match="inside"), batch_invariant(model):
         copied = copy.deepcopy(model)

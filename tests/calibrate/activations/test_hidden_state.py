@@ -16,7 +16,7 @@ from tests.helpers.hubs import config
 
 
 class Chain(nn.Module):
-    """Adds 1, 2 and 3 one after the other."""
+    """Adds 1, 2 and 3 in turn."""
 
     class Add(nn.Module):
         def __init__(self, number: int) -> None:
@@ -40,7 +40,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
-def test_inputs_are_those_of_the_modules_in_the_order_asked_for() -> None:
+def test_inputs_are_captured_in_the_requested_order() -> None:
     model = Chain()
     found = inputs([model.parts[2], model.parts[0]], lambda: model(torch.zeros(2)))
     assert [x.tolist() for x in found] == [[21, 21], [0, 0]]
@@ -48,7 +48,7 @@ def test_inputs_are_those_of_the_modules_in_the_order_asked_for() -> None:
     assert hooks(model) == 0
 
 
-def test_the_pass_ends_at_the_last_module_asked_for() -> None:
+def test_the_pass_stops_at_the_last_requested_module() -> None:
     model = Chain()
     inputs([model.parts[0], model.parts[1]], lambda: model(torch.zeros(2)))
     assert [part.called for part in model.parts] == [1, 0, 0]
@@ -69,9 +69,7 @@ def test_an_error_inside_the_pass_leaves_no_hook() -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "bert"])
-def test_streams_through_the_blocks_are_transformers_own_hidden_states(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_hidden_states_match_those_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
     job = make_job(config(request.getfixturevalue(f"{name}_hub")))
     models, model, _ = steps.open_models(job)
     batches = steps.calibration_batches(job, models.base.path)["first"]
@@ -91,7 +89,7 @@ def test_streams_through_the_blocks_are_transformers_own_hidden_states(
                 assert torch.equal(stream.mask, batch["attention_mask"] == 1)
 
 
-def test_of_a_block_that_gives_a_tuple_the_first_is_what_goes_on() -> None:
+def test_the_first_output_of_a_block_that_returns_a_tuple_is_carried_on() -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, str]:
             return x + scale * y, "attention"
@@ -100,18 +98,18 @@ def test_of_a_block_that_gives_a_tuple_the_first_is_what_goes_on() -> None:
     stream = HiddenState(torch.ones(2), calls, None, ActivationStore(math.inf))
     stream.finish(Pair())
     assert stream.hidden.tolist() == [4, 4]
-    given: list[object] = []
-    stream.finish(_Told(given))
-    assert given == ["attention"]
+    received: list[object] = []
+    stream.finish(Recorder(received))
+    assert received == ["attention"]
 
 
-class _Told(nn.Module):
-    """Writes down what it is given beside the stream."""
+class Recorder(nn.Module):
+    """Records its arguments after the hidden state."""
 
-    def __init__(self, given: list[object]) -> None:
+    def __init__(self, received: list[object]) -> None:
         super().__init__()
-        self.given = given
+        self.received = received
 
     def forward(self, x: Tensor, *others: object) -> Tensor:
-        self.given.extend(others)
+        self.received.extend(others)
         return x

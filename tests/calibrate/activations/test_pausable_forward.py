@@ -1,4 +1,4 @@
-"""Oracles: the model's own forward pass, and the calls that its modules count."""
+"""Oracles: the model's own forward pass, and call counters in its modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def called(model: Chain) -> list[int]:
     return [model.first.called, model.second.called, model.third.called]
 
 
-def test_a_pass_waits_in_front_of_modules_and_runs_through_each_once() -> None:
+def test_a_pass_pauses_before_modules_and_runs_each_once() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
         forward_pass = PausableForward(lambda: model(torch.zeros(2)))
@@ -52,16 +52,16 @@ def test_a_pass_waits_in_front_of_modules_and_runs_through_each_once() -> None:
     assert called(model) == [1, 1, 1]
 
 
-def test_what_is_changed_behind_a_waiting_pass_is_what_it_goes_on_with() -> None:
+def test_a_paused_pass_continues_with_changed_modules() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
-        passages = [PausableForward(lambda start=start: model(torch.full((1,), start))) for start in (0.0, 1000.0)]  # type: ignore[misc]
-        assert [float(forward_pass.run_until(["third"])) for forward_pass in passages] == [12, 2012]
+        passes = [PausableForward(lambda start=start: model(torch.full((1,), start))) for start in (0.0, 1000.0)]  # type: ignore[misc]
+        assert [float(forward_pass.run_until(["third"])) for forward_pass in passes] == [12, 2012]
         model.third.number = 500
-        assert [float(forward_pass.finish()) for forward_pass in passages] == [512, 2512]
+        assert [float(forward_pass.finish()) for forward_pass in passes] == [512, 2512]
 
 
-def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
+def test_captured_inputs_are_kept_until_the_pass_finishes() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
         forward_pass = PausableForward(lambda: model(torch.zeros(1)))
@@ -73,7 +73,7 @@ def test_inputs_that_are_wanted_are_kept_until_they_no_longer_are() -> None:
         assert forward_pass.captured == {}
 
 
-def test_passes_that_nothing_listens_to_just_run() -> None:
+def test_passes_without_pauses_run_through() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
         assert model(torch.zeros(1)).tolist() == [112]
@@ -81,7 +81,7 @@ def test_passes_that_nothing_listens_to_just_run() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_of_a_module_that_is_called_again_the_first_call_counts() -> None:
+def test_the_first_call_of_a_module_counts() -> None:
     model = Chain()
 
     def twice() -> Tensor:
@@ -104,7 +104,7 @@ def test_a_module_that_is_never_called_is_an_error() -> None:
             forward_pass.run_until(["second", "third"])
 
 
-def test_an_error_in_the_model_comes_out() -> None:
+def test_an_error_in_the_model_is_raised() -> None:
     model = Chain()
     with pause_hooks(model, NAMES):
         forward_pass = PausableForward(lambda: model(None))
@@ -112,7 +112,7 @@ def test_an_error_in_the_model_comes_out() -> None:
             forward_pass.run_until(["second"])
 
 
-def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
+def test_an_abandoned_pass_is_cleaned_up() -> None:
     model, left = Chain(), []
 
     def forward() -> Tensor:
@@ -130,7 +130,7 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind() -> None:
     assert left == [True]
 
 
-def test_what_waits_is_all_that_calls_hold_but_parameters_and_is_let_go_of_when_they_do() -> None:
+def test_held_tensors_are_those_of_the_paused_calls_except_parameters() -> None:
     model = Chain()
     weight, given, refs = nn.Parameter(torch.tensor(5.0), requires_grad=False), {"inside": (torch.tensor(6.0),)}, []
 

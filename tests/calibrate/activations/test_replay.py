@@ -1,5 +1,5 @@
-"""Oracle: plain forward hooks and a whole pass through the block for every step. Paused passes capture the same inputs,
-bit by bit, for every family."""
+"""Oracle: plain forward hooks and a whole pass through the block for every step. Paused passes capture the same
+inputs, bit by bit, for every family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.minihub import TIERED, build
 
 
 class Replay:
-    """One batch in front of a block. Every question runs the whole block again, from its start."""
+    """One batch before a block. Every method runs the whole block again from its start."""
 
     def __init__(self, hidden: Tensor, calls: list[Call]) -> None:
         self.hidden, self.calls = hidden, calls
@@ -35,7 +35,7 @@ class Replay:
         return module(self.hidden, *rest, **{name: self._value(value) for name, value in options.items()})
 
     def inputs(self, module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-        """The first input of each of these modules, in the order in which they are called."""
+        """The first input of each of these modules, in call order."""
         caught: dict[str, Tensor] = {}
 
         def catch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -51,7 +51,7 @@ class Replay:
         return caught
 
     def advance(self, module: nn.Module) -> None:
-        """Goes on to the next block."""
+        """Moves on to the next block."""
         output = self.run(module)
         self.output = output if isinstance(output, tuple) else (output,)
         self.hidden, self.calls = self.output[0], self.calls[1:]
@@ -69,7 +69,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def change(module: nn.Module, names: Sequence[str]) -> None:
-    """Stands for what a step is solved to: later steps read its outputs."""
+    """Stands for solving a step: later steps read the changed outputs."""
     generator = torch.Generator().manual_seed(len(names))
     for name in names:
         for parameter in module.get_submodule(name).parameters():
@@ -92,7 +92,7 @@ def test_paused_passes_capture_what_a_replay_with_hooks_captures(folder: Path) -
 
 
 def check_section(stack: Stack, section: Section, streams: Sequence[Any], replays: Sequence[Replay]) -> int:
-    """Compares every step's inputs, and the section's output; how many inputs were compared."""
+    """Compares the inputs of every step and the output of the section; returns the number of inputs compared."""
     compared, module = 0, section.module
     with pause_hooks(module, section.modules):
         for index, step in enumerate(section.steps):

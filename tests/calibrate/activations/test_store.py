@@ -1,4 +1,4 @@
-"""Oracle: what is unpacked is what was parked, to the last bit."""
+"""Oracle: a tensor is equal before and after it is offloaded, bit for bit."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def rows(count: int, seed: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
-def test_beyond_the_budget_tensors_go_to_files_and_come_back_the_same(tmp_path: Path) -> None:
+def test_tensors_beyond_the_budget_go_to_files_and_come_back_equal(tmp_path: Path) -> None:
     given = [rows(100, seed) for seed in range(4)]
     held = [tensor.clone() for tensor in given]
     with ActivationStore(1000, tmp_path) as store:
@@ -29,7 +29,7 @@ def test_beyond_the_budget_tensors_go_to_files_and_come_back_the_same(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_that_share_memory_are_kept_once(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
     whole = rows(100, 0)
     wanted, half = whole.clone(), whole[50:].view(5, 10)
     for budget, size in ((1000, 400), (0, 0)):
@@ -53,9 +53,9 @@ def test_tensors_of_every_type_and_layout_come_back(dtype: torch.dtype, tmp_path
     assert torch.equal(tensor, wanted)
 
 
-def test_what_the_process_has_counts_whatever_waits(tmp_path: Path) -> None:
-    """The budget above what the process had at first: the second tensor finds it used up by others, the third does
-    not."""
+def test_the_memory_of_the_whole_process_counts(tmp_path: Path) -> None:
+    """The budget is on top of the memory at the start. When the second tensor arrives, other memory has used it up;
+    when the third arrives, it has not."""
     had = iter([1 << 30, 1 << 30, (1 << 30) + 2000, (1 << 30) + 2000, (1 << 30) + 1000])
     with ActivationStore(1000, tmp_path, lambda: next(had)) as store:
         tensors = [rows(10, seed) for seed in range(3)]
@@ -65,16 +65,16 @@ def test_what_the_process_has_counts_whatever_waits(tmp_path: Path) -> None:
         assert (store.used, store.spilled) == (80, 40)
 
 
-def test_holes_that_the_system_can_take_back_are_no_reason_to_write_files(tmp_path: Path) -> None:
+def test_freed_memory_that_the_allocator_keeps_does_not_count(tmp_path: Path) -> None:
     had = iter([0, HOLES + 2000, 500, HOLES, HOLES + 600, 700])
     with ActivationStore(1000, tmp_path, lambda: next(had)) as store:
         for seed in range(3):
             store.offload([rows(10, seed)])
-        assert (store.used, store.spilled) == (80, 40)  # the second one finds holes too few to look for
+        assert (store.used, store.spilled) == (80, 40)  # the second finds too little to trim
     assert next(had, None) is None
 
 
-def test_what_is_held_takes_room_until_it_is_released(tmp_path: Path) -> None:
+def test_held_bytes_count_until_they_are_released(tmp_path: Path) -> None:
     with ActivationStore(100, tmp_path) as store:
         assert store.hold(70)
         assert not store.hold(40)

@@ -1,4 +1,5 @@
-"""Oracles: sums of the bytes drawn, invariants of the sampling, the bars the shipped models were made to meet."""
+"""Oracles: sums of the drawn bytes, invariants of the sampling, the scores that the shipped models were trained to
+reach."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("task", CLASSES)
-def test_same_pictures_as_when_the_experts_were_trained(task: str) -> None:
+def test_the_pictures_are_those_that_the_experts_were_trained_on(task: str) -> None:
     pixels, labels = images(task, "train", 20)
     assert int(pixels.astype(np.int64).sum()) == pytest.approx(DRAWN[task][0], rel=1e-5)
     assert zlib.crc32(labels.tobytes()) == DRAWN[task][1]
 
 
 @pytest.mark.parametrize("task", CLASSES)
-def test_a_longer_list_begins_with_the_shorter_one(task: str) -> None:
+def test_a_longer_list_starts_with_the_shorter_one(task: str) -> None:
     few, few_labels = images(task, "test", 30)
     many, many_labels = images(task, "test", 100)
     assert np.array_equal(few, many[:30])
@@ -68,7 +69,7 @@ def test_load_returns_pictures_and_labels() -> None:
     assert torch.equal(samples.labels, torch.from_numpy(labels))
 
 
-def test_a_count_takes_the_first_or_drawn_ones() -> None:
+def test_a_count_takes_the_first_pictures_or_a_draw() -> None:
     source = Tiny(task="counts", train=30, test=7)
     first, drawn = source.load("train", 5), source.load("train", 5, seed=2)
     pixels, labels = images("counts", "train", 30)
@@ -112,7 +113,7 @@ def test_the_tokenizer_ends_prompts_where_the_text_tower_reads() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", CLASSES)
-def test_each_expert_scores_90_and_more_than_the_base(task: str) -> None:
+def test_each_expert_scores_at_least_90_and_beats_the_base(task: str) -> None:
     clip = CLIPModel.from_pretrained(SHIPPED / "base", dtype=torch.float32)
     expert = CLIPVisionModel.from_pretrained(SHIPPED / "experts" / task, dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "base")
@@ -135,8 +136,8 @@ def test_each_expert_scores_90_and_more_than_the_base(task: str) -> None:
     assert accuracy(clip.vision_model) <= accuracy(expert) - 0.15
 
 
-def test_subjects_on_plain_ground_have_two_colours_far_apart_and_either_may_be_the_brighter() -> None:
-    """As on the split that the base learnt from."""
+def test_subjects_on_plain_ground_have_two_distant_colours_in_either_order() -> None:
+    """Like the split that the base was trained on. Either colour may be the brighter one."""
     numbers = np.random.default_rng(0).random((64, draw.COLUMNS))
     one, other = draw._two_colours(draw.Dice(numbers))
     assert one.shape == other.shape == (64, 1, 3)

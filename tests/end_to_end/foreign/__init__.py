@@ -1,1 +1,1 @@
-"""What strangers bring: folders of users in many forms, each either taken and right, or refused in one sentence."""
+"""Model folders of users in many forms: each is either merged correctly or refused in one sentence."""

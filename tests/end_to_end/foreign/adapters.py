@@ -1,4 +1,4 @@
-"""The axis "adapters": what PEFT trains and saves, and the model that PEFT itself makes of it."""
+"""The axis "adapters": what PEFT trains and saves, and the merged model of PEFT itself."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _tied(kind: Kind) -> bool:
 
 
 def _one_headed(kind: Kind) -> bool:
-    """PEFT refuses to adapt a linear of the head that it saves whole, as it does with two of them."""
+    """PEFT cannot adapt a linear of a head that it saves as a whole; it also fails with two such linears."""
     return _not_gpt2(kind) and kind.name != "distilbert"
 
 
 def _tied_decoder(kind: Kind) -> bool:
-    """In PEFT, T5's stacks do not read the adapter of the table that they share."""
+    """In PEFT, the stacks of T5 do not use the adapter of their shared table."""
     return kind.tied and kind.is_decoder
 
 
@@ -55,8 +55,8 @@ def _gpt2(kind: Kind) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter trains. `options`: of LoraConfig. `store`: what becomes of the folder that PEFT wrote.
-    `may_be_refused`: why a refusal is right as well, if it is."""
+    """The parts that an adapter trains. `options`: of LoraConfig. `store`: changes the folder that PEFT wrote.
+    `may_be_refused`: why a refusal is correct too, if it is."""
 
     options: Options = _nothing
     store: Callable[[Path], Path] = field(default=lambda folder: folder)
@@ -65,13 +65,13 @@ class Adapter:
 
 
 def _with_config(folder: Path) -> Path:
-    """With the base's config.json beside it, as some trainers leave it."""
+    """Adds the base's config.json, like some trainers."""
     shutil.copyfile(folder.parent / "base-config.json", folder / "config.json")
     return folder
 
 
 def _pickled(folder: Path) -> Path:
-    """With weights as older versions of PEFT wrote them."""
+    """Stores the weights in the format of older PEFT versions."""
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     return folder
@@ -129,15 +129,15 @@ ADAPTERS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter's folder, and the model that PEFT makes of it, merged."""
+    """An adapter's folder, and the merged model of PEFT."""
 
     path: Path
     model: Any
 
 
 def trained(kind: Kind, name: str, base: Path, place: Path, which: str = "a", cast: Form = plain) -> Trained:
-    """An adapter of the base, trained from another seed for each of the experts; written to `place`. `cast`: to the
-    types that the base is stored in."""
+    """Writes an adapter of the base to `place`; each expert has its own seed. `cast`: converts to the types that the
+    base is stored in."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     adapter, seed = ADAPTERS[name], {"a": 1, "b": 2}[which]
@@ -150,7 +150,7 @@ def trained(kind: Kind, name: str, base: Path, place: Path, which: str = "a", ca
         _train(wrapped, seed)
         wrapped.eval().peft_config["default"].base_model_name_or_path = str(base)
         wrapped.save_pretrained(place)
-        reloaded = PeftModel.from_pretrained(_start(kind, cast), place).eval()  # what a user would get
+        reloaded = PeftModel.from_pretrained(_start(kind, cast), place).eval()  # the model that a user would get
         merged = _untied(kind, copy.deepcopy(reloaded)).merge_and_unload()
     shutil.copyfile(base / "config.json", place.parent / "base-config.json")
     _check_same(kind, merged.eval(), reloaded.base_model.model)
@@ -158,7 +158,7 @@ def trained(kind: Kind, name: str, base: Path, place: Path, which: str = "a", ca
 
 
 def _start(kind: Kind, cast: Form) -> Any:
-    """What the adapter is trained on: the base with its head, or the tower alone."""
+    """The model that the adapter is trained on: the base with its head, or the tower alone."""
     whole = copy.deepcopy(model(kind.name, "base"))
     with torch.no_grad():
         for name, rounded in cast(kind, dict(whole.named_parameters())).items():
@@ -167,7 +167,7 @@ def _start(kind: Kind, cast: Form) -> Any:
 
 
 def _untied(kind: Kind, wrapped: Any) -> Any:
-    """The same with an output layer of its own: merged into a tied one, an adapter of the table would be in both."""
+    """The same model with a separate output layer: in a tied one, the adapter of the table would change both."""
     if kind.is_decoder or kind.family == "t5":
         for module in wrapped.base_model.model.lm_head.modules():
             if "weight" in dict(module.named_parameters(recurse=False)):
@@ -176,7 +176,7 @@ def _untied(kind: Kind, wrapped: Any) -> Any:
 
 
 def _check_same(kind: Kind, merged: Any, unmerged: Any) -> None:
-    """The model must say what the one with the adapter in it says, which is what was trained."""
+    """Asserts that the merged model and the model with the adapter have equal outputs."""
     own, live = (outputs(kind, made if kind.name == "clip" else body_of(kind, made)) for made in (merged, unmerged))
     assert torch.allclose(own, live, rtol=1e-4, atol=1e-4), float((own - live).abs().max())
 

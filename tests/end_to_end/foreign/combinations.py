@@ -1,4 +1,4 @@
-"""Which user folders there are: one for each value of each axis and kind, and draws that mix the axes."""
+"""The combinations of user folders: one for each value of each axis and kind, and draws that mix the axes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from tests.end_to_end.foreign.adapters import ADAPTERS
 from tests.end_to_end.foreign.kinds import KINDS, Kind
 from tests.end_to_end.foreign.savings import SAVINGS
 from tests.end_to_end.foreign.wrappers import WRAPPERS
+from tests.helpers.tiers import covering
 
-MIXED = 60  # draws that mix a way of saving with a wrapper or an adapter
+MIXED = 60  # number of draws that mix a saving with a wrapper or an adapter
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One base with one expert, as a user could have them."""
+    """One base with one expert, in a form that a user could have."""
 
     kind: str
     saving: str = "plain"
@@ -28,7 +29,7 @@ class Combination:
 
     @property
     def may_be_refused(self) -> str | None:
-        """Why a refusal is right as well; None where it must be taken."""
+        """Why a refusal is correct too; None if the combination must be merged."""
         kind, saving = KINDS[self.kind], SAVINGS[self.saving]
         if self.adapter != "none":
             adapter = ADAPTERS[self.adapter]
@@ -38,7 +39,7 @@ class Combination:
 
 
 def _lacking(kind: Kind, combination: Combination) -> str | None:
-    """What is refused of some kinds alone."""
+    """Refusals that concern some kinds only."""
     if kind.family == "t5" and combination.saving in ("buffers-base", "buffers-expert"):
         return "a table of positions that one of the two does not have"
     if combination.adapter == "all-linear" and kind.name in ("vit", "deberta", "modernbert"):
@@ -47,7 +48,7 @@ def _lacking(kind: Kind, combination: Combination) -> str | None:
 
 
 def every() -> list[Combination]:
-    """All combinations, in an order that never changes."""
+    """All combinations, in a fixed order."""
     found = [*_savings(), *_wrappers(), *_adapters()]
     return list(dict.fromkeys([*found, *_mixed()]))
 
@@ -78,7 +79,7 @@ def _adapters() -> list[Combination]:
 
 
 def _mixed() -> list[Combination]:
-    """Draws of a way of saving and a wrapper, or of a way of saving the base and an adapter."""
+    """Draws of a saving and a wrapper, or of a saving of the base and an adapter."""
     draw, found = random.Random(18), []
     ways = [made for made in _savings() if made.saving not in ("plain", "bin", "bin-shards")]
     while len(found) < MIXED:
@@ -94,11 +95,5 @@ def _mixed() -> list[Combination]:
 
 
 def quick(combinations: list[Combination]) -> set[Combination]:
-    """Of every second value of each axis one combination, the kinds taking turns: those of the default tier."""
-    found: dict[tuple[str, str], list[Combination]] = {}
-    for made in combinations:
-        for axis, value in (("saving", made.saving), ("wrapper", made.wrapper), ("adapter", made.adapter)):
-            if value not in ("plain", "none") and not (axis == "saving" and value == "pt" and made.wrapper != "none"):
-                found.setdefault((axis, value), []).append(made)
-    order = enumerate([*found.values()][::2])
-    return {choices[(3 * number) % len(choices)] for number, choices in order}
+    """The default tier: combinations that have each value of each axis at least once."""
+    return covering(combinations, ("saving", "wrapper", "adapter"))

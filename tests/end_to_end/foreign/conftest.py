@@ -1,4 +1,4 @@
-"""What the tests on users' folders share."""
+"""Fixtures of the tests on users' folders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Conclude = Callable[[Verdict], None]
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where models are saved that several combinations have in common."""
+    """The folder for models that several combinations share."""
     return tmp_path_factory.mktemp("foreign")
 
 
 @pytest.fixture
 def conclude(request: pytest.FixtureRequest) -> Conclude:
-    """Counts a verdict for the report, and fails unless the combination was taken or rightly refused."""
+    """Counts a verdict for the report, and fails unless the combination was merged correctly or refused correctly."""
 
     def concluded(verdict: Verdict) -> None:
         request.node.user_properties.append((FOREIGN, verdict.outcome))

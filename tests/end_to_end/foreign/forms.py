@@ -1,4 +1,4 @@
-"""Ways of saving a model: what tensors are called, which are stored, in which types, and in which files."""
+"""Ways to save a model: the names of tensors, which ones are stored, their types, and the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.end_to_end.foreign.kinds import Kind, body_of, model, quiet
 
 Tensors = dict[str, Tensor]
 Form = Callable[[Kind, Tensors], Tensors]
-"""Changes what is stored of a model."""
+"""Changes the stored tensors of a model."""
 
 PRETRAINING = {"bert": "BertForPreTraining", "roberta": "RobertaForMaskedLM", "distilbert": "DistilBertForMaskedLM"}
 PRETRAINING |= {"deberta": "DebertaV2ForMaskedLM"}
@@ -26,7 +26,7 @@ PRETRAINING |= {"deberta": "DebertaV2ForMaskedLM"}
 
 @cache
 def saved(kind: Kind, which: str, role: str, store: Path) -> Path:
-    """What save_pretrained of transformers writes of a model in a role, in `store`, once.
+    """The folder that save_pretrained writes for a model in a role; written once to `store`.
 
     Roles: "whole", the model with its head; "body", the encoder or tower alone; "pretraining", the encoder with the
     head that it was trained with, which is tied to the table.
@@ -36,7 +36,7 @@ def saved(kind: Kind, which: str, role: str, store: Path) -> Path:
     with quiet():
         made = whole if role == "whole" else body_of(kind, whole) if role == "body" else _pretraining(kind, whole)
         made.save_pretrained(folder)
-    if kind.name == "t5v1.1":  # transformers 5 writes that it is tied
+    if kind.name == "t5v1.1":  # transformers 5 writes true
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     return folder
@@ -53,7 +53,7 @@ def _pretraining(kind: Kind, whole: object) -> object:
 
 
 def copies(kind: Kind, tensors: Tensors) -> dict[str, str]:
-    """The tensors that a model of this kind is tied by: copy -> source, by their names in files."""
+    """The tied tensors of this kind: copy -> source, by their names in files."""
     if kind.family == "t5":
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         return dict.fromkeys(names if kind.tied else names[:2], "shared.weight")
@@ -66,23 +66,23 @@ def copies(kind: Kind, tensors: Tensors) -> dict[str, str]:
 
 
 def plain(kind: Kind, tensors: Tensors) -> Tensors:
-    """As they are."""
+    """Unchanged."""
     return tensors
 
 
 def twice(kind: Kind, tensors: Tensors) -> Tensors:
-    """Tied tensors under all of their names."""
+    """Stores tied tensors under all of their names."""
     return tensors | {copy: tensors[source].clone() for copy, source in copies(kind, tensors).items()}
 
 
 def copy_only(kind: Kind, tensors: Tensors) -> Tensors:
-    """Tied tensors under all of their names but the one that the others are tied to."""
+    """Stores tied tensors under all names except that of the source."""
     sources = set(copies(kind, tensors).values())
     return {name: tensor for name, tensor in twice(kind, tensors).items() if name not in sources}
 
 
 def live(kind: Kind, tensors: Tensors) -> Tensors:
-    """Under the names of the modules in memory, where files have older ones, as torch.save(model.state_dict()) has."""
+    """Uses the names of the modules in memory, like torch.save(model.state_dict()), where files have older names."""
     for old, new in LIVE.get(kind.name, ()):
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
     return tensors
@@ -102,7 +102,7 @@ LIVE = {
 
 
 def gamma_beta(kind: Kind, tensors: Tensors) -> Tensors:
-    """Layer norms as they were called in the first files of BERT."""
+    """Uses the names of layer norms in the first files of BERT."""
     renamed = (
         (name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"), tensor)
         for name, tensor in tensors.items()
@@ -111,12 +111,10 @@ def gamma_beta(kind: Kind, tensors: Tensors) -> Tensors:
 
 
 def bfloat16(kind: Kind, tensors: Tensors) -> Tensors:
-    """In bfloat16."""
     return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def float16(kind: Kind, tensors: Tensors) -> Tensors:
-    """In float16."""
     return {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
 
 
@@ -126,7 +124,7 @@ def mixed(kind: Kind, tensors: Tensors) -> Tensors:
 
 
 def buffers(kind: Kind, tensors: Tensors) -> Tensors:
-    """With what older versions of transformers stored too, and today's do not read."""
+    """Adds buffers that older versions of transformers stored and current ones ignore."""
     extra: Tensors = {}
     if kind.is_decoder and kind.name != "gpt2":
         layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
@@ -148,17 +146,17 @@ def _prefix(kind: Kind, tensors: Tensors) -> str:
 
 
 def compose(*forms: Form) -> Form:
-    """One after the other."""
+    """Applies the forms in order."""
     return lambda kind, tensors: reduce(lambda found, form: form(kind, found), forms, tensors)
 
 
 def prefixed(prefix: str) -> Form:
-    """With a wrapper's prefix before every name."""
+    """Puts a wrapper's prefix before every name."""
     return lambda kind, tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def inside(wrapper: str) -> Form:
-    """With a wrapper around each layer, as torch.compile and FSDP put them there."""
+    """Puts a wrapper around each layer, like torch.compile and FSDP."""
 
     def wrapped(kind: Kind, tensors: Tensors) -> Tensors:
         return {
@@ -170,7 +168,7 @@ def inside(wrapper: str) -> Form:
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors come into files: `write` gives the path that a suite names."""
+    """How tensors are written to files. `write` returns the path that a suite names."""
 
     write: Callable[[Path, Tensors, Path], Path]
 
@@ -226,7 +224,7 @@ def _pickled(key: str | None) -> Callable[[Path, Tensors, Path], Path]:
 
 
 def _beside(place: Path, template: Path) -> None:
-    """Everything of a folder but its weights."""
+    """Copies everything in a folder except its weights."""
     shutil.copytree(template, place, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
 
 
@@ -240,6 +238,6 @@ BIN, SHARDED_BIN = Layout(_bin), Layout(_sharded_bin)
 
 
 def read(folder: Path) -> Tensors:
-    """All tensors of a model folder of safetensors."""
+    """All tensors of a safetensors model folder."""
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "heads.safetensors"]
     return {name: tensor for path in files for name, tensor in load_file(path).items()}

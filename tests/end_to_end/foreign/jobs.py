@@ -1,4 +1,5 @@
-"""Which jobs of `epmq run` a user may have: processors, labels and sources of each kind, and what must come out."""
+"""The jobs of `epmq run` that a user may have: processors, labels and sources of each kind, and the expected
+results."""
 
 from __future__ import annotations
 
@@ -14,8 +15,17 @@ from tests.end_to_end.foreign.kinds import KINDS, Kind, body_of, model, outputs,
 from tests.end_to_end.foreign.labels import LABELS, Labels
 from tests.end_to_end.foreign.processors import PROCESSORS, write_base
 from tests.end_to_end.foreign.speakers import ASKED, CLASS_ORDERS, SPEAKERS, answer_data, clip_data, running_text
-from tests.end_to_end.foreign.tasks import SOURCES, clear, pictures, spread_out, texts, write_classes, write_table
+from tests.end_to_end.foreign.tasks import (
+    SOURCES,
+    balance_predictions,
+    clear,
+    pictures,
+    texts,
+    write_classes,
+    write_table,
+)
 from tests.end_to_end.foreign.users import suite
+from tests.helpers.tiers import covering
 
 CLASSIFIERS = ("bert", "roberta", "distilbert", "deberta", "vit")
 NONE = "none"
@@ -23,7 +33,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Job:
-    """One task with its expert, as a user could have it."""
+    """One task with its expert, in a form that a user could have."""
 
     kind: str
     processor: str
@@ -35,13 +45,13 @@ class Job:
 
     @property
     def may_be_refused(self) -> str | None:
-        """Why a refusal is right as well; None where it must be taken."""
+        """Why a refusal is correct too; None if the job must run."""
         labels = LABELS[self.labels].may_be_refused if self.labels in LABELS else ASKED.get(self.labels)
         return PROCESSORS[self.processor].may_be_refused or labels
 
 
 def every_job() -> list[Job]:
-    """All of them, in an order that never changes."""
+    """All jobs, in a fixed order."""
     found = [job for name in CLASSIFIERS for job in _of_classifier(KINDS[name])]
     for kind in (KINDS[name] for name in SPEAKERS):
         names = [name for name, processor in PROCESSORS.items() if processor.applies(kind)]
@@ -51,7 +61,7 @@ def every_job() -> list[Job]:
 
 
 def _of_classifier(kind: Kind) -> list[Job]:
-    """Each processor with class numbers and with permuted names, all labels and sources with the same processor."""
+    """Each processor with class numbers and with permuted names; all labels and sources with the same processor."""
     same = "pixels-same" if kind.name == "vit" else "same"
     names = [name for name, processor in PROCESSORS.items() if processor.applies(kind)]
     found = [Job(kind.name, name, labels) for name in names for labels in ("numbers", "permuted")]
@@ -60,17 +70,13 @@ def _of_classifier(kind: Kind) -> list[Job]:
 
 
 def quick_jobs(jobs: list[Job]) -> set[Job]:
-    """Of every second value of each axis one job, the kinds taking turns."""
-    found: dict[tuple[str, str], list[Job]] = {}
-    for job in jobs:
-        for axis in ("processor", "labels", "source"):
-            found.setdefault((axis, getattr(job, axis)), []).append(job)
-    return {choices[(7 * number) % len(choices)] for number, choices in enumerate([*found.values()][::2])}
+    """The default tier: jobs that have each value of each axis at least once."""
+    return covering(jobs, ("processor", "labels", "source"))
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a user has, and what must come of it: the expert's merged part, what it says, and its score."""
+class PreparedJob:
+    """The suite of a user, and the expected results: the expert's merged part, its outputs, and its score."""
 
     suite: dict[str, Any]
     parameters: dict[str, Tensor]
@@ -78,8 +84,8 @@ class Ready:
     score: float
 
 
-def ready(job: Job, place: Path) -> Ready:
-    """The folders of a job, whose labels are what the expert predicts with its own processor."""
+def prepare(job: Job, place: Path) -> PreparedJob:
+    """Writes the folders of a job. Its labels are the expert's predictions with its own processor."""
     kind = KINDS[job.kind]
     base, folder = place / "base", place / "expert"
     expert = copy.deepcopy(model(kind.name, "a"))
@@ -91,17 +97,17 @@ def ready(job: Job, place: Path) -> Ready:
     PROCESSORS[job.processor].write(base, folder)
     owner = folder if any(folder.iterdir()) else base
     if owner is folder:
-        expert.config.save_pretrained(folder)  # which AutoTokenizer asks for the kind of model
+        expert.config.save_pretrained(folder)  # AutoTokenizer reads the model type from it
     data, fields, score = _data(job, expert, base, owner, place)
     with quiet():
         (body_of(kind, expert) if kind.name == "clip" else expert).save_pretrained(folder)
     entry = suite(kind, base, {"task": folder}, data)
     entry["tasks"]["task"] |= fields
-    return Ready(entry, part(kind, expert), outputs(kind, body_of(kind, expert)), score)
+    return PreparedJob(entry, part(kind, expert), outputs(kind, body_of(kind, expert)), score)
 
 
 def _data(job: Job, expert: Any, base: Path, owner: Path, place: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """The entry of a suite for the data, further fields of the task, and the expert's score."""
+    """The suite entry of the data, further fields of the task, and the expert's score."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     kind = KINDS[job.kind]
@@ -110,7 +116,7 @@ def _data(job: Job, expert: Any, base: Path, owner: Path, place: Path) -> tuple[
         tokenizer = None if kind.name in ("vit", "clip") else AutoTokenizer.from_pretrained(owner)
     if kind.name == "clip":
         words, reader = AutoTokenizer.from_pretrained(base), copy.deepcopy(model("clip", "base"))
-        reader.vision_model.load_state_dict(expert.vision_model.state_dict())  # what is saved of the expert
+        reader.vision_model.load_state_dict(expert.vision_model.state_dict())  # the saved part of the expert
         data, classes = clip_data(job.labels, reader, processor, words, place)
         return data, {"classes": classes}, 1.0
     if kind.family == "t5":
@@ -145,6 +151,6 @@ def _pictures(labels: Labels, expert: Any, processor: Any, place: Path) -> dict[
 
 
 def _predicted(expert: Any, batch: dict[str, Tensor]) -> tuple[list[int], list[int]]:
-    spread_out(expert, batch)
+    balance_predictions(expert, batch)
     with torch.inference_mode(), quiet():
         return clear(expert(**batch).logits)

@@ -1,4 +1,4 @@
-"""Runs epmq on the folders of a user and judges what comes of it: taken and right, refused, or silently wrong."""
+"""Runs epmq on the folders of a user and judges the result: correct, refused, or silently wrong."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ TAKEN, REFUSED, WRONG = "taken", "refused", "silently wrong"
 BARRED, CRASHED, UNSAID = "refused though legitimate", "ended as a defect", "right without a word"
 NOTHING_SAID = "nothing was said"
 CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1e-2, 2e-3)}
-"""Relative and absolute, by the coarsest type that was given."""
+"""Relative and absolute tolerance, by the coarsest type of the inputs."""
 CHOICES = {"suite": "foreign", "merge": "average", "guidance": "merged", "quant": "none"}
 QUICK = ("group_size=-1", "device=cpu", "calib.samples=4", "calib.batch_size=4", "cache=false", "merge=average")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a combination, and why."""
+    """The outcome of a combination, and the reason."""
 
     outcome: str
     detail: str = ""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a command made: its checkpoint, what it said, and its metrics.json."""
+class CommandResult:
+    """The results of a command: its checkpoint, its messages, and its metrics.json."""
 
     checkpoint: Path
     said: str
@@ -57,18 +57,20 @@ def _config(command: str, *overrides: str) -> DictConfig:
         return compose(command, overrides=["suite=tiny", "out=unused", *overrides])
 
 
-def merged(suite: Mapping[str, Any], folder: Path) -> Made:
-    """What `epmq merge merge=average` makes of a suite."""
-    return _made(suite, folder, _config("merge", "merge=average"), lambda cfg: merge(cfg, folder, []))
+def run_merge(suite: Mapping[str, Any], folder: Path) -> CommandResult:
+    """The results of `epmq merge merge=average` on a suite."""
+    return _run_command(suite, folder, _config("merge", "merge=average"), lambda cfg: merge(cfg, folder, []))
 
 
-def ran(suite: Mapping[str, Any], folder: Path, *overrides: str) -> Made:
-    """What `epmq run` without quantization makes of a suite."""
+def run_unquantized(suite: Mapping[str, Any], folder: Path, *overrides: str) -> CommandResult:
+    """The results of `epmq run` without quantization on a suite."""
     cfg = _config("run", *QUICK, "quant=none", "guidance=merged", *overrides)
-    return _made(suite, folder, cfg, lambda cfg: run(cfg, folder, [], CHOICES))
+    return _run_command(suite, folder, cfg, lambda cfg: run(cfg, folder, [], CHOICES))
 
 
-def _made(suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Callable[[DictConfig], None]) -> Made:
+def _run_command(
+    suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Callable[[DictConfig], None]
+) -> CommandResult:
     own: Any = OmegaConf.create(OmegaConf.to_container(cfg))
     own.suite = dict(suite)
     folder.mkdir(parents=True)
@@ -83,16 +85,16 @@ def _made(suite: Mapping[str, Any], folder: Path, cfg: DictConfig, command: Call
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-    return Made(folder / "checkpoint", "\n".join(said), json.loads((folder / "metrics.json").read_text()))
+    return CommandResult(folder / "checkpoint", "\n".join(said), json.loads((folder / "metrics.json").read_text()))
 
 
-def judged(attempt: Callable[[Path], Iterable[str]], folder: Path, may_be_refused: str | None) -> Verdict:
-    """The verdict on an attempt that writes to a folder and gives every way in which the result is wrong."""
+def judge(attempt: Callable[[Path], Iterable[str]], folder: Path, may_be_refused: str | None) -> Verdict:
+    """The verdict on an attempt, which writes to a folder and returns everything that is wrong with the result."""
     try:
         problems = list(attempt(folder))
     except EpmqError as error:
         return _refusal(str(error), folder, may_be_refused)
-    except Exception as error:  # whatever else is raised is what a user sees as a defect of epmq
+    except Exception as error:  # users see any other exception as a defect of epmq
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Verdict(CRASHED, f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})")
     if not problems:
@@ -109,8 +111,8 @@ def _refusal(sentence: str, folder: Path, may_be_refused: str | None) -> Verdict
 
 
 def loaded(kind: Kind, checkpoint: Path) -> Any:
-    """The merged part of a checkpoint as transformers loads it, in float32; AssertionError where something is lacking
-    that transformers would fill up with random numbers."""
+    """The merged part of a checkpoint, loaded by transformers in float32. AssertionError if tensors are missing,
+    which transformers would initialize at random."""
     whole = model(kind.name, "base")
     body = kind.has_labels
     cls = type(getattr(whole, kind.body.rstrip("."))) if body else type(whole)
@@ -124,14 +126,14 @@ def loaded(kind: Kind, checkpoint: Path) -> Any:
 
 def problems(
     kind: Kind,
-    made: Made,
+    made: CommandResult,
     wanted: Mapping[str, Tensor],
     answers: Tensor,
     dtype: torch.dtype,
     said: str | None = None,
 ) -> list[str]:
-    """Where a checkpoint is not a model with these parameters, which gives these answers; or is not what
-    `epmq verify` is content with; or where `said` was not said."""
+    """Everything that is wrong with a checkpoint: parameters or outputs that differ, problems that `epmq verify`
+    names, and a missing message `said`."""
     try:
         own = loaded(kind, made.checkpoint)
     except AssertionError as error:
@@ -140,8 +142,8 @@ def problems(
         return [f"transformers does not load the checkpoint: {type(error).__name__}: {error}"]
     parameters = dict(own.requires_grad_(False).named_parameters(remove_duplicate=False))
     found = _differing(parameters, wanted, dtype)
-    found += _odd_answers(outputs(kind, own), answers, dtype) + _torn(kind, made.checkpoint)
-    found += [f"verify: {problem}" for problem in _unverified(made.checkpoint)]
+    found += _differing_outputs(outputs(kind, own), answers, dtype) + _stale_copies(kind, made.checkpoint)
+    found += [f"verify: {problem}" for problem in _verify_problems(made.checkpoint)]
     if said is not None and said not in made.said:
         found.append(f"{NOTHING_SAID} of {said}")
     return found
@@ -160,15 +162,15 @@ def _differing(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: t
     return [f"{len(off)} tensors differ, {worst[0]} by {off[worst[0]]:.3g}"] if off else []
 
 
-def _odd_answers(own: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[str]:
+def _differing_outputs(own: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[str]:
     off = float((own - wanted).abs().max() / wanted.abs().max())
-    bound = 1e-4 if dtype is torch.float32 else 0.2  # of a model whose weights are rounded
+    bound = 1e-4 if dtype is torch.float32 else 0.2  # for a model with rounded weights
     return [f"what it says is off by {off:.3g} of the largest"] if not off <= bound else []
 
 
-def _torn(kind: Kind, checkpoint: Path) -> list[str]:
-    """Copies of the table that the files of a checkpoint have beside the merged part, in the head that an encoder was
-    trained with, and that are not the table."""
+def _stale_copies(kind: Kind, checkpoint: Path) -> list[str]:
+    """Tied copies in the checkpoint's files outside the merged part, in the head of the pretrained encoder, that
+    differ from the table."""
     tensors = read(checkpoint)
     spelled = {name if name.startswith(kind.body) else kind.body + name: tensor for name, tensor in tensors.items()}
     pairs = copies(kind, tensors).items() if kind.has_labels else ()
@@ -179,7 +181,7 @@ def _torn(kind: Kind, checkpoint: Path) -> list[str]:
     ]
 
 
-def _unverified(checkpoint: Path) -> list[str]:
+def _verify_problems(checkpoint: Path) -> list[str]:
     found = file_problems(checkpoint)
     with quiet():
         return found or verify.tensor_problems(checkpoint)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOKENS = 32  # a few more than the vocabulary has
+TOKENS = 32  # a few more than the words of the vocabulary
 SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS: dict[str, Any] = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXTS: dict[str, Any] = {**SIZE, **IDS, "max_position_embeddings": 40}
@@ -28,9 +28,9 @@ SPREAD = 0.3  # standard deviation of matrices
 class Kind:
     """One kind of model.
 
-    `family`: what a suite calls it. `make`: the classes of transformers, a whole model with its head. `body`: how the
-    names of the merged part begin in it; all of it where that is empty. `trained`: the modules that adapters train.
-    `table`: the embeddings' module. `head`: the modules of its head. `task_type`: what PEFT calls its use.
+    `family`: its name in a suite. `make`: creates a whole model with its head, from classes of transformers. `body`:
+    the prefix of the merged part's names; empty for the whole model. `trained`: the modules that adapters train.
+    `table`: the module of the embeddings. `head`: the modules of its head. `task_type`: the task type in PEFT.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Kind:
 
     @property
     def has_labels(self) -> bool:
-        """Whether its experts have classifiers of their own."""
+        """Whether its experts have their own classifiers."""
         return self.task_type == "SEQ_CLS"
 
 
@@ -96,7 +96,7 @@ def _t5(tied: bool) -> Callable[[], Any]:
         ids = {"vocab_size": TOKENS, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
         form = "relu" if tied else "gated-gelu"
         model = _made("T5ForConditionalGeneration", "T5Config", **T5_SIZE, **ids, feed_forward_proj=form)
-        if not tied:  # as T5 1.1 and FLAN-T5, whose config.json says so
+        if not tied:  # as in T5 1.1 and FLAN-T5, by their config.json
             model.lm_head.weight = nn.Parameter(torch.randn(TOKENS, 16))
             model.config.tie_word_embeddings = False
         return model
@@ -176,7 +176,7 @@ KINDS = {
         _causal("llama-tied", _decoder("Llama", tie_word_embeddings=True), tied=True),
         _causal("qwen2", _decoder("Qwen2")),
         _causal("qwen3-tied", _decoder("Qwen3", tie_word_embeddings=True), tied=True),
-        _causal("gemma", _decoder("Gemma"), tied=True),  # tied by the class alone
+        _causal("gemma", _decoder("Gemma"), tied=True),  # tied by the class, not by the config
         _causal("phi3", _decoder("Phi3"), trained=FUSED),
         _causal("smollm3", _decoder("SmolLM3"), tied=True),
         _causal(
@@ -187,15 +187,15 @@ KINDS = {
         ),
     )
 }
-"""By name; gpt2 is one of the decoders that `epmq merge` takes and `epmq run` does not."""
+"""By name; gpt2 is one of the decoders that `epmq merge` accepts and `epmq run` refuses."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and progress bars of the libraries that make and load the users' models."""
+    """Suppresses the warnings and progress bars of the libraries that create and load the users' models."""
     from transformers.utils import logging
 
-    shown = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -203,32 +203,32 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(shown)
+        logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
 
 
 @cache
 def model(kind: str, which: str) -> Any:
-    """The base, or the expert "a" or "b" of a kind, never to be changed. Biases and norms are moved off their usual
-    values, so that a mix-up shows."""
+    """The base, or the expert "a" or "b" of a kind; must not be changed. Biases and norms differ from their usual
+    values, so that swapped tensors are detected."""
     if which == "base":
         torch.manual_seed(0)
         with quiet():
-            return moved(_lively(KINDS[kind].make()), 7, 0.02)
-    return moved(model(kind, "base"), {"a": 1, "b": 2}[which], 0.1)
+            return with_noise(_spread_weights(KINDS[kind].make()), 7, 0.02)
+    return with_noise(model(kind, "base"), {"a": 1, "b": 2}[which], 0.1)
 
 
 @torch.no_grad()
-def _lively(made: Any) -> Any:
-    """The same with larger weights, so that what it says depends on what it reads."""
+def _spread_weights(made: Any) -> Any:
+    """The same model with larger weights, so that its outputs depend on its inputs."""
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.mul_(SPREAD / parameter.std())
     return made
 
 
-def moved(made: Any, seed: int, size: float) -> Any:
-    """A copy with noise on every parameter, of a size relative to the parameter's own, and not too little."""
+def with_noise(made: Any, seed: int, size: float) -> Any:
+    """A copy with noise on every parameter, relative to the parameter's spread, with a lower bound."""
     generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(made)
     with torch.no_grad():
@@ -239,8 +239,8 @@ def moved(made: Any, seed: int, size: float) -> Any:
 
 
 def part(kind: Kind, whole: Any) -> dict[str, Tensor]:
-    """The parameters of the merged part of a whole model, by their names in what `loaded` gives; tied ones under each
-    of their names."""
+    """The parameters of the merged part of a whole model, by their names in the model of `loaded`; tied ones under
+    each of their names."""
     names = dict(whole.named_parameters(remove_duplicate=False))
     return {
         name.removeprefix(kind.body): tensor.detach() for name, tensor in names.items() if name.startswith(kind.body)
@@ -248,7 +248,7 @@ def part(kind: Kind, whole: Any) -> dict[str, Tensor]:
 
 
 def inputs(kind: Kind) -> dict[str, Tensor]:
-    """Something that the models read."""
+    """Inputs for the models of a kind."""
     generator = torch.Generator().manual_seed(3)
     if kind.name in ("vit", "clip"):
         return {"pixel_values": torch.randn(4, 3, 16, 16, generator=generator)}
@@ -258,12 +258,12 @@ def inputs(kind: Kind) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def outputs(kind: Kind, body: Any) -> Tensor:
-    """The logits of a language model, or what the last layer of an encoder or a tower gives."""
+    """The logits of a language model, or the last hidden state of an encoder or a tower."""
     found = body(**inputs(kind))
     result: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
     return result.float()
 
 
 def body_of(kind: Kind, whole: Any) -> Any:
-    """The merged part of a whole model, as a model."""
+    """The merged part of a whole model, as a module."""
     return getattr(whole, kind.body.rstrip(".")) if kind.body else whole

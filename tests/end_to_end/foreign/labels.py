@@ -1,4 +1,4 @@
-"""The axis "labels": what an expert calls its classes, and what its task's data call them."""
+"""The axis "labels": the class names of an expert, and those of its task's data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ NAMES = ("negative", "neutral", "positive")
 
 @dataclass(frozen=True)
 class Labels:
-    """`own`: the expert's names by class, None for LABEL_0 and so on. `listed`: the data's `labels`, None where the
-    column holds class numbers. `column`: what the column holds for each of the expert's classes."""
+    """`own`: the expert's names by class, None for LABEL_0 and so on. `listed`: the data's `labels`, None if the
+    column holds class numbers. `column`: the value in the column for each of the expert's classes."""
 
     own: tuple[str, ...] | None
     listed: tuple[str, ...] | None

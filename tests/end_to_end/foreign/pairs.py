@@ -1,4 +1,4 @@
-"""Suites of two experts that are saved in different ways, and the mean of both in plain torch."""
+"""Suites of two experts that are saved in different ways, and their mean in plain torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.end_to_end.foreign.kinds import KINDS, Kind, body_of, model, outputs
 from tests.end_to_end.foreign.savings import SAVINGS
 from tests.end_to_end.foreign.wrappers import WRAPPERS
 
-EACH = 7  # pairs of a kind
+EACH = 7  # pairs per kind
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Expert "a" with the base, and expert "b" of the same base, as a user could have them."""
+    """Expert "a" with the base, and expert "b" of the same base, in forms that a user could have."""
 
     first: Combination
     second: Combination
@@ -34,18 +34,18 @@ class Pair:
 
     @property
     def may_be_refused(self) -> str | None:
-        """Why a refusal is right as well; None where it must be taken."""
+        """Why a refusal is correct too; None if the pair must be merged."""
         return self.first.may_be_refused or self.second.may_be_refused
 
 
 def every_pair() -> list[Pair]:
-    """Draws of pairs, in an order that never changes."""
+    """Draws of pairs, in a fixed order."""
     draw = random.Random(81)
     return [_drawn(kind, draw) for kind in KINDS.values() for _ in range(EACH)]
 
 
 def _drawn(kind: Kind, draw: random.Random) -> Pair:
-    """Two sides of which each is a way of saving, and the second mostly with a wrapper or an adapter."""
+    """Two sides, each with a way of saving; the second usually has a wrapper or an adapter too."""
     ways = [name for name, saving in SAVINGS.items() if saving.applies(kind) and not saving.may_be_refused]
     adapters = [name for name, adapter in ADAPTERS.items() if adapter.applies(kind)]
     first = Combination(kind.name, draw.choice(ways))
@@ -59,13 +59,13 @@ def _drawn(kind: Kind, draw: random.Random) -> Pair:
 
 
 def _may_be_second(name: str) -> bool:
-    """Whether a way of saving says something of an expert."""
+    """Whether a way of saving affects an expert."""
     saving = SAVINGS[name]
     return saving.expert is not plain or saving.layout is not SAVINGS["plain"].layout or saving.role is not None
 
 
 def quick_pairs(pairs: list[Pair]) -> set[Pair]:
-    """One pair of every second kind."""
+    """One pair for every second kind."""
     return set(pairs[1 :: 2 * EACH])
 
 
@@ -76,7 +76,7 @@ def mean(parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def mean_outputs(kind: Kind, parameters: Mapping[str, Tensor]) -> Tensor:
-    """What a model with these parameters says."""
+    """The outputs of a model with these parameters."""
     whole: Any = copy.deepcopy(model(kind.name, "base"))
     if (kind.is_decoder or kind.family == "t5") and kind.tied:
         whole.lm_head.weight = nn.Parameter(whole.lm_head.weight.detach().clone())

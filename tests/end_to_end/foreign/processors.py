@@ -1,4 +1,4 @@
-"""The axis "processors": what an expert's own tokenizer or image processor has that the base's has not."""
+"""The axis "processors": differences between an expert's own tokenizer or image processor and the base's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from tests.end_to_end.foreign.kinds import Kind, quiet
 from tests.helpers.minihub import VOCABULARY
 
-SPECIAL = 5  # tokens of the vocabulary that are no words
+SPECIAL = 5  # number of tokens in the vocabulary that are not words
 DIFFERS = "the expert's own processor is used for its task, or the difference is refused with both values"
 Write = Callable[[Path, Path], None]
 """Writes the processor of an expert, given the folder of the base."""
@@ -21,7 +21,7 @@ Write = Callable[[Path, Path], None]
 def write_tokenizer(
     folder: Path, words: Sequence[str] = VOCABULARY, lower: bool = False, end: str | None = "</s>"
 ) -> None:
-    """A tokenizer of whole words numbered as in `words`, which ends texts with `end`."""
+    """Writes a tokenizer of whole words, numbered as in `words`, that ends texts with `end`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def write_tokenizer(
 
 
 def write_pixels(folder: Path, **options: Any) -> None:
-    """An image processor."""
+    """Writes an image processor."""
     from transformers import ViTImageProcessor
 
     with quiet():
@@ -48,8 +48,8 @@ def write_pixels(folder: Path, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class Processor:
-    """`write`: an expert's processor. `pictures`: whether it is one of images. `capitals`: whether the task's texts
-    have capital letters. `may_be_refused`: why a refusal is right as well, if it is."""
+    """`write`: writes an expert's processor. `pictures`: whether it processes images. `capitals`: whether the task's
+    texts have capital letters. `may_be_refused`: why a refusal is correct too, if it is."""
 
     write: Write
     pictures: bool = False
@@ -58,7 +58,7 @@ class Processor:
     only: Callable[[Kind], bool] = lambda kind: True
 
     def applies(self, kind: Kind) -> bool:
-        """Whether models of a kind have such a processor."""
+        """Whether models of a kind can have such a processor."""
         return self.pictures == (kind.name in ("vit", "clip")) and self.only(kind)
 
 
@@ -97,14 +97,14 @@ def _numbered_otherwise(base: Path, expert: Path) -> None:
 
 
 def _other_keys(base: Path, expert: Path) -> None:
-    """The same, as another version of transformers writes it."""
+    """The same settings, written by another version of transformers."""
     _same(base, expert)
     path = expert / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clean_up_tokenization_spaces": False, "extra": 1}))
 
 
 def _pairs(words: Sequence[str]) -> Write:
-    """vocab.json and merges.txt alone, as RoBERTa's old folders have."""
+    """Only vocab.json and merges.txt, like old folders of RoBERTa."""
 
     def write(base: Path, expert: Path) -> None:
         (expert / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
@@ -146,7 +146,7 @@ PROCESSORS = {
 
 
 def write_base(kind: Kind, processor: str, folder: Path) -> None:
-    """The base's own processors; where the expert's has files of another kind, the base has such files too."""
+    """Writes the base's own processor. If the expert's processor has files of another kind, so does the base's."""
     if processor.startswith("merges"):
         return _pairs(LETTERS)(folder, folder)
     if kind.name in ("vit", "clip"):

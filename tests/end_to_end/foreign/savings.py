@@ -1,4 +1,4 @@
-"""The axis "how base and experts are saved": each way by name, the kinds it makes sense for, and whether it may be
+"""The axis "how base and experts are saved": each way by name, the kinds that it applies to, and whether it may be
 refused."""
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _named(*names: str) -> Applies:
 
 @dataclass(frozen=True)
 class Saving:
-    """How a base and an expert are saved. `base_role` and `role`: what of a model, see `saved`; by default that of
-    `roles`. `may_be_refused`: why a refusal is right as well, if it is."""
+    """How a base and an expert are saved. `base_role` and `role`: the saved part of the model, see `saved`; by
+    default that of `roles`. `may_be_refused`: why a refusal is correct too, if it is."""
 
     base: Form = plain
     expert: Form = plain
@@ -127,7 +127,7 @@ SAVINGS = {
 
 
 def roles(kind: Kind) -> tuple[str, str]:
-    """What base and expert are saved as by default."""
+    """The default roles of base and expert."""
     if kind.has_labels:
         return "body", "whole"
     return ("whole", "body") if kind.name == "clip" else ("whole", "whole")

@@ -1,4 +1,5 @@
-"""Jobs of models without classifiers of their own: CLIP, whose classes are words, T5, which answers, and decoders."""
+"""Jobs of models without their own classifiers: CLIP, whose classes are words; T5, which generates answers; and
+decoders."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ CLASS_ORDERS = {
     "given": "the classes are in an order of the user's, and the folders are in that of their names",
 }
 ASKED = {"given": "classes in another order than the folders' names are matched by name, or asked for"}
-"""Why a refusal of an order is right as well, if it is."""
+"""Why a refusal of an order is correct too, if it is."""
 
 
 @torch.inference_mode()
 def clip_data(order: str, expert: Any, processor: Any, tokenizer: Any, place: Path) -> tuple[dict[str, Any], list[str]]:
-    """Class folders of pictures as the expert sees them, and the classes in the order that the suite has them.
+    """Writes class folders of pictures with the expert's predictions; returns the suite entry and the classes in its
+    order.
 
     `expert`: the base with the expert's tower.
     """
@@ -51,7 +53,8 @@ def clip_data(order: str, expert: Any, processor: Any, tokenizer: Any, place: Pa
 
 
 def _balanced(logits: Tensor) -> tuple[list[str], list[int]]:
-    """Three of the words, of which most pictures are clearly one, and each is some pictures; and those pictures."""
+    """Three of the words such that most pictures clearly belong to one of them, and each has some pictures; and
+    those pictures."""
     best: tuple[int, list[str], list[int]] = (0, [], [])
     for chosen in combinations(range(len(WORDS)), 3):
         part = logits[:, list(chosen)]
@@ -68,7 +71,7 @@ def _balanced(logits: Tensor) -> tuple[list[str], list[int]]:
 def answer_data(
     processor: str, expert: Any, tokenizer: Any, source: str, place: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """A table of texts with the expert's own answers, and the answers that there are."""
+    """Writes a table of texts with the expert's own answers; returns its entry and the possible answers."""
     drawn = texts(3, PROCESSORS[processor].capitals)[:ROWS]
     read = tokenizer(drawn, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     with quiet():
@@ -87,7 +90,7 @@ def answer_data(
 
 @torch.inference_mode()
 def running_text(processor: str, expert: Any, tokenizer: Any, place: Path) -> tuple[dict[str, Any], float]:
-    """Documents, and the expert's perplexity on them in windows of LENGTH tokens."""
+    """Writes documents; returns their entry and the expert's perplexity on them in windows of LENGTH tokens."""
     drawn = texts(3, PROCESSORS[processor].capitals)
     path = place / "data.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn))

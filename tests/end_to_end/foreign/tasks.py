@@ -1,4 +1,5 @@
-"""The axis "sources": a task's data as a user has them, labelled with what its expert predicts in transformers."""
+"""The axis "sources": the data of a task in the formats of users, labelled with the expert's predictions in
+transformers."""
 
 from __future__ import annotations
 
@@ -18,26 +19,26 @@ from tests.end_to_end.foreign.kinds import CLASSES, quiet
 
 ROWS = 24
 Row = tuple[str, str]
-MARGIN = 0.02  # of logits: what is nearer to two classes is left out, as sums depend on the number of threads
+MARGIN = 0.02  # of logits; closer samples are skipped, because sums depend on the number of threads
 
 
 def texts(seed: int, capitals: bool) -> list[str]:
-    """Random sentences; every third word with a capital letter where `capitals`."""
+    """Random sentences. With `capitals`, every third word has a capital letter."""
     generator = np.random.default_rng(seed)
     drawn = [generator.choice(WORDS, generator.integers(2, 9)) for _ in range(3 * ROWS)]
     return [" ".join(w.capitalize() if capitals and i % 3 == 0 else w for i, w in enumerate(words)) for words in drawn]
 
 
 def pictures(seed: int) -> list[Image.Image]:
-    """Random pictures of many brightnesses."""
+    """Random pictures of various brightness."""
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, 256, (3 * ROWS, 16, 16, 3)) * generator.random((3 * ROWS, 1, 1, 3))
     return [Image.fromarray(array.astype(np.uint8)) for array in drawn]
 
 
 @torch.inference_mode()
-def spread_out(expert: Any, batch: dict[str, Tensor]) -> None:
-    """Changes an expert's last linear so that its predictions for a batch are of all classes, and clear."""
+def balance_predictions(expert: Any, batch: dict[str, Tensor]) -> None:
+    """Changes the last linear of an expert so that its predictions on a batch are clear and cover all classes."""
     linear = next(module for module in reversed(list(expert.modules())) if isinstance(module, torch.nn.Linear))
     linear.weight.mul_(30)
     linear.bias.zero_()
@@ -48,7 +49,7 @@ def spread_out(expert: Any, batch: dict[str, Tensor]) -> None:
 
 @torch.inference_mode()
 def clear(logits: Tensor, count: int = ROWS) -> tuple[list[int], list[int]]:
-    """The first rows whose prediction is clear, and their classes; every class is among them."""
+    """The first rows with a clear prediction, and their classes; every class occurs."""
     top = logits.topk(2, -1).values
     sure = torch.nonzero(top[:, 0] - top[:, 1] > MARGIN).flatten()[:count].tolist()
     classes = logits.argmax(-1)[sure].tolist()
@@ -94,11 +95,11 @@ SOURCES: dict[str, tuple[str, Callable[[Path, Sequence[Row]], None]]] = {
     "jsonl-bom": ("jsonl", _lines(bom=True)),
     "parquet": ("parquet", _parquet),
 }
-"""By name: the file's ending, and what writes it."""
+"""By name: the file's extension, and the function that writes it."""
 
 
 def write_table(place: Path, source: str, rows: Sequence[Row], listed: Sequence[str] | None) -> dict[str, Any]:
-    """A table of texts and labels; the entry of a suite that names it."""
+    """Writes a table of texts and labels; returns its suite entry."""
     ending, write = SOURCES[source]
     path = place / f"data.{ending}"
     write(path, rows)
@@ -107,7 +108,7 @@ def write_table(place: Path, source: str, rows: Sequence[Row], listed: Sequence[
 
 
 def write_classes(place: Path, images: Sequence[Image.Image], names: Sequence[str]) -> dict[str, Any]:
-    """Pictures in folders named by their classes; the entry of a suite that names them."""
+    """Writes pictures into folders named after their classes; returns their suite entry."""
     for index, (image, name) in enumerate(zip(images, names, strict=True)):
         (place / "pictures" / name).mkdir(parents=True, exist_ok=True)
         image.save(place / "pictures" / name / f"{index:03}.png")

@@ -1,4 +1,4 @@
-"""Oracle: the mean of two experts in plain torch, however each of them was saved; `epmq verify` is content."""
+"""Oracle: the mean of two experts in plain torch, however each of them was saved; `epmq verify` accepts the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.foreign.conftest import Conclude
-from tests.end_to_end.foreign.judge import judged, merged, problems
+from tests.end_to_end.foreign.judge import judge, problems, run_merge
 from tests.end_to_end.foreign.kinds import KINDS
 from tests.end_to_end.foreign.pairs import Pair, every_pair, mean, mean_outputs, quick_pairs
 from tests.end_to_end.foreign.savings import SAVINGS
@@ -24,7 +24,7 @@ def trial(pair: Pair) -> Any:
 
 
 @pytest.mark.parametrize("pair", [trial(pair) for pair in dict.fromkeys(ALL)])
-def test_two_experts_average_to_their_mean(pair: Pair, tmp_path: Path, store: Path, conclude: Conclude) -> None:
+def test_the_average_of_two_experts_is_their_mean(pair: Pair, tmp_path: Path, store: Path, conclude: Conclude) -> None:
     kind, saving = KINDS[pair.first.kind], SAVINGS[pair.first.saving]
     base = base_of(pair.first, tmp_path, store)
     experts = [
@@ -36,7 +36,7 @@ def test_two_experts_average_to_their_mean(pair: Pair, tmp_path: Path, store: Pa
     wanted = mean([expert.parameters for expert in experts])
 
     def attempt(folder: Path) -> Iterable[str]:
-        made = merged(suite(kind, base, {"a": experts[0].path, "b": experts[1].path}), folder)
+        made = run_merge(suite(kind, base, {"a": experts[0].path, "b": experts[1].path}), folder)
         return problems(kind, made, wanted, mean_outputs(kind, wanted), coarsest)
 
-    conclude(judged(attempt, tmp_path / "out", pair.may_be_refused))
+    conclude(judge(attempt, tmp_path / "out", pair.may_be_refused))

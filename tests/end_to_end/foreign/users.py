@@ -1,4 +1,4 @@
-"""Makes the folders of a user for a combination, and says what must come out."""
+"""Writes the folders of a user for a combination, with the expected results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CASTS: tuple[Form, ...] = (bfloat16, float16, mixed)
 
 @dataclass(frozen=True)
 class Expert:
-    """What a suite names, and the same model in transformers: its merged part by names, and what it says of `inputs`.
-    `dtype`: the coarsest type that it is stored in."""
+    """The path that a suite names, and the same model in transformers: its merged part by name, and its outputs for
+    `inputs`. `dtype`: the coarsest type that it is stored in."""
 
     path: Path
     parameters: Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class Expert:
 
 
 def base_of(combination: Combination, place: Path, store: Path) -> Path:
-    """The base of a combination, in `place` unless it is as transformers saves it."""
+    """The base of a combination, in `place` unless it is stored exactly as transformers saves it."""
     kind, saving = KINDS[combination.kind], SAVINGS[combination.saving]
     template = saved(kind, "base", saving.base_role or roles(kind)[0], store)
     if saving.base is plain and saving.base_layout is SAVINGS["plain"].base_layout:
@@ -43,8 +43,8 @@ def base_of(combination: Combination, place: Path, store: Path) -> Path:
 def expert_of(
     combination: Combination, base: Path, place: Path, store: Path, which: str = "a", base_form: Form | None = None
 ) -> Expert:
-    """An expert of a combination, in `place`. `base_form`: how the base is saved, where that is not as the combination
-    says."""
+    """An expert of a combination, in `place`. `base_form`: how the base is saved, if it differs from the
+    combination."""
     kind, saving = KINDS[combination.kind], SAVINGS[combination.saving]
     place.mkdir(parents=True, exist_ok=True)
     if combination.adapter != "none":
@@ -65,7 +65,7 @@ def _adapted(kind: Kind, name: str, base: Path, place: Path, which: str, cast: F
 
 
 def _parameters(kind: Kind, made: Any) -> dict[str, Tensor]:
-    """The merged part of what was adapted; of CLIP that is the tower alone."""
+    """The merged part of the adapted model; for CLIP the tower alone."""
     if kind.name != "clip":
         return part(kind, made)
     return {name: tensor.detach() for name, tensor in made.named_parameters(remove_duplicate=False)}
@@ -81,7 +81,7 @@ def dtype_of(form: Form) -> torch.dtype:
 
 
 def suite(kind: Kind, base: Path, experts: Mapping[str, Path], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The suite of a user; data that nothing reads where none is given."""
+    """The suite of a user. By default its data are never read."""
     source = data or {
         "_target_": "epmq_cli.data.documents.Documents" if kind.is_decoder else "epmq_cli.data.table.Table",
         "train": "train.jsonl",

@@ -1,4 +1,4 @@
-"""The axis "wrappers": what training code puts before the names of a model that it wraps."""
+"""The axis "wrappers": the prefixes that training code adds to the names of a model that it wraps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tests.end_to_end.foreign.forms import Form, inside, plain, prefixed
 
 @dataclass(frozen=True)
 class Wrapper:
-    """`form`: what it makes of the names. `said`: what epmq's messages must have in them when it takes them off."""
+    """`form`: how it changes the names. `said`: the text that epmq's message must contain when it removes the
+    prefix."""
 
     form: Form = plain
     said: str | None = None

@@ -79,7 +79,7 @@ def opened(folder: Path, base: ModelFolder, merged: Any = ()) -> ModelFolder:
     ],
     ids=["plain", "rslora", "patterns", "modules_to_save", "embeddings", "dora"],
 )
-def test_a_decoder_is_what_peft_merges(
+def test_a_decoder_matches_peft(
     options: dict[str, Any], llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
 ) -> None:
     model, base = llama
@@ -141,7 +141,7 @@ def test_an_adapter_of_a_part_may_be_of_more_modules_than_the_base_stores(tmp_pa
     torch.testing.assert_close(expert.tensor(f"bert.{name}"), expected[name], rtol=0, atol=1e-6)
 
 
-def test_of_two_towers_alike_the_merged_one_is_adapted(tmp_path: Path) -> None:
+def test_the_merged_one_of_two_similar_towers_is_adapted(tmp_path: Path) -> None:
     """CLIP's towers share module names and, here, sizes. The patch embedding is a convolution."""
     torch.manual_seed(0)
     config = CLIPConfig(
@@ -168,7 +168,9 @@ def edited(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_what_cannot_be_merged_says_how_to(llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path) -> None:
+def test_the_error_for_unsupported_adapters_names_the_remedy(
+    llama: tuple[LlamaForCausalLM, ModelFolder], tmp_path: Path
+) -> None:
     model, base = llama
     folder = tmp_path / "adapter"
     adapter(model, folder, target_modules=["q_proj"])
@@ -234,7 +236,7 @@ def test_adapters_of_another_base_are_refused(llama: tuple[LlamaForCausalLM, Mod
         (["q.lora_A.weight"], "contains lora_A of q, which epmq cannot merge; merge it with merge_and_unload of PEFT"),
     ],
 )
-def test_tensors_that_are_no_adapters_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
+def test_tensors_that_are_not_adapters_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "adapter_model.safetensors")
     base = ModelFolder(tmp_path, "base", {}, SafetensorsFiles(tmp_path / "adapter_model.safetensors", "base"))

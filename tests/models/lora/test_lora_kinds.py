@@ -105,13 +105,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[name][1]().eval()
-    with torch.no_grad():  # so that biases are not 0 and norms are not 1
+    with torch.no_grad():  # so that no bias is 0 and no norm is 1
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape))
     return model
 
 
-def trained(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
+def save_trained(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
     """Saves an adapter and changes all its parameters first, as training does."""
     torch.manual_seed(1)
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(**{"r": 4, "lora_alpha": 12, **options}))
@@ -153,18 +153,18 @@ def saved(name: str, folder: Path) -> ModelFolder:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_option_on_every_family_is_what_peft_merges(name: str, tmp_path: Path) -> None:
+def test_every_option_on_every_family_matches_peft(name: str, tmp_path: Path) -> None:
     base, targets = saved(name, tmp_path / "base"), MODELS[name][2]
     for option, settings in OPTIONS.items():
         folder = tmp_path / option
-        trained(model_of(name), folder, target_modules=targets, init_lora_weights=False, **settings)
+        save_trained(model_of(name), folder, target_modules=targets, init_lora_weights=False, **settings)
         check(name, base, folder, merged_by_peft(model_of(name), folder), changed=2)
 
 
-def test_every_special_kind_is_what_peft_merges(tmp_path: Path) -> None:
+def test_every_special_kind_matches_peft(tmp_path: Path) -> None:
     base = saved("llama", tmp_path / "base")
     for kind, settings in SPECIAL.items():
-        trained(model_of("llama"), tmp_path / kind, **{"target_modules": ["q_proj", "v_proj"], **settings})
+        save_trained(model_of("llama"), tmp_path / kind, **{"target_modules": ["q_proj", "v_proj"], **settings})
         check("llama", base, tmp_path / kind, merged_by_peft(model_of("llama"), tmp_path / kind))
 
 
@@ -172,14 +172,14 @@ def test_biases_of_lora_are_added_scaled(tmp_path: Path) -> None:
     """Tests `lora_bias` with and without trained biases of the modules."""
     base = saved("bert", tmp_path / "base")
     for bias in ("none", "lora_only"):
-        trained(model_of("bert"), tmp_path / bias, target_modules=["query"], lora_bias=True, bias=bias)
+        save_trained(model_of("bert"), tmp_path / bias, target_modules=["query"], lora_bias=True, bias=bias)
         check("bert", base, tmp_path / bias, merged_by_peft(model_of("bert"), tmp_path / bias), changed=4)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_a_saved_classifier_are_stored_twice(bias: str, tmp_path: Path) -> None:
     base = saved("bert", tmp_path / "base")
-    trained(model_of("bert"), tmp_path / "a", target_modules=["query"], bias=bias, task_type="SEQ_CLS")
+    save_trained(model_of("bert"), tmp_path / "a", target_modules=["query"], bias=bias, task_type="SEQ_CLS")
     file = tmp_path / "a" / "adapter_model.safetensors"
     assert ("base_model.model.classifier.modules_to_save.bias" in load_file(file)) == (bias == "all")
     check("bert", base, tmp_path / "a", merged_by_peft(model_of("bert"), tmp_path / "a"), changed=4)
@@ -191,10 +191,10 @@ def test_biases_of_a_saved_classifier_are_stored_twice(bias: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_convolutions_are_what_peft_merges(dora: bool, tmp_path: Path) -> None:
+def test_convolutions_match_peft(dora: bool, tmp_path: Path) -> None:
     base = saved("vit", tmp_path / "base")
     settings = {"target_modules": ["projection"], "init_lora_weights": False, "use_dora": dora}
-    trained(model_of("vit"), tmp_path / "adapter", **settings)
+    save_trained(model_of("vit"), tmp_path / "adapter", **settings)
     check("vit", base, tmp_path / "adapter", merged_by_peft(model_of("vit"), tmp_path / "adapter"))
 
 
@@ -209,7 +209,7 @@ def test_gpt2_stores_its_linears_transposed(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     base = open_base(tmp_path / "base", "base")
     for kind, settings in {"pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}, "mica": {}}.items():
-        trained(model, tmp_path / kind, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
+        save_trained(model, tmp_path / kind, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
         expected = merged_by_peft(model, tmp_path / kind)
         expert = open_lora(tmp_path / kind, base)
         for name in base.infos:
@@ -220,7 +220,7 @@ def test_gpt2_stores_its_linears_transposed(tmp_path: Path) -> None:
 def test_vit_adapters_have_the_names_of_either_version_of_transformers(named: str, tmp_path: Path) -> None:
     """ViT files use the names of transformers 4, its modules those of transformers 5. An adapter may use either."""
     base, folder = saved("vit", tmp_path / "base"), tmp_path / "adapter"
-    trained(model_of("vit"), folder, target_modules=["q_proj", "fc2"], init_lora_weights=False)
+    save_trained(model_of("vit"), folder, target_modules=["q_proj", "fc2"], init_lora_weights=False)
     expected = merged_by_peft(model_of("vit"), folder)
     file = folder / "adapter_model.safetensors"
     renamed = {}
@@ -244,9 +244,9 @@ def test_vit_adapters_have_the_names_of_either_version_of_transformers(named: st
         (".lora_B.", ".lora_B.default."),
     ],
 )
-def test_names_that_other_trainers_write_are_read(before: str, after: str, tmp_path: Path) -> None:
+def test_names_of_other_trainers_are_read(before: str, after: str, tmp_path: Path) -> None:
     base, folder = saved("llama", tmp_path / "base"), tmp_path / "adapter"
-    trained(model_of("llama"), folder, target_modules=["q_proj"], init_lora_weights=False)
+    save_trained(model_of("llama"), folder, target_modules=["q_proj"], init_lora_weights=False)
     expected = merged_by_peft(model_of("llama"), folder)
     file = folder / "adapter_model.safetensors"
     save_file({name.replace(before, after): tensor for name, tensor in load_file(file).items()}, file)

@@ -55,7 +55,7 @@ def opened(path: Path, base: ModelFolder) -> ModelFolder:
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
-def test_every_other_type_of_peft_is_refused_with_the_way_out(kind: str, tmp_path: Path) -> None:
+def test_every_other_type_of_peft_is_refused_with_a_remedy(kind: str, tmp_path: Path) -> None:
     way = "PEFT cannot merge it either; train" if kind in PROMPTS else MERGE
     with pytest.raises(
         ModelError, match=rf"^expert: .* is an adapter of type '{kind}', but epmq merges .* only; {way}"
@@ -168,7 +168,7 @@ def test_tensors_that_do_not_belong_to_the_base_are_named(case: str, base: Model
         opened(adapter(tmp_path, shapes, **config), base)
 
 
-def test_of_two_places_that_fit_alike_none_is_guessed(tmp_path: Path) -> None:
+def test_ambiguous_places_are_refused(tmp_path: Path) -> None:
     shapes = {f"{tower}.layers.0.q.weight": (4, 4) for tower in ("encoder", "decoder")}
     base = open_base(folder(tmp_path / "base", shapes, "model.safetensors"), "base")
     part = {name.replace("model.model.", ""): shape for name, shape in PARTS.items() if ".0." in name}
@@ -187,7 +187,7 @@ def test_a_weight_whose_singular_values_are_equal_has_no_pissa(tmp_path: Path) -
         Adapted(path, "expert", base, []).tensor("q.weight")
 
 
-def test_what_nothing_reads_is_refused(base: ModelFolder, tmp_path: Path) -> None:
+def test_unused_tensors_are_refused(base: ModelFolder, tmp_path: Path) -> None:
     path = adapter(tmp_path, {**PARTS, "base_model.model.score.weight": (3, 4)}, modules_to_save=["score"])
     expert = opened(path, base)
     refuse_unread(expert, base, base.infos, lambda name: name.startswith("score."), tied=True)
@@ -197,7 +197,7 @@ def test_what_nothing_reads_is_refused(base: ModelFolder, tmp_path: Path) -> Non
         refuse_unread(expert, base, base.infos, lambda name: False, tied=True)
 
 
-def test_a_file_is_an_adapter_where_its_config_is_beside(base: ModelFolder, tmp_path: Path) -> None:
+def test_a_file_with_a_config_beside_it_is_an_adapter(base: ModelFolder, tmp_path: Path) -> None:
     """A pickle is accepted if the suite names it. Its config is then part of the cache key."""
     path = adapter(tmp_path)
     expected = opened(path, base).tensor("model.layers.0.q.weight")
@@ -218,7 +218,7 @@ def test_a_folder_of_adapters_names_them(base: ModelFolder, tmp_path: Path) -> N
         opened(tmp_path, base)
 
 
-def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder, tmp_path: Path) -> None:
+def test_an_adapter_beside_a_model_is_interpreted_by_its_tensors(base: ModelFolder, tmp_path: Path) -> None:
     """Covers an adapter with only a config.json, beside the base, beside the merged model, beside another model, and
     beside the model that it names as its base. In the last case, transformers adds the adapter to the model."""
     path = adapter(tmp_path)
@@ -244,7 +244,7 @@ def test_an_adapter_beside_a_model_is_read_as_its_tensors_say(base: ModelFolder,
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
-def test_a_model_merged_in_a_smaller_type_has_its_adapter_in_it(scale: float, tmp_path: Path) -> None:
+def test_a_model_merged_in_a_smaller_type_contains_its_adapter(scale: float, tmp_path: Path) -> None:
     """The merged model and the base are bfloat16. The delta of the smaller adapter is close to the rounding error."""
     place = folder(tmp_path / "half", SHAPES, "model.safetensors", hidden_size=4)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(place / "model.safetensors").items()}

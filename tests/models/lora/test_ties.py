@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.open import open_base
-from tests.models.lora.test_lora_kinds import DECODER, open_lora, trained
+from tests.models.lora.test_lora_kinds import DECODER, open_lora, save_trained
 
 pytestmark = [  # PEFT warns about the options of these adapters
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
@@ -39,7 +39,7 @@ TIED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("stored_twice", [False, True], ids=["stored once", "stored twice"])
-def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice: bool, tmp_path: Path) -> None:
+def test_on_a_tied_base_table_and_head_are_the_trained_ones(stored_twice: bool, tmp_path: Path) -> None:
     """Oracle: the outputs of the trained model's table and output layer for ids and hidden states.
 
     PEFT's merge_and_unload differs: it adds the LoRA of one of them to both, because they share their parameter.
@@ -57,7 +57,7 @@ def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice:
     for kind, options in TIED.items():
         folder = tmp_path / kind
         settings = {"target_modules": ["q_proj"], "init_lora_weights": False, **options}
-        peft = trained(model, folder, **settings).eval()
+        peft = save_trained(model, folder, **settings).eval()
         with torch.no_grad():
             table = peft.get_input_embeddings()(ids)
             head = peft.get_output_embeddings()(states).T
@@ -69,7 +69,7 @@ def test_on_a_tied_base_table_and_head_are_those_that_were_trained(stored_twice:
             torch.testing.assert_close(expert.tensor("lm_head.weight").float(), head, rtol=1e-5, atol=2e-6)
 
 
-def test_a_tied_table_of_which_training_moved_nothing_stays_tied(tmp_path: Path) -> None:
+def test_a_tied_table_that_training_did_not_change_stays_tied(tmp_path: Path) -> None:
     """PEFT adapts T5's `shared`, which neither encoder nor decoder calls, so its LoRA keeps its initial value."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
@@ -90,7 +90,7 @@ def test_a_residual_of_a_tied_tensor_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     base = open_base(tmp_path / "base", "base")
     for module in ("lm_head", "embed_tokens"):
-        trained(model, tmp_path / module, target_modules=["q_proj", module], init_lora_weights="pissa")
+        save_trained(model, tmp_path / module, target_modules=["q_proj", module], init_lora_weights="pissa")
     assert "lm_head.weight" in open_lora(tmp_path / "embed_tokens", base).infos
     with pytest.raises(ModelError, match=r"changes the base's weights \(pissa\) on lm_head.weight, which is tied"):
         open_lora(tmp_path / "lm_head", base)

@@ -1,4 +1,4 @@
-"""Oracle: open_clip's own list of architectures, and options of other ones by hand."""
+"""Oracle: the architectures that open_clip lists, and options of other ones by hand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def changed(**options: Any) -> dict[str, Any]:
         ({"model_cfg": {"embed_dim": 8}}, "model_cfg.vision_cfg is missing"),
     ],
 )
-def test_other_architectures_are_refused_by_what_was_found(config: dict[str, Any], found: str) -> None:
+def test_other_architectures_are_refused_by_name(config: dict[str, Any], found: str) -> None:
     with pytest.raises(ModelError, match=rf"base: .*{found}.* in x.json; family open_clip needs a plain"):
         clip_config(config, Path("x.json"), "base")
 
@@ -58,7 +58,7 @@ def plain(config: dict[str, Any]) -> bool:
     return True
 
 
-def test_open_clips_own_list_of_architectures_is_sorted_as_it_should_be() -> None:
+def test_every_architecture_of_open_clip_is_classified() -> None:
     configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
     taken = {name for name, config in configs.items() if plain(config)}
     assert {"ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-bigG-14", "ViT-B-32-256"} <= taken
@@ -67,7 +67,7 @@ def test_open_clips_own_list_of_architectures_is_sorted_as_it_should_be() -> Non
     assert len(taken) > 20
 
 
-def test_whatever_stands_in_a_config_ends_in_one_sentence() -> None:
+def test_any_value_in_a_config_leads_to_sentences_only() -> None:
     given = {"resize_mode": "shortest", "interpolation": "bicubic", "mean": [0.1, 0.2, 0.3], "std": [0.1, 0.2, 0.3]}
     whole = json.loads(json.dumps({"model_cfg": MODEL, "preprocess_cfg": given}))
     whole["model_cfg"]["vision_cfg"]["norm_kwargs"] = {"eps": 1e-5}

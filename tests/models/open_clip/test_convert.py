@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,7 +12,7 @@ import pytest
 from epmq_cli.errors import ModelError
 from epmq_cli.models.open_clip import convert
 from epmq_cli.models.open_clip.convert import converted
-from tests.helpers.tiers import first
+from tests.faults.driver import forked
 from tests.models.open_clip.test_tensors import build, stored
 
 
@@ -37,7 +37,7 @@ def test_a_damaged_conversion_is_converted_again(file: str | None, content: byte
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_conversion_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(convert, "sync", synced.append)
     folder = converted(stored(tmp_path / "base", build()), "base")
@@ -46,25 +46,24 @@ def test_a_conversion_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeyp
     assert synced[-1] == folder.parent
 
 
-@pytest.mark.parametrize("room", first(1, [1000, 200_000]))
+@pytest.mark.parametrize("room", [1000, 200_000])
 def test_a_full_disk_ends_a_conversion_in_one_sentence(room: int, tmp_path: Path, cache: Path) -> None:
     """`room`: the largest size of a file, in bytes."""
     source = stored(tmp_path / "base", build())
-    code = f"""
-import resource, signal
-from pathlib import Path
-from epmq_cli.models.open_clip.convert import converted
-from epmq_cli.errors import ModelError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
-try:
-    converted(Path({str(source)!r}), "base")
-except ModelError as error:
-    print(error)
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "base: the converted model cannot be written to" in found.stdout, found.stderr
-    assert found.stdout.endswith("free some space, or set EPMQ_CACHE to a folder on a larger disk\n")
+    message = tmp_path / "message"
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    def body() -> None:
+        with pytest.raises(ModelError) as error:
+            converted(source, "base")
+        message.write_text(str(error.value))
+
+    assert forked(body, limit) == 0
+    assert message.read_text().startswith("base: the converted model cannot be written to")
+    assert message.read_text().endswith("free some space, or set EPMQ_CACHE to a folder on a larger disk")
     assert not [*(cache / "open_clip").iterdir()]
 
 

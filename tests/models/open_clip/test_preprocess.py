@@ -30,7 +30,7 @@ SIZES = [(90, 50), (20, 33), (32, 32), (10, 100)]
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
 def test_the_settings_are_those_of_open_clips_transform(settings: dict[str, Any]) -> None:
-    """With Pillow, as open_clip resizes, they give its very pixels; transformers' default rounds otherwise."""
+    """With Pillow, which open_clip uses to resize, the pixels are equal; transformers' default rounds differently."""
     made, transform = image_processor(settings, 32), open_clip.image_transform(32, is_train=False, **settings)
     kept = {name: value for name, value in made.to_dict().items() if name != "image_processor_type"}
     exact, std = CLIPImageProcessorPil(**kept), torch.tensor(made.image_std)[:, None, None]

@@ -1,4 +1,4 @@
-"""Oracle: open_clip's own features of its own names, in a mirror and in a cache of the hub that tests make."""
+"""Oracle: the features of open_clip under its own model names, in a mirror and in a hub cache that the tests create."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TAGS = {
 
 @pytest.fixture(autouse=True)
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model with two tags among open_clip's own, caches of the test's own, and no network."""
+    """Adds a small model with two tags to those of open_clip; uses temporary caches and no network."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-B-32", copy.deepcopy(MODEL))
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-B-32", TAGS)
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path / "cache"))
@@ -45,7 +45,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cached(folder: Path, repository: str) -> Path:
-    """The folder that the cache of the hub has of a repository."""
+    """The folder of a repository in the hub's cache."""
     place = folder / "hub" / f"models--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("0" * 40)
@@ -61,8 +61,8 @@ def image_features(model: Any) -> torch.Tensor:
     return features
 
 
-def test_a_tag_in_a_mirror_gives_open_clips_features_and_preprocessing(tmp_path: Path) -> None:
-    """The activation is that of the weights, for which open_clip's create_model has an option."""
+def test_a_tag_in_a_mirror_has_the_features_and_preprocessing_of_open_clip(tmp_path: Path) -> None:
+    """The weights determine the activation, which create_model of open_clip takes as an option."""
     model = build(quick_gelu=True)
     (tmp_path / "mirror/owner/tiny-web").mkdir(parents=True)
     save_file(model.state_dict(), tmp_path / "mirror/owner/tiny-web/open_clip_model.safetensors")
@@ -78,7 +78,7 @@ def test_a_tag_in_a_mirror_gives_open_clips_features_and_preprocessing(tmp_path:
     assert (processor.image_mean, processor.do_center_crop) == ((0.5, 0.5, 0.5), False)
 
 
-def test_offline_a_tag_is_taken_from_the_cache_of_the_hub_safetensors_first(tmp_path: Path) -> None:
+def test_offline_tags_come_from_the_hubs_cache_with_safetensors_first(tmp_path: Path) -> None:
     model = build(quick_gelu=True)
     place = cached(tmp_path, "owner/tiny-web")
     torch.save({"logit_scale": torch.ones(3)}, place / "open_clip_pytorch_model.bin")
@@ -88,7 +88,7 @@ def test_offline_a_tag_is_taken_from_the_cache_of_the_hub_safetensors_first(tmp_
 
 
 class Code:
-    """What a pickle calls when it is read without weights_only."""
+    """Runs code when it is unpickled without weights_only."""
 
     def __reduce__(self) -> Any:
         return os.system, ("exit 3",)
@@ -106,7 +106,7 @@ def test_a_pickle_behind_a_tag_is_read_as_tensors_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [None, "mirror"])
-def test_what_is_not_there_is_named_with_the_command_that_fetches_it(root: str | None) -> None:
+def test_the_error_for_a_missing_tag_names_the_download_command(root: str | None) -> None:
     place = f"in {root}/owner/tiny-web" if root else "in a mirror \\(data_root\\)"
     wanted = f"base: open_clip_model.safetensors of owner/tiny-web is neither {place} nor in the cache of the hub"
     remedy = r"run: hf download owner/tiny-web open_clip_model.safetensors \(or open_clip_pytorch_model.bin\)$"
@@ -139,7 +139,7 @@ def test_what_is_not_there_is_named_with_the_command_that_fetches_it(root: str |
         ),
     ],
 )
-def test_names_that_open_clip_does_not_have_are_refused_with_close_ones(source: str, message: str) -> None:
+def test_unknown_names_are_refused_with_similar_ones(source: str, message: str) -> None:
     with pytest.raises(ModelError, match=f"base: .*{message}"):
         locate(source, "base")
 
@@ -149,7 +149,7 @@ def test_a_repository_and_a_folder_are_opened_like_an_open_clip_folder(tmp_path:
     place = cached(tmp_path, "owner/own")
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
     with pytest.raises(ModelError, match="open_clip_model.safetensors of owner/own is neither"):
-        torch.save(model.state_dict(), place / "open_clip_pytorch_model.bin")  # no suite names this pickle
+        torch.save(model.state_dict(), place / "open_clip_pytorch_model.bin")  # the suite does not name this pickle
         locate("open_clip:hf-hub:owner/own", "base")
     save_file(model.state_dict(), place / "open_clip_model.safetensors")
     folder = stored(tmp_path / "folder", model)
@@ -159,7 +159,7 @@ def test_a_repository_and_a_folder_are_opened_like_an_open_clip_folder(tmp_path:
         torch.testing.assert_close(image_features(clip), image_features(model), rtol=0, atol=1e-5)
 
 
-def test_the_family_of_such_a_base_is_open_clip() -> None:
+def test_the_family_of_a_tag_is_open_clip() -> None:
     task = {"expert": "a.pt", "data": Tiny("digits", 8, 8)}
     suite = Suite(name="x", family="auto", base="open_clip:tiny-B-32/web", tasks={"digits": task})
     assert suite_family(suite) is FAMILIES["open_clip"]

@@ -1,4 +1,4 @@
-"""Oracle: the features, tokens and pixels of open_clip itself."""
+"""Oracle: the features, tokens and pixels of open_clip."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build(**options: Any) -> open_clip.CLIP:
     torch.manual_seed(0)
     model = open_clip.CLIP(**copy.deepcopy(MODEL), **options).eval()
-    for parameter in model.parameters():  # norms and biases too, so that a mix-up shows
+    for parameter in model.parameters():  # norms and biases too, so that swapped tensors are detected
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
     return model
 
@@ -58,7 +58,7 @@ def stored(folder: Path, model: open_clip.CLIP, preprocess: dict[str, Any] | Non
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_the_converted_model_gives_open_clips_features(quick_gelu: bool, tmp_path: Path) -> None:
+def test_the_converted_model_has_the_features_of_open_clip(quick_gelu: bool, tmp_path: Path) -> None:
     model = build(quick_gelu=quick_gelu)
     folder = converted(stored(tmp_path / "base", model, quick_gelu=quick_gelu), "base")
     clip = CLIPModel.from_pretrained(folder).eval()
@@ -79,7 +79,7 @@ def test_the_two_activations_differ(tmp_path: Path) -> None:
     assert (plain - quick).abs().max() > 1e-4
 
 
-def test_texts_have_open_clips_tokens_and_features_and_images_its_pixels(tmp_path: Path) -> None:
+def test_tokens_text_features_and_pixels_match_open_clip(tmp_path: Path) -> None:
     model = build()
     given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
     folder = converted(stored(tmp_path / "base", model, given), "base")
@@ -115,7 +115,7 @@ def wrapped(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
     ],
     ids=["whole", "training checkpoint", "image encoder", "image classifier", "tower"],
 )
-def test_experts_in_all_layouts_give_the_tensors_of_the_whole_model(
+def test_experts_in_all_layouts_have_the_tensors_of_the_whole_model(
     layout: Callable[[open_clip.CLIP], dict[str, Any]], tmp_path: Path
 ) -> None:
     base, model = build(), build()
@@ -135,7 +135,7 @@ def test_experts_in_all_layouts_give_the_tensors_of_the_whole_model(
         assert expert.infos[name] == whole.infos[name]
 
 
-def test_the_conversion_is_kept_by_content_and_away_from_the_users_files(tmp_path: Path, cache: Path) -> None:
+def test_conversions_are_cached_by_content_outside_the_users_folder(tmp_path: Path, cache: Path) -> None:
     model = build()
     source = stored(tmp_path / "base", model)
     before = sorted(source.iterdir())
@@ -171,7 +171,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [None, 95, 97])
-def test_a_fused_projection_that_is_no_three_is_refused(rows: int | None, tmp_path: Path) -> None:
+def test_a_fused_projection_of_another_size_is_refused(rows: int | None, tmp_path: Path) -> None:
     tensors = build().visual.state_dict()
     name = "transformer.resblocks.0.attn.in_proj_weight"
     tensors[name] = torch.tensor(1.0) if rows is None else torch.ones(rows, 32)
@@ -180,7 +180,7 @@ def test_a_fused_projection_that_is_no_three_is_refused(rows: int | None, tmp_pa
         Translated(open_file(tmp_path / "expert.pt", "expert"), tmp_path / "expert.pt", "expert")
 
 
-def test_more_layers_than_there_are_tensors_are_refused(tmp_path: Path) -> None:
+def test_more_layers_than_stored_are_refused(tmp_path: Path) -> None:
     path = stored(tmp_path / "base", build()) / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"]["layers"] = 1 << 40

@@ -20,21 +20,21 @@ def weight(rows: int = 6, columns: int = 32, seed: int = 0) -> Tensor:
 
 
 def codes() -> Tensor:
-    """All codes but NaN, as torch reads their bits."""
+    """All codes except NaN, as torch interprets their bits."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     return every[~every.float().isnan()]
 
 
-def test_there_are_253_numbers_and_each_survives_the_round_trip() -> None:
-    """254 codes, two of which are 0."""
+def test_all_253_numbers_survive_the_round_trip() -> None:
+    """There are 254 codes; two of them are 0."""
     found = Fp8Format(-1).encode(codes().float(), ONE)
     assert len(codes()) == 254
     assert len(set(codes().float().tolist())) == 253
     assert torch.equal(found.view(torch.uint8), codes().view(torch.uint8))
 
 
-def test_every_code_is_the_nearest_of_all() -> None:
-    """Exhaustive; halfway between two the even mantissa is nearest too, so that distances are what is compared."""
+def test_every_code_is_the_nearest() -> None:
+    """Exhaustive. Compares distances, because halfway between two codes both are nearest."""
     known = codes().double().sort().values
     between = (known[:-1] + known[1:]) / 2
     x = torch.cat([weight(40, 100).flatten() * 3, weight(40, 100).flatten() * 200, between.float(), known.float()])
@@ -44,7 +44,7 @@ def test_every_code_is_the_nearest_of_all() -> None:
     assert torch.equal((x.double() - found).abs(), nearest)
 
 
-def test_encode_is_torchs_cast_up_to_448_and_ends_there() -> None:
+def test_encode_equals_the_cast_of_torch_and_saturates_at_448() -> None:
     x = torch.cat([weight().flatten() * 100, torch.tensor([448.0, -448.0, 463.0, 1e6, -1e30])])
     found = Fp8Format(-1).encode(x, ONE)
     inside = x.abs() <= LARGEST
@@ -54,8 +54,8 @@ def test_encode_is_torchs_cast_up_to_448_and_ends_there() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [-1, 8])
-def test_it_is_what_compressed_tensors_writes_and_reads(group_size: int, dtype: torch.dtype) -> None:
-    """Given the same scales: the compressor of float-quantized."""
+def test_it_matches_compressed_tensors(group_size: int, dtype: torch.dtype) -> None:
+    """Oracle: the compressor of float-quantized, given the same scales."""
     format, W = Fp8Format(group_size), weight().to(dtype).float()
     grid = format.fit(by_group(W, format), "minmax", dtype)
     found = format.encode(by_group(W, format), grid.over_columns()).reshape(W.shape)
@@ -69,7 +69,7 @@ def test_it_is_what_compressed_tensors_writes_and_reads(group_size: int, dtype: 
     assert torch.equal(own, read)
 
 
-def test_the_largest_weight_of_a_group_is_the_largest_code() -> None:
+def test_the_largest_weight_of_a_group_has_the_largest_code() -> None:
     format, W = Fp8Format(8), weight()
     grid = format.fit(by_group(W, format), "minmax", torch.float32)
     torch.testing.assert_close(grid.scale, by_group(W, format).abs().amax(-1) / 448)
@@ -78,15 +78,15 @@ def test_the_largest_weight_of_a_group_is_the_largest_code() -> None:
     assert (found.float().abs().amax(-1) == 448).all()
 
 
-def test_errors_are_within_half_a_step_of_each_weights_own_size() -> None:
-    """Three bits of mantissa: 2^-4 of the weight; below 2^-6 of the scale half of 2^-9."""
+def test_errors_are_at_most_half_a_step() -> None:
+    """Three mantissa bits: at most 2^-4 of the weight; below 2^-6 of the scale at most half of 2^-9."""
     format, W = Fp8Format(-1), weight(20, 64)
     grid = format.fit(by_group(W, format), "minmax", torch.float32).over_columns()
     error = (format.decode(format.encode(by_group(W, format), grid), grid) - by_group(W, format)).abs()
     assert (error <= torch.maximum(by_group(W, format).abs() * 2**-4, grid.scale * 2**-10) * (1 + 1e-5)).all()
 
 
-def test_mse_search_never_does_worse_than_minmax_in_any_group() -> None:
+def test_mse_search_is_never_worse_than_minmax() -> None:
     format, W = Fp8Format(16), weight(32, 64)
     lost = []
     for search in ("mse", "minmax"):

@@ -1,4 +1,4 @@
-"""Oracles: closed form on hand-made weights, and invariants of rounding."""
+"""Oracles: closed forms on hand-made weights, and invariants of rounding."""
 
 import pytest
 import torch
@@ -32,7 +32,9 @@ def test_asymmetric_minmax_spans_the_range() -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 4])
-def test_integers_stay_on_the_grid_and_errors_within_half_a_step(bits: int, symmetric: bool, group_size: int) -> None:
+def test_integers_stay_on_the_grid_with_errors_of_half_a_step_at_most(
+    bits: int, symmetric: bool, group_size: int
+) -> None:
     found = rtn(weight(), ints(bits, group_size, symmetric), "minmax", torch.float32)
     assert found.codes.min() >= -(2 ** (bits - 1))
     assert found.codes.max() <= 2 ** (bits - 1) - 1
@@ -41,7 +43,7 @@ def test_integers_stay_on_the_grid_and_errors_within_half_a_step(bits: int, symm
     assert ((found.dequantize() - weight()).abs() <= steps * (0.5 if symmetric else 1.0) + 1e-6).all()
 
 
-def test_mse_search_never_does_worse_than_minmax_in_any_group() -> None:
+def test_mse_search_is_never_worse_than_minmax() -> None:
     for symmetric in (True, False):
         errors = [
             (rtn(weight(32, 64), ints(3, 16, symmetric), search, torch.float32).dequantize() - weight(32, 64))
@@ -54,7 +56,7 @@ def test_mse_search_never_does_worse_than_minmax_in_any_group() -> None:
         assert errors[0].sum() < 0.95 * errors[1].sum()
 
 
-def test_scales_are_exact_in_the_type_they_are_stored_in() -> None:
+def test_scales_are_exact_in_their_stored_type() -> None:
     scale = rtn(weight(), ints(4, 4), "mse", torch.float16).grid.scale
     assert torch.equal(scale, scale.half().float())
 
@@ -83,7 +85,7 @@ def test_split_is_the_inverse_of_stacking_rows() -> None:
 
 @pytest.mark.parametrize("zero_points", ["none", "whole", "real"])
 def test_every_code_survives_the_round_trip(zero_points: ZeroPoints) -> None:
-    """Exhaustive, all bits, scales of either sign and every whole or half zero point."""
+    """Exhaustive: all bits, scales of either sign and every integer or half-integer zero point."""
     for bits in BITS:
         format = IntFormat(bits, -1, zero_points)
         codes = torch.arange(format.lowest, format.highest + 1, dtype=torch.int8)
@@ -96,7 +98,7 @@ def test_every_code_survives_the_round_trip(zero_points: ZeroPoints) -> None:
 
 @pytest.mark.parametrize("zero_points", ["none", "whole", "real"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_code_is_the_nearest_of_all(bits: int, zero_points: ZeroPoints) -> None:
+def test_every_code_is_the_nearest(bits: int, zero_points: ZeroPoints) -> None:
     """Exhaustive."""
     format, W = IntFormat(bits, -1, zero_points), weight(20, 32)
     grid = format.fit(by_group(W, format), "mse", torch.float32).over_columns()
@@ -108,7 +110,7 @@ def test_every_code_is_the_nearest_of_all(bits: int, zero_points: ZeroPoints) ->
 
 
 def test_real_zero_points_span_the_range_exactly() -> None:
-    """The smallest weight is the smallest code and the largest the largest, which whole zero points miss."""
+    """The smallest weight has the smallest code and the largest weight the largest; integer zero points miss this."""
     format, W = IntFormat(4, -1, "real"), weight() + 0.3
     found = rtn(W, format, "minmax", torch.float32)
     assert (found.codes.amin(1) == -8).all()
@@ -136,6 +138,6 @@ def test_bad_fields_are_refused(fields: tuple[object, ...], message: str) -> Non
 
 
 @pytest.mark.parametrize("format", [ints(4, 64), Fp8Format(-1)], ids=repr)
-def test_rtn_looks_at_no_inputs(format: NumberFormat) -> None:
+def test_rtn_does_not_depend_on_inputs(format: NumberFormat) -> None:
     with pytest.raises(ConfigError, match="quant.grid must be one of minmax, mse, got 'hessian'"):
         Rtn(format, "hessian")

@@ -1,4 +1,4 @@
-"""Oracles: tables of options and the formats that they name, and JSON there and back."""
+"""Oracles: tables of options and their formats, and a JSON round trip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from epmq_cli.quantize.formats.names import FormatOptions, as_json, from_json, w
 @pytest.mark.parametrize(
     ("bits", "widths"), [(2, (2,)), (8, (8,)), (3.0, (3,)), (2.5, (2, 3)), (3.25, (3, 4)), (5, (4, 8)), (7.9, (4, 8))]
 )
-def test_bits_are_the_ones_given_or_their_neighbours(bits: float, widths: tuple[int, ...]) -> None:
+def test_bits_are_exact_or_the_two_neighbours(bits: float, widths: tuple[int, ...]) -> None:
     assert widths_of(bits, symmetric=True) == widths
     assert FormatOptions(bits, 32, True).formats() == tuple(IntFormat(width, 32, "none") for width in widths)
 
@@ -60,7 +60,7 @@ def test_options_name_formats(
         (3, False, ["int2", "int4"], "quant.symmetric=false takes one format; a mix of formats needs"),
     ],
 )
-def test_options_that_name_none_are_refused(
+def test_options_that_name_no_format_are_refused(
     bits: float, symmetric: bool, format: str | Sequence[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -72,6 +72,6 @@ EVERY += [IntFormat(bits, size, zero) for bits in BITS for size in (-1, 64) for 
 
 
 @pytest.mark.parametrize("format", EVERY, ids=repr)
-def test_formats_survive_json_and_equal_themselves_alone(format: NumberFormat) -> None:
+def test_formats_survive_json_and_equal_only_themselves(format: NumberFormat) -> None:
     assert from_json(json.loads(json.dumps(as_json(format)))) == format
     assert [other for other in EVERY if other == format] == [format]

@@ -1,4 +1,5 @@
-"""Oracle: the loop in plain torch, to the last bit; and for that one the loss that GPTQ ends with (test_search.py)."""
+"""Oracle: the loop in plain torch, bit for bit; for that loop itself, the loss that GPTQ ends with
+(test_scale_search.py)."""
 
 from __future__ import annotations
 
@@ -68,20 +69,18 @@ def _on(device: str, grid: Grid) -> Grid:
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "dtype", "rows", "width"), CASES)
-def test_numba_does_the_same_to_the_last_bit(
-    bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int
-) -> None:
+def test_numba_equals_torch_bit_for_bit(bits: int, symmetric: bool, dtype: torch.dtype, rows: int, width: int) -> None:
     compare(NumbaKernel(), bits, symmetric, dtype, rows, width)
 
 
-def test_numba_does_the_same_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_equals_torch_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     compare(NumbaKernel(), 4, True, torch.float16, 300, 16)
 
 
 @pytest.mark.slow
-def test_triton_does_the_same_to_the_last_bit() -> None:
-    """In Triton's interpreter, which must be asked for before Triton is imported."""
+def test_triton_equals_torch_bit_for_bit() -> None:
+    """In Triton's interpreter, which must be enabled before Triton is imported."""
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
     code = (
         "from tests.quantize.kernels.test_select import CASES, compare\n"
@@ -95,11 +94,10 @@ def test_triton_does_the_same_to_the_last_bit() -> None:
 
 @pytest.mark.parametrize("capability", first(1, [90, 80]))
 @pytest.mark.parametrize("width", first(1, [128, 64, 512]))
-def test_triton_builds_for_gpus_and_fuses_nothing(
+def test_triton_compiles_for_gpus_without_fused_operations(
     width: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled, which takes no GPU. Oracle: PTX has names of its own for products and sums in one operation and for
-    divisions that are not exact."""
+    """Compiling needs no GPU. Oracle: fused multiply-adds and inexact divisions have their own names in PTX."""
     triton = pytest.importorskip("triton", reason="this build of torch comes without Triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -123,7 +121,7 @@ def test_triton_builds_for_gpus_and_fuses_nothing(
 
 @pytest.mark.parametrize("search", ["minmax", "mse", "hessian"])
 @pytest.mark.parametrize(("group_size", "block_size"), [(16, 128), (16, 7), (-1, 10), (48, 20)])
-def test_whole_weights_come_out_the_same(search: str, group_size: int, block_size: int) -> None:
+def test_whole_weights_are_equal(search: str, group_size: int, block_size: int) -> None:
     W, U = problem(20, 48)
     groups = torch.arange(48) // (group_size if group_size > 0 else 48)
     options = (ints(4, group_size), search, torch.float16, block_size, groups)
@@ -133,17 +131,17 @@ def test_whole_weights_come_out_the_same(search: str, group_size: int, block_siz
     assert one[1].zero is None
 
 
-def test_each_type_and_format_has_its_implementation() -> None:
+def test_each_type_and_format_has_its_kernel() -> None:
     assert isinstance(kernel_for(torch.zeros(2, 2), ints(4, -1)), NumbaKernel)
     assert isinstance(kernel_for(torch.zeros(2, 2, dtype=torch.float64), ints(4, -1)), TorchKernel)
     assert isinstance(kernel_for(torch.zeros(2, 2), Fp8Format(-1)), TorchKernel)
     assert isinstance(kernel_for(torch.zeros(2, 2), IntFormat(4, -1, "real")), TorchKernel)
 
 
-def test_where_triton_builds_nothing_plain_torch_does_it(
+def test_plain_torch_is_used_if_triton_cannot_compile(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tensors on the CPU are such a place."""
+    """For example for tensors on the CPU."""
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
     triton_works.cache_clear()
     assert not triton_works(torch.device("cpu"))
@@ -154,7 +152,7 @@ def test_where_triton_builds_nothing_plain_torch_does_it(
     triton_works.cache_clear()
 
 
-def test_weights_stay_as_they_are() -> None:
+def test_weights_stay_unchanged() -> None:
     W, U = problem(9, 16)
     kept, format = W.clone(), ints(4, 16)
     for columns in (NumbaKernel(), TorchKernel()):
