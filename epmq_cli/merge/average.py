@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
+from epmq_cli.merge.parameters import Parameters, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import check_weighted_tasks, check_weights
 
 
 def average(experts: Sequence[Tensor]) -> Tensor:
@@ -31,19 +31,12 @@ def weighted_average(experts: Sequence[Tensor], weights: Sequence[float]) -> Ten
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(Parameters):
     """`merge=average`: `weights` are factors, a setting; None for 1 each."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    weights: Setting = None
-
-    def __post_init__(self) -> None:
-        check_weights(self.weights)
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the weights name other tasks than the suite's."""
-        check_weighted_tasks(self.weights, tasks)
+    weights: Annotated[Setting, Weight()] = None
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""

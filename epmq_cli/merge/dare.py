@@ -8,21 +8,20 @@ of each element is that of the task vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
-from epmq_cli.merge.settings import Setting, check_setting, check_tasks
+from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Number, Parameters, PerExpert, PerTensor, Weight
+from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
 from epmq_cli.merge.ties import elected, majority_sign, sign_sum
-from epmq_cli.merge.weights import check_weighted_tasks, check_weights, weighted
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
@@ -32,7 +31,7 @@ def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> T
 
 
 @dataclass(frozen=True)
-class DareLinear:
+class DareLinear(Parameters):
     """`merge=dare_linear`: Task Arithmetic of the sparse task vectors.
 
     `density`: the probability that an element is kept, the paper's 1 - p, in (0, 1]; 1 is Task Arithmetic. `scale`:
@@ -42,21 +41,10 @@ class DareLinear:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    density: Setting
-    scale: Setting
-    weights: Setting
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_setting("merge.density", self.density, 0, 1, open_low=True, by_task=True)
-        check_setting("merge.scale", self.scale, 0, 10)
-        check_weights(self.weights, negative=True)
-        check_range("seed", self.seed, 0, (1 << 31) - 1, integer=True)
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the densities or weights name other tasks than the suite's."""
-        check_tasks("merge.density", self.density, tasks)
-        check_weighted_tasks(self.weights, tasks)
+    density: Annotated[Setting, PerExpert(0, 1, open_low=True)]
+    scale: Annotated[Setting, PerTensor(0, 10)]
+    weights: Annotated[Setting, Weight(-LARGEST_WEIGHT)]
+    seed: Annotated[int, Number(0, (1 << 31) - 1, integer=True)]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
@@ -86,11 +74,7 @@ class DareTies(DareLinear):
     those of `merge=dare_linear`.
     """
 
-    combine: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("merge.combine", self.combine, ("sum", "mean"))
+    combine: Annotated[str, Choice(("sum", "mean"))]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models once, for the majority of signs, which decides where task vectors cancel."""

@@ -3,18 +3,17 @@ https://arxiv.org/abs/2111.09832, section 3, equation 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from epmq_cli.config.validate import check_range
 from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.parameters import Number, Parameters, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import check_weighted_tasks, check_weights
 
 
 class WeightedMean:
@@ -41,7 +40,7 @@ def importance_scale(fisher: Mapping[str, Tensor], normalize: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Parameters):
     """`merge=fisher`.
 
     `floor`: added to each Fisher value, above 0; if all values are far below it, the result is the average.
@@ -51,20 +50,10 @@ class Fisher:
 
     needs: ClassVar[frozenset[Need]] = frozenset({"batches", "gradients"})
 
-    floor: float
+    floor: Annotated[float, Number(0, 1, open_low=True)]
     normalize: bool
-    classes: int | None
-    weights: Setting
-
-    def __post_init__(self) -> None:
-        check_range("merge.floor", self.floor, 0, 1, open_low=True)
-        if self.classes is not None:
-            check_range("merge.classes", self.classes, 1, 1 << 30, integer=True)
-        check_weights(self.weights)
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the weights name other tasks than the suite's."""
-        check_weighted_tasks(self.weights, tasks)
+    classes: Annotated[int | None, Number(1, 1 << 30, integer=True, null=True)]
+    weights: Annotated[Setting, Weight()]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Measures one expert after the other; holds the merged model and the sum of weights."""

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from epmq_cli.config.validate import check_range
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.average import average
 from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.parameters import Number, Parameters
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.quantize.linalg import damped_cholesky
 
@@ -59,19 +59,13 @@ class Regression:
 
 
 @dataclass(frozen=True)
-class RegMean:
+class RegMean(Parameters):
     """`merge=regmean`: `alpha` is the factor on the moments' off-diagonal elements, in [0, 1]. At 1 the regression is
     exact and may overfit the samples; at 0 only the magnitude of each input column counts."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
 
-    alpha: float
-
-    def __post_init__(self) -> None:
-        check_range("merge.alpha", self.alpha, 0, 1)
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """Accepts every suite."""
+    alpha: Annotated[float, Number(0, 1)]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Measures all experts once for each part of the linears whose moments fit into memory. Keeps the merged

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
-from epmq_cli.merge.settings import Setting, check_setting
+from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerTensor, Weight
+from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.weights import check_weighted_tasks, check_weights, weighted
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], scale: float) -> Tensor:
@@ -31,7 +31,7 @@ def add_task_vectors(base: Tensor, vectors: Sequence[Tensor], scale: float) -> T
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(Parameters):
     """`merge=task_arithmetic`.
 
     `scale`: the paper's lambda, in [0, 10]; 0 returns the base. `weights`: factors on the task vectors, None for 1
@@ -40,16 +40,8 @@ class TaskArithmetic:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    scale: Setting
-    weights: Setting = None
-
-    def __post_init__(self) -> None:
-        check_setting("merge.scale", self.scale, 0, 10)
-        check_weights(self.weights, negative=True)
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the weights name other tasks than the suite's."""
-        check_weighted_tasks(self.weights, tasks)
+    scale: Annotated[Setting, PerTensor(0, 10)]
+    weights: Annotated[Setting, Weight(-LARGEST_WEIGHT)] = None
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
-from epmq_cli.merge.settings import Setting, check_setting
+from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
+from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.console import track
 from epmq_cli.runtime.threads import spread, threads
@@ -105,7 +105,7 @@ def majority_sign(source: MergeSource, signs: Callable[[Piece], int]) -> float:
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Parameters):
     """`merge=ties`.
 
     `density`: the fraction of each task vector that is kept, in (0, 1]. `scale`: factor on the merged task vector.
@@ -114,17 +114,9 @@ class Ties:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    density: float
-    scale: Setting
-    combine: str
-
-    def __post_init__(self) -> None:
-        check_range("merge.density", self.density, 0, 1, open_low=True)
-        check_setting("merge.scale", self.scale, 0, 10)
-        check_choice("merge.combine", self.combine, ("sum", "mean"))
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """Accepts every suite."""
+    density: Annotated[float, Number(0, 1, open_low=True)]
+    scale: Annotated[Setting, PerTensor(0, 10)]
+    combine: Annotated[str, Choice(("sum", "mean"))]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models three times: twice for the thresholds, once for the majority of signs."""

@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
+from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
 
 
@@ -63,7 +64,7 @@ def tsv_m(
     name: str,
     base: Tensor,
     experts: Mapping[str, Tensor],
-    scale: float,
+    scale: TensorSetting,
     fraction: float | None,
     averaged: Collection[str],
 ) -> Tensor:
@@ -72,12 +73,12 @@ def tsv_m(
     most = min(base.shape) if base.ndim == 2 else 0
     rank = most // len(experts) if fraction is None else int(fraction * most)
     if rank == 0 or name in averaged:
-        return base + scale * mean_task_vector(base, experts)
-    return base + scale * merged_singular_vectors((experts[task] - base for task in experts), rank)
+        return base + scale.at(name) * mean_task_vector(base, experts)
+    return base + scale.at(name) * merged_singular_vectors((experts[task] - base for task in experts), rank)
 
 
 @dataclass(frozen=True)
-class TsvM:
+class TsvM(Parameters):
     """`merge=tsv_m`.
 
     `scale`: factor on the merged task vector, the paper's alpha. `fraction`: the part of each task vector's singular
@@ -87,18 +88,13 @@ class TsvM:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    scale: float
-    fraction: float | None
-    tables: str
-
-    def __post_init__(self) -> None:
-        check_range("merge.scale", self.scale, 0, 10)
-        if self.fraction is not None:
-            check_range("merge.fraction", self.fraction, 0, 1, open_low=True)
-        check_choice("merge.tables", self.tables, ("mean", "svd"))
+    scale: Annotated[Setting, PerTensor(0, 10)]
+    fraction: Annotated[float | None, Number(0, 1, open_low=True, null=True)]
+    tables: Annotated[str, Choice(("mean", "svd"))]
 
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError if the fractions of all experts sum to more than 1."""
+        super().check(tasks)
         if self.fraction is not None and self.fraction * len(tasks) > 1 + 1e-9:
             raise ConfigError(
                 f"merge.fraction must be at most 1 / {len(tasks)} for {len(tasks)} experts, whose singular vectors are "
@@ -108,4 +104,6 @@ class TsvM:
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Returns the rule; reads no model."""
         averaged = [name for name in source.names if self.tables == "mean" and source.is_over_vocabulary(name)]
-        return TensorRule(partial(tsv_m, scale=self.scale, fraction=self.fraction, averaged=frozenset(averaged)))
+        return TensorRule(
+            partial(tsv_m, scale=source.setting(self.scale, 1.0), fraction=self.fraction, averaged=frozenset(averaged))
+        )

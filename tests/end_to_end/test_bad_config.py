@@ -3,11 +3,13 @@ sentence that names the key and the value, before any model is opened; a new key
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from epmq_cli.commands import run as command
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import EpmqError, literal
+from epmq_cli.merge.parameters import Number, PerExpert, PerTensor, Weight, parameters_of
 from tests.helpers.counts import BAD, TRIED
 from tests.helpers.hubs import CHOICES
 from tests.helpers.tiers import slow
@@ -47,14 +50,8 @@ GIVEN = {
 """The overrides that configs with ??? need, by group and name."""
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho", "merge.scale"), NUMBERS),
-    **dict.fromkeys(("merge.density", "merge.floor", "quant.damping", "guidance.readout_weight"), ("fraction",)),
-    "merge.alpha": NUMBERS,
-    "merge.classes": ("null",),
-    "merge.fraction": ("null", "fraction"),
-    "merge.normalize": ("true",),
-    "merge.seed": ("zero",),
-    "merge.weights": ("null", "empty mapping"),
+    **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho"), NUMBERS),
+    **dict.fromkeys(("quant.damping", "guidance.readout_weight"), ("fraction",)),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
     "quant.symmetric": ("true",),
@@ -140,6 +137,27 @@ def _base(causal_lm: bool) -> DictConfig:
         )
 
 
+def accepted(group: str, key: str, cfg: DictConfig) -> tuple[str, ...]:
+    """The kinds of `WRONG` that a key accepts all the same; parameters of merge methods declare their ranges."""
+    if group != "merge" or "." not in key:
+        return TAKES.get(general(key), ())
+    method = hydra.utils.get_class(cfg.merge._target_)
+    kind = parameters_of(method).get(key.partition(".")[2])
+    if kind is None:
+        return ("true",)  # flags are the only parameters without a range
+    if not isinstance(kind, Number):
+        return ()
+    values = {name: value for name, value in WRONG.items() if type(value) in ((int,) if kind.integer else (int, float))}
+    lowest = math.nextafter(kind.low, math.inf) if kind.open_low else kind.low
+    taken = [name for name, value in values.items() if lowest <= value <= kind.high]
+    taken += ["null"] * kind.null
+    if isinstance(kind, PerTensor):
+        taken += ["list"] * (kind.low <= 1 and kind.high >= 2)
+    if isinstance(kind, PerExpert):
+        taken += ["empty mapping"] * kind.partial
+    return tuple(name for name in taken if (name, type(kind)) != ("zero", Weight))
+
+
 def keys(node: DictConfig, where: str) -> Iterator[str]:
     """Every key below a node, at any depth; for the tasks of a suite, only the first one."""
     for name in list(node)[: 1 if where == "suite.tasks" else None]:
@@ -220,7 +238,7 @@ def test_every_key_refuses_invalid_values(
     for kind in kinds:
         value = WRONG[kind]
         OmegaConf.update(cfg, key, value, merge=False)
-        found, takes = refusal(cfg, tmp_path), TAKES.get(general(key), ())
+        found, takes = refusal(cfg, tmp_path), accepted(group, key, cfg)
         if kind in takes:
             assert found is None or group == "suite", kind  # a suite may require other fields
             continue

@@ -92,7 +92,10 @@ def test_another_seed_drops_other_elements(tmp_path: Path) -> None:
         ({"density": 0}, r"merge.density must be a number in \(0, 1\], got 0"),
         ({"scale": 11}, r"merge.scale must be a number in \[0, 10\], got 11"),
         ({"combine": "max"}, "merge.combine must be one of sum, mean, got 'max'"),
-        ({"weights": {"t0": "x"}}, r"merge.weights.t0 must be a number in \[-100, 100\], got 'x'"),
+        (
+            {"weights": {"t0": "x"}},
+            r"merge.weights.t0 must be a number in \[-100, 100\], or null, a list.*; got 'x'",
+        ),
         ({"seed": -1}, r"seed must be a whole number in \[0, 2147483647\], got -1"),
     ],
 )

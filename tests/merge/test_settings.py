@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.merge.settings import TensorSetting, check_setting, layer_depths
+from epmq_cli.merge.parameters import PerExpert, PerTensor
+from epmq_cli.merge.settings import TensorSetting, layer_depths
 from tests.helpers.merging import merged, method, tensors
 
 NAMES = [
@@ -43,7 +44,7 @@ RULES = [{"filter": "self_attn", "value": [0, 1]}, {"filter": "mlp", "value": 0.
         ([0, 10, 0], [0, 0, 5, 0, 0, 0]),
         ([4], [4] * 6),
         (RULES, [2, 0.5, 0.25, 0.5, 2, 2]),
-        ([{"filter": "mlp", "value": 0}], [7, 0, 7, 0, 7, 7]),
+        ([{"filter": "mlp", "value": 0}, {"filter": "*", "value": 7}], [7, 0, 7, 0, 7, 7]),
         ({"a": [0, 1]}, [0, 0, 0.25, 1, 1, 1]),
         ({"b": 1}, [7] * 6),
         (None, [7] * 6),
@@ -52,7 +53,7 @@ RULES = [{"filter": "self_attn", "value": [0, 1]}, {"filter": "mlp", "value": 0.
 )
 def test_values(setting: Any, values: list[float]) -> None:
     if setting is not None:
-        check_setting("merge.x", setting, 0, 10, by_task=True)
+        PerExpert(0, 10).check("merge.x", setting)
     made = TensorSetting(setting, 7, layer_depths(NAMES))
     assert [made.at(name, "a") for name in NAMES] == values
 
@@ -60,31 +61,29 @@ def test_values(setting: Any, values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (
-            "x",
-            r"merge.x must be a number, a list of numbers over the layers, a list of rules \{filter, value\}; got 'x'",
-        ),
-        ([], "merge.x must be a number, a list"),
-        (None, "merge.x must be a number, a list"),
-        ({"a": 1}, "merge.x must be a number, a list"),
+        ("x", r"merge.x must be a number in \[0, 10\], a list of them over the layers, or a list of rules .*; got 'x'"),
+        ([], r"merge.x must be a number in \[0, 10\], a list of them"),
+        (None, r"merge.x must be a number in \[0, 10\], a list of them"),
+        ({"a": 1}, r"merge.x must be a number in \[0, 10\], a list of them"),
         ([1, 11], r"merge.x\[1\] must be a number in \[0, 10\], got 11"),
         ([1, {"value": 1}], r"merge.x\[1\] must be a number"),
         ([{"value": 1}, 1], r"merge.x\[1\] must be a rule \{filter, value\} as the first item is, got 1"),
         ([{"filtr": "a", "value": 1}], r"merge.x\[0\] has no option 'filtr', the options are filter, value; did you"),
         ([{"filter": "a"}], r"merge.x\[0\] needs value, but only filter is set"),
         ([{"filter": 3, "value": 1}], r"merge.x\[0\].filter must be a part of tensor names, got 3"),
+        ([{"filter": "a", "value": 1}], "merge.x must end with a rule without filter, for tensors that no other rule"),
         ([{"value": [1, -1]}], r"merge.x\[0\].value\[1\] must be a number in \[0, 10\], got -1"),
     ],
     ids=str,
 )
 def test_other_values_are_refused_by_their_place(setting: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_setting("merge.x", setting, 0, 10)
+        PerTensor(0, 10).check("merge.x", setting)
 
 
 def test_a_mapping_from_tasks_holds_any_of_the_forms() -> None:
     with pytest.raises(ConfigError, match=r"merge.x.a\[1\] must be a number in \[0, 10\], got 20"):
-        check_setting("merge.x", {"a": [1, 20]}, 0, 10, by_task=True)
+        PerExpert(0, 10).check("merge.x", {"a": [1, 20]})
 
 
 def test_a_method_takes_them_by_tensor_and_by_task(tmp_path: Path) -> None:
@@ -96,3 +95,11 @@ def test_a_method_takes_them_by_tensor_and_by_task(tmp_path: Path) -> None:
     torch.testing.assert_close(
         found["a.weight"], base["a.weight"] + 2 * vectors["one"]["a.weight"] + vectors["two"]["a.weight"]
     )
+
+
+def test_a_mapping_names_every_task_unless_it_may_leave_some_out() -> None:
+    with pytest.raises(ConfigError, match="merge.x needs b, but only a is set"):
+        PerExpert(0, 1).check_tasks("merge.x", {"a": 1}, ["a", "b"])
+    PerExpert(0, 1, partial=True).check_tasks("merge.x", {"a": 1}, ["a", "b"])
+    with pytest.raises(ConfigError, match="merge.x has no option 'c', the options are a, b"):
+        PerExpert(0, 1, partial=True).check_tasks("merge.x", {"c": 1}, ["a", "b"])

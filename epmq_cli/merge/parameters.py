@@ -1,0 +1,159 @@
+"""The parameters of merge methods: each field of a method declares what it takes, in its annotation.
+
+    density: Annotated[Setting, PerTensor(0, 1, open_low=True)]
+
+`Parameters` checks the values, and `epmq list merge=NAME` prints what each parameter takes.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from epmq_cli.config.validate import check_choice, check_keys, check_range
+from epmq_cli.errors import ConfigError, literal
+from epmq_cli.merge.settings import Setting, is_for_all
+
+LARGEST_WEIGHT = 100
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high]; in (low, high] with `open_low`. `integer`: a whole number. `null`: or null."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    integer: bool = False
+    null: bool = False
+
+    def check(self, where: str, value: object) -> None:
+        """ConfigError unless this parameter takes the value."""
+        if value is not None or not self.null:
+            check_range(where, value, self.low, self.high, open_low=self.open_low, integer=self.integer)
+
+    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
+        """ConfigError if the value does not fit a suite with these tasks."""
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.integer else "a number"
+        return f"{kind} in {'(' if self.open_low else '['}{self.low}, {self.high}]{', or null' if self.null else ''}"
+
+
+@dataclass(frozen=True)
+class PerTensor(Number):
+    """A setting, whose numbers lie in the range: it may differ between tensors. See `settings.py` for its forms."""
+
+    def check(self, where: str, value: Setting) -> None:
+        """ConfigError unless this parameter takes the value."""
+        if value is None and self.null:
+            return
+        if not isinstance(value, (list, tuple)) or not value:
+            if isinstance(value, (list, tuple, Mapping, str)) or value is None:
+                raise ConfigError(f"{where} must be {self}; got {literal(value)}")
+            super().check(where, value)
+            return
+        rules = isinstance(value[0], Mapping)
+        for index, item in enumerate(value):
+            place = f"{where}[{index}]"
+            if rules:
+                _check_rule(place, item)
+                PerTensor.check(self, f"{place}.value", item["value"])
+            else:
+                super().check(place, item)
+        if rules and not is_for_all(value[-1]):
+            raise ConfigError(f"{where} must end with a rule without filter, for tensors that no other rule names")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, a list of them over the layers, or a list of rules {{filter, value}}"
+
+
+@dataclass(frozen=True)
+class PerExpert(PerTensor):
+    """A setting that may also be a mapping from tasks to settings. `partial`: a mapping may leave out tasks."""
+
+    partial: bool = False
+
+    def check(self, where: str, value: Setting) -> None:
+        """ConfigError unless this parameter takes the value."""
+        if isinstance(value, Mapping):
+            for task, own in value.items():
+                super().check(f"{where}.{task}", own)
+        else:
+            super().check(where, value)
+
+    def check_tasks(self, where: str, value: Setting, tasks: Sequence[str]) -> None:
+        """ConfigError if a mapping names tasks that the suite lacks, or leaves out others."""
+        if isinstance(value, Mapping):
+            check_keys(where, value, tasks, () if self.partial else tasks)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; or a mapping from tasks to these"
+
+
+@dataclass(frozen=True)
+class Weight(PerExpert):
+    """Weights of experts: null, or a task that a mapping leaves out, is a weight of 1."""
+
+    low: float = 0
+    high: float = LARGEST_WEIGHT
+    null: bool = True
+    partial: bool = True
+
+    def check_tasks(self, where: str, value: Setting, tasks: Sequence[str]) -> None:
+        """ConfigError if weights name a task that the suite lacks, or are 0 for every task."""
+        super().check_tasks(where, value, tasks)
+        if value == 0 or (isinstance(value, Mapping) and all(value.get(task, 1) == 0 for task in tasks)):
+            raise ConfigError(f"{where} must leave at least one task above 0, got 0 for every task")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    options: tuple[str, ...]
+
+    def check(self, where: str, value: object) -> None:
+        """ConfigError unless this parameter takes the value."""
+        check_choice(where, value, self.options)
+
+    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
+        """Accepts every suite."""
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.options)}"
+
+
+def _check_rule(where: str, rule: object) -> None:
+    if not isinstance(rule, Mapping):
+        raise ConfigError(f"{where} must be a rule {{filter, value}} as the first item is, got {literal(rule)}")
+    check_keys(where, rule, ("filter", "value"), ("value",))
+    if not isinstance(rule.get("filter", ""), (str, type(None))):
+        raise ConfigError(f"{where}.filter must be a part of tensor names, got {literal(rule['filter'])}")
+
+
+def parameters_of(method: type) -> dict[str, Number | Choice]:
+    """What each field of a method's class takes, for fields that declare it."""
+    hints = typing.get_type_hints(method, include_extras=True)
+    return {
+        name: kind
+        for name, hint in hints.items()
+        for kind in getattr(hint, "__metadata__", ())
+        if isinstance(kind, (Number, Choice))
+    }
+
+
+class Parameters:
+    """A base of merge methods, which checks their parameters."""
+
+    def __post_init__(self) -> None:
+        for name, kind in parameters_of(type(self)).items():
+            kind.check(f"merge.{name}", getattr(self, name))
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """ConfigError if a parameter does not fit a suite with these tasks."""
+        for name, kind in parameters_of(type(self)).items():
+            value: Any = getattr(self, name)
+            kind.check_tasks(f"merge.{name}", value, tasks)
