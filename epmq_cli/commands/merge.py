@@ -38,6 +38,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
+        from epmq_cli.merge.given import given_path
         from epmq_cli.merge.method import check_method, refuse_needs
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
@@ -61,7 +62,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         exporter.check(family, ())
         if exporter.open_clip:
             check_family(family, suite.family)
-        models = SuiteModels(suite, family, whole=True)
+        models = SuiteModels(suite, family, whole=True, given=given_path(method))
         if exporter.open_clip:
             check_base(models.base)
         files = ProcessorFiles(models.base.path)  # fails early if transformers cannot load them

@@ -24,7 +24,7 @@ from epmq_cli.merge.leftovers import (
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
-from epmq_cli.merge.source import PIECE, SHOWN, MergeSource, NamedTensors
+from epmq_cli.merge.source import GIVEN, PIECE, SHOWN, MergeSource, NamedTensors
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
@@ -42,10 +42,10 @@ class SuiteModels:
     """The opened models of a suite and a common view of their tensors (`source`).
 
     `whole`: merges all tensors that base and experts share, as `epmq merge` does, not only those that the family
-    names. `ties`: the tied tensors that stay tied.
+    names. `given`: the folder of a merge that exists already. `ties`: the tied tensors that stay tied.
     """
 
-    def __init__(self, suite: Suite, family: Family, whole: bool = False) -> None:
+    def __init__(self, suite: Suite, family: Family, whole: bool = False, given: str | None = None) -> None:
         root = suite.root
         self.base = _open(family, suite.base, "base", root, None)
         refuse_wrapped(self.base)
@@ -54,6 +54,8 @@ class SuiteModels:
             task.name: _fitted(family, _open(family, task.expert, f"expert of task {task.name}", root, self.base), base)
             for task in suite.members
         }
+        if given is not None:
+            self.experts[GIVEN] = _fitted(family, _open(family, given, "given merge", root, self.base), base)
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
         if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
             self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
@@ -73,7 +75,8 @@ class SuiteModels:
             NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits
         )
         if family.reads == "texts":
-            check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
+            processors = {task.name: task.processor for task in suite.members}
+            check_tokens(self.base, {task: self.experts[task] for task in processors}, processors)
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):
                 _check_settings(expert, family.settings(expert), self.base, family.settings(self.base))

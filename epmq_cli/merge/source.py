@@ -18,6 +18,8 @@ from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows, vocabulary_
 from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.quantize.linalg import is_finite
 
+GIVEN = ""
+"""The key of a merge that exists already, beside the experts by task."""
 SHOWN = 3  # differences that an error lists
 PIECE = 1 << 16  # elements: 256 KB in float32
 
@@ -92,6 +94,8 @@ class MergeSource:
         for task in experts:
             self._check_same(task)
         self.names = [name for name in base.names if base.info(name).dtype in DTYPES]
+        self.tasks = [task for task in experts if task != GIVEN]
+        """The tasks that have an expert, in the suite's order."""
 
     def base(self, name: str) -> Tensor:
         """The base's tensor in float32. ModelError if it contains NaN or infinity."""
@@ -108,13 +112,17 @@ class MergeSource:
         """The experts' tensors of one name, by task. A tensor is read each time it is looked up."""
         return ExpertTensors(self, name)
 
+    def given(self, name: str) -> Tensor:
+        """The tensor of a merge that exists already, in float32; see `merge=given`."""
+        return self.expert(GIVEN, name)
+
     def model(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The names and tensors of a task's expert, in float32."""
         return ((name, self.expert(task, name)) for name in self.names)
 
     def pieces(self, name: str) -> list[PieceReader]:
         """A reader for each run of up to `PIECE` elements, which fits into the processor's cache."""
-        models = [None, *self._experts]
+        models = [None, *self.tasks]
         if name in self.padded:
             whole = [self.base(name) if task is None else self.expert(task, name) for task in models]
         else:
@@ -165,11 +173,6 @@ class MergeSource:
         return {task: dtype for task, dtype in mains.items() if dtype.itemsize > self.main_dtype.itemsize}
 
     @property
-    def tasks(self) -> list[str]:
-        """The tasks that have an expert, in the suite's order."""
-        return list(self._experts)
-
-    @property
     def vocabulary_size(self) -> int | None:
         """The rows of the tensors over the vocabulary; None if the base has as many."""
         larger = [rows for name, rows in self.padded.items() if rows > self._base.info(name).shape[0]]
@@ -186,7 +189,7 @@ class MergeSource:
     def _piece(self, name: str, offset: int, parts: tuple[Tensor, ...]) -> Piece:
         base = self._checked(None, name, parts[0].float())
         experts = {
-            task: self._checked(task, name, part.float()) for task, part in zip(self._experts, parts[1:], strict=True)
+            task: self._checked(task, name, part.float()) for task, part in zip(self.tasks, parts[1:], strict=True)
         }
         return Piece(name, offset, base, experts)
 
@@ -201,7 +204,7 @@ class MergeSource:
         """The rows that the base lacks in a tensor over the vocabulary: the mean of the experts that have them."""
         if name not in self._added:
             start = self._base.info(name).shape[0]
-            self._added[name] = mean_rows([self._own(task, name)[start:] for task in self._experts])
+            self._added[name] = mean_rows([self._own(task, name)[start:] for task in self.tasks])
         return self._added[name]
 
     def _check_same(self, task: str) -> None:
@@ -232,7 +235,7 @@ class MergeSource:
             more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
             reason = f"{self._misfits[task]}; " if task in self._misfits else ""
             raise ModelError(
-                f"expert of task {task} ({expert.folder.path}) does not fit the base ({base.folder.path}): "
+                f"{expert.folder.role} ({expert.folder.path}) does not fit the base ({base.folder.path}): "
                 f"{reason}{'; '.join(differences[:SHOWN])}{more}; {remedy}"
             )
 

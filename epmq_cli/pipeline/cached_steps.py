@@ -24,6 +24,7 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.given import Given
 from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
@@ -36,6 +37,7 @@ from epmq_cli.store.cache import Cache, FileHashes, cache_folder
 from epmq_cli.store.hashing import hash_tensors
 from epmq_cli.store.safetensors_writer import Entry, of
 
+ON_DISK = (Given, NoMerge)
 IN_OTHER_PARTS = ("data", "expert", "heads", "name", "processor")
 """Fields of a task that are not part of a key. Its samples, files and heads are."""
 
@@ -86,7 +88,7 @@ class CachedSteps:
 
     def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
         """The merged model. Its tensors are read from the cache if they fit. Of several processes, only the main one
-        uses the cache. `merge=none` does not, because the base is on disk.
+        uses the cache. `merge=none` and `merge=given` do not, because their results are on disk.
 
         `data`: the measurements of the experts, if the method needs them. Several processes measure together; then none
         of them uses the cache.
@@ -95,7 +97,7 @@ class CachedSteps:
         uses_cache = distributed.world_size() == 1 if data is not None else distributed.is_main()
         if data is not None and self._cache is not None:
             self._measured = _measured_on(data, self._job.merge.needs)
-        if self._cache is None or not self._known_merge or isinstance(self._job.merge, NoMerge) or not uses_cache:
+        if self._cache is None or not self._known_merge or isinstance(self._job.merge, ON_DISK) or not uses_cache:
             return make()
         with bar("keep merge", len(self._models.source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
@@ -161,7 +163,7 @@ class CachedSteps:
         return type(self._job.merge).__module__.startswith("epmq_cli.")
 
     def _read(self) -> dict[str, dict[str, str]]:
-        experts = {f"expert of {task}": expert for task, expert in self._models.experts.items()}
+        experts = {f"expert of {task}" if task else "given merge": e for task, e in self._models.experts.items()}
         return {
             role: hash_model(model.path, self._hashes) for role, model in {"base": self._models.base, **experts}.items()
         }

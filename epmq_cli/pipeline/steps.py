@@ -26,6 +26,7 @@ from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
+from epmq_cli.merge.given import given_path
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
@@ -55,7 +56,7 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     The model is on the device or, with `calib.student=disk`, in files in the folder. It computes in float32 with
     weights rounded to that type. Buffers that are not stored, such as rotary frequencies, are not rounded.
     """
-    models = SuiteModels(job.suite, job.family)
+    models = SuiteModels(job.suite, job.family, given=given_path(job.merge))
     if job.exporter.open_clip:
         check_base(models.base)
     ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
