@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 from epmq_cli import __version__, cli, commands
+from epmq_cli.commands.describe import facts
+from epmq_cli.commands.list import HEADINGS
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
@@ -67,7 +71,40 @@ def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
     ]
     assert all(len(line.split()) > 3 for line in result.stdout.splitlines())
     merges = [line.split() for line in result.stdout.splitlines() if line.startswith("merge=")]
-    assert [line.split() for line in epmq("list", "merge").stdout.splitlines()] == merges
+    gallery = epmq("list", "merge").stdout.splitlines()
+    assert sorted(line.split() for line in gallery if line.startswith("merge=")) == merges
+    assert [line for line in gallery if not line.startswith("merge=")] == [
+        line for need in HEADINGS for line in ("", f"needs {need}")
+    ]
+
+
+NEEDS = {
+    frozenset(): HEADINGS[0],
+    frozenset({"batches"}): HEADINGS[1],
+    frozenset({"batches", "gradients"}): HEADINGS[2],
+}
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "merge").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_merge_method_states_its_facts(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    stated = facts(lines)
+    assert {"formula", "needs", "memory"} <= {*stated}
+    assert stated["needs"] == NEEDS[get_class(str(OmegaConf.load(path)._target_)).needs]
+    assert "arxiv.org" in lines[1] or path.stem in ("given", "none")
+
+
+def test_the_page_of_an_option_has_its_facts_its_parameters_and_its_command(epmq: Run) -> None:
+    page = epmq("list", "merge=dare_ties").stdout
+    assert "\nformula   θ₀ + scale Σ of those dropped" in page
+    assert "\n  density  0.5      a number in (0, 1], per tensor and expert\n" in page
+    assert page.endswith("\nexample   epmq run merge=dare_ties\n")
+    assert "damping     0.001" in epmq("list", "quant=gptq").stdout
+    wrong = epmq("list", "merge=dare_tise")
+    assert (wrong.returncode, wrong.stderr) == (
+        1,
+        "epmq: merge has no option 'dare_tise'; did you mean dare_ties?\n",
+    )
 
 
 def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
-"""`epmq list [GROUP]`: the options of each config group, one for each YAML in conf/."""
+"""`epmq list [GROUP | GROUP=OPTION]`: the options of each config group, one for each YAML in conf/."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
 from rich.table import Table
 
+from epmq_cli.commands.describe import facts, page
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.runtime.console import console
 
+HEADINGS = ("nothing but the models", "calibration samples", "calibration samples and gradients")
+"""What options need, in the order of the gallery."""
+
 
 def main(arguments: list[str]) -> None:
-    """Prints one line for each option; exits with 1 for an unknown group."""
+    """Prints one line for each option, or the page of one option; exits with 1 for an unknown one."""
     parser = argparse.ArgumentParser(prog="epmq list", description="Show the options of each config group.")
-    parser.add_argument("group", nargs="?", help="show only this group")
+    parser.add_argument("group", nargs="?", help="show only this group, or with GROUP=OPTION all about an option")
     parser.add_argument("--config-dir", type=Path, help="a folder with your own configs, as in epmq run")
     chosen = parser.parse_args(arguments)
     folders = [conf_dir()] + ([chosen.config_dir] if chosen.config_dir else [])
@@ -24,9 +29,35 @@ def main(arguments: list[str]) -> None:
         if not folder.is_dir():
             sys.exit(f"epmq: --config-dir {folder} is not a folder")
     groups = options(folders)
-    if chosen.group is not None and chosen.group not in groups:
-        sys.exit(f"epmq: unknown group {chosen.group!r}; the groups are {', '.join(groups)}")
-    show({chosen.group: groups[chosen.group]} if chosen.group else groups)
+    group, _, option = (chosen.group or "").partition("=")
+    if group and group not in groups:
+        sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
+    if option and option not in groups[group]:
+        near = difflib.get_close_matches(option, groups[group], n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; see epmq list {group}"
+        sys.exit(f"epmq: {group} has no option {option!r}{hint}")
+    if option:
+        print(page(group, option, _file(folders, group, option)))
+    elif group:
+        show_gallery(group, groups[group], folders)
+    else:
+        show(groups)
+
+
+def _file(folders: list[Path], group: str, option: str) -> Path:
+    return next(path for folder in folders if (path := folder / group / f"{option}.yaml").is_file())
+
+
+def show_gallery(group: str, summaries: dict[str, str], folders: list[Path]) -> None:
+    """Prints the options of a group under headings by what they need, if their configs say so."""
+    kinds: dict[str, dict[str, str]] = {}
+    for option, text in summaries.items():
+        lines = _file(folders, group, option).read_text(encoding="utf-8").splitlines()
+        kinds.setdefault(facts(lines).get("needs", ""), {})[option] = text
+    for kind, part in sorted(kinds.items(), key=lambda item: HEADINGS.index(item[0]) if item[0] in HEADINGS else 9):
+        if kind:
+            console.print(f"\nneeds {kind}", style="bold", highlight=False)
+        show({group: part})
 
 
 def options(folders: list[Path]) -> dict[str, dict[str, str]]:

@@ -52,7 +52,10 @@ class PerTensor(Number):
             return
         if not isinstance(value, (list, tuple)) or not value:
             if isinstance(value, (list, tuple, Mapping, str)) or value is None:
-                raise ConfigError(f"{where} must be {self}; got {literal(value)}")
+                raise ConfigError(
+                    f"{where} must be {Number.__str__(self)}, a list of them over the layers, or a list of rules "
+                    f"{{filter, value}}; got {literal(value)}"
+                )
             super().check(where, value)
             return
         rules = isinstance(value[0], Mapping)
@@ -67,7 +70,7 @@ class PerTensor(Number):
             raise ConfigError(f"{where} must end with a rule without filter, for tensors that no other rule names")
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, a list of them over the layers, or a list of rules {{filter, value}}"
+        return f"{super().__str__()}, per tensor"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class PerExpert(PerTensor):
             check_keys(where, value, tasks, () if self.partial else tasks)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}; or a mapping from tasks to these"
+        return f"{super().__str__()} and expert"
 
 
 @dataclass(frozen=True)
