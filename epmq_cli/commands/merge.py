@@ -39,6 +39,8 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.families import suite_family
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
         from epmq_cli.merge.method import check_method, refuse_needs
+        from epmq_cli.merge.slices import sliced
+        from epmq_cli.merge.stacked import stacked
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table
@@ -68,10 +70,13 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
-        merged = LazyMerge(models.source, method, torch.float32)
+        slices = sliced(method)
+        written, merged = (
+            stacked(models, slices) if slices else (models, LazyMerge(models.source, method, torch.float32))
+        )
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
-        size = write_dense(checkpoint, models, merged, exporter, files, others)
+        size = write_dense(checkpoint, written, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(

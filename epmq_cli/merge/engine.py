@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,12 +159,21 @@ def _check_settings(expert: ModelFolder, settings: dict[str, Any], base: ModelFo
 
 
 def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
-    """One model; `base` is None for the base itself."""
-    path = locate(source, role, root)
-    opened = family.open(path, role, base)
+    """One model; `base` is None for the base itself. `model+adapter` is an adapter of a model that is not the base."""
+    model, plus, adapter = source.partition("+")
+    if plus and adapter and not Path(source).exists():
+        return _adapted(family, _open(family, model, role, root, base), adapter, role, root)
+    opened = family.open(locate(source, role, root), role, base)
+    path = opened.path
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
         raise ModelError(f"{role}: {path} is quantized already; give the original model")
     return opened
+
+
+def _adapted(family: Family, model: ModelFolder, adapter: str, role: str, root: str | None) -> ModelFolder:
+    """A model with an adapter merged in, with the model's own config and processor files."""
+    opened = family.open(locate(adapter, role, root), role, model)
+    return ModelFolder(model.path, role, model.config, opened.source)
 
 
 def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:

@@ -126,6 +126,26 @@ class MergeSource:
         """The values of a method's setting for these tensors; `default` where it has none."""
         return TensorSetting(setting, default, self.depths)
 
+    def renamed(
+        self,
+        base: Mapping[str, str],
+        experts: Mapping[str, Mapping[str, str]],
+        role: str | None,
+        depths: Mapping[str, float],
+    ) -> MergeSource:
+        """Some tensors of some models under other names, new -> own, with other depths. `role`: the task whose expert
+        is the base; None for the base itself."""
+
+        def tensors(task: str | None, names: Mapping[str, str]) -> NamedTensors:
+            model = self._model(task)
+            return NamedTensors(model.folder, {new: model.names[own] for new, own in names.items()})
+
+        made = MergeSource(
+            tensors(role, base), {task: tensors(task, names) for task, names in experts.items()}, self._vocabulary
+        )
+        made.depths = dict(depths)
+        return made
+
     @cached_property
     def depths(self) -> dict[str, float]:
         """The depth of each tensor in its stack of layers, in [0, 1]; see `settings.layer_depths`."""
