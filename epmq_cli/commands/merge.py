@@ -66,8 +66,9 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         models = SuiteModels(suite, family, whole=True)
         if exporter.open_clip:
             check_base(models.base)
-        files = ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
+        files = models.tokenizer or ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
+        tasks = [] if models.tokenizer else tasks  # all read the result's tokenizer
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
         slices = sliced(method)

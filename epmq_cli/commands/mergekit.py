@@ -14,8 +14,6 @@ from epmq_cli.errors import ConfigError
 CHOICE, FILE = "merge=mergekit", "merge.file="
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
 WORDS = ("null", "true", "false", "inf", "nan", "yes", "no", "on", "off")
-ADDED = ("suite.tokenizer",)
-"""Options that the files of suites leave out, so that Hydra must add them."""
 
 
 def replaced(command: str, overrides: Sequence[str]) -> list[str]:
@@ -49,7 +47,7 @@ def _options(command: str, file: str, given: Sequence[str]) -> list[str]:
 
     keys = {text.lstrip("+~").partition("=")[0] for text in given}
     options = mergekit_options(Path(file), command)
-    return [f"{'++' if key in ADDED else ''}{key}={typed(value)}" for key, value in options.items() if key not in keys]
+    return [f"{key}={typed(value)}" for key, value in options.items() if key not in keys]
 
 
 def typed(value: Any) -> str:

@@ -27,6 +27,8 @@ from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
 from epmq_cli.merge.source import PIECE, SHOWN, MergeSource, NamedTensors
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
+from epmq_cli.merge.token_rows import TokenRows
+from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
 from epmq_cli.models.resolve import locate
@@ -70,10 +72,16 @@ class SuiteModels:
             if not {*base.merged} <= {*expert.merged}
         }
         named = {task: NamedTensors(self.experts[task], expert.merged) for task, expert in experts.items()}
+        self.tokenizer, rows = None, None
+        if (option := suite.merged_tokenizer) is not None:
+            self.tokenizer = MergedTokenizer(self.base, self.experts, option)
+            rows = TokenRows(self.tokenizer.vocabulary, self.tokenizer.size, self.tokenizer.owned, option.tokens)
+            moved = self.tokenizer.moved(self.base.config)
+            self.ties = replace(self.ties, changes={**self.ties.changes, **moved})
         self.source = MergeSource(
-            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits
+            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits, rows
         )
-        if family.reads == "texts":
+        if family.reads == "texts" and self.tokenizer is None:
             check_tokens(self.base, self.experts, {task.name: task.processor for task in suite.members})
         for expert in self.experts.values():
             if _described(expert) != _described(self.base):

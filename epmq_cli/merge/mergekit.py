@@ -86,11 +86,11 @@ def _slice(file: MergekitFile, part: Part, tasks: Mapping[str, str]) -> dict[str
     fields = OmegaConf.to_container(node, resolve=False)
     assert isinstance(fields, dict)
     fields |= {name.removeprefix("merge."): value for name, value in options.items() if name != "merge"}
-    layers = {tasks[model]: own for model, own in ranges.items() if model in tasks}
+    taking = {tasks[model]: own for model, own in ranges.items() if model in tasks}
     base = {"base": ranges[file.base]} if file.base in ranges and file.base not in tasks else {}
     if not base and file.base not in tasks and file.base is not None and file.sliced:
         raise ConfigError(f"each of the slices must have base_model among its sources, got {', '.join(ranges)}")
-    return {"experts": layers, **base, "merge": fields}
+    return {"experts": taking, **base, "merge": fields}
 
 
 def _is_whole(file: MergekitFile, part: Part) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.merge.settings import LAYER, layer_depths
-from epmq_cli.merge.slices import Slice
+from epmq_cli.merge.slices import Range, Slice
 from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
 
@@ -79,7 +79,8 @@ def stacked(models: SuiteModels, modules: Mapping[str, list[Slice]]) -> tuple[Su
     config = models.base.config
     for stack, count in counts.items():
         config = _with_layers(config, stack, count, _origins(by_stack[stack], count))
-    sources, merges = {}, {}
+    sources: dict[str, MergeSource] = {}
+    merges: dict[str, LazyMerge] = {}
     for number, part in enumerate(slices):
         own = {name: place for name, place in places.items() if place.part == number}
         made = _source(source, part, own)
@@ -128,7 +129,7 @@ def _by_stack(modules: Mapping[str, list[Slice]], counts: Mapping[str, int]) -> 
     return found
 
 
-def _range(layers: tuple[int, int] | None, count: int) -> range:
+def _range(layers: Range, count: int) -> range:
     return range(count) if layers is None else range(*layers)
 
 
@@ -137,9 +138,10 @@ def _origins(parts: list[Slice], count: int) -> list[int]:
     return [index for part in parts for index in _range(part.ranges[0], count)]
 
 
-def _members(part: Slice) -> dict[str | None, tuple[int, int] | None]:
+def _members(part: Slice) -> dict[str | None, Range]:
     """The layers of the models that a slice reads, by task, the base's under None."""
-    return {**({None: part.base} if part.reads_base else {}), **part.layers}
+    members: dict[str | None, Range] = {None: part.base} if part.reads_base else {}
+    return {**members, **dict(part.layers)}
 
 
 def _places(

@@ -59,6 +59,11 @@ def make_job(cfg: DictConfig) -> Job:
     merge: MergeMethod = instantiate.build("merge", cfg.merge)
     check_method(merge, names)
     refuse_slices(merge)
+    if suite.tokenizer is not None:
+        raise ConfigError(
+            "suite.tokenizer makes a new vocabulary, which epmq run does not do; merge with epmq merge, then give the "
+            "result to epmq run as suite.base"
+        )
     check_gradients(merge, family)
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")

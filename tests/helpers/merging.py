@@ -22,7 +22,10 @@ from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
 LINEARS = [("a",), ("b",)]
-METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml"))
+METHODS = sorted(
+    path.stem for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text(encoding="utf-8")
+)
+"""The methods whose options all have defaults."""
 
 
 def tensors(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
