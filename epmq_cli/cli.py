@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from epmq_cli.commands.arguments import FULL_ERROR, split
+from epmq_cli.commands.arguments import FROM_MERGEKIT, FULL_ERROR, split
 from epmq_cli.errors import ConfigError
 from epmq_cli.runtime.exit_status import exit_on_error
 from epmq_cli.runtime.imports import importing
@@ -48,6 +48,7 @@ examples
   epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
+  epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --debug ...                           print tracebacks
   epmq --version
@@ -104,6 +105,9 @@ def start(command: str, arguments: list[str]) -> None:
         return
     if {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command)
+        return
+    if any(argument.partition("=")[0] == FROM_MERGEKIT for argument in arguments):
+        importlib.import_module("epmq_cli.commands.mergekit").show(command, arguments)
         return
     overrides, flags = split(arguments)
     if command == "eval":

@@ -17,6 +17,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.merge.engine import LazyMerge, SuiteModels, written_dtype
 from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
+from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.runtime.console import track
@@ -28,13 +29,13 @@ def write_dense(
     models: SuiteModels,
     merged: LazyMerge,
     exporter: Exporter,
-    files: ProcessorFiles,
+    files: ProcessorFiles | MergedTokenizer,
     save_others: Callable[[Path], None] = lambda folder: None,
 ) -> int:
     """Writes all tensors of the base under their names, merged ones with their merged values; returns their bytes.
 
     Tensors keep the base's types unless `pack.dtype` names another. `files`: the base's processor files, which are
-    copied. `save_others`: writes further files and folders into the checkpoint folder.
+    copied, or a new tokenizer. `save_others`: writes further files and folders into the checkpoint folder.
 
     Copies that are tied in the result are not written; copies that are tied only in the base are. config.json
     states the ties and the type of most elements. CheckpointError if the disk is full or read-only; then nothing is

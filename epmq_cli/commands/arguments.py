@@ -4,6 +4,8 @@ from __future__ import annotations
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The variable that makes Hydra and epmq print tracebacks."""
+FROM_MERGEKIT = "--from-mergekit"
+"""The option of `epmq merge` and `epmq run` that prints the command for a mergekit file."""
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 

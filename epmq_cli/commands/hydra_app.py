@@ -16,6 +16,7 @@ from yaml import YAMLError
 from epmq_cli.commands import folder_names
 from epmq_cli.commands.arguments import FULL_ERROR, split
 from epmq_cli.commands.error_report import Ended
+from epmq_cli.commands.mergekit import replaced
 from epmq_cli.commands.overrides import addable, check_overrides, unreadable
 from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
@@ -41,6 +42,8 @@ def launch(command: str, arguments: list[str]) -> None:
     try:
         refuse_tokens(arguments)  # here, because Hydra stores overrides before it calls the command
         overrides, flags = split(arguments)
+        overrides = replaced(command, overrides)
+        arguments = [*overrides, *flags]
         check_overrides(command, overrides)
         try:
             _start(command, addable(arguments))

@@ -40,6 +40,8 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.merge.engine import LazyMerge, SuiteModels
         from epmq_cli.merge.given import given_path
         from epmq_cli.merge.method import check_method, refuse_needs
+        from epmq_cli.merge.slices import sliced
+        from epmq_cli.merge.stacked import stacked
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table
@@ -65,14 +67,18 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         models = SuiteModels(suite, family, whole=True, given=given_path(method))
         if exporter.open_clip:
             check_base(models.base)
-        files = ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
+        files = models.tokenizer or ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
         tasks = [replace(task, max_length=PROBE) for task in suite.members]
+        tasks = [] if models.tokenizer else tasks  # all read the result's tokenizer
         processors = task_processors(family, models, tasks, probes(family, models))
     with stages.stage("merge"):
-        merged = LazyMerge(models.source, method, torch.float32)
+        slices = sliced(method)
+        written, merged = (
+            stacked(models, slices) if slices else (models, LazyMerge(models.source, method, torch.float32))
+        )
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
-        size = write_dense(checkpoint, models, merged, exporter, files, others)
+        size = write_dense(checkpoint, written, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     resolved = OmegaConf.to_container(cfg, resolve=True)
     metrics_json.write_json(

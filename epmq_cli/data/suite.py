@@ -10,6 +10,7 @@ from typing import Any
 from epmq_cli.config.field_types import check_types
 from epmq_cli.config.validate import check_choice, check_keys, check_range
 from epmq_cli.data.samples import Source
+from epmq_cli.data.tokenizer_option import TokenizerOption, tokenizer_option
 from epmq_cli.errors import ConfigError, literal, placed
 
 MAX_LENGTH = 128
@@ -72,6 +73,7 @@ class Suite:
     image processor reads the samples of a task if the expert's gives other inputs than the base's: the `expert`'s or
     the `base`'s; `same` raises an error. `heads`: whose text tower makes zero-shot heads, the `base`'s or each
     `expert`'s; an expert's projection is then merged too. A task, or `each`, may have its own `processor` and `heads`.
+    `tokenizer`: None if all models have the base's tokens; otherwise see TokenizerOption.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Suite:
     root: str | None = None
     processor: str = PROCESSORS[0]
     heads: str = HEADS[0]
+    tokenizer: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_types("suite", Suite, vars(self))  # checked again, since a _target_ among the tasks may replace them
@@ -102,7 +105,12 @@ class Suite:
         check_keys("suite.each", self.each or {}, TASK_FIELDS)
         if (self.each or {}).get("data") is not None:
             _check_source("suite.each.data", (self.each or {})["data"])
-        _ = self.members
+        _ = self.members, self.merged_tokenizer
+
+    @property
+    def merged_tokenizer(self) -> TokenizerOption | None:
+        """The tokenizer of the result if rows of tables are matched by token; None if by number."""
+        return tokenizer_option(self.tokenizer, list(self.entries))
 
     @property
     def members(self) -> list[Task]:

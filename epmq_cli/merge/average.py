@@ -1,4 +1,5 @@
-"""Simple average of the experts (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 2, uniform soup)."""
+"""Simple and weighted averages of the experts (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, section 2,
+uniform soup)."""
 
 from __future__ import annotations
 
@@ -8,10 +9,14 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from epmq_cli.errors import ConfigError
+from epmq_cli.merge.gram import combination
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
-from epmq_cli.merge.parameters import Parameters, Weight
-from epmq_cli.merge.settings import Setting
+from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, Weight
+from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
+
+SMALLEST_SUM = 1e-8
 
 
 def average(experts: Sequence[Tensor]) -> Tensor:
@@ -24,10 +29,45 @@ def average(experts: Sequence[Tensor]) -> Tensor:
 
 def weighted_average(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Mean of the experts, each times its weight, divided by the sum of the weights."""
-    total = weights[0] * experts[0]
-    for weight, expert in zip(weights[1:], experts[1:], strict=True):
-        total += weight * expert
-    return total / sum(weights)
+    return combination(weights, experts) / sum(weights)
+
+
+@dataclass(frozen=True)
+class Linear(Parameters):
+    """`merge=linear`: the sum of the experts, each times its weight.
+
+    `weights`: factors, a setting; None for 1 each. `normalize`: divides by the sum of the weights.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    weights: Annotated[Setting, Weight(-LARGEST_WEIGHT)]
+    normalize: bool
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
+        """Returns the rule; reads no model. ConfigError if the weights of a tensor sum to 0 and are divided by that."""
+        weights = source.setting(self.weights, 1.0)
+        if self.normalize:
+            check_sums(weights, source)
+
+        def merge(piece: Piece) -> Tensor:
+            experts = list(piece.experts.values())
+            if self.weights is None and self.normalize:
+                return average(experts)
+            own = [weights.at(piece.name, task) for task in piece.experts]
+            return weighted_average(experts, own) if self.normalize else combination(own, experts)
+
+        return ElementwiseRule(merge)
+
+
+def check_sums(weights: TensorSetting, source: MergeSource) -> None:
+    """ConfigError if the weights of a tensor sum to 0."""
+    for name in source.names:
+        total = sum(weights.at(name, task) for task in source.tasks)
+        if abs(total) < SMALLEST_SUM:
+            raise ConfigError(
+                f"merge.weights sum to 0 at {name}, and the merge is divided by their sum; change the weights"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,12 +80,4 @@ class Average(Parameters):
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
-        weights = source.setting(self.weights, 1.0)
-
-        def merge(piece: Piece) -> Tensor:
-            experts = list(piece.experts.values())
-            if self.weights is None:
-                return average(experts)
-            return weighted_average(experts, [weights.at(piece.name, task) for task in piece.experts])
-
-        return ElementwiseRule(merge)
+        return Linear(self.weights, normalize=True).fit(source, data)

@@ -9,7 +9,7 @@ of each element is that of the task vector.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Number, Parameters
 from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
-from epmq_cli.merge.ties import elected, majority_sign, sign_sum
+from epmq_cli.merge.ties import Options, elected, majority_sign, sign_sum
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
@@ -48,19 +48,23 @@ class DareLinear(Parameters):
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""
-        vectors, scales = self.sparse_vectors(source), source.setting(self.scale, 1.0)
-        return ElementwiseRule(lambda piece: add_task_vectors(piece.base, vectors(piece), scales.at(piece.name)))
+        sparse, scales = self.sparse_vectors(source), source.setting(self.scale, 1.0)
+        weights = source.setting(self.weights, 1.0)
 
-    def sparse_vectors(self, source: MergeSource) -> Callable[[Piece], list[Tensor]]:
-        """For a piece, each task vector after the drop, times its weight."""
-        densities, weights = source.setting(self.density, 1.0), source.setting(self.weights, 1.0)
+        def merge(piece: Piece) -> Tensor:
+            return add_task_vectors(piece.base, weighted(sparse(piece), weights, piece.name), scales.at(piece.name))
 
-        def vectors(piece: Piece) -> list[Tensor]:
-            kept = {
+        return ElementwiseRule(merge)
+
+    def sparse_vectors(self, source: MergeSource) -> Callable[[Piece], dict[str, Tensor]]:
+        """For a piece, each task vector after the drop, by task."""
+        densities = source.setting(self.density, 1.0)
+
+        def vectors(piece: Piece) -> dict[str, Tensor]:
+            return {
                 task: dropped(vector, densities.at(piece.name, task), piece.generator(self.seed, task))
                 for task, vector in piece.task_vectors().items()
             }
-            return weighted(kept, weights, piece.name)
 
         return vectors
 
@@ -70,8 +74,8 @@ class DareTies(DareLinear):
     """`merge=dare_ties`: drops elements at random where TIES trims them; then elects signs and merges the values that
     agree with them, as in TIES.
 
-    `combine`: the `sum` of the agreeing values, or their `mean`, which divides by their number. The other options are
-    those of `merge=dare_linear`.
+    `combine`: the `sum` of the agreeing values, or their `mean`, which divides by the sum of their weights. The other
+    options are those of `merge=dare_linear`.
     """
 
     combine: Annotated[str, Choice(("sum", "mean"))]
@@ -79,17 +83,18 @@ class DareTies(DareLinear):
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models once, for the majority of signs, which decides where task vectors cancel."""
         sparse, scales = self.sparse_vectors(source), source.setting(self.scale, 1.0)
+        weights = source.setting(self.weights, 1.0)
+
+        def options(piece: Piece) -> Options:
+            return Options([0.0] * len(piece.experts), [weights.at(piece.name, task) for task in piece.experts])
 
         def signs(piece: Piece) -> int:
-            vectors = sparse(piece)
-            return sign_sum(torch.zeros_like(piece.base), vectors, [0.0] * len(vectors))
+            return sign_sum(torch.zeros_like(piece.base), [*sparse(piece).values()], options(piece))
 
         majority = majority_sign(source, signs)
 
         def merge(piece: Piece) -> Tensor:
-            vectors, zero = sparse(piece), torch.zeros_like(piece.base)
-            thresholds = [0.0] * len(vectors)
-            scale, mean = scales.at(piece.name), self.combine == "mean"
-            return piece.base + elected(zero, vectors, thresholds, majority, scale, mean)
+            own = replace(options(piece), majority=majority, scale=scales.at(piece.name), mean=self.combine == "mean")
+            return piece.base + elected(torch.zeros_like(piece.base), [*sparse(piece).values()], own)
 
         return ElementwiseRule(merge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
 from epmq_cli.merge.source import GIVEN, PIECE, SHOWN, MergeSource, NamedTensors
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
+from epmq_cli.merge.token_rows import TokenRows
+from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
 from epmq_cli.models.resolve import locate
@@ -71,10 +74,16 @@ class SuiteModels:
             if not {*base.merged} <= {*expert.merged}
         }
         named = {task: NamedTensors(self.experts[task], expert.merged) for task, expert in experts.items()}
+        self.tokenizer, rows = None, None
+        if (option := suite.merged_tokenizer) is not None:
+            self.tokenizer = MergedTokenizer(self.base, {task.name: self.experts[task.name] for task in suite.members}, option)
+            rows = TokenRows(self.tokenizer.vocabulary, self.tokenizer.size, self.tokenizer.owned, option.tokens)
+            moved = self.tokenizer.moved(self.base.config)
+            self.ties = replace(self.ties, changes={**self.ties.changes, **moved})
         self.source = MergeSource(
-            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits
+            NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits, rows
         )
-        if family.reads == "texts":
+        if family.reads == "texts" and self.tokenizer is None:
             processors = {task.name: task.processor for task in suite.members}
             check_tokens(self.base, {task: self.experts[task] for task in processors}, processors)
         for expert in self.experts.values():
@@ -161,12 +170,21 @@ def _check_settings(expert: ModelFolder, settings: dict[str, Any], base: ModelFo
 
 
 def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
-    """One model; `base` is None for the base itself."""
-    path = locate(source, role, root)
-    opened = family.open(path, role, base)
+    """One model; `base` is None for the base itself. `model+adapter` is an adapter of a model that is not the base."""
+    model, plus, adapter = source.partition("+")
+    if plus and adapter and not Path(source).exists():
+        return _adapted(family, _open(family, model, role, root, base), adapter, role, root)
+    opened = family.open(locate(source, role, root), role, base)
+    path = opened.path
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
         raise ModelError(f"{role}: {path} is quantized already; give the original model")
     return opened
+
+
+def _adapted(family: Family, model: ModelFolder, adapter: str, role: str, root: str | None) -> ModelFolder:
+    """A model with an adapter merged in, with the model's own config and processor files."""
+    opened = family.open(locate(adapter, role, root), role, model)
+    return ModelFolder(model.path, role, model.config, opened.source)
 
 
 def completed(expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> ModelFolder:

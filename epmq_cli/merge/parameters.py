@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from epmq_cli.config.validate import check_choice, check_keys, check_range
 from epmq_cli.errors import ConfigError, literal
@@ -149,14 +150,25 @@ def parameters_of(method: type) -> dict[str, Number | Choice]:
 
 
 class Parameters:
-    """A base of merge methods, which checks their parameters."""
+    """A base of merge methods, which checks their parameters and the number of experts."""
+
+    experts: ClassVar[tuple[int, int | None]] = (1, None)
+    """The least and the largest number of experts that the method merges; None for any number."""
 
     def __post_init__(self) -> None:
         for name, kind in parameters_of(type(self)).items():
             kind.check(f"merge.{name}", getattr(self, name))
 
     def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if a parameter does not fit a suite with these tasks."""
+        """ConfigError if a parameter, or the number of experts, does not fit a suite with these tasks."""
+        least, most = self.experts
+        if len(tasks) < least or (most is not None and len(tasks) > most):
+            some = f"at least {least}" if most is None else f"{least}" if most == least else f"{least} or {most}"
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+            raise ConfigError(
+                f"merge={name} merges {some} experts and the suite has {len(tasks)}; change suite.tasks, or choose "
+                "another merge"
+            )
         for name, kind in parameters_of(type(self)).items():
             value: Any = getattr(self, name)
             kind.check_tasks(f"merge.{name}", value, tasks)

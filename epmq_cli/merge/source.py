@@ -13,7 +13,8 @@ from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.method import Piece, PieceReader
-from epmq_cli.merge.settings import Setting, TensorSetting, layer_depths
+from epmq_cli.merge.settings import LAYER, Setting, TensorSetting, layer_depths
+from epmq_cli.merge.token_rows import TokenRows
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows, vocabulary_of
 from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
 from epmq_cli.quantize.linalg import is_finite
@@ -73,6 +74,7 @@ class MergeSource:
     not. Padded tensors have as many rows as the longest one: an expert takes the rows that it lacks from the base, and
     the base takes the mean of those experts that have them. `written`: the names in the result's files of tensors that
     are not stored under the base's names. `misfits`: by task, what the names of an expert with missing tensors suggest.
+    `rows`: matches the rows of tables over the vocabulary by token; all of them then count as padded.
     """
 
     def __init__(
@@ -82,8 +84,9 @@ class MergeSource:
         vocabulary: str = "same",
         written: Mapping[str, str] | None = None,
         misfits: Mapping[str, str] | None = None,
+        rows: TokenRows | None = None,
     ) -> None:
-        self._base, self._experts, self._vocabulary = base, experts, vocabulary
+        self._base, self._experts, self._vocabulary, self._rows = base, experts, vocabulary, rows
         self._written = written or {}
         self._misfits = misfits or {}
         self._added: dict[str, Tensor] = {}
@@ -99,12 +102,16 @@ class MergeSource:
 
     def base(self, name: str) -> Tensor:
         """The base's tensor in float32. ModelError if it contains NaN or infinity."""
+        if self._rows is not None and name in self.padded:
+            return self._rows.aligned(partial(self._own, name=name), None)
         tensor = self._own(None, name)
         lacks = name in self.padded and len(tensor) < self.padded[name]
         return torch.cat([tensor, self._rows_added(name)]) if lacks else tensor
 
     def expert(self, task: str, name: str) -> Tensor:
         """The tensor of a task's expert in float32. ModelError if it contains NaN or infinity."""
+        if self._rows is not None and name in self.padded:
+            return self._rows.aligned(partial(self._own, name=name), task)
         tensor = self._own(task, name)
         return torch.cat([tensor, self.base(name)[len(tensor) :]]) if name in self.padded else tensor
 
@@ -133,6 +140,29 @@ class MergeSource:
     def setting(self, setting: Setting, default: float) -> TensorSetting:
         """The values of a method's setting for these tensors; `default` where it has none."""
         return TensorSetting(setting, default, self.depths)
+
+    def renamed(
+        self,
+        base: Mapping[str, str],
+        experts: Mapping[str, Mapping[str, str]],
+        role: str | None,
+        depths: Mapping[str, float],
+    ) -> MergeSource:
+        """Some tensors of some models under other names, new -> own, with other depths. `role`: the task whose expert
+        is the base; None for the base itself."""
+
+        def tensors(task: str | None, names: Mapping[str, str]) -> NamedTensors:
+            model = self._model(task)
+            return NamedTensors(model.folder, {new: model.names[own] for new, own in names.items()})
+
+        made = MergeSource(
+            tensors(role, base),
+            {task: tensors(task, names) for task, names in experts.items()},
+            self._vocabulary,
+            rows=None if self._rows is None else self._rows.of(role),
+        )
+        made.depths = dict(depths)
+        return made
 
     @cached_property
     def depths(self) -> dict[str, float]:
@@ -175,6 +205,8 @@ class MergeSource:
     @property
     def vocabulary_size(self) -> int | None:
         """The rows of the tensors over the vocabulary; None if the base has as many."""
+        if self._rows is not None:
+            return self._rows.size if self.padded else None
         larger = [rows for name, rows in self.padded.items() if rows > self._base.info(name).shape[0]]
         return max(larger, default=None)
 
@@ -207,6 +239,11 @@ class MergeSource:
             self._added[name] = mean_rows([self._own(task, name)[start:] for task in self.tasks])
         return self._added[name]
 
+    def _is_table(self, name: str, own: TensorInfo, expert: NamedTensors) -> bool:
+        """Whether a tensor has a row for each token. Tensors in layers have none, whatever their size."""
+        info, config = self._base.info(name), self._base.folder.config
+        return LAYER.match(name) is None and is_over_vocabulary(info, config, own, expert.folder.config)
+
     def _check_same(self, task: str) -> None:
         base, expert = self._base, self._experts[task]
         differences, types = list[str](), list[str]()
@@ -217,6 +254,8 @@ class MergeSource:
                 differences.append(f"{name} is missing from the expert")
             elif info.dtype in DTYPES and own.dtype not in DTYPES:
                 types.append(f"{name} is of type {own.dtype} in the expert and {info.dtype} in the base")
+            elif self._rows is not None and self._is_table(name, own, expert):
+                self.padded[name] = self._rows.size
             elif own.shape != info.shape:
                 over = is_over_vocabulary(info, base.folder.config, own, expert.folder.config)
                 if over and self._vocabulary == "pad":

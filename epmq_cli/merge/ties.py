@@ -1,14 +1,15 @@
 """TIES: trim, elect sign, disjoint merge (Yadav et al. 2023, https://arxiv.org/abs/2306.01708, section 3, algorithm 1).
 
-Trimming is over the whole task vector, as in the paper, not tensor by tensor. Two passes over the models find the exact
-thresholds by counting float bits, with one tensor in memory at a time. A third pass finds the majority of signs over
-the whole vector, which the paper's code elects for elements whose task vectors cancel.
+Trimming is over the whole task vector, as in the paper; with `scope: tensor` it is tensor by tensor, as in mergekit.
+Two passes over the models find the exact thresholds by counting float bits, with one tensor in memory at a time. A
+third pass finds the majority of signs over the whole vector, which the paper's code elects for elements whose task
+vectors cancel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epmq_cli.errors import ConfigError
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
-from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
+from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Parameters, PerExpert, PerTensor, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.console import track
@@ -30,7 +32,7 @@ Vectors = Callable[[], list[Tensor]]
 """Reads one piece of every vector, flat in float32."""
 
 
-def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vectors: int, density: float) -> list[float]:
+def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], densities: Sequence[float]) -> list[float]:
     """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length.
 
     `passes()` yields the same pieces of all vectors, tensor by tensor, each time it is called. Magnitudes are ordered
@@ -39,9 +41,10 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vector
     """
     from epmq_cli.merge.kernels import count_lower, count_upper
 
+    vectors = len(densities)
     upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
-    rank = max(1, int(density * int(upper[0].sum())))
-    bins = [_bin_from_top(counts, rank) for counts in upper]
+    ranks = [max(1, int(density * int(upper[0].sum()))) for density in densities]
+    bins = [_bin_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
     lower = _counted(passes(), vectors, lambda k, values, counts: count_lower(values, bins[k][0], counts))
     bits = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
@@ -69,28 +72,43 @@ def _bin_from_top(counts: Tensor, rank: int) -> tuple[int, int]:
     return len(counts) - 1 - steps, rank - above
 
 
-def elected(
-    base: Tensor, experts: Sequence[Tensor], thresholds: list[float], majority: float, scale: float, mean: bool
-) -> Tensor:
-    """Trims, elects and merges (n,) elements: base plus `scale` times the sum or the mean of the task vectors that
-    agree with the elected sign, where values below a task vector's threshold count as 0.
+@dataclass(frozen=True)
+class Options:
+    """Options of the merge of one piece: `thresholds` and `weights` of the task vectors; the `majority` sign, +1 or -1;
+    the `scale`; whether the agreeing values are divided by their weights (`mean`)."""
 
-    The elected sign is the sign of the sum. Where the sum is zero and its terms are not, it is `majority`, +1 or -1.
+    thresholds: Sequence[float]
+    weights: Sequence[float]
+    majority: float = 1.0
+    scale: float = 1.0
+    mean: bool = False
+
+
+def elected(base: Tensor, experts: Sequence[Tensor], options: Options) -> Tensor:
+    """Trims, elects and merges (n,) elements: base plus `scale` times the sum or the mean of the task vectors that
+    agree with the elected sign, where values below a task vector's threshold count as 0. Each counts by its weight.
+
+    The elected sign is the sign of the sum. Where the sum is zero and its terms are not, it is `majority`.
     """
     from epmq_cli.merge.kernels import elect
 
-    merged, options = torch.empty_like(base), (np.float32(majority), np.float32(scale), mean)
-    elect(base.numpy(), torch.stack(list(experts)).numpy(), np.array(thresholds, np.float32), *options, merged.numpy())
+    merged, own = torch.empty_like(base), _arrays(options)
+    last = (np.float32(options.majority), np.float32(options.scale), options.mean)
+    elect(base.numpy(), torch.stack(list(experts)).numpy(), *own, *last, merged.numpy())
     return merged
 
 
-def sign_sum(base: Tensor, experts: Sequence[Tensor], thresholds: list[float]) -> int:
+def sign_sum(base: Tensor, experts: Sequence[Tensor], options: Options) -> int:
     """The sum of the signs of the sums of the trimmed task vectors."""
     from epmq_cli.merge.kernels import sum_signs
 
     signs = np.zeros(1, np.int64)
-    sum_signs(base.numpy(), torch.stack(list(experts)).numpy(), np.array(thresholds, np.float32), signs)
+    sum_signs(base.numpy(), torch.stack(list(experts)).numpy(), *_arrays(options), signs)
     return int(signs[0])
+
+
+def _arrays(options: Options) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(options.thresholds, np.float32), np.array(options.weights, np.float32)
 
 
 def majority_sign(source: MergeSource, signs: Callable[[Piece], int]) -> float:
@@ -108,33 +126,62 @@ def majority_sign(source: MergeSource, signs: Callable[[Piece], int]) -> float:
 class Ties(Parameters):
     """`merge=ties`.
 
-    `density`: the fraction of each task vector that is kept, in (0, 1]. `scale`: factor on the merged task vector.
-    `combine`: the `sum` of the agreeing values (FusionBench, with scale 0.3) or their `mean` (the paper, with scale 1).
+    `density`: the fraction of each task vector that is kept, in (0, 1], a setting; with `scope: global` the same for
+    all tensors. `scale`: factor on the merged task vector. `combine`: the `sum` of the agreeing values (FusionBench,
+    with scale 0.3) or their `mean` (the paper, with scale 1). `weights`: factors on the trimmed task vectors by task.
+    `scope`: `global` trims the whole task vector, `tensor` each tensor for itself.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    density: Annotated[float, Number(0, 1, open_low=True)]
+    density: Annotated[Setting, PerExpert(0, 1, open_low=True)]
     scale: Annotated[Setting, PerTensor(0, 10)]
     combine: Annotated[str, Choice(("sum", "mean"))]
+    weights: Annotated[Setting, Weight(-LARGEST_WEIGHT)] = None
+    scope: Annotated[str, Choice(("global", "tensor"))] = "global"
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """ConfigError if a global density differs between tensors."""
+        super().check(tasks)
+        own = self.density.values() if isinstance(self.density, Mapping) else [self.density]
+        if self.scope == "global" and not all(isinstance(density, (int, float)) for density in own):
+            raise ConfigError(
+                "merge.density differs between tensors, and merge.scope=global trims all tensors together; give one "
+                "number, or one for each task, or choose merge.scope=tensor"
+            )
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models three times: twice for the thresholds, once for the majority of signs."""
+        thresholds = self.thresholds(source)
+        weights, scales = source.setting(self.weights, 1.0), source.setting(self.scale, 1.0)
 
-        def task_vectors() -> Iterator[list[Vectors]]:
-            for name in track(source.names, "find the TIES thresholds"):
-                yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
+        def options(piece: Piece) -> Options:
+            return Options(thresholds[piece.name], [weights.at(piece.name, task) for task in piece.experts])
 
-        thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
-        majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], thresholds))
-
-        scales = source.setting(self.scale, 1.0)
+        majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], options(piece)))
 
         def merge(piece: Piece) -> Tensor:
-            experts, scale = [*piece.experts.values()], scales.at(piece.name)
-            return elected(piece.base, experts, thresholds, majority, scale, self.combine == "mean")
+            own = replace(options(piece), majority=majority, scale=scales.at(piece.name), mean=self.combine == "mean")
+            return elected(piece.base, [*piece.experts.values()], own)
 
         return ElementwiseRule(merge)
+
+    def thresholds(self, source: MergeSource) -> dict[str, list[float]]:
+        """The smallest magnitude that is kept of each task vector, by tensor."""
+        densities = source.setting(self.density, 1.0)
+
+        def largest(names: Sequence[str], message: str = "") -> list[float]:
+            def task_vectors() -> Iterator[list[Vectors]]:
+                for name in track(names, message) if message else names:
+                    yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
+
+            own = [densities.at(names[0], task) for task in source.tasks]
+            return kth_largest_magnitudes(task_vectors, own)
+
+        message = "find the TIES thresholds"
+        if self.scope == "tensor":
+            return {name: largest([name]) for name in track(source.names, message)}
+        return dict.fromkeys(source.names, largest(source.names, message))
 
 
 def _task_vectors(reader: PieceReader) -> list[Tensor]:

@@ -63,6 +63,12 @@ def method(name: str, **options: Any) -> MergeMethod:
     return made
 
 
+def taken(name: str, most: int = 3) -> int:
+    """The number of experts to give a method: `most`, or the largest number that it merges."""
+    _, largest = getattr(type(method(name)), "experts", (1, None))
+    return min(most, largest or most)
+
+
 @dataclass(frozen=True)
 class GivenData:
     """Precomputed calibration data; tasks and linears without data get random ones."""
