@@ -29,9 +29,17 @@ Count = Callable[[int, np.ndarray, np.ndarray], None]
 Vectors = Callable[[], list[Tensor]]
 """Reads one piece of every vector, flat in float32."""
 
+Passes = Callable[[], Iterable[list[Vectors]]]
+"""Starts a pass over the pieces of all vectors, tensor by tensor."""
 
-def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vectors: int, density: float) -> list[float]:
-    """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length.
+
+def kth_largest_magnitudes(passes: Passes, vectors: int, density: float) -> list[float]:
+    """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length."""
+    return magnitudes_of_rank(passes, vectors, lambda _, length: max(1, int(density * length)))
+
+
+def magnitudes_of_rank(passes: Passes, vectors: int, rank_of: Callable[[int, int], int]) -> list[float]:
+    """For each vector, its `rank`-th largest magnitude, where `rank_of` gives the rank for its index and its length.
 
     `passes()` yields the same pieces of all vectors, tensor by tensor, each time it is called. Magnitudes are ordered
     like their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within
@@ -40,8 +48,8 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], vector
     from epmq_cli.merge.kernels import count_lower, count_upper
 
     upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
-    rank = max(1, int(density * int(upper[0].sum())))
-    bins = [_bin_from_top(counts, rank) for counts in upper]
+    length = int(upper[0].sum())
+    bins = [_bin_from_top(counts, rank_of(k, length)) for k, counts in enumerate(upper)]
     lower = _counted(passes(), vectors, lambda k, values, counts: count_lower(values, bins[k][0], counts))
     bits = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
@@ -121,11 +129,7 @@ class Ties(Parameters):
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Reads all models three times: twice for the thresholds, once for the majority of signs."""
 
-        def task_vectors() -> Iterator[list[Vectors]]:
-            for name in track(source.names, "find the TIES thresholds"):
-                yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
-
-        thresholds = kth_largest_magnitudes(task_vectors, len(source.tasks), self.density)
+        thresholds = trim_thresholds(source, self.density)
         majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], thresholds))
 
         scales = source.setting(self.scale, 1.0)
@@ -135,6 +139,16 @@ class Ties(Parameters):
             return elected(piece.base, experts, thresholds, majority, scale, self.combine == "mean")
 
         return ElementwiseRule(merge)
+
+
+def trim_thresholds(source: MergeSource, density: float) -> list[float]:
+    """For each task vector, the smallest magnitude of the part `density` of its elements that is kept."""
+
+    def passes() -> Iterator[list[Vectors]]:
+        for name in track(source.names, "find the thresholds"):
+            yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
+
+    return kth_largest_magnitudes(passes, len(source.tasks), density)
 
 
 def _task_vectors(reader: PieceReader) -> list[Tensor]:
