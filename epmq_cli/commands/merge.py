@@ -56,7 +56,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     check_method(method, [task.name for task in suite.members])
     refuse_needs(method)
-    device = torch.device("cpu")
+    device = instantiate.device_of(cfg.device)
     stages, checkpoint = Stages(device), folder / "checkpoint"
     say(f"{table.counted(len(suite.members), 'expert')}, results go to {table.near(folder)}")
     with stages.stage("read"):
@@ -74,7 +74,9 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("merge"):
         slices = sliced(method)
         written, merged = (
-            stacked(models, slices) if slices else (models, LazyMerge(models.source, method, torch.float32))
+            stacked(models, slices)
+            if slices
+            else (models, LazyMerge(models.source, method, torch.float32, device=device))
         )
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)

@@ -24,8 +24,10 @@ from epmq_cli.merge.leftovers import (
     take_common,
 )
 from epmq_cli.merge.merged_heads import MergedHeads, settle_heads
-from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader, TensorRule
-from epmq_cli.merge.source import GIVEN, PIECE, SHOWN, MergeSource, NamedTensors
+from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader
+from epmq_cli.merge.parameters import Parameters
+from epmq_cli.merge.post import post_processors
+from epmq_cli.merge.source import GIVEN, PIECE, SHOWN, MergeSource, NamedTensors, OnDevice
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.merge.token_rows import TokenRows
 from epmq_cli.models.merged_tokenizer import MergedTokenizer
@@ -38,6 +40,7 @@ from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.runtime.console import log, plain, say, track
 from epmq_cli.runtime.threads import spread
 
+CPU = torch.device("cpu")
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
 
@@ -76,7 +79,9 @@ class SuiteModels:
         named = {task: NamedTensors(self.experts[task], expert.merged) for task, expert in experts.items()}
         self.tokenizer, rows = None, None
         if (option := suite.merged_tokenizer) is not None:
-            self.tokenizer = MergedTokenizer(self.base, {task.name: self.experts[task.name] for task in suite.members}, option)
+            self.tokenizer = MergedTokenizer(
+                self.base, {task.name: self.experts[task.name] for task in suite.members}, option
+            )
             rows = TokenRows(self.tokenizer.vocabulary, self.tokenizer.size, self.tokenizer.owned, option.tokens)
             moved = self.tokenizer.moved(self.base.config)
             self.ties = replace(self.ties, changes={**self.ties.changes, **moved})
@@ -250,14 +255,21 @@ class LazyMerge:
     """The merged model, computed tensor by tensor on access: merged in float32, rounded to `dtype`, returned in
     float32.
 
-    `data`: calibration data for methods that need it.
+    `data`: calibration data for methods that need it. `device`: where rules that gain from an accelerator compute.
     """
 
     def __init__(
-        self, source: MergeSource, method: MergeMethod, dtype: torch.dtype, data: MergeData | None = None
+        self,
+        source: MergeSource,
+        method: MergeMethod,
+        dtype: torch.dtype,
+        data: MergeData | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self._device = source, dtype, device
         self._rule = method.fit(source, data)
+        entries = method.post if isinstance(method, Parameters) else ()
+        self._posts = [post.fit(source) for post in post_processors("merge.post", entries)]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
@@ -265,10 +277,11 @@ class LazyMerge:
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        if isinstance(self._rule, TensorRule):
-            tensor = self._rule.merge(name, self.source.base(name), self.source.experts(name)).to(dtype)
-        else:
-            tensor = self._by_pieces(self._rule, name, dtype)
+        tensor = self._merged(name, torch.float32 if self._posts else dtype)
+        for post in self._posts:
+            base, experts = self._inputs(name, post.on_device)
+            tensor = post.apply(name, base, experts, tensor.view(base.shape).to(base.device)).cpu()
+        tensor = tensor.to(dtype)
         if not is_finite(tensor):
             kind = str(dtype).removeprefix("torch.")
             raise ModelError(
@@ -276,6 +289,19 @@ class LazyMerge:
                 "smaller merge.scale"
             )
         return tensor.view(self.source.shape(name))
+
+    def _merged(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor of this name before post-processing, in a type."""
+        if isinstance(self._rule, ElementwiseRule):
+            return self._by_pieces(self._rule, name, dtype)
+        return self._rule.merge(name, *self._inputs(name, self._rule.on_device)).to("cpu", dtype)
+
+    def _inputs(self, name: str, on_device: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The base's tensor and the experts', which are read on access."""
+        base, experts = self.source.base(name), self.source.experts(name)
+        if not on_device or self._device == CPU:
+            return base, experts
+        return base.to(self._device), OnDevice(experts, self._device)
 
     def _by_pieces(self, rule: ElementwiseRule, name: str, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(prod(self.source.shape(name)), dtype=dtype)

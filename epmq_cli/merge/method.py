@@ -64,12 +64,33 @@ class ElementwiseRule:
 @dataclass(frozen=True)
 class TensorRule:
     """Merges whole tensors: `merge` takes a tensor's name, the base's tensor and the experts' by task, in float32, and
-    returns the merged tensor. Each access to the mapping reads the expert's tensor again."""
+    returns the merged tensor. Each access to the mapping reads the expert's tensor again.
+
+    `on_device`: whether the rule accepts tensors on an accelerator, where it is faster, as decompositions are.
+    """
 
     merge: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
+    on_device: bool = False
 
 
 MergeRule = ElementwiseRule | TensorRule
+
+
+@dataclass(frozen=True)
+class PostRule:
+    """Changes merged tensors: `apply` takes a tensor's name, the base's tensor, the experts' by task and the merged
+    one, in float32, and returns the new one. `on_device`: as in `TensorRule`."""
+
+    apply: Callable[[str, Tensor, Mapping[str, Tensor], Tensor], Tensor]
+    on_device: bool = False
+
+
+class PostProcessor(Protocol):
+    """A post-processor of merged tensors; see `post.py`."""
+
+    def fit(self, source: MergeSource) -> PostRule:
+        """The rule that changes the merged tensors."""
+
 
 PieceReader = Callable[[], Piece]
 """Reads one piece in the calling thread."""

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need
+from epmq_cli.merge.parameters import Parameters
 from epmq_cli.merge.source import MergeSource
 
 
 @dataclass(frozen=True)
-class NoMerge:
+class NoMerge(Parameters):
     """`merge=none`."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-
-    def check(self, tasks: Sequence[str]) -> None:
-        """Accepts every suite."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from epmq_cli.config.validate import check_choice, check_keys, check_range
 from epmq_cli.errors import ConfigError, literal
@@ -138,26 +138,54 @@ def _check_rule(where: str, rule: object) -> None:
         raise ConfigError(f"{where}.filter must be a part of tensor names, got {literal(rule['filter'])}")
 
 
-def parameters_of(method: type) -> dict[str, Number | Choice]:
+@dataclass(frozen=True)
+class Posts:
+    """A list of post-processors; see `post.py`."""
+
+    def check(self, where: str, value: object) -> None:
+        """ConfigError unless the list names post-processors with options that they take."""
+        from epmq_cli.merge.post import post_processors  # it imports this module
+
+        post_processors(where, value)
+
+    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
+        """Accepts every suite."""
+
+    def __str__(self) -> str:
+        return "a list of post-processors"
+
+
+def parameters_of(method: type) -> dict[str, Number | Choice | Posts]:
     """What each field of a method's class takes, for fields that declare it."""
     hints = typing.get_type_hints(method, include_extras=True)
     return {
         name: kind
         for name, hint in hints.items()
         for kind in getattr(hint, "__metadata__", ())
-        if isinstance(kind, (Number, Choice))
+        if isinstance(kind, (Number, Choice, Posts))
     }
 
 
+def check_parameters(where: str, method: object) -> None:
+    """ConfigError if a field of a method or post-processor has a value that it does not take."""
+    for name, kind in parameters_of(type(method)).items():
+        kind.check(f"{where}.{name}", getattr(method, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """A base of merge methods, which checks their parameters and the number of experts."""
+    """A base of merge methods, which checks their parameters and the number of experts.
+
+    `post`: the post-processors of the merged tensors, which every method has.
+    """
 
     experts: ClassVar[tuple[int, int | None]] = (1, None)
     """The least and the largest number of experts that the method merges; None for any number."""
 
+    post: Annotated[Sequence[Any], Posts()] = ()
+
     def __post_init__(self) -> None:
-        for name, kind in parameters_of(type(self)).items():
-            kind.check(f"merge.{name}", getattr(self, name))
+        check_parameters("merge", self)
 
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError if a parameter, or the number of experts, does not fit a suite with these tasks."""

@@ -43,6 +43,23 @@ class ExpertTensors(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class OnDevice(Mapping[str, Tensor]):
+    """The experts' tensors on a device, where each is copied when it is looked up."""
+
+    experts: Mapping[str, Tensor]
+    device: torch.device
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self.experts[task].to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.experts)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+
+@dataclass(frozen=True)
 class NamedTensors:
     """The tensors to merge of a model folder. `names` maps their common names to those in the files."""
 

@@ -31,9 +31,17 @@ Count = Callable[[int, np.ndarray, np.ndarray], None]
 Vectors = Callable[[], list[Tensor]]
 """Reads one piece of every vector, flat in float32."""
 
+Passes = Callable[[], Iterable[list[Vectors]]]
+"""Starts a pass over the pieces of all vectors, tensor by tensor."""
 
-def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], densities: Sequence[float]) -> list[float]:
-    """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length.
+
+def kth_largest_magnitudes(passes: Passes, densities: Sequence[float]) -> list[float]:
+    """For each vector, the smallest of its int(density * N) largest magnitudes, at least one, where N is its length."""
+    return magnitudes_of_rank(passes, len(densities), lambda k, length: max(1, int(densities[k] * length)))
+
+
+def magnitudes_of_rank(passes: Passes, vectors: int, rank_of: Callable[[int, int], int]) -> list[float]:
+    """For each vector, its `rank`-th largest magnitude, where `rank_of` gives the rank for its index and its length.
 
     `passes()` yields the same pieces of all vectors, tensor by tensor, each time it is called. Magnitudes are ordered
     like their bit patterns read as integers: the first pass counts the upper 16 bits, the second the lower 16 within
@@ -41,10 +49,9 @@ def kth_largest_magnitudes(passes: Callable[[], Iterable[list[Vectors]]], densit
     """
     from epmq_cli.merge.kernels import count_lower, count_upper
 
-    vectors = len(densities)
     upper = _counted(passes(), vectors, lambda k, values, counts: count_upper(values, counts))
-    ranks = [max(1, int(density * int(upper[0].sum()))) for density in densities]
-    bins = [_bin_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
+    length = int(upper[0].sum())
+    bins = [_bin_from_top(counts, rank_of(k, length)) for k, counts in enumerate(upper)]
     lower = _counted(passes(), vectors, lambda k, values, counts: count_lower(values, bins[k][0], counts))
     bits = [high << 16 | _bin_from_top(counts, rest)[0] for counts, (high, rest) in zip(lower, bins, strict=True)]
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
@@ -182,6 +189,16 @@ class Ties(Parameters):
         if self.scope == "tensor":
             return {name: largest([name]) for name in track(source.names, message)}
         return dict.fromkeys(source.names, largest(source.names, message))
+
+
+def trim_thresholds(source: MergeSource, density: float) -> list[float]:
+    """For each task vector, the smallest magnitude of the part `density` of its elements that is kept."""
+
+    def passes() -> Iterator[list[Vectors]]:
+        for name in track(source.names, "find the thresholds"):
+            yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
+
+    return kth_largest_magnitudes(passes, [density] * len(source.tasks))
 
 
 def _task_vectors(reader: PieceReader) -> list[Tensor]:

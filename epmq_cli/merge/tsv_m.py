@@ -104,6 +104,6 @@ class TsvM(Parameters):
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Returns the rule; reads no model."""
         averaged = [name for name in source.names if self.tables == "mean" and source.is_over_vocabulary(name)]
-        return TensorRule(
-            partial(tsv_m, scale=source.setting(self.scale, 1.0), fraction=self.fraction, averaged=frozenset(averaged))
-        )
+        scale = source.setting(self.scale, 1.0)
+        rule = partial(tsv_m, scale=scale, fraction=self.fraction, averaged=frozenset(averaged))
+        return TensorRule(rule, on_device=True)

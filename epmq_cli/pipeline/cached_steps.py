@@ -93,7 +93,8 @@ class CachedSteps:
         `data`: the measurements of the experts, if the method needs them. Several processes measure together; then none
         of them uses the cache.
         """
-        make = once(partial(LazyMerge, self._models.source, self._job.merge, self._dtype, data))
+        job = self._job
+        make = once(partial(LazyMerge, self._models.source, job.merge, self._dtype, data, job.device))
         uses_cache = distributed.world_size() == 1 if data is not None else distributed.is_main()
         if data is not None and self._cache is not None:
             self._measured = _measured_on(data, self._job.merge.needs)
