@@ -21,7 +21,7 @@ from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Mask
 from epmq_cli.families.tasks.adapter import Head
-from epmq_cli.merge.method import Group, Loss, MergeGroups
+from epmq_cli.merge.method import Group, Loss, MergeGroups, Weights
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.runtime import distributed
@@ -103,18 +103,16 @@ class ExpertMeasurements:
             sums.add(self.model, partial(self.family.features, self.model), split(batch, samples))
         return sums.means()
 
-    def merge_sections(self, merge: MergeGroups) -> dict[str, Tensor]:
-        """Replaces the linears of the model by what `merge` returns, section by section; returns them by tensor name.
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
+        """Gives the model the tensors of `start`, and then replaces its linears by what `merge` returns, section by
+        section; returns them by tensor name. See `MergeData`.
 
-        The inputs of a section come from the merged sections in front of it, the activations inside from each expert's
-        own section. The model must hold the other merged tensors. Hidden states take up to half of `memory`; further
-        ones are in files.
+        Hidden states take up to half of `memory`; further ones are in files.
         """
-        model, linears = self.model, [f"{name}.weight" for names in self.linear_groups() for name in names]
-        start = {name: model.get_parameter(name).detach().clone() for name in linears}
+        model = self.model
 
         def walk(samples: int) -> dict[str, Tensor]:
-            copy_into(model, start)
+            self.put(start())
             parts = {task: [split(batch, samples) for batch in group] for task, group in self.batches.items()}
             with ActivationStore(self.memory / 2, self.folder) as store, torch.inference_mode(), batch_invariant(model):
                 return SectionWalk(model, self.family, self.source, merge, store, parts).run()

@@ -85,6 +85,9 @@ Group = tuple[str, ...]
 InputMoments = Callable[[str, Sequence[str]], dict[str, Tensor]]
 """E[x x'] of the inputs x of some linears on a task: (in, in) in float64, by name."""
 
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Returns names and tensors, each time it is called."""
+
 MergeGroups = Callable[[Sequence[Group], InputMoments], dict[str, Tensor]]
 """Returns the merged weights of groups of linears, by tensor name."""
 
@@ -124,9 +127,9 @@ class MergeData(Protocol):
         """E[x x'] of the inputs x of some linears in a task's expert, over the real tokens of all processes: (in, in)
         in float64, by name."""
 
-    def merge_sections(self, merge: MergeGroups) -> dict[str, Tensor]:
-        """Replaces the linears of the model by what `merge` returns, section by section; returns them by tensor name.
-        The model must hold the other merged tensors.
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
+        """Gives the model the tensors of `start`, and then replaces its linears by what `merge` returns, section by
+        section; returns them by tensor name. After an out-of-memory error it starts again.
 
         The moments that `merge` gets are over the real tokens of all processes. The inputs of a section come from the
         merged sections in front of it, the activations inside from each expert's own section.

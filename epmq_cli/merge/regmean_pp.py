@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -26,13 +26,15 @@ class RegMeanPP(Parameters):
     alpha: Annotated[float, Number(0, 1)]
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
-        """Runs each block once for each expert and once merged. Keeps the merged linears and the hidden states of all
-        samples in memory, the latter up to half of `data.memory`."""
+        """Runs each block once for each expert and once merged, more often if its moments take more than half of
+        `data.memory`. Keeps the merged linears in memory, and up to the other half of the samples' hidden states."""
         assert data is not None
         memory = data.memory // 2
 
         def merge(groups: Sequence[Group], moments: InputMoments) -> dict[str, Tensor]:
             return solved(groups, moments, source, self.alpha, memory)
 
-        data.put((name, average([source.expert(task, name) for task in source.tasks])) for name in source.names)
-        return TensorRule(partial(linear_or_mean, data.merge_sections(merge)))
+        def means() -> Iterator[tuple[str, Tensor]]:
+            return ((name, average([source.expert(task, name) for task in source.tasks])) for name in source.names)
+
+        return TensorRule(partial(linear_or_mean, data.merge_sections(means, merge)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.method import Loss, MergeGroups, MergeMethod
+from epmq_cli.merge.method import Loss, MergeGroups, MergeMethod, Weights
 from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder
 
@@ -107,7 +107,7 @@ class GivenData:
         random = tensors(sum(task.encode()), {name: (9, width) for name, width in own.items()})
         return {name: self.moments.get(task, {}).get(name, (x.T @ x).double()) for name, x in random.items()}
 
-    def merge_sections(self, merge: MergeGroups) -> dict[str, Tensor]:
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
         return {name: W for group in LINEARS for name, W in merge([group], self.input_moments).items()}
 
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
