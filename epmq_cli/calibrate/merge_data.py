@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
-from epmq_cli.calibrate.moments import Products, real_tokens
-from epmq_cli.data.batching import Batch, Batches, split
-from epmq_cli.data.microbatch import MicroBatcher, joined
+from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.input_sums import InputSums, merged_groups
+from epmq_cli.calibrate.section_walk import SectionWalk
+from epmq_cli.data.batching import Batch, Batches, size, split
+from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import Linears, Mask
+from epmq_cli.families.structure import Mask
 from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.merge.method import Group, Loss, MergeGroups, Weights
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.runtime import distributed
@@ -31,7 +34,7 @@ class ExpertMeasurements:
     """The `MergeData` of a run. Overwrites the merged tensors of `model` with those of the expert to measure.
 
     `heads`: by task, empty for families without heads. `micro`: halves the micro-batch on out-of-memory. `memory`: see
-    `MergeData`.
+    `MergeData`. `folder`: of the files for activations beyond it.
     """
 
     model: nn.Module
@@ -41,17 +44,47 @@ class ExpertMeasurements:
     heads: Mapping[str, Head]
     micro: MicroBatcher
     memory: int
+    folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
 
     def expert(self, task: str) -> nn.Module:
         """The model with the weights of a task's expert; valid until the next call."""
         copy_into(self.model, self.source.model(task))
         return self.model
 
+    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the model's weights, by name."""
+        copy_into(self.model, tensors)
+
     def logits(self, task: str, batch: Batch) -> Tensor:
         """The logits (samples, classes) of a task's head, with the model's current weights."""
-        return self.family.logits(self.model, self.family.features(self.model, batch), self.heads[task])
+        return self._logits(self.heads[task], batch)
 
-    def linear_groups(self) -> list[tuple[str, ...]]:
+    def gradients(self, task: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        """The gradients of the mean loss of a batch with respect to the merged tensors, by name, at the model's current
+        weights. Tensors without a gradient are left out."""
+        own = self._merged_parameters()
+        head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # heads are inference tensors
+
+        def of_parts(samples: int) -> dict[str, Tensor]:
+            total, start = dict[str, Tensor](), 0
+            for part in split(batch, samples):
+                rows = slice(start, start := start + size(part))
+                mean = loss(self._logits(head, part), rows).sum() / size(batch)
+                found = torch.autograd.grad(mean, list(own.values()), allow_unused=True)
+                for name, gradient in zip(own, found, strict=True):
+                    if gradient is not None:
+                        total[name] = total[name].add_(gradient) if name in total else gradient
+            return total
+
+        with trained(own.values()):
+            return self.micro.run(of_parts, count=size(batch))
+
+    def linear_groups(self) -> list[Group]:
         """The merged linears in the family's steps; those in one group read the same inputs."""
         return [names for names, _ in self._inputs()]
 
@@ -70,15 +103,31 @@ class ExpertMeasurements:
             sums.add(self.model, partial(self.family.features, self.model), split(batch, samples))
         return sums.means()
 
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
+        """Gives the model the tensors of `start`, and then replaces its linears by what `merge` returns, section by
+        section; returns them by tensor name. See `MergeData`.
+
+        Hidden states take up to half of `memory`; further ones are in files.
+        """
+        model = self.model
+
+        def walk(samples: int) -> dict[str, Tensor]:
+            self.put(start())
+            parts = {task: [split(batch, samples) for batch in group] for task, group in self.batches.items()}
+            with ActivationStore(self.memory / 2, self.folder) as store, torch.inference_mode(), batch_invariant(model):
+                return SectionWalk(model, self.family, self.source, merge, store, parts).run()
+
+        merged: dict[str, Tensor] = self.micro.run(walk)
+        return merged
+
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
         """The diagonal of the Fisher information of a task's expert, in float32, by tensor name.
 
         Samples go through the model one by one, because the gradients of each must be squared; the backward passes of
         its classes are batched.
         """
-        model = self.expert(task)
-        names = set(self.source.names)
-        own = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        self.expert(task)
+        own = self._merged_parameters()
         sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in own.items()}
         head = {name: tensor.clone() for name, tensor in self.heads[task].items()}  # heads are inference tensors
         micro, count = gradient_batcher(self.micro), 0
@@ -93,55 +142,24 @@ class ExpertMeasurements:
 
     def _sample_logits(self, head: Head, sample: Batch) -> Tensor:
         """(classes,) of one sample."""
-        return self.family.logits(self.model, self.family.features(self.model, sample), head)[0]
+        return self._logits(head, sample)[0]
 
-    def _inputs(self) -> Iterator[tuple[tuple[str, ...], Mask]]:
+    def _logits(self, head: Head, batch: Batch) -> Tensor:
+        """(samples, classes)."""
+        return self.family.logits(self.model, self.family.features(self.model, batch), head)
+
+    def _merged_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that are merged, by name."""
+        names = set(self.source.names)
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in names}
+
+    def _inputs(self) -> Iterator[tuple[Group, Mask]]:
         """The merged linears that read the same inputs, and the mask of the real tokens there."""
-        merged = set(self.source.names)
+        merged = frozenset(self.source.names)
         for stack in self.family.stacks(self.model):
             for section in stack.sections:
-                for step in section.steps:
-                    if isinstance(step, Linears):
-                        names = tuple(section.name(name) for name in step.names)
-                        group = tuple(name for name in names if f"{name}.weight" in merged)
-                        if group:
-                            yield group, stack.memory if step.memory else stack.mask
-
-
-class InputSums:
-    """Sums of x x' over the inputs x of linears. `masks`: of the real tokens, by linear.
-
-    The rows of a whole batch are multiplied at once, regardless of the micro-batch size, so that smaller micro-batches
-    give the same bytes.
-    """
-
-    def __init__(self, masks: Mapping[str, Mask]) -> None:
-        self._masks = masks
-        self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
-
-    def add(self, model: nn.Module, forward: Callable[[Batch], object], parts: Sequence[Batch]) -> None:
-        """Adds the inputs from the forward passes of the parts of a batch."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in self._masks}
-
-        def take(name: str, inputs: Tensor) -> None:
-            mask = self._masks[name](parts[len(rows[name])]) if inputs.ndim > 2 else None
-            rows[name].append(real_tokens(inputs, mask))
-            if len(rows[name]) == len(parts):
-                self._tokens[name] += sum(map(len, rows[name]))
-                self._products[name].add_square(joined(rows.pop(name)))
-
-        for part in parts:
-            with first_inputs(model, self._masks, take):
-                forward(part)
-
-    def means(self) -> dict[str, Tensor]:
-        """E[x x'] (in, in) over the tokens of all processes, by linear; call it once."""
-        return {name: self._mean(name) for name in self._masks}
-
-    def _mean(self, name: str) -> Tensor:
-        rows = self._products.pop(name).square_rows()
-        tokens = distributed.all_reduce(torch.tensor(self._tokens[name], dtype=torch.float64))
-        return distributed.all_gather_rows(rows, rows.shape[1]) / float(tokens)
+                for group, step in merged_groups(section, merged):
+                    yield group, stack.memory if step.memory else stack.mask
 
 
 def expected_squares(
@@ -193,25 +211,3 @@ def trained(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def first_inputs(model: nn.Module, names: Collection[str], add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside the context, passes the name and input of each module's first call to `add`. Later calls, such as those of
-    DeBERTa's keys for positions, do not count."""
-    waiting = set(names)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in waiting:
-                waiting.discard(name)
-                add(name, args[0])
-
-        return take
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

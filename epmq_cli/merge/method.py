@@ -13,11 +13,12 @@ tensors one by one:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch
@@ -95,6 +96,22 @@ class PostProcessor(Protocol):
 PieceReader = Callable[[], Piece]
 """Reads one piece in the calling thread."""
 
+Loss = Callable[[Tensor, slice], Tensor]
+"""The losses (samples,) of the logits (samples, classes) of some rows of a batch."""
+
+
+Group = tuple[str, ...]
+"""The names of linears that read the same inputs."""
+
+InputMoments = Callable[[str, Sequence[str]], dict[str, Tensor]]
+"""E[x x'] of the inputs x of some linears on a task: (in, in) in float64, by name."""
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Returns names and tensors, each time it is called."""
+
+MergeGroups = Callable[[Sequence[Group], InputMoments], dict[str, Tensor]]
+"""Returns the merged weights of groups of linears, by tensor name."""
+
 
 class MergeData(Protocol):
     """Calibration data: each expert with the samples of its own task."""
@@ -104,21 +121,40 @@ class MergeData(Protocol):
         """The bytes that a method's measurements may take."""
 
     @property
+    def device(self) -> torch.device:
+        """The model's device."""
+
+    @property
     def batches(self) -> Mapping[str, Sequence[Batch]]:
         """Calibration batches by task. With several processes, each has its own part of them."""
 
     def expert(self, task: str) -> nn.Module:
         """The model with the weights of a task's expert; valid until the next call."""
 
+    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the model's weights, by name."""
+
     def logits(self, task: str, batch: Batch) -> Tensor:
         """The logits (samples, classes) of a task's head for a batch, with the model's current weights."""
 
-    def linear_groups(self) -> list[tuple[str, ...]]:
+    def gradients(self, task: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        """The gradients of the mean loss of a batch with respect to the merged tensors, by name, at the model's current
+        weights. Tensors without a gradient are left out."""
+
+    def linear_groups(self) -> list[Group]:
         """The names of the merged linears; those in one group read the same inputs."""
 
     def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
         """E[x x'] of the inputs x of some linears in a task's expert, over the real tokens of all processes: (in, in)
         in float64, by name."""
+
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
+        """Gives the model the tensors of `start`, and then replaces its linears by what `merge` returns, section by
+        section; returns them by tensor name. After an out-of-memory error it starts again.
+
+        The moments that `merge` gets are over the real tokens of all processes. The inputs of a section come from the
+        merged sections in front of it, the activations inside from each expert's own section.
+        """
 
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
         """The diagonal of a task's Fisher information, in float32, by tensor name: the mean over the samples of all

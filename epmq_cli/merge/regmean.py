@@ -13,13 +13,12 @@ from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.average import average
-from epmq_cli.merge.method import MergeData, Need, TensorRule
+from epmq_cli.merge.method import Group, InputMoments, MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Number, Parameters
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.quantize.linalg import damped_cholesky
 
 MATRICES = 4  # float64 matrices (in, in) per group of linears: moments, their sum, its copy and its factor
-Group = tuple[str, ...]
 
 
 def shrunk(G: Tensor, alpha: float) -> Tensor:
@@ -71,23 +70,33 @@ class RegMean(Parameters):
         """Measures all experts once for each part of the linears whose moments fit into memory. Keeps the merged
         linears in memory."""
         assert data is not None
-        solved: dict[str, Tensor] = {}
-        for groups in parts(data.linear_groups(), source, data.memory):
-            solved |= self._solved(groups, source, data)
-        return TensorRule(partial(_tensor, solved))
+        merged = solved(data.linear_groups(), data.input_moments, source, self.alpha, data.memory)
+        return TensorRule(partial(linear_or_mean, merged))
 
-    def _solved(self, groups: Sequence[Group], source: MergeSource, data: MergeData) -> dict[str, Tensor]:
-        """The merged weights of some groups of linears, by tensor name, in float32."""
-        sums: dict[Group, Regression] = {}
-        for task in source.tasks:
-            moments = data.input_moments(task, [group[0] for group in groups])
-            for group in groups:
-                G = shrunk(moments.pop(group[0]), self.alpha)
-                if group not in sums:
-                    sums[group] = Regression(torch.zeros_like(G), _means(group, source, G.device))
-                sums[group].add(G, {name: source.expert(task, f"{name}.weight").to(G) for name in group})
-        merged = {name: W for group in groups for name, W in sums.pop(group).solve().items()}
-        return {f"{name}.weight": W.float().cpu() for name, W in merged.items()}
+
+def solved(
+    groups: Sequence[Group], moments: InputMoments, source: MergeSource, alpha: float, memory: int
+) -> dict[str, Tensor]:
+    """The merged weights of groups of linears, by tensor name, in float32. `alpha`: see `shrunk`. `memory`: the bytes
+    of the linears that are measured together."""
+    merged: dict[str, Tensor] = {}
+    for part in parts(groups, source, memory):
+        merged |= _solved(part, moments, source, alpha)
+    return merged
+
+
+def _solved(groups: Sequence[Group], moments: InputMoments, source: MergeSource, alpha: float) -> dict[str, Tensor]:
+    """`solved` for groups that are measured together."""
+    sums: dict[Group, Regression] = {}
+    for task in source.tasks:
+        own = moments(task, [group[0] for group in groups])
+        for group in groups:
+            G = shrunk(own.pop(group[0]), alpha)
+            if group not in sums:
+                sums[group] = Regression(torch.zeros_like(G), _means(group, source, G.device))
+            sums[group].add(G, {name: source.expert(task, f"{name}.weight").to(G) for name in group})
+    merged = {name: W for group in groups for name, W in sums.pop(group).solve().items()}
+    return {f"{name}.weight": W.float().cpu() for name, W in merged.items()}
 
 
 def parts(groups: Sequence[Group], source: MergeSource, memory: int) -> Iterator[list[Group]]:
@@ -115,6 +124,6 @@ def _means(group: Group, source: MergeSource, device: torch.device) -> dict[str,
     return total
 
 
-def _tensor(solved: Mapping[str, Tensor], name: str, base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
+def linear_or_mean(merged: Mapping[str, Tensor], name: str, base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
     """The merged weight of a linear, and the mean of the experts for all other tensors."""
-    return solved[name] if name in solved else average(list(experts.values()))
+    return merged[name] if name in merged else average(list(experts.values()))

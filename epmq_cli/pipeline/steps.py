@@ -87,7 +87,7 @@ def merge_data(
         return None
     memory = schema.bytes_of("calib.memory", job.calib.memory) // distributed.world_size()
     heads = {task.name: task.head for task in tasks}
-    return ExpertMeasurements(model, job.family, source, batches, heads, context.micro, memory)
+    return ExpertMeasurements(model, job.family, source, batches, heads, context.micro, memory, context.folder)
 
 
 def prepare_tasks(

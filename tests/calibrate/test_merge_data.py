@@ -91,6 +91,20 @@ def test_squared_gradients_of_clip(clip_hub: Path) -> None:
     assert "vision_model.embeddings.class_embedding" in found
 
 
+def test_gradients_of_a_mean_loss_are_those_of_the_whole_batch(bert_hub: Path) -> None:
+    data = measurements(bert_hub)
+    batch = data.batches[TASK][0]
+    targets = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    expert = t.BertForSequenceClassification.from_pretrained(bert_hub / TASK).eval()
+    (expert(**batch).logits - targets).square().sum(-1).mean().backward()
+    wanted = {name: parameter.grad for name, parameter in expert.bert.named_parameters() if parameter.grad is not None}
+    data.put(data.source.model(TASK))
+    for samples in (4, 1):
+        data.micro.samples = samples
+        same(data.gradients(TASK, batch, lambda logits, rows: (logits - targets[rows]).square().sum(-1)), wanted)
+    assert not any(parameter.requires_grad for parameter in data.model.parameters())
+
+
 def test_class_gradients_add_up_for_any_number_of_classes_per_pass() -> None:
     W = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     x, b = torch.tensor([1.0, -2.0, 0.5]).double(), torch.zeros(5, dtype=torch.float64, requires_grad=True)

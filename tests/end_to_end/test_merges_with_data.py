@@ -12,6 +12,7 @@ import torch
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.errors import ConfigError
+from epmq_cli.merge.coefficients import LearnedCoefficients
 from epmq_cli.merge.engine import LazyMerge, SuiteModels
 from epmq_cli.pipeline import cached_steps, steps
 from epmq_cli.pipeline import calibration as guide
@@ -40,7 +41,10 @@ def measured(hub: Path, *overrides: str) -> tuple[Job, SuiteModels, ExpertMeasur
     return job, models, steps.merge_data(context, model, models.source, batches, tasks)
 
 
-@pytest.mark.parametrize(("kind", "method"), [("t5", "regmean"), ("llama", "regmean"), ("deberta", "fisher")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("t5", "regmean"), ("llama", "regmean"), ("deberta", "fisher"), ("t5", "regmean_pp"), ("llama", "regmean_pp")],
+)
 def test_equal_experts_stay_unchanged(kind: str, method: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
     shutil.rmtree(hub / "second")
@@ -50,8 +54,43 @@ def test_equal_experts_stay_unchanged(kind: str, method: str, tmp_path: Path) ->
         torch.testing.assert_close(tensor, models.source.expert("first", name), rtol=1e-5, atol=1e-6)
 
 
-def test_a_merge_from_the_cache_is_the_merge(bert_hub: Path, tmp_path: Path) -> None:
-    options = (*PLAIN, "merge=fisher", "cache=1MB")
+def learned(name: str, steps: int) -> tuple[str, ...]:
+    return (f"merge={name}", f"merge.steps={steps}", "merge.lr=0.02", "merge.batch_size=2")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("clip", "adamerging"), ("bert", "adamerging"), ("clip", "soft_merging")])
+def test_learned_coefficients_lower_the_loss_on_the_calibration_samples(kind: str, name: str, tmp_path: Path) -> None:
+    hub, losses = build(tmp_path / "hub", kind), []
+    for steps_ in (0, 20):
+        job, models, data = measured(hub, *learned(name, steps_))
+        assert data is not None and isinstance(job.merge, LearnedCoefficients)
+        merged = dict(LazyMerge(models.source, job.merge, torch.float32, data))
+        of_batches = job.merge.losses(models.source, data, data.batches)
+        data.put(merged.items())
+        rows = slice(0, 3)
+        losses.append(
+            sum(
+                float(loss(data.logits(task, batch)[rows], rows).sum())
+                for task, group in data.batches.items()
+                for batch, loss in zip(group, of_batches[task], strict=True)
+            )
+        )
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5", "llama"])
+def test_esm_merges_every_kind(kind: str, tmp_path: Path) -> None:
+    job, models, data = measured(build(tmp_path / "hub", kind), "merge=esm")
+    assert data is not None
+    linears = {f"{name}.weight" for group in data.linear_groups() for name in group}
+    for name, tensor in LazyMerge(models.source, job.merge, torch.float32, data):
+        assert torch.isfinite(tensor).all()
+        assert name not in linears or not torch.equal(tensor, models.source.base(name))
+
+
+@pytest.mark.parametrize("method", [("merge=fisher",), learned("soft_merging", 3), ("merge=regmean_pp",)])
+def test_a_merge_from_the_cache_is_the_merge(method: tuple[str, ...], bert_hub: Path, tmp_path: Path) -> None:
+    options = (*PLAIN, *method, "cache=1MB")
     first = run_in(tmp_path / "first", bert_hub, *options)
     again = run_in(tmp_path / "again", bert_hub, *options)
     assert json.loads((tmp_path / "again" / "metrics.json").read_text())["cache"] == {"found": 7, "made": 0}
@@ -72,7 +111,7 @@ def test_the_key_of_a_merge_depends_on_the_data_its_method_needs(bert_hub: Path,
     fewer = replace(data, batches={**data.batches, "second": data.batches["second"][1:]})
     swapped = replace(data, batches=dict(zip(data.batches, reversed(data.batches.values()), strict=True)))
     moved = {task: {name: tensor + 1 for name, tensor in head.items()} for task, head in data.heads.items()}
-    for method, gradients in (("fisher", True), ("regmean", False)):
+    for method, gradients in (("fisher", True), ("regmean", False), ("adamerging", True), ("regmean_pp", False)):
         assert key(method, replace(data)) == key(method, data)
         assert len({key(method, other) for other in (data, fewer, swapped)}) == 3
         assert (key(method, replace(data, heads=moved)) != key(method, data)) == gradients
@@ -85,7 +124,8 @@ def test_the_key_of_a_random_merge_depends_on_the_seed(clip_hub: Path, tmp_path:
         return json.dumps(cached_steps.CachedSteps(Cache(tmp_path, 10**7), job, models, torch.float32)._merge)
 
     assert key("merge=ties", "seed=1") == key("merge=ties")
-    assert key("merge=dare_linear", "seed=1") != key("merge=dare_linear")
+    for name in ("dare_linear", "adamerging", "soft_merging"):
+        assert key(f"merge={name}", "seed=1") != key(f"merge={name}")
 
 
 @pytest.mark.parametrize(
@@ -102,10 +142,10 @@ def test_options_are_checked_first(option: str, message: str, clip_hub: Path) ->
         make_job(config(clip_hub, *gone, option))
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_fisher_is_refused_without_heads(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "method"), [("t5", "fisher"), ("llama", "adamerging"), ("llama", "soft_merging")])
+def test_gradients_are_refused_without_heads(kind: str, method: str, tmp_path: Path) -> None:
     hub, family = build(tmp_path / "hub", kind), {"t5": "t5", "llama": "causal_lm"}[kind]
     with pytest.raises(
-        ConfigError, match=f"merge=fisher needs gradients .* family {family} have no heads; use another"
+        ConfigError, match=f"merge={method} needs gradients .* family {family} have no heads; use another"
     ):
-        make_job(config(hub, "merge=fisher"))
+        make_job(config(hub, f"merge={method}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.method import MergeMethod
+from epmq_cli.merge.method import Loss, MergeGroups, MergeMethod, Weights
 from epmq_cli.merge.source import MergeSource, NamedTensors
 from epmq_cli.models.model_folder import ModelFolder
 
@@ -69,20 +69,42 @@ def taken(name: str, most: int = 3) -> int:
     return min(most, largest or most)
 
 
+class RandomBatches(dict[str, list[Batch]]):
+    """Two batches of inputs for any task."""
+
+    def __missing__(self, task: str) -> list[Batch]:
+        return [{"x": x} for x in tensors(sum(task.encode()), {"x": (12, 6)})["x"].split(8)]
+
+
 @dataclass(frozen=True)
 class GivenData:
-    """Precomputed calibration data; tasks and linears without data get random ones."""
+    """Precomputed calibration data; tasks and linears without data get random ones. The model of its gradients is
+    b(a(x)) times the scalar, without `b.bias`."""
 
     fisher: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     memory: int = 1 << 30
-    batches: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    batches: Mapping[str, Sequence[Batch]] = field(default_factory=RandomBatches)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    model: dict[str, Tensor] = field(default_factory=dict)
 
     def expert(self, task: str) -> nn.Module:
         raise NotImplementedError
 
+    def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.model.update(weights)
+
     def logits(self, task: str, batch: Batch) -> Tensor:
-        raise NotImplementedError
+        own = self.model
+        hidden = batch["x"].to(own["a.weight"].dtype) @ own["a.weight"].T + own["a.bias"]
+        return own["scalar"] * hidden @ own["b.weight"].T
+
+    def gradients(self, task: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        for tensor in self.model.values():
+            tensor.requires_grad_()
+        mean = loss(self.logits(task, batch), slice(0, len(batch["x"]))).mean()
+        found = torch.autograd.grad(mean, list(self.model.values()), allow_unused=True)
+        return {name: x for name, x in zip(self.model, found, strict=True) if x is not None}
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         return LINEARS
@@ -91,6 +113,9 @@ class GivenData:
         own = {name: SHAPES[f"{name}.weight"][1] for name in linears}
         random = tensors(sum(task.encode()), {name: (9, width) for name, width in own.items()})
         return {name: self.moments.get(task, {}).get(name, (x.T @ x).double()) for name, x in random.items()}
+
+    def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
+        return {name: W for group in LINEARS for name, W in merge([group], self.input_moments).items()}
 
     def squared_gradients(self, task: str, classes: int | None) -> dict[str, Tensor]:
         random = {name: tensor.square() for name, tensor in tensors(sum(task.encode())).items()}

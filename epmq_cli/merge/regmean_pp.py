@@ -1,0 +1,40 @@
+"""RegMean++: RegMean layer by layer, where the inputs of a layer come from the layers that are merged already
+(Nguyen et al. 2025, https://arxiv.org/abs/2508.03121)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar
+
+from torch import Tensor
+
+from epmq_cli.merge.average import average
+from epmq_cli.merge.method import Group, InputMoments, MergeData, Need, TensorRule
+from epmq_cli.merge.parameters import Number, Parameters
+from epmq_cli.merge.regmean import linear_or_mean, solved
+from epmq_cli.merge.source import MergeSource
+
+
+@dataclass(frozen=True)
+class RegMeanPP(Parameters):
+    """`merge=regmean_pp`: `alpha` is the factor on the moments' off-diagonal elements, as in `merge=regmean`."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
+
+    alpha: Annotated[float, Number(0, 1)]
+
+    def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
+        """Runs each block once for each expert and once merged, more often if its moments take more than half of
+        `data.memory`. Keeps the merged linears in memory, and up to the other half of the samples' hidden states."""
+        assert data is not None
+        memory = data.memory // 2
+
+        def merge(groups: Sequence[Group], moments: InputMoments) -> dict[str, Tensor]:
+            return solved(groups, moments, source, self.alpha, memory)
+
+        def means() -> Iterator[tuple[str, Tensor]]:
+            return ((name, average([source.expert(task, name) for task in source.tasks])) for name in source.names)
+
+        return TensorRule(partial(linear_or_mean, data.merge_sections(means, merge)))
