@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from epmq_cli.data.batching import Batch, split
-from epmq_cli.merge.method import Loss, MergeData, Need, PieceReader, TensorRule
+from epmq_cli.merge.method import Loss, MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.merge.ties import kth_largest_magnitudes, majority_sign, sign_sum
+from epmq_cli.merge.ties import Options, majority_sign, sign_sum, trim_thresholds
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 
@@ -68,16 +68,6 @@ def agreeing(base: Tensor, experts: Mapping[str, Tensor], thresholds: Sequence[f
     total = trimmed.sum(0)
     sign = torch.where(total == 0, majority, total.sign())
     return [*torch.where(trimmed.sign() == sign, trimmed, 0.0)]
-
-
-def _passes(source: MergeSource) -> Iterator[list[Callable[[], list[Tensor]]]]:
-    """The pieces of all task vectors, tensor by tensor."""
-    for name in track(source.names, "find the TIES thresholds"):
-        yield [partial(_task_vectors, reader) for reader in source.pieces(name)]
-
-
-def _task_vectors(reader: PieceReader) -> list[Tensor]:
-    return [*reader().task_vectors().values()]
 
 
 def shuffled(count: int, seed: int, task: str, epoch: int) -> list[int]:
@@ -135,8 +125,9 @@ class LearnedCoefficients(Parameters):
         """The task vectors of a tensor. For `ties`, reads all models three times to find thresholds and majority."""
         if self.vectors == "plain":
             return differences
-        thresholds = kth_largest_magnitudes(partial(_passes, source), len(source.tasks), self.density)
-        majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], thresholds))
+        thresholds = trim_thresholds(source, self.density)
+        options = Options(thresholds, [1.0] * len(thresholds))
+        majority = majority_sign(source, lambda piece: sign_sum(piece.base, [*piece.experts.values()], options))
         return partial(agreeing, thresholds=thresholds, majority=majority)
 
     def _learned(self, source: MergeSource, data: MergeData, vectors: TaskVectors) -> Tensor:

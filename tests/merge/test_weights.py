@@ -16,15 +16,7 @@ WEIGHTED = [name for name in METHODS if hasattr(method(name), "weights")]
 EXPERTS = {f"t{seed}": tensors(seed) for seed in (1, 2, 3)}
 
 
-<<<<<<< HEAD
-def test_the_methods_that_take_weights() -> None:
-    assert {"average", "dare_linear", "dare_ties", "fisher", "lines", "magmax", "task_arithmetic"} <= {*WEIGHTED}
-
-
-@pytest.mark.parametrize("name", ["average", "task_arithmetic"])
-=======
 @pytest.mark.parametrize("name", ["average", "geometric_median", "linear", "multislerp", "task_arithmetic", "ties"])
->>>>>>> popular
 def test_a_weight_of_2_equals_the_expert_twice(name: str, tmp_path: Path) -> None:
     options = {"max_iter": 10_000, "tol": 1e-12} if name == "geometric_median" else {}
     found = merged(tmp_path / "x", method(name, weights={"t2": 2}, **options), tensors(0), EXPERTS)
