@@ -7,7 +7,7 @@
 Base and experts are Llamas with random weights in float32, made once in runs/merges. Each expert is the base plus
 noise, whose size differs between tensors and elements. The script makes an environment of its own for each reference
 that has a script in benchmarks/references. Every merge is a process of its own, which measures the seconds from the
-opened models to the written file, and the growth of its memory.
+opened models to the written file, and the growth of its memory; its imports are done before.
 
 The table has the largest difference of each tensor, as a fraction of the largest change of this tensor by the
 reference: the median and the largest over the tensors.
@@ -181,61 +181,79 @@ def environment(folder: Path, requirement: str) -> Path:
     return python
 
 
-def run(python: Path | str, side: Path, folder: Path, row: Row, call: Call) -> tuple[dict[str, float], str]:
-    """Runs one merge, and returns its measurements, or the last line of its error."""
-    shutil.rmtree(folder / "out" / side.stem, ignore_errors=True)
-    (folder / "out" / side.stem).mkdir(parents=True)
-    models = [str(folder / name) for name in EXPERTS[: row.experts]]
-    command = [str(python), str(side), "--base", str(folder / "base"), "--experts", *models]
-    command += ["--out", str(folder / "out" / side.stem), "--method", call[0], "--options", json.dumps(call[1])]
-    own = {**os.environ, "PYTHONPATH": str(HERE.parent)} if side.stem == "epmq_side" else None
-    done = subprocess.run(command, capture_output=True, text=True, env=own)
-    if done.returncode:
-        return {}, (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return json.loads(done.stdout.strip().splitlines()[-1]), ""
+def job(folder: Path, side: str, row: Row, call: Call) -> dict[str, Any]:
+    """What a side has to do."""
+    experts = [str(folder / name) for name in EXPERTS[: row.experts]]
+    out = str(folder / "out" / side)
+    return {"base": str(folder / "base"), "experts": experts, "out": out, "method": call[0], "options": call[1]}
 
 
-def differences(folder: Path, one: str, other: str) -> tuple[float, float]:
+class Side:
+    """The script of epmq or of a reference. If it takes `--jobs`, it does all runs with its imports done once; each is
+    a process of its own all the same."""
+
+    def __init__(self, name: str, python: Path | str) -> None:
+        self.name = name
+        self._path = HERE / "references" / f"{name}_side.py"
+        self._start = [str(python), str(self._path)]
+        self._env = {**os.environ, "PYTHONPATH": str(HERE.parent)} if name == "epmq" else None
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, one: dict[str, Any]) -> dict[str, Any]:
+        """The measurements of a job, or its error."""
+        if "--jobs" not in self._path.read_text():
+            options = ["--base", one["base"], "--experts", *one["experts"], "--out", one["out"]]
+            options += ["--method", one["method"], "--options", json.dumps(one["options"])]
+            done = subprocess.run([*self._start, *options], capture_output=True, text=True, env=self._env)
+            answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+            return json.loads(answer) if answer else {"error": (done.stderr.splitlines() or ["no message"])[-1]}
+        if self._server is None:
+            command, pipe = [*self._start, "--jobs"], subprocess.PIPE
+            self._server = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=self._env
+            )
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(one) + "\n")
+        self._server.stdin.flush()
+        answer = next((line for line in self._server.stdout if line.startswith("{")), None)
+        return json.loads(answer) if answer else {"error": "the process ended"}
+
+
+def differences(one: Path, other: Path, base: Path) -> tuple[float, float]:
     """The median and the largest difference over the tensors, relative to the largest change of each tensor."""
     found = []
-    paths = (folder / "base", folder / "out" / one, folder / "out" / other)
     with (
-        safe_open(paths[0] / "model.safetensors", "pt") as base,
-        safe_open(paths[1] / "model.safetensors", "pt") as ours,
-        safe_open(paths[2] / "model.safetensors", "pt") as theirs,
+        safe_open(base / "model.safetensors", "pt") as before,
+        safe_open(one / "model.safetensors", "pt") as ours,
+        safe_open(other / "model.safetensors", "pt") as theirs,
     ):
         for name in ours.keys():  # noqa: SIM118
             wanted = theirs.get_tensor(name).float()
-            change = float((wanted - base.get_tensor(name)).abs().max())
+            change = float((wanted - before.get_tensor(name)).abs().max())
             found.append(float((ours.get_tensor(name) - wanted).abs().max()) / (change or 1.0))
     return statistics.median(found), max(found)
 
 
-def compare(row: Row, folder: Path, pythons: dict[str, Path], repeats: int) -> str:
+def compare(row: Row, sides: list[Side], folder: Path, repeats: int) -> str:
     """One line of the table."""
-    calls: dict[str, tuple[Path | str, Call]] = {"epmq": (sys.executable, (row.merge, row.options))}
-    for name, python in pythons.items():
-        call: Call | None = getattr(row, name)
-        if call is not None:
-            calls[name] = (python, call)
-    cells, errors = {}, []
-    for name, (python, call) in calls.items():
-        side = HERE / "references" / f"{name}_side.py"
-        results = [run(python, side, folder, row, call) for _ in range(repeats)]
-        errors += [f"{name}: {error}" for _, error in results[:1] if error]
-        measured = [measures for measures, _ in results if measures]
-        if measured:
-            seconds, peak = (statistics.median(m[key] for m in measured) for key in ("seconds", "peak_bytes"))
-            cells[name] = f"{seconds:.2f} s, {peak / 1e6:.0f} MB"
-    gaps = []
-    for name in pythons:
-        if name in cells and "epmq" in cells:
-            gaps.append("{:.0e} / {:.0e}".format(*differences(folder, "epmq_side", f"{name}_side")))
-        else:
-            gaps.append("")
+    cells, gaps, notes = dict.fromkeys((side.name for side in sides), ""), [], [row.note]
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    for side in sides:
+        call: Call | None = (row.merge, row.options) if side.name == "epmq" else getattr(row, side.name)
+        if call is None:
+            continue
+        results = [side.run(job(folder, side.name, row, call)) for _ in range(repeats)]
+        if "error" in results[0]:
+            notes.append(f"{side.name}: {results[0]['error']}")
+            continue
+        seconds, peak = (statistics.median(result[key] for result in results) for key in ("seconds", "peak_bytes"))
+        cells[side.name] = f"{seconds:.2f} s, {peak / 1e6:.0f} MB"
+    for name in list(cells)[1:]:
+        both = cells["epmq"] and cells[name]
+        paths = folder / "out" / "epmq", folder / "out" / name, folder / "base"
+        gaps.append("{:.0e} / {:.0e}".format(*differences(*paths)) if both else "")
     options = ", ".join(f"{key}={value}" for key, value in row.options.items())
-    parts = [row.merge, options, *gaps, *(cells.get(name, "") for name in ("epmq", *pythons))]
-    return f"| {' | '.join(parts)} | {' '.join([row.note, *errors]).strip()} |"
+    return f"| {' | '.join([row.merge, options, *gaps, *cells.values(), ' '.join(notes).strip()])} |"
 
 
 def main() -> None:
@@ -257,11 +275,12 @@ def main() -> None:
     }
     threads = torch.get_num_threads()
     print(f"Differences: median / largest over tensors. Medians of {given.repeats} runs, {threads} threads.\n")
+    sides = [Side(name, python) for name, python in {"epmq": sys.executable, **pythons}.items()]
     columns = ["merge", "options", *(f"difference to {name}" for name in pythons), "epmq", *pythons, "note"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in ROWS:
         if not given.methods or row.merge in given.methods:
-            print(compare(row, folder, pythons, given.repeats), flush=True)
+            print(compare(row, sides, folder, given.repeats), flush=True)
 
 
 if __name__ == "__main__":
