@@ -14,7 +14,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.data.batching import ALL
 from epmq_cli.merge.regmean_pp import RegMeanPP
 from tests.calibrate.test_merge_data import measurements
-from tests.helpers.minihub import build
+from tests.helpers.minihub import hub_of
 
 ALPHA = 0.9
 
@@ -45,8 +45,11 @@ def reference(data: ExpertMeasurements) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "deberta", "t5", "llama"])
-def test_inputs_come_from_merged_sections_and_activations_inside_from_the_expert(kind: str, tmp_path: Path) -> None:
-    data = measurements(build(tmp_path / "hub", kind), "merge=regmean_pp", "calib.samples=24", "calib.batch_size=8")
+def test_inputs_come_from_merged_sections_and_activations_inside_from_the_expert(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub = hub_of(kind, request, tmp_path / "hub")
+    data = measurements(hub, "merge=regmean_pp", "calib.samples=24", "calib.batch_size=8")
     rule = RegMeanPP(ALPHA).fit(data.source, data)
     source = data.source
     found = {name: rule.merge(name, source.base(name), source.experts(name)) for name in source.names}

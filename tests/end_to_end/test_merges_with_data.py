@@ -20,7 +20,7 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.store.cache import Cache
 from tests.helpers.hubs import config, run_in
-from tests.helpers.minihub import build
+from tests.helpers.minihub import build, hub_of
 
 PLAIN = ("guidance=merged", "quant=none", "eval.samples=4", "calib.samples=6", "calib.batch_size=3")
 
@@ -58,9 +58,11 @@ def learned(name: str, steps: int) -> tuple[str, ...]:
     return (f"merge={name}", f"merge.steps={steps}", "merge.lr=0.02", "merge.batch_size=2")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("clip", "adamerging"), ("bert", "adamerging"), ("clip", "soft_merging")])
-def test_learned_coefficients_lower_the_loss_on_the_calibration_samples(kind: str, name: str, tmp_path: Path) -> None:
-    hub, losses = build(tmp_path / "hub", kind), []
+@pytest.mark.parametrize(("kind", "name"), [("clip", "adamerging"), ("bert", "soft_merging"), ("vit", "soft_merging")])
+def test_learned_coefficients_lower_the_loss_on_the_calibration_samples(
+    kind: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub, losses = hub_of(kind, request, tmp_path / "hub"), []
     for steps_ in (0, 20):
         job, models, data = measured(hub, *learned(name, steps_))
         assert data is not None and isinstance(job.merge, LearnedCoefficients)
@@ -79,8 +81,8 @@ def test_learned_coefficients_lower_the_loss_on_the_calibration_samples(kind: st
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "t5", "llama"])
-def test_esm_merges_every_kind(kind: str, tmp_path: Path) -> None:
-    job, models, data = measured(build(tmp_path / "hub", kind), "merge=esm")
+def test_esm_merges_every_kind(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    job, models, data = measured(hub_of(kind, request, tmp_path / "hub"), "merge=esm")
     assert data is not None
     linears = {f"{name}.weight" for group in data.linear_groups() for name in group}
     for name, tensor in LazyMerge(models.source, job.merge, torch.float32, data):

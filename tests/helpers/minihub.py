@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -219,3 +220,9 @@ def build(folder: Path, kind: str) -> Path:
     if kind in DECODERS:
         return decoder_hub(folder, kind)
     return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
+
+
+def hub_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:
+    """The miniature hub of one of KINDS, or of clip or bert, whose hubs are fixtures."""
+    hub: Path = request.getfixturevalue(f"{kind}_hub") if kind in ("clip", "bert") else build(folder, kind)
+    return hub
