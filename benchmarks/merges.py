@@ -5,9 +5,10 @@
     python benchmarks/merges.py --methods ties della
 
 Base and experts are Llamas with random weights in float32, made once in runs/merges. Each expert is the base plus
-noise, whose size differs between tensors and elements. The script makes an environment of its own for each reference
-that has a script in benchmarks/references. Every merge is a process of its own, which measures the seconds from the
-opened models to the written file, and the growth of its memory; its imports are done before.
+noise that all share, whose size differs between tensors and elements, and noise of its own. The script makes an
+environment of its own for each reference that has a script in benchmarks/references. Every merge is a process of its
+own, which measures the seconds from the opened models to the written file, and the growth of its memory; its imports
+are done before.
 
 The table has the largest difference of each tensor, as a fraction of the largest change of this tensor by the
 reference: the median and the largest over the tensors.
@@ -79,6 +80,7 @@ RANDOM = (
     "Other random numbers: theirs come from one stream of the process, and what is kept is multiplied by one factor \
 for each tensor."
 )
+STOCK = "Cosines are exact; mergekit takes the product of two lengths as at least 1e-6, and t may be below 0."
 HALF: dict[str, Any] = {"density": 0.5}
 ROWS = [
     Row("average", {}, generalized("linear", base=False), ("simple_average", {})),
@@ -117,8 +119,8 @@ ROWS = [
     Row(
         "breadcrumbs_ties", {"scale": 0.3}, generalized("breadcrumbs_ties", **{"lambda": 0.3}, density=0.9, gamma=0.01)
     ),
-    Row("model_stock", {}, ("model_stock", {})),
-    Row("model_stock", {"filter_wise": True}, ("model_stock", {"parameters": {"filter_wise": True}})),
+    Row("model_stock", {}, ("model_stock", {}), note=STOCK),
+    Row("model_stock", {"filter_wise": True}, ("model_stock", {"parameters": {"filter_wise": True}}), note=STOCK),
     Row(
         "sce",
         {},
@@ -126,7 +128,12 @@ ROWS = [
         note="Coefficients follow the paper; mergekit's are equal if the mean squares sum to less than 1e-6.",
     ),
     Row("sce", {"select_topk": 0.5}, ("sce", {"parameters": {"select_topk": 0.5}}), note="As above."),
-    Row("karcher", {}, ("karcher", {"base": False})),
+    Row(
+        "karcher",
+        {},
+        ("karcher", {"base": False}),
+        note="Angles between experts are in float64; in mergekit's float32 small ones are off by up to 0.0005.",
+    ),
     Row("multislerp", {}, generalized("multislerp", base=False)),
     Row("multislerp", {"task_vectors": True}, generalized("multislerp")),
     Row("ram", {}, ("ram", {})),
@@ -162,11 +169,15 @@ def make(folder: Path, shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shared = {
+        name: 10 ** (torch.rand(()) * 2 - 4) * torch.randn_like(tensor).exp() * torch.randn_like(tensor)
+        for name, tensor in start.items()
+    }
     for name in ("base", *EXPERTS):
         with torch.no_grad():
             for part, parameter in model.named_parameters():
-                spread = 10 ** (torch.rand(()) * 2 - 3) * torch.randn_like(parameter).exp()
-                parameter.copy_(start[part] + (name != "base") * spread * 0.02 * torch.randn_like(parameter))
+                noise = shared[part] + shared[part].std() * torch.randn_like(parameter)
+                parameter.copy_(start[part] + (name != "base") * noise)
         model.save_pretrained(folder / name)
 
 
