@@ -36,8 +36,9 @@ class MergedTokenizer:
         self._own = _loaded(base, base)
         if self._own is None:
             raise ModelError(f"base: {base.path} has no tokenizer for suite.tokenizer; add its files to the folder")
-        models = {task: _loaded(expert, base) for task, expert in experts.items()}
-        self._models: dict[str | None, Any] = {None: self._own, **models}
+        self._models: dict[str | None, Any] = {None: self._own}
+        for task, expert in experts.items():
+            self._models[task] = _loaded(expert, base)
         self.owned: dict[str | None, dict[str, int]] = {
             task: (self._own if model is None else model).get_vocab() for task, model in self._models.items()
         }
