@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq_cli.config.validate import check_keys
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
-from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerExpert
+from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerExpert, parameters_of
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.slices import Slice, by_module, range_of
 from epmq_cli.merge.source import MergeSource
@@ -27,6 +27,7 @@ class Passthrough(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    experts: ClassVar[tuple[int, int | None]] = (1, 1)
 
     scale: Annotated[Setting, PerExpert(-LARGEST_WEIGHT, LARGEST_WEIGHT)] = 1
     slices: Any = None
@@ -52,14 +53,16 @@ class Passthrough(Parameters):
 
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError if the suite has several experts and there are no slices, or if a slice names another task."""
-        if self.slices is None and len(tasks) > 1:
-            raise ConfigError(
-                f"merge=passthrough takes one expert, or several with merge.slices; the suite has {len(tasks)}"
-            )
+        if self.slices is None:
+            if len(tasks) > 1:
+                raise ConfigError(
+                    f"merge=passthrough takes one expert, or several with merge.slices; the suite has {len(tasks)}"
+                )
+            super().check(tasks)
+        parameters_of(Passthrough)["scale"].check_tasks("merge.scale", self.scale, tasks)
         for parts in (self.parts or {}).values():
             for part in parts:
                 check_keys("merge.slices.expert", part.layers, tasks)
-        super().check(tasks)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
         """Returns the rule; reads no model."""

@@ -256,10 +256,14 @@ class MergeSource:
             self._added[name] = mean_rows([self._own(task, name)[start:] for task in self.tasks])
         return self._added[name]
 
-    def _is_table(self, name: str, own: TensorInfo, expert: NamedTensors) -> bool:
-        """Whether a tensor has a row for each token. Tensors in layers have none, whatever their size."""
+    def _is_table(self, name: str) -> bool:
+        """Whether a tensor has a row, or a bias, for each token in all models. Tensors in layers have none, whatever
+        their size."""
         info, config = self._base.info(name), self._base.folder.config
-        return LAYER.match(name) is None and is_over_vocabulary(info, config, own, expert.folder.config)
+        if LAYER.match(name) or not (len(info.shape) > 1 or name.endswith("bias")):
+            return False
+        having = [expert for expert in self._experts.values() if name in expert.names]
+        return all(is_over_vocabulary(info, config, own.info(name), own.folder.config) for own in having)
 
     def _check_same(self, task: str) -> None:
         base, expert = self._base, self._experts[task]
@@ -271,7 +275,7 @@ class MergeSource:
                 differences.append(f"{name} is missing from the expert")
             elif info.dtype in DTYPES and own.dtype not in DTYPES:
                 types.append(f"{name} is of type {own.dtype} in the expert and {info.dtype} in the base")
-            elif self._rows is not None and self._is_table(name, own, expert):
+            elif self._rows is not None and self._is_table(name):
                 self.padded[name] = self._rows.size
             elif own.shape != info.shape:
                 over = is_over_vocabulary(info, base.folder.config, own, expert.folder.config)

@@ -141,7 +141,7 @@ def _origins(parts: list[Slice], count: int) -> list[int]:
 def _members(part: Slice) -> dict[str | None, Range]:
     """The layers of the models that a slice reads, by task, the base's under None."""
     members: dict[str | None, Range] = {None: part.base} if part.reads_base else {}
-    members.update(part.layers)
+    members.update(part.layers.items())
     return members
 
 

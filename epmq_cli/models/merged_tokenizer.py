@@ -37,7 +37,8 @@ class MergedTokenizer:
         if self._own is None:
             raise ModelError(f"base: {base.path} has no tokenizer for suite.tokenizer; add its files to the folder")
         self._models: dict[str | None, Any] = {None: self._own}
-        self._models.update({task: _loaded(expert, base) for task, expert in experts.items()})
+        for task, expert in experts.items():
+            self._models[task] = _loaded(expert, base)
         self.owned: dict[str | None, dict[str, int]] = {
             task: (self._own if model is None else model).get_vocab() for task, model in self._models.items()
         }

@@ -44,6 +44,8 @@ GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],
     "pack/gptq": ["suite=causal_lm"],
     "merge/given": ["merge.path=x"],
+    "merge/mergekit": ["merge.file=x"],
+    "merge/slices": ["merge.slices=x"],
     "suite/causal_lm": ONE_LM,
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],

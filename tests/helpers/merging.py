@@ -65,6 +65,8 @@ def method(name: str, **options: Any) -> MergeMethod:
 
 def taken(name: str, most: int = 3) -> int:
     """The number of experts to give a method: `most`, or the largest number that it merges."""
+    if name == "passthrough":  # takes several with slices alone
+        return 1
     _, largest = getattr(type(method(name)), "experts", (1, None))
     return min(most, largest or most)
 
