@@ -29,7 +29,8 @@ from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Linears
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 import epmq_cli.merge.kernels  # noqa: F401  imported here, before the time counts
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.store.safetensors_writer import Entry, write_file
 

@@ -14,7 +14,8 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.write import whole
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.errors import ModelError
-from epmq_cli.merge.engine import LazyMerge, SuiteModels, written_dtype
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
 from epmq_cli.models.merged_tokenizer import MergedTokenizer

@@ -37,11 +37,12 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
-        from epmq_cli.merge.engine import LazyMerge, SuiteModels
+        from epmq_cli.merge.engine import LazyMerge
         from epmq_cli.merge.given import given_path
         from epmq_cli.merge.method import check_method, refuse_needs
         from epmq_cli.merge.slices import sliced
         from epmq_cli.merge.stacked import stacked
+        from epmq_cli.merge.suite_models import SuiteModels
         from epmq_cli.models.processor_files import ProcessorFiles
         from epmq_cli.pipeline.task_processors import probes, save_processors, task_processors
         from epmq_cli.report import metrics_json, table

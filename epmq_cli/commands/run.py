@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.data.batching import Batch
     from epmq_cli.evaluate.score import ScoredTask, Scores
-    from epmq_cli.merge.engine import SuiteModels
+    from epmq_cli.merge.suite_models import SuiteModels
     from epmq_cli.pipeline.cached_steps import CachedSteps
     from epmq_cli.pipeline.context import RunContext
     from epmq_cli.pipeline.job import Job

@@ -168,7 +168,7 @@ def _check_parts(group: str, node: DictConfig) -> None:
     parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
     for where, part in parts:
         kind = _class_of(f"{where}._target_", part["_target_"])
-        fields = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)  # those of the class first
+        fields = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)  # those of the class first
         check_keys(where, _keys(part), [field.name for field in fields], required(kind))
     for where, part in parts:  # after all classes and keys are checked
         names = {key: match[1] for key, value in raw[where].items() if (match := REFERENCE.fullmatch(str(value)))}

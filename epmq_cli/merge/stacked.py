@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.settings import LAYER, layer_depths
 from epmq_cli.merge.slices import Range, Slice
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
 
 COUNTS = re.compile(r"num_hidden_layers|num_layers|n_layers?|depth|num_(en|de)coder_layers|(en|de)coder_layers")

@@ -23,11 +23,12 @@ from epmq_cli.config.schema import Harness, bytes_of
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.given import Given
 from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
 from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import SafetensorsFiles
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.keys import environment, hash_model, hash_samples, scores_key

@@ -21,8 +21,8 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import SuiteModels
 from epmq_cli.merge.method import MergeMethod, method_name
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
 

@@ -18,7 +18,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.runtime.console import say
 

@@ -25,9 +25,9 @@ from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import SuiteModels, fit_source, written_dtype
 from epmq_cli.merge.given import given_path
 from epmq_cli.merge.source import MergeSource
+from epmq_cli.merge.suite_models import SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.models.weights import copy_into

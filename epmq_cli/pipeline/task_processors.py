@@ -19,7 +19,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
 from epmq_cli.families.tasks.language_model import LanguageModel
-from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
 from epmq_cli.models.open_clip.convert import CONFIG, own_processor
 from epmq_cli.models.pretrained import config_of

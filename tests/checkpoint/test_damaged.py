@@ -16,7 +16,8 @@ from epmq_cli.data.images import Npz
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from tests.helpers.counts import FUZZED, TRIED
 from tests.helpers.edited import copied

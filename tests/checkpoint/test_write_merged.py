@@ -16,7 +16,7 @@ from epmq_cli.checkpoint.dense import DenseExporter
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import SuiteModels, written_dtype
+from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, settings_of
 from tests.helpers.lone import WRITERS, merged_folder, store, suite_of

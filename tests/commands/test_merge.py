@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, CLIPModel
 from epmq_cli.commands.merge import merge
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job

@@ -13,7 +13,8 @@ import torch
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.coefficients import LearnedCoefficients
-from epmq_cli.merge.engine import LazyMerge, SuiteModels
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.pipeline import cached_steps, steps
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline.context import RunContext

@@ -20,7 +20,8 @@ from epmq_cli.checkpoint.layouts import LAYOUTS
 from epmq_cli.merge.average import Average
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import MergeMethod
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo

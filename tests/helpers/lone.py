@@ -20,7 +20,8 @@ from epmq_cli.data.table import Table
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.average import Average
-from epmq_cli.merge.engine import LazyMerge, SuiteModels, fit_source, written_dtype
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.suite_models import SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.weights import copy_into
 

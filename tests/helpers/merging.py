@@ -17,7 +17,8 @@ from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import Loss, MergeGroups, MergeMethod, Weights
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}

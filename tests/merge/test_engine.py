@@ -18,7 +18,7 @@ from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.heads.classifier import read_head
-from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.suite_models import SuiteModels
 from tests.conftest import TASKS, drifted, write_suite
 from tests.helpers.hubs import run_in
 

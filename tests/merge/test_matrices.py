@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.matrices import TaskVectors, matrix_rule
-from epmq_cli.merge.source import OnDevice
+from epmq_cli.merge.named_tensors import OnDevice
 from tests.helpers.gpu import DEVICE
 from tests.helpers.merging import method, source, tensors
 

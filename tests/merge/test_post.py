@@ -17,7 +17,7 @@ from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.svc import calibrate
 from epmq_cli.merge.ties import Ties
-from tests.helpers.merging import METHODS, merged, method, tensors
+from tests.helpers.merging import METHODS, merged, method, taken, tensors
 from tests.merge.test_iso import given, random
 
 BASE, EXPERTS = tensors(0), [tensors(1), tensors(2), tensors(3)]

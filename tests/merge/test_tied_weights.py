@@ -16,7 +16,7 @@ from torch import Tensor
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError, ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.engine import SuiteModels
+from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.store.manifest import write_manifest
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE, VOCABULARY, set_tie, settings_of

@@ -13,7 +13,8 @@ from transformers import AutoModel, BertConfig, BertForSequenceClassification, B
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder
 from tests.conftest import TASKS, write_suite
 from tests.helpers.hubs import run_in

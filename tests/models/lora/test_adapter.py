@@ -25,7 +25,8 @@ from transformers import (
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.merge.source import MergeSource, NamedTensors
+from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles
 from epmq_cli.models.open import open_base, open_expert
