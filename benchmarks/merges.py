@@ -7,8 +7,8 @@
 Base and experts are Llamas with random weights in float32, made once in runs/merges. Each expert is the base plus
 noise that all share, whose size differs between tensors and elements, and noise of its own. The script makes an
 environment of its own for each reference that has a script in benchmarks/references. Every merge is a process of its
-own, which measures the seconds from the opened models to the written file, and the growth of its memory; its imports
-are done before.
+own, which measures the seconds from the opened models to the written file, and the growth of its memory without pages
+of files; its imports are done before.
 
 The table has the largest difference of each tensor, as a fraction of the largest change of this tensor by the
 reference: the median and the largest over the tensors.

@@ -3,7 +3,7 @@
     python epmq_side.py --base DIR --experts DIR DIR DIR --out DIR --method NAME --options JSON
 
 Writes model.safetensors in OUT and prints one line: {"seconds": ..., "peak_bytes": ...}, from the opened files to the
-written one, and the growth of the process's memory meanwhile. `options`: those of `merge=NAME`.
+written one, and the growth of the process's memory meanwhile, without pages of files. `options`: those of `merge=NAME`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,10 +32,32 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.store.safetensors_writer import Entry, write_file
 
 
-def memory(field: str) -> int:
-    """The process's resident memory (VmRSS), or its peak (VmHWM), in bytes."""
+def anonymous() -> int:
+    """The bytes of the process's memory that are not pages of files, which both sides map."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Watch(threading.Thread):
+    """Measures the seconds since its start, and the largest growth of the memory, every 10 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._end = threading.Event()
+        self._before, self._most, self._start = anonymous(), 0, time.perf_counter()
+        self.start()
+
+    def run(self) -> None:
+        """Looks at the memory until the end."""
+        while not self._end.wait(0.01):
+            self._most = max(self._most, anonymous())
+
+    def end(self) -> dict[str, float]:
+        """The measurements."""
+        seconds = time.perf_counter() - self._start
+        self._end.set()
+        self.join()
+        return {"seconds": seconds, "peak_bytes": max(self._most, anonymous()) - self._before}
 
 
 def tensors(path: Path) -> NamedTensors:
@@ -50,8 +73,7 @@ def merge(job: dict[str, Any]) -> dict[str, float]:
     cfg = OmegaConf.create({"seed": 0, "merge": OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml")})
     cfg.merge = OmegaConf.merge(cfg.merge, job["options"])
     method = hydra.utils.instantiate(cfg.merge, _convert_="all")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before, start = memory("VmRSS"), time.perf_counter()
+    watch = Watch()
     experts = {Path(path).name: tensors(Path(path)) for path in job["experts"]}
     source = MergeSource(tensors(Path(job["base"])), experts)
     method.check(source.tasks)
@@ -61,7 +83,7 @@ def merge(job: dict[str, Any]) -> dict[str, float]:
         for name in source.names
     ]
     write_file(out / "model.safetensors", entries)
-    return {"seconds": time.perf_counter() - start, "peak_bytes": memory("VmHWM") - before}
+    return watch.end()
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, float]]) -> None:

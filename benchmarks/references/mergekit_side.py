@@ -3,8 +3,9 @@
     python mergekit_side.py --base DIR --experts DIR DIR DIR --out DIR --method NAME --options JSON
 
 Writes model.safetensors in OUT and prints one line: {"seconds": ..., "peak_bytes": ...}, from the configuration to the
-written file, and the growth of the process's memory meanwhile. `options`: {"parameters": {...}, "expert": {...},
-"base": true}, the parameters for all and for each expert, and whether the base is the base_model.
+written file, and the growth of the process's memory meanwhile, without pages of files.
+`options`: {"parameters": {...}, "expert": {...}, "base": true}, the parameters for all and for each expert, and whether
+the base is the base_model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,32 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 
-def memory(field: str) -> int:
-    """The process's resident memory (VmRSS), or its peak (VmHWM), in bytes."""
+def anonymous() -> int:
+    """The bytes of the process's memory that are not pages of files, which both sides map."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Watch(threading.Thread):
+    """Measures the seconds since its start, and the largest growth of the memory, every 10 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._end = threading.Event()
+        self._before, self._most, self._start = anonymous(), 0, time.perf_counter()
+        self.start()
+
+    def run(self) -> None:
+        """Looks at the memory until the end."""
+        while not self._end.wait(0.01):
+            self._most = max(self._most, anonymous())
+
+    def end(self) -> dict[str, float]:
+        """The measurements."""
+        seconds = time.perf_counter() - self._start
+        self._end.set()
+        self.join()
+        return {"seconds": seconds, "peak_bytes": max(self._most, anonymous()) - self._before}
 
 
 def merge(job: dict[str, Any]) -> dict[str, float]:
@@ -40,10 +64,9 @@ def merge(job: dict[str, Any]) -> dict[str, float]:
     if wanted.get("base", True):
         recipe["base_model"] = job["base"]
     options = MergeOptions(lazy_unpickle=True, copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before, start = memory("VmRSS"), time.perf_counter()
+    watch = Watch()
     run_merge(MergeConfiguration.model_validate(recipe), str(out), options)
-    measured = {"seconds": time.perf_counter() - start, "peak_bytes": memory("VmHWM") - before}
+    measured = watch.end()
     written = list(out.glob("*.safetensors"))
     if len(written) == 1:
         written[0].rename(out / "model.safetensors")
