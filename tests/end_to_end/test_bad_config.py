@@ -116,15 +116,18 @@ TOP = (
 
 @cache
 def composed(group: str, name: str) -> DictConfig:
-    """The config of a run with this option; of the built-in suite one task, since five take five times as long.
+    """The config of a run with this option; of the built-in suite one task, since five take five times as long, or two
+    for merges of at least two.
 
     The options of groups other than `suite` are files without defaults, which replace a node as Hydra would.
     """
     given = GIVEN.get(f"{group}/{name}", [])
     if group != "suite":
-        cfg = _base("suite=causal_lm" in given).copy()
+        option = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+        least = getattr(hydra.utils.get_class(option._target_), "experts", (1, None))[0] if group == "merge" else 1
+        cfg = _base("suite=causal_lm" in given, least).copy()
         OmegaConf.set_struct(cfg, False)
-        cfg[group] = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+        cfg[group] = option
         cfg.merge_with_dotlist([text for text in given if text.startswith(f"{group}.")])
         OmegaConf.set_struct(cfg, True)
         return cfg
@@ -133,8 +136,8 @@ def composed(group: str, name: str) -> DictConfig:
 
 
 @cache
-def _base(causal_lm: bool) -> DictConfig:
-    tasks = (f"~suite.tasks.{task}" for task in ("textures", "digits", "arrows", "counts"))
+def _base(causal_lm: bool, least: int) -> DictConfig:
+    tasks = (f"~suite.tasks.{task}" for task in ("textures", "digits", "arrows", "counts")[least - 1 :])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(
             "run", overrides=[*(["suite=causal_lm", *ONE_LM] if causal_lm else tasks), "merge=average", "out=x"]

@@ -16,18 +16,15 @@ WEIGHTED = [name for name in METHODS if hasattr(method(name), "weights")]
 EXPERTS = {f"t{seed}": tensors(seed) for seed in (1, 2, 3)}
 
 
-def test_the_methods_that_take_weights() -> None:
-    assert WEIGHTED == ["average", "dare_linear", "dare_ties", "fisher", "task_arithmetic"]
-
-
-@pytest.mark.parametrize("name", ["average", "task_arithmetic"])
+@pytest.mark.parametrize("name", ["average", "geometric_median", "linear", "multislerp", "task_arithmetic", "ties"])
 def test_a_weight_of_2_equals_the_expert_twice(name: str, tmp_path: Path) -> None:
-    found = merged(tmp_path / "x", method(name, weights={"t2": 2}), tensors(0), EXPERTS)
-    wanted = merged(tmp_path / "y", method(name), tensors(0), {**EXPERTS, "again": EXPERTS["t2"]})
+    options = {"max_iter": 10_000, "tol": 1e-12} if name == "geometric_median" else {}
+    found = merged(tmp_path / "x", method(name, weights={"t2": 2}, **options), tensors(0), EXPERTS)
+    wanted = merged(tmp_path / "y", method(name, **options), tensors(0), {**EXPERTS, "again": EXPERTS["t2"]})
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", [name for name in WEIGHTED if name != "nuslerp"])
 def test_a_weight_of_0_excludes_the_expert(name: str, tmp_path: Path) -> None:
     found = merged(tmp_path / "x", method(name, weights={"t2": 0}), tensors(0), EXPERTS)
     wanted = merged(tmp_path / "y", method(name), tensors(0), {task: EXPERTS[task] for task in ("t1", "t3")})
