@@ -41,6 +41,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "multislerp": {},
     "nearswap": {},
     "nuslerp": {},
+    "passthrough": {},
     "ram": {},
     "regmean": {},
     "sce": {},
@@ -128,7 +129,7 @@ def test_an_expert_with_a_nan_is_refused_by_name(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_threads_and_other_tensors_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"first": (3, 70_000), "second": (5, 40_000)}  # several pieces each
-    base, models = tensors(0, shapes), [tensors(seed, shapes) for seed in (1, 2)]
+    base, models = tensors(0, shapes), [tensors(seed, shapes) for seed in range(1, 1 + taken(name, 2))]
     opened, found = source(tmp_path / "all", base, models), {}
     for count in (1, 8):
         monkeypatch.setattr(threads, "threads", lambda count=count: count)
@@ -142,7 +143,7 @@ def test_threads_and_other_tensors_change_nothing(name: str, tmp_path: Path, mon
 
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_half_precision_models_merge_like_the_same_numbers_in_float32(name: str, tmp_path: Path) -> None:
-    models = [{part: tensor.bfloat16() for part, tensor in tensors(seed).items()} for seed in range(3)]
+    models = [{part: tensor.bfloat16() for part, tensor in tensors(seed).items()} for seed in range(1 + taken(name, 2))]
     wide = [{part: tensor.float() for part, tensor in model.items()} for model in models]
     found = merged(tmp_path / "x", method(name), models[0], models[1:])
     expected = merged(tmp_path / "y", method(name), wide[0], wide[1:])
