@@ -119,7 +119,12 @@ def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     node = _with_current_names(node)
     kind = _class_of(f"{group}._target_", node._target_)
     needed = required(kind)
-    return {field.name: field.name in needed for field in dataclasses.fields(kind)}
+    return {name: name in needed for name in _names(kind)}
+
+
+def _names(kind: type) -> list[str]:
+    """The fields of a dataclass, its own before those that all classes of its group have."""
+    return [field.name for field in sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)]
 
 
 def references(node: DictConfig) -> dict[str, str]:
@@ -168,8 +173,7 @@ def _check_parts(group: str, node: DictConfig) -> None:
     parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
     for where, part in parts:
         kind = _class_of(f"{where}._target_", part["_target_"])
-        fields = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)  # those of the class first
-        check_keys(where, _keys(part), [field.name for field in fields], required(kind))
+        check_keys(where, _keys(part), _names(kind), required(kind))
     for where, part in parts:  # after all classes and keys are checked
         names = {key: match[1] for key, value in raw[where].items() if (match := REFERENCE.fullmatch(str(value)))}
         values = {key: part[key] for key in _keys(part)}

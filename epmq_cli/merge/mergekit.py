@@ -50,7 +50,7 @@ class Mergekit:
 def mergekit_options(path: Path, command: str) -> Options:
     """The options of `epmq merge` or `epmq run` for a mergekit file. ConfigError where epmq has no counterpart."""
     file = read_mergekit(path)
-    options: Options = {"suite": "causal_lm", **suite_options(file), **_merge(file, command)}
+    options: Options = {"suite": "causal_lm", **suite_options(file), **merge_options(file, command)}
     if file.dtype is not None:
         options["pack.dtype"] = file.dtype
     tokenizer = _tokenizer(file)
@@ -64,7 +64,7 @@ def mergekit_options(path: Path, command: str) -> Options:
     return options
 
 
-def _merge(file: MergekitFile, command: str) -> Options:
+def merge_options(file: MergekitFile, command: str) -> Options:
     """The method and its options; `merge=slices`, or the slices of `merge=passthrough`, if the file names layers."""
     only = file.parts.get("", [])
     if len(only) == 1 and (not file.sliced or (command == "run" and _is_whole(file, only[0]))):

@@ -44,8 +44,6 @@ GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],
     "pack/gptq": ["suite=causal_lm"],
     "merge/given": ["merge.path=x"],
-    "merge/mergekit": ["merge.file=x"],
-    "merge/slices": ["merge.slices=x"],
     "suite/causal_lm": ONE_LM,
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
@@ -57,6 +55,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("quant.damping", "guidance.readout_weight"), ("fraction",)),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
+    "merge.slices": ("null",),
+    "merge.path": ("text",),
     "quant.symmetric": ("true",),
     "quant.act_order": ("true",),
     "quant.group_size": ("minus", "huge"),  # the divisibility check needs the model
@@ -92,7 +92,10 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("data.path", "data.input", "data.train", "data.test"), ("text",)),
     "suite.each.documents": ("null",),
 }
-FILES = [path for path in sorted(conf_dir().glob("*/*.yaml")) if path.parent.name != "experiment"]
+OTHERS = ("mergekit", "slices")  # merges that no run takes
+FILES = [
+    path for path in sorted(conf_dir().glob("*/*.yaml")) if path.parent.name != "experiment" and path.stem not in OTHERS
+]
 SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # together they have every key of suites
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "suite" or path.stem in SUITES]
 TOP = (
@@ -150,7 +153,7 @@ def accepted(group: str, key: str, cfg: DictConfig) -> tuple[str, ...]:
     method = hydra.utils.get_class(cfg.merge._target_)
     kind = parameters_of(method).get(key.partition(".")[2])
     if kind is None:
-        return ("true",)  # flags are the only parameters without a range
+        return TAKES.get(general(key), ("true",))  # flags have no range
     if not isinstance(kind, Number):
         return ()
     values = {name: value for name, value in WRONG.items() if type(value) in ((int,) if kind.integer else (int, float))}

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from epmq_cli.cli import start
 from epmq_cli.commands.mergekit import replaced, typed
-from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
-from epmq_cli.merge.mergekit import Mergekit, mergekit_options
+from epmq_cli.merge.dare import DareLinear
+from epmq_cli.merge.mergekit import Mergekit, merge_options, mergekit_options
 from epmq_cli.merge.mergekit_file import PARAMETERS, checked, read_mergekit
-from epmq_cli.merge.mergekit_options import OURS, method_options, setting, task_names
+from epmq_cli.merge.mergekit_options import OURS, method_options, setting, suite_options, task_names
+from epmq_cli.merge.slices import Slice
 
 FILES = Path(__file__).parent / "mergekit"
 TWO = [{"model": "org/math"}, {"model": "org/code"}]
@@ -210,3 +213,34 @@ def test_slices_and_tokenizers_become_options() -> None:
     ]
     with pytest.raises(ConfigError, match="makes a tokenizer or a chat template, which epmq run does not"):
         mergekit_options(FILES / "union.yml", "run")
+
+
+def test_slices_of_other_methods_have_their_own_options() -> None:
+    """The parameters of a model in a slice, then those of the slice, then those of the file; the base is no expert."""
+    sources = [{"model": model, "layer_range": [0, 2]} for model in ("org/base", "org/math")]
+    second = [{"model": "org/base", "layer_range": [1, 3]}, {"model": "org/code", "layer_range": [2, 4]}]
+    slices = [{"sources": sources}, {"sources": second, "parameters": {"density": 0.25}}]
+    text = content("dare_linear", slices=slices, parameters={"weight": 1, "density": 0.5})
+    del text["models"]
+    file = checked(text)
+    assert file.sliced
+    found = merge_options(file, "merge")
+    overrides = [f"{key}={typed(value)}" for key, value in {**suite_options(file), **found, "seed": 3}.items()]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("merge", overrides=["suite=causal_lm", *overrides])
+    parts: list[Slice] = build("merge", cfg.merge).parts[""]
+    assert [(part.layers, part.base) for part in parts] == [({"math": (0, 2)}, (0, 2)), ({"code": (2, 4)}, (1, 3))]
+    assert [part.method for part in parts] == [DareLinear(density, 1.0, None, 3) for density in (0.5, 0.25)]
+    text["slices"][1]["sources"] = second[1:]
+    with pytest.raises(ConfigError, match="each of the slices must have base_model among its sources, got org/code"):
+        merge_options(checked(text), "merge")
+
+
+def test_a_run_reads_one_slice_of_all_layers_as_models(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    for end, merge in ((4, "task_arithmetic"), (3, "slices")):
+        sources = [{"model": model, "layer_range": [0, end]} for model in (str(tmp_path), "org/math")]
+        keys = {"merge_method": "task_arithmetic", "base_model": str(tmp_path), "parameters": {"weight": 1}}
+        file = checked({**keys, "slices": [{"sources": sources}]})
+        assert merge_options(file, "run")["merge"] == merge
+        assert merge_options(file, "merge")["merge"] == "slices"
