@@ -76,10 +76,8 @@ def generalized(name: str, weight: float = 1.0, base: bool = True, **parameters:
     return name, {"parameters": parameters, "expert": {"weight": weight, **own}, "base": base}
 
 
-RANDOM = (
-    "Other random numbers: theirs come from one stream of the process, and what is kept is multiplied by one factor \
-for each tensor."
-)
+RANDOM = "Other random numbers: mergekit's come from one stream, and it rescales each tensor by one factor."
+EQUAL = "Elements whose magnitude equals the threshold are all kept; mergekit keeps an exact number."
 STOCK = "Cosines are exact; mergekit takes the product of two lengths as at least 1e-6, and t may be below 0."
 HALF: dict[str, Any] = {"density": 0.5}
 ROWS = [
@@ -95,11 +93,13 @@ ROWS = [
         "ties",
         {"density": 0.2, "combine": "sum", "scale": 0.3, "scope": "tensor"},
         generalized("ties", **{"lambda": 0.3, "density": 0.2, "normalize": False}),
+        note=EQUAL,
     ),
     Row(
         "ties",
         {"density": 0.2, "combine": "mean", "scale": 1, "scope": "tensor"},
         generalized("ties", density=0.2, normalize=True),
+        note=EQUAL,
     ),
     Row(
         "ties",
@@ -153,7 +153,7 @@ ROWS = [
         {},
         ("arcee_fusion", {}),
         experts=1,
-        note="Exact quartiles and float64 divergences; mergekit's are in float32, of a sample above 1 M elements.",
+        note="Divergences in float64; mergekit's float32 ones are as small as its rounding, and may be negative.",
     ),
     Row("geometric_median"),
     Row("tsv_m", {}, None, ("task_singular_vector", {})),
