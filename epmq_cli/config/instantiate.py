@@ -99,7 +99,7 @@ def build(group: str, node: DictConfig) -> Any:
     import hydra
 
     _check_node(group, node)
-    node = _without_unused(_with_current_names(node))
+    node = _with_current_names(node)
     _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -149,26 +149,14 @@ def _with_current_names(node: DictConfig) -> DictConfig:
     return current
 
 
-def _without_unused(node: DictConfig) -> DictConfig:
-    """The config of a merge without an empty `post`, if its class, such as a user's, has no such field."""
-    if "post" not in node or node.post:
-        return node
-    fields = dataclasses.fields(_class_of("merge._target_", node._target_))
-    if any(field.name == "post" for field in fields):
-        return node
-    used = node.copy()
-    OmegaConf.set_struct(used, False)
-    del used["post"]
-    return used
-
-
 def _check_parts(group: str, node: DictConfig) -> None:
     """Raises ConfigError if a part of a group does not name a class, or if its keys or values do not fit the class."""
     raw = dict(_targets(group, OmegaConf.to_container(node, resolve=False)))
     parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
     for where, part in parts:
         kind = _class_of(f"{where}._target_", part["_target_"])
-        check_keys(where, _keys(part), [field.name for field in dataclasses.fields(kind)], required(kind))
+        own_first = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)
+        check_keys(where, _keys(part), [field.name for field in own_first], required(kind))
     for where, part in parts:  # after all classes and keys are checked
         names = {key: match[1] for key, value in raw[where].items() if (match := REFERENCE.fullmatch(str(value)))}
         values = {key: part[key] for key in _keys(part)}
