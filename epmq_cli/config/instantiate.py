@@ -155,7 +155,7 @@ def _check_parts(group: str, node: DictConfig) -> None:
     parts = list(_targets(group, OmegaConf.to_container(node, resolve=True)))
     for where, part in parts:
         kind = _class_of(f"{where}._target_", part["_target_"])
-        own_first = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)
+        own_first = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)
         check_keys(where, _keys(part), [field.name for field in own_first], required(kind))
     for where, part in parts:  # after all classes and keys are checked
         names = {key: match[1] for key, value in raw[where].items() if (match := REFERENCE.fullmatch(str(value)))}
