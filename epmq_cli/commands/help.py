@@ -9,7 +9,6 @@ from epmq_cli.commands.list import options
 from epmq_cli.config.instantiate import conf_dir
 
 WIDTH = 120
-EVERY_MERGE = conf_dir() / "every_merge.yaml"
 EXAMPLES = {
     "run": """usage: epmq run [group=option ...] [key.name=value ...] [-m] [--config-dir FOLDER]
 
@@ -70,7 +69,6 @@ def show(command: str) -> None:
             pages.append(
                 f"\n{group}={default}: override with {group}.key=value\n"
                 + _body(conf_dir() / group / f"{default}.yaml")
-                + (f"\n{_part(EVERY_MERGE, 'merge:', chr(0)).strip(chr(10))}" if group == "merge" else "")
             )
     print("\n".join(pages) + "\n" + TAIL, end="")
 

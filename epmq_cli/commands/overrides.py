@@ -15,7 +15,7 @@ from epmq_cli.commands.readable import parsed
 from epmq_cli.config.instantiate import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, literal
 
-OPTIONAL = re.compile(r"suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)=")
+OPTIONAL = re.compile(r"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.post)=")
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def check_overrides(command: str, texts: Sequence[str]) -> None:
 
 
 def addable(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with Hydra's `++` before options that a suite's file may omit."""
+    """The arguments, with Hydra's `++` before options that the file of a suite or a merge may omit."""
     return [f"++{argument}" if OPTIONAL.match(argument) else argument for argument in arguments]
 
 

@@ -99,7 +99,7 @@ def build(group: str, node: DictConfig) -> Any:
     import hydra
 
     _check_node(group, node)
-    node = _without_unused(_with_current_names(node))
+    node = _with_current_names(node)
     _check_parts(group, node)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -152,19 +152,6 @@ def _with_current_names(node: DictConfig) -> DictConfig:
     current._set_parent(node._get_parent())  # interpolations are resolved from the parent
     current._set_key(node._key())
     return current
-
-
-def _without_unused(node: DictConfig) -> DictConfig:
-    """The config of a merge without an empty `post`, if its class, such as a user's, has no such field."""
-    if "post" not in node or node.post:
-        return node
-    fields = dataclasses.fields(_class_of("merge._target_", node._target_))
-    if any(field.name == "post" for field in fields):
-        return node
-    used = node.copy()
-    OmegaConf.set_struct(used, False)
-    del used["post"]
-    return used
 
 
 def _check_parts(group: str, node: DictConfig) -> None:

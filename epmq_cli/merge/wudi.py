@@ -20,6 +20,9 @@ from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
 
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Adam's."""
+
 
 def moments(vectors: TaskVectors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (in, in) and B (out, in) of the module's docstring."""
@@ -49,12 +52,15 @@ def closed_form(vectors: TaskVectors, ridge: float) -> Tensor:
 def gradient_steps(vectors: TaskVectors, iterations: int, lr: float) -> Tensor:
     """The sum of the task vectors after some steps of Adam (out, in)."""
     A, B = moments(vectors, vectors.base.dtype)
-    merged = torch.nn.Parameter(vectors.total())
-    adam = torch.optim.Adam([merged], lr=lr)
-    for _ in range(iterations):
-        merged.grad = 2 * (merged.detach() @ A - B)
-        adam.step()
-    return merged.detach()
+    merged = vectors.total()
+    mean, square = torch.zeros_like(merged), torch.zeros_like(merged)
+    for step in range(1, iterations + 1):
+        gradient = 2 * (merged @ A - B)
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        deviation = (square / (1 - BETAS[1] ** step)).sqrt() + EPSILON
+        merged -= lr / (1 - BETAS[0] ** step) * mean / deviation
+    return merged
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ refused before a model is opened."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
+from epmq_cli.commands.overrides import addable
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.svc import calibrate
@@ -100,26 +100,12 @@ def test_wrong_entries_are_refused(post: object, message: str) -> None:
 
 @pytest.mark.parametrize("command", ["run", "merge"])
 def test_the_command_line_takes_post_processors(command: str) -> None:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        plain = compose(command, overrides=["merge=ties", "out=x"])
-        given = compose(command, overrides=["merge=ties", "merge.post=[lines,{name: svc, alpha: 0.1}]", "out=x"])
-        wrong = compose(command, overrides=["merge=ties", "merge.post=[scv]", "out=x"])
-    assert list(build("merge", plain.merge).post) == []
-    assert build("merge", given.merge).post == ["lines", {"name": "svc", "alpha": 0.1}]
+    def composed(*given: str) -> DictConfig:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(command, overrides=addable(["merge=ties", "out=x", *given]))
+
+    assert list(build("merge", composed().merge).post) == []
+    made = build("merge", composed("merge.post=[lines,{name: svc, alpha: 0.1}]").merge)
+    assert made.post == ["lines", {"name": "svc", "alpha": 0.1}]
     with pytest.raises(ConfigError, match=r"did you mean svc\?"):
-        build("merge", wrong.merge)
-
-
-@dataclass(frozen=True)
-class Mine:
-    """A user's method, which has no post-processors."""
-
-    seed: int
-
-
-def test_a_users_method_without_post_processors_still_composes() -> None:
-    cfg = OmegaConf.create({"seed": 3, "merge": {"post": [], "_target_": f"{__name__}.Mine", "seed": "${seed}"}})
-    assert build("merge", cfg.merge) == Mine(3)
-    cfg.merge.post = ["svc"]
-    with pytest.raises(ConfigError, match="merge has no option 'post', the options are seed"):
-        build("merge", cfg.merge)
+        build("merge", composed("merge.post=[scv]").merge)
