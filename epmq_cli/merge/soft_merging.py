@@ -1,6 +1,5 @@
-"""Merge coefficients that minimize the distance of the predictions from those of each task's expert (its soft labels),
-as in Expert Merging (Zhang et al. 2025, https://arxiv.org/abs/2509.25712) and SAMerging
-(https://arxiv.org/abs/2512.21288)."""
+"""Merge coefficients that minimize the distance of the predictions from those of each task's expert, its soft labels,
+as in SAMerging (https://arxiv.org/abs/2512.21288): the loss of distillation in place of AdaMerging's entropy."""
 
 from __future__ import annotations
 

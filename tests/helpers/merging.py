@@ -23,6 +23,8 @@ from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
 LINEARS = [("a",), ("b",)]
+FEW = {"adamerging": {"steps": 20}, "soft_merging": {"steps": 20}}
+"""Options of methods that take many small steps."""
 METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text())
 """The methods that merge experts without further files."""
 
@@ -58,8 +60,9 @@ def own_names(opened: ModelFolder) -> NamedTensors:
 
 
 def method(name: str, **options: Any) -> MergeMethod:
-    """A shipped method with its defaults, or with some other options."""
+    """A shipped method with its defaults and `FEW`, or with some other options."""
     cfg = OmegaConf.create({"seed": 0, "merge": OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml")})
+    options = FEW.get(name, {}) | options
     made: MergeMethod = hydra.utils.instantiate(cfg.merge, **options, _convert_="all")
     return made
 
