@@ -54,7 +54,7 @@ TASKS = sorted((conf_dir() / "suite").glob("*/*.yaml"))
 @pytest.mark.parametrize("path", [*TASKS, *((conf_dir() / option).with_suffix(".yaml") for option in GROUPS)], ids=str)
 def test_every_config_opens_with_its_command_and_description(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
-    assert lines[0].startswith("# epmq run ")
+    assert lines[0].startswith(("# epmq run ", "# epmq merge "))
     assert lines[1].startswith("# ")
     assert len(lines[1]) > 15
 
