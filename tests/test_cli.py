@@ -147,8 +147,8 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
 
 WRONG = {
     "run merge=nope": f"merge=nope does not exist; the options are {METHODS} (see ",
-    "run merge.nope=1": "merge has no option 'nope', the options are post, scale, weights\n",
-    "run merge=ties merge.densty=1": "merge has no option 'densty', the options are post, density, scale, combine, ",
+    "run merge.nope=1": "merge has no option 'nope', the options are scale, weights\n",
+    "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine, weights, ",
     "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, calib, quant, pack, eval, ",
     "run mrege=ties": "the config has no option 'mrege'",
     "run merge": "Error parsing override 'merge'; missing EQUAL at '<EOF>'",
