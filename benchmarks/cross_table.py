@@ -21,10 +21,14 @@ from epmq_cli.config.instantiate import conf_dir
 GUIDANCE = ("merged", "expert", "feature")
 QUANT = {"none": "dense", "gptq": "4 bits"}
 
+FEWER = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "slerp")
+"""Methods that merge one or two experts."""
+
 
 def methods() -> list[str]:
-    """The merge methods that need no further files."""
-    return sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text())
+    """The merge methods that need no further files and take several experts."""
+    found = (path for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text())
+    return sorted(path.stem for path in found if path.stem not in FEWER)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -32,7 +36,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "epmq_cli", "run", "-m", f"suite={arguments.suite}"]
     if arguments.config_dir:
         command += ["--config-dir", str(arguments.config_dir)]
-    axes = {"merge": arguments.merge or methods(), "quant": QUANT, "guidance": GUIDANCE}
+    axes = {"merge": arguments.merge or methods(), "quant": arguments.quant, "guidance": arguments.guidance}
     command += [f"{name}={','.join(values)}" for name, values in axes.items()]
     command += ["eval.stages=[merged,quantized]", f"out={arguments.out}", *arguments.options]
     return subprocess.run(command, check=False).returncode
@@ -68,6 +72,8 @@ def main() -> int:
     parser.add_argument("--suite", default="tiny")
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("--merge", nargs="*", help="only these methods")
+    parser.add_argument("--quant", nargs="*", default=list(QUANT))
+    parser.add_argument("--guidance", nargs="*", default=list(GUIDANCE))
     parser.add_argument("--out", type=Path)
     parser.add_argument("options", nargs="*", help="further options of epmq run")
     arguments = parser.parse_args()
