@@ -87,7 +87,8 @@ def show(groups: dict[str, dict[str, str]]) -> None:
     """Prints a table as wide as the terminal; without a terminal one line for each option."""
     rows = [(f"{group}={option}", text) for group, summaries in groups.items() for option, text in summaries.items()]
     if not console.is_terminal:
-        print("\n".join(f"{name:<32} {text}".rstrip() for name, text in rows))
+        for name, text in rows:
+            print(f"{name:<32} {text}".rstrip(), flush=True)  # what is flushed stays unwritten for exit_on_error
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="bold")
