@@ -49,14 +49,15 @@ def cells(folder: Path) -> dict[tuple[str, str, str], float | None]:
         values = dict(line[2:].split("=", 1) for line in path.read_text().splitlines())
         metrics = path.parents[1] / "metrics.json"
         content: dict[str, Any] = json.loads(metrics.read_text()) if metrics.is_file() else {}
-        score = content["scores"]["average"]["quantized"] if content else None
+        score = 100 * content["scores"]["average"]["quantized"] if content else None
         found[values["merge"], values["quant"], values["guidance"]] = score
     return found
 
 
 def table(scores: dict[tuple[str, str, str], float | None]) -> str:
     """The table in Markdown, sorted by the last column."""
-    columns = [(quant, guidance) for quant in QUANT for guidance in GUIDANCE]
+    given = {key[1:] for key in scores}
+    columns = [column for quant in QUANT for guidance in GUIDANCE if (column := (quant, guidance)) in given]
     merges = sorted({merge for merge, _, _ in scores}, key=lambda merge: -(scores.get((merge, *columns[-1])) or 0))
     head = " | ".join(f"{QUANT[quant]}, {guidance}" for quant, guidance in columns)
     rows = [f"| merge | {head} |", f"|---|{'---|' * len(columns)}"]
