@@ -20,7 +20,6 @@ from tests.faults.test_processes import WORKER, start, wait_for
 from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.helpers.gpu import DEVICE, OWN
 from tests.helpers.hubs import Scene, run_in
-from tests.helpers.tiers import slow
 from tests.runtime.test_distributed import TORCHRUN
 
 pytestmark = pytest.mark.gpu
@@ -100,7 +99,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(bert_hub: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("device", ["auto", slow(DEVICE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["auto", DEVICE])
 def test_two_processes_have_a_gpu_each(device: str, undisturbed: Undisturbed, bert_hub: Path, tmp_path: Path) -> None:
     """Each process solves its own rows, so the products have other shapes than those of one process."""
     arguments = mini(bert_hub, "guidance=feature", "guidance.heads=always", f"device={device}", "out=run")
