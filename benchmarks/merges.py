@@ -200,28 +200,20 @@ def job(folder: Path, side: str, row: Row, call: Call) -> dict[str, Any]:
 
 
 class Side:
-    """The script of epmq or of a reference. If it takes `--jobs`, it does all runs with its imports done once; each is
-    a process of its own all the same."""
+    """The script of epmq or of a reference, which imports once and forks for each run."""
 
     def __init__(self, name: str, python: Path | str) -> None:
         self.name = name
-        self._path = HERE / "references" / f"{name}_side.py"
-        self._start = [str(python), str(self._path)]
+        self._command = [str(python), str(HERE / "references" / f"{name}_side.py"), "--jobs"]
         self._env = {**os.environ, "PYTHONPATH": str(HERE.parent)} if name == "epmq" else None
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, one: dict[str, Any]) -> dict[str, Any]:
         """The measurements of a job, or its error."""
-        if "--jobs" not in self._path.read_text():
-            options = ["--base", one["base"], "--experts", *one["experts"], "--out", one["out"]]
-            options += ["--method", one["method"], "--options", json.dumps(one["options"])]
-            done = subprocess.run([*self._start, *options], capture_output=True, text=True, env=self._env)
-            answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
-            return json.loads(answer) if answer else {"error": (done.stderr.splitlines() or ["no message"])[-1]}
         if self._server is None:
-            command, pipe = [*self._start, "--jobs"], subprocess.PIPE
+            pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
             self._server = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=self._env
+                self._command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=self._env
             )
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(one) + "\n")

@@ -8,13 +8,6 @@ written one, and the growth of the process's memory meanwhile, without pages of 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-import threading
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +15,7 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import OmegaConf
+from side import Watch, run
 
 import epmq_cli.merge.kernels  # noqa: F401  imported here, before the time counts
 from epmq_cli.config.instantiate import conf_dir
@@ -30,34 +24,6 @@ from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.store.safetensors_writer import Entry, write_file
-
-
-def anonymous() -> int:
-    """The bytes of the process's memory that are not pages of files, which both sides map."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-class Watch(threading.Thread):
-    """Measures the seconds since its start, and the largest growth of the memory, every 10 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._end = threading.Event()
-        self._before, self._most, self._start = anonymous(), 0, time.perf_counter()
-        self.start()
-
-    def run(self) -> None:
-        """Looks at the memory until the end."""
-        while not self._end.wait(0.01):
-            self._most = max(self._most, anonymous())
-
-    def end(self) -> dict[str, float]:
-        """The measurements."""
-        seconds = time.perf_counter() - self._start
-        self._end.set()
-        self.join()
-        return {"seconds": seconds, "peak_bytes": max(self._most, anonymous()) - self._before}
 
 
 def tensors(path: Path) -> NamedTensors:
@@ -86,41 +52,5 @@ def merge(job: dict[str, Any]) -> dict[str, float]:
     return watch.end()
 
 
-def serve(work: Callable[[dict[str, Any]], dict[str, float]]) -> None:
-    """Does each job of the standard input, one a line, in a process of its own that starts with the imports done, and
-    prints a line for it."""
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                print(json.dumps(work(job)), flush=True)
-                status = 0
-            except Exception as error:
-                print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-            finally:
-                os._exit(status)
-        os.waitpid(child, 0)
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base")
-    parser.add_argument("--experts", nargs="+")
-    parser.add_argument("--out")
-    parser.add_argument("--method")
-    parser.add_argument("--options", type=json.loads, default={})
-    parser.add_argument(
-        "--jobs", action="store_true", help="reads these options from the standard input, one job a line"
-    )
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    given = arguments()
-    if given.jobs:
-        serve(merge)
-    else:
-        print(json.dumps(merge(vars(given))))
+    run(merge, __doc__)

@@ -4,17 +4,13 @@
 
 Folders are transformers models with a model.safetensors. The options are the arguments of FusionBench's class; `seed`
 is torch's. The script writes model.safetensors to OUT and prints {"seconds": ..., "peak_bytes": ...} in one line: the
-time from reading to writing, without imports, and the largest resident memory of the process.
+time from reading to writing, without imports, and the growth of the process's memory, without pages of files.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import resource
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -39,6 +35,7 @@ from fusion_bench.method.tall_mask.utils import generate_task_masks
 from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
 from safetensors import safe_open
 from safetensors.torch import save_file
+from side import Watch, run
 from torch import Tensor, nn
 
 CLASSES: dict[str, Callable[..., Any]] = {
@@ -140,29 +137,20 @@ def write(merged: nn.Module, base: Path, out: Path) -> None:
     save_file(content, out / "model.safetensors", {"format": "pt"})
 
 
-def main() -> None:
-    """Runs one merge."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--experts", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--method", required=True)
-    parser.add_argument("--options", type=json.loads, default={})
-    given = parser.parse_args()
-    if given.method not in DEFAULTS:
-        known = "fusion-bench 0.2.33 does not have it" if given.method in ABSENT else "it is unknown"
-        sys.exit(f"{given.method}: {known}; the methods are {', '.join(DEFAULTS)}")
-    torch.manual_seed(given.options.pop("seed", 0))
-    start = time.perf_counter()
+def measured(job: dict[str, Any]) -> dict[str, float]:
+    """Runs one merge and returns the measurements."""
+    method, options, base, out = job["method"], dict(job["options"]), Path(job["base"]), Path(job["out"])
+    if method not in DEFAULTS:
+        known = "fusion-bench 0.2.33 does not have it" if method in ABSENT else "it is unknown"
+        raise ValueError(f"{method}: {known}; the methods are {', '.join(DEFAULTS)}")
+    torch.manual_seed(options.pop("seed", 0))
+    watch = Watch()
     with contextlib.redirect_stdout(sys.stderr):  # FusionBench prints while it merges
-        models = {"_pretrained_": model(given.base)}
-        models |= {f"expert{number}": model(folder) for number, folder in enumerate(given.experts)}
-        merged = merge(given.method, models, DEFAULTS[given.method] | given.options)
-        write(merged, given.base, given.out)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": round(seconds, 3), "peak_bytes": peak}))
+        models = {"_pretrained_": model(base)}
+        models |= {f"expert{number}": model(Path(folder)) for number, folder in enumerate(job["experts"])}
+        write(merge(method, models, DEFAULTS[method] | options), base, out)
+    return watch.end()
 
 
 if __name__ == "__main__":
-    main()
+    run(measured, __doc__)
