@@ -52,8 +52,8 @@ def length(factors: Tensor, products: Tensor) -> Tensor:
 
 
 def karcher(name: str, base: Tensor, experts: Mapping[str, Tensor], max_iter: int, tol: float) -> Tensor:
-    """The Karcher mean of the experts' directions, times the mean of their lengths. Tensors that are no longer than
-    `tol` have no direction."""
+    """The Karcher mean of the experts' directions, times the mean of their lengths. Tensors of a length up to `tol`
+    have no direction."""
     tensors = [experts[task] for task in experts]
     if len(tensors) == 1:
         return tensors[0]

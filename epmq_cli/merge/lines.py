@@ -24,9 +24,8 @@ from epmq_cli.merge.task_arithmetic import add_task_vectors
 class Lines(Parameters):
     """`merge=lines`: Task Arithmetic with a factor for each layer.
 
-    `alpha`: the factor in the first layer; None for 1 / experts, as in the paper, where those of
-    weight 0 do not count. `beta`: what the last layer's factor
-    is more than that. `weights`: factors on the task vectors, a setting; None for 1 each.
+    `alpha`: the factor in the first layer; None for 1 / experts, as in the paper, where those of weight 0 do not count.
+    `beta`: what the last layer's factor is more than that. `weights`: factors on the task vectors; None for 1 each.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()

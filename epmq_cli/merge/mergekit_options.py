@@ -1,7 +1,7 @@
 """Translates a mergekit file into the options of epmq, so that a merge has one description.
 
 What has no counterpart is an error that names it. The parameters of a model come before those of its slice, module and
-file, as in mergekit; rules of which none fits a tensor leave it to the next place.
+file, as in mergekit; if no rule fits a tensor, the next place counts.
 """
 
 from __future__ import annotations

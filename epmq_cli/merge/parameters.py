@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -20,8 +21,19 @@ from epmq_cli.merge.settings import Setting, is_for_all
 LARGEST_WEIGHT = 100
 
 
+class Kind(ABC):
+    """What a parameter takes; its text says it in words."""
+
+    @abstractmethod
+    def check(self, where: str, value: Any) -> None:
+        """ConfigError unless this parameter takes the value."""
+
+    def check_tasks(self, where: str, value: Any, tasks: Sequence[str]) -> None:  # noqa: B027  most fit all suites
+        """ConfigError if the value does not fit a suite with these tasks."""
+
+
 @dataclass(frozen=True)
-class Number:
+class Number(Kind):
     """A number in [low, high]; in (low, high] with `open_low`. `integer`: a whole number. `null`: or null."""
 
     low: float
@@ -34,9 +46,6 @@ class Number:
         """ConfigError unless this parameter takes the value."""
         if value is not None or not self.null:
             check_range(where, value, self.low, self.high, open_low=self.open_low, integer=self.integer)
-
-    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
-        """ConfigError if the value does not fit a suite with these tasks."""
 
     def __str__(self) -> str:
         kind = "a whole number" if self.integer else "a number"
@@ -114,7 +123,7 @@ class Weight(PerExpert):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Kind):
     """One of some names."""
 
     options: tuple[str, ...]
@@ -122,9 +131,6 @@ class Choice:
     def check(self, where: str, value: object) -> None:
         """ConfigError unless this parameter takes the value."""
         check_choice(where, value, self.options)
-
-    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
-        """Accepts every suite."""
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.options)}"
@@ -139,7 +145,7 @@ def _check_rule(where: str, rule: object) -> None:
 
 
 @dataclass(frozen=True)
-class Posts:
+class Posts(Kind):
     """A list of post-processors; see `post.py`."""
 
     def check(self, where: str, value: object) -> None:
@@ -148,21 +154,18 @@ class Posts:
 
         post_processors(where, value)
 
-    def check_tasks(self, where: str, value: object, tasks: Sequence[str]) -> None:
-        """Accepts every suite."""
-
     def __str__(self) -> str:
         return "a list of post-processors"
 
 
-def parameters_of(method: type) -> dict[str, Number | Choice | Posts]:
+def parameters_of(method: type) -> dict[str, Kind]:
     """What each field of a method's class takes, for fields that declare it."""
     hints = typing.get_type_hints(method, include_extras=True)
     return {
         name: kind
         for name, hint in hints.items()
         for kind in getattr(hint, "__metadata__", ())
-        if isinstance(kind, (Number, Choice, Posts))
+        if isinstance(kind, Kind)
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
+from epmq_cli.merge.matrices import TaskVectors
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting, TensorSetting
@@ -52,14 +53,6 @@ def _smallest(values: Tensor, matrix: Tensor) -> float:
     return max(matrix.shape) * torch.finfo(values.dtype).eps * float(values[:1].sum())
 
 
-def mean_task_vector(base: Tensor, experts: Mapping[str, Tensor]) -> Tensor:
-    """The mean of the task vectors, one in memory at a time."""
-    total = torch.zeros_like(base)
-    for task in experts:
-        total += experts[task] - base
-    return total / len(experts)
-
-
 def tsv_m(
     name: str,
     base: Tensor,
@@ -70,11 +63,12 @@ def tsv_m(
 ) -> Tensor:
     """Base plus `scale` times the merge of the task vectors. `averaged` tensors, tensors that are not matrices, and
     matrices with fewer dimensions than experts take the mean of their task vectors."""
+    vectors = TaskVectors(base, experts)
     most = min(base.shape) if base.ndim == 2 else 0
     rank = most // len(experts) if fraction is None else int(fraction * most)
     if rank == 0 or name in averaged:
-        return base + scale.at(name) * mean_task_vector(base, experts)
-    return base + scale.at(name) * merged_singular_vectors((experts[task] - base for task in experts), rank)
+        return base + scale.at(name) * (vectors.total() / len(vectors))
+    return base + scale.at(name) * merged_singular_vectors(vectors.values(), rank)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ HOSTILE = {
     "a name twice with another type": (header_of(("a", entry([6], 0, 24, "I32")), WHOLE), 24, None),
     "a name twice, each with its bytes": (header_of(WHOLE, ("a", entry([2, 3], 24, 48))), 48, None),
     "negative sizes": (header_of(("a", entry([-2, -3], 0, 24))), 24, None),
-    "a size that is no whole number": (header_of(("a", entry([2.0, 3], 0, 24))), 24, None),
+    "a size that is not a whole number": (header_of(("a", entry([2.0, 3], 0, 24))), 24, None),
     "sizes whose product overflows": (header_of(("a", entry([1 << 62, 4], 0, 0))), 0, None),
     "sizes whose product overflows, and 0": (header_of(("a", entry([0, 1 << 62, 4], 0, 0))), 0, None),
     "a size of more than 64 bits": (header_of(("a", entry([1 << 70], 0, 24))), 24, None),
