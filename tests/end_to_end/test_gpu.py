@@ -178,12 +178,12 @@ def test_device_auto_is_the_gpu(kind: str, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", first(1, [("bits=3.5", "guidance.rho=auto"), ("quant.symmetric=false", "guidance.sweeps=2")])
+    ("one", "other"), first(1, [("bits=3.5", "guidance.rho=auto"), ("quant.symmetric=false", "guidance.sweeps=2")])
 )
-def test_other_options_run_too(options: tuple[str, ...], runs: Runs) -> None:
+def test_other_options_run_too(one: str, other: str, runs: Runs) -> None:
     """Their results depend on discrete choices that rounding may change, so only success is checked."""
-    check_place(runs("bert", OWN, *options))
-    model = load(runs("bert", OWN, *options) / "checkpoint", "cpu", "dequantize")
+    check_place(runs("bert", OWN, one, other))
+    model = load(runs("bert", OWN, one, other) / "checkpoint", "cpu", "dequantize")
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
 
 
