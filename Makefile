@@ -7,6 +7,7 @@ DEVICE ?= cpu
 PROCESSES ?= 1 2
 # Python compiles a module when it first imports it; pip would compile all of them.
 PIP_FLAGS ?= --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean

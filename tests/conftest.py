@@ -55,9 +55,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def pytest_collection_finish() -> None:
-    """Excludes the objects that imports created from all later garbage collections."""
+    """Excludes the objects that imports created from all later garbage collections, which become rarer."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

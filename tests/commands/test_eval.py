@@ -9,26 +9,18 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from epmq_cli.commands.eval import evaluate
-from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.report.metrics_json import schema
-from tests.helpers.hubs import run_in
-
-
-def config_of_eval(checkpoint: Path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint={checkpoint}", "device=cpu", *overrides])
+from tests.helpers.hubs import eval_config, run_in
 
 
 @pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12), ("auto", 12)])
 def test_every_kernel_gives_the_scores_of_the_run(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "group_size=32")
     (tmp_path / "again").mkdir()
-    evaluate(config_of_eval(checkpoint, f"eval.kernel={kernel}"), tmp_path / "again", [])
+    evaluate(eval_config(checkpoint, f"eval.kernel={kernel}"), tmp_path / "again", [])
     run, found = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "run", tmp_path / "again"))
     jsonschema.validate(found, schema())
     assert found["kernels"]["int4"] == packed
@@ -93,5 +85,5 @@ def test_a_config_of_another_model_is_refused(
     with pytest.raises(
         CheckpointError, match=r"config.json describes another model than the files beside it"
     ) as raised:
-        evaluate(config_of_eval(checkpoint, f"eval.kernel={kernel}"), tmp_path, [])
+        evaluate(eval_config(checkpoint, f"eval.kernel={kernel}"), tmp_path, [])
     assert "\n" not in str(raised.value)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers as t
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel
 
@@ -26,21 +25,15 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
 from tests.helpers.architectures import ENCODERS, REFUSED, built
-from tests.helpers.hubs import config
+from tests.helpers.hubs import config, merge_config
 from tests.helpers.minihub import IDS, SIZE, build
 from tests.helpers.tiers import every
-
-
-def config_of_merge(hub: Path, *overrides: str) -> DictConfig:
-    search = f"hydra.searchpath=[file://{hub / 'configs'}]"
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("merge", overrides=[search, "suite=mini", "out=unused", *overrides])
 
 
 def merged(hub: Path, folder: Path, *overrides: str) -> Path:
     """The checkpoint of a merge."""
     folder.mkdir()
-    merge(config_of_merge(hub, *overrides), folder, list(overrides))
+    merge(merge_config(hub, *overrides), folder, list(overrides))
     return folder / "checkpoint"
 
 
@@ -93,7 +86,7 @@ def test_a_merge_that_fails_leaves_no_folder(clip_hub: Path, tmp_path: Path, mon
 def test_a_used_folder_is_refused(clip_hub: Path, tmp_path: Path) -> None:
     merged(clip_hub, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"already holds checkpoint and metrics.json"):
-        merge(config_of_merge(clip_hub), tmp_path / "run", [])
+        merge(merge_config(clip_hub), tmp_path / "run", [])
 
 
 def files(folder: Path, model: Any) -> None:

@@ -18,9 +18,8 @@ from epmq_cli.commands.verify import verify
 from epmq_cli.errors import CheckpointError
 from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import MANIFEST, file_problems, write_manifest
-from tests.commands.test_merge import config_of_merge
 from tests.conftest import Run
-from tests.helpers.hubs import run_in
+from tests.helpers.hubs import merge_config, run_in
 from tests.helpers.minihub import build
 from tests.helpers.tiers import first
 
@@ -71,7 +70,7 @@ def test_checkpoints_of_every_family_are_sound(kind: str, tmp_path: Path) -> Non
     hub = build(tmp_path / "hub", kind)
     check(run_in(tmp_path / "run", hub, "eval.stages=[]", "calib.samples=8"))
     (tmp_path / "merge").mkdir()
-    merge(config_of_merge(hub), tmp_path / "merge", [])
+    merge(merge_config(hub), tmp_path / "merge", [])
     check(tmp_path / "merge" / "checkpoint")
 
 
@@ -279,7 +278,7 @@ def test_scales_of_the_hessian_search_may_be_negative_but_not_zero(clip_hub: Pat
 
 
 def test_a_merge_with_a_wrong_shape_or_a_nan_is_named(clip_hub: Path, tmp_path: Path) -> None:
-    merge(config_of_merge(clip_hub), tmp_path, [])
+    merge(merge_config(clip_hub), tmp_path, [])
     checkpoint = tmp_path / "checkpoint"
     edit(checkpoint, put("vision_model.post_layernorm.weight", torch.ones(31)))
     with pytest.raises(CheckpointError, match=r"post_layernorm.weight is \[31\], config.json implies \[32\]"):

@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import T5ForConditionalGeneration
 
 from epmq_cli.commands.eval import evaluate
-from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.tasks.generated_text import _number
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.edited import copied
-from tests.helpers.hubs import Scene, config, run_in
+from tests.helpers.hubs import Scene, config, eval_config, run_in
 from tests.helpers.minihub import Hub
 
 
@@ -27,7 +25,7 @@ def test_epmq_eval_reproduces_the_scores_of_the_run(hub: Hub, tmp_path: Path) ->
     for kind in ("t5", "llama", "roberta"):
         folder = tmp_path / kind
         checkpoint = run_in(folder, hub(kind))
-        with_eval = config_of_eval(checkpoint)
+        with_eval = eval_config(checkpoint)
         (folder / "again").mkdir()
         evaluate(with_eval, folder / "again", [])
         first, again = (
@@ -38,17 +36,12 @@ def test_epmq_eval_reproduces_the_scores_of_the_run(hub: Hub, tmp_path: Path) ->
         }
 
 
-def config_of_eval(checkpoint: Path, *overrides: str) -> Any:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint='{checkpoint}'", "out=unused", "device=cpu", *overrides])
-
-
 def test_the_harness_is_refused_for_other_models_than_language_models(hub: Hub, tmp_path: Path) -> None:
     harness = ("eval=lm_eval", "eval.tasks=[arc_easy]")
     checkpoint = run_in(tmp_path, hub("roberta"), "eval.stages=[]")
     (tmp_path / "again").mkdir()
     with pytest.raises(ConfigError, match="eval=lm_eval scores language models only, got models of family roberta"):
-        evaluate(config_of_eval(checkpoint, *harness), tmp_path / "again", [])
+        evaluate(eval_config(checkpoint, *harness), tmp_path / "again", [])
     with pytest.raises(ConfigError, match="eval=lm_eval scores language models only, got models of family roberta"):
         run_in(tmp_path / "run", hub("roberta"), *harness)
 

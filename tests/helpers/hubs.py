@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.progress import WalkResult
@@ -28,32 +27,43 @@ from epmq_cli.pipeline.job import make_job
 
 QUICK = ("guidance=expert", "group_size=16", "device=cpu", "calib.samples=24", "calib.batch_size=8", "cache=false")
 GROUPS = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-VALUE = re.compile(r"[a-z_][\w.]*=")  # does not add or remove keys
 CHOICES = {"suite": "mini", "merge": "task_arithmetic", "guidance": "expert", "quant": "gptq"}
 
 
 def config(hub: Path, *overrides: str) -> DictConfig:
-    """The composed config of a small, fast `epmq run suite=mini`."""
-    options = ("suite=mini", "out=unused", *QUICK, *overrides)
-    values = [option for option in options if VALUE.match(option) and option.partition("=")[0] not in GROUPS]
-    files = tuple((path, path.stat().st_mtime_ns) for path in sorted((hub / "configs").rglob("*.yaml")))
-    cfg = _composed(hub, files, tuple(option for option in options if option not in values)).copy()
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), cfg)
+    """The config of a small, fast `epmq run suite=mini`."""
+    return _composed("run", (hub / "configs", conf_dir()), "suite=mini", *QUICK, *overrides)
+
+
+def merge_config(hub: Path, *overrides: str) -> DictConfig:
+    """The config of `epmq merge suite=mini`."""
+    return _composed("merge", (hub / "configs", conf_dir()), "suite=mini", *overrides)
+
+
+def eval_config(checkpoint: Path, *overrides: str) -> DictConfig:
+    """The config of `epmq eval`."""
+    return _composed("eval", (conf_dir(),), f"checkpoint='{checkpoint}'", "device=cpu", *overrides)
+
+
+def _composed(command: str, folders: tuple[Path, ...], *overrides: str) -> DictConfig:
+    """The config as Hydra composes it, but faster: an option of a group replaces a node, as it has no defaults."""
+    given = OverridesParser.create().parse_overrides(list(overrides))
+    cfg, options = _defaults(command).copy(), {override.key_or_group: override for override in given}
+    OmegaConf.set_struct(cfg, False)
+    for group in GROUPS & options.keys():
+        path = Path(group, f"{options[group].value()}.yaml")
+        cfg[group] = OmegaConf.load(next(folder / path for folder in folders if (folder / path).exists()))
+        assert "defaults" not in cfg[group]
+    OmegaConf.set_struct(cfg, True)
+    values = [override for override in given if override.key_or_group not in GROUPS]
+    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
     return cfg
 
 
 @cache
-def _composed(hub: Path, files: tuple[tuple[Path, int], ...], options: tuple[str, ...]) -> DictConfig:
-    """Cached by files and choices, because composing is the slow part."""
-    search = f"hydra.searchpath=[file://{hub / 'configs'}]"
+def _defaults(command: str) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("run", overrides=[search, *options])
-
-
-def eval_config(checkpoint: Path, *overrides: str) -> DictConfig:
-    """The composed config of `epmq eval`."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("eval", overrides=[f"checkpoint={checkpoint}", "device=cpu", "out=unused", *overrides])
+        return compose(command, overrides=["out=unused", *(["checkpoint=unused"] if command == "eval" else [])])
 
 
 def run_in(folder: Path, hub: Path, *overrides: str) -> Path:

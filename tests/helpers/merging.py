@@ -23,7 +23,7 @@ from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
 LINEARS = [("a",), ("b",)]
-FEW = {"adamerging": {"steps": 20}, "soft_merging": {"steps": 20}}
+FEW = {"adamerging": {"steps": 20}, "soft_merging": {"steps": 20}, "wudi": {"iterations": 20}}
 """Options of methods that take many small steps."""
 METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text())
 """The methods that merge experts without further files."""
