@@ -79,15 +79,17 @@ def generalized(name: str, weight: float = 1.0, base: bool = True, **parameters:
 RANDOM = "Other random numbers: mergekit's come from one stream, and it rescales each tensor by one factor."
 EQUAL = "Elements whose magnitude equals the threshold are all kept; mergekit keeps an exact number."
 STOCK = "Cosines are exact; mergekit takes the product of two lengths as at least 1e-6, and t may be below 0."
+TIED = "FusionBench counts the tied embeddings twice, which moves the threshold."
+ALL: dict[str, Any] = {"tables": "merge"}
 HALF: dict[str, Any] = {"density": 0.5}
 ROWS = [
-    Row("average", {}, generalized("linear", base=False), ("simple_average", {})),
+    Row("average", {}, generalized("linear", base=False), ("average", {})),
     Row("linear", {"weights": 0.7, "normalize": False}, generalized("linear", 0.7, False, normalize=False)),
     Row(
         "task_arithmetic",
         {"scale": 0.3},
         generalized("task_arithmetic", 0.3),
-        ("task_arithmetic", {"scaling_factor": 0.3}),
+        ("task_arithmetic", {}),
     ),
     Row(
         "ties",
@@ -105,8 +107,8 @@ ROWS = [
         "ties",
         {"density": 0.2, "combine": "sum", "scale": 0.3},
         generalized("ties", **{"lambda": 0.3, "density": 0.2, "normalize": False}),
-        ("ties_merging", {"scaling_factor": 0.3, "threshold": 20, "merge_func": "sum"}),
-        note="epmq and FusionBench trim the whole task vector, as the paper does; mergekit trims each tensor.",
+        ("ties", {}),
+        note="epmq and FusionBench trim the whole task vector, as the paper does; mergekit trims each tensor. " + TIED,
     ),
     Row("dare_linear", {"density": 1, "scale": 0.3}, generalized("dare_linear", 0.3, density=1.0)),
     Row("dare_linear", {"density": 0.5, "scale": 0.3}, generalized("dare_linear", 0.3, **HALF), note=RANDOM),
@@ -156,7 +158,22 @@ ROWS = [
         note="Divergences in float64; mergekit's float32 ones are as small as its rounding, and may be negative.",
     ),
     Row("geometric_median"),
-    Row("tsv_m", {}, None, ("task_singular_vector", {})),
+    Row("tsv_m", {"tables": "svd"}, None, ("tsv_m", {})),
+    Row("iso_c", ALL, None, ("iso_c", {})),
+    Row("iso_cts", ALL, None, ("iso_cts", {})),
+    Row("wudi", ALL, None, ("wudi", {})),
+    Row("wudi", {**ALL, "solver": "closed_form"}),
+    Row("magmax", {}, None, ("magmax", {})),
+    Row("consensus_ta", {}, None, ("consensus_ta", {})),
+    Row("consensus_ties", {}, None, ("consensus_ties", {}), note=TIED),
+    Row(
+        "task_arithmetic",
+        {"scale": 0.3, "post": [{"name": "svc", "alpha": 0.1, "tables": "merge"}]},
+        None,
+        ("svc", {}),
+    ),
+    Row("ace"),
+    Row("pcb"),
 ]
 
 

@@ -24,6 +24,7 @@ from fusion_bench.method import (
     DareTiesMerging,
     ISO_C_Merge,
     ISO_CTS_Merge,
+    SimpleAverageAlgorithm,
     TaskArithmeticAlgorithm,
     TaskSingularVectorMerging,
     TiesMergingAlgorithm,
@@ -39,6 +40,7 @@ from side import Watch, run
 from torch import Tensor, nn
 
 CLASSES: dict[str, Callable[..., Any]] = {
+    "average": SimpleAverageAlgorithm,
     "task_arithmetic": TaskArithmeticAlgorithm,
     "ties": TiesMergingAlgorithm,
     "tsv_m": TaskSingularVectorMerging,
@@ -50,6 +52,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "magmax": MagMaxAlgorithm,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "average": {},
     "task_arithmetic": {"scaling_factor": 0.3},
     "ties": {"scaling_factor": 0.3, "threshold": 20, "remove_keys": [], "merge_func": "sum"},
     "tsv_m": {"alpha": 1.0},
