@@ -20,14 +20,15 @@ from epmq_cli.commands.list import HEADINGS
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
-from tests.helpers.tiers import first, slow
+from tests.helpers.tiers import first, only, slow
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
 OTHERS = [path for path in GROUPS if path not in EXPERIMENTS]
-BUILT = [path if "_b16_" not in path.name and "_l14_" not in path.name else slow(path) for path in OTHERS]
-"""Suites for ViT-B/16 and ViT-L/14 are slow: except for their models they equal those for ViT-B/32."""
+REPEATED = ("_b16_", "_l14_", "_tall14", "_tall20")
+BUILT = [slow(path) if any(part in path.name for part in REPEATED) else path for path in OTHERS]
+"""Suites of 14 or 20 tasks, or for ViT-B/16 or ViT-L/14, are slow: they equal the others but for tasks and models."""
 
 
 @cache
@@ -54,7 +55,7 @@ def test_every_config_composes_and_can_be_instantiated(option: Path) -> None:
     assert type(built).__module__ == cfg[group]._target_.rsplit(".", 1)[0]
 
 
-@pytest.mark.parametrize("option", first(2, EXPERIMENTS), ids=str)
+@pytest.mark.parametrize("option", first(1, EXPERIMENTS), ids=str)
 def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"experiment={option.name}", "out=x"])
@@ -167,9 +168,10 @@ WRONG = {
     "run merge": "Error parsing override 'merge'; missing EQUAL at '<EOF>'",
     "eval x samples=3": "the config has no option 'samples', the options are ",
 }
+FAST = ("run merge=nope", "run merge=ties merge.densty=1", "run merge", "eval x samples=3")
 
 
-@pytest.mark.parametrize("arguments", WRONG)
+@pytest.mark.parametrize("arguments", only(FAST, WRONG))
 def test_errors_for_unknown_names_list_the_known_ones(arguments: str, epmq_inside: Run) -> None:
     result = epmq_inside(*arguments.split())
     assert result.returncode == 1
@@ -213,11 +215,11 @@ def complete(line: str, epmq: Run) -> list[str]:
     ("line", "expected"),
     [
         ("epmq ", ["run", "merge", "eval", "verify", "list"]),
-        ("epmq e", ["eval"]),
-        ("epmq run mer", ["merge=", "merge."]),
+        slow(("epmq e", ["eval"])),
+        slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),
         ("epmq run merge=ties merge.d", ["merge.density="]),
-        ("epmq eval eval.b", ["eval.batch_size="]),
+        slow(("epmq eval eval.b", ["eval.batch_size="])),
     ],
 )
 def test_completion(line: str, expected: list[str], epmq: Run) -> None:

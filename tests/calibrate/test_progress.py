@@ -61,7 +61,7 @@ def assert_same(
     assert all(torch.equal(one[1][name], tensor) for name, tensor in other[1].items())
 
 
-@pytest.mark.parametrize("kind", only(("two widths", "folded"), OPTIONS))
+@pytest.mark.parametrize("kind", only(("folded",), OPTIONS))
 def test_a_walk_in_files_equals_one_in_memory_and_resumes_from_any_entry(
     kind: str, bert_hub: Path, tmp_path: Path
 ) -> None:

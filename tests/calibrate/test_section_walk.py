@@ -15,6 +15,7 @@ from epmq_cli.data.batching import ALL
 from epmq_cli.merge.regmean_pp import RegMeanPP
 from tests.calibrate.test_merge_data import measurements
 from tests.helpers.minihub import hub_of
+from tests.helpers.tiers import only
 
 ALPHA = 0.9
 
@@ -44,7 +45,7 @@ def reference(data: ExpertMeasurements) -> dict[str, Tensor]:
     return merged
 
 
-@pytest.mark.parametrize("kind", ["clip", "bert", "deberta", "t5", "llama"])
+@pytest.mark.parametrize("kind", only(("bert", "t5"), ["clip", "bert", "deberta", "t5", "llama"]))
 def test_inputs_come_from_merged_sections_and_activations_inside_from_the_expert(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -56,10 +56,7 @@ def with_step(number: int, **changes: Any) -> Family:
     return with_steps(lambda steps: (*steps[:number], replace(steps[number], **changes), *steps[number + 1 :]))
 
 
-FAST = ("gemma3", "modernbert", "roberta", "t5", "vit")
-
-
-@pytest.mark.parametrize("kind", only(FAST, KINDS))
+@pytest.mark.parametrize("kind", only(("roberta", "t5"), KINDS))
 def test_every_family_passes_without_a_random_number(kind: str, tmp_path: Path) -> None:
     """transformers' own models; the state of torch's generator stays unchanged."""
     scene, state = Scene(build(tmp_path, kind)), torch.get_rng_state()

@@ -21,7 +21,7 @@ from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from tests.helpers.counts import FUZZED, TRIED
 from tests.helpers.edited import copied
-from tests.helpers.tiers import slow
+from tests.helpers.tiers import first, slow
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [60, slow(1500)])
 
@@ -48,7 +48,7 @@ def outcome(hub: Path) -> str:
 
 
 @FEW_OR_MANY
-@pytest.mark.parametrize("model", ["base", "first"])
+@pytest.mark.parametrize("model", first(1, ["base", "first"]))
 def test_truncated_files_are_refused_at_any_length(model: str, count: int, clip_hub: Path, tmp_path: Path) -> None:
     hub = copied(clip_hub, tmp_path / "hub")
     path = hub / model / "model.safetensors"
@@ -62,7 +62,7 @@ def test_truncated_files_are_refused_at_any_length(model: str, count: int, clip_
 
 
 @FEW_OR_MANY
-@pytest.mark.parametrize("model", ["base", "first"])
+@pytest.mark.parametrize("model", first(1, ["base", "first"]))
 def test_flipped_bits_are_refused_or_leave_the_numbers_finite(
     model: str, count: int, clip_hub: Path, tmp_path: Path
 ) -> None:

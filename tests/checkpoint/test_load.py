@@ -43,7 +43,7 @@ def dequantized(scene: Scene, checkpoint: Path) -> nn.Module:
     return load_model(scene.family, checkpoint, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", only(("clip", "t5"), ("clip", "bert", *KINDS)))
 def test_every_family_runs_on_packed_weights(kind: str, made: Made) -> None:
     checkpoint, scene = made(kind)
     model = dequantized(scene, checkpoint)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store import atomic
 from tests.helpers.formats import ints
 from tests.helpers.hubs import Walk, run_in, walk
-from tests.helpers.tiers import first, slow
+from tests.helpers.tiers import first, only, slow
 
 
 def contents(hub: Path, found: Walk) -> written.Contents:
@@ -65,25 +66,28 @@ def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group
         assert torch.equal(zero.float(), found.grid.zeros)
 
 
-@pytest.mark.parametrize("hub_name", ["clip", "bert"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(slow(f"bits={bits} group_size=16 quant.symmetric={way}") for bits in BITS for way in ("true", "false")),
-        "bits=3.5 group_size=16",
-        slow("bits=6 quant=rtn"),
-        slow("bits=4 group_size=-1"),
-        slow("bits=2 group_size=16 quant.grid=mse"),
-        "bits=3 group_size=-1 quant.symmetric=false",
-        slow("bits=4 quant.act_order=true"),
-        "bits=4 pack.dtype=bfloat16",
-        slow("bits=4 pack.dtype=float16"),
-        "bits=8 quant.format=fp8 quant=rtn group_size=-1 pack.dtype=bfloat16",
-        "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16",
-        slow("quant=rtn"),
-        slow("quant=none"),
-    ],
-)
+FAST = {
+    "bits=3.5 group_size=16": "clip",
+    "bits=3 group_size=-1 quant.symmetric=false": "bert",
+    "bits=4 pack.dtype=bfloat16": "clip",
+    "bits=8 quant.format=fp8 quant=rtn group_size=-1 pack.dtype=bfloat16": "bert",
+    "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16": "clip",
+}
+"""The default tier: options and the model that is written with them."""
+OPTIONS = [
+    *FAST,
+    *(f"bits={bits} group_size=16 quant.symmetric={way}" for bits in BITS for way in ("true", "false")),
+    "bits=6 quant=rtn",
+    "bits=4 group_size=-1",
+    "bits=2 group_size=16 quant.grid=mse",
+    "bits=4 quant.act_order=true",
+    "bits=4 pack.dtype=float16",
+    "quant=rtn",
+    "quant=none",
+]
+
+
+@pytest.mark.parametrize(("options", "hub_name"), only(FAST.items(), product(OPTIONS, ("clip", "bert"))))
 def test_reloaded_outputs_equal_the_dequantized_models_exactly(
     hub_name: str,
     options: str,
@@ -225,7 +229,9 @@ def test_a_mixed_clip_runs_in_plain_transformers(clip_hub: Path, tmp_path: Path)
     ("options", "widths", "text"),
     [
         (("bits=3.5",), {3, 4}, "{:.4g} bits on average (3 and 4), symmetric, groups of 16"),
-        (("quant=rtn", "quant.symmetric=false", "group_size=-1"), {4}, "{:.4g} bits, asymmetric, one scale a row"),
+        slow(
+            (("quant=rtn", "quant.symmetric=false", "group_size=-1"), {4}, "{:.4g} bits, asymmetric, one scale a row")
+        ),
         (("quant=none",), {None}, "dense"),
     ],
 )

@@ -20,6 +20,7 @@ from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from tests.conftest import drifted
 from tests.end_to_end.test_lone import DECODER, settings_of
 from tests.helpers.lone import WRITERS, merged_folder, store, suite_of
+from tests.helpers.tiers import every
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 NAMES = {HALF: "float16", BRAIN: "bfloat16", FULL: "float32"}
@@ -51,8 +52,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("command", WRITERS)
-@pytest.mark.parametrize(("weights", "norms", "own", "own_norms", "says"), CASES)
+@pytest.mark.parametrize(
+    ("weights", "norms", "own", "own_norms", "says", "command"),
+    every(2, ((*case, command) for command in WRITERS for case in CASES)),
+)
 def test_the_type_is_that_of_most_elements_and_config_json_names_it(
     weights: torch.dtype,
     norms: torch.dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.report.metrics_json import schema
 from tests.helpers.hubs import eval_config, run_in
+from tests.helpers.tiers import only, slow
 
 
-@pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12), ("auto", 12)])
+@pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12), slow(("auto", 12))])
 def test_every_kernel_gives_the_scores_of_the_run(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "group_size=32")
     (tmp_path / "again").mkdir()
@@ -73,8 +75,11 @@ def more_layers(config: dict[str, Any]) -> None:
     config["text_config"]["num_hidden_layers"] += 1
 
 
-@pytest.mark.parametrize("kernel", ["dequantize", "auto"])
-@pytest.mark.parametrize("change", [no_quantization, other_bits, fewer_layers, more_layers])
+CHANGES = (no_quantization, other_bits, fewer_layers, more_layers)
+KERNELS = ("dequantize", "auto")
+
+
+@pytest.mark.parametrize(("change", "kernel"), only(zip(CHANGES, 2 * KERNELS, strict=True), product(CHANGES, KERNELS)))
 def test_a_config_of_another_model_is_refused(
     change: Callable[[dict[str, Any]], None], kernel: str, checkpoint: Path, tmp_path: Path
 ) -> None:

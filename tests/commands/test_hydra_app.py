@@ -10,7 +10,7 @@ import torch
 
 from epmq_cli.errors import ConfigError, DataError
 from tests.conftest import Run
-from tests.helpers.tiers import slow
+from tests.helpers.tiers import only, slow
 
 OPTIONS = ("run", "out=here", "eval.stages=[]")
 DEFECT = (
@@ -38,40 +38,48 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     ("error", "status", "message"),
     [
         (DataError("no data"), 1, "epmq: no data\n"),
-        (DataError("two\nlines\tand \x1b[31mcolour"), 1, "epmq: two; lines?and ?[31mcolour\n"),
+        slow((DataError("two\nlines\tand \x1b[31mcolour"), 1, "epmq: two; lines?and ?[31mcolour\n")),
         (
             OSError(28, "No space left on device", "a/b"),
             1,
             "epmq: a/b cannot be written or read (No space left on device); free some space there, or choose another "
             "out\n",
         ),
-        (
-            PermissionError(13, "Permission denied", "a/b"),
-            1,
-            "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
+        slow(
+            (
+                PermissionError(13, "Permission denied", "a/b"),
+                1,
+                "epmq: a/b may not be read or written (Permission denied); change its permissions, or choose another\n",
+            )
         ),
-        (OSError(40, "Too many levels", "a/b"), 1, "epmq: a/b cannot be used (Too many levels)\n"),
+        slow((OSError(40, "Too many levels", "a/b"), 1, "epmq: a/b cannot be used (Too many levels)\n")),
         slow((OSError("odd"), 1, "epmq: odd\n")),
         (
             MemoryError(),
             1,
             "epmq: there is not enough memory; lower calib.memory, calib.batch_size or eval.batch_size\n",
         ),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried"),
-            1,
-            "epmq: the device does not have enough memory for the model; use one with more memory, or device=cpu",
+        slow(
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                1,
+                "epmq: the device does not have enough memory for the model; use one with more memory, or device=cpu",
+            )
         ),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
-            1,
-            "epmq: there is not enough memory; lower ",
+        slow(
+            (
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+                1,
+                "epmq: there is not enough memory; lower ",
+            )
         ),
         (ZeroDivisionError("division by zero"), 70, DEFECT),
-        (
-            KeyError(),
-            70,
-            "epmq: this is a bug in epmq, not in your input (KeyError); run the same command with --debug",
+        slow(
+            (
+                KeyError(),
+                70,
+                "epmq: this is a bug in epmq, not in your input (KeyError); run the same command with --debug",
+            )
         ),
         (KeyboardInterrupt(), 130, "epmq: interrupted; start the same command again to continue after the last"),
     ],
@@ -90,8 +98,16 @@ def test_every_exception_is_reported_in_one_sentence(
     assert not (tmp_path / "here" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), DataError("no data")], ids=repr)
-@pytest.mark.parametrize("how", ["--debug", "HYDRA_FULL_ERROR"])
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("--debug", ZeroDivisionError("division by zero")),
+        slow(("--debug", DataError("no data"))),
+        slow(("HYDRA_FULL_ERROR", ZeroDivisionError("division by zero"))),
+        ("HYDRA_FULL_ERROR", DataError("no data")),
+    ],
+    ids=repr,
+)
 def test_tracebacks_are_shown_on_request(
     error: Exception, how: str, broken: Broken, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +148,7 @@ def test_a_sweep_continues_after_a_failed_job(
     assert (result.returncode, result.stderr.splitlines()[-1]) == (1, "epmq: not this one")
 
 
-@pytest.mark.parametrize("command", ["run", "merge", "eval", "verify"])
+@pytest.mark.parametrize("command", only(("merge",), ["run", "merge", "eval", "verify"]))
 def test_every_command_has_the_debug_option(command: str, epmq_inside: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing checkpoint is a user error of verify and eval; its traceback is shown on request."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

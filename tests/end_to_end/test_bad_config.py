@@ -38,7 +38,7 @@ WRONG: dict[str, Any] = {
     "nan": float("nan"),
     "infinity": float("inf"),
 }
-QUICK = ["text", "minus"]
+QUICK = ["minus"]
 ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],

@@ -30,7 +30,7 @@ from epmq_cli.pipeline.verify import tensor_problems
 from epmq_cli.store.manifest import file_problems
 from tests.helpers.counts import FUZZED, TRIED
 from tests.helpers.hubs import run_in
-from tests.helpers.tiers import slow
+from tests.helpers.tiers import only, slow
 
 FEW_OR_MANY = pytest.mark.parametrize("count", [80, slow(4000)])
 ODD = [
@@ -150,7 +150,7 @@ def with_an_odd_value(value: Any, generator: random.Random) -> Any:
 
 
 @FEW_OR_MANY
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", only(("index", "record", "config", "adapter", "suite"), READERS))
 def test_files_with_random_bytes_or_values_lead_to_sentences_only(
     kind: str, count: int, sound: Path, tmp_path: Path
 ) -> None:

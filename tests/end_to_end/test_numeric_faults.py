@@ -14,7 +14,7 @@ import pytest
 from epmq_cli.errors import EpmqError, ModelError
 from tests.helpers import edited
 from tests.helpers.hubs import run_in
-from tests.helpers.tiers import every, first
+from tests.helpers.tiers import first, only
 
 Change = Callable[[Path], Any]
 NAN, INF = float("nan"), float("inf")
@@ -36,7 +36,7 @@ HARD: dict[str, tuple[str, Change]] = {
 
 
 @pytest.mark.parametrize("guidance", first(1, ["feature", "merged", "expert"]))
-@pytest.mark.parametrize("case", first(4, HARD))
+@pytest.mark.parametrize("case", only(("all pictures equal", "all texts equal"), HARD))
 def test_hard_cases_finish_with_finite_numbers(
     case: str, guidance: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +97,9 @@ HOPELESS: dict[str, tuple[str, tuple[str, ...], Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", every(2, HOPELESS))
+@pytest.mark.parametrize(
+    "case", only(("NaN in an expert", "weights beyond float16", "activations that overflow"), HOPELESS)
+)
 def test_hopeless_cases_are_refused_in_one_sentence_without_a_checkpoint(
     case: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -22,9 +22,7 @@ SUITES = [text for kind, text in BLOCKS if kind == "yaml"]
 LINES = re.findall(r"^    (epmq (?:.*\\\n)*.*)$", README.read_text(encoding="utf-8"), re.M)
 FAST = (
     "epmq run merge=ties quant=gptq bits=4",
-    "epmq run guidance=expert",
     "epmq list",
-    "epmq run --help",
     "epmq verify runs/NAME/checkpoint --scores",
 )
 """The commands of the default tier."""

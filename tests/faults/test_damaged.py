@@ -19,6 +19,7 @@ from epmq_cli.pipeline.progress import RunProgress, opened
 from epmq_cli.store.run_lock import FOLDER
 from tests.faults.driver import at_stage, attempt
 from tests.helpers.hubs import run_in
+from tests.helpers.tiers import every
 
 OPTIONS = ("guidance=feature", "eval.samples=8", "guidance.heads=always")
 PACK = 7  # the number of the stage
@@ -84,7 +85,7 @@ def test_an_interrupted_run_leaves_only_json_and_safetensors(interrupted_run: Pa
     assert (interrupted_run / FOLDER / "lock").read_bytes() == b""
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("case", every(2, DAMAGE))
 def test_damaged_entries_are_refused_in_one_sentence(
     case: str, interrupted_run: Path, bert_hub: Path, tmp_path: Path
 ) -> None:

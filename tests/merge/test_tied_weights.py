@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.end_to_end.test_lone import DECODER, ENCODER, HEAD, SHARED, T5, TABLE
 from tests.helpers.hubs import run_in
 from tests.helpers.lone import WRITERS, assert_same, merged_folder, store, suite_of
 from tests.helpers.minihub import build
+from tests.helpers.tiers import every, only
 
 PAIR = ("merge", "run")
 
@@ -79,8 +81,9 @@ def test_a_config_without_the_tie_setting_uses_the_default_of_its_class(tmp_path
     assert_same(*(t.GemmaForCausalLM.from_pretrained(folder) for folder in (made, folders[1])))
 
 
-@pytest.mark.parametrize("command", PAIR)
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    ("scaled", "command"), only(zip((True, False), PAIR, strict=True), product((True, False), PAIR))
+)
 def test_the_scale_of_t5s_outputs_stays_with_a_separate_output_layer(
     command: str, scaled: bool, tmp_path: Path
 ) -> None:
@@ -130,9 +133,9 @@ def test_an_output_layer_neither_tied_nor_stored_is_refused(tmp_path: Path) -> N
         SuiteModels(suite_of("causal_lm", base, {"x": broken}), FAMILIES["causal_lm"], whole=True)
 
 
-@pytest.mark.parametrize("command", PAIR)
-@pytest.mark.parametrize("owner", ["nobody", "base", "expert"])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("kind", "command", "owner"), every(2, product(("llama", "t5"), PAIR, ("nobody", "base", "expert")))
+)
 def test_a_larger_vocabulary_reaches_the_copies(kind: str, owner: str, command: str, tmp_path: Path) -> None:
     """With vocabulary=pad, the larger expert is reproduced in transformers, tied or not."""
     make, table, head = (llama, TABLE, HEAD) if kind == "llama" else (t5, "shared.weight", "lm_head.weight")

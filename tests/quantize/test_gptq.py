@@ -12,6 +12,7 @@ from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.gptq import Gptq, column_order, gptq, inverse_factor
 from epmq_cli.quantize.rtn import rtn
 from tests.helpers.formats import ints
+from tests.helpers.tiers import every, slow
 
 
 def problem(rows: int = 6, columns: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,9 +49,14 @@ def reference(W: Tensor, H: Tensor, format: NumberFormat, search: str, damping: 
     return out
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "fp8"])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("group_size", "block_size"), [(-1, 3), (-1, 128), (4, 128), (4, 2), (4, 3), (2, 5), (8, 6)])
+KINDS = ("symmetric", "asymmetric", "fp8")
+SIZES = ((-1, 3), (-1, 128), (4, 128), (4, 2), (4, 3), (2, 5), (8, 6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "act_order", "group_size", "block_size"),
+    every(2, ((kind, act_order, *sizes) for act_order in (False, True) for kind in KINDS for sizes in SIZES)),
+)
 def test_gptq_is_the_plain_column_by_column_loop(kind: str, act_order: bool, group_size: int, block_size: int) -> None:
     W, H = problem()
     spec = (Fp8Format(group_size) if kind == "fp8" else ints(4, group_size, kind == "symmetric"), "mse")
@@ -110,8 +116,9 @@ def test_inputs_are_not_changed() -> None:
     assert torch.equal(H, before[1])
 
 
-@pytest.mark.parametrize("search", ["mse", "hessian"])
-@pytest.mark.parametrize("group_size", [-1, 4])
+@pytest.mark.parametrize(
+    ("group_size", "search"), [(-1, "mse"), slow((-1, "hessian")), slow((4, "mse")), (4, "hessian")]
+)
 def test_act_order_beats_the_natural_order_on_average(group_size: int, search: str) -> None:
     spec, ratios = (ints(3, group_size, True), search), []
     for seed in range(8):

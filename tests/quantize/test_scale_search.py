@@ -11,6 +11,7 @@ from epmq_cli.quantize.gptq import gptq, inverse_factor
 from epmq_cli.quantize.kernels.select import TorchKernel
 from epmq_cli.quantize.scale_search import hessian_grid
 from tests.helpers.formats import ints
+from tests.helpers.tiers import every
 from tests.quantize.test_gptq import loss as quadratic
 from tests.quantize.test_gptq import problem
 
@@ -51,8 +52,10 @@ def test_the_grid_is_never_worse_than_any_coarse_candidate(bits: int, symmetric:
                 assert (best <= TORCH.loss(W, U, Grid(scale[None], None), format)[0] + 1e-9).all()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "gain"), [(4, 0.95), (3, 0.9), (2, 0.85)])
+@pytest.mark.parametrize(
+    ("bits", "gain", "act_order"),
+    every(2, ((*case, act_order) for act_order in (False, True) for case in ((4, 0.95), (3, 0.9), (2, 0.85)))),
+)
 def test_it_loses_less_than_the_squared_error_search(bits: int, gain: float, act_order: bool) -> None:
     ratios = []
     for seed in range(6):

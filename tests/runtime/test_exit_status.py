@@ -19,7 +19,7 @@ from epmq_cli.cli import INTERRUPTED
 from epmq_cli.runtime.signals import STATUS
 from tests.conftest import Run
 from tests.faults.driver import command, on_call
-from tests.helpers.tiers import first
+from tests.helpers.tiers import every, first
 
 PRINTING = ("list", "--help", "run --help", "verify --help", "--version")
 SIGNALS = sorted(STATUS)
@@ -57,7 +57,7 @@ def swallow_exception(number: int) -> None:
         return
 
 
-@pytest.mark.parametrize("act", [send, twice, replace_exception])
+@pytest.mark.parametrize("act", first(1, [twice, send, replace_exception]))
 @pytest.mark.parametrize("number", first(1, SIGNALS))
 def test_a_job_ends_with_the_status_of_its_first_signal(
     act: Callable[[int], None], number: int, tmp_path: Path
@@ -101,7 +101,7 @@ def printing(arguments: str, output: int | None) -> tuple[int, str]:
     return ended.returncode, ended.stderr.decode()
 
 
-@pytest.mark.parametrize("arguments", [*PRINTING, "run --cfg job"])
+@pytest.mark.parametrize("arguments", every(2, [*PRINTING, "run --cfg job"]))
 def test_a_closed_pipe_ends_it_quietly(arguments: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -109,7 +109,7 @@ def test_a_closed_pipe_ends_it_quietly(arguments: str) -> None:
     os.close(writing)
 
 
-@pytest.mark.parametrize("arguments", PRINTING)
+@pytest.mark.parametrize("arguments", every(2, PRINTING))
 def test_a_full_disk_is_reported_in_a_sentence(arguments: str) -> None:
     with Path("/dev/full").open("w") as full:
         found = printing(arguments, full.fileno())

@@ -13,6 +13,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.models.open_clip import convert
 from epmq_cli.models.open_clip.convert import converted
 from tests.faults.driver import forked
+from tests.helpers.tiers import every
 from tests.models.open_clip.test_tensors import build, stored
 
 
@@ -23,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "content"), [("model.safetensors", b""), ("manifest.json", None), (None, b""), (None, None)]
+    ("file", "content"), every(3, [("model.safetensors", b""), ("manifest.json", None), (None, b""), (None, None)])
 )
 def test_a_damaged_conversion_is_converted_again(file: str | None, content: bytes | None, tmp_path: Path) -> None:
     """After a power cut, files can be empty or missing, or the folder can be empty."""
