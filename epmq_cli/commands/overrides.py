@@ -15,7 +15,7 @@ from epmq_cli.commands.readable import parsed
 from epmq_cli.config.instantiate import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, literal
 
-OPTIONAL = re.compile(r"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.post)=")
+OPTIONAL = re.compile(r"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.(post|space))=")
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:

@@ -61,6 +61,7 @@ class ArceeFusion(Parameters):
     """`merge=arcee_fusion`: takes elements of the second expert into the first; with one expert, into the base."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = False
     experts: ClassVar[tuple[int, int | None]] = (1, 2)
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:

@@ -40,6 +40,7 @@ class Linear(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = "normalize"
 
     weights: Annotated[Setting, Weight(-LARGEST_WEIGHT)]
     normalize: bool

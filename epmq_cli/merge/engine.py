@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ModelError
+from epmq_cli.merge.core_space import CoreSource
 from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, PieceReader
 from epmq_cli.merge.named_tensors import OnDevice
 from epmq_cli.merge.parameters import Parameters
@@ -37,9 +38,11 @@ class LazyMerge:
         device: torch.device = CPU,
     ) -> None:
         self.source, self.dtype, self._device = source, dtype, device
-        self._rule = method.fit(source, data)
-        entries = method.post if isinstance(method, Parameters) else ()
-        self._posts = [post.fit(source) for post in post_processors("merge.post", entries)]
+        entries, space = (method.post, method.space) if isinstance(method, Parameters) else ((), "full")
+        self._core = CoreSource(source) if space == "core" else None
+        self._read = source if self._core is None else self._core
+        self._rule = method.fit(self._read, data)
+        self._posts = [post.fit(self._read) for post in post_processors("merge.post", entries)]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
@@ -47,10 +50,12 @@ class LazyMerge:
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        tensor = self._merged(name, torch.float32 if self._posts else dtype)
+        tensor = self._merged(name, dtype if self._core is None and not self._posts else torch.float32)
         for post in self._posts:
             base, experts = self._inputs(name, post.on_device)
             tensor = post.apply(name, base, experts, tensor.view(base.shape).to(base.device)).cpu()
+        if self._core is not None:
+            tensor = self._core.full(name, tensor)
         tensor = tensor.to(dtype)
         if not is_finite(tensor):
             kind = str(dtype).removeprefix("torch.")
@@ -68,19 +73,19 @@ class LazyMerge:
 
     def _inputs(self, name: str, on_device: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The base's tensor and the experts', which are read on access."""
-        base, experts = self.source.base(name), self.source.experts(name)
+        base, experts = self._read.base(name), self._read.experts(name)
         if not on_device or self._device == CPU:
             return base, experts
         return base.to(self._device), OnDevice(experts, self._device)
 
     def _by_pieces(self, rule: ElementwiseRule, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(prod(self.source.shape(name)), dtype=dtype)
+        tensor = torch.empty(prod(self._read.shape(name)), dtype=dtype)
 
         def fill(part: tuple[Tensor, PieceReader]) -> None:
             elements, reader = part
             elements.copy_(rule.merge(reader()))
 
-        spread(fill, zip(torch.split(tensor, PIECE), self.source.pieces(name), strict=True))
+        spread(fill, zip(torch.split(tensor, PIECE), self._read.pieces(name), strict=True))
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ class Given(Parameters):
     and is anchored at it; the experts remain the teachers."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = False
 
     path: str
 

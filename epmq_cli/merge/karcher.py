@@ -75,6 +75,7 @@ class Karcher(Parameters):
     they end."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = False
 
     max_iter: Annotated[int, Number(1, 10_000, integer=True)]
     tol: Annotated[float, Number(0, 1, open_low=True)]

@@ -44,6 +44,7 @@ class Multislerp(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = "task_vectors"
 
     weights: Annotated[Setting, Weight()]
     normalize_weights: bool

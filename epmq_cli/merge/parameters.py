@@ -179,16 +179,36 @@ def check_parameters(where: str, method: object) -> None:
 class Parameters:
     """A base of merge methods, which checks their parameters and the number of experts.
 
-    `post`: the post-processors of the merged tensors, which every method has.
+    `post`: the post-processors of the merged tensors, which every method has. `space`: where matrices are merged that
+    LoRA experts change, `full` or `core`; see `core_space.py`.
     """
+
+    needs: ClassVar[frozenset[Any]]
 
     experts: ClassVar[tuple[int, int | None]] = (1, None)
     """The least and the largest number of experts that the method merges; None for any number."""
 
+    core: ClassVar[bool | str] = True
+    """Whether the method merges the task vectors, whatever the base is, as `space=core` requires; or the name of the
+    option with which it does."""
+
     post: Annotated[Sequence[Any], Posts()] = ()
+    space: Annotated[str, Choice(("full", "core"))] = "full"
 
     def __post_init__(self) -> None:
         check_parameters("merge", self)
+        if self.space == "core":
+            self._check_core()
+
+    def _check_core(self) -> None:
+        """ConfigError if the method cannot merge in the core space."""
+        name, what = type(self).__module__.rpartition(".")[2], "merge.space=core merges task vectors of low rank"
+        if self.needs:
+            raise ConfigError(f"{what}, which merge={name} cannot measure on data; choose merge.space=full")
+        if not self.core:
+            raise ConfigError(f"{what}, and merge={name} does not merge task vectors; choose merge.space=full")
+        if isinstance(self.core, str) and not getattr(self, self.core):
+            raise ConfigError(f"{what}; set merge.{self.core}=true, or choose merge.space=full")
 
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError if a parameter, or the number of experts, does not fit a suite with these tasks."""

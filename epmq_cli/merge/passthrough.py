@@ -27,6 +27,7 @@ class Passthrough(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = False
     experts: ClassVar[tuple[int, int | None]] = (1, 1)
 
     scale: Annotated[Setting, PerExpert(-LARGEST_WEIGHT, LARGEST_WEIGHT)] = 1

@@ -63,6 +63,7 @@ class Slerp(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = False
     experts: ClassVar[tuple[int, int | None]] = (1, 2)
 
     t: Annotated[Setting, PerTensor(0, 1)]
@@ -98,6 +99,7 @@ class Nuslerp(Parameters):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    core: ClassVar[bool | str] = "task_vectors"
     experts: ClassVar[tuple[int, int | None]] = (2, 2)
 
     weights: Annotated[Setting, Weight()]

@@ -87,13 +87,14 @@ class MergeSource:
 
     def pieces(self, name: str) -> list[PieceReader]:
         """A reader for each run of up to `PIECE` elements, which fits into the processor's cache."""
-        models = [None, *self.tasks]
-        if name in self.padded:
-            whole = [self.base(name) if task is None else self.expert(task, name) for task in models]
-        else:
-            whole = [self._model(task).tensor(name) for task in models]
-        split = zip(*(torch.split(tensor.flatten(), PIECE) for tensor in whole), strict=True)
+        split = zip(*(torch.split(tensor.flatten(), PIECE) for tensor in self._whole(name)), strict=True)
         return [partial(self._piece, name, number * PIECE, parts) for number, parts in enumerate(split)]
+
+    def _whole(self, name: str) -> list[Tensor]:
+        """The tensor of the base and of each expert, as stored unless padded."""
+        if name in self.padded:
+            return [self.base(name), *self.experts(name).values()]
+        return [self._model(task).tensor(name) for task in (None, *self.tasks)]
 
     def setting(self, setting: Setting, default: float) -> TensorSetting:
         """The values of a method's setting for these tensors; `default` where it has none."""

@@ -199,12 +199,12 @@ class Completed:
     """An expert's tensors, with the base's tensors for those that the expert lacks."""
 
     def __init__(self, expert: ModelFolder, base: ModelFolder, names: Collection[str]) -> None:
-        self._expert, self._base = expert, base
+        self.expert, self._base = expert, base
         self.infos: dict[str, TensorInfo] = {name: base.infos[name] for name in names} | expert.infos
 
     def tensor(self, name: str) -> Tensor:
         """Returns the tensor of this stored name."""
-        return (self._expert if name in self._expert.infos else self._base).tensor(name)
+        return (self.expert if name in self.expert.infos else self._base).tensor(name)
 
 
 def _refuse_repeated_names(path: Path) -> None:

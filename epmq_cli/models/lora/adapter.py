@@ -36,13 +36,13 @@ class Adapted:
     On a tied base, an adapter can untie a copy from its source. The copy then becomes a separate tensor: it was trained
     as one, and PeftModel.from_pretrained loads it as one. (PEFT's merge_and_unload instead adds the LoRA of one of them
     to both.) `changed`: the names of all tensors that differ from the base. `copies`: the base tensors that the
-    adapter's file also contains.
+    adapter's file also contains. `base`: the model that the adapter is merged into.
     """
 
     def __init__(
         self, path: Path, role: str, base: ModelFolder, merged: Collection[str], spelling: Spelling = str
     ) -> None:
-        self.path, self._role, self._base = (path.parent if path.is_file() else path), role, base
+        self.path, self._role, self.base = (path.parent if path.is_file() else path), role, base
         self.config = read_config(self.path, role)
         self._file = _open(path, role)
         files = sorted_file(self.path, role, self._file.infos)
@@ -69,6 +69,27 @@ class Adapted:
             tensor = tensor.float() + self._scales[weight] * self._file.tensor(stored).float()
         return tensor
 
+    def rank(self, name: str) -> int | None:
+        """The rank of the product that the adapter adds to a matrix of the base; 0 if it leaves a tensor as it is. None
+        if it changes the tensor in another way, as DoRA, replaced tensors and convolutions do."""
+        name = self._follows.get(name, name)
+        if name in self._replaced:
+            return None
+        if name not in self.changed:
+            return 0
+        _, parts = self._parts.get(name, ("", {}))
+        is_plain = parts.keys() == {"lora_A", "lora_B"} and self.config.init is None and name not in self._rows
+        return self._low_rank(parts).rank if is_plain and len(self.infos[name].shape) == 2 else None
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """B (out, rank), A (rank, in) and the scale s of the product s B A that is added to a matrix (out, in) of a
+        `rank` above 0."""
+        name = self._follows.get(name, name)
+        stored = self._parts[name][1]
+        B, A = (self._file.tensor(stored[part]).float() for part in ("lora_B", "lora_A"))
+        turned = self._low_rank(stored).turned(self.infos[name].shape)
+        return (A.T, B.T, self._scales[name]) if turned else (B, A, self._scales[name])
+
     @property
     def tied(self) -> Collection[str]:
         """The names of the base's tied copies."""
@@ -84,7 +105,7 @@ class Adapted:
         Raises ModelError if the base lacks an adapted tensor, or if the adapter fits two places in the base.
         """
         adapted, names = files.adapted, [*files.adapted, *files.whole, *files.copies, *files.originals]
-        stored = [*self._base.infos, *self._ties.pairs]
+        stored = [*self.base.infos, *self._ties.pairs]
 
         def fits(name: str, place: str) -> bool:
             module, _, kind = name.rpartition(".")
@@ -95,13 +116,13 @@ class Adapted:
         matches = matches or matched(adapted, names, stored, spelling, lambda name, place: True, merged)
         if not matches:
             raise ModelError(
-                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}), which lacks "
+                f"{self._role}: the adapter {self.path} was not trained on the base ({self.base.path}), which lacks "
                 f"{lacking(adapted, stored, spelling)}; give the model that the adapter was trained on as the base"
             )
         if len(matches) > 1:
             one, other = (places[adapted[0]] for places in matches[:2])
             raise ModelError(
-                f"{self._role}: the adapter {self.path} fits both {one} and {other} of the base ({self._base.path}); "
+                f"{self._role}: the adapter {self.path} fits both {one} and {other} of the base ({self.base.path}); "
                 "save the adapter from the whole model, so that its tensor names are unique"
             )
         return matches[0]
@@ -139,22 +160,22 @@ class Adapted:
         for name in apart:
             self.infos.setdefault(name, self._base_info(name))
         for name, source in follows.items():
-            if name in self._base.infos:
+            if name in self.base.infos:
                 self.infos[name] = self.infos[source]
             else:
                 self.infos.pop(name, None)
         return follows, apart
 
     def _base_info(self, name: str) -> TensorInfo:
-        return self._base.infos[self._base_name(name)]
+        return self.base.infos[self._base_name(name)]
 
     def _base_name(self, name: str) -> str:
-        return name if name in self._base.infos else self._ties.pairs[name]
+        return name if name in self.base.infos else self._ties.pairs[name]
 
     def _unadapted(self, name: str) -> Tensor:
         """The tensor before the adapter is added: the file's replacement if it has one, otherwise the base's tensor."""
         stored = self._replaced.get(name)
-        return self._base.tensor(self._base_name(name)) if stored is None else self._file.tensor(stored)
+        return self.base.tensor(self._base_name(name)) if stored is None else self._file.tensor(stored)
 
     def _changed_info(self, name: str) -> TensorInfo:
         """The shape and type of a changed tensor. Raises ModelError if the adapter's shapes do not fit it."""
@@ -183,7 +204,7 @@ class Adapted:
     def _check_same(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if shape != expected:
             raise ModelError(
-                f"{self._role}: the adapter {self.path} was not trained on the base ({self._base.path}): {name} has "
+                f"{self._role}: the adapter {self.path} was not trained on the base ({self.base.path}): {name} has "
                 f"the shape {list(shape)} in the adapter and {list(expected)} in the base; give the model that the "
                 "adapter was trained on as the base"
             )
