@@ -75,7 +75,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with stages.stage("merge"):
         slices = sliced(method)
         written, merged = (
-            stacked(models, slices)
+            stacked(models, slices, torch.float32, device)
             if slices
             else (models, LazyMerge(models.source, method, torch.float32, device=device))
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from epmq_cli.calibrate.merge_data import ExpertMeasurements
     from epmq_cli.calibrate.progress import WalkResult
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.data.batching import Batch
     from epmq_cli.evaluate.score import ScoredTask, Scores
+    from epmq_cli.merge.engine import LazyMerge
+    from epmq_cli.merge.stacked import StackedMerge
     from epmq_cli.merge.suite_models import SuiteModels
     from epmq_cli.pipeline.cached_steps import CachedSteps
     from epmq_cli.pipeline.context import RunContext
@@ -116,7 +119,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
 @dataclass(frozen=True)
 class _Inputs:
     """What a run opens: the suite, the base model and its type, the cached steps, the progress, and each task's test
-    samples, calibration batches and own tokenizer or image processor."""
+    samples, calibration batches and own tokenizer or image processor. `stacked`: the suite with the layers of the
+    result and the merge, if it changes the layers."""
 
     models: SuiteModels
     model: nn.Module
@@ -126,12 +130,15 @@ class _Inputs:
     processors: Processors
     tasks: list[ScoredTask]
     drawn: dict[str, list[Batch]]
+    stacked: tuple[SuiteModels, StackedMerge] | None
 
 
 def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     """Opens models, data, cache and progress. All checks happen here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
+    from epmq_cli.merge.slices import sliced
+    from epmq_cli.merge.stacked import stacked
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.keys import run_key
@@ -141,6 +148,8 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
 
     opened_cache = open_cache(resolved["cache"])
     models, model, dtype = steps.open_models(job, folder)
+    slices = sliced(job.merge)
+    layers = stacked(models, slices, dtype, job.device) if slices else None
     cache = CachedSteps(opened_cache, job, models, dtype)
     processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
     tasks = steps.prepare_tasks(job, model, models, processors)
@@ -153,7 +162,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     files = cache.files if distributed.is_main() else {}
     progress = opened(folder, run_key(resolved, files, drawn, job.device), job.resume)
     refuse_results(folder, progress)
-    return _Inputs(models, model, dtype, cache, progress, processors, tasks, drawn)
+    return _Inputs(models, model, dtype, cache, progress, processors, tasks, drawn, layers)
 
 
 def _make_checkpoint(
@@ -163,7 +172,6 @@ def _make_checkpoint(
     entries of metrics.json. `resolved`: the config. Models, samples and moments are freed on return."""
     from epmq_cli.checkpoint.write import write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
-    from epmq_cli.models.weights import copy_into
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
@@ -182,7 +190,8 @@ def _make_checkpoint(
         teachers = guide.run_teachers(context, model, models.source, inputs.drawn)
     with stage("merge"):
         data = steps.merge_data(context, model, models.source, teachers.batches, tasks)
-        copy_into(model, merged := cache.merged(data))
+        inputs, merged = _merged(context, inputs, data)
+        models, model = inputs.models, inputs.model
     with stage("score merged"):
         scores |= scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
     with stage("calibrate and quantize"):
@@ -200,6 +209,25 @@ def _make_checkpoint(
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
     measured["events"]["batches_halved"] = context.micro.halved
     return tasks, scores, measured | {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
+
+
+def _merged(context: RunContext, inputs: _Inputs, data: ExpertMeasurements | None) -> tuple[_Inputs, LazyMerge]:
+    """The inputs with the merged model in place of the base, and the merge."""
+    from torch import nn
+
+    from epmq_cli.models.weights import copy_into
+    from epmq_cli.pipeline import steps as steps
+
+    if inputs.stacked is None:
+        merged = inputs.cache.merged(data)
+    else:
+        models, merged = inputs.stacked
+        merged = inputs.cache.merged(data, merged)
+        nn.Module.to(inputs.model, "meta")  # frees the base model
+        model = steps.stacked_model(context.job, models, inputs.dtype, context.folder)
+        inputs = replace(inputs, models=models, model=model)
+    copy_into(inputs.model, merged)
+    return inputs, merged
 
 
 def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -73,11 +74,16 @@ class Family:
 
 
 def load_model(
-    family: Family, folder: Path, device: torch.device | Disk, dtype: torch.dtype | Literal["auto"] = "auto"
+    family: Family,
+    folder: Path,
+    device: torch.device | Disk,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    described: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model of a base folder or of a checkpoint, ready to score, on a device or in files: with weights of `dtype`
-    (`auto`: the one in config.json), packed ones dequantized in the stored type. It computes in float32."""
-    model = dequantized(folder, family.load, dtype)
+    (`auto`: the one in config.json), packed ones dequantized in the stored type. It computes in float32. `described`: a
+    config in place of the folder's, see `dequantized`."""
+    model = dequantized(folder, family.load, dtype, described)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
     loaded: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' method rejects quantized models

@@ -25,8 +25,6 @@ WITHOUT_EFFECT = {"int8_mask": (), "density": ("task_arithmetic",)}
 """Parameters that change no result, and the methods for which that holds; () for all."""
 EVERY_INPUT = ("linear", "karcher", "passthrough")
 """The methods that merge the base as one of the models if the file lists it."""
-BEHIND = ("model.norm.", "lm_head")
-"""Parts of the names of tensors behind the layers, for which mergekit takes a gradient's first value, epmq its last."""
 SMALLEST_SUM = 1e-8  # of weights that mergekit divides by
 
 Options = dict[str, Any]
@@ -217,15 +215,16 @@ def setting(name: str, values: Iterable[Any], default: Any, model: str = "") -> 
         return None
     else:
         rules = rules[: last + 1]
-    rules = [*rules[:-1], *_ends(rules[-1]["value"])]
+    rules = [each for rule in rules for each in _outside_first(rule)]
     return rules[0]["value"] if len(rules) == 1 else [dict(rule) for rule in rules]
 
 
-def _ends(value: Any) -> list[Mapping[str, Any]]:
-    """The rule of all other tensors; a gradient whose ends differ has mergekit's values behind the layers."""
-    if not isinstance(value, list) or value[0] == value[-1]:
-        return [{"value": value}]
-    return [*({"filter": part, "value": value[0]} for part in BEHIND), {"value": value}]
+def _outside_first(rule: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A rule, and one before it if its value is a gradient whose ends differ: mergekit takes the first number for all
+    tensors outside the layers, also for those behind them."""
+    value = rule["value"]
+    gradient = isinstance(value, list) and value[0] != value[-1]
+    return [{**rule, "layers": False, "value": value[0]}, rule] if gradient else [rule]
 
 
 def _common(values: Mapping[str, Any]) -> Any:

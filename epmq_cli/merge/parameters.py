@@ -139,9 +139,11 @@ class Choice(Kind):
 def _check_rule(where: str, rule: object) -> None:
     if not isinstance(rule, Mapping):
         raise ConfigError(f"{where} must be a rule {{filter, value}} as the first item is, got {literal(rule)}")
-    check_keys(where, rule, ("filter", "value"), ("value",))
+    check_keys(where, rule, ("filter", "layers", "value"), ("value",))
     if not isinstance(rule.get("filter", ""), (str, type(None))):
         raise ConfigError(f"{where}.filter must be a part of tensor names, got {literal(rule['filter'])}")
+    if rule.get("layers") is not None:
+        check_choice(f"{where}.layers", rule["layers"], (True, False))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Passthrough(Parameters):
                 where = f"merge.slices{f'.{module}' if module else ''}[{index}]"
                 check_keys(where, entry, ("expert", "layers", "scale"), ("expert", "layers"))
                 layers = range_of(f"{where}.layers", entry["layers"])
-                own = Passthrough(entry.get("scale", self.scale))
+                own = Passthrough(entry.get("scale", self.scale), post=self.post)
                 found.setdefault(module, []).append(Slice({str(entry["expert"]): layers}, own))
         return found
 

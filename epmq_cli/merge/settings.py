@@ -5,7 +5,8 @@ A setting is one of these:
 - a number
 - a list of numbers, which are interpolated over the layers of each stack, from the first to the last
 - a list of rules {filter: TEXT, value: SETTING}; the first rule whose filter is part of the tensor's name counts, and
-  the last rule has no filter, so that it counts for all other names
+  the last rule has no filter, so that it counts for all other names. A rule with `layers: false` counts only for
+  tensors outside the layers, such as embeddings, one with `layers: true` only for those inside
 - a mapping from tasks to any of these, for parameters of experts
 """
 
@@ -22,8 +23,13 @@ Setting = Any
 """One of the forms above; None for the method's default."""
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.")
-FRONT = re.compile(r"embed|patch|position|shared|conv1|class_token|pre_?layr?norm|ln_pre|wte|wpe")
-"""Names of tensors in front of the first layer."""
+FRONT = re.compile(
+    r"embed|patch|position|shared|conv1|class_token|pre_?layr?norm|ln_pre|wte|wpe|project_in|encoder\.layernorm\."
+    r"|relative_attention_bias"
+)
+"""Names of tensors in front of the first layer, in lower case."""
+BEHIND = re.compile(r"embed_out|model\.embedding_norm")
+"""Names of tensors behind the last layer, as in GPT-NeoX and LFM2, although FRONT fits them."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,18 @@ def _value(setting: Setting, name: str, depth: float) -> float:
         low = int(place)
         high = min(low + 1, len(setting) - 1)
         return float((1 - (place - low)) * setting[low] + (place - low) * setting[high])
-    rule = next(rule for rule in setting if is_for_all(rule) or rule["filter"] in name)
+    rule = next(rule for rule in setting if _counts(rule, name))
     return _value(rule["value"], name, depth)
+
+
+def _counts(rule: Mapping[str, Any], name: str) -> bool:
+    fits = rule.get("filter") in (None, "*") or rule["filter"] in name
+    return fits and rule.get("layers") in (None, LAYER.match(name) is not None)
 
 
 def is_for_all(rule: Mapping[str, Any]) -> bool:
     """Whether a rule counts for all names."""
-    return rule.get("filter") in (None, "*")
+    return rule.get("filter") in (None, "*") and rule.get("layers") is None
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
@@ -68,7 +79,7 @@ def layer_depths(names: Iterable[str]) -> dict[str, float]:
     depths = {}
     for name in names:
         if name not in layers:
-            depths[name] = 0.0 if FRONT.search(name.lower()) else 1.0
+            depths[name] = 0.0 if FRONT.search(name.lower()) and not BEHIND.search(name) else 1.0
         else:
             stack, number = layers[name]
             depths[name] = number / last[stack] if last[stack] else 0.0

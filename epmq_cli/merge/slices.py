@@ -1,5 +1,6 @@
 """Merges that change the layers: the result is a list of slices, each merged from a range of layers of some models
-(mergekit, https://github.com/arcee-ai/mergekit). Only `epmq merge` writes them, see `stacked.py`.
+(mergekit, https://github.com/arcee-ai/mergekit), see `stacked.py`. For `epmq merge`, and for `epmq run
+guidance=merged`, which needs no experts with the layers of the result.
 
 A slice of `merge=slices` is {experts: {TASK: [FIRST, END], ...}, base: [FIRST, END], merge: METHOD}, where METHOD has
 a `_target_` as the files in conf/merge have. Layers run from FIRST to before END; null stands for all. Without `base`
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 from epmq_cli.config.validate import check_keys
 from epmq_cli.errors import ConfigError, literal
-from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, Need, check_method, refuse_needs
+from epmq_cli.merge.method import ElementwiseRule, MergeData, MergeMethod, Need, check_method, method_name
 from epmq_cli.merge.source import MergeSource
 
 Range = tuple[int, int] | None
@@ -40,15 +41,6 @@ def sliced(method: MergeMethod) -> Mapping[str, list[Slice]] | None:
     """The slices of a method by module of the model; "" for the only module. None if it keeps the layers."""
     found: Mapping[str, list[Slice]] | None = getattr(method, "parts", None)
     return found
-
-
-def refuse_slices(method: MergeMethod) -> None:
-    """ConfigError if a method changes the layers, which only `epmq merge` can do."""
-    if sliced(method):
-        raise ConfigError(
-            "merge.slices changes the layers of the model, which epmq run does not do; merge with epmq merge, then "
-            "give the result to epmq run as suite.base"
-        )
 
 
 def range_of(where: str, value: Any) -> Range:
@@ -105,12 +97,15 @@ class Slices:
             for part in parts:
                 check_keys("merge.slices.experts", part.layers, tasks)
                 check_method(part.method, list(part.layers))
-                refuse_needs(part.method)
+                if part.method.needs:
+                    raise ConfigError(
+                        f"merge.slices cannot use {method_name(part.method)}, which needs calibration data; use a "
+                        "method that reads only the models (see epmq list merge)"
+                    )
 
     def fit(self, source: MergeSource, data: MergeData | None) -> ElementwiseRule:
-        """ConfigError, since the layers of the result are not those of the source; see `stacked.py`."""
-        refuse_slices(self)
-        raise AssertionError("slices without parts")
+        """Never called, since the layers of the result are not those of the source; see `stacked.py`."""
+        raise AssertionError("slices are merged one by one")
 
 
 def _slice(where: str, entry: Mapping[str, Any]) -> Slice:
@@ -120,6 +115,8 @@ def _slice(where: str, entry: Mapping[str, Any]) -> Slice:
         raise ConfigError(f"{where}.experts must be a mapping from tasks to layers, got {literal(experts)}")
     if not hasattr(method, "fit"):
         raise ConfigError(f"{where}.merge needs a _target_, as the files in conf/merge have, got {literal(method)}")
+    if sliced(method):
+        raise ConfigError(f"{where}.merge must have no slices of its own; write its slices into merge.slices")
     layers = {str(task): range_of(f"{where}.experts.{task}", own) for task, own in experts.items()}
     made = Slice(layers, method, range_of(f"{where}.base", entry.get("base")), "base" in entry)
     check_lengths(where, made.ranges)

@@ -7,16 +7,18 @@ layers (first slice) or behind them (last slice). The base of a slice without a 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache as once
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.errors import ConfigError
+from epmq_cli.merge.engine import CPU, LazyMerge
+from epmq_cli.merge.layer_counts import with_layers
 from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.settings import LAYER, layer_depths
 from epmq_cli.merge.slices import Range, Slice
@@ -24,8 +26,7 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
 
-COUNTS = re.compile(r"num_hidden_layers|num_layers|n_layers?|depth|num_(en|de)coder_layers|(en|de)coder_layers")
-"""Keys of configs with a number of layers."""
+MakeMerge = Callable[[], LazyMerge]
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,24 @@ class StackedSource(MergeSource):
 
 
 class StackedMerge(LazyMerge):
-    """The merged tensors of all slices, computed on access."""
+    """The merged tensors of all slices, computed on access. `merges`: returns that of a tensor's slice, by name."""
 
-    def __init__(self, source: StackedSource, merges: Mapping[str, LazyMerge], dtype: torch.dtype) -> None:
+    def __init__(self, source: StackedSource, merges: Mapping[str, MakeMerge], dtype: torch.dtype) -> None:
         self.source, self.dtype, self._merges = source, dtype, merges
 
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, rounded to a type, in that type."""
-        return self._merges[name].stored(name, dtype)
+        return self._merges[name]().stored(name, dtype)
 
 
-def stacked(models: SuiteModels, modules: Mapping[str, list[Slice]]) -> tuple[SuiteModels, StackedMerge]:
-    """The models with a base that has the layers of the result, and their merge. ConfigError if a slice names layers
-    or modules that the models do not have."""
+def stacked(
+    models: SuiteModels, modules: Mapping[str, list[Slice]], dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[SuiteModels, StackedMerge]:
+    """The models with a base that has the layers of the result, and their merge, rounded to `dtype`; `ties.changes`
+    then include the changes to config.json. The methods are fitted when the first tensor is read.
+
+    ConfigError if a slice names layers or modules that the models do not have.
+    """
     source = models.source
     counts = _stacks(source.names)
     by_stack = _by_stack(modules, counts)
@@ -80,21 +86,22 @@ def stacked(models: SuiteModels, modules: Mapping[str, list[Slice]]) -> tuple[Su
     places = _places(source.names, counts, by_stack, slices)
     config = models.base.config
     for stack, count in counts.items():
-        config = _with_layers(config, stack, count, _origins(by_stack[stack], count))
+        config = with_layers(config, stack, count, _origins(by_stack[stack], count))
     sources: dict[str, MergeSource] = {}
-    merges: dict[str, LazyMerge] = {}
+    merges: dict[str, MakeMerge] = {}
     for number, part in enumerate(slices):
         own = {name: place for name, place in places.items() if place.part == number}
         made = _source(source, part, own)
-        merge = LazyMerge(made, part.method, torch.float32)
         sources |= dict.fromkeys(own, made)
-        merges |= dict.fromkeys(own, merge)
+        merges |= dict.fromkeys(own, once(partial(LazyMerge, made, part.method, dtype, device=device)))
     base = _base(models, counts, by_stack, places, config)
     result = copy.copy(models)
     result.base = base
+    changed = {key: value for key, value in config.items() if value != models.base.config.get(key)}
+    result.ties = replace(models.ties, changes={**changed, **models.ties.changes})
     stored = {name: _stored_name(source, name, place) for name, place in places.items()}
     result.source = StackedSource(NamedTensors(base, stored), sources, source.vocabulary_size)
-    return result, StackedMerge(result.source, merges, torch.float32)
+    return result, StackedMerge(result.source, merges, dtype)
 
 
 def _stacks(names: Iterable[str]) -> dict[str, int]:
@@ -174,16 +181,38 @@ def _layers(
     stack: str, layers: Mapping[tuple[str, int], list[str]], count: int, parts: list[Slice], slices: list[Slice]
 ) -> dict[str, Place]:
     places, first = {}, 0
+    lone = _lone(stack, layers, count)
     for part in parts:
         ranges = {task: _range(own, count) for task, own in _members(part).items()}
-        length = len(next(iter(ranges.values())))
-        for index in range(length):
-            depth = index / (length - 1) if length > 1 else 1.0
-            for rest in layers[stack, next(iter(ranges.values()))[index]]:
+        origins = next(iter(ranges.values()))
+        for index, origin in enumerate(origins):
+            number = first + index
+            depth = index / (len(origins) - 1) if len(origins) > 1 else 1.0
+            rests = [rest for rest in layers[stack, origin] if rest not in lone]
+            if (number == 0) != (origin == 0) and _differs(layers, stack, lone):
+                raise ConfigError(
+                    f"merge.slices must begin with layer 0 of {stack} and use it nowhere else, because it has other "
+                    "tensors than the other layers"
+                )
+            for rest in rests:
                 own = {task: f"{stack}.{numbers[index]}.{rest}" for task, numbers in ranges.items()}
-                places[f"{stack}.{first + index}.{rest}"] = Place(_index(slices, part), depth, own)
-        first += length
+                places[f"{stack}.{number}.{rest}"] = Place(_index(slices, part), depth, own)
+            for rest in lone if number == 0 else ():
+                name = f"{stack}.0.{rest}"
+                places[name] = Place(_index(slices, part), depth, dict.fromkeys(ranges, name))
+        first += len(origins)
     return places
+
+
+def _lone(stack: str, layers: Mapping[tuple[str, int], list[str]], count: int) -> list[str]:
+    """The tensors that only the first layer of a stack has, such as T5's position biases. They stay there."""
+    others = {rest for index in range(1, count) for rest in layers[stack, index]}
+    return [rest for rest in layers[stack, 0] if count > 1 and rest not in others]
+
+
+def _differs(layers: Mapping[tuple[str, int], list[str]], stack: str, lone: list[str]) -> bool:
+    """Whether the first layer of a stack lacks tensors that the second one has."""
+    return {*layers[stack, 0]} - {*lone} != {*layers.get((stack, 1), layers[stack, 0])} - {*lone}
 
 
 def _index(slices: list[Slice], part: Slice) -> int:
@@ -254,29 +283,3 @@ def _base(
         own = next(iter(place.names.values()))
         tensors[_stored_name(source, name, place)] = (base, source.read_name(own))
     return ModelFolder(base.path, base.role, config, Restacked(tensors))
-
-
-def _with_layers(config: dict[str, Any], stack: str, count: int, origins: list[int]) -> dict[str, Any]:
-    """A config with another number of layers in a stack, and lists over its layers to match. ModelError if no key
-    holds the number."""
-    if origins == list(range(count)):
-        return config
-    config = copy.deepcopy(config)
-    sections = [("", config), *((name, value) for name, value in config.items() if isinstance(value, dict))]
-    found = [(name, section, key) for name, section in sections for key in section if _counts(key, section, count)]
-    word = next((word for word in ("decoder", "encoder", "vision", "text") if word in stack), "")
-    named = [each for each in found if word and (word in each[0] or word in each[2])]
-    _, section, key = (named or found or [("", {}, None)])[0]
-    if key is None:
-        raise ModelError(f"base: config.json has no key with the {count} layers of {stack}, so they cannot be changed")
-    section[key] = len(origins)
-    for name, value in section.items():
-        if isinstance(value, list) and len(value) == count:
-            section[name] = [value[index] for index in origins]
-    if "decoder" in stack and key == "num_layers":
-        section["num_decoder_layers"], section["num_layers"] = len(origins), count
-    return config
-
-
-def _counts(key: str, section: Mapping[str, Any], count: int) -> bool:
-    return COUNTS.fullmatch(key) is not None and section[key] == count

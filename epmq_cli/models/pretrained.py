@@ -46,20 +46,29 @@ def _config_of(folder: Path, changed: int) -> Any:
     return from_folder(AutoConfig, folder)
 
 
-def dequantized(folder: Path, load: Callable[..., Any], dtype: torch.dtype | Literal["auto"] = "auto") -> nn.Module:
+def dequantized(
+    folder: Path,
+    load: Callable[..., Any],
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    described: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Loads the complete model of a folder in `dtype` and dequantizes packed weights.
 
-    `load`: the from_pretrained method of the model's class; it takes the folder and options.
+    `load`: the from_pretrained method of the model's class; it takes the folder and options. `described`: a config in
+    place of the folder's; tensors that the folder lacks then get random values.
     """
     from transformers import AutoConfig
 
     config = from_folder(AutoConfig, folder)
+    if described is not None:
+        config = type(config).from_dict(dict(described))
     quantization = getattr(config, "quantization_config", None)
     mixed = quantization is not None and len(quantization["config_groups"]) > 1
     if quantization is not None and not mixed:
         quantization["dequantize"] = True
     model, info = load(folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    _check_complete(folder, model, info)
+    if described is None:
+        _check_complete(folder, model, info)
     if mixed:  # transformers would dequantize all groups with the bit width of the first
         from compressed_tensors.offload import remove_dispatch
 

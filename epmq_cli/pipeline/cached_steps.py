@@ -27,6 +27,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.given import Given
 from epmq_cli.merge.method import Need
 from epmq_cli.merge.none import NoMerge
+from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import SafetensorsFiles
@@ -87,23 +88,27 @@ class CachedSteps:
             return compute
         return compute if stage == "merged" and not self._known_merge else partial(self._score, stage)
 
-    def merged(self, data: ExpertMeasurements | None = None) -> LazyMerge:
+    def merged(self, data: ExpertMeasurements | None = None, stacked: LazyMerge | None = None) -> LazyMerge:
         """The merged model. Its tensors are read from the cache if they fit. Of several processes, only the main one
         uses the cache. `merge=none` and `merge=given` do not, because their results are on disk.
 
         `data`: the measurements of the experts, if the method needs them. Several processes measure together; then none
-        of them uses the cache.
+        of them uses the cache. `stacked`: the merge itself, if it changes the layers.
         """
-        job = self._job
-        make = once(partial(LazyMerge, self._models.source, job.merge, self._dtype, data, job.device))
+        job, source = self._job, self._models.source if stacked is None else stacked.source
+
+        @once
+        def make() -> LazyMerge:
+            return stacked or LazyMerge(source, job.merge, self._dtype, data, job.device)
+
         uses_cache = distributed.world_size() == 1 if data is not None else distributed.is_main()
         if data is not None and self._cache is not None:
             self._measured = _measured_on(data, self._job.merge.needs)
         if self._cache is None or not self._known_merge or isinstance(self._job.merge, ON_DISK) or not uses_cache:
             return make()
-        with bar("keep merge", len(self._models.source.names)) as advance:
+        with bar("keep merge", len(source.names)) as advance:
             path = self._cache.tensors(self._key("merge", model=self._merge), lambda: _merge_entries(make(), advance))
-        return make() if path is None else CachedMerge(self._models.source, path, self._dtype)
+        return make() if path is None else CachedMerge(source, path, self._dtype)
 
     def teacher_tensors(
         self, task: str, batches: Sequence[Batch], features: bool, make: Callable[[], dict[str, Tensor]]
@@ -157,12 +162,14 @@ class CachedSteps:
     def _merge(self) -> dict[str, Any]:
         base, *experts = self.files.values()  # their order matters, because sums are rounded
         method = self._job.merge
-        kind = {"merge": type(method).__qualname__, "options": vars(method), **self._measured}
+        options = repr(method) if sliced(method) else vars(method)
+        kind = {"merge": type(method).__qualname__, "options": options, **self._measured}
         return {"base": base, "experts": experts, **kind}
 
     @property
     def _known_merge(self) -> bool:
-        return type(self._job.merge).__module__.startswith("epmq_cli.")
+        parts = [part.method for own in (sliced(self._job.merge) or {}).values() for part in own]
+        return all(type(method).__module__.startswith("epmq_cli.") for method in (self._job.merge, *parts))
 
     def _read(self) -> dict[str, dict[str, str]]:
         experts = {f"expert of {task}" if task else "given merge": e for task, e in self._models.experts.items()}

@@ -17,8 +17,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
-from epmq_cli.merge.slices import refuse_slices
-from epmq_cli.pipeline.preflight import check_gradients, check_scoring
+from epmq_cli.pipeline.preflight import check_gradients, check_scoring, check_slices
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
@@ -58,7 +57,7 @@ def make_job(cfg: DictConfig) -> Job:
     check_scoring(suite, family, evaluation, scores_samples(evaluation))
     merge: MergeMethod = instantiate.build("merge", cfg.merge)
     check_method(merge, names)
-    refuse_slices(merge)
+    check_slices(merge, guidance)
     if suite.tokenizer is not None:
         raise ConfigError(
             "suite.tokenizer makes a new vocabulary, which epmq run does not do; merge with epmq merge, then give the "

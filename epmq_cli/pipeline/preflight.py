@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.checkpoint.int4_linear import GROUPS, kernel_group, obstacle
 from epmq_cli.checkpoint.load import refuse
 from epmq_cli.config.schema import Evaluation, Harness
@@ -22,6 +23,7 @@ from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.method import MergeMethod, method_name
+from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
@@ -35,6 +37,19 @@ def check_gradients(method: MergeMethod, family: Family) -> None:
         raise ConfigError(
             f"merge={method_name(method)} needs gradients of the heads' class probabilities, but models of "
             f"family {family.name} have no heads; use another merge method"
+        )
+
+
+def check_slices(method: MergeMethod, guidance: Guidance) -> None:
+    """Raises ConfigError if a merge changes the layers and the guidance compares them with those of other models."""
+    options: dict[str, float | str] = dict.fromkeys(guidance.open, AUTO)
+    options |= {"targets": guidance.targets} if guidance.targets != "merged" else {}
+    options |= {"rho": guidance.rho} if guidance.rho != 1 else {}
+    if sliced(method) and options:
+        name, value = options.popitem()
+        raise ConfigError(
+            f"merge={method_name(method)} with merge.slices changes the layers of the model, but "
+            f"guidance.{name}={value} needs a base and experts with the same layers; use guidance=merged, or epmq merge"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,19 +62,36 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
     dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
-    place = Disk(folder) if job.calib.student == "disk" else job.device
-    # float32 unless the files have this type: the config may name a narrower one
-    opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
-    model = fit_source(load_model(job.family, models.base.path, place, opened_dtype), models)
-    check_parts(model, job.family)
-    check_described(model, job.family, models)
-    own = model.state_dict().items()
-    copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
+    model = _base_model(job, models, dtype, folder)
     formats = formats_of(job.quantizer)
     check_groups(model, job.family, formats)
     job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats)
     check_kernel(model, job.family, formats if job.exporter.packs else [], job.evaluation, job.device)
     return models, model, dtype
+
+
+def stacked_model(job: Job, models: SuiteModels, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
+    """The model for a merge that changes the layers, without its weights. `models`: the result of `stacked`."""
+    return _base_model(job, models, dtype, folder, models.base.config)
+
+
+def _base_model(
+    job: Job,
+    models: SuiteModels,
+    dtype: torch.dtype,
+    folder: Path | None,
+    described: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The base in the shape of the result, on the device or in files in the folder. `described`: see `load_model`."""
+    place = Disk(folder) if job.calib.student == "disk" else job.device
+    # float32 unless the files have this type: the config may name a narrower one
+    opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
+    model = fit_source(load_model(job.family, models.base.path, place, opened_dtype, described), models)
+    check_parts(model, job.family)
+    check_described(model, job.family, models)
+    own = model.state_dict().items()
+    copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
+    return model
 
 
 def merge_data(

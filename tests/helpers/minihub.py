@@ -78,8 +78,8 @@ def modernbert(pooling: str) -> Any:
     return t.ModernBertForSequenceClassification(t.ModernBertConfig(**sizes, classifier_pooling=pooling))
 
 
-def encoder_hub(folder: Path, kind: str) -> Path:
-    """Text classifiers: one of ENCODERS."""
+def encoder_models(kind: str) -> Any:
+    """A text classifier: one of ENCODERS."""
     import transformers as t
 
     made: dict[str, Callable[[], Any]] = {
@@ -118,7 +118,12 @@ def encoder_hub(folder: Path, kind: str) -> Path:
         "modernbert-cls": lambda: modernbert("cls"),
     }
     torch.manual_seed(0)
-    models(folder, made[kind]().eval())
+    return made[kind]().eval()
+
+
+def encoder_hub(folder: Path, kind: str) -> Path:
+    """Text classifiers: one of ENCODERS."""
+    models(folder, encoder_models(kind))
     tokenizer(folder / "base", end=False)
     write_suite(folder, {"family": kind.partition("-")[0], "base": str(folder / "base"), "tasks": texts(folder)})
     return folder

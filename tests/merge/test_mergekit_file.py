@@ -79,11 +79,12 @@ def test_a_models_rules_come_before_those_of_the_file() -> None:
     assert setting("x", [None], 1.0) == 1.0
 
 
-def test_a_gradient_keeps_its_first_value_behind_the_layers() -> None:
-    """mergekit reads a gradient at its start for the tensors behind the layers."""
-    behind = [{"filter": "model.norm.", "value": 0}, {"filter": "lm_head", "value": 0}]
-    assert setting("x", [[0, 1]], 1.0) == [*behind, {"value": [0, 1]}]
+def test_a_gradient_keeps_its_first_value_outside_the_layers() -> None:
+    """mergekit reads a gradient at its start for all tensors outside the layers."""
+    assert setting("x", [[0, 1]], 1.0) == [{"layers": False, "value": 0}, {"value": [0, 1]}]
     assert setting("x", [[0, 1, 0]], 1.0) == [0, 1, 0]
+    norms = {"filter": "norm", "value": [2, 3]}
+    assert setting("x", [[norms, {"value": 1}]], 1.0) == [{**norms, "layers": False, "value": 2}, norms, {"value": 1}]
 
 
 def test_names_of_tasks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.passthrough import Passthrough
-from epmq_cli.merge.slices import Slices, refuse_slices
+from epmq_cli.merge.slices import Slices
 from tests.commands.test_merge import merged
 from tests.conftest import TASKS, write_suite
 from tests.helpers.hubs import config
@@ -133,6 +133,28 @@ def test_modules_name_the_stacks_of_a_model(tmp_path: Path) -> None:
     assert torch.equal(found.encoder.final_layer_norm.weight, first.encoder.final_layer_norm.weight)
 
 
+def test_the_tensors_of_a_first_layer_alone_stay_in_the_first_layer(tmp_path: Path) -> None:
+    """T5's position biases, which the second layer reads too."""
+    hub = t5_hub(tmp_path / "hub")
+    whole = f"[{{expert: {TASKS[0]}, layers: null}}]"
+    encoder = f"[{{expert: {TASKS[1]}, layers: [1, 2]}}, {{expert: {TASKS[0]}, layers: [0, 1]}}]"
+    slices = f"merge.slices={{encoder: {encoder}, decoder: {whole}}}"
+    found = t.T5ForConditionalGeneration.from_pretrained(merged(hub, tmp_path / "run", "merge=passthrough", slices))
+    first, second = (t.T5ForConditionalGeneration.from_pretrained(hub / task) for task in TASKS)
+    biases = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert torch.equal(found.get_parameter(biases), second.get_parameter(biases))
+    name = "encoder.block.{}.layer.0.SelfAttention.q.weight"
+    for index, (model, own) in enumerate(((second, 1), (first, 0))):
+        assert torch.equal(found.get_parameter(name.format(index)), model.get_parameter(name.format(own)))
+
+
+def test_an_image_encoder_gets_the_number_of_its_own_layers(clip_hub: Path, tmp_path: Path) -> None:
+    """And not the text encoder, which has as many."""
+    slices = [{"expert": TASKS[0], "layers": None}, {"expert": TASKS[1], "layers": [0, 1]}]
+    found = t.CLIPModel.from_pretrained(merged(clip_hub, tmp_path / "run", "merge=passthrough", option(slices)))
+    assert (found.config.vision_config.num_hidden_layers, found.config.text_config.num_hidden_layers) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
@@ -157,15 +179,9 @@ def test_slices_have_as_many_layers_of_each_model() -> None:
         Slices([{"experts": {"a": [0, 2]}, "merge": "average"}])
 
 
-def test_a_run_refuses_slices_by_name(hub: Path) -> None:
-    """Without slices, passthrough is a method like others."""
+def test_passthrough_of_several_experts_needs_slices(hub: Path) -> None:
     from epmq_cli.pipeline.job import make_job
 
-    refuse_slices(Passthrough())
-    with pytest.raises(
-        ConfigError, match=r"merge.slices changes the layers .*, which epmq run does not do; merge with"
-    ):
-        make_job(config(hub, "merge=passthrough", f"merge.slices=[{{expert: {TASKS[0]}, layers: [0, 2]}}]"))
     with pytest.raises(
         ConfigError, match="merge=passthrough takes one expert, or several with merge.slices; the suite"
     ):
