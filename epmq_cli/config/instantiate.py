@@ -113,6 +113,18 @@ def build(group: str, node: DictConfig) -> Any:
         raise ConfigError(f"{group} cannot be instantiated: {first_line(error)}") from error
 
 
+def option_name(group: str, kind: type) -> str:
+    """The name of the shipped option of a group, such as `merge`, whose `_target_` is a class; for a user's class, its
+    own name in small letters."""
+    own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+    return _options_by_target(group).get(f"{kind.__module__}.{kind.__qualname__}", own)
+
+
+@cache
+def _options_by_target(group: str) -> dict[str, str]:
+    return {str(OmegaConf.load(path)._target_): path.stem for path in sorted((conf_dir() / group).glob("*.yaml"))}
+
+
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     """The fields of the class that a config group names, and whether each is required."""
     _check_node(group, node)

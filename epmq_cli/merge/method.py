@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.config.instantiate import option_name
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
 
@@ -201,5 +202,5 @@ def refuse_needs(method: MergeMethod) -> None:
 
 
 def method_name(method: MergeMethod) -> str:
-    """The name of a method's module, which is also the name of its option."""
-    return type(method).__module__.rpartition(".")[2]
+    """The name of a method's option."""
+    return option_name("merge", type(method))

@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from epmq_cli.config.instantiate import option_name
 from epmq_cli.config.validate import check_choice, check_keys, check_range
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.merge.settings import Setting, is_for_all
@@ -217,10 +217,9 @@ class Parameters:
         least, most = self.experts
         if len(tasks) < least or (most is not None and len(tasks) > most):
             some = f"at least {least}" if most is None else f"{least}" if most == least else f"{least} or {most}"
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
             raise ConfigError(
-                f"merge={name} merges {some} experts and the suite has {len(tasks)}; change suite.tasks, or choose "
-                "another merge"
+                f"merge={option_name('merge', type(self))} merges {some} experts and the suite has {len(tasks)}; "
+                "change suite.tasks, or choose another merge"
             )
         for name, kind in parameters_of(type(self)).items():
             value: Any = getattr(self, name)

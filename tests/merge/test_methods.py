@@ -8,11 +8,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from epmq_cli.config.instantiate import conf_dir, option_name
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.method import ElementwiseRule, MergeMethod, Piece, check_method, refuse_needs
+from epmq_cli.merge.method import ElementwiseRule, MergeMethod, Piece, check_method, method_name, refuse_needs
 from epmq_cli.merge.task_arithmetic import TaskArithmetic
 from epmq_cli.merge.ties import Options, Ties, elected, kth_largest_magnitudes
 from tests.helpers.merging import SHAPES, merged, method, source, tensors
@@ -36,6 +39,20 @@ def test_random_numbers_of_a_piece_depend_on_seed_task_name_and_offset(tmp_path:
     wanted = piece.generator(0, "t").random(4).tolist()
     assert piece.generator(0, "t").random(4).tolist() == wanted
     assert all(other.generator(seed, task).random(4).tolist() != wanted for other, seed, task in others)
+
+
+def test_errors_name_a_method_as_its_option() -> None:
+    """Oracle: the file names in conf/merge; each class has one file."""
+    targets = {path.stem: OmegaConf.load(path)._target_ for path in (conf_dir() / "merge").glob("*.yaml")}
+    assert len(set(targets.values())) == len(targets) > 40
+    for name, target in targets.items():
+        assert option_name("merge", get_class(target)) == name
+    assert method_name(method("della_linear")) == "della_linear"
+    with pytest.raises(ConfigError, match="^merge=slerp merges 1 or 2 experts"):
+        method("slerp").check(["a", "b", "c"])
+    with pytest.raises(ConfigError, match="^merge=regmean_pp needs calibration data, .* epmq run merge=regmean_pp "):
+        refuse_needs(method("regmean_pp"))
+    assert option_name("merge", Mine) == "mine"
 
 
 class Old:
