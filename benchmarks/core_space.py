@@ -16,19 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.merge.engine import LazyMerge
-from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import ModelFolder
 
 sys.path.insert(0, str(Path(__file__).parent / "references"))
+from epmq_side import method_of, tensors
 from side import Watch
 
 EXPERTS, RANK, ROWS, COLUMNS = 8, 16, 1024, 4096
@@ -51,27 +48,20 @@ def make(root: Path, matrices: int) -> None:
         save_file(parts, folder / "adapter_model.safetensors")
 
 
-def named(folder: ModelFolder) -> NamedTensors:
-    """All tensors of a folder."""
-    return NamedTensors(folder, {name: name for name in folder.infos})
-
-
 def merge(root: Path, name: str, space: str, results: multiprocessing.Queue[dict[str, float]]) -> None:
     """Merges, writes the result, and sends the measurements."""
     torch.set_num_threads(1)
-    cfg = OmegaConf.create({"seed": 0, "merge": OmegaConf.load(conf_dir() / "merge" / f"{name}.yaml")})
-    method = hydra.utils.instantiate(cfg.merge, space=space, _convert_="all")
-    base = ModelFolder(root / "base", "base")
+    method, base = method_of(name, {"space": space}), ModelFolder(root / "base", "base")
     watch, experts = Watch(), {}
     for number in range(EXPERTS):
         folder = root / f"expert{number}"
         adapted = Adapted(folder, folder.name, base, [])
-        experts[folder.name] = named(ModelFolder(folder, folder.name, base.config, adapted))
-    source = MergeSource(named(base), experts)
+        experts[folder.name] = tensors(ModelFolder(folder, folder.name, base.config, adapted))
+    source = MergeSource(tensors(base), experts)
     merged = LazyMerge(source, method, torch.float32)
-    tensors = {part: merged.tensor(part) for part in source.names}
+    result = {part: merged.tensor(part) for part in source.names}
     results.put(watch.end())
-    save_file(tensors, root / f"{space}.safetensors")
+    save_file(result, root / f"{space}.safetensors")
 
 
 def difference(root: Path) -> float:

@@ -23,16 +23,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from merging import EXPERTS, MERGEKIT, SHAPE, environment
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
-EXPERTS = ("one", "two", "three")
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 64,
@@ -41,18 +40,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 500,
+        "tie_word_embeddings": True,
     },
-    "135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
+    "135M": SHAPE,
 }
-REFERENCES = {"mergekit": "mergekit==0.1.5", "fusion_bench": "fusion-bench==0.2.33"}
-TORCH = "torch==2.13.0"
+REFERENCES = {"mergekit": MERGEKIT, "fusion_bench": "fusion-bench==0.2.33"}
 Call = tuple[str, dict[str, Any]]
 """A reference's name of a method, and the options that its script takes."""
 
@@ -184,7 +176,7 @@ def make(folder: Path, shape: dict[str, Any]) -> None:
     if (folder / EXPERTS[-1] / "model.safetensors").is_file():
         return
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+    model = LlamaForCausalLM(LlamaConfig(**shape))
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     shared = {
         name: 10 ** (torch.rand(()) * 2 - 4) * torch.randn_like(tensor).exp() * torch.randn_like(tensor)
@@ -196,17 +188,6 @@ def make(folder: Path, shape: dict[str, Any]) -> None:
                 noise = shared[part] + shared[part].std() * torch.randn_like(parameter)
                 parameter.copy_(start[part] + (name != "base") * noise)
         model.save_pretrained(folder / name)
-
-
-def environment(folder: Path, requirement: str) -> Path:
-    """The Python of an environment in which a reference is installed; makes it if it is missing."""
-    python = folder.resolve() / "bin" / "python"
-    if not (folder / "complete").is_file():
-        venv.create(folder, with_pip=True)
-        for wanted in ([TORCH], [TORCH, requirement]):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
-        (folder / "complete").touch()
-    return python
 
 
 def job(folder: Path, side: str, row: Row, call: Call) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import torch
 
 EXPERTS = ("one", "two", "three")
 MERGEKIT = "mergekit==0.1.5"
-SHAPE = {
+TORCH = "torch==2.13.0"
+SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
@@ -57,13 +58,15 @@ def make(folder: Path) -> None:
         made.save_pretrained(folder / name)
 
 
-def environment(folder: Path) -> Path:
-    """Returns the command mergekit-yaml, and installs mergekit if it is missing."""
-    command = folder / "env" / "bin" / "mergekit-yaml"
-    if not command.is_file():
-        venv.create(folder / "env", with_pip=True)
-        subprocess.run([folder / "env" / "bin" / "pip", "install", "--quiet", MERGEKIT], check=True)
-    return command
+def environment(folder: Path, requirement: str) -> Path:
+    """The Python of an environment in which a reference is installed; makes it if it is missing."""
+    python = folder.resolve() / "bin" / "python"
+    if not (folder / "complete").is_file():
+        venv.create(folder, with_pip=True)
+        for wanted in ([TORCH], [TORCH, requirement]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / "complete").touch()
+    return python
 
 
 def sides(folder: Path, mergekit: Path) -> dict[str, list[str]]:
@@ -114,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.out.resolve()
     make(folder)
-    commands = sides(folder, environment(folder))
+    commands = sides(folder, environment(folder / "env", MERGEKIT).with_name("mergekit-yaml"))
     rounds = [
         {name: run(command, folder / "out") for name, command in commands.items()} for _ in range(arguments.repeats)
     ]

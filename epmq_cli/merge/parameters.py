@@ -204,7 +204,7 @@ class Parameters:
 
     def _check_core(self) -> None:
         """ConfigError if the method cannot merge in the core space."""
-        name, what = type(self).__module__.rpartition(".")[2], "merge.space=core merges task vectors of low rank"
+        name, what = option_name("merge", type(self)), "merge.space=core merges task vectors of low rank"
         if self.needs:
             raise ConfigError(f"{what}, which merge={name} cannot measure on data; choose merge.space=full")
         if not self.core:

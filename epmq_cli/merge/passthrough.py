@@ -53,7 +53,7 @@ class Passthrough(Parameters):
         return found
 
     def check(self, tasks: Sequence[str]) -> None:
-        """ConfigError if the suite has several experts and there are no slices, or if a slice names another task."""
+        """ConfigError if the suite has several experts but no slices are given, or if a slice names another task."""
         if self.slices is None:
             if len(tasks) > 1:
                 raise ConfigError(

@@ -51,7 +51,7 @@ def linear(name: str, rank: int, seed: int = 0, shapes: Mapping[str, Any] = SHAP
 
 
 def adapters() -> list[dict[str, Tensor]]:
-    """Three adapters of linears, of which one has a convolution, an embedding and a whole tensor too."""
+    """Three adapters of linears; one also has a convolution, an embedding and a whole tensor."""
     made: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, ranks in RANKS.items():
         for index, rank in enumerate(ranks):
@@ -190,7 +190,7 @@ def needed(name: str) -> dict[str, Any] | None:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[MergeSource]]:
-    """For each number of experts: adapters of all kinds, and equal ones, of which the third has B = 0."""
+    """For each number of experts: adapters of all kinds, and equal ones; in the third, B = 0."""
     path, first = tmp_path_factory.mktemp("core"), adapters()[1]
     zero = {key: torch.zeros_like(part) if "lora_B" in key else part for key, part in first.items()}
     kinds = adapters(), [first, first, zero]
