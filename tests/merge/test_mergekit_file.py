@@ -217,7 +217,7 @@ def test_slices_and_tokenizers_become_options() -> None:
 
 
 def test_slices_of_other_methods_have_their_own_options() -> None:
-    """The parameters of a model in a slice come first, then of the slice, then of the file; the base is not an expert."""
+    """The parameters of a model in a slice, then the slice's, then the file's; the base does not count as an expert."""
     sources = [{"model": model, "layer_range": [0, 2]} for model in ("org/base", "org/math")]
     second = [{"model": "org/base", "layer_range": [1, 3]}, {"model": "org/code", "layer_range": [2, 4]}]
     slices = [{"sources": sources}, {"sources": second, "parameters": {"density": 0.25}}]
