@@ -20,9 +20,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,12 +79,7 @@ HALF: dict[str, Any] = {"density": 0.5}
 ROWS = [
     Row("average", {}, generalized("linear", base=False), ("average", {})),
     Row("linear", {"weights": 0.7, "normalize": False}, generalized("linear", 0.7, False, normalize=False)),
-    Row(
-        "task_arithmetic",
-        {"scale": 0.3},
-        generalized("task_arithmetic", 0.3),
-        ("task_arithmetic", {}),
-    ),
+    Row("task_arithmetic", {"scale": 0.3}, generalized("task_arithmetic", 0.3), ("task_arithmetic", {})),
     Row(
         "ties",
         {"density": 0.2, "combine": "sum", "scale": 0.3, "scope": "tensor"},
@@ -135,12 +132,7 @@ ROWS = [
     Row("slerp", {"t": 0.3}, ("slerp", {"parameters": {"t": 0.3}}), experts=1),
     Row("nuslerp", {}, generalized("nuslerp", base=False), experts=2),
     Row("nuslerp", {"task_vectors": True}, generalized("nuslerp"), experts=2),
-    Row(
-        "nuslerp",
-        {"nuslerp_flatten": False},
-        generalized("nuslerp", base=False, nuslerp_flatten=False),
-        experts=2,
-    ),
+    Row("nuslerp", {"nuslerp_flatten": False}, generalized("nuslerp", base=False, nuslerp_flatten=False), experts=2),
     Row("nearswap", {"t": 1e-4}, ("nearswap", {"parameters": {"t": 1e-4}}), experts=1),
     Row(
         "arcee_fusion",
@@ -198,10 +190,12 @@ def job(folder: Path, side: str, row: Row, call: Call) -> dict[str, Any]:
 
 
 class Side:
-    """The script of epmq or of a reference, which imports once and forks for each run."""
+    """The script of epmq or of a reference, which imports once and forks for each run. A run that takes longer than
+    `limit` seconds is ended."""
 
-    def __init__(self, name: str, python: Path | str) -> None:
+    def __init__(self, name: str, python: Path | str, limit: float) -> None:
         self.name = name
+        self.limit = limit
         self._command = [str(python), str(HERE / "references" / f"{name}_side.py"), "--jobs"]
         self._env = {**os.environ, "PYTHONPATH": str(HERE.parent)} if name == "epmq" else None
         self._server: subprocess.Popen[str] | None = None
@@ -211,13 +205,20 @@ class Side:
         if self._server is None:
             pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
             self._server = subprocess.Popen(
-                self._command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=self._env
+                self._command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=self._env, start_new_session=True
             )
         assert self._server.stdin is not None and self._server.stdout is not None
+        timer = threading.Timer(self.limit, os.killpg, (self._server.pid, signal.SIGKILL))
+        timer.start()
         self._server.stdin.write(json.dumps(one) + "\n")
         self._server.stdin.flush()
         answer = next((line for line in self._server.stdout if line.startswith("{")), None)
-        return json.loads(answer) if answer else {"error": "the process ended"}
+        ended_by_us = not timer.is_alive()
+        timer.cancel()
+        if answer:
+            return json.loads(answer)
+        self._server = None
+        return {"error": f"more than {self.limit:.0f} s" if ended_by_us else "the process ended"}
 
 
 def differences(one: Path, other: Path, base: Path) -> tuple[float, float]:
@@ -243,9 +244,11 @@ def compare(row: Row, sides: list[Side], folder: Path, repeats: int) -> str:
         call: Call | None = (row.merge, row.options) if side.name == "epmq" else getattr(row, side.name)
         if call is None:
             continue
-        results = [side.run(job(folder, side.name, row, call)) for _ in range(repeats)]
-        if "error" in results[0]:
-            notes.append(f"{side.name}: {results[0]['error']}")
+        results = list[dict[str, Any]]()
+        while len(results) < repeats and "error" not in (results or [{}])[-1]:
+            results.append(side.run(job(folder, side.name, row, call)))
+        if "error" in results[-1]:
+            notes.append(f"{side.name}: {results[-1]['error']}")
             continue
         seconds, peak = (statistics.median(result[key] for result in results) for key in ("seconds", "peak_bytes"))
         cells[side.name] = f"{seconds:.2f} s, {peak / 1e6:.0f} MB"
@@ -263,6 +266,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=600, help="seconds until a merge is ended, imports included")
     parser.add_argument("--out", type=Path, default=Path("runs/merges"))
     parser.add_argument("--mergekit-env", type=Path, default=Path(".venv-mergekit"))
     parser.add_argument("--fusion-bench-env", type=Path, default=Path(".venv-fusion-bench"))
@@ -276,7 +280,7 @@ def main() -> None:
     }
     threads = torch.get_num_threads()
     print(f"Differences: median / largest over tensors. Medians of {given.repeats} runs, {threads} threads.\n")
-    sides = [Side(name, python) for name, python in {"epmq": sys.executable, **pythons}.items()]
+    sides = [Side(name, python, given.limit) for name, python in {"epmq": sys.executable, **pythons}.items()]
     columns = ["merge", "options", *(f"difference to {name}" for name in pythons), "epmq", *pythons, "note"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in ROWS:
