@@ -1,0 +1,122 @@
+"""The step of `epmq run` that refines the calibrated model before it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.tune import holdout_split
+from epmq_cli.config import instantiate
+from epmq_cli.data.batching import Batches
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.calibration import Anchor, calibrate, summary
+from epmq_cli.pipeline.context import RunContext
+from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.refine.distill import Distill, own
+from epmq_cli.refine.training import Examples, Student, Training
+
+REMEDY = "or use refine=none"
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined model in place of the merge: the tensors that quantization approximates."""
+
+    source: MergeSource
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        """The refined tensor of this name."""
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What follows the refinement: `context` and `anchor` of the walk that quantizes, and entries of metrics.json."""
+
+    context: RunContext
+    anchor: Anchor
+    entries: Mapping[str, Any]
+
+
+def refine(
+    context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], merged: LazyMerge
+) -> Refinement:
+    """Calibrates the merged model without quantizing it, on four fifths of the samples, and trains the result. `model`
+    then holds the refined weights.
+
+    If training does not lower the loss on the last fifth, the model is the merged one again, and the refinement does
+    not change the run.
+    """
+    job, distill, progress = context.job, context.job.refine, context.progress.part("refine")
+    if not isinstance(distill, Distill):
+        return Refinement(context, merged, {})
+    entries: dict[str, Any] = {}
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+
+    def train() -> dict[str, Tensor]:
+        fitted, held = holdout_split(batches, "refine=distill needs", REMEDY)
+        examples = [_examples(distill, context, model, part, tasks, merged.source) for part in (fitted, held)]
+        copy_into(model, before)
+        dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
+        calibrated = calibrate(dense, model, fitted, tasks, merged)
+        start = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        student = Student(
+            model=model,
+            family=job.family,
+            names=distill.names(model, merged.source.names),
+            fitted=examples[0],
+            held=examples[1],
+            heads={task.name: own(task.head) for task in tasks},
+            weights={task.name: job.guidance.factor(task.name) for task in tasks},
+            micro=context.micro,
+            seed=job.seed,
+        )
+        trials, best = distill.train(Training(student, distill.settings(job.device)), progress.folder)
+        found = [{**asdict(trial), "best": trial.best} for trial in trials]
+        entries.update(refine={"trials": found, "refined": bool(best)}, guidance=summary(job, calibrated))
+        return start | best if best else {}
+
+    tensors = progress.tensors("tensors", job.device, train)
+    entries = progress.value("entries", lambda: entries)
+    if not tensors:
+        copy_into(model, before)
+        return Refinement(context, merged, {"refine": entries["refine"]})
+    copy_into(model, tensors)
+    guided = replace(context, job=replace(job, guidance=_asymmetric()))
+    return Refinement(guided, Refined(merged.source, merged.dtype, tensors), entries)
+
+
+def _examples(
+    distill: Distill,
+    context: RunContext,
+    model: nn.Module,
+    batches: Batches,
+    tasks: Sequence[ScoredTask],
+    source: MergeSource,
+) -> Examples:
+    """The batches of each task with the outputs of its expert. Overwrites the model's merged tensors."""
+    examples = {}
+    for task in tasks:
+        copy_into(model, source.model(task.name))
+        head, parts = own(task.head), batches[task.name]
+        examples[task.name] = distill.labelled(model, context.job.family, parts, head, context.micro)
+    return examples
+
+
+def _asymmetric() -> Guidance:
+    """`guidance=asymmetric`, which quantizes towards a model's own outputs."""
+    node = OmegaConf.load(instantiate.conf_dir() / "guidance" / "asymmetric.yaml")
+    assert isinstance(node, DictConfig)
+    guidance: Guidance = instantiate.build("guidance", node)
+    return guidance
