@@ -1,0 +1,180 @@
+"""Oracle: the same training written out with torch's optimizer on a whole model, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.merge.coefficients import shuffled
+from epmq_cli.refine.soft_labels import Outputs, SoftLabels
+from epmq_cli.refine.training import Example, Settings, Student, Training
+
+WIDTH, CLASSES, BATCH = 6, 4, 4
+TASKS = {"one": 3, "two": 2}  # batches
+WEIGHTS = {"one": 1.0, "two": 3.0}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(Block(), Block()).eval().requires_grad_(False)
+
+
+def logits(features: Tensor, head: Mapping[str, Tensor]) -> Tensor:
+    return features @ head["weight"].T
+
+
+FAMILY: Any = SimpleNamespace(
+    heads="own",
+    features=lambda model, batch: model(batch["x"]),
+    logits=lambda model, features, head: logits(features, head),
+    blocks=lambda model: [SimpleNamespace(module=module) for module in model],
+)
+
+
+def heads() -> dict[str, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    return {task: {"weight": torch.randn(CLASSES, WIDTH, generator=generator)} for task in TASKS}
+
+
+def examples(seed: int) -> dict[str, list[Example]]:
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for number, (task, batches) in enumerate(TASKS.items()):
+        expert, head, found[task] = network(number + 1), heads()[task], []
+        for _ in range(batches):
+            x = torch.randn(BATCH, WIDTH, generator=generator)
+            features = expert(x)
+            found[task].append(Example({"x": x}, SoftLabels.of(Outputs(logits(features, head), features), 2.0, None)))
+    return found
+
+
+def student(samples: int = BATCH) -> Student:
+    model = network(0)
+    micro = MicroBatcher(samples, "training", "")
+    names = [name for name, _ in model.named_parameters()]
+    return Student(model, FAMILY, names, examples(1), examples(2), heads(), WEIGHTS, micro, seed=3)
+
+
+def settings(**options: Any) -> Settings:
+    own: dict[str, Any] = {
+        "temperature": 2.0,
+        "features": 0.5,
+        "anchor": 0.0,
+        "epochs": 4,
+        "warmup": 0.25,
+        "dtype": torch.float32,
+        "checkpointing": False,
+        "moments": None,
+    }
+    return Settings(**{**own, **options})
+
+
+def losses_of(model: nn.Module, data: Mapping[str, list[Example]], task: str, index: int) -> Tensor:
+    """The mean loss of a batch, from the definitions."""
+    example, head = data[task][index], heads()[task]
+    fitted = torch.cat([part.labels.features for part in examples(1)[task]])  # type: ignore[misc]
+    spread = (fitted - fitted.mean(0)).square().sum(1).mean()
+    features = model(example.batch["x"])
+    p, log_q = example.labels.kept.exp(), (logits(features, head) / 2).log_softmax(-1)
+    divergence = 4 * (p * (p.log() - log_q)).sum(-1).mean()
+    return divergence + 0.5 * (features - example.labels.features).square().sum(1).mean() / spread
+
+
+def held(model: nn.Module) -> float:
+    with torch.no_grad():
+        total = sum(
+            WEIGHTS[task] * sum(float(losses_of(model, examples(2), task, i)) for i in range(count)) / count
+            for task, count in TASKS.items()
+        )
+    return total / sum(WEIGHTS.values())
+
+
+def trained(anchor: float) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """The held-out losses and the weights, before the first epoch and after each."""
+    model, data, steps = network(0).requires_grad_(True), examples(1), max(TASKS.values())
+    start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    adam, total, rising = torch.optim.AdamW(model.parameters(), weight_decay=0.0), 4 * steps, 3
+    found, states = [held(model)], [start]
+    for step in range(total):
+        adam.zero_grad()
+        for task, count in TASKS.items():
+            index = shuffled(count, 3, task, step // count)[step % count]
+            (WEIGHTS[task] / 4 * losses_of(model, data, task, index)).backward()
+        distance = sum(
+            (tensor - start[name]).square().sum() / start[name].square().sum().clamp(min=1e-12)
+            for name, tensor in model.named_parameters()
+        )
+        (anchor * distance).backward()  # type: ignore[union-attr]
+        falling = (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
+        adam.param_groups[0]["lr"] = 0.02 * ((step + 1) / rising if step < rising else falling)
+        adam.step()
+        if step % steps == steps - 1:
+            found.append(held(model))
+            states.append({name: tensor.detach().clone() for name, tensor in model.named_parameters()})
+    return found, states
+
+
+@pytest.mark.parametrize(
+    ("samples", "options"),
+    [
+        (BATCH, {}),
+        (1, {"anchor": 0.01}),
+        (BATCH, {"checkpointing": True}),
+        (3, {"moments": torch.device("cpu")}),
+    ],
+)
+def test_the_steps_and_losses_are_those_of_adamw(samples: int, options: dict[str, Any]) -> None:
+    trial, best = Training(student(samples), settings(**options)).run(0.02)
+    found, states = trained(options.get("anchor", 0.0))
+    assert trial.losses == pytest.approx(found, rel=1e-4)
+    assert trial.best == min(range(len(found)), key=lambda epoch: found[epoch]) > 0
+    torch.testing.assert_close(best, states[trial.best], rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Training(student(), settings()).run(0.02)
+    path, save = tmp_path / "state.safetensors", Training._save
+
+    def interrupted(self: Training, *arguments: Any) -> None:
+        save(self, *arguments)
+        if len(arguments[1].losses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Training(student(), settings()).run(0.02, path)
+    monkeypatch.setattr(Training, "_save", save)
+    found = Training(student(), settings()).run(0.02, path)
+    assert found[0] == wanted[0]
+    for name, tensor in wanted[1].items():
+        assert torch.equal(found[1][name], tensor)
+
+
+def test_training_that_does_not_help_returns_the_start() -> None:
+    training = Training(student(), settings(epochs=2))
+    trial, best = training.run(1e3)
+    assert not trial.better
+    for name, tensor in network(0).named_parameters():
+        assert torch.equal(best[name], tensor)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    trial, _ = Training(student(), settings(dtype=torch.bfloat16)).run(0.02)
+    assert trial.losses == pytest.approx(trained(0.0)[0], rel=0.1)
+    assert trial.losses != pytest.approx(trained(0.0)[0], rel=1e-6)
