@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,15 +34,24 @@ def calibrate(merged: Tensor, vectors: TaskVectors, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SingularValueCalibration:
-    """The post-processor `svc`.
+    """The post-processor `svc`."""
 
-    `alpha`: the smallest coefficient that counts, in (0, 10]; a larger one shrinks more. None for 1 / experts; 1 is for
-    merges that count nothing twice, such as TSV-M. `tables`: whether matrices over the vocabulary stay as merged,
-    `keep`, or `merge`, as all other matrices.
-    """
+    summary: ClassVar[str] = (
+        "Singular value calibration: shrinks the directions that several task vectors share and that the merge counts "
+        "more than once (2026, https://arxiv.org/abs/2602.05536)."
+    )
 
-    alpha: Annotated[float | None, Number(0, 10, open_low=True, null=True)] = None
-    tables: Annotated[str, Choice(("keep", "merge"))] = "keep"
+    alpha: Annotated[
+        float | None,
+        Number(0, 10, open_low=True, null=True),
+        "the smallest coefficient that counts; a larger one shrinks more. null for 1 / experts; 1 is for merges that "
+        "count nothing twice, such as tsv_m",
+    ] = None
+    tables: Annotated[
+        str,
+        Choice(("keep", "merge")),
+        "keep leaves embeddings and output layers over the vocabulary as merged; or merge, as all other matrices",
+    ] = "keep"
 
     def fit(self, source: MergeSource) -> PostRule:
         """Returns the rule; reads no model."""
