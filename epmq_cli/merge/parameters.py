@@ -125,13 +125,15 @@ class Weight(PerExpert):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some names."""
+    """One of some names. `old`: names of earlier versions, which configs may still have."""
 
     options: tuple[str, ...]
+    old: tuple[str, ...] = ()
 
     def check(self, where: str, value: object) -> None:
         """ConfigError unless this parameter takes the value."""
-        check_choice(where, value, self.options)
+        if value not in self.old:
+            check_choice(where, value, self.options)
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.options)}"
