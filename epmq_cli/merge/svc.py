@@ -1,5 +1,5 @@
-"""Singular value calibration: shrinks the directions of a merge that several task vectors share and that it therefore
-counts more than once (2026, https://arxiv.org/abs/2602.05536, section 4, algorithm 1)."""
+"""Singular value calibration: rescales the directions of a merge by their shares in the task vectors, so that those of
+several task vectors count once (2026, https://arxiv.org/abs/2602.05536, section 4, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class SingularValueCalibration:
     """The post-processor `svc`."""
 
     summary: ClassVar[str] = (
-        "Singular value calibration: shrinks the directions that several task vectors share and that the merge counts "
-        "more than once (2026, https://arxiv.org/abs/2602.05536)."
+        "Singular value calibration: rescales the directions of the merge by their shares in the task vectors, so that "
+        "shared ones count once (2026, https://arxiv.org/abs/2602.05536)."
     )
 
     alpha: Annotated[
         float | None,
         Number(0, 10, open_low=True, null=True),
-        "the smallest coefficient that counts; a larger one shrinks more. null for 1 / experts; 1 is for merges that "
-        "count nothing twice, such as tsv_m",
+        "the smallest share that counts; directions grow at most by 1 / alpha. null for 1 / experts, with which small "
+        "scales, such as 0.3, are undone; 1 only shrinks, for merges that count nothing twice, such as tsv_m",
     ] = None
     tables: Annotated[
         str,
