@@ -90,6 +90,9 @@ class PostRule:
 class PostProcessor(Protocol):
     """A post-processor of merged tensors; see `post.py`."""
 
+    summary: ClassVar[str]
+    """What it does, with its source, for `epmq list merge.post`."""
+
     def fit(self, source: MergeSource) -> PostRule:
         """The rule that changes the merged tensors."""
 
