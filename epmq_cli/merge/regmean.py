@@ -101,7 +101,7 @@ class RegMean(Parameters):
     needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
 
     alpha: Annotated[float, Number(0, 1)]
-    fallback: bool
+    fallback: bool = False
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Measures all experts once for each part of the linears whose moments fit into memory, and twice with

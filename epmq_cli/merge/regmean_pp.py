@@ -25,7 +25,7 @@ class RegMeanPP(Parameters):
     needs: ClassVar[frozenset[Need]] = frozenset({"batches"})
 
     alpha: Annotated[float, Number(0, 1)]
-    fallback: bool
+    fallback: bool = False
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
         """Runs each block once for each expert, or twice with `fallback`, and once merged, more often if its moments

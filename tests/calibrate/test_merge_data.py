@@ -193,7 +193,7 @@ def test_smaller_micro_batches_give_the_same_bytes(subset: Subset, bert_hub: Pat
     assert all(torch.equal(found[name], again[name]) for name in names)
 
 
-@pytest.mark.parametrize("kind", only(("bert", "t5"), ["clip", "bert", "deberta", "t5", "llama"]))
+@pytest.mark.parametrize("kind", only(("bert",), ["clip", "bert", "deberta", "t5", "llama"]))
 def test_every_fifth_sample_is_held_out_of_the_moments(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
