@@ -142,7 +142,7 @@ ROWS = [
         note="Divergences in float64; mergekit's float32 ones are as small as its rounding, and may be negative.",
     ),
     Row("geometric_median"),
-    Row("tsv_m", {"tables": "svd"}, None, ("tsv_m", {})),
+    Row("tsv_m", ALL, None, ("tsv_m", {})),
     Row("iso_c", ALL, None, ("iso_c", {})),
     Row("iso_cts", ALL, None, ("iso_cts", {})),
     Row("wudi", ALL, None, ("wudi", {})),

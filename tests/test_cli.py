@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -16,8 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import __version__, cli, commands
 from epmq_cli.commands.describe import facts
+from epmq_cli.commands.describe import page as page_of
 from epmq_cli.commands.list import HEADINGS
 from epmq_cli.config.instantiate import build, conf_dir
+from epmq_cli.errors import ConfigError
+from epmq_cli.merge.post import POSTS
 from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
@@ -88,9 +92,9 @@ def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
     merges = [line.split() for line in result.stdout.splitlines() if line.startswith("merge=")]
     gallery = epmq("list", "merge").stdout.splitlines()
     assert sorted(line.split() for line in gallery if line.startswith("merge=")) == merges
-    assert [line for line in gallery if not line.startswith("merge=")] == [
-        line for need in HEADINGS for line in ("", f"needs {need}")
-    ]
+    others = [line for line in gallery if not line.startswith("merge=")]
+    assert others[:-4] == [line for need in HEADINGS for line in ("", f"needs {need}")]
+    assert [line.split()[0] for line in others[-2:]] == ["merge.post", "merge.space"]
 
 
 NEEDS = {
@@ -110,16 +114,53 @@ def test_every_merge_method_states_its_facts(path: Path) -> None:
 
 
 def test_the_page_of_an_option_has_its_facts_its_parameters_and_its_command(epmq: Run) -> None:
-    page = epmq("list", "merge=dare_ties").stdout
-    assert "\nformula   θ₀ + scale Σ of those dropped" in page
-    assert "\n  density  0.5      a number in (0, 1], per tensor and expert\n" in page
-    assert page.endswith("\nexample   epmq run merge=dare_ties\n")
+    shown = epmq("list", "merge=dare_ties").stdout
+    assert "\nformula   θ₀ + scale Σ of those dropped" in shown
+    assert "\n  density  0.5      a number in (0, 1], per tensor and expert\n" in shown
+    assert shown.endswith("\nexample   epmq run merge=dare_ties\n")
     assert "damping     0.001" in epmq("list", "quant=gptq").stdout
     wrong = epmq("list", "merge=dare_tise")
     assert (wrong.returncode, wrong.stderr) == (
         1,
         "epmq: merge has no option 'dare_tise'; did you mean dare_ties?\n",
     )
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "merge").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_page_of_a_merge_shows_the_parameters_that_it_takes_beside_its_file(path: Path) -> None:
+    """Oracle: what the method accepts."""
+    shown = page_of("merge", path.stem, path)
+    if path.stem in ("mergekit", "slices"):
+        assert "\n  post " not in shown
+        return
+    assert re.search(r"\n  post +\[\] +a list of lines, svc\n", shown)
+    node = OmegaConf.load(path)
+    node.update({name: True for name in ("normalize", "task_vectors") if name in node} | {"space": "core"})
+    node.update({name: value for name, value in {"path": "x", "seed": 0}.items() if name in node.keys()})  # noqa: SIM118  missing values
+    try:
+        build("merge", node)
+    except ConfigError as error:
+        assert "choose merge.space=full" in str(error)
+        assert "\n  space " not in shown
+    else:
+        assert re.search(r"\n  space +full +one of full, core\n", shown)
+    assert ("; it needs task_vectors=true" in re.sub(r"\s+", " ", shown)) == (path.stem in ("multislerp", "nuslerp"))
+
+
+def test_list_shows_the_post_processors_of_merges(epmq: Run) -> None:
+    """Oracle: the defaults of their classes."""
+    shown = epmq("list", "merge.post").stdout
+    for name, kind in POSTS.items():
+        own = epmq("list", f"merge.post={name}").stdout
+        assert own.startswith(f"merge.post=[{name}]\n")
+        assert own.endswith(f"\nexample   epmq run merge=ties merge.post=[{name}]\n")
+        assert "https://" in kind.summary
+        for field in dataclasses.fields(kind):
+            default = "null" if field.default is None else field.default
+            assert all(re.search(rf"\n  {field.name} +{default} ", text) for text in (shown, own))
+        assert not any(f"\n{other} " in own for other in POSTS if other != name)
+    wrong = epmq("list", "merge.post=scv")
+    assert (wrong.returncode, wrong.stderr) == (1, "epmq: merge.post has no option 'scv'; did you mean svc?\n")
 
 
 def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, tmp_path: Path) -> None:

@@ -40,16 +40,28 @@ class InputSums(Generic[Part]):
         self._masks = masks
         self._products, self._tokens = {name: Products(distributed) for name in masks}, dict.fromkeys(masks, 0)
 
-    def add(self, model: nn.Module, forward: Callable[[Part], object], parts: Sequence[Part]) -> None:
-        """Adds the inputs from the forward passes of the parts of a batch."""
+    def add(
+        self,
+        model: nn.Module,
+        forward: Callable[[Part], object],
+        parts: Sequence[Part],
+        chosen: Tensor | None = None,
+    ) -> None:
+        """Adds the inputs from the forward passes of the parts of a batch. `chosen`: which samples (samples,) of the
+        batch are in the sums; None for all."""
         rows: dict[str, list[Tensor]] = {name: [] for name in self._masks}
+        seen = dict.fromkeys(self._masks, 0)  # samples
 
         def take(name: str, inputs: Tensor) -> None:
             mask = self._masks[name](parts[len(rows[name])]) if inputs.ndim > 2 else None
             own = real_tokens(inputs, mask)
+            self._tokens[name] += len(own)
+            if chosen is not None:
+                members = chosen[seen[name] : seen[name] + len(inputs)].to(inputs.device)
+                own = real_tokens(inputs[members], None if mask is None else mask[members])
+                seen[name] += len(inputs)
             rows[name].append(own if len(parts) == 1 else own.clone())  # a hidden state may be offloaded meanwhile
             if len(rows[name]) == len(parts):
-                self._tokens[name] += sum(map(len, rows[name]))
                 self._products[name].add_square(joined(rows.pop(name)))
 
         for part in parts:
@@ -57,7 +69,8 @@ class InputSums(Generic[Part]):
                 forward(part)
 
     def means(self) -> dict[str, Tensor]:
-        """E[x x'] (in, in) over the tokens of all processes, by linear; call it once."""
+        """The sums (in, in) over the tokens of all processes, by linear, divided by the number of all tokens, also of
+        samples that are not in the sums; call it once."""
         return {name: self._mean(name) for name in self._masks}
 
     def _mean(self, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.input_sums import InputSums, merged_groups
 from epmq_cli.calibrate.section_walk import SectionWalk
 from epmq_cli.data.batching import Batch, Batches, size, split
+from epmq_cli.data.held_out import Subset, members
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Mask
@@ -88,19 +89,22 @@ class ExpertMeasurements:
         """The merged linears in the family's steps; those in one group read the same inputs."""
         return [names for names, _ in self._inputs()]
 
-    def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
-        """E[x x'] of the inputs x of some linears in a task's expert, in float64, by name."""
+    def input_moments(self, task: str, linears: Sequence[str], subset: Subset = "all") -> dict[str, Tensor]:
+        """E[x x'] of the inputs x of some linears in a task's expert, in float64, by name. See `MergeData`."""
         model = self.expert(task)
         masks = {name: mask for names, mask in self._inputs() for name in names if name in linears}
         with torch.inference_mode(), batch_invariant(model):
-            moments: dict[str, Tensor] = self.micro.run(partial(self._moments, self.batches[task], masks))
+            measure = partial(self._moments, self.batches[task], masks, subset=subset)
+            moments: dict[str, Tensor] = self.micro.run(measure)
         return moments
 
-    def _moments(self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int) -> dict[str, Tensor]:
+    def _moments(
+        self, batches: Sequence[Batch], masks: Mapping[str, Mask], samples: int, subset: Subset = "all"
+    ) -> dict[str, Tensor]:
         """The moments over some batches, `samples` samples at a time. `masks`: of the real tokens, by linear."""
-        sums = InputSums(masks)
-        for batch in batches:
-            sums.add(self.model, partial(self.family.features, self.model), split(batch, samples))
+        sums, forward = InputSums(masks), partial(self.family.features, self.model)
+        for batch, chosen in zip(batches, members(subset, [size(batch) for batch in batches]), strict=True):
+            sums.add(self.model, forward, split(batch, samples), chosen)
         return sums.means()
 
     def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.activations.hidden_state import HiddenState, enter, handed
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.input_sums import InputSums, merged_groups
-from epmq_cli.data.batching import Batch, Batches
+from epmq_cli.data.batching import Batch, Batches, size
+from epmq_cli.data.held_out import Subset, members
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Section, Stack
 from epmq_cli.merge.method import MergeGroups
@@ -63,9 +64,9 @@ class SectionWalk:
         if steps:
             expert = copy.deepcopy(section.module)
 
-            def moments(task: str, linears: Sequence[str]) -> dict[str, Tensor]:
+            def moments(task: str, linears: Sequence[str], subset: Subset = "all") -> dict[str, Tensor]:
                 self._load(section, expert, task)
-                return self._moments(section, expert, task, {name: steps[name] for name in linears})
+                return self._moments(section, expert, task, {name: steps[name] for name in linears}, subset)
 
             merged = self.merge([group for group, _ in merged_groups(section, self.merged_names)], moments)
             copy_into(self.model, merged)
@@ -82,14 +83,14 @@ class SectionWalk:
         copy_into(expert, ((local, self.source.expert(task, name)) for local, name in own))
 
     def _moments(
-        self, section: Section, expert: nn.Module, task: str, steps: Mapping[str, Linears]
+        self, section: Section, expert: nn.Module, task: str, steps: Mapping[str, Linears], subset: Subset
     ) -> dict[str, Tensor]:
         """E[x x'] of the inputs of linears in an expert's section, by name. `steps`: of these linears."""
         local = {name: own for own, _ in expert.named_modules() if (name := section.name(own)) in steps}
         sums = InputSums({local[name]: partial(_mask, step.memory) for name, step in steps.items()})
-        streams = iter(self.streams[task])
-        for batch in self.parts[task]:
-            sums.add(expert, partial(_run, expert), [*islice(streams, len(batch))])
+        streams, batches = iter(self.streams[task]), self.parts[task]
+        for batch, chosen in zip(batches, members(subset, [sum(map(size, batch)) for batch in batches]), strict=True):
+            sums.add(expert, partial(_run, expert), [*islice(streams, len(batch))], chosen)
         means = sums.means()
         return {name: means[local[name]] for name in steps}
 

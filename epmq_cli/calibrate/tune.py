@@ -11,9 +11,9 @@ import torch
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.data.batching import Batch, size
+from epmq_cli.data.held_out import HOLD
 from epmq_cli.errors import DataError
 
-HOLD = 5  # every fifth sample is held out
 NEEDING, REMEDY = "auto options need", "or set lam, alpha, beta and rho to numbers"
 GRID: dict[str, tuple[float, ...]] = {
     "lam": (0.001, 0.1, 0.03, 0.01, 0.003, 0.0003, 0.0001),

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from textwrap import fill
+from typing import Any
+
+from epmq_cli.merge.parameters import Parameters, parameters_of, texts_of
 
 WIDTH = 120
 FACTS = ("formula", "needs", "memory", "experts")
 """The facts that a config may state in comments of its head, such as `# needs: calibration samples`."""
 FACT = re.compile(rf"^# ({'|'.join(FACTS)}): (.*)$")
+INTRODUCTION = """\
+Post-processors change the merged tensors of any method, in the order of the list. With options: \
+merge.post=[{name: svc, alpha: 0.1}]"""
+YAML: dict[Any, str] = {None: "null", (): "[]"}
+"""Defaults that YAML writes in another way than Python."""
 PER_TENSOR = """\
 per tensor: also a list of numbers over the layers, such as [0.2, 0.8], or rules by a part of the tensor's name, such as
 [{filter: mlp, value: 0.5}, {value: 1}]; per expert: also a mapping such as {TASK: 0.5}"""
+Row = tuple[str, str, str]
+"""A parameter's name, its default and its comment."""
 VALUE = re.compile(r"^(\w+): *([^#]*?) *(?:# *(.*))?$")
 
 
@@ -30,9 +41,12 @@ def page(group: str, option: str, path: Path) -> str:
     stated = facts(lines)
     if stated:
         parts.append("\n".join(_item(name, stated[name], 9) for name in FACTS if name in stated))
-    values = [match for line in lines if (match := VALUE.match(line)) and match[1] not in ("_target_", "defaults")]
+    matches = [match for line in lines if (match := VALUE.match(line)) and match[1] not in ("_target_", "defaults")]
+    values = [(match[1], match[2], match[3] or "") for match in matches]
+    kind = _method(group, lines)
+    ranges = _ranges(kind)
+    values += _shared(kind)
     if values:
-        ranges = _ranges(group, lines)
         parts.append("\n".join(["parameters", *_parameters(values, ranges)]))
         if any("per tensor" in takes for takes in ranges.values()):
             parts.append(PER_TENSOR)
@@ -43,11 +57,11 @@ def _item(name: str, text: str, width: int) -> str:
     return fill(text, WIDTH, initial_indent=f"{name:<{width}} ", subsequent_indent=" " * (width + 1))
 
 
-def _parameters(values: list[re.Match[str]], ranges: dict[str, str]) -> list[str]:
+def _parameters(values: list[Row], ranges: dict[str, str]) -> list[str]:
     """The lines of each parameter: its default and what it takes, then what it is."""
-    name_width, width = (max(len(match[part]) for match in values) for part in (1, 2))
+    name_width, width = (max(len(row[part]) for row in values) for part in (0, 1))
     lines = []
-    for name, default, comment in (match.groups() for match in values):
+    for name, default, comment in values:
         texts = [text for text in (ranges.get(name), comment) if text] or [""]
         for index, text in enumerate(texts):
             start = f"  {name if index == 0 else '':<{name_width}}  {default if index == 0 else '':<{width}}  "
@@ -55,13 +69,39 @@ def _parameters(values: list[re.Match[str]], ranges: dict[str, str]) -> list[str
     return lines
 
 
-def _ranges(group: str, lines: list[str]) -> dict[str, str]:
-    """What the parameters of a merge method take, by name."""
+def posts_page(option: str) -> str:
+    """The page of a post-processor of merges, or of all of them."""
+    from epmq_cli.merge.post import POSTS
+
+    parts = [f"merge.post=[{option}]" if option else "merge.post", fill(INTRODUCTION, WIDTH)]
+    for name in [option] if option else POSTS:
+        kind = POSTS[name]
+        rows = _rows(kind, texts_of(kind))
+        parts.append("\n".join([_item(name, kind.summary, 9), *_parameters(rows, _ranges(kind))]))
+    return "\n\n".join([*parts, f"example   epmq run merge=ties merge.post=[{option or 'svc'}]"])
+
+
+def _method(group: str, lines: list[str]) -> type:
+    """The class of a merge method; `object` for other options."""
     target = next((line.partition(":")[2].strip() for line in lines if line.startswith("_target_:")), "")
     if group != "merge" or not target:
-        return {}
+        return object
     import hydra
 
-    from epmq_cli.merge.parameters import parameters_of
+    return hydra.utils.get_class(target)
 
-    return {name: str(kind) for name, kind in parameters_of(hydra.utils.get_class(target)).items()}
+
+def _ranges(kind: type) -> dict[str, str]:
+    """What the parameters of a merge method or post-processor take, by name."""
+    return {name: str(takes) for name, takes in parameters_of(kind).items()}
+
+
+def _shared(kind: type) -> list[Row]:
+    """The parameters of a merge method that its file leaves out."""
+    return _rows(kind, kind.shared()) if issubclass(kind, Parameters) else []
+
+
+def _rows(kind: type, texts: dict[str, str]) -> list[Row]:
+    """The parameters with these texts, with their defaults as YAML has them."""
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
+    return [(name, YAML.get(defaults[name], str(defaults[name])), text) for name, text in texts.items()]

@@ -1,21 +1,25 @@
-"""`epmq list [GROUP | GROUP=OPTION]`: the options of each config group, one for each YAML in conf/."""
+"""`epmq list [GROUP | GROUP=OPTION]`: the options of each config group, one for each YAML in conf/, and the
+post-processors of merges as those of `merge.post`."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.table import Table
 
-from epmq_cli.commands.describe import facts, page
+from epmq_cli.commands.describe import facts, page, posts_page
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
+from epmq_cli.merge.parameters import Parameters, texts_of
 from epmq_cli.runtime.console import console
 
 HEADINGS = ("nothing but the models", "calibration samples", "calibration samples and gradients")
 """What options need, in the order of the gallery."""
+POST = "merge.post"
 
 
 def main(arguments: list[str]) -> None:
@@ -30,18 +34,30 @@ def main(arguments: list[str]) -> None:
             sys.exit(f"epmq: --config-dir {folder} is not a folder")
     groups = options(folders)
     group, _, option = (chosen.group or "").partition("=")
-    if group and group not in groups:
+    if group and group not in (*groups, POST):
         sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
-    if option and option not in groups[group]:
-        near = difflib.get_close_matches(option, groups[group], n=1)
+    names = _posts() if group == POST else groups.get(group, {})
+    if option and option not in names:
+        near = difflib.get_close_matches(option, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; see epmq list {group}"
         sys.exit(f"epmq: {group} has no option {option!r}{hint}")
-    if option:
+    if group == POST:
+        print(posts_page(option))
+    elif option:
         print(page(group, option, _file(folders, group, option)))
     elif group:
         show_gallery(group, groups[group], folders)
+        if group == "merge":
+            console.print("\nparameters of most methods, as their pages show", style="bold", highlight=False)
+            show_rows([(f"merge.{name}", text) for name, text in texts_of(Parameters).items()])
     else:
         show(groups)
+
+
+def _posts() -> Collection[str]:
+    from epmq_cli.merge.post import POSTS  # imports torch
+
+    return POSTS
 
 
 def _file(folders: list[Path], group: str, option: str) -> Path:
@@ -85,7 +101,11 @@ def summary(path: Path) -> str:
 
 def show(groups: dict[str, dict[str, str]]) -> None:
     """Prints a table as wide as the terminal; without a terminal one line for each option."""
-    rows = [(f"{group}={option}", text) for group, summaries in groups.items() for option, text in summaries.items()]
+    show_rows([(f"{group}={name}", text) for group, summaries in groups.items() for name, text in summaries.items()])
+
+
+def show_rows(rows: list[tuple[str, str]]) -> None:
+    """Prints a table of names and texts as `show` does."""
     if not console.is_terminal:
         for name, text in rows:
             print(f"{name:<32} {text}".rstrip(), flush=True)  # what is flushed stays unwritten for exit_on_error

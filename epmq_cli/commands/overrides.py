@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,8 +15,10 @@ from yaml import MarkedYAMLError
 from epmq_cli.commands.readable import parsed
 from epmq_cli.config.instantiate import conf_dir, groups_of, options_of
 from epmq_cli.errors import ConfigError, first_line, literal
+from epmq_cli.merge.parameters import Parameters
 
-OPTIONAL = re.compile(r"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.(post|space))=")
+SHARED = "|".join(field.name for field in dataclasses.fields(Parameters))
+OPTIONAL = re.compile(rf"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.({SHARED}))=")
 
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import count
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -78,6 +79,19 @@ def shuffled(count: int, seed: int, task: str, epoch: int) -> list[int]:
     return numbers
 
 
+def own_numbers(parts: Sequence[int]) -> list[int | None]:
+    """For the parts of the batches of all processes, in the order of one process: the number of each among this
+    process's parts, None for those of others. `parts`: of each of this process's batches. Processes take turns with
+    batches."""
+    everyone, number = distributed.all_gather(parts), count()
+    numbers: list[int | None] = []
+    for turn in range(max(map(len, everyone))):
+        for rank, counts in enumerate(everyone):
+            for _ in range(counts[turn] if turn < len(counts) else 0):
+                numbers.append(next(number) if rank == distributed.rank() else None)
+    return numbers
+
+
 @dataclass(frozen=True)
 class LearnedCoefficients(Parameters):
     """A base of methods that learn coefficients; they differ in the loss.
@@ -106,8 +120,9 @@ class LearnedCoefficients(Parameters):
         """The loss of each batch of each task."""
 
     def fit(self, source: MergeSource, data: MergeData | None) -> TensorRule:
-        """Learns the coefficients. Holds two sets of gradients, and the base and the task vectors up to the bytes of
-        `data.memory`; further ones are read in every step."""
+        """Learns the coefficients. Of several processes, each computes the gradients of its own batches; the steps are
+        those of one process, up to rounding. Holds two sets of gradients, and the base and the task vectors up to the
+        bytes of `data.memory`; further ones are read in every step."""
         assert data is not None
         vectors = self._vectors(source)
         learned = self._learned(source, data, TaskVectors(source, vectors, data.device, data.memory))
@@ -139,15 +154,18 @@ class LearnedCoefficients(Parameters):
         rows = len(source.names) if self.coefficients == "layer" else 1
         own = torch.full((rows, len(parts)), float(self.init), dtype=torch.float64)
         adam = torch.optim.Adam([own], lr=self.lr)
-        order = cache(lambda task, epoch: shuffled(len(parts[task]), self.seed, task, epoch))
+        numbers = {
+            task: own_numbers([len(split(batch, self.batch_size)) for batch in data.batches[task]]) for task in parts
+        }
+        order = cache(lambda task, epoch: shuffled(len(numbers[task]), self.seed, task, epoch))
         for step in track(range(self.steps), "learn the coefficients"):
             data.put(_merged(source, vectors, own))
             total: dict[str, Tensor] = {}
-            for task, group in parts.items():
-                index = order(task, step // len(group))[step % len(group)]
-                _add(total, data.gradients(task, group[index], losses[task][index]))
-            slopes = torch.stack([_slope(total, vectors, name) for name in source.names])
-            slopes = distributed.all_reduce(slopes) / distributed.world_size()
+            for task, group in numbers.items():
+                number = group[order(task, step // len(group))[step % len(group)]]
+                if number is not None:
+                    _add(total, data.gradients(task, parts[task][number], losses[task][number]))
+            slopes = distributed.all_reduce(torch.stack([_slope(total, vectors, name) for name in source.names]))
             own.grad = slopes if self.coefficients == "layer" else slopes.sum(0, keepdim=True)
             adam.step()
         return own.expand(len(source.names), -1)

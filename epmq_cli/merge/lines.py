@@ -49,14 +49,16 @@ class Lines(Parameters):
 
 @dataclass(frozen=True)
 class ScaledLayers:
-    """The post-processor `lines`: scales a merged task vector by the factor of its layer.
+    """The post-processor `lines`: scales a merged task vector by the factor of its layer. The defaults keep the last
+    layer as merged."""
 
-    `alpha`: the factor in the first layer. `beta`: what the last layer's factor is more than that. The defaults keep
-    the last layer as merged.
-    """
+    summary: ClassVar[str] = (
+        "LiNeS: scales the merged task vector by a factor that grows from the first to the last layer (2024, "
+        "https://arxiv.org/abs/2410.17146)."
+    )
 
-    alpha: Annotated[float, Number(0, 10)] = 0.5
-    beta: Annotated[float, Number(0, 10)] = 0.5
+    alpha: Annotated[float, Number(0, 10), "the first layer's factor"] = 0.5
+    beta: Annotated[float, Number(0, 10), "the last layer's factor minus alpha"] = 0.5
 
     def fit(self, source: MergeSource) -> PostRule:
         """Returns the rule; reads no model."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.data.batching import Batch
+from epmq_cli.data.held_out import Subset
 from epmq_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class PostRule:
 class PostProcessor(Protocol):
     """A post-processor of merged tensors; see `post.py`."""
 
+    summary: ClassVar[str]
+    """What it does, with its source, for `epmq list merge.post`."""
+
     def fit(self, source: MergeSource) -> PostRule:
         """The rule that changes the merged tensors."""
 
@@ -104,8 +108,14 @@ Loss = Callable[[Tensor, slice], Tensor]
 Group = tuple[str, ...]
 """The names of linears that read the same inputs."""
 
-InputMoments = Callable[[str, Sequence[str]], dict[str, Tensor]]
-"""E[x x'] of the inputs x of some linears on a task: (in, in) in float64, by name."""
+
+class InputMoments(Protocol):
+    """Returns moments of the inputs of some linears on a task."""
+
+    def __call__(self, task: str, linears: Sequence[str], subset: Subset = "all") -> dict[str, Tensor]:
+        """E[x x'] of the inputs x: (in, in) in float64, by name. For `fitted` and `held`, the part of it that is a sum
+        over these samples; both together are that of `all`."""
+
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Returns names and tensors, each time it is called."""
@@ -145,9 +155,8 @@ class MergeData(Protocol):
     def linear_groups(self) -> list[Group]:
         """The names of the merged linears; those in one group read the same inputs."""
 
-    def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
-        """E[x x'] of the inputs x of some linears in a task's expert, over the real tokens of all processes: (in, in)
-        in float64, by name."""
+    def input_moments(self, task: str, linears: Sequence[str], subset: Subset = "all") -> dict[str, Tensor]:
+        """`InputMoments` in a task's expert, over the real tokens of all processes."""
 
     def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
         """Gives the model the tensors of `start`, and then replaces its linears by what `merge` returns, section by

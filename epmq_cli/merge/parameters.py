@@ -2,14 +2,15 @@
 
     density: Annotated[Setting, PerTensor(0, 1, open_low=True)]
 
-`Parameters` checks the values, and `epmq list merge=NAME` prints what each parameter takes.
+`Parameters` checks the values, and `epmq list merge=NAME` prints what each parameter takes. A parameter that no YAML
+file explains has a text in its annotation too. The command line imports this module, so it does not import torch.
 """
 
 from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -124,13 +125,15 @@ class Weight(PerExpert):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some names."""
+    """One of some names. `old`: names of earlier versions, which configs may still have."""
 
     options: tuple[str, ...]
+    old: tuple[str, ...] = ()
 
     def check(self, where: str, value: object) -> None:
         """ConfigError unless this parameter takes the value."""
-        check_choice(where, value, self.options)
+        if value not in self.old:
+            check_choice(where, value, self.options)
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.options)}"
@@ -157,18 +160,25 @@ class Posts(Kind):
         post_processors(where, value)
 
     def __str__(self) -> str:
-        return "a list of post-processors"
+        from epmq_cli.merge.post import POSTS
+
+        return f"a list of {', '.join(POSTS)}"
 
 
 def parameters_of(method: type) -> dict[str, Kind]:
     """What each field of a method's class takes, for fields that declare it."""
-    hints = typing.get_type_hints(method, include_extras=True)
-    return {
-        name: kind
-        for name, hint in hints.items()
-        for kind in getattr(hint, "__metadata__", ())
-        if isinstance(kind, Kind)
-    }
+    return {name: item for name, item in _annotations(method) if isinstance(item, Kind)}
+
+
+def texts_of(method: type) -> dict[str, str]:
+    """The text of each field, for fields that have one."""
+    return {name: item for name, item in _annotations(method) if isinstance(item, str)}
+
+
+def _annotations(method: type) -> Iterator[tuple[str, object]]:
+    for name, hint in typing.get_type_hints(method, include_extras=True).items():
+        for item in getattr(hint, "__metadata__", ()):
+            yield name, item
 
 
 def check_parameters(where: str, method: object) -> None:
@@ -181,8 +191,7 @@ def check_parameters(where: str, method: object) -> None:
 class Parameters:
     """A base of merge methods, which checks their parameters and the number of experts.
 
-    `post`: the post-processors of the merged tensors, which every method has. `space`: where matrices are merged that
-    LoRA experts change, `full` or `core`; see `core_space.py`.
+    Its fields are parameters that the YAML files leave out; see `post.py` and `core_space.py`.
     """
 
     needs: ClassVar[frozenset[Any]]
@@ -194,13 +203,29 @@ class Parameters:
     """Whether the method merges the task vectors, whatever the base is, as `space=core` requires; or the name of the
     option with which it does."""
 
-    post: Annotated[Sequence[Any], Posts()] = ()
-    space: Annotated[str, Choice(("full", "core"))] = "full"
+    post: Annotated[
+        Sequence[Any], Posts(), "post-processors of the merged tensors, in their order; see epmq list merge.post"
+    ] = ()
+    space: Annotated[
+        str,
+        Choice(("full", "core")),
+        "core merges LoRA adapters in their common low-rank space, without dense task vectors",
+    ] = "full"
 
     def __post_init__(self) -> None:
         check_parameters("merge", self)
         if self.space == "core":
             self._check_core()
+
+    @classmethod
+    def shared(cls) -> dict[str, str]:
+        """The text of each parameter that the YAML file leaves out, for those that the method takes."""
+        texts = texts_of(Parameters)
+        if cls.needs or not cls.core:
+            del texts["space"]
+        elif isinstance(cls.core, str):
+            texts["space"] += f"; it needs {cls.core}=true"
+        return texts
 
     def _check_core(self) -> None:
         """ConfigError if the method cannot merge in the core space."""

@@ -1,5 +1,6 @@
 """Post-processors, which change the merged tensors of any method: `merge.post=[svc]` or
-`merge.post=[{name: svc, alpha: 0.1}]`, applied in the order given. A new one is a row of `POSTS`."""
+`merge.post=[{name: svc, alpha: 0.1}]`, applied in the order given. A new one is a row of `POSTS`;
+its class has a `summary`, and its fields have texts, for `epmq list merge.post`."""
 
 from __future__ import annotations
 

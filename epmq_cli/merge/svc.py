@@ -1,11 +1,11 @@
-"""Singular value calibration: shrinks the directions of a merge that several task vectors share and that it therefore
-counts more than once (2026, https://arxiv.org/abs/2602.05536, section 4, algorithm 1)."""
+"""Singular value calibration: rescales the directions of a merge by their shares in the task vectors, so that those of
+several task vectors count once (2026, https://arxiv.org/abs/2602.05536, section 4, algorithm 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,15 +34,24 @@ def calibrate(merged: Tensor, vectors: TaskVectors, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SingularValueCalibration:
-    """The post-processor `svc`.
+    """The post-processor `svc`."""
 
-    `alpha`: the smallest coefficient that counts, in (0, 10]; a larger one shrinks more. None for 1 / experts; 1 is for
-    merges that count nothing twice, such as TSV-M. `tables`: whether matrices over the vocabulary stay as merged,
-    `keep`, or `merge`, as all other matrices.
-    """
+    summary: ClassVar[str] = (
+        "Singular value calibration: rescales the directions of the merge by their shares in the task vectors, so that "
+        "shared ones count once (2026, https://arxiv.org/abs/2602.05536)."
+    )
 
-    alpha: Annotated[float | None, Number(0, 10, open_low=True, null=True)] = None
-    tables: Annotated[str, Choice(("keep", "merge"))] = "keep"
+    alpha: Annotated[
+        float | None,
+        Number(0, 10, open_low=True, null=True),
+        "the smallest share that counts; directions grow at most by 1 / alpha. null for 1 / experts, with which small "
+        "scales, such as 0.3, are undone; 1 only shrinks, for merges that count nothing twice, such as tsv_m",
+    ] = None
+    tables: Annotated[
+        str,
+        Choice(("keep", "merge")),
+        "keep leaves embeddings and output layers over the vocabulary as merged; or merge, as all other matrices",
+    ] = "keep"
 
     def fit(self, source: MergeSource) -> PostRule:
         """Returns the rule; reads no model."""

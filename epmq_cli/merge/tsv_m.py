@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.merge.matrices import TaskVectors
+from epmq_cli.merge.matrices import TABLES, TaskVectors
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting, TensorSetting
@@ -77,14 +77,14 @@ class TsvM(Parameters):
 
     `scale`: factor on the merged task vector, the paper's alpha. `fraction`: the part of each task vector's singular
     vectors that is kept, at most 1 / experts; None for 1 / experts, as in the paper. `tables`: the merge of matrices
-    over the vocabulary, the `mean` of their task vectors or `svd`.
+    over the vocabulary, the `mean` of their task vectors, or `merge` as all other matrices (formerly `svd`).
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     scale: Annotated[Setting, PerTensor(0, 10)]
     fraction: Annotated[float | None, Number(0, 1, open_low=True, null=True)]
-    tables: Annotated[str, Choice(("mean", "svd"))]
+    tables: Annotated[str, Choice(TABLES, old=("svd",))]
 
     def check(self, tasks: Sequence[str]) -> None:
         """ConfigError if the fractions of all experts sum to more than 1."""

@@ -105,7 +105,8 @@ class Training:
 
     def run(self, lr: float, path: Path | None = None) -> tuple[Trial, dict[str, Tensor]]:
         """Trains with a learning rate. Returns the trial and the best weights; the model has other ones afterwards."""
-        copies = {name: tensor.to(self.settings.moments or tensor.device, copy=True) for name, tensor in self.start.items()}
+        device = self.settings.moments
+        copies = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in self.start.items()}
         adam = torch.optim.AdamW(copies.values(), lr=lr, weight_decay=0.0, foreach=False)
         trial, best = Trial(lr), self.start
         if path is not None and path.is_file():

@@ -3,8 +3,9 @@ and inputs of linears from hooks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch.nn.functional import normalize
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements, expected_squares
 from epmq_cli.data.batching import Batch, split
+from epmq_cli.data.held_out import Subset
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.hubs import config
-from tests.helpers.minihub import build
+from tests.helpers.minihub import build, hub_of
+from tests.helpers.tiers import only
 
 TASK = "first"
 FEW = ("calib.samples=10", "calib.batch_size=4")
@@ -180,13 +183,31 @@ def test_input_moments_of_cross_attention_are_over_the_encoders_tokens(tmp_path:
     same(data.input_moments(TASK, names), wanted)
 
 
-def test_smaller_micro_batches_give_the_same_bytes(bert_hub: Path) -> None:
+@pytest.mark.parametrize("subset", get_args(Subset))
+def test_smaller_micro_batches_give_the_same_bytes(subset: Subset, bert_hub: Path) -> None:
     data = measurements(bert_hub)
     names = [group[0] for group in data.linear_groups()]
-    found = data.input_moments(TASK, names)
+    found = data.input_moments(TASK, names, subset)
     data.micro.samples = 1
-    again = data.input_moments(TASK, names)
+    again = data.input_moments(TASK, names, subset)
     assert all(torch.equal(found[name], again[name]) for name in names)
+
+
+@pytest.mark.parametrize("kind", only(("bert",), ["clip", "bert", "deberta", "t5", "llama"]))
+def test_every_fifth_sample_is_held_out_of_the_moments(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Oracle: the moments of these samples alone, as batches of their own."""
+    data = measurements(hub_of(kind, request, tmp_path / "hub"))
+    names = [group[0] for group in data.linear_groups()]
+    parts = {subset: data.input_moments(TASK, names, subset) for subset in get_args(Subset)}
+    same({name: parts["fitted"][name] + parts["held"][name] for name in names}, parts["all"])
+    every = samples(data)
+    held = replace(data, batches={TASK: every[4::5]}).input_moments(TASK, names)
+    others = replace(data, batches={TASK: [s for n, s in enumerate(every) if n % 5 < 4]}).input_moments(TASK, names)
+    for found, wanted in ((parts["held"], held), (parts["fitted"], others)):
+        share = {name: found[name].trace() / wanted[name].trace() for name in names}  # of the tokens
+        same(found, {name: share[name] * wanted[name] for name in names})
 
 
 def test_an_expert_stays_in_the_model_until_the_next_one(clip_hub: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.data.batching import Batch
+from epmq_cli.data.held_out import Subset, members
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.method import Loss, MergeGroups, MergeMethod, Weights
 from epmq_cli.merge.named_tensors import NamedTensors
@@ -23,6 +24,7 @@ from epmq_cli.models.model_folder import ModelFolder
 
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (5, 4), "scalar": ()}
 LINEARS = [("a",), ("b",)]
+SHARES = {"all": 1.0, "fitted": 0.8, "held": 0.2}
 FEW = {"adamerging": {"steps": 20}, "soft_merging": {"steps": 20}, "wudi": {"iterations": 20}}
 """Options of methods that take many small steps."""
 METHODS = sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml") if "???" not in path.read_text())
@@ -84,11 +86,12 @@ class RandomBatches(dict[str, list[Batch]]):
 
 @dataclass(frozen=True)
 class GivenData:
-    """Precomputed calibration data; tasks and linears without data get random ones. The model of its gradients is
-    b(a(x)) times the scalar, without `b.bias`."""
+    """Precomputed calibration data; tasks and linears without data get random ones. `inputs`: those of linears, a
+    sample a row, in place of moments. The model of its gradients is b(a(x)) times the scalar, without `b.bias`."""
 
     fisher: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     memory: int = 1 << 30
     batches: Mapping[str, Sequence[Batch]] = field(default_factory=RandomBatches)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -115,10 +118,13 @@ class GivenData:
     def linear_groups(self) -> list[tuple[str, ...]]:
         return LINEARS
 
-    def input_moments(self, task: str, linears: Sequence[str]) -> dict[str, Tensor]:
+    def input_moments(self, task: str, linears: Sequence[str], subset: Subset = "all") -> dict[str, Tensor]:
         own = {name: SHAPES[f"{name}.weight"][1] for name in linears}
         random = tensors(sum(task.encode()), {name: (9, width) for name, width in own.items()})
-        return {name: self.moments.get(task, {}).get(name, (x.T @ x).double()) for name, x in random.items()}
+        rows = {name: self.inputs.get(task, {}).get(name, x).double() for name, x in random.items()}
+        chosen = {name: X if (some := members(subset, [len(X)])[0]) is None else X[some] for name, X in rows.items()}
+        given = {name: G * SHARES[subset] for name, G in self.moments.get(task, {}).items()}
+        return {name: given.get(name, X.T @ X / len(rows[name])) for name, X in chosen.items()}
 
     def merge_sections(self, start: Weights, merge: MergeGroups) -> dict[str, Tensor]:
         return {name: W for group in LINEARS for name, W in merge([group], self.input_moments).items()}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.adamerging import entropy
-from epmq_cli.merge.coefficients import agreeing, differences, shuffled
+from epmq_cli.merge.coefficients import agreeing, differences, own_numbers, shuffled
 from epmq_cli.merge.soft_merging import distance
+from epmq_cli.runtime import distributed
 from tests.helpers.merging import SHAPES, GivenData, RandomBatches, merged, method, tensors
 
 EXPERTS = [tensors(seed) for seed in (1, 2)]
@@ -113,6 +114,19 @@ def test_ties_vectors_sum_to_ties(tmp_path: Path) -> None:
         found = merged(tmp_path / f"x{density}", method("adamerging", **options), tensors(0), EXPERTS)
         wanted = merged(tmp_path / f"y{density}", method("ties", density=density), tensors(0), EXPERTS)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_share_the_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the parts of five batches in order, whose batches processes take in turn."""
+    parts = [2, 2, 2, 2, 1]
+    assert own_numbers(parts) == [*range(9)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "all_gather", lambda _: [parts[::2], parts[1::2]])
+    for rank, wanted in enumerate(
+        ([0, 1, None, None, 2, 3, None, None, 4], [None, None, 0, 1, None, None, 2, 3, None])
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        assert own_numbers(parts[rank::2]) == wanted
 
 
 def test_losses_of_a_few_logits() -> None:

@@ -45,6 +45,16 @@ def test_svc_of_equal_task_vectors_is_one_of_them() -> None:
     torch.testing.assert_close(calibrate(3 * vector, given([vector] * 3), 1 / 3), vector)
 
 
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_svc_enlarges_directions_by_1_over_alpha_at_most(alpha: float) -> None:
+    """Of orthogonal task vectors, a direction has the merge's scale in its own one and nothing in the others."""
+    vectors = list(torch.diag_embed(torch.eye(4, dtype=torch.float64)))
+    total = torch.stack(vectors).sum(0)
+    for scale in (0.1, 0.3, 1.0):
+        wanted = scale * total / max(alpha, (scale + 3 * alpha) / 4)
+        torch.testing.assert_close(calibrate(scale * total, given(vectors), alpha), wanted)
+
+
 def test_svc_of_zero_task_vectors_is_finite() -> None:
     zero = torch.zeros(8, 6, dtype=torch.float64)
     assert torch.equal(calibrate(zero, given([zero, zero]), 0.5), zero)

@@ -81,7 +81,7 @@ def test_other_tensors_and_matrices_too_small_for_all_experts_are_averaged(tmp_p
     torch.testing.assert_close(found["w"], base["w"] + 2 * reference(vectors, 2).float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tables", ["mean", "svd"])
+@pytest.mark.parametrize("tables", ["mean", "merge", "svd"])
 def test_tables_over_the_vocabulary_are_decomposed_only_on_request(tables: str, tmp_path: Path) -> None:
     base, experts = tensors(0, SHAPES), [tensors(seed, SHAPES) for seed in (1, 2)]
     opened = source(tmp_path, base, experts, '{"vocab_size": 8}')
@@ -102,7 +102,7 @@ def test_fraction_is_the_kept_share_of_each_expert(tmp_path: Path) -> None:
     [
         ({"scale": -1}, r"merge.scale must be a number in \[0, 10\], got -1"),
         ({"fraction": 0}, r"merge.fraction must be a number in \(0, 1\], got 0"),
-        ({"tables": "drop"}, "merge.tables must be one of mean, svd, got 'drop'"),
+        ({"tables": "drop"}, "merge.tables must be one of mean, merge, got 'drop'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
