@@ -14,7 +14,6 @@ from epmq_cli.data.batching import Batch, size
 from epmq_cli.data.held_out import HOLD
 from epmq_cli.errors import DataError
 
-NEEDING, REMEDY = "auto options need", "or set lam, alpha, beta and rho to numbers"
 GRID: dict[str, tuple[float, ...]] = {
     "lam": (0.001, 0.1, 0.03, 0.01, 0.003, 0.0003, 0.0001),
     "beta": (1.0, 0.5, 0.0),
@@ -56,18 +55,15 @@ def _with(guidance: Guidance, values: Mapping[str, Any]) -> Guidance:
     return replace(guidance, **values)
 
 
-def holdout_split(
-    batches: Mapping[str, Sequence[Batch]], needing: str = NEEDING, remedy: str = REMEDY
-) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
-    """Holds out every fifth sample of each task. DataError if a task has too few samples; `needing` and `remedy` say
-    what needs them, and what to do otherwise."""
+def holdout_split(batches: Mapping[str, Sequence[Batch]]) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
+    """Holds out every fifth sample of each task. Raises DataError if a task has too few samples."""
     parts = ({}, {})  # type: tuple[dict[str, list[Batch]], dict[str, list[Batch]]]
     for task, group in batches.items():
         count = sum(map(size, group))
         if count < 2 * HOLD:
             raise DataError(
-                f"task {task} has {count} calibration samples, but {needing} {2 * HOLD}, because one in {HOLD} is held "
-                f"out; raise calib.samples, {remedy}"
+                f"task {task} has {count} calibration samples, but auto options need {2 * HOLD}, because one in {HOLD} "
+                f"is held out; raise calib.samples, or set lam, alpha, beta and rho to numbers"
             )
         fitted, held = zip(*_split_batches(group), strict=True)
         parts[0][task], parts[1][task] = [b for b in fitted if size(b)], [b for b in held if size(b)]

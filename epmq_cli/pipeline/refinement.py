@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.tune import holdout_split
 from epmq_cli.config import instantiate
-from epmq_cli.data.batching import Batches
+from epmq_cli.data.batching import Batches, size
+from epmq_cli.data.held_out import check_enough, split_held_out
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
@@ -23,8 +23,6 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
 from epmq_cli.refine.training import Examples, Student, Training
-
-REMEDY = "or use refine=none"
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,19 @@ def refine(
     job, distill, progress = context.job, context.job.refine, context.progress.part("refine")
     if not isinstance(distill, Distill):
         return Refinement(context, merged, {})
+    for task, group in batches.items():
+        check_enough(task, group, "refine=distill")
     entries: dict[str, Any] = {}
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
 
     def train() -> dict[str, Tensor]:
-        fitted, held = holdout_split(batches, "refine=distill needs", REMEDY)
+        parts = {task: split_held_out(group) for task, group in batches.items()}
+        fitted, held = ({task: pair[index] for task, pair in parts.items()} for index in (0, 1))
         examples = [_examples(distill, context, model, part, tasks, merged.source) for part in (fitted, held)]
         copy_into(model, before)
         dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
-        calibrated = calibrate(dense, model, fitted, tasks, merged)
+        full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
+        calibrated = calibrate(dense, model, full, tasks, merged)
         start = {name: tensor.clone() for name, tensor in model.named_parameters()}
         student = Student(
             model=model,

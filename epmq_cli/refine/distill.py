@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.data.batching import Batch, split
+from epmq_cli.data.batching import Batch, size, split
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
@@ -90,12 +90,13 @@ class Distill:
 
     def labelled(
         self, model: nn.Module, family: Family, batches: Sequence[Batch], head: Head, micro: MicroBatcher
-    ) -> list[Example]:
+    ) -> list[list[Example]]:
         """The batches of a task in parts of `batch_size` samples, with the outputs of its expert, `model`."""
-        parts = [own(part) for batch in batches for part in split(batch, self.batch_size)]
-        return [Example(part, micro.run(partial(self._labels, model, family, part, head))) for part in parts]
+        label = partial(self._labels, model, family, head)
+        parts = [[own(part) for part in split(batch, self.batch_size) if size(part)] for batch in batches]
+        return [[Example(part, micro.run(partial(label, part))) for part in group] for group in parts]
 
-    def _labels(self, model: nn.Module, family: Family, batch: Batch, head: Head, samples: int) -> SoftLabels:
+    def _labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
         top = self.top if family.heads == "none" else None
         with torch.no_grad():
             found = [

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from epmq_cli.calibrate.merge_data import trained
 from epmq_cli.calibrate.progress_file import opened, write_tensors
+from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.data.batching import Batch, size, split
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
-from epmq_cli.merge.coefficients import shuffled
 from epmq_cli.models.weights import copy_into
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.runtime import distributed
@@ -35,8 +35,8 @@ class Example:
     labels: SoftLabels
 
 
-Examples = Mapping[str, Sequence[Example]]
-"""By task; with several processes, those of this one."""
+Examples = Mapping[str, Sequence[Sequence[Example]]]
+"""By task, the parts of each batch; with several processes, those of this one."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class Trial:
 class Training:
     """Trains the student from its present weights.
 
-    The state after each epoch goes to `path`, if there is one, and a later process continues from it to the same
-    weights.
+    A step uses one part of a batch of each task. Of several processes, the one that has it computes the gradients, so
+    the steps are those of one process, up to rounding. The state after each epoch goes to `path`, if there is one, and
+    a later process continues from it to the same weights.
     """
 
     def __init__(self, student: Student, settings: Settings) -> None:
@@ -100,8 +101,10 @@ class Training:
         own = dict(student.model.named_parameters())
         self.own = {name: own[name] for name in student.names}
         self.start = {name: parameter.detach().clone() for name, parameter in self.own.items()}
-        self.spreads = {task: self._spread(student.fitted[task]) for task in student.fitted}
-        self.steps = max(distributed.all_gather(max(map(len, student.fitted.values()))))
+        self.fitted = {task: [part for batch in group for part in batch] for task, group in student.fitted.items()}
+        self.numbers = {task: own_numbers([*map(len, group)]) for task, group in student.fitted.items()}
+        self.spreads = {task: spread(parts) for task, parts in self.fitted.items()}
+        self.steps = max(map(len, self.numbers.values()))
 
     def run(self, lr: float, path: Path | None = None) -> tuple[Trial, dict[str, Tensor]]:
         """Trains with a learning rate. Returns the trial and the best weights; the model has other ones afterwards."""
@@ -131,7 +134,7 @@ class Training:
         with torch.no_grad():
             for task, examples in self.student.held.items():
                 sums = torch.zeros(2, dtype=torch.float64)
-                for example in examples:
+                for example in (part for batch in examples for part in batch):
                     sums += torch.tensor(self.student.micro.run(partial(self._held_out, task, example)))
                 found, rows = distributed.all_reduce(sums)
                 total += self.student.weights[task] * float(found) / float(rows)
@@ -145,26 +148,27 @@ class Training:
     def _step(self, step: int, lr: float, copies: Mapping[str, Tensor], adam: torch.optim.AdamW) -> None:
         """One step of AdamW on a batch of each task."""
         total: dict[str, Tensor] = {}
-        for task, examples in self.student.fitted.items():
-            order = shuffled(len(examples), self.student.seed, task, step // len(examples))
-            example = examples[order[step % len(examples)]]
-            weight = self.student.weights[task] / sum(self.student.weights.values())
+        for task, numbers in self.numbers.items():
+            order = shuffled(len(numbers), self.student.seed, task, step // len(numbers))
+            number = numbers[order[step % len(numbers)]]
+            if number is None:
+                continue
+            example, weight = self.fitted[task][number], self.student.weights[task] / sum(self.student.weights.values())
             with trained(self.own.values()), self._checkpointed():
                 found = self.student.micro.run(partial(self._gradients, task, example), count=size(example.batch))
             for name, gradient in found.items():
                 total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)
         for name, copy in copies.items():
-            copy.grad = self._averaged(name, total.pop(name, None)).to(copy.device)
+            copy.grad = self._summed(name, total.pop(name, None)).to(copy.device)
         for group in adam.param_groups:
             group["lr"] = lr * self._schedule(step)
         adam.step()
         self._put(copies)
 
-    def _averaged(self, name: str, gradient: Tensor | None) -> Tensor:
-        """The gradient of a tensor over all processes, with the anchor's."""
+    def _summed(self, name: str, gradient: Tensor | None) -> Tensor:
+        """The sum of the gradients of all processes for a tensor, with the anchor's."""
         own = self.own[name].detach()
-        found = own.new_zeros(own.shape) if gradient is None else gradient
-        found = distributed.all_reduce(found) / distributed.world_size()
+        found = distributed.all_reduce(own.new_zeros(own.shape) if gradient is None else gradient)
         if self.settings.anchor:
             start = self.start[name]
             found += 2 * self.settings.anchor / start.square().sum().clamp(min=1e-12) * (own - start)
@@ -194,16 +198,6 @@ class Training:
                 error = labels.squared_error(found.features.float()).sum()
                 loss = loss + settings.features / self.spreads[task] * error
             yield loss, len(logits)
-
-    def _spread(self, examples: Sequence[Example]) -> float:
-        """The variance of the expert's features, summed over their width; 0 without features."""
-        rows = [example.labels.features for example in examples if example.labels.features is not None]
-        if not rows:
-            return 0.0
-        every = torch.cat(rows).double()
-        count, sums = distributed.all_reduce(torch.tensor(float(len(every)))), distributed.all_reduce(every.sum(0))
-        squares = distributed.all_reduce(every.square().sum())
-        return max(0.0, float((squares - sums.square().sum() / count) / count))
 
     def _schedule(self, step: int) -> float:
         """The factor on the learning rate: it rises linearly, then falls by a cosine."""
@@ -252,3 +246,16 @@ class Training:
                 adam.state[copy] = {"step": torch.tensor(float(header["step"])), **parts}
             best = {name: file.get_tensor(f"best.{name}").to(copy) for name, copy in copies.items()}
             return Trial(**header["trial"]), best
+
+
+def spread(examples: Sequence[Example]) -> float:
+    """The variance of an expert's features over the samples of all processes, summed over their width; 0 without
+    features."""
+    rows = [example.labels.features.double() for example in examples if example.labels.features is not None]
+    own = [(float(len(part)), part.sum(0), float(part.square().sum())) for part in rows]
+    every = [part for parts in distributed.all_gather(own) for part in parts]
+    if not every:
+        return 0.0
+    count, squares = sum(part[0] for part in every), sum(part[2] for part in every)
+    total = torch.stack([part[1].cpu() for part in every]).sum(0)
+    return max(0.0, (squares - float(total.square().sum()) / count) / count)

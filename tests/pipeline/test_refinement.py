@@ -72,8 +72,8 @@ def test_norms_alone(bert_hub: Path, tmp_path: Path) -> None:
 
 
 def test_it_needs_samples_memory_and_equal_layers(bert_hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 8 calibration samples, but refine=distill needs 10"):
-        run_in(tmp_path / "few", bert_hub, *OPTIONS, "calib.samples=8")
+    with pytest.raises(DataError, match=r"has 4 calibration samples, but refine=distill needs 5"):
+        run_in(tmp_path / "few", bert_hub, *OPTIONS, "calib.samples=4")
     with pytest.raises(ConfigError, match=r"got calib.student=disk; use calib.student=memory"):
         make_job(config(bert_hub, *OPTIONS, "calib.student=disk"))
     slices = "merge.slices=[{expert: first, layers: [0, 1]}]"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.data.batch_order import shuffled
 from epmq_cli.data.microbatch import MicroBatcher
-from epmq_cli.merge.coefficients import shuffled
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels
 from epmq_cli.refine.training import Example, Settings, Student, Training
 
@@ -53,14 +53,16 @@ def heads() -> dict[str, dict[str, Tensor]]:
     return {task: {"weight": torch.randn(CLASSES, WIDTH, generator=generator)} for task in TASKS}
 
 
-def examples(seed: int) -> dict[str, list[Example]]:
+def examples(seed: int) -> dict[str, list[list[Example]]]:
+    """The examples of each batch: here one."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for number, (task, batches) in enumerate(TASKS.items()):
         expert, head, found[task] = network(number + 1), heads()[task], []
         for _ in range(batches):
             x = torch.randn(BATCH, WIDTH, generator=generator)
             features = expert(x)
-            found[task].append(Example({"x": x}, SoftLabels.of(Outputs(logits(features, head), features), 2.0, None)))
+            labels = SoftLabels.of(Outputs(logits(features, head), features), 2.0, None)
+            found[task].append([Example({"x": x}, labels)])
     return found
 
 
@@ -85,10 +87,10 @@ def settings(**options: Any) -> Settings:
     return Settings(**{**own, **options})
 
 
-def losses_of(model: nn.Module, data: Mapping[str, list[Example]], task: str, index: int) -> Tensor:
+def losses_of(model: nn.Module, data: Mapping[str, list[list[Example]]], task: str, index: int) -> Tensor:
     """The mean loss of a batch, from the definitions."""
-    example, head = data[task][index], heads()[task]
-    fitted = torch.cat([part.labels.features for part in examples(1)[task]])  # type: ignore[misc]
+    [example], head = data[task][index], heads()[task]
+    fitted = torch.cat([part.labels.features for [part] in examples(1)[task]])  # type: ignore[misc]
     spread = (fitted - fitted.mean(0)).square().sum(1).mean()
     features = model(example.batch["x"])
     p, log_q = example.labels.kept.exp(), (logits(features, head) / 2).log_softmax(-1)
