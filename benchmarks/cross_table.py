@@ -13,7 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import correlation, mean, pstdev
 from typing import Any
 
 from epmq_cli.config.instantiate import conf_dir
@@ -38,7 +40,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         command += ["--config-dir", str(arguments.config_dir)]
     axes = {"merge": arguments.merge or methods(), "quant": arguments.quant, "guidance": arguments.guidance}
     command += [f"{name}={','.join(values)}" for name, values in axes.items()]
-    command += ["eval.stages=[merged,quantized]", f"out={arguments.out}", *arguments.options]
+    command += ["eval.stages=[quantized]", f"out={arguments.out}", *arguments.options]
     return subprocess.run(command, check=False).returncode
 
 
@@ -67,6 +69,26 @@ def table(scores: dict[tuple[str, str, str], float | None]) -> str:
     return "\n".join(rows)
 
 
+def summary(scores: dict[tuple[str, str, str], float | None]) -> list[str]:
+    """For each column the range, and how it goes with the merges themselves; merges without all scores are left out."""
+    columns = sorted({key[1:] for key in scores})
+    whole = sorted({key[0] for key in scores if all(scores.get((key[0], *column)) is not None for column in columns)})
+    lines = []
+    for quant, guidance in columns:
+        own, start = ([float(scores[merge, quant, name] or 0) for merge in whole] for name in (guidance, "merged"))
+        line = f"{QUANT[quant]}, {guidance}: {min(own):.1f} to {max(own):.1f}, standard deviation {pstdev(own):.2f}"
+        if guidance != "merged":
+            gain = mean(after - before for after, before in zip(own, start, strict=True))
+            line += f", {gain:+.1f} over the merge, correlation with it {correlation(start, own):.2f}"
+        if quant != "none":
+            lost = [
+                float(scores[merge, "none", guidance] or 0) - score for merge, score in zip(whole, own, strict=True)
+            ]
+            line += f", {mean(lost):.2f} below dense"
+        lines.append(line)
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run the sweep first; runs that are done are kept")
@@ -82,6 +104,8 @@ def main() -> int:
     status = sweep(arguments) if arguments.run else 0
     scores = cells(arguments.out)
     print(table(scores))
+    if {(quant, guidance) for _, quant, guidance in scores} == set(product(QUANT, GUIDANCE)):
+        print("", *summary(scores), sep="\n")
     failed = [" ".join(key) for key, score in scores.items() if score is None]
     if failed:
         print(f"\nfailed: {'; '.join(failed)}")
