@@ -60,7 +60,9 @@ def table(scores: dict[tuple[str, str, str], float | None]) -> str:
     """The table in Markdown, sorted by the last column."""
     given = {key[1:] for key in scores}
     columns = [column for quant in QUANT for guidance in GUIDANCE if (column := (quant, guidance)) in given]
-    merges = sorted({merge for merge, _, _ in scores}, key=lambda merge: -(scores.get((merge, *columns[-1])) or 0))
+    merges = sorted(
+        {merge for merge, _, _ in scores}, key=lambda merge: (-(scores.get((merge, *columns[-1])) or 0), merge)
+    )
     head = " | ".join(f"{QUANT[quant]}, {guidance}" for quant, guidance in columns)
     rows = [f"| merge | {head} |", f"|---|{'---|' * len(columns)}"]
     for merge in merges:
@@ -72,19 +74,20 @@ def table(scores: dict[tuple[str, str, str], float | None]) -> str:
 def summary(scores: dict[tuple[str, str, str], float | None]) -> list[str]:
     """For each column the range, and how it goes with the merges themselves; merges without all scores are left out."""
     columns = sorted({key[1:] for key in scores})
-    whole = sorted({key[0] for key in scores if all(scores.get((key[0], *column)) is not None for column in columns)})
+    known = {key: score for key, score in scores.items() if score is not None}
+    whole = sorted({key[0] for key in scores if all((key[0], *column) in known for column in columns)})
     lines = []
     for quant, guidance in columns:
-        own, start = ([float(scores[merge, quant, name] or 0) for merge in whole] for name in (guidance, "merged"))
+        own, start, dense = (
+            [known[merge, *column] for merge in whole]
+            for column in ((quant, guidance), (quant, "merged"), ("none", guidance))
+        )
         line = f"{QUANT[quant]}, {guidance}: {min(own):.1f} to {max(own):.1f}, standard deviation {pstdev(own):.2f}"
         if guidance != "merged":
-            gain = mean(after - before for after, before in zip(own, start, strict=True))
-            line += f", {gain:+.1f} over the merge, correlation with it {correlation(start, own):.2f}"
+            line += f", {mean(own) - mean(start):+.1f} over the merge"
+            line += f", correlation with it {correlation(start, own):.2f}"
         if quant != "none":
-            lost = [
-                float(scores[merge, "none", guidance] or 0) - score for merge, score in zip(whole, own, strict=True)
-            ]
-            line += f", {mean(lost):.2f} below dense"
+            line += f", {mean(dense) - mean(own):.2f} below dense"
         lines.append(line)
     return lines
 
