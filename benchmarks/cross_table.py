@@ -13,7 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import correlation, mean, pstdev
 from typing import Any
 
 from epmq_cli.config.instantiate import conf_dir
@@ -38,7 +40,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         command += ["--config-dir", str(arguments.config_dir)]
     axes = {"merge": arguments.merge or methods(), "quant": arguments.quant, "guidance": arguments.guidance}
     command += [f"{name}={','.join(values)}" for name, values in axes.items()]
-    command += ["eval.stages=[merged,quantized]", f"out={arguments.out}", *arguments.options]
+    command += ["eval.stages=[quantized]", f"out={arguments.out}", *arguments.options]
     return subprocess.run(command, check=False).returncode
 
 
@@ -58,13 +60,36 @@ def table(scores: dict[tuple[str, str, str], float | None]) -> str:
     """The table in Markdown, sorted by the last column."""
     given = {key[1:] for key in scores}
     columns = [column for quant in QUANT for guidance in GUIDANCE if (column := (quant, guidance)) in given]
-    merges = sorted({merge for merge, _, _ in scores}, key=lambda merge: -(scores.get((merge, *columns[-1])) or 0))
+    merges = sorted(
+        {merge for merge, _, _ in scores}, key=lambda merge: (-(scores.get((merge, *columns[-1])) or 0), merge)
+    )
     head = " | ".join(f"{QUANT[quant]}, {guidance}" for quant, guidance in columns)
     rows = [f"| merge | {head} |", f"|---|{'---|' * len(columns)}"]
     for merge in merges:
         values = [scores.get((merge, *column)) for column in columns]
         rows.append(f"| {merge} | {' | '.join('' if value is None else f'{value:.1f}' for value in values)} |")
     return "\n".join(rows)
+
+
+def summary(scores: dict[tuple[str, str, str], float | None]) -> list[str]:
+    """For each column the range, and how it goes with the merges themselves; merges without all scores are left out."""
+    columns = sorted({key[1:] for key in scores})
+    known = {key: score for key, score in scores.items() if score is not None}
+    whole = sorted({key[0] for key in scores if all((key[0], *column) in known for column in columns)})
+    lines = []
+    for quant, guidance in columns:
+        own, start, dense = (
+            [known[merge, *column] for merge in whole]
+            for column in ((quant, guidance), (quant, "merged"), ("none", guidance))
+        )
+        line = f"{QUANT[quant]}, {guidance}: {min(own):.1f} to {max(own):.1f}, standard deviation {pstdev(own):.2f}"
+        if guidance != "merged":
+            line += f", {mean(own) - mean(start):+.1f} over the merge"
+            line += f", correlation with it {correlation(start, own):.2f}"
+        if quant != "none":
+            line += f", {mean(dense) - mean(own):.2f} below dense"
+        lines.append(line)
+    return lines
 
 
 def main() -> int:
@@ -82,6 +107,8 @@ def main() -> int:
     status = sweep(arguments) if arguments.run else 0
     scores = cells(arguments.out)
     print(table(scores))
+    if {(quant, guidance) for _, quant, guidance in scores} == set(product(QUANT, GUIDANCE)):
+        print("", *summary(scores), sep="\n")
     failed = [" ".join(key) for key, score in scores.items() if score is None]
     if failed:
         print(f"\nfailed: {'; '.join(failed)}")

@@ -245,8 +245,10 @@ def compare(row: Row, sides: list[Side], folder: Path, repeats: int) -> str:
         if call is None:
             continue
         results = list[dict[str, Any]]()
-        while len(results) < repeats and "error" not in (results or [{}])[-1]:
+        for _ in range(repeats):
             results.append(side.run(job(folder, side.name, row, call)))
+            if "error" in results[-1]:
+                break
         if "error" in results[-1]:
             notes.append(f"{side.name}: {results[-1]['error']}")
             continue

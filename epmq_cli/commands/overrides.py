@@ -20,6 +20,9 @@ from epmq_cli.merge.parameters import Parameters
 SHARED = "|".join(field.name for field in dataclasses.fields(Parameters))
 OPTIONAL = re.compile(rf"(suite\.((each\.|tasks\.[^=]+\.)?(processor|heads)|tokenizer)|merge\.({SHARED}))=")
 
+SWEPT = re.compile(r"(\w+)=[^\[{(\"'].*,")
+"""A group with several options."""
+
 
 def check_overrides(command: str, texts: Sequence[str]) -> None:
     """ConfigError if an override is unreadable (readable.py), deletes an option, gives a group a value that is not a
@@ -37,8 +40,15 @@ def check_overrides(command: str, texts: Sequence[str]) -> None:
 
 
 def addable(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with Hydra's `++` before options that the file of a suite or a merge may omit."""
-    return [f"++{argument}" if OPTIONAL.match(argument) else argument for argument in arguments]
+    """The arguments, with Hydra's `++` before options that the file of a suite or a merge may omit, and before options
+    of a group that a sweep goes over, because Hydra first composes the config of a sweep without it."""
+    swept = {match[1] for argument in arguments if (match := SWEPT.match(argument))}
+
+    def added(argument: str) -> bool:
+        group, dot, _ = argument.partition("=")[0].partition(".")
+        return bool(OPTIONAL.match(argument)) or (dot == "." and group in swept)
+
+    return [f"++{argument}" if added(argument) else argument for argument in arguments]
 
 
 def unreadable(error: Exception, flags: Sequence[str]) -> str:

@@ -56,3 +56,7 @@ def test_the_jobs_of_every_command_have_these_names(command: str) -> None:
     assert found == folder_name(OmegaConf.select(cfg, "hydra.job.override_dirname"))
     assert len(found.encode()) <= LONGEST
     assert found.startswith("+x={task0:_data_models_expert-0,task1:")
+
+
+def test_added_options_have_plain_names() -> None:
+    assert folder_name("++merge.steps=1,merge=ties,++merge.post=[svc]") == "merge.steps=1,merge=ties,merge.post=[svc]"

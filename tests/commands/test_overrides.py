@@ -164,3 +164,8 @@ def test_optional_fields_of_a_suite_can_be_set_without_a_plus() -> None:
     assert addable(given) == [f"++{text}" for text in given]
     others = ["suite.name=x", "+suite.processor=base", "guidance.heads=own", "suite.tasks.a.data.processor.x=1", "-m"]
     assert addable(others) == others
+
+
+def test_a_sweep_over_a_group_takes_options_of_its_members() -> None:
+    sweep = ["-m", "merge=soft_merging,adamerging", "lr=0.1,0.2", "guidance=feature", "guidance.lam=0.1"]
+    assert addable([*sweep, "merge.steps=100"]) == [*sweep, "++merge.steps=100"]
