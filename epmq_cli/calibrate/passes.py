@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.block_refinement import BlockRefiner
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import QuantizerOf, Walk
@@ -17,6 +18,9 @@ from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
+
+LAST = "last"
+"""The name of the walk that quantizes."""
 
 ProgressFor = Callable[[str, Account | None], WalkProgress]
 """Opens the progress of the walk with this name. The account is stored with it."""
@@ -34,11 +38,12 @@ def run_passes(
     store: ActivationStore | None = None,
     progress_for: ProgressFor = no_progress,
     samples: int = ALL,
+    refiner: BlockRefiner | None = None,
 ) -> WalkResult:
     """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
     Mixed precision measures the losses of its two formats in the first walk. If that is the only walk, it runs twice.
-    `progress_for`: opens the progress of each walk. `store`, `samples`: see Walk.
+    `progress_for`: opens the progress of each walk. `store`, `samples`: see Walk. `refiner`: of the last walk.
     """
     groups = _groups(student.model, student.family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
@@ -47,7 +52,8 @@ def run_passes(
 
     def run_walk(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> WalkResult:
         walker = replace(student, guidance=guidance)  # without the scales that an earlier walk has folded
-        return Walk(walker, batches, quantizer_of, store, progress_for(name, account), samples).run()
+        own = refiner if name == LAST else None
+        return Walk(walker, batches, quantizer_of, store, progress_for(name, account), samples, own).run()
 
     if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)
@@ -57,9 +63,9 @@ def run_passes(
         run_walk(f"sweep-{number}", chosen, trial if number == 0 else None)
         guidance = replace(guidance, rho=1)
     if trial is None:
-        return run_walk("last", lambda _: single)
+        return run_walk(LAST, lambda _: single)
     chosen_for = trial.choose()
-    return run_walk("last", lambda names: chosen_for[groups[names[0]]])
+    return run_walk(LAST, lambda names: chosen_for[groups[names[0]]])
 
 
 def _groups(model: nn.Module, family: Family) -> dict[str, str]:

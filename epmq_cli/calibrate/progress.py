@@ -8,10 +8,11 @@ again, which gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from epmq_cli.calibrate.block_refinement import BlockRecord
 from epmq_cli.calibrate.progress_file import SUFFIX, opened, write_tensors
 from epmq_cli.calibrate.solve_layer import LayerRecord
 from epmq_cli.calibrate.student import Student
@@ -23,11 +24,12 @@ from epmq_cli.runtime import distributed
 
 @dataclass(frozen=True)
 class WalkResult:
-    """The result of a walk: the weights of the blocks' linears by module name, and the records in the order of the
-    walk."""
+    """The result of a walk: the weights of the blocks' linears by module name, and in the order of the walk the records
+    of linears and of refined blocks."""
 
     weights: WeightSink
     records: list[LayerRecord]
+    blocks: list[BlockRecord] = field(default_factory=list)
 
 
 class Account(Protocol):
@@ -51,7 +53,7 @@ class WalkProgress:
         names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}")) if folder and distributed.is_main() else []
         self.entries: frozenset[str] = frozenset(distributed.broadcast(names) if folder else names)
         """The entries that an earlier process has finished."""
-        self._recorded = 0  # how many of the walk's records are in finished entries
+        self._recorded = 0, 0  # how many of the walk's records, of linears and blocks, are in finished entries
 
     def restore_all(self, entries: Collection[str], student: Student, result: WalkResult) -> bool:
         """Restores all entries of a finished walk. Returns False, and does nothing, if the walk is not finished."""
@@ -72,9 +74,10 @@ class WalkProgress:
             weights.move(names, path)
             copy_into(student.model, ((f"{name}.weight", weights[name].dequantize()) for name in names))
             result.records.extend(LayerRecord(**record) for record in header["records"])
+            result.blocks.extend(BlockRecord(**record) for record in header["blocks"])
             if self._account is not None:
                 self._account.restore(header["account"])
-        self._recorded = len(result.records)
+        self._recorded = len(result.records), len(result.blocks)
         return True
 
     def write(self, entry: str, student: Student, result: WalkResult) -> None:
@@ -91,13 +94,14 @@ class WalkProgress:
             header = {
                 "tensors": dense,
                 "weights": headers,
-                "records": [asdict(record) for record in result.records[self._recorded :]],
+                "records": [asdict(record) for record in result.records[self._recorded[0] :]],
+                "blocks": [asdict(record) for record in result.blocks[self._recorded[1] :]],
                 "account": None if self._account is None else self._account.state(),
             }
             own = student.model.state_dict()
             write_tensors(path, {f"tensor.{name}": own[name].to(student.dtype) for name in dense} | quantized, header)
         result.weights.move(weights, path)
-        self._recorded = len(result.records)
+        self._recorded = len(result.records), len(result.blocks)
 
     def _path(self, entry: str) -> Path:
         assert self._folder is not None

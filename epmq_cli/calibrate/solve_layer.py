@@ -17,10 +17,12 @@ from epmq_cli.runtime import distributed
 
 @dataclass(frozen=True)
 class SolvedLinear:
-    """The result of a linear: its weight, and its bias (out,), or None if the bias is unchanged."""
+    """The result of a linear: its weight, its bias (out,), or None if the bias is unchanged, and the target that the
+    weight approximates, (out, in)."""
 
     weight: QuantizedWeight | DenseWeight
     bias: Tensor | None
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def solve(
             record = replace(record, condition=solved.condition, target_damping=solved.damping, damping_retries=retries)
         records.append(record)
     biases = [None if bias is None else part[:, 4] for part in rows]
-    return [SolvedLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True)], records
+    return [SolvedLinear(*parts) for parts in zip(weights, biases, torch.split(target, outs), strict=True)], records
 
 
 def quantize_anchor(
@@ -93,7 +95,8 @@ def quantize_anchor(
     result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), NOTHING)
     weights = _split(result.weight, outs)
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
-    return [SolvedLinear(weight, None) for weight in weights], records
+    targets = torch.split(anchor.weight, outs)
+    return [SolvedLinear(weight, None, target) for weight, target in zip(weights, targets, strict=True)], records
 
 
 def _record(name: str, weight: QuantizedWeight | DenseWeight, result: QuantizationResult) -> LayerRecord:

@@ -22,17 +22,19 @@ from epmq_cli.calibrate.activations.capture import CaptureSpec, LayerInputs
 from epmq_cli.calibrate.activations.hidden_state import HiddenState, enter, handed, inputs
 from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.block_refinement import BlockRefiner, Chunks
 from epmq_cli.calibrate.embeddings import solve_stem
 from epmq_cli.calibrate.fold import fold_block
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.calibrate.norms import has_gain
 from epmq_cli.calibrate.progress import WalkProgress, WalkResult
+from epmq_cli.calibrate.refine_block import BlockRefinement
 from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.calibrate.weight_sink import WeightSink
-from epmq_cli.data.batching import ALL, Batch, Batches, split
+from epmq_cli.data.batching import ALL, Batch, Batches
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
@@ -49,7 +51,8 @@ class Walk:
 
     `batches`: calibration batches of each task, on the student's device. `store` offloads activations; in memory by
     default. `progress` stores finished sections; none by default. `samples`: how many samples of a batch run through
-    the model at a time; the results do not depend on it.
+    the model at a time; the results do not depend on it. `refiner`: refines every block after its linears are
+    quantized; none by default.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Walk:
         store: ActivationStore | None = None,
         progress: WalkProgress | None = None,
         samples: int = ALL,
+        refiner: BlockRefiner | None = None,
     ) -> None:
         self.student, self.quantizer_of = student, quantizer_of
         self.store, self.progress = store or ActivationStore(math.inf), progress or WalkProgress()
@@ -67,10 +71,10 @@ class Walk:
         self.family, self.guidance = student.family, student.guidance
         self.stacks = self.family.stacks(student.model)
         self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
-        self.whole = batches
-        parts = {task: [split(batch, samples) for batch in group] for task, group in batches.items()}
-        self.counts = {task: [len(batch) for batch in group] for task, group in parts.items()}  # parts of each batch
-        own: Batches = {task: [part for batch in group for part in batch] for task, group in parts.items()}
+        self.taught = self.guidance.teaches or refiner is not None
+        self.whole, self.chunks = batches, Chunks(batches, samples, ALL if refiner is None else refiner.batch_size)
+        self.refinement = None if refiner is None else BlockRefinement(refiner, student, self.chunks)
+        own: Batches = self.chunks.parts()
         self.own, self.others = own, own  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
         self.teacher_streams: dict[str, list[HiddenState]] = {}
@@ -104,12 +108,12 @@ class Walk:
         if not self.progress.restore(entry, self.student, self.result):
             self._solve_stem(stack)
             self.progress.write(entry, self.student, self.result)
-        if not self.measures:
+        if not (self.measures or self.refinement):
             return
         values: list[int] = []
         for task in self.own:
             self.streams[task] = enter(model, self.family, stack, self.own[task], self.store, values)
-            if self.guidance.teaches:
+            if self.taught:
                 with swapped_weights(model, self._stem(task)):
                     self.teacher_streams[task] = enter(model, self.family, stack, self.others[task], self.store, values)
 
@@ -136,7 +140,7 @@ class Walk:
             with swapped_weights(self.student.model, self._stem(task)):
                 teacher = self._first_inputs(stack, self.others[task], norm)
         pairs = zip(own, teacher, strict=True)
-        for count in self.counts[task]:
+        for count in self.chunks.counts[task]:
             yield LayerInputs.joined([LayerInputs([mine], [others], None) for mine, others in islice(pairs, count)])
 
     def _first_inputs(self, stack: Stack, batches: Sequence[Batch], norm: str) -> list[Tensor]:
@@ -149,7 +153,7 @@ class Walk:
 
     def _section(self, stack: Stack, section: Section) -> None:
         """Solves every step of a section. The forward pass of each batch pauses in front of each step."""
-        teacher = copy.deepcopy(section.module) if self.guidance.teaches else section.module
+        teacher = copy.deepcopy(section.module) if self.taught else section.module
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
@@ -167,12 +171,13 @@ class Walk:
                     self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
                     self._linears(section, teacher, step.names, spec)
-            for task in self.streams:
+            for task in self.teacher_streams:
                 self._load(section, teacher, task)
-                for streams, module in ((self.streams, section.module), (self.teacher_streams, teacher)):
-                    for stream in streams.get(task, ()):
-                        with stream.loaded():
-                            stream.finish(module)
+                _finish(self.teacher_streams[task], teacher)
+            if self.refinement is not None and section.steps and self._in_block(section):
+                self.refinement.run(section, token, self.streams, self.teacher_streams, self.result)
+            for streams in self.streams.values():
+                _finish(streams, section.module)
         self.store.release(sum(map(_bytes, self.blocks.values())))
         self.blocks.clear()
 
@@ -186,7 +191,7 @@ class Walk:
 
     def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
         """Copies the expert's section into the teacher. It is read once for all steps if it fits into memory."""
-        if not self.guidance.teaches:
+        if not self.taught:
             return
         tensors = self.blocks.get(task)
         if tensors is None:
@@ -201,15 +206,16 @@ class Walk:
     ) -> Iterator[tuple[str, Iterator[LayerInputs]]]:
         """The inputs of a step, task by task and batch by batch."""
         for task in self.streams:
-            self._load(section, teacher, task)
-            yield task, self._task_rows(section, teacher, task, spec)
+            if self.guidance.teaches:
+                self._load(section, teacher, task)
+            yield task, self._task_rows(section, teacher if self.guidance.teaches else None, task, spec)
 
     def _task_rows(
         self, section: Section, teacher: nn.Module | None, task: str, spec: CaptureSpec
     ) -> Iterator[LayerInputs]:
         """The inputs of a step for one task. Parts of a batch are joined, so sums do not depend on the split."""
         parts = self._part_rows(section, teacher, task, spec)
-        for count in self.counts[task]:
+        for count in self.chunks.counts[task]:
             if count == 1:
                 yield next(parts)
             else:
@@ -238,12 +244,17 @@ class Walk:
         names, dtype = [section.name(name) for name in local], self.student.dtype
         quantizer, in_block = self._quantizer(section, names), self._in_block(section)
         outs = [len(self.student.model.get_parameter(f"{name}.weight")) for name in names]
+        refinement = self.refinement if in_block else None
+        if refinement is not None:
+            refinement.keep_anchors(section, local)
         if self.measures:
             rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
             objective, tokens = measure_objective(self.student, names, rows, scale)
             solutions, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
         else:
             solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
+        if refinement is not None:
+            refinement.keep_targets(local, solutions)
         for name, solution in zip(names, solutions, strict=True):
             self.student.put_affine(name, solution.weight.dequantize(), solution.bias)
             if in_block:
@@ -268,6 +279,13 @@ class Walk:
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _finish(streams: Sequence[HiddenState], module: nn.Module) -> None:
+    """Runs hidden states through the rest of a section."""
+    for stream in streams:
+        with stream.loaded():
+            stream.finish(module)
 
 
 def _entries(number: int, first: bool) -> list[str]:

@@ -22,6 +22,7 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, Batches, split
+from epmq_cli.data.held_out import check_enough
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import MergeSource
@@ -34,6 +35,8 @@ from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.runtime import distributed, memory
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
+
+REFINED = 40  # bytes for each weight of a block: start, offset, best, target, anchor, value, gradient and its sum
 
 FEATURES = "features"
 
@@ -122,7 +125,11 @@ def calibrate(
     an out-of-memory error, the walk resumes from the progress with a smaller micro-batch and an equally smaller share
     of `calib.memory`.
     """
-    job, micro = context.job, context.micro
+    job, micro, refiner = context.job, context.micro, None
+    if job.blocks is not None and not isinstance(job.quantizer, NoQuantizer):
+        refiner = job.blocks.refiner(job.seed)
+        for task, group in batches.items() if job.blocks.held_out else ():
+            check_enough(task, group, "refine=blocks")
     student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype)
     share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
     budget = share - reserved_bytes(job, model, batches)
@@ -139,18 +146,20 @@ def calibrate(
                 choice = tune_guidance(student, batches, tasks, store, context.progress, samples)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
-            walk = run_passes(guided, batches, job.quantizer, store, context.progress.of_walk, samples)
+            walk = run_passes(guided, batches, job.quantizer, store, context.progress.of_walk, samples, refiner)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))
 
 
 def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
-    """The bytes of calibration that cannot go to files: the samples and, for the widest linear, the moments of one task
-    and of all tasks, the factor, its inverse and workspace."""
+    """The bytes of calibration that cannot go to files: the samples; for the widest linear, the moments of one task
+    and of all tasks, the factor, its inverse and workspace; and what refine=blocks holds of the largest block."""
     samples = [tensor for group in batches.values() for batch in group for tensor in batch.values()]
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
-    return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
+    largest = max(sum(p.numel() for p in block.module.parameters()) for block in job.family.blocks(model))
+    refined = 0 if job.blocks is None else REFINED * largest
+    return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2 + refined
 
 
 def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:

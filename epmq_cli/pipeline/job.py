@@ -17,11 +17,18 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
-from epmq_cli.pipeline.preflight import check_gradients, check_refinement, check_scoring, check_slices
+from epmq_cli.pipeline.preflight import (
+    check_block_refinement,
+    check_gradients,
+    check_refinement,
+    check_scoring,
+    check_slices,
+)
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.refine.blocks import Blocks
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
 
@@ -35,6 +42,9 @@ class Job:
     merge: MergeMethod
     guidance: Guidance
     refine: Distill | NoRefinement
+    """The refinement of the dense model."""
+    blocks: Blocks | None
+    """The refinement of the quantized blocks."""
     calib: schema.Calib
     quantizer: Quantizer | MixedPrecision
     exporter: Exporter
@@ -75,9 +85,12 @@ def make_job(cfg: DictConfig) -> Job:
         raise ConfigError(
             f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
         )
-    refine: Distill | NoRefinement = instantiate.build("refine", cfg.refine)
+    chosen: Distill | Blocks | NoRefinement = instantiate.build("refine", cfg.refine)
+    blocks, refine = (chosen, NoRefinement()) if isinstance(chosen, Blocks) else (None, chosen)
     check_refinement(refine, merge, calib)
     quantizer = build_quantizer(cfg.quant)
+    if blocks is not None:
+        check_block_refinement(quantizer)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
     if exporter.open_clip:
@@ -88,6 +101,7 @@ def make_job(cfg: DictConfig) -> Job:
         merge=merge,
         guidance=guidance,
         refine=refine,
+        blocks=blocks,
         calib=calib,
         quantizer=quantizer,
         exporter=exporter,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.checkpoint.int4_linear import GROUPS, kernel_group, obstacle
 from epmq_cli.checkpoint.load import refuse
+from epmq_cli.config.instantiate import option_name
 from epmq_cli.config.schema import Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
@@ -26,7 +27,10 @@ from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of, transforms
+from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
 
@@ -52,6 +56,24 @@ def check_refinement(refinement: Distill | NoRefinement, merge: MergeMethod, cal
         raise ConfigError(
             "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
         )
+
+
+def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:
+    """Raises ConfigError if a quantizer's weights are not integers in the layer's own channels."""
+    name = option_name("quant", type(quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer))
+    formats = formats_of(quantizer)
+    if not formats:
+        raise ConfigError(
+            f"refine=blocks refines quantized weights, got quant={name}, which leaves them dense; use another quant, "
+            "or refine=distill"
+        )
+    if transforms(quantizer):
+        raise ConfigError(
+            f"refine=blocks does not work with quant={name}, which scales input channels; use quant=gptq, rtn or hqq"
+        )
+    for format in formats:
+        if not isinstance(format, IntFormat):
+            raise ConfigError(f"refine=blocks rounds to integers, got quant.format={format.name}; use quant.format=int")
 
 
 def check_slices(method: MergeMethod, guidance: Guidance) -> None:

@@ -71,7 +71,8 @@ def texts(
 def measured(walk: WalkResult) -> dict[str, Any]:
     """The entries of metrics.json about the walk."""
     layers = [asdict(record) for record in walk.records]
-    return {"layers": layers, "average_bits": average_bits(walk), "events": events(walk)}
+    blocks = {"blocks": [asdict(record) for record in walk.blocks]} if walk.blocks else {}
+    return {"layers": layers, **blocks, "average_bits": average_bits(walk), "events": events(walk)}
 
 
 def events(walk: WalkResult) -> dict[str, int]:

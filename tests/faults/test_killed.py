@@ -25,6 +25,7 @@ TIMES = ("created", "stages", "resumed")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("clip", ("guidance=feature", "guidance.heads=always")),
     "refined": ("bert", ("guidance=feature", "refine=distill", "refine.epochs=2")),
+    "refined blocks": ("bert", ("guidance=feature", "refine=blocks", "refine.iterations=4", "refine.every=2")),
     "sweeps and widths": ("bert", ("guidance=feature", "guidance.sweeps=2", "bits=3.5")),
     "widths": ("bert", ("guidance=feature", "bits=3.5")),
     "auto": ("bert", ("guidance=feature", "guidance.rho=auto", "guidance.lam=auto")),

@@ -102,11 +102,15 @@ class HiddenState:
         values = output if isinstance(output, tuple) else (output,)
         self.hidden, self.output, self.calls, self.forward_pass = values[0], values, self.calls[1:], None
 
+    def call(self) -> Call:
+        """The arguments of the next section."""
+        rest, options = self.calls[0] if self.calls else ((), {})
+        args = (self.hidden, *(self._resolved(value) for value in rest))
+        return args, {name: self._resolved(value) for name, value in options.items()}
+
     def _forward_pass(self, module: nn.Module) -> PausableForward:
         if self.forward_pass is None:
-            rest, options = self.calls[0] if self.calls else ((), {})
-            args = (self.hidden, *(self._resolved(value) for value in rest))
-            named = {name: self._resolved(value) for name, value in options.items()}
+            args, named = self.call()
             self.forward_pass = PausableForward(lambda: module(*args, **named))
         return self.forward_pass
 
