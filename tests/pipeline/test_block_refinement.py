@@ -21,6 +21,7 @@ from tests.helpers.tiers import first
 PLAIN = ("guidance=feature", "eval.samples=8", "bits=2")
 FEW = ("refine=blocks", "refine.iterations=8", "refine.every=4", "refine.batch_size=4")
 OPTIONS = (*PLAIN, *FEW)
+SMOOTH = ("refine.held_out=false", "refine.rounding_lr=0", "refine.scale_lr=0.001")  # exact gradients of all samples
 FIXED = [f"refine.{name}=0" for name in ("rounding_lr", "scale_lr", "norm_lr", "bias_lr")]
 KINDS = ("llama", "bert", "clip", "t5", "vit", "roberta", "modernbert", "deberta")
 
@@ -32,9 +33,9 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", first(1, KINDS))
-def test_the_held_out_error_of_no_block_rises_in_every_family(kind: str, tmp_path: Path) -> None:
+def test_the_error_of_no_block_rises_in_every_family(kind: str, tmp_path: Path) -> None:
     hub = build(tmp_path / "hub", kind)
-    run_in(tmp_path / "refined", hub, *OPTIONS)
+    run_in(tmp_path / "refined", hub, *OPTIONS, *SMOOTH)
     run_in(tmp_path / "plain", hub, *PLAIN)
     found, plain = measured(tmp_path / "refined"), measured(tmp_path / "plain")
     job = make_job(config(hub, *OPTIONS))
@@ -43,14 +44,14 @@ def test_the_held_out_error_of_no_block_rises_in_every_family(kind: str, tmp_pat
     _, model, _ = steps.open_models(job)
     assert [block["name"] for block in found["blocks"]] == [block.prefix for block in job.family.blocks(model)]
     for block in found["blocks"]:
-        assert block["held_out"] <= block["held_out_before"]
-        assert (block["iteration"] > 0) == (block["held_out"] < block["held_out_before"])
+        assert (block["iteration"] > 0) == (block["error"] < block["error_before"])
+        assert block["error"] <= block["error_before"]
     assert any(block["iteration"] for block in found["blocks"])
     assert "blocks" not in plain
     assert found["average_bits"] == plain["average_bits"]
 
 
-@pytest.mark.parametrize("guidance", ["feature", "merged", "expert", "asymmetric"])
+@pytest.mark.parametrize("guidance", first(2, ["feature", "merged", "expert", "asymmetric"]))
 def test_nothing_learned_is_the_run_without_refinement(guidance: str, bert_hub: Path, tmp_path: Path) -> None:
     plain = (f"guidance={guidance}", "eval.samples=8", "quant=rtn")
     run_in(tmp_path / "refined", bert_hub, *plain, *FEW, *FIXED)
@@ -65,26 +66,31 @@ def test_nothing_learned_is_the_run_without_refinement(guidance: str, bert_hub: 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ("guidance=merged", "quant=rtn"),
-        ("guidance=merged",),
-        ("guidance=expert", "quant=hqq"),
-        ("guidance=asymmetric", "quant.symmetric=false"),
-        ("guidance=feature", "bits=2.5"),
-        ("guidance=feature", "guidance.sweeps=2", "quant.act_order=true", "pack.dtype=bfloat16"),
-        ("guidance=merged", "calib.student=disk", "calib.memory=1KB"),
-        ("guidance=feature", "refine.lam=0.1"),
-    ],
+    first(
+        3,
+        [
+            ("guidance=merged", "quant=rtn"),
+            ("guidance=merged",),
+            ("guidance=expert", "quant=hqq"),
+            ("guidance=asymmetric", "quant.symmetric=false"),
+            ("guidance=feature", "bits=2.5"),
+            ("guidance=feature", "guidance.sweeps=2", "quant.act_order=true", "pack.dtype=bfloat16"),
+            ("guidance=merged", "calib.student=disk", "calib.memory=1KB"),
+            ("guidance=feature", "refine.lam=0.1"),
+        ],
+    ),
 )
-def test_blocks_improve_with_every_guidance_and_grid(options: tuple[str, ...], bert_hub: Path) -> None:
+def test_the_held_out_error_never_rises_with_any_guidance_and_grid(options: tuple[str, ...], bert_hub: Path) -> None:
     found = walk(bert_hub, "bits=2", *FEW, *options)
     assert len(found.walked.blocks) == 2
-    assert any(block.iteration for block in found.walked.blocks)
+    for block in found.walked.blocks:
+        assert (block.iteration > 0) == (block.held_out < block.held_out_before)
+        assert block.held_out <= block.held_out_before
     for name, weight in found.walked.weights.items():
         assert torch.equal(found.student.get_submodule(name).weight, weight.dequantize())
 
 
-def test_out_of_memory_and_files_lead_to_the_same_result_up_to_rounding(clip_hub: Path) -> None:
+def test_activations_in_files_change_nothing(clip_hub: Path) -> None:
     whole, spilled = walk(clip_hub, *OPTIONS), walk(clip_hub, *OPTIONS, "calib.memory=1KB")
     assert whole.walked.blocks == spilled.walked.blocks
     for one, other in zip(whole.student.state_dict().values(), spilled.student.state_dict().values(), strict=True):
