@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
@@ -110,5 +111,5 @@ class Chunks:
         masks = members("held", self._sizes[task])
         for batch, mask in zip(self._chunks[task], masks, strict=True):
             assert mask is not None
-            held = iter(mask.split([size(part) for chunk in batch for part in chunk]))
+            held = iter(torch.split(mask, [size(part) for chunk in batch for part in chunk]))
             yield [[BlockPart(*next(states), next(held)) for _ in chunk] for chunk in batch]
