@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
-from tests.faults.driver import files
+from tests.faults.driver import at_file, attempt, files
 from tests.helpers.hubs import config, run_in, walk
 from tests.helpers.minihub import build
 from tests.helpers.tiers import first
@@ -120,3 +121,18 @@ def test_what_it_cannot_refine_is_refused_before_a_model_is_opened(
 def test_it_needs_samples_to_hold_out(bert_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 4 calibration samples, but refine=blocks needs 5"):
         run_in(tmp_path / "few", bert_hub, *OPTIONS, "calib.samples=4")
+
+
+def test_a_run_that_was_killed_behind_a_block_continues_to_the_same_bytes(bert_hub: Path, tmp_path: Path) -> None:
+    """Also see tests/faults/test_killed.py, which kills at other places."""
+    run_in(tmp_path / "whole", bert_hub, *OPTIONS)
+    run, blocks = tmp_path / "run", 0
+    for number in range(12, 60, 6):
+        assert attempt(run, bert_hub, *OPTIONS, hook=at_file(number, run)) == -signal.SIGKILL
+        blocks = len(list(run.glob(".resume/*/last/0000.safetensors")))
+        if blocks:
+            break
+    assert blocks == 1
+    assert attempt(run, bert_hub, *OPTIONS) == 0
+    assert files(run) == files(tmp_path / "whole")
+    assert measured(run)["blocks"] == measured(tmp_path / "whole")["blocks"]
