@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.config import instantiate
-from epmq_cli.data.batching import Batches, size
+from epmq_cli.data.batching import Batch, Batches, size
 from epmq_cli.data.held_out import check_enough, split_held_out
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.merge.engine import LazyMerge
@@ -22,6 +23,7 @@ from epmq_cli.pipeline.calibration import Anchor, calibrate, summary
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
+from epmq_cli.refine.soft_labels import SoftLabels
 from epmq_cli.refine.training import Examples, Student, Training
 
 
@@ -67,7 +69,8 @@ def refine(
     def train() -> dict[str, Tensor]:
         parts = {task: split_held_out(group) for task, group in batches.items()}
         fitted, held = ({task: pair[index] for task, pair in parts.items()} for index in (0, 1))
-        examples = [_examples(distill, context, model, part, tasks, merged.source) for part in (fitted, held)]
+        fitted_examples = _examples(context, model, fitted, tasks, merged.source, distill.views)
+        held_examples = _examples(context, model, held, tasks, merged.source, 1)
         copy_into(model, before)
         dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
         full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
@@ -77,8 +80,8 @@ def refine(
             model=model,
             family=job.family,
             names=distill.names(model, merged.source.names),
-            fitted=examples[0],
-            held=examples[1],
+            fitted=fitted_examples,
+            held=held_examples,
             heads={task.name: own(task.head) for task in tasks},
             weights={task.name: job.guidance.factor(task.name) for task in tasks},
             micro=context.micro,
@@ -95,30 +98,36 @@ def refine(
         copy_into(model, before)
         return Refinement(context, merged, {"refine": entries["refine"]})
     copy_into(model, tensors)
-    guided = replace(context, job=replace(job, guidance=_asymmetric()))
+    guided = replace(context, job=replace(job, guidance=_asymmetric(job.guidance)))
     return Refinement(guided, Refined(merged.source, merged.dtype, tensors), entries)
 
 
 def _examples(
-    distill: Distill,
     context: RunContext,
     model: nn.Module,
     batches: Batches,
     tasks: Sequence[ScoredTask],
     source: MergeSource,
+    views: int,
 ) -> Examples:
-    """The batches of each task with the outputs of its expert. Overwrites the model's merged tensors."""
-    examples = {}
+    """The batches of each task with the outputs of its expert for each view. Overwrites the model's merged tensors."""
+    job, examples = context.job, {}
+    assert isinstance(job.refine, Distill)
     for task in tasks:
         copy_into(model, source.model(task.name))
-        head, parts = own(task.head), batches[task.name]
-        examples[task.name] = distill.labelled(model, context.job.family, parts, head, context.micro)
+        labels = partial(job.refine.labels, model, job.family, own(task.head))
+
+        def label(batch: Batch, labels: Callable[[Batch, int], SoftLabels] = labels) -> SoftLabels:
+            return context.micro.run(partial(labels, batch), count=size(batch))
+
+        examples[task.name] = job.refine.labelled(batches[task.name], views, job.seed, label)
     return examples
 
 
-def _asymmetric() -> Guidance:
-    """`guidance=asymmetric`, which quantizes towards a model's own outputs."""
+def _asymmetric(guidance: Guidance) -> Guidance:
+    """`guidance=asymmetric`, which quantizes towards a model's own outputs, with the given guidance's heads and
+    weights."""
     node = OmegaConf.load(instantiate.conf_dir() / "guidance" / "asymmetric.yaml")
     assert isinstance(node, DictConfig)
-    guidance: Guidance = instantiate.build("guidance", node)
-    return guidance
+    asymmetric: Guidance = instantiate.build("guidance", node)
+    return replace(asymmetric, heads=guidance.heads, weights=guidance.weights, task_weight=guidance.task_weight)

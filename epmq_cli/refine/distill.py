@@ -4,9 +4,8 @@ training lets layers compensate for each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.data.batching import Batch, size, split
-from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.data.views import view
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
@@ -28,6 +27,8 @@ class Distill:
     """The options of conf/refine/distill.yaml."""
 
     trained: str
+    optimizer: str
+    views: int
     temperature: float
     features: float
     anchor: float
@@ -42,6 +43,8 @@ class Distill:
 
     def __post_init__(self) -> None:
         check_choice("refine.trained", self.trained, ("all", "norms"))
+        check_choice("refine.optimizer", self.optimizer, ("muon", "adamw"))
+        check_range("refine.views", self.views, 1, 10_000, integer=True)
         check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
         for name in ("features", "anchor"):
             check_range(f"refine.{name}", getattr(self, name), 0, 1e9)
@@ -78,6 +81,7 @@ class Distill:
         """The settings of the training on a device."""
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if self.precision == "auto" else False
         return Settings(
+            optimizer=self.optimizer,
             temperature=self.temperature,
             features=self.features,
             anchor=self.anchor,
@@ -89,14 +93,18 @@ class Distill:
         )
 
     def labelled(
-        self, model: nn.Module, family: Family, batches: Sequence[Batch], head: Head, micro: MicroBatcher
+        self, batches: Sequence[Batch], views: int, seed: int, label: Callable[[Batch], SoftLabels]
     ) -> list[list[Example]]:
-        """The batches of a task in parts of `batch_size` samples, with the outputs of its expert, `model`."""
-        label = partial(self._labels, model, family, head)
+        """The batches of a task in parts of `batch_size` samples, with the outputs of its expert for each view of them,
+        which `label` computes."""
         parts = [[own(part) for part in split(batch, self.batch_size) if size(part)] for batch in batches]
-        return [[Example(part, micro.run(partial(label, part))) for part in group] for group in parts]
+        return [
+            [Example(part, [label(view(part, seed, number)) for number in range(views)], seed) for part in group]
+            for group in parts
+        ]
 
-    def _labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
+    def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
+        """The outputs of a model, some samples at a time."""
         top = self.top if family.heads == "none" else None
         with torch.no_grad():
             found = [
