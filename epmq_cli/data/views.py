@@ -38,6 +38,14 @@ def view(batch: Batch, seed: int, number: int) -> Batch:
     return changed
 
 
+def with_views(batch: Batch, seed: int, views: int) -> Batch:
+    """A batch and its views, one after the other: `views` times as many samples."""
+    if views == 1:
+        return batch
+    every = [view(batch, seed, number) for number in range(views)]
+    return {name: torch.cat([each[name] for each in every]) for name in batch}
+
+
 def shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures (samples, channels, height, width), each shifted by up to `SHIFT` in both directions."""
     samples, channels, *sizes = pictures.shape

@@ -19,7 +19,8 @@ from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
-from epmq_cli.refine.training import Example, Settings, Training, Trial
+from epmq_cli.refine.training import Example, Settings, Training
+from epmq_cli.refine.trial import Trial
 
 
 @dataclass(frozen=True)
