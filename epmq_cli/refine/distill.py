@@ -115,15 +115,15 @@ class Distill:
         return SoftLabels.joined(found)
 
     def train(self, training: Training, path: Path | None) -> tuple[list[Trial], dict[str, Tensor]]:
-        """Tries the learning rates until one lowers the held-out loss. Returns the trials, and the trained tensors;
-        none if no rate lowers the loss. `path`: the folder for the state of each trial."""
-        trials: list[Trial] = []
+        """Tries every learning rate. Returns the trials, and the tensors of the one with the lowest held-out loss; none
+        if no rate lowers it. `path`: the folder for the state of each trial."""
+        trials, best, lowest = list[Trial](), dict[str, Tensor](), float("inf")
         for number, lr in enumerate(self.rates):
-            trial, best = training.run(lr, path and path / f"trial-{number}.safetensors")
+            trial, found = training.run(lr, path and path / f"trial-{number}.safetensors")
             trials.append(trial)
-            if trial.better:
-                return trials, best
-        return trials, {}
+            if trial.better and trial.losses[trial.best] < lowest:
+                best, lowest = found, trial.losses[trial.best]
+        return trials, best
 
 
 def own(batch: Mapping[str, Tensor]) -> Batch:

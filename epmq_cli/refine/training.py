@@ -22,6 +22,7 @@ from epmq_cli.data.views import view
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.weights import copy_into
+from epmq_cli.refine.muon import Muon
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trial import Optimizers, Trial, restore, save
 from epmq_cli.runtime import distributed
@@ -141,7 +142,7 @@ class Training:
         adam = [tensor for name, tensor in copies.items() if name not in matrices]
         found: Optimizers = []
         if muon:
-            found.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            found.append(Muon(muon))
         if adam:
             found.append(torch.optim.AdamW(adam, weight_decay=0.0, foreach=False))
         return found

@@ -16,6 +16,7 @@ from epmq_cli.data.batch_order import shuffled
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.structure import Linears, Section
 from epmq_cli.refine import training
+from epmq_cli.refine.muon import Muon
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels
 from epmq_cli.refine.training import Example, Settings, Student, Training
 from epmq_cli.refine.trial import Trial, save
@@ -126,7 +127,7 @@ def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, 
     rest = [tensor for tensor in model.parameters() if not any(tensor is matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=0.0)]
     if muon:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))  # type: ignore[arg-type]
+        optimizers.append(Muon(matrices))
     total, rising = 4 * steps, 3
     found, states = [held(model)], [start]
     for step in range(total):
