@@ -39,7 +39,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     """About U V' of a matrix U S V', by Newton-Schulz steps."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    found = matrix.T if tall else matrix
+    found: Tensor = matrix.T if tall else matrix
     found = found / found.norm().clamp(min=SMALLEST)
     for _ in range(STEPS):
         gram = found @ found.T
