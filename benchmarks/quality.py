@@ -32,6 +32,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.refinement import refine
 
 EPMQ = {"guidance": "expert"}
 LAM = {**EPMQ, "guidance.lam": "0.001"}
@@ -59,10 +60,13 @@ ROWS: dict[str, dict[str, str]] = {
     "+ beta 1": BETA,
     "+ embeddings": EMBEDDINGS,
     "+ readout = feature": FEATURE,
+    "+ refine": {**FEATURE, "refine": "distill"},
     "+ heads": {**FEATURE, "guidance.heads": "always"},
+    "+ heads + refine": {**FEATURE, "guidance.heads": "always", "refine": "distill"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
-"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ auto` leaves out the heads."""
+"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ heads` and `+ auto` add to `+ readout =
+feature`."""
 
 
 class Session:
@@ -121,11 +125,13 @@ class Session:
             merged = LazyMerge(self.models.source, job.merge, self.dtype)
             copy_into(self.model, merged)
             start, context = time.perf_counter(), RunContext.of(job)
-            calibrated = guide.calibrate(context, self.model, taught.batches, self.tasks, merged)
+            refined = refine(context, self.model, taught.batches, self.tasks, merged)
+            calibrated = guide.calibrate(refined.context, self.model, taught.batches, self.tasks, refined.anchor)
             tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
             seconds = time.perf_counter() - start
             scores = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
-            self.keep(key, {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores})
+            entry = {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores}
+            self.keep(key, entry | {name: refined.entries[name] for name in refined.entries if name == "refine"})
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
@@ -183,7 +189,7 @@ def main() -> None:
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of every run")
     arguments = parser.parse_args()
     quiet_libraries()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: refinement trains the model
         table(Session(arguments), arguments)
 
 

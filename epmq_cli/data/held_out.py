@@ -30,6 +30,15 @@ def members(subset: Subset, sizes: Sequence[int]) -> list[Tensor | None]:
     return [*held] if subset == "held" else [~own for own in held]
 
 
+def split_held_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The samples of each of this process's batches of a task that are not held out, and those that are; a part may be
+    empty."""
+    masks = members("held", [size(batch) for batch in batches])
+    fitted = [{name: x[~mask] for name, x in batch.items()} for batch, mask in zip(batches, masks, strict=True)]  # type: ignore[operator]
+    held = [{name: x[mask] for name, x in batch.items()} for batch, mask in zip(batches, masks, strict=True)]
+    return fitted, held
+
+
 def check_enough(task: str, batches: Sequence[Batch], option: str) -> None:
     """DataError if no sample of a task would be held out. `option`: what holds samples out, as the user sets it."""
     count = sum(distributed.all_gather(sum(map(size, batches))))

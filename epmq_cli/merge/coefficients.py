@@ -10,18 +10,16 @@ Unlike in the paper, whose samples are those of the test sets without labels, th
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.data.batching import Batch, split
 from epmq_cli.merge.method import Loss, MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters
@@ -69,27 +67,6 @@ def agreeing(base: Tensor, experts: Mapping[str, Tensor], thresholds: Sequence[f
     total = trimmed.sum(0)
     sign = torch.where(total == 0, majority, total.sign())
     return [*torch.where(trimmed.sign() == sign, trimmed, 0.0)]
-
-
-def shuffled(count: int, seed: int, task: str, epoch: int) -> list[int]:
-    """The numbers below `count` in a random order, which depends on the seed, the task and the epoch alone."""
-    key = hashlib.sha256(f"{seed}\n{task}\n{epoch}".encode()).digest()
-    order = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).permutation(count)
-    numbers: list[int] = order.tolist()
-    return numbers
-
-
-def own_numbers(parts: Sequence[int]) -> list[int | None]:
-    """For the parts of the batches of all processes, in the order of one process: the number of each among this
-    process's parts, None for those of others. `parts`: of each of this process's batches. Processes take turns with
-    batches."""
-    everyone, number = distributed.all_gather(parts), count()
-    numbers: list[int | None] = []
-    for turn in range(max(map(len, everyone))):
-        for rank, counts in enumerate(everyone):
-            for _ in range(counts[turn] if turn < len(counts) else 0):
-                numbers.append(next(number) if rank == distributed.rank() else None)
-    return numbers
 
 
 @dataclass(frozen=True)

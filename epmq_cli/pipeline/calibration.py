@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, Batches, split
+from epmq_cli.data.views import with_views
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
-from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.context import RunContext
@@ -37,6 +37,21 @@ from epmq_cli.runtime import distributed, memory
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
 
 FEATURES = "features"
+
+
+class Anchor(Protocol):
+    """The model that calibration starts from, tensor by tensor: the merge, or its refinement."""
+
+    @property
+    def source(self) -> MergeSource:
+        """Base and experts."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the checkpoint stores the tensors."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name, in float32."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +115,21 @@ def features(family: Family, model: nn.Module, batches: Sequence[Batch], samples
 
 
 def calibrate(
-    context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], merged: LazyMerge
+    context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], anchor: Anchor
 ) -> CalibrationResult:
-    """Calibrates and quantizes the merged model, whose tensors are replaced by the results.
+    """Calibrates and quantizes the model, which holds the anchor's tensors; the results replace them.
 
     Activations that exceed `calib.memory`, less the bytes of samples and moments, go to files in the run folder. After
     an out-of-memory error, the walk resumes from the progress with a smaller micro-batch and an equally smaller share
     of `calib.memory`.
     """
     job, micro = context.job, context.micro
-    student = Student(model, job.family, references(job, model, merged), job.guidance, merged.dtype)
+    student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype)
     share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
-    budget = share - reserved_bytes(job, model, batches)
+    viewed = {
+        task: [with_views(batch, job.seed, job.calib.views) for batch in group] for task, group in batches.items()
+    }
+    budget = share - reserved_bytes(job, model, viewed)
     process_bytes = memory.taken if job.device.type == "cpu" else lambda: 0
 
     def walks(samples: int) -> CalibrationResult:
@@ -125,7 +143,7 @@ def calibrate(
                 choice = tune_guidance(student, batches, tasks, store, context.progress, samples)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
-            walk = run_passes(guided, batches, job.quantizer, store, context.progress.of_walk, samples)
+            walk = run_passes(guided, viewed, job.quantizer, store, context.progress.of_walk, samples)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))
@@ -139,12 +157,12 @@ def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
     return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2
 
 
-def references(job: Job, model: nn.Module, merged: LazyMerge) -> ReferenceWeights:
-    """The weights of base, experts and merge. `model` must hold the merged weights."""
+def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:
+    """The weights of base, experts and anchor. `model` must hold the anchor's weights."""
     own, readouts = model.state_dict(), [stack.readout for stack in job.family.stacks(model)]
     names = [readout.name(local) for readout in readouts for local in readout.module.state_dict()]
-    shared = {name: own[name].clone() for name in names if name not in merged.source.names}
-    return ReferenceWeights(merged.source, shared, merged.tensor, job.guidance.targets == "merged")
+    shared = {name: own[name].clone() for name in names if name not in anchor.source.names}
+    return ReferenceWeights(anchor.source, shared, anchor.tensor, job.guidance.targets == "merged")
 
 
 def tune_guidance(

@@ -17,11 +17,13 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
-from epmq_cli.pipeline.preflight import check_gradients, check_scoring, check_slices
+from epmq_cli.pipeline.preflight import check_gradients, check_refinement, check_scoring, check_slices
 from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.refine.distill import Distill
+from epmq_cli.refine.none import NoRefinement
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Job:
     family: Family
     merge: MergeMethod
     guidance: Guidance
+    refine: Distill | NoRefinement
     calib: schema.Calib
     quantizer: Quantizer | MixedPrecision
     exporter: Exporter
@@ -72,6 +75,8 @@ def make_job(cfg: DictConfig) -> Job:
         raise ConfigError(
             f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
         )
+    refine: Distill | NoRefinement = instantiate.build("refine", cfg.refine)
+    check_refinement(refine, merge, calib)
     quantizer = build_quantizer(cfg.quant)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
@@ -82,6 +87,7 @@ def make_job(cfg: DictConfig) -> Job:
         family=family,
         merge=merge,
         guidance=guidance,
+        refine=refine,
         calib=calib,
         quantizer=quantizer,
         exporter=exporter,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.checkpoint.int4_linear import GROUPS, kernel_group, obstacle
 from epmq_cli.checkpoint.load import refuse
-from epmq_cli.config.schema import Evaluation, Harness
+from epmq_cli.config.schema import Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError, ModelError
@@ -27,6 +27,8 @@ from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.refine.distill import Distill
+from epmq_cli.refine.none import NoRefinement
 
 SMALLEST_GROUP = 8  # the smallest group size that a message suggests
 
@@ -37,6 +39,18 @@ def check_gradients(method: MergeMethod, family: Family) -> None:
         raise ConfigError(
             f"merge={method_name(method)} needs gradients of the heads' class probabilities, but models of "
             f"family {family.name} have no heads; use another merge method"
+        )
+
+
+def check_refinement(refinement: Distill | NoRefinement, merge: MergeMethod, calib: Calib) -> None:
+    """Raises ConfigError if a refinement does not fit the rest of the config."""
+    if isinstance(refinement, NoRefinement):
+        return
+    if calib.student == "disk":
+        raise ConfigError("refine=distill trains the model in memory, got calib.student=disk; use calib.student=memory")
+    if sliced(merge):
+        raise ConfigError(
+            "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
         )
 
 

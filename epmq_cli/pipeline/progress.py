@@ -43,6 +43,11 @@ class RunProgress:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None if nothing is stored."""
+        return self._folder
+
     def part(self, name: str | None) -> RunProgress:
         """The progress of a part. A part without a name is not stored."""
         return RunProgress(None if self._folder is None or name is None else self._folder / name)

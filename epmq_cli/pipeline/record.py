@@ -22,7 +22,7 @@ from epmq_cli.quantize.mixed_precision import formats_of
 if TYPE_CHECKING:
     from epmq_cli.pipeline.job import Job
 
-RECORDED = ("suite", "merge", "guidance", "calib", "quant", "pack", "bits", "group_size", "seed")
+RECORDED = ("suite", "merge", "guidance", "refine", "calib", "quant", "pack", "bits", "group_size", "seed")
 
 
 def average_bits(walk: WalkResult) -> float | None:

@@ -19,11 +19,12 @@ from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.helpers.hubs import run_in
 from tests.helpers.minihub import build
 
-STAGES = 8
+STAGES = 9
 FEATURE = ("guidance=feature", "eval.samples=8")
 TIMES = ("created", "stages", "resumed")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("clip", ("guidance=feature", "guidance.heads=always")),
+    "refined": ("bert", ("guidance=feature", "refine=distill", "refine.epochs=2")),
     "sweeps and widths": ("bert", ("guidance=feature", "guidance.sweeps=2", "bits=3.5")),
     "widths": ("bert", ("guidance=feature", "bits=3.5")),
     "auto": ("bert", ("guidance=feature", "guidance.rho=auto", "guidance.lam=auto")),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.adamerging import entropy
-from epmq_cli.merge.coefficients import agreeing, differences, own_numbers, shuffled
+from epmq_cli.merge.coefficients import agreeing, differences
 from epmq_cli.merge.soft_merging import distance
 from epmq_cli.runtime import distributed
 from tests.helpers.merging import SHAPES, GivenData, RandomBatches, merged, method, tensors

@@ -1,0 +1,131 @@
+"""`refine=distill`: trains the calibrated weights until the model's outputs for the calibration samples are those of
+the experts (distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Calibration solves each layer alone;
+training lets layers compensate for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.data.batching import Batch, size, split
+from epmq_cli.data.views import view
+from epmq_cli.errors import ConfigError, literal
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.refine.soft_labels import SoftLabels, outputs
+from epmq_cli.refine.training import Example, Settings, Training
+from epmq_cli.refine.trial import Trial
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The options of conf/refine/distill.yaml."""
+
+    trained: str
+    optimizer: str
+    views: int
+    temperature: float
+    features: float
+    anchor: float
+    lr: Any
+    epochs: int
+    batch_size: int
+    warmup: float
+    precision: str
+    checkpointing: bool
+    moments: str
+    top: int
+
+    def __post_init__(self) -> None:
+        check_choice("refine.trained", self.trained, ("all", "norms"))
+        check_choice("refine.optimizer", self.optimizer, ("muon", "adamw"))
+        check_range("refine.views", self.views, 1, 10_000, integer=True)
+        check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
+        for name in ("features", "anchor"):
+            check_range(f"refine.{name}", getattr(self, name), 0, 1e9)
+        if not isinstance(self.lr, int | float | list | tuple) or isinstance(self.lr, bool) or self.lr == []:
+            raise ConfigError(f"refine.lr must be a number or a list such as [0.001, 0.0003], got {literal(self.lr)}")
+        for lr in self.rates:
+            check_range("refine.lr", lr, 0, 1, open_low=True)
+        check_range("refine.epochs", self.epochs, 1, 10_000, integer=True)
+        check_range("refine.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        check_range("refine.warmup", self.warmup, 0, 1)
+        check_choice("refine.precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_choice("refine.checkpointing", self.checkpointing, (True, False))
+        check_choice("refine.moments", self.moments, ("device", "cpu"))
+        check_range("refine.top", self.top, 1, 1 << 20, integer=True)
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates, in the order in which they are tried."""
+        return list(self.lr) if isinstance(self.lr, list | tuple) else [self.lr]
+
+    def names(self, model: nn.Module, merged: Sequence[str]) -> list[str]:
+        """The merged tensors that are trained."""
+        own = dict(model.named_parameters())
+        norms = {
+            f"{name}.{part}"
+            for name, module in model.named_modules()
+            if type(module).__name__.lower().endswith(("norm", "norm1d"))
+            for part, _ in module.named_parameters(recurse=False)
+        }
+        every = [name for name in merged if name in own]
+        return every if self.trained == "all" else [name for name in every if name in norms or name.endswith("bias")]
+
+    def settings(self, device: torch.device) -> Settings:
+        """The settings of the training on a device."""
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if self.precision == "auto" else False
+        return Settings(
+            optimizer=self.optimizer,
+            temperature=self.temperature,
+            features=self.features,
+            anchor=self.anchor,
+            epochs=self.epochs,
+            warmup=self.warmup,
+            dtype=torch.bfloat16 if fast or self.precision == "bfloat16" else torch.float32,
+            checkpointing=self.checkpointing,
+            moments=torch.device("cpu") if self.moments == "cpu" else None,
+        )
+
+    def labelled(
+        self, batches: Sequence[Batch], views: int, seed: int, label: Callable[[Batch], SoftLabels]
+    ) -> list[list[Example]]:
+        """The batches of a task in parts of `batch_size` samples, with the outputs of its expert for each view of them,
+        which `label` computes."""
+        parts = [[own(part) for part in split(batch, self.batch_size) if size(part)] for batch in batches]
+        return [
+            [Example(part, [label(view(part, seed, number)) for number in range(views)], seed) for part in group]
+            for group in parts
+        ]
+
+    def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
+        """The outputs of a model, some samples at a time."""
+        top = self.top if family.heads == "none" else None
+        with torch.no_grad():
+            found = [
+                SoftLabels.of(outputs(family, model, part, head), self.temperature, top)
+                for part in split(batch, samples)
+            ]
+        return SoftLabels.joined(found)
+
+    def train(self, training: Training, path: Path | None) -> tuple[list[Trial], dict[str, Tensor]]:
+        """Tries every learning rate. Returns the trials, and the tensors of the one with the lowest held-out loss; none
+        if no rate lowers it. `path`: the folder for the state of each trial."""
+        trials, best, lowest = list[Trial](), dict[str, Tensor](), float("inf")
+        for number, lr in enumerate(self.rates):
+            trial, found = training.run(lr, path and path / f"trial-{number}.safetensors")
+            trials.append(trial)
+            if trial.better and trial.losses[trial.best] < lowest:
+                best, lowest = found, trial.losses[trial.best]
+        return trials, best
+
+
+def own(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch whose tensors can take part in training: those of inference mode cannot."""
+    return {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in batch.items()}

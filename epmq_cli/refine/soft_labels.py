@@ -1,0 +1,102 @@
+"""What a student is trained on: the experts' features and logits for the samples of their tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.data.batching import Batch
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head
+
+SMALLEST = 1e-9  # probability of the classes that are not kept
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of a model for a batch: `logits` (rows, classes), and `features` (rows, width) where there are heads.
+
+    Rows are samples, or the real tokens of families without heads, whose classes are the vocabulary.
+    """
+
+    logits: Tensor
+    features: Tensor | None
+
+
+def outputs(family: Family, model: nn.Module, batch: Batch, head: Head) -> Outputs:
+    """The model's outputs, with the head of the batch's task."""
+    if family.heads != "none":
+        features = family.features(model, batch)
+        return Outputs(family.logits(model, features, head), features)
+    logits: Tensor = model(**batch, use_cache=False).logits.float()
+    mask = family.stacks(model)[-1].mask(batch)
+    return Outputs(logits.flatten(0, 1) if mask is None else logits[mask], None)
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """An expert's outputs for a batch.
+
+    `kept`: its log-probabilities (rows, kept) at the temperature, the largest ones. `classes`: their classes
+    (rows, kept); None if all classes are kept in order. `logits` (rows, 1) of heads with one output. `features`: as in
+    `Outputs`.
+    """
+
+    kept: Tensor
+    classes: Tensor | None
+    features: Tensor | None
+
+    @classmethod
+    def of(cls, expert: Outputs, temperature: float, top: int | None) -> SoftLabels:
+        """Keeps the `top` largest log-probabilities of each row; None for all."""
+        if expert.logits.shape[1] == 1:
+            return cls(expert.logits, None, expert.features)
+        chances = (expert.logits / temperature).log_softmax(-1)
+        if top is None or top >= chances.shape[1]:
+            return cls(chances, None, expert.features)
+        kept, classes = chances.topk(top)
+        return cls(kept, classes, expert.features)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
+        """The labels of the parts of a batch, one after the other."""
+        columns = zip(*((part.kept, part.classes, part.features) for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+    def rows(self, rows: slice) -> SoftLabels:
+        """The labels of some rows."""
+        return SoftLabels(*(None if part is None else part[rows] for part in (self.kept, self.classes, self.features)))  # type: ignore[arg-type]
+
+    def divergence(self, logits: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(expert || student) of each row, (rows,), for the student's logits (rows, classes).
+
+        Classes that are not kept count as one class. A single logit is the mean of a Gaussian of variance 1: half the
+        squared difference.
+        """
+        if logits.shape[1] == 1:
+            return (logits - self.kept).square().sum(-1) / 2
+        own = (logits / temperature).log_softmax(-1)
+        if self.classes is None:
+            return temperature**2 * (self.kept.exp() * (self.kept - own)).sum(-1)
+        own = own.gather(1, self.classes)
+        rest, own_rest = (_log_rest(part) for part in (self.kept, own))
+        inside = (self.kept.exp() * (self.kept - own)).sum(-1)
+        return temperature**2 * (inside + rest.exp() * (rest - own_rest))
+
+    def agreements(self, logits: Tensor) -> Tensor:
+        """In how many rows the expert's most likely class is that of the student's logits (rows, classes)."""
+        own, wanted = logits.argmax(-1, keepdim=True), self.kept.argmax(-1, keepdim=True)
+        return (own == (wanted if self.classes is None else self.classes.gather(1, wanted))).sum()
+
+    def squared_error(self, features: Tensor) -> Tensor:
+        """The squared distance of each row's features from the expert's, (rows,)."""
+        assert self.features is not None
+        return (features - self.features).square().sum(-1)
+
+
+def _log_rest(chances: Tensor) -> Tensor:
+    """The logarithm of the probability of all other classes, (rows,)."""
+    return (1 - chances.exp().sum(-1)).clamp(min=SMALLEST).log()

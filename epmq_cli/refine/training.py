@@ -1,0 +1,257 @@
+"""Trains a student on its experts' outputs, epoch by epoch, and keeps the weights with the lowest held-out loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from epmq_cli.calibrate.merge_data import trained
+from epmq_cli.data.batch_order import own_numbers, shuffled
+from epmq_cli.data.batching import Batch, size, split
+from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.data.views import view
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.models.weights import copy_into
+from epmq_cli.refine.muon import Muon
+from epmq_cli.refine.soft_labels import SoftLabels, outputs
+from epmq_cli.refine.trial import Optimizers, Trial, restore, save
+from epmq_cli.runtime import distributed
+from epmq_cli.runtime.console import track
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch of a task, and the outputs of its expert for the batch and its views."""
+
+    batch: Batch
+    labels: Sequence[SoftLabels]
+    seed: int
+
+    def view(self, number: int) -> tuple[Batch, SoftLabels]:
+        """A changed copy of the batch with the expert's outputs; 0 is the batch itself."""
+        return view(self.batch, self.seed, number), self.labels[number]
+
+
+Examples = Mapping[str, Sequence[Sequence[Example]]]
+"""By task, the parts of each batch; with several processes, those of this one."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train and the data: examples to fit and to hold out, heads, and weights of the tasks' losses."""
+
+    model: nn.Module
+    family: Family
+    names: Sequence[str]
+    """The tensors to train."""
+    fitted: Examples
+    held: Examples
+    heads: Mapping[str, Head]
+    weights: Mapping[str, float]
+    micro: MicroBatcher
+    seed: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a student is trained; see `Distill`."""
+
+    optimizer: str
+    temperature: float
+    features: float
+    anchor: float
+    epochs: int
+    warmup: float
+    dtype: torch.dtype
+    checkpointing: bool
+    moments: torch.device | None
+    """Where the optimizer's moments are; None for the model's device."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a batch: the sum of their rows' losses, in how many rows student and expert agree on the class,
+    and the number of rows."""
+
+    loss: Tensor
+    agreements: Tensor
+    rows: int
+
+
+class Training:
+    """Trains the student from its present weights.
+
+    A step uses one part of a batch of each task. Of several processes, the one that has it computes the gradients, so
+    the steps are those of one process, up to rounding. The state after each epoch goes to `path`, if there is one, and
+    a later process continues from it to the same weights.
+    """
+
+    def __init__(self, student: Student, settings: Settings) -> None:
+        self.student, self.settings = student, settings
+        own = dict(student.model.named_parameters())
+        self.own = {name: own[name] for name in student.names}
+        self.start = {name: parameter.detach().clone() for name, parameter in self.own.items()}
+        self.fitted = {task: [part for batch in group for part in batch] for task, group in student.fitted.items()}
+        self.numbers = {task: own_numbers([*map(len, group)]) for task, group in student.fitted.items()}
+        self.spreads = {task: spread(parts) for task, parts in self.fitted.items()}
+        self.steps = max(map(len, self.numbers.values()))
+
+    def run(self, lr: float, path: Path | None = None) -> tuple[Trial, dict[str, Tensor]]:
+        """Trains with a learning rate. Returns the trial and the best weights; the model has other ones afterwards."""
+        device = self.settings.moments
+        copies = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in self.start.items()}
+        optimizers = self._optimizers(copies)
+        trial, best = Trial(lr), self.start
+        if path is not None and path.is_file():
+            trial, best = restore(path, copies, optimizers)
+        self._put(copies)
+        if not trial.losses:
+            self._measure(trial)
+        epochs = range(len(trial.losses) - 1, self.settings.epochs)
+        for epoch in track(epochs, f"train with lr {lr:g}"):
+            for step in range(epoch * self.steps, (epoch + 1) * self.steps):
+                self._step(step, lr, copies, optimizers)
+            self._measure(trial)
+            if not math.isfinite(trial.losses[-1]):
+                trial.losses.pop()
+                trial.agreements.pop()
+                break
+            if trial.best == len(trial.losses) - 1:
+                best = {name: tensor.detach().clone() for name, tensor in copies.items()}
+            if path is not None and distributed.is_main():
+                save(path, trial, best, copies, optimizers)
+        return trial, best
+
+    def _optimizers(self, copies: Mapping[str, Tensor]) -> Optimizers:
+        """Muon for the matrices of the blocks' linears, if asked, and AdamW for the rest."""
+        matrices = set[str]()
+        if self.settings.optimizer == "muon":
+            blocks = self.student.family.blocks(self.student.model)
+            matrices = {block.name(f"{name}.weight") for block in blocks for name in block.linears}
+        muon = [tensor for name, tensor in copies.items() if name in matrices]
+        adam = [tensor for name, tensor in copies.items() if name not in matrices]
+        found: Optimizers = []
+        if muon:
+            found.append(Muon(muon))
+        if adam:
+            found.append(torch.optim.AdamW(adam, weight_decay=0.0, foreach=False))
+        return found
+
+    def _measure(self, trial: Trial) -> None:
+        """Adds the loss and the agreement on the held-out samples: means of the tasks, by their weights."""
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for task, examples in self.student.held.items():
+                sums = torch.zeros(3, dtype=torch.float64)
+                for example in (part for batch in examples for part in batch):
+                    sums += self.student.micro.run(partial(self._held_out, task, *example.view(0)))
+                sums = distributed.all_reduce(sums)
+                total += self.student.weights[task] * sums[:2] / sums[2]
+        loss, agreement = (total / sum(self.student.weights.values())).tolist()
+        trial.losses.append(loss)
+        trial.agreements.append(agreement)
+
+    def _held_out(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Tensor:
+        """The sums of the losses and agreements of the rows of a batch, and the number of rows."""
+        parts = self._parts(task, batch, labels, samples)
+        return torch.tensor([[part.loss, part.agreements, part.rows] for part in parts], dtype=torch.float64).sum(0)
+
+    def _step(self, step: int, lr: float, copies: Mapping[str, Tensor], optimizers: Optimizers) -> None:
+        """One step of the optimizers on a batch of each task; each epoch takes other views of them."""
+        total: dict[str, Tensor] = {}
+        for task, numbers in self.numbers.items():
+            epoch, place = divmod(step, len(numbers))
+            number = numbers[shuffled(len(numbers), self.student.seed, task, epoch)[place]]
+            if number is None:
+                continue
+            weight, example = self.student.weights[task] / sum(self.student.weights.values()), self.fitted[task][number]
+            batch, labels = example.view(epoch % len(example.labels))
+            with trained(self.own.values()), self._checkpointed():
+                found = self.student.micro.run(partial(self._gradients, task, batch, labels), count=size(batch))
+            for name, gradient in found.items():
+                total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)
+        for name, copy in copies.items():
+            copy.grad = self._summed(name, total.pop(name, None)).to(copy.device)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * self._schedule(step)
+            optimizer.step()
+        self._put(copies)
+
+    def _summed(self, name: str, gradient: Tensor | None) -> Tensor:
+        """The sum of the gradients of all processes for a tensor, with the anchor's."""
+        own = self.own[name].detach()
+        found = distributed.all_reduce(own.new_zeros(own.shape) if gradient is None else gradient)
+        if self.settings.anchor:
+            start = self.start[name]
+            found += 2 * self.settings.anchor / start.square().sum().clamp(min=1e-12) * (own - start)
+        return found
+
+    def _gradients(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> dict[str, Tensor]:
+        """The gradients of the mean loss of a batch, by tensor name."""
+        total: dict[str, Tensor] = {}
+        for part in self._parts(task, batch, labels, samples):
+            found = torch.autograd.grad(part.loss / len(labels.kept), list(self.own.values()), allow_unused=True)
+            for name, gradient in zip(self.own, found, strict=True):
+                if gradient is not None:
+                    total[name] = total[name].add_(gradient) if name in total else gradient
+        return total
+
+    def _parts(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Iterator[Part]:
+        """The losses of a batch, some samples at a time."""
+        student, settings, start = self.student, self.settings, 0
+        kind = next(student.model.parameters()).device.type
+        for part in split(batch, samples):
+            with torch.autocast(kind, settings.dtype, enabled=settings.dtype != torch.float32):
+                found = outputs(student.family, student.model, part, student.heads[task])
+            logits = found.logits.float()
+            own = labels.rows(slice(start, start := start + len(logits)))
+            loss = own.divergence(logits, settings.temperature).sum()
+            if found.features is not None and settings.features and self.spreads[task]:
+                error = own.squared_error(found.features.float()).sum()
+                loss = loss + settings.features / self.spreads[task] * error
+            yield Part(loss, own.agreements(logits.detach()), len(logits))
+
+    def _schedule(self, step: int) -> float:
+        """The factor on the learning rate: it rises linearly, then falls by a cosine."""
+        total = self.steps * self.settings.epochs
+        rising = max(1, round(self.settings.warmup * total))
+        falling = (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+        return (step + 1) / rising if step < rising else falling
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        copy_into(self.student.model, {name: tensor.detach() for name, tensor in tensors.items()})
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Computes the activations of blocks again in the backward pass, if asked."""
+        with ExitStack() as undo:
+            for block in self.student.family.blocks(self.student.model) if self.settings.checkpointing else ():
+                forward: Callable[..., Any] = block.module.forward
+                block.module.forward = partial(checkpoint, forward, use_reentrant=False)
+                undo.callback(setattr, block.module, "forward", forward)
+            yield
+
+
+def spread(examples: Sequence[Example]) -> float:
+    """The variance of an expert's features over the samples of all processes, summed over their width; 0 without
+    features."""
+    features = [example.labels[0].features for example in examples]
+    rows = [part.double() for part in features if part is not None]
+    own = [(float(len(part)), part.sum(0), float(part.square().sum())) for part in rows]
+    every = [part for parts in distributed.all_gather(own) for part in parts]
+    if not every:
+        return 0.0
+    count, squares = sum(part[0] for part in every), sum(part[2] for part in every)
+    total = torch.stack([part[1].cpu() for part in every]).sum(0)
+    return max(0.0, (squares - float(total.square().sum()) / count) / count)

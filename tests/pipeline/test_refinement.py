@@ -1,0 +1,104 @@
+"""Oracles: the run without refinement, transformers' own loss for language models, and runs of other sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.pipeline.job import make_job
+from tests.helpers.hubs import config, run_in
+from tests.helpers.minihub import hub_of
+from tests.helpers.tiers import first
+
+PLAIN = ("guidance=feature", "eval.samples=8")
+OPTIONS = (
+    *PLAIN,
+    "refine=distill",
+    "refine.epochs=4",
+    "refine.batch_size=4",
+    "refine.lr=[0.001,0.00003]",
+    "refine.views=2",
+)
+KINDS = ("llama", "bert", "clip", "t5", "vit", "roberta", "modernbert", "deberta")
+
+
+def entry(folder: Path) -> dict[str, Any]:
+    """The `refine` entry of metrics.json."""
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())["refine"]
+    return found
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", first(1, KINDS))
+def test_the_held_out_samples_decide_in_every_family(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    hub = hub_of(kind, request, tmp_path / "hub")
+    run_in(tmp_path / "refined", hub, *OPTIONS)
+    run_in(tmp_path / "plain", hub, *PLAIN)
+    found = entry(tmp_path / "refined")
+    refined, plain = (weights(tmp_path / name / "checkpoint") for name in ("refined", "plain"))
+    assert refined.keys() == plain.keys()
+    best = min(found["trials"], key=lambda trial: trial["losses"][trial["best"]])
+    assert best["agreements"][best["best"]] >= best["agreements"][0]
+    assert found["refined"] == (best["losses"][best["best"]] < best["losses"][0])
+    assert found["refined"] == any(not torch.equal(refined[name], plain[name]) for name in plain)
+    assert found["refined"] or kind == "t5"  # whose miniature starts near an optimum
+    assert "refine" not in json.loads((tmp_path / "plain" / "metrics.json").read_text())
+
+
+def test_training_that_does_not_help_leaves_the_run_as_it_is(bert_hub: Path, tmp_path: Path) -> None:
+    run_in(tmp_path / "refined", bert_hub, *OPTIONS, "refine.lr=[1,0.9]", "refine.epochs=1")
+    run_in(tmp_path / "plain", bert_hub, *PLAIN)
+    found = entry(tmp_path / "refined")
+    assert not found["refined"]
+    assert [trial["lr"] for trial in found["trials"]] == [1, 0.9]
+    refined, plain = (weights(tmp_path / name / "checkpoint") for name in ("refined", "plain"))
+    for name, tensor in plain.items():
+        assert torch.equal(refined[name], tensor)
+
+
+def test_norms_alone(bert_hub: Path, tmp_path: Path) -> None:
+    run_in(tmp_path / "run", bert_hub, *OPTIONS, "refine.trained=norms", "quant=none", "refine.lr=0.01")
+    job = make_job(config(bert_hub, *OPTIONS, "refine.trained=norms"))
+    from epmq_cli.pipeline import steps
+
+    models, model, _ = steps.open_models(job)
+    names = job.refine.names(model, models.source.names)  # type: ignore[union-attr]
+    assert names
+    assert all("LayerNorm" in name or name.endswith("bias") for name in names)
+    assert any(name.endswith("LayerNorm.weight") for name in names)
+    assert entry(tmp_path / "run")["trials"]
+
+
+def test_it_needs_samples_memory_and_equal_layers(bert_hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has 4 calibration samples, but refine=distill needs 5"):
+        run_in(tmp_path / "few", bert_hub, *OPTIONS, "calib.samples=4")
+    with pytest.raises(ConfigError, match=r"got calib.student=disk; use calib.student=memory"):
+        make_job(config(bert_hub, *OPTIONS, "calib.student=disk"))
+    slices = "merge.slices=[{expert: first, layers: [0, 1]}]"
+    with pytest.raises(ConfigError, match="use refine=none"):
+        make_job(config(bert_hub, *OPTIONS, "guidance=merged", "merge=passthrough", slices))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("refine.lr=[]", "such as"),
+        ("refine.lr=[0.1,2]", r"refine.lr must be a number in \(0, 1\], got 2"),
+        ("refine.lr=fast", "a number or a list"),
+        ("refine.epochs=0", r"refine.epochs must be a whole number in \[1"),
+        ("refine.trained=some", "refine.trained must be one of all, norms"),
+    ],
+)
+def test_wrong_options_are_named(value: str, message: str, bert_hub: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_job(config(bert_hub, *OPTIONS, value))
