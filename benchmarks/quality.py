@@ -43,6 +43,7 @@ NORMS = {**INTERCEPTS, "guidance.norms": "true"}
 BETA = {**NORMS, "guidance.beta": "1"}
 EMBEDDINGS = {**BETA, "guidance.embeddings": "true"}
 FEATURE = {"guidance": "feature", "guidance.heads": "never"}
+VIEWS = {**FEATURE, "calib.views": "4"}
 FEATCAL = {**NORMS, "guidance.alpha": "0.3", "guidance.lam": "0.01", "guidance.readout_weight": "0.01"}
 ROWS: dict[str, dict[str, str]] = {
     "merge, dense": {"guidance": "merged", "quant": "none"},
@@ -60,13 +61,14 @@ ROWS: dict[str, dict[str, str]] = {
     "+ beta 1": BETA,
     "+ embeddings": EMBEDDINGS,
     "+ readout = feature": FEATURE,
-    "+ refine": {**FEATURE, "refine": "distill"},
+    "+ views": VIEWS,
+    "+ refine": {**VIEWS, "refine": "distill"},
     "+ heads": {**FEATURE, "guidance.heads": "always"},
-    "+ heads + refine": {**FEATURE, "guidance.heads": "always", "refine": "distill"},
+    "+ refine + heads": {**VIEWS, "guidance.heads": "always", "refine": "distill"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
 """The overrides of each row. From E-PMQ on, each row adds to the row before; `+ heads` and `+ auto` add to `+ readout =
-feature`."""
+feature`, `+ refine + heads` to `+ refine`."""
 
 
 class Session:
