@@ -22,7 +22,7 @@ from tests.helpers.hubs import run_in
 from tests.helpers.tiers import every
 
 OPTIONS = ("guidance=feature", "eval.samples=8", "guidance.heads=always")
-PACK = 7  # the number of the stage
+PACK = 8  # the number of the stage
 CPU = torch.device("cpu")
 
 
