@@ -165,7 +165,8 @@ def test_during_tuning_a_plain_model_reproduces_its_teacher(name: str, request: 
     assert max(trial["error"] for trial in found.choice.trials) < 1e-8
 
 
-@pytest.mark.parametrize("name", first(1, ["clip", "bert"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "bert"])
 def test_the_tuned_options_are_used_and_recorded_in_metrics_json(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

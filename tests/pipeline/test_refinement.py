@@ -66,6 +66,7 @@ def test_training_that_does_not_help_leaves_the_run_as_it_is(bert_hub: Path, tmp
         assert torch.equal(refined[name], tensor)
 
 
+@pytest.mark.slow
 def test_norms_alone(bert_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "run", bert_hub, *OPTIONS, "refine.trained=norms", "quant=none", "refine.lr=0.01")
     job = make_job(config(bert_hub, *OPTIONS, "refine.trained=norms"))
