@@ -61,11 +61,10 @@ def shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def replaced(tokens: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
-    """Token ids (samples, tokens) with about `REPLACED` of them drawn anew from the batch. `real`: which are not
+    """Token ids (samples, tokens), about `REPLACED` of them replaced by others of the batch. `real`: which are not
     padding."""
-    free = real.clone()
     number = real.cumsum(1)
-    free &= (number > 1) & (number < number[:, -1:])
+    free = real & (number > 1) & (number < number[:, -1:])
     common = set(tokens[0][real[0]].tolist())
     for row, mask in zip(tokens, real, strict=True):
         common &= set(row[mask].tolist())

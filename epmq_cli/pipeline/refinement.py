@@ -89,11 +89,12 @@ def refine(
         )
         trials, best = distill.train(Training(student, distill.settings(job.device)), progress.folder)
         found = [{**asdict(trial), "best": trial.best} for trial in trials]
-        entries.update(refine={"trials": found, "refined": bool(best)}, guidance=summary(job, calibrated))
+        measured = {"refine": {"trials": found, "refined": bool(best)}, "guidance": summary(job, calibrated)}
+        entries.update(progress.value("entries", lambda: measured))  # before the tensors, without which training runs
         return start | best if best else {}
 
     tensors = progress.tensors("tensors", job.device, train)
-    entries = progress.value("entries", lambda: entries)
+    entries = entries or progress.value("entries", dict)
     if not tensors:
         copy_into(model, before)
         return Refinement(context, merged, {"refine": entries["refine"]})
