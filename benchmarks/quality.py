@@ -32,6 +32,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.refinement import Refiner
 
 EPMQ = {"guidance": "expert"}
 LAM = {**EPMQ, "guidance.lam": "0.001"}
@@ -42,6 +43,7 @@ NORMS = {**INTERCEPTS, "guidance.norms": "true"}
 BETA = {**NORMS, "guidance.beta": "1"}
 EMBEDDINGS = {**BETA, "guidance.embeddings": "true"}
 FEATURE = {"guidance": "feature", "guidance.heads": "never"}
+VIEWS = {**FEATURE, "calib.views": "4"}
 FEATCAL = {**NORMS, "guidance.alpha": "0.3", "guidance.lam": "0.01", "guidance.readout_weight": "0.01"}
 ROWS: dict[str, dict[str, str]] = {
     "merge, dense": {"guidance": "merged", "quant": "none"},
@@ -59,10 +61,17 @@ ROWS: dict[str, dict[str, str]] = {
     "+ beta 1": BETA,
     "+ embeddings": EMBEDDINGS,
     "+ readout = feature": FEATURE,
+    "+ views": VIEWS,
+    "+ refine": {**VIEWS, "refine": "distill"},
+    "+ blocks": {**VIEWS, "refine": "blocks"},
+    "+ both": {**VIEWS, "refine": "both"},
     "+ heads": {**FEATURE, "guidance.heads": "always"},
+    "+ refine + heads": {**VIEWS, "guidance.heads": "always", "refine": "distill"},
+    "+ both + heads": {**VIEWS, "guidance.heads": "always", "refine": "both"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
-"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ auto` leaves out the heads."""
+"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ heads` and `+ auto` add to `+ readout =
+feature`, `+ refine + heads` to `+ refine`."""
 
 
 class Session:
@@ -121,11 +130,15 @@ class Session:
             merged = LazyMerge(self.models.source, job.merge, self.dtype)
             copy_into(self.model, merged)
             start, context = time.perf_counter(), RunContext.of(job)
-            calibrated = guide.calibrate(context, self.model, taught.batches, self.tasks, merged)
+            refiner = Refiner(context, self.model, taught.batches, self.tasks, self.models.source)
+            refined = refiner.dense(merged)
+            calibrated = guide.calibrate(refined.context, self.model, taught.batches, self.tasks, refined.anchor)
+            refiner.packed(calibrated.walk, self.dtype)
             tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
             seconds = time.perf_counter() - start
             scores = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
-            self.keep(key, {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores})
+            entry = {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores}
+            self.keep(key, entry | refiner.entries)
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
@@ -183,7 +196,7 @@ def main() -> None:
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of every run")
     arguments = parser.parse_args()
     quiet_libraries()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: refinement trains the model
         table(Session(arguments), arguments)
 
 

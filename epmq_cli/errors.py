@@ -63,9 +63,11 @@ def lacks_memory(error: Exception) -> bool:
 
 def placed(error: ConfigError, where: str) -> ConfigError:
     """The error of a part of the config, such as data, with the part's full path."""
-    part = where.rpartition(".")[2]
     text = str(error)
-    return ConfigError(f"{where}{text.removeprefix(part)}") if text.startswith(f"{part}.") else error
+    for part in (where.rpartition(".")[2], where.partition(".")[0]):
+        if text.startswith(f"{part}.") and not text.startswith(f"{where}."):
+            return ConfigError(f"{where}{text.removeprefix(part)}")
+    return error
 
 
 def literal(value: object) -> str:

@@ -169,7 +169,7 @@ def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, 
     assert f"{'suite=birds':<32} Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
-    assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, suite" in wrong.stderr
+    assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite" in wrong.stderr
     assert epmq("list", "--config-dir", "gone").returncode == 1
 
 

@@ -175,7 +175,7 @@ def _make_checkpoint(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
-    from epmq_cli.pipeline.refinement import refine
+    from epmq_cli.pipeline.refinement import Refiner
 
     job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
     with stage("read"):
@@ -196,9 +196,11 @@ def _make_checkpoint(
     with stage("score merged"):
         scores |= scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
     with stage("refine"):
-        refined = refine(context, model, teachers.batches, tasks, merged)
+        refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
+        refined = refiner.dense(merged)
     with stage("calibrate and quantize"):
         calibrated = guide.calibrate(refined.context, model, teachers.batches, tasks, refined.anchor)
+        refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
     context.progress.begin_packing()
     if not distributed.is_main():
@@ -209,7 +211,7 @@ def _make_checkpoint(
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
-    measured |= refined.entries
+    measured |= refined.entries | refiner.entries
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
     measured["events"]["batches_halved"] = context.micro.halved
     return tasks, scores, measured | {"expert_checks": {task: asdict(check) for task, check in checks.items()}}

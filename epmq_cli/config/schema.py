@@ -34,17 +34,20 @@ def bytes_of(name: str, text: object) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Calib:
-    """`calib=<name>`. `samples`: the number of train samples per task. `batch_size`: samples per
-    batch. `memory`: the budget for samples, moments and activations, such as 8GB; activations that exceed it go to
-    files in the run folder. `student`: whether the model is in `memory` or on `disk`."""
+    """`calib=<name>`. `samples`: the number of train samples per task. `views`: the number of forms of each sample,
+    itself and changed copies (data/views.py). `batch_size`: samples per batch. `memory`: the budget for samples,
+    moments and activations, such as 8GB; activations that exceed it go to files in the run folder. `student`: whether
+    the model is in `memory` or on `disk`."""
 
     samples: int
+    views: int
     batch_size: int
     memory: object
     student: str
 
     def __post_init__(self) -> None:
         check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
+        check_range("calib.views", self.views, 1, 1000, integer=True)
         check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
         bytes_of("calib.memory", self.memory)
         check_choice("calib.student", self.student, ("memory", "disk"))

@@ -26,6 +26,8 @@ from epmq_cli.merge.ties import Options, elected, majority_sign, sign_sum
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:
     """A task vector (n,), each element kept with probability `density` and divided by it, or else set to 0."""
+    if density == 1:
+        return vector
     mask = torch.from_numpy(generator.random(len(vector), dtype=np.float32)) < density
     return torch.where(mask, vector / density, torch.zeros(()))
 

@@ -24,11 +24,16 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(spread(products, chunks)).sum(0)
 
 
-def row_products(one: Tensor, other: Tensor) -> Tensor:
-    """(rows, 1) in float64: the inner products of the rows of two matrices."""
-    step = max(1, CHUNK // max(1, one.shape[1]))
-    chunks = zip(torch.split(one, step), torch.split(other, step), strict=True)
-    return torch.cat(spread(lambda chunk: (chunk[0].double() * chunk[1].double()).sum(1, keepdim=True), chunks))
+def row_grams(matrices: Sequence[Tensor]) -> Tensor:
+    """(rows, n, n) in float64: for each row, the inner products of this row of n matrices."""
+    step = max(1, CHUNK // max(1, matrices[0].shape[1]))
+    chunks = zip(*(torch.split(matrix, step) for matrix in matrices), strict=True)
+
+    def products(chunk: tuple[Tensor, ...]) -> Tensor:
+        rows = torch.stack(chunk, 1).double()
+        return rows @ rows.mT
+
+    return torch.cat(spread(products, chunks))
 
 
 def cosines(products: Tensor, lengths: Tensor) -> Tensor:

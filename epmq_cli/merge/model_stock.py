@@ -7,36 +7,25 @@ The ratio t is clamped to [0, 1], unlike in mergekit, where task vectors that po
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from epmq_cli.merge.gram import as_rows, cosines, gram, row_products
+from epmq_cli.merge.gram import as_rows, cosines, gram, row_grams
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Parameters
 from epmq_cli.merge.source import MergeSource
 
 
-def mean_cosine(vectors: Sequence[Tensor]) -> Tensor:
-    """() in float64: the mean cosine between each two of some vectors; 0 for a vector of zeros."""
-    products = gram(vectors)
-    lengths = products.diagonal().sqrt()
-    every, n = cosines(products, lengths[:, None] * lengths), len(vectors)
-    return (every.sum() - every.trace()) / (n * (n - 1))
-
-
-def mean_row_cosine(vectors: Sequence[Tensor]) -> Tensor:
-    """(rows, 1) in float64: the mean cosine between each two of some matrices, row by row."""
-    lengths = [row_products(vector, vector).sqrt() for vector in vectors]
-    total, n = torch.zeros_like(lengths[0]), len(vectors)
-    for i, one in enumerate(vectors):
-        for j in range(i):
-            total += cosines(row_products(one, vectors[j]), lengths[i] * lengths[j])
-    return total / (n * (n - 1) / 2)
+def mean_cosine(products: Tensor) -> Tensor:
+    """(...) in float64: the mean cosine between each two of n vectors, from their inner products (..., n, n); 0 for a
+    vector of zeros."""
+    lengths, n = products.diagonal(dim1=-2, dim2=-1).sqrt(), products.shape[-1]
+    every = cosines(products, lengths[..., None] * lengths[..., None, :])
+    return (every.sum((-2, -1)) - every.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))
 
 
 def ratio(cosine: Tensor, n: int) -> Tensor:
@@ -49,7 +38,7 @@ def model_stock(name: str, base: Tensor, experts: Mapping[str, Tensor], filter_w
     """Base plus t times the mean task vector. With `filter_wise`, each row of a matrix has its own t."""
     shape, base = base.shape, as_rows(base)
     vectors = [as_rows(experts[task]) - base for task in experts]
-    cosine = mean_row_cosine(vectors) if filter_wise else mean_cosine(vectors)
+    cosine = mean_cosine(row_grams(vectors))[:, None] if filter_wise else mean_cosine(gram(vectors))
     total = vectors[0].clone()
     for vector in vectors[1:]:
         total += vector

@@ -58,8 +58,10 @@ def sce(name: str, base: Tensor, experts: Mapping[str, Tensor], select_topk: Ten
     share = select_topk.at(name)
     if share < 1 and len(vectors) > 1:
         variances, least = smallest_variance(chunks, share)
-        pairs = zip(chunks, variances, strict=True)
-        chunks = [tuple(part * (variance >= least) for part in chunk) for chunk, variance in pairs]
+        for chunk, variance in zip(chunks, variances, strict=True):
+            for part in chunk:
+                part *= variance >= least
+        del variances
     squares = torch.stack(spread(lambda chunk: torch.stack(chunk).double().square().sum(1), chunks)).sum(0)
     total = float(squares.sum())
     factors = (squares / total).tolist() if total > 0 else [1 / len(vectors)] * len(vectors)

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from epmq_cli.merge.gram import cosines, gram, row_products
+from epmq_cli.merge.gram import cosines, gram, row_grams
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Parameters, PerTensor, Weight
 from epmq_cli.merge.settings import Setting, TensorSetting
@@ -82,8 +82,9 @@ def spherical(first: Tensor, second: Tensor, t: float, flatten: bool, row_wise: 
     turned = [tensor.transpose(0, -1) if row_wise else tensor for tensor in (first, second)]
     shape = turned[0].shape
     one, other = (tensor.reshape(-1, shape[-1]) for tensor in turned)
-    lengths = (row_products(one, one) * row_products(other, other)).sqrt()
-    cosine = cosines(row_products(one, other), lengths)
+    products = row_grams([one, other])
+    lengths = (products[:, 0, 0] * products[:, 1, 1]).sqrt()
+    cosine = cosines(products[:, 0, 1], lengths)[:, None]
     merged = on_the_arc(t, one, other, cosine, 1 - cosine.square() <= COLLINEAR).view(shape)
     return merged.transpose(0, -1).contiguous() if row_wise else merged
 

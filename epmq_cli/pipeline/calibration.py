@@ -23,6 +23,7 @@ from epmq_cli.calibrate.tune import Choice, choose, holdout_split
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, Batches, split
 from epmq_cli.data.held_out import check_enough
+from epmq_cli.data.views import with_views
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
 from epmq_cli.merge.source import MergeSource
@@ -132,7 +133,10 @@ def calibrate(
             check_enough(task, group, "refine=blocks")
     student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype)
     share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
-    budget = share - reserved_bytes(job, model, batches)
+    viewed = {
+        task: [with_views(batch, job.seed, job.calib.views) for batch in group] for task, group in batches.items()
+    }
+    budget = share - reserved_bytes(job, model, viewed)
     process_bytes = memory.taken if job.device.type == "cpu" else lambda: 0
 
     def walks(samples: int) -> CalibrationResult:
@@ -146,7 +150,7 @@ def calibrate(
                 choice = tune_guidance(student, batches, tasks, store, context.progress, samples)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
-            walk = run_passes(guided, batches, job.quantizer, store, context.progress.of_walk, samples, refiner)
+            walk = run_passes(guided, viewed, job.quantizer, store, context.progress.of_walk, samples, refiner)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))

@@ -29,6 +29,7 @@ from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.blocks import Blocks
+from epmq_cli.refine.both import Both
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
 
@@ -85,8 +86,7 @@ def make_job(cfg: DictConfig) -> Job:
         raise ConfigError(
             f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
         )
-    chosen: Distill | Blocks | NoRefinement = instantiate.build("refine", cfg.refine)
-    blocks, refine = (chosen, NoRefinement()) if isinstance(chosen, Blocks) else (None, chosen)
+    refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
     check_refinement(refine, merge, calib)
     quantizer = build_quantizer(cfg.quant)
     if blocks is not None:
@@ -110,3 +110,10 @@ def make_job(cfg: DictConfig) -> Job:
         seed=instantiate.seed_of(cfg.seed),
         resume=cfg.resume,
     )
+
+
+def _refinements(chosen: Distill | Blocks | Both | NoRefinement) -> tuple[Distill | NoRefinement, Blocks | None]:
+    """The refinement of the dense model and that of the quantized blocks."""
+    if isinstance(chosen, Both):
+        return chosen.distill, chosen.blocks
+    return (NoRefinement(), chosen) if isinstance(chosen, Blocks) else (chosen, None)

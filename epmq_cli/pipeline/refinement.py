@@ -1,9 +1,10 @@
-"""The step of `epmq run` that refines the calibrated model before it is quantized."""
+"""The steps of `epmq run` that train the calibrated model, before it is quantized and afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.config import instantiate
-from epmq_cli.data.batching import Batches, size
+from epmq_cli.data.batching import Batch, Batches, size
 from epmq_cli.data.held_out import check_enough, split_held_out
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.merge.engine import LazyMerge
@@ -20,9 +22,13 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.calibration import Anchor, calibrate, summary
 from epmq_cli.pipeline.context import RunContext
+from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
+from epmq_cli.refine.soft_labels import SoftLabels
+from epmq_cli.refine.trained import DenseTensors, PackedTensors, Trained
 from epmq_cli.refine.training import Examples, Student, Training
+from epmq_cli.refine.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -44,81 +50,158 @@ class Refinement:
 
     context: RunContext
     anchor: Anchor
-    entries: Mapping[str, Any]
+    entries: dict[str, Any]
 
 
-def refine(
-    context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], merged: LazyMerge
-) -> Refinement:
-    """Calibrates the merged model without quantizing it, on four fifths of the samples, and trains the result. `model`
-    then holds the refined weights.
+class Refiner:
+    """Refines a run's model twice: before it is quantized, and afterwards. `batches`: the calibration batches.
 
-    If training does not lower the loss on the last fifth, the model is the merged one again, and the refinement does
-    not change the run.
+    What the experts put out is computed when it is needed first, and overwrites the model's merged tensors.
     """
-    job, distill, progress = context.job, context.job.refine, context.progress.part("refine")
-    if not isinstance(distill, Distill):
-        return Refinement(context, merged, {})
-    for task, group in batches.items():
-        check_enough(task, group, "refine=distill")
-    entries: dict[str, Any] = {}
-    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
 
-    def train() -> dict[str, Tensor]:
-        parts = {task: split_held_out(group) for task, group in batches.items()}
-        fitted, held = ({task: pair[index] for task, pair in parts.items()} for index in (0, 1))
-        examples = [_examples(distill, context, model, part, tasks, merged.source) for part in (fitted, held)]
-        copy_into(model, before)
-        dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
-        full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
-        calibrated = calibrate(dense, model, full, tasks, merged)
-        start = {name: tensor.clone() for name, tensor in model.named_parameters()}
-        student = Student(
-            model=model,
+    def __init__(
+        self, context: RunContext, model: nn.Module, batches: Batches, tasks: Sequence[ScoredTask], source: MergeSource
+    ) -> None:
+        self._context, self._model, self._tasks, self._source = context, model, tasks, source
+        self._distill = context.job.refine if isinstance(context.job.refine, Distill) else None
+        self._batches = batches
+        self._entry: dict[str, Any] = {}
+        self._kept: tuple[Examples, Examples] | None = None
+        if self._distill is not None:
+            for task, group in batches.items():
+                check_enough(task, group, "refine=distill")
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """The entries of metrics.json."""
+        return {"refine": self._entry} if self._entry else {}
+
+    def dense(self, merged: LazyMerge) -> Refinement:
+        """Calibrates the merged model without quantizing it, on four fifths of the samples, and trains the result. The
+        model then holds the refined weights.
+
+        If training does not lower the loss on the last fifth, the model is the merged one again, and the refinement
+        does not change the run.
+        """
+        context, distill, model = self._context, self._distill, self._model
+        if distill is None or not distill.epochs:
+            return Refinement(context, merged, {})
+        job, progress = context.job, context.progress.part("refine")
+        measured: dict[str, Any] = {}
+        before = self._copy()
+
+        def train() -> dict[str, Tensor]:
+            fitted, _ = self._parts
+            dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
+            student = self._student(distill.names(model, self._source.names, distill.trained), DenseTensors())
+            copy_into(model, before)
+            full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
+            calibrated = calibrate(dense, model, full, self._tasks, merged)
+            start = self._copy()
+            trials, best = Training(student, distill.settings(job.device)).try_rates(distill.rates, progress.folder)
+            found = {"dense": _entry(trials, best), "guidance": summary(job, calibrated)}
+            measured.update(progress.value("entries", lambda: found))  # before the tensors, which end the training
+            return start | best if best else {}
+
+        tensors = progress.tensors("tensors", job.device, train)
+        measured = measured or progress.value("entries", dict)
+        self._entry["dense"] = measured["dense"]
+        if not tensors:
+            copy_into(model, before)
+            return Refinement(context, merged, {})
+        copy_into(model, tensors)
+        guided = replace(context, job=replace(job, guidance=_asymmetric(job.guidance)))
+        return Refinement(guided, Refined(merged.source, merged.dtype, tensors), {"guidance": measured["guidance"]})
+
+    def packed(self, walk: WalkResult, dtype: torch.dtype) -> None:
+        """Trains scales, norms and biases of the quantized model; the codes stay. `walk` receives the new weights.
+        `dtype`: the type in which the checkpoint stores tensors.
+
+        If training does not lower the loss on the last fifth of the samples, nothing changes.
+        """
+        distill, model, job = self._distill, self._model, self._context.job
+        if distill is None or not distill.packed_epochs:
+            return
+        progress = self._context.progress.part("packed")
+        weights = {f"{name}.weight": own for name, own in walk.weights.items() if isinstance(own, QuantizedWeight)}
+        trained = PackedTensors(weights, dtype)
+        measured: dict[str, Any] = {}
+
+        def train() -> dict[str, Tensor]:
+            before = self._copy()
+            names = [*weights, *distill.names(model, self._source.names, "norms")]
+            student = self._student(names, trained)
+            copy_into(model, before)
+            training = Training(student, distill.settings(job.device, packed=True))
+            trials, best = training.try_rates([distill.packed_lr], progress.folder)
+            copy_into(model, before)
+            measured.update(progress.value("entries", lambda: _entry(trials, best)))
+            return best
+
+        best = progress.tensors("numbers", job.device, train)
+        self._entry["packed"] = measured or progress.value("entries", dict)
+        copy_into(model, ((name, trained.tensor(name, numbers)) for name, numbers in best.items()))
+        for name, weight in weights.items() if best else ():
+            walk.weights.add(name.removesuffix(".weight"), weight.rescaled(best[name]))
+
+    def _student(self, names: Sequence[str], trained: Trained) -> Student:
+        """The model as a student of the experts. Overwrites its merged tensors."""
+        job, (fitted, held) = self._context.job, self._examples()
+        return Student(
+            model=self._model,
             family=job.family,
-            names=distill.names(model, merged.source.names),
-            fitted=examples[0],
-            held=examples[1],
-            heads={task.name: own(task.head) for task in tasks},
-            weights={task.name: job.guidance.factor(task.name) for task in tasks},
-            micro=context.micro,
+            names=names,
+            trained=trained,
+            fitted=fitted,
+            held=held,
+            heads={task.name: own(task.head) for task in self._tasks},
+            weights={task.name: job.guidance.factor(task.name) for task in self._tasks},
+            micro=self._context.micro,
             seed=job.seed,
         )
-        trials, best = distill.train(Training(student, distill.settings(job.device)), progress.folder)
-        found = [{**asdict(trial), "best": trial.best} for trial in trials]
-        entries.update(refine={"trials": found, "refined": bool(best)}, guidance=summary(job, calibrated))
-        return start | best if best else {}
 
-    tensors = progress.tensors("tensors", job.device, train)
-    entries = progress.value("entries", lambda: entries)
-    if not tensors:
-        copy_into(model, before)
-        return Refinement(context, merged, {"refine": entries["refine"]})
-    copy_into(model, tensors)
-    guided = replace(context, job=replace(job, guidance=_asymmetric()))
-    return Refinement(guided, Refined(merged.source, merged.dtype, tensors), entries)
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._model.named_parameters()}
+
+    @cached_property
+    def _parts(self) -> tuple[Batches, Batches]:
+        """The samples that are fitted, and those that are held out."""
+        parts = {task: split_held_out(group) for task, group in self._batches.items()}
+        fitted, held = ({task: pair[index] for task, pair in parts.items()} for index in (0, 1))
+        return fitted, held
+
+    def _examples(self) -> tuple[Examples, Examples]:
+        """The batches of both parts with the outputs of their experts, of the first part for every view. They are kept
+        if both trainings need them."""
+        assert self._distill is not None
+        fitted, held = self._parts
+        found = self._kept or (self._labelled(fitted, self._distill.views), self._labelled(held, 1))
+        self._kept = found if self._distill.epochs and self._distill.packed_epochs else None
+        return found
+
+    def _labelled(self, batches: Batches, views: int) -> Examples:
+        job, distill, micro, found = self._context.job, self._distill, self._context.micro, {}
+        assert distill is not None
+        for task in self._tasks:
+            copy_into(self._model, self._source.model(task.name))
+            labels = partial(distill.labels, self._model, job.family, own(task.head))
+
+            def label(batch: Batch, labels: Callable[[Batch, int], SoftLabels] = labels) -> SoftLabels:
+                return micro.run(partial(labels, batch), count=size(batch))
+
+            found[task.name] = distill.labelled(batches[task.name], views, job.seed, label)
+        return found
 
 
-def _examples(
-    distill: Distill,
-    context: RunContext,
-    model: nn.Module,
-    batches: Batches,
-    tasks: Sequence[ScoredTask],
-    source: MergeSource,
-) -> Examples:
-    """The batches of each task with the outputs of its expert. Overwrites the model's merged tensors."""
-    examples = {}
-    for task in tasks:
-        copy_into(model, source.model(task.name))
-        head, parts = own(task.head), batches[task.name]
-        examples[task.name] = distill.labelled(model, context.job.family, parts, head, context.micro)
-    return examples
+def _entry(trials: Sequence[Trial], best: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The entry of metrics.json about a training."""
+    return {"trials": [{**asdict(trial), "best": trial.best} for trial in trials], "refined": bool(best)}
 
 
-def _asymmetric() -> Guidance:
-    """`guidance=asymmetric`, which quantizes towards a model's own outputs."""
+def _asymmetric(guidance: Guidance) -> Guidance:
+    """`guidance=asymmetric`, which quantizes towards a model's own outputs, with the given guidance's heads and
+    weights."""
     node = OmegaConf.load(instantiate.conf_dir() / "guidance" / "asymmetric.yaml")
     assert isinstance(node, DictConfig)
-    guidance: Guidance = instantiate.build("guidance", node)
-    return guidance
+    asymmetric: Guidance = instantiate.build("guidance", node)
+    return replace(asymmetric, heads=guidance.heads, weights=guidance.weights, task_weight=guidance.task_weight)

@@ -4,10 +4,8 @@ training lets layers compensate for each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +13,12 @@ from torch import Tensor, nn
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.data.batching import Batch, size, split
-from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.data.views import view
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
-from epmq_cli.refine.training import Example, Settings, Training, Trial
+from epmq_cli.refine.training import Example, Settings
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,15 @@ class Distill:
     """The options of conf/refine/distill.yaml."""
 
     trained: str
+    optimizer: str
+    views: int
     temperature: float
     features: float
     anchor: float
     lr: Any
     epochs: int
+    packed_epochs: int
+    packed_lr: float
     batch_size: int
     warmup: float
     precision: str
@@ -42,6 +44,8 @@ class Distill:
 
     def __post_init__(self) -> None:
         check_choice("refine.trained", self.trained, ("all", "norms"))
+        check_choice("refine.optimizer", self.optimizer, ("muon", "adamw"))
+        check_range("refine.views", self.views, 1, 10_000, integer=True)
         check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
         for name in ("features", "anchor"):
             check_range(f"refine.{name}", getattr(self, name), 0, 1e9)
@@ -49,7 +53,11 @@ class Distill:
             raise ConfigError(f"refine.lr must be a number or a list such as [0.001, 0.0003], got {literal(self.lr)}")
         for lr in self.rates:
             check_range("refine.lr", lr, 0, 1, open_low=True)
-        check_range("refine.epochs", self.epochs, 1, 10_000, integer=True)
+        for name in ("epochs", "packed_epochs"):
+            check_range(f"refine.{name}", getattr(self, name), 0, 10_000, integer=True)
+        if not self.epochs + self.packed_epochs:
+            raise ConfigError("refine.epochs and refine.packed_epochs are both 0; use refine=none, or raise one")
+        check_range("refine.packed_lr", self.packed_lr, 0, 1, open_low=True)
         check_range("refine.batch_size", self.batch_size, 1, 1 << 20, integer=True)
         check_range("refine.warmup", self.warmup, 0, 1)
         check_choice("refine.precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -62,8 +70,8 @@ class Distill:
         """The learning rates, in the order in which they are tried."""
         return list(self.lr) if isinstance(self.lr, list | tuple) else [self.lr]
 
-    def names(self, model: nn.Module, merged: Sequence[str]) -> list[str]:
-        """The merged tensors that are trained."""
+    def names(self, model: nn.Module, merged: Sequence[str], trained: str) -> list[str]:
+        """The merged tensors that are trained. `trained`: see the option."""
         own = dict(model.named_parameters())
         norms = {
             f"{name}.{part}"
@@ -72,16 +80,17 @@ class Distill:
             for part, _ in module.named_parameters(recurse=False)
         }
         every = [name for name in merged if name in own]
-        return every if self.trained == "all" else [name for name in every if name in norms or name.endswith("bias")]
+        return every if trained == "all" else [name for name in every if name in norms or name.endswith("bias")]
 
-    def settings(self, device: torch.device) -> Settings:
-        """The settings of the training on a device."""
+    def settings(self, device: torch.device, packed: bool = False) -> Settings:
+        """The settings of the training on a device. `packed`: of the packed model."""
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if self.precision == "auto" else False
         return Settings(
+            optimizer="adamw" if packed else self.optimizer,
             temperature=self.temperature,
             features=self.features,
             anchor=self.anchor,
-            epochs=self.epochs,
+            epochs=self.packed_epochs if packed else self.epochs,
             warmup=self.warmup,
             dtype=torch.bfloat16 if fast or self.precision == "bfloat16" else torch.float32,
             checkpointing=self.checkpointing,
@@ -89,14 +98,18 @@ class Distill:
         )
 
     def labelled(
-        self, model: nn.Module, family: Family, batches: Sequence[Batch], head: Head, micro: MicroBatcher
+        self, batches: Sequence[Batch], views: int, seed: int, label: Callable[[Batch], SoftLabels]
     ) -> list[list[Example]]:
-        """The batches of a task in parts of `batch_size` samples, with the outputs of its expert, `model`."""
-        label = partial(self._labels, model, family, head)
+        """The batches of a task in parts of `batch_size` samples, with the outputs of its expert for each view of them,
+        which `label` computes."""
         parts = [[own(part) for part in split(batch, self.batch_size) if size(part)] for batch in batches]
-        return [[Example(part, micro.run(partial(label, part))) for part in group] for group in parts]
+        return [
+            [Example(part, [label(view(part, seed, number)) for number in range(views)], seed) for part in group]
+            for group in parts
+        ]
 
-    def _labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
+    def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
+        """The outputs of a model, some samples at a time."""
         top = self.top if family.heads == "none" else None
         with torch.no_grad():
             found = [
@@ -104,17 +117,6 @@ class Distill:
                 for part in split(batch, samples)
             ]
         return SoftLabels.joined(found)
-
-    def train(self, training: Training, path: Path | None) -> tuple[list[Trial], dict[str, Tensor]]:
-        """Tries the learning rates until one lowers the held-out loss. Returns the trials, and the trained tensors;
-        none if no rate lowers the loss. `path`: the folder for the state of each trial."""
-        trials: list[Trial] = []
-        for number, lr in enumerate(self.rates):
-            trial, best = training.run(lr, path and path / f"trial-{number}.safetensors")
-            trials.append(trial)
-            if trial.better:
-                return trials, best
-        return trials, {}
 
 
 def own(batch: Mapping[str, Tensor]) -> Batch:

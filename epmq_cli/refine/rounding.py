@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmq_cli.quantize.formats.format import Grid, QuantizedWeight, by_group
+from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
 
 MARGIN = 0.25  # the most that w is away from its integer at the start, in steps
@@ -72,9 +72,8 @@ class LearnedRounding:
 
     def weight(self) -> QuantizedWeight:
         """The quantized weight."""
-        codes, scale = self._codes(self._positions()), self._moved_scale()
-        grid = Grid(scale[..., 0], self._start.grid.zero)
-        return replace(self._start, codes=codes.reshape(self._start.shape).to(self._format.storage), grid=grid)
+        codes = self._codes(self._positions()).reshape(self._start.shape).to(self._format.storage)
+        return replace(self._start.rescaled(self._multipliers[..., 0]), codes=codes)
 
     def value(self) -> Tensor:
         """The dequantized weight (out, in)."""
@@ -83,7 +82,8 @@ class LearnedRounding:
     def step(self, gradient: Tensor, share: float) -> None:
         """See Learned."""
         slope = by_group(gradient.to(self._scale.dtype), self._format)
-        positions, scale = self._positions(), self._moved_scale()
+        positions = self._positions()
+        scale = self._start.rescaled(self._multipliers[..., 0]).grid.scale[..., None]
         codes, format = self._codes(positions), self._format
         inside = (positions > format.lowest - HALF) & (positions < format.highest + HALF)
         by_scale, own = self._scale * (slope * (codes - self._zero)).sum(-1, True), self._options
@@ -106,13 +106,6 @@ class LearnedRounding:
 
     def _codes(self, positions: Tensor) -> Tensor:
         return positions.round().clamp(self._format.lowest, self._format.highest)
-
-    def _moved_scale(self) -> Tensor:
-        """The scales (out, groups, 1), rounded to the stored type, of which none becomes smaller than its smallest
-        normal number."""
-        dtype = self._start.dtype
-        moved = (self._scale * self._multipliers).to(dtype).to(self._scale.dtype)
-        return torch.where(moved.abs() < torch.finfo(dtype).tiny, self._scale, moved)
 
 
 class LearnedVector:

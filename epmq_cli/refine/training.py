@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from epmq_cli.calibrate.merge_data import trained
-from epmq_cli.calibrate.progress_file import opened, write_tensors
 from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.data.batching import Batch, size, split
 from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.data.views import view
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.weights import copy_into
+from epmq_cli.refine.muon import Muon
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
+from epmq_cli.refine.trained import Trained
+from epmq_cli.refine.trial import Optimizers, Trial, restore, save
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import track
 
 
 @dataclass(frozen=True)
 class Example:
-    """A batch of a task with its expert's outputs."""
+    """A batch of a task, and the outputs of its expert for the batch and its views."""
 
     batch: Batch
-    labels: SoftLabels
+    labels: Sequence[SoftLabels]
+    seed: int
+
+    def view(self, number: int) -> tuple[Batch, SoftLabels]:
+        """A changed copy of the batch with the expert's outputs; 0 is the batch itself."""
+        return view(self.batch, self.seed, number), self.labels[number]
 
 
 Examples = Mapping[str, Sequence[Sequence[Example]]]
@@ -47,6 +55,7 @@ class Student:
     family: Family
     names: Sequence[str]
     """The tensors to train."""
+    trained: Trained
     fitted: Examples
     held: Examples
     heads: Mapping[str, Head]
@@ -59,6 +68,7 @@ class Student:
 class Settings:
     """How a student is trained; see `Distill`."""
 
+    optimizer: str
     temperature: float
     features: float
     anchor: float
@@ -67,25 +77,17 @@ class Settings:
     dtype: torch.dtype
     checkpointing: bool
     moments: torch.device | None
-    """Where AdamW's moments are; None for the model's device."""
+    """Where the optimizer's moments are; None for the model's device."""
 
 
-@dataclass
-class Trial:
-    """The training with one learning rate: the held-out losses before the first epoch and after each."""
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a batch: the sum of their rows' losses, in how many rows student and expert agree on the class,
+    and the number of rows."""
 
-    lr: float
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """The epochs until the lowest loss."""
-        return min(range(len(self.losses)), key=lambda epoch: self.losses[epoch])
-
-    @property
-    def better(self) -> bool:
-        """Whether the training lowers the held-out loss."""
-        return self.best > 0
+    loss: Tensor
+    agreements: Tensor
+    rows: int
 
 
 class Training:
@@ -100,104 +102,140 @@ class Training:
         self.student, self.settings = student, settings
         own = dict(student.model.named_parameters())
         self.own = {name: own[name] for name in student.names}
-        self.start = {name: parameter.detach().clone() for name, parameter in self.own.items()}
+        self.start = {name: student.trained.start(name, tensor.detach()) for name, tensor in self.own.items()}
         self.fitted = {task: [part for batch in group for part in batch] for task, group in student.fitted.items()}
         self.numbers = {task: own_numbers([*map(len, group)]) for task, group in student.fitted.items()}
         self.spreads = {task: spread(parts) for task, parts in self.fitted.items()}
         self.steps = max(map(len, self.numbers.values()))
 
+    def try_rates(self, rates: Sequence[float], folder: Path | None) -> tuple[list[Trial], dict[str, Tensor]]:
+        """Trains with each learning rate. Returns the trials, and the numbers of the one with the lowest held-out loss;
+        none if no rate lowers it. `folder`: for the state of each trial."""
+        trials, best, lowest = list[Trial](), dict[str, Tensor](), float("inf")
+        for number, lr in enumerate(rates):
+            trial, found = self.run(lr, folder and folder / f"trial-{number}.safetensors")
+            trials.append(trial)
+            if trial.better and trial.losses[trial.best] < lowest:
+                best, lowest = found, trial.losses[trial.best]
+        return trials, best
+
     def run(self, lr: float, path: Path | None = None) -> tuple[Trial, dict[str, Tensor]]:
-        """Trains with a learning rate. Returns the trial and the best weights; the model has other ones afterwards."""
+        """Trains with a learning rate. Returns the trial and the best numbers; the model has other ones afterwards."""
         device = self.settings.moments
         copies = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in self.start.items()}
-        adam = torch.optim.AdamW(copies.values(), lr=lr, weight_decay=0.0, foreach=False)
+        optimizers = self._optimizers(copies)
         trial, best = Trial(lr), self.start
         if path is not None and path.is_file():
-            trial, best = self._restore(path, copies, adam)
+            trial, best = restore(path, copies, optimizers)
         self._put(copies)
         if not trial.losses:
-            trial.losses.append(self.held_out())
+            self._measure(trial)
         epochs = range(len(trial.losses) - 1, self.settings.epochs)
         for epoch in track(epochs, f"train with lr {lr:g}"):
             for step in range(epoch * self.steps, (epoch + 1) * self.steps):
-                self._step(step, lr, copies, adam)
-            trial.losses.append(self.held_out())
+                self._step(step, lr, copies, optimizers)
+            self._measure(trial)
+            if not math.isfinite(trial.losses[-1]):
+                trial.losses.pop()
+                trial.agreements.pop()
+                break
             if trial.best == len(trial.losses) - 1:
                 best = {name: tensor.detach().clone() for name, tensor in copies.items()}
             if path is not None and distributed.is_main():
-                self._save(path, trial, best, copies, adam)
+                save(path, trial, best, copies, optimizers)
         return trial, best
 
-    def held_out(self) -> float:
-        """The mean of the tasks' losses over the held-out samples, by their weights."""
-        total = 0.0
+    def _optimizers(self, copies: Mapping[str, Tensor]) -> Optimizers:
+        """Muon for the matrices of the blocks' linears, if asked, and AdamW for the rest."""
+        matrices = set[str]()
+        if self.settings.optimizer == "muon":
+            blocks = self.student.family.blocks(self.student.model)
+            matrices = {block.name(f"{name}.weight") for block in blocks for name in block.linears}
+        muon = [tensor for name, tensor in copies.items() if name in matrices]
+        adam = [tensor for name, tensor in copies.items() if name not in matrices]
+        found: Optimizers = []
+        if muon:
+            found.append(Muon(muon))
+        if adam:
+            found.append(torch.optim.AdamW(adam, weight_decay=0.0, foreach=False))
+        return found
+
+    def _measure(self, trial: Trial) -> None:
+        """Adds the loss and the agreement on the held-out samples: means of the tasks, by their weights."""
+        total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for task, examples in self.student.held.items():
-                sums = torch.zeros(2, dtype=torch.float64)
+                sums = torch.zeros(3, dtype=torch.float64)
                 for example in (part for batch in examples for part in batch):
-                    sums += torch.tensor(self.student.micro.run(partial(self._held_out, task, example)))
-                found, rows = distributed.all_reduce(sums)
-                total += self.student.weights[task] * float(found) / float(rows)
-        return total / sum(self.student.weights.values())
+                    sums += self.student.micro.run(partial(self._held_out, task, *example.view(0)))
+                sums = distributed.all_reduce(sums)
+                total += self.student.weights[task] * sums[:2] / sums[2]
+        loss, agreement = (total / sum(self.student.weights.values())).tolist()
+        trial.losses.append(loss)
+        trial.agreements.append(agreement)
 
-    def _held_out(self, task: str, example: Example, samples: int) -> list[float]:
-        """The sum of the losses of a batch, and its rows."""
-        found = [(float(loss), rows) for loss, rows in self._losses(task, example, samples)]
-        return [sum(loss for loss, _ in found), float(sum(rows for _, rows in found))]
+    def _held_out(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Tensor:
+        """The sums of the losses and agreements of the rows of a batch, and the number of rows."""
+        parts = self._parts(task, batch, labels, samples)
+        return torch.tensor([[part.loss, part.agreements, part.rows] for part in parts], dtype=torch.float64).sum(0)
 
-    def _step(self, step: int, lr: float, copies: Mapping[str, Tensor], adam: torch.optim.AdamW) -> None:
-        """One step of AdamW on a batch of each task."""
+    def _step(self, step: int, lr: float, copies: Mapping[str, Tensor], optimizers: Optimizers) -> None:
+        """One step of the optimizers on a batch of each task; each epoch takes other views of them."""
         total: dict[str, Tensor] = {}
         for task, numbers in self.numbers.items():
-            order = shuffled(len(numbers), self.student.seed, task, step // len(numbers))
-            number = numbers[order[step % len(numbers)]]
+            epoch, place = divmod(step, len(numbers))
+            number = numbers[shuffled(len(numbers), self.student.seed, task, epoch)[place]]
             if number is None:
                 continue
-            example, weight = self.fitted[task][number], self.student.weights[task] / sum(self.student.weights.values())
+            weight, example = self.student.weights[task] / sum(self.student.weights.values()), self.fitted[task][number]
+            batch, labels = example.view(epoch % len(example.labels))
             with trained(self.own.values()), self._checkpointed():
-                found = self.student.micro.run(partial(self._gradients, task, example), count=size(example.batch))
+                found = self.student.micro.run(partial(self._gradients, task, batch, labels), count=size(batch))
             for name, gradient in found.items():
                 total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)
         for name, copy in copies.items():
-            copy.grad = self._summed(name, total.pop(name, None)).to(copy.device)
-        for group in adam.param_groups:
-            group["lr"] = lr * self._schedule(step)
-        adam.step()
+            copy.grad = self._summed(name, total.pop(name, None), copy).to(copy.device)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * self._schedule(step)
+            optimizer.step()
         self._put(copies)
 
-    def _summed(self, name: str, gradient: Tensor | None) -> Tensor:
-        """The sum of the gradients of all processes for a tensor, with the anchor's."""
+    def _summed(self, name: str, gradient: Tensor | None, numbers: Tensor) -> Tensor:
+        """The sum of the gradients of all processes for the numbers of a tensor, with the anchor's."""
         own = self.own[name].detach()
         found = distributed.all_reduce(own.new_zeros(own.shape) if gradient is None else gradient)
+        found = self.student.trained.gradient(name, found)
         if self.settings.anchor:
             start = self.start[name]
-            found += 2 * self.settings.anchor / start.square().sum().clamp(min=1e-12) * (own - start)
+            distance = numbers.detach().to(start.device) - start
+            found = found + 2 * self.settings.anchor / start.square().sum().clamp(min=1e-12) * distance
         return found
 
-    def _gradients(self, task: str, example: Example, samples: int) -> dict[str, Tensor]:
+    def _gradients(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> dict[str, Tensor]:
         """The gradients of the mean loss of a batch, by tensor name."""
         total: dict[str, Tensor] = {}
-        for loss, _ in self._losses(task, example, samples):
-            found = torch.autograd.grad(loss / len(example.labels.kept), list(self.own.values()), allow_unused=True)
+        for part in self._parts(task, batch, labels, samples):
+            found = torch.autograd.grad(part.loss / len(labels.kept), list(self.own.values()), allow_unused=True)
             for name, gradient in zip(self.own, found, strict=True):
                 if gradient is not None:
                     total[name] = total[name].add_(gradient) if name in total else gradient
         return total
 
-    def _losses(self, task: str, example: Example, samples: int) -> Iterator[tuple[Tensor, int]]:
-        """The sums of the losses of the rows of each part of a batch, and the numbers of rows."""
+    def _parts(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Iterator[Part]:
+        """The losses of a batch, some samples at a time."""
         student, settings, start = self.student, self.settings, 0
         kind = next(student.model.parameters()).device.type
-        for part in split(example.batch, samples):
+        for part in split(batch, samples):
             with torch.autocast(kind, settings.dtype, enabled=settings.dtype != torch.float32):
                 found = outputs(student.family, student.model, part, student.heads[task])
             logits = found.logits.float()
-            labels = example.labels.rows(slice(start, start := start + len(logits)))
-            loss = labels.divergence(logits, settings.temperature).sum()
+            own = labels.rows(slice(start, start := start + len(logits)))
+            loss = own.divergence(logits, settings.temperature).sum()
             if found.features is not None and settings.features and self.spreads[task]:
-                error = labels.squared_error(found.features.float()).sum()
+                error = own.squared_error(found.features.float()).sum()
                 loss = loss + settings.features / self.spreads[task] * error
-            yield loss, len(logits)
+            yield Part(loss, own.agreements(logits.detach()), len(logits))
 
     def _schedule(self, step: int) -> float:
         """The factor on the learning rate: it rises linearly, then falls by a cosine."""
@@ -207,7 +245,8 @@ class Training:
         return (step + 1) / rising if step < rising else falling
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        copy_into(self.student.model, {name: tensor.detach() for name, tensor in tensors.items()})
+        trained = self.student.trained
+        copy_into(self.student.model, ((name, trained.tensor(name, own.detach())) for name, own in tensors.items()))
 
     @contextmanager
     def _checkpointed(self) -> Iterator[None]:
@@ -219,39 +258,12 @@ class Training:
                 undo.callback(setattr, block.module, "forward", forward)
             yield
 
-    def _save(
-        self,
-        path: Path,
-        trial: Trial,
-        best: Mapping[str, Tensor],
-        copies: Mapping[str, Tensor],
-        adam: torch.optim.AdamW,
-    ) -> None:
-        """Writes the state after an epoch."""
-        tensors = {f"best.{name}": tensor for name, tensor in best.items()}
-        for name, copy in copies.items():
-            tensors[f"own.{name}"] = copy.detach()
-            tensors |= {f"{part}.{name}": adam.state[copy][part] for part in ("exp_avg", "exp_avg_sq")}
-        step = int(next(iter(adam.state.values()))["step"])
-        write_tensors(path, tensors, {"trial": asdict(trial), "step": step})
-
-    def _restore(
-        self, path: Path, copies: Mapping[str, Tensor], adam: torch.optim.AdamW
-    ) -> tuple[Trial, dict[str, Tensor]]:
-        """Reads the state after an epoch."""
-        with opened(path) as (file, header):
-            for name, copy in copies.items():
-                copy.copy_(file.get_tensor(f"own.{name}"))
-                parts = {part: file.get_tensor(f"{part}.{name}").to(copy) for part in ("exp_avg", "exp_avg_sq")}
-                adam.state[copy] = {"step": torch.tensor(float(header["step"])), **parts}
-            best = {name: file.get_tensor(f"best.{name}").to(copy) for name, copy in copies.items()}
-            return Trial(**header["trial"]), best
-
 
 def spread(examples: Sequence[Example]) -> float:
     """The variance of an expert's features over the samples of all processes, summed over their width; 0 without
     features."""
-    rows = [example.labels.features.double() for example in examples if example.labels.features is not None]
+    features = [example.labels[0].features for example in examples]
+    rows = [part.double() for part in features if part is not None]
     own = [(float(len(part)), part.sum(0), float(part.square().sum())) for part in rows]
     every = [part for parts in distributed.all_gather(own) for part in parts]
     if not every:

@@ -63,3 +63,9 @@ def test_tests_mirror_the_package() -> None:
     packages = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")}
     crossing = {"end_to_end", "end_to_end/foreign", "faults", "security"}
     assert folders - packages - crossing == set()
+
+
+def test_the_wheel_has_every_package() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
+    assert sorted(declared) == sorted({".".join(folder.parts) for folder in folders} | {"epmq_cli.conf"})

@@ -21,7 +21,7 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
 from tests.commands.test_merge import merged
 from tests.conftest import TASKS
-from tests.faults.driver import at_stage, attempt, files
+from tests.faults.driver import PACK, at_stage, attempt, files
 from tests.helpers.hubs import config, eval_config, run_in
 from tests.helpers.minihub import build, decoder_hub
 from tests.helpers.tiers import first, only
@@ -34,7 +34,6 @@ T5 = f"merge.slices={{decoder: [{{expert: {TASKS[1]}, layers: [1, 2]}}], encoder
 SLICES = {"longer": ("merge=passthrough", LONGER), "shorter": ("merge=slices", SHORTER)}
 QUICK = ("guidance=merged", "eval.samples=4", "pack.dtype=float32")
 MODEL = "model.safetensors"
-PACK = 7  # the number of the stage
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,10 @@ def at_file(number: int, folder: Path, act: Callable[[], None] = kill) -> Callab
     return lambda: sys.addaudithook(hook)
 
 
+STAGES = 9  # of a run
+PACK = 8  # the number of the stage that writes the checkpoint
+
+
 def at_stage(number: int, act: Callable[[], None] = kill) -> Callable[[], None]:
     """A hook that kills the process, or calls `act`, before the n-th stage."""
     return on_call(epmq_cli.report.stage_timer.Stages, "stage", number, act)

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from epmq_cli.store.run_lock import exclusive_lock
-from tests.faults.driver import at_stage, attempt, command, files, mini
+from tests.faults.driver import PACK, STAGES, at_stage, attempt, command, files, mini
 from tests.helpers.hubs import run_in
 from tests.helpers.tiers import first
-
-PACK = 7  # the number of the stage
 
 
 def wait() -> None:
@@ -73,7 +71,7 @@ def test_an_active_run_is_not_continued(bert_hub: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sweep_continues_with_the_interrupted_job(bert_hub: Path, tmp_path: Path) -> None:
     arguments = ("-m", *mini(bert_hub, "bits=2,3")[1:])
-    assert command(tmp_path, "run", *arguments, hook=at_stage(8 + PACK))[0] == -signal.SIGKILL
+    assert command(tmp_path, "run", *arguments, hook=at_stage(STAGES + PACK))[0] == -signal.SIGKILL
     (sweep,) = folders(tmp_path)
     (first,) = sweep.glob("*/metrics.json")
     before = first.stat().st_mtime_ns

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.progress import RunProgress, opened
 from epmq_cli.store.run_lock import FOLDER
-from tests.faults.driver import at_stage, attempt
+from tests.faults.driver import PACK, at_stage, attempt
 from tests.helpers.hubs import run_in
 from tests.helpers.tiers import every
 
 OPTIONS = ("guidance=feature", "eval.samples=8", "guidance.heads=always")
-PACK = 7  # the number of the stage
 CPU = torch.device("cpu")
 
 

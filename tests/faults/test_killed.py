@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.faults.driver import at_file, at_stage, attempt, files, mini
+from tests.faults.driver import STAGES, at_file, at_stage, attempt, files, mini
 from tests.helpers.counts import COMPARED, KILLS, TRIED
 from tests.helpers.hubs import run_in
 from tests.helpers.minihub import build
 
-STAGES = 9
 FEATURE = ("guidance=feature", "eval.samples=8")
 TIMES = ("created", "stages", "resumed")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -34,7 +34,8 @@ from tests.helpers.tiers import first
 from tests.runtime.test_distributed import TORCHRUN
 
 
-@pytest.mark.parametrize("kind", first(1, ["bert", "t5", "clip", "llama"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip", "llama"])
 def test_a_device_that_fits_one_sample(
     kind: str,
     undisturbed: Undisturbed,

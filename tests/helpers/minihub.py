@@ -224,6 +224,7 @@ def build(folder: Path, kind: str) -> Path:
         return encoder_hub(folder, kind)
     if kind in DECODERS:
         return decoder_hub(folder, kind)
+    assert kind == "vit" or kind.startswith("t5"), kind
     return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from epmq_cli.merge.gram import as_rows, combination, cosines, gram, row_products
+from epmq_cli.merge.gram import as_rows, combination, cosines, gram, row_grams
 
 
 def test_inner_products_of_several_chunks() -> None:
     models = [torch.randn(3, 50_000, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     wide = torch.stack([model.flatten().double() for model in models])
     torch.testing.assert_close(gram(models), wide @ wide.T, rtol=1e-12, atol=1e-9)
-    rows = (models[0].double() * models[1].double()).sum(1, keepdim=True)
-    torch.testing.assert_close(row_products(models[0], models[1]), rows, rtol=1e-12, atol=1e-9)
+    stacked = torch.stack(models).double()
+    rows = torch.einsum("irc,jrc->rij", stacked, stacked)
+    torch.testing.assert_close(row_grams(models), rows, rtol=1e-12, atol=1e-9)
     narrow = models[0].view(-1, 2)
-    assert row_products(narrow, narrow).shape == (75_000, 1)
+    assert row_grams([narrow, narrow]).shape == (75_000, 2, 2)
 
 
 def test_shapes_and_zero_vectors() -> None:

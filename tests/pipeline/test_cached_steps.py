@@ -73,6 +73,7 @@ def test_a_run_is_the_same_with_an_empty_cache_a_full_one_or_none(
     assert same(plain, full)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_share_results(bert_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "first", bert_hub, *KEEPING)
     jobs = {  # the number of results that they find in the cache

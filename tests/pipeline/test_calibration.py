@@ -17,6 +17,7 @@ from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import GRID, holdout_split
 from epmq_cli.checkpoint.task_heads import read_heads
+from epmq_cli.data import views
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.evaluate.score import ScoredTask, Scorer
@@ -164,7 +165,8 @@ def test_during_tuning_a_plain_model_reproduces_its_teacher(name: str, request: 
     assert max(trial["error"] for trial in found.choice.trials) < 1e-8
 
 
-@pytest.mark.parametrize("name", first(1, ["clip", "bert"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "bert"])
 def test_the_tuned_options_are_used_and_recorded_in_metrics_json(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -254,3 +256,16 @@ def test_zero_weights_without_an_anchor_are_refused_by_name(
     silent = ("+guidance.weights.first=0", "+guidance.weights.second=0")
     with pytest.raises(ConfigError, match="guidance.weights"):
         run_in(tmp_path, request.getfixturevalue(f"{name}_hub"), "guidance=feature", "guidance.lam=0", *silent)
+
+
+def test_views_count_as_further_samples(clip_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("guidance=feature", "quant=none", "eval.stages=[]")
+
+    def weights(name: str, *more: str) -> dict[str, Tensor]:
+        run_in(tmp_path / name, clip_hub, *options, *more)
+        return load_file(tmp_path / name / "checkpoint" / "model.safetensors")
+
+    one, three = weights("one"), weights("three", "calib.views=3")
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+    monkeypatch.setattr(views, "view", lambda batch, seed, number: batch)  # the same samples three times
+    torch.testing.assert_close(weights("same", "calib.views=3"), one, rtol=1e-2, atol=2e-3)  # rounded to float16

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from epmq_cli.data.batch_order import shuffled
 from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.families.structure import Linears, Section
+from epmq_cli.refine import training
+from epmq_cli.refine.muon import Muon
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels
+from epmq_cli.refine.trained import DenseTensors
 from epmq_cli.refine.training import Example, Settings, Student, Training
+from epmq_cli.refine.trial import Trial, save
 
 WIDTH, CLASSES, BATCH = 6, 4, 4
 TASKS = {"one": 3, "two": 2}  # batches
@@ -44,7 +49,7 @@ FAMILY: Any = SimpleNamespace(
     heads="own",
     features=lambda model, batch: model(batch["x"]),
     logits=lambda model, features, head: logits(features, head),
-    blocks=lambda model: [SimpleNamespace(module=module) for module in model],
+    blocks=lambda model: [Section(str(number), module, (Linears(("linear",)),)) for number, module in enumerate(model)],
 )
 
 
@@ -54,15 +59,15 @@ def heads() -> dict[str, dict[str, Tensor]]:
 
 
 def examples(seed: int) -> dict[str, list[list[Example]]]:
-    """The examples of each batch: here one."""
+    """The examples of each batch: here one, of two views, which have the labels of two experts."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for number, (task, batches) in enumerate(TASKS.items()):
-        expert, head, found[task] = network(number + 1), heads()[task], []
+        experts, head, found[task] = [network(number + 1), network(number + 3)], heads()[task], []
         for _ in range(batches):
             x = torch.randn(BATCH, WIDTH, generator=generator)
-            features = expert(x)
-            labels = SoftLabels.of(Outputs(logits(features, head), features), 2.0, None)
-            found[task].append([Example({"x": x}, labels)])
+            outputs = [Outputs(logits(features, head), features) for features in (expert(x) for expert in experts)]
+            labels = [SoftLabels.of(output, 2.0, None) for output in outputs]
+            found[task].append([Example({"x": x}, labels, 0)])
     return found
 
 
@@ -70,11 +75,12 @@ def student(samples: int = BATCH) -> Student:
     model = network(0)
     micro = MicroBatcher(samples, "training", "")
     names = [name for name, _ in model.named_parameters()]
-    return Student(model, FAMILY, names, examples(1), examples(2), heads(), WEIGHTS, micro, seed=3)
+    return Student(model, FAMILY, names, DenseTensors(), examples(1), examples(2), heads(), WEIGHTS, micro, seed=3)
 
 
 def settings(**options: Any) -> Settings:
     own: dict[str, Any] = {
+        "optimizer": "adamw",
         "temperature": 2.0,
         "features": 0.5,
         "anchor": 0.0,
@@ -87,45 +93,58 @@ def settings(**options: Any) -> Settings:
     return Settings(**{**own, **options})
 
 
-def losses_of(model: nn.Module, data: Mapping[str, list[list[Example]]], task: str, index: int) -> Tensor:
-    """The mean loss of a batch, from the definitions."""
+def losses_of(
+    model: nn.Module, data: Mapping[str, list[list[Example]]], task: str, index: int, view: int = 0
+) -> Tensor:
+    """The mean loss of a view of a batch, from the definitions."""
     [example], head = data[task][index], heads()[task]
-    fitted = torch.cat([part.labels.features for [part] in examples(1)[task]])  # type: ignore[misc]
+    labels = example.labels[view]
+    fitted = torch.cat([part.labels[0].features for [part] in examples(1)[task]])  # type: ignore[misc]
     spread = (fitted - fitted.mean(0)).square().sum(1).mean()
     features = model(example.batch["x"])
-    p, log_q = example.labels.kept.exp(), (logits(features, head) / 2).log_softmax(-1)
+    p, log_q = labels.kept.exp(), (logits(features, head) / 2).log_softmax(-1)
     divergence = 4 * (p * (p.log() - log_q)).sum(-1).mean()
-    return divergence + 0.5 * (features - example.labels.features).square().sum(1).mean() / spread
+    return divergence + 0.5 * (features - labels.features).square().sum(1).mean() / spread
 
 
-def held(model: nn.Module) -> float:
+def held(model: nn.Module) -> tuple[float, float]:
+    """The loss of the held-out samples, and the share of them with the expert's class; means of tasks by weight."""
     with torch.no_grad():
-        total = sum(
-            WEIGHTS[task] * sum(float(losses_of(model, examples(2), task, i)) for i in range(count)) / count
-            for task, count in TASKS.items()
-        )
-    return total / sum(WEIGHTS.values())
+        loss = share = 0.0
+        for task, count in TASKS.items():
+            loss += WEIGHTS[task] / 4 * sum(float(losses_of(model, examples(2), task, i)) for i in range(count)) / count
+            parts = [part for [part] in examples(2)[task]]
+            own = torch.cat([logits(model(part.batch["x"]), heads()[task]) for part in parts]).argmax(1)
+            wanted = torch.cat([part.labels[0].kept for part in parts]).argmax(1)
+            share += WEIGHTS[task] / 4 * float((own == wanted).float().mean())
+    return loss, share
 
 
-def trained(anchor: float) -> tuple[list[float], list[dict[str, Tensor]]]:
+def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, float]], list[dict[str, Tensor]]]:
     """The held-out losses and the weights, before the first epoch and after each."""
     model, data, steps = network(0).requires_grad_(True), examples(1), max(TASKS.values())
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    adam, total, rising = torch.optim.AdamW(model.parameters(), weight_decay=0.0), 4 * steps, 3
+    matrices = [model[0].linear.weight, model[1].linear.weight] if muon else []  # type: ignore[union-attr]
+    rest = [tensor for tensor in model.parameters() if not any(tensor is matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=0.0)]
+    if muon:
+        optimizers.append(Muon(matrices))
+    total, rising = 4 * steps, 3
     found, states = [held(model)], [start]
     for step in range(total):
-        adam.zero_grad()
+        model.zero_grad()
         for task, count in TASKS.items():
             index = shuffled(count, 3, task, step // count)[step % count]
-            (WEIGHTS[task] / 4 * losses_of(model, data, task, index)).backward()
+            (WEIGHTS[task] / 4 * losses_of(model, data, task, index, step // count % 2)).backward()
         distance = sum(
             (tensor - start[name]).square().sum() / start[name].square().sum().clamp(min=1e-12)
             for name, tensor in model.named_parameters()
         )
         (anchor * distance).backward()  # type: ignore[union-attr]
         falling = (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
-        adam.param_groups[0]["lr"] = 0.02 * ((step + 1) / rising if step < rising else falling)
-        adam.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.02 * ((step + 1) / rising if step < rising else falling)
+            optimizer.step()
         if step % steps == steps - 1:
             found.append(held(model))
             states.append({name: tensor.detach().clone() for name, tensor in model.named_parameters()})
@@ -139,38 +158,43 @@ def trained(anchor: float) -> tuple[list[float], list[dict[str, Tensor]]]:
         (1, {"anchor": 0.01}),
         (BATCH, {"checkpointing": True}),
         (3, {"moments": torch.device("cpu")}),
+        (BATCH, {"optimizer": "muon"}),
     ],
 )
-def test_the_steps_and_losses_are_those_of_adamw(samples: int, options: dict[str, Any]) -> None:
+def test_the_steps_and_losses_are_those_of_the_optimizers(samples: int, options: dict[str, Any]) -> None:
     trial, best = Training(student(samples), settings(**options)).run(0.02)
-    found, states = trained(options.get("anchor", 0.0))
-    assert trial.losses == pytest.approx(found, rel=1e-4)
-    assert trial.best == min(range(len(found)), key=lambda epoch: found[epoch]) > 0
+    found, states = trained(options.get("anchor", 0.0), "optimizer" in options)
+    assert trial.losses == pytest.approx([loss for loss, _ in found], rel=1e-4)
+    assert trial.agreements == pytest.approx([share for _, share in found], rel=1e-4)
+    allowed = [epoch for epoch, (_, share) in enumerate(found) if share >= found[0][1]]
+    assert trial.best == min(allowed, key=lambda epoch: found[epoch]) > 0
     torch.testing.assert_close(best, states[trial.best], rtol=1e-3, atol=1e-5)
 
 
-def test_an_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = Training(student(), settings()).run(0.02)
-    path, save = tmp_path / "state.safetensors", Training._save
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_training_continues_to_the_same_weights(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = settings(optimizer=optimizer)
+    wanted = Training(student(), own).run(0.02)
+    path = tmp_path / "state.safetensors"
 
-    def interrupted(self: Training, *arguments: Any) -> None:
-        save(self, *arguments)
-        if len(arguments[1].losses) == 3:
+    def interrupted(path: Path, trial: Trial, *arguments: Any) -> None:
+        save(path, trial, *arguments)
+        if len(trial.losses) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Training, "_save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        Training(student(), settings()).run(0.02, path)
-    monkeypatch.setattr(Training, "_save", save)
-    found = Training(student(), settings()).run(0.02, path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save", interrupted)
+        Training(student(), own).run(0.02, path)
+    found = Training(student(), own).run(0.02, path)
     assert found[0] == wanted[0]
     for name, tensor in wanted[1].items():
         assert torch.equal(found[1][name], tensor)
 
 
 def test_training_that_does_not_help_returns_the_start() -> None:
-    training = Training(student(), settings(epochs=2))
-    trial, best = training.run(1e3)
+    trial, best = Training(student(), settings(epochs=2)).run(1e3)
     assert not trial.better
     for name, tensor in network(0).named_parameters():
         assert torch.equal(best[name], tensor)
@@ -178,5 +202,6 @@ def test_training_that_does_not_help_returns_the_start() -> None:
 
 def test_bfloat16_is_near_float32() -> None:
     trial, _ = Training(student(), settings(dtype=torch.bfloat16)).run(0.02)
-    assert trial.losses == pytest.approx(trained(0.0)[0], rel=0.1)
-    assert trial.losses != pytest.approx(trained(0.0)[0], rel=1e-6)
+    wanted = [loss for loss, _ in trained()[0]]
+    assert trial.losses == pytest.approx(wanted, rel=0.1)
+    assert trial.losses != pytest.approx(wanted, rel=1e-6)

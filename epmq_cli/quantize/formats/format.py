@@ -10,7 +10,7 @@ To add a format, write a module with a frozen dataclass that implements `NumberF
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -179,6 +179,14 @@ class QuantizedWeight:
         """The weight that the codes represent, rounded to `dtype` as readers do, in float32 (out, in)."""
         exact = self.format.decode(by_group(self.codes, self.format), self.grid.over_columns())
         return exact.to(self.dtype).to(exact.dtype).reshape(self.shape)
+
+    def rescaled(self, factors: Tensor) -> QuantizedWeight:
+        """This weight with its scales times the factors (out, groups), rounded to `dtype`. A scale that would become
+        smaller than the smallest normal number stays as it is."""
+        scale = self.grid.scale
+        moved = (scale * factors).to(self.dtype).to(scale.dtype)
+        normal = moved.abs() >= torch.finfo(self.dtype).tiny
+        return replace(self, grid=Grid(torch.where(normal, moved, scale), self.grid.zero))
 
     def split(self, rows: list[int]) -> list[QuantizedWeight]:
         """One weight for each count of rows, from the top, with its own memory."""

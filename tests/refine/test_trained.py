@@ -1,0 +1,67 @@
+"""Oracle: gradients of torch through scales, and the quantized weight itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, by_group
+from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.refine.trained import DenseTensors, PackedTensors
+
+FORMATS = [
+    (IntFormat(2, 4, "none"), torch.float32),
+    (IntFormat(3, 4, "whole"), torch.bfloat16),
+    (IntFormat(4, -1, "real"), torch.float16),
+    (Fp8Format(4), torch.bfloat16),
+]
+NAME, OTHER = "linear.weight", "norm.weight"
+
+
+def packed(format: NumberFormat, dtype: torch.dtype) -> PackedTensors:
+    groups = by_group(torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), format)
+    grid = format.fit(groups, "minmax", dtype)
+    codes = format.encode(groups, grid.over_columns()).reshape(6, 16)
+    return PackedTensors({NAME: QuantizedWeight(codes, grid, format, dtype)}, dtype)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+def test_it_starts_at_the_weight_and_keeps_the_codes(format: NumberFormat, dtype: torch.dtype) -> None:
+    trained = packed(format, dtype)
+    weight = trained._weights[NAME]
+    start = trained.start(NAME, weight.dequantize())
+    assert start.shape == weight.grid.scale.shape
+    assert torch.equal(trained.tensor(NAME, start), weight.dequantize())
+    moved = weight.rescaled(1.5 * start)
+    assert torch.equal(moved.codes, weight.codes)
+    assert torch.equal(moved.grid.scale, (1.5 * weight.grid.scale).to(dtype).float())
+    assert torch.equal(trained.tensor(NAME, 1.5 * start), moved.dequantize())
+    assert torch.equal(weight.rescaled(0 * start).grid.scale, weight.grid.scale)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS)
+def test_the_gradient_of_the_factors_is_torchs(format: NumberFormat, dtype: torch.dtype) -> None:
+    trained = packed(format, dtype)
+    weight = trained._weights[NAME]
+    slope = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+    factors = torch.ones_like(weight.grid.scale).requires_grad_()
+    (slope * (by_group(weight.dequantize(), format) * factors[..., None]).reshape(6, 16)).sum().backward()
+    torch.testing.assert_close(trained.gradient(NAME, slope), factors.grad)
+
+
+def test_other_tensors_are_rounded_to_the_stored_type() -> None:
+    trained, tensor = packed(*FORMATS[1]), torch.tensor([1.001, 2.0, 0.3])
+    start = trained.start(OTHER, tensor)
+    assert torch.equal(start, tensor)
+    assert torch.equal(trained.tensor(OTHER, start), tensor.bfloat16().float())
+    assert trained.gradient(OTHER, tensor) is tensor
+
+
+def test_dense_tensors_are_trained_themselves() -> None:
+    tensor = torch.randn(3)
+    start = DenseTensors().start(NAME, tensor)
+    assert torch.equal(start, tensor)
+    assert start.data_ptr() != tensor.data_ptr()
+    assert DenseTensors().tensor(NAME, tensor) is tensor
+    assert DenseTensors().gradient(NAME, tensor) is tensor
