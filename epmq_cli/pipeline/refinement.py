@@ -26,7 +26,7 @@ from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
 from epmq_cli.refine.soft_labels import SoftLabels
-from epmq_cli.refine.trained import DenseTensors, PackedTensors, Trained
+from epmq_cli.refine.trained import PackedTensors, Trained
 from epmq_cli.refine.training import Examples, Student, Training
 from epmq_cli.refine.trial import Trial
 
@@ -93,7 +93,8 @@ class Refiner:
         def train() -> dict[str, Tensor]:
             fitted, _ = self._parts
             dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
-            student = self._student(distill.names(model, self._source.names, distill.trained), DenseTensors())
+            trained = distill.updates(model, job.family, job.seed)
+            student = self._student(distill.names(model, self._source.names), trained)
             copy_into(model, before)
             full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
             calibrated = calibrate(dense, model, full, self._tasks, merged)
@@ -101,7 +102,7 @@ class Refiner:
             trials, best = Training(student, distill.settings(job.device)).try_rates(distill.rates, progress.folder)
             found = {"dense": _entry(trials, best), "guidance": summary(job, calibrated)}
             measured.update(progress.value("entries", lambda: found))  # before the tensors, which end the training
-            return start | best if best else {}
+            return start | {name: trained.tensor(name, numbers) for name, numbers in best.items()} if best else {}
 
         tensors = progress.tensors("tensors", job.device, train)
         measured = measured or progress.value("entries", dict)
@@ -129,7 +130,7 @@ class Refiner:
 
         def train() -> dict[str, Tensor]:
             before = self._copy()
-            names = [*weights, *distill.names(model, self._source.names, "norms")]
+            names = [*weights, *distill.norms(model, self._source.names)]
             student = self._student(names, trained)
             copy_into(model, before)
             training = Training(student, distill.settings(job.device, packed=True))

@@ -18,7 +18,8 @@ from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
-from epmq_cli.refine.training import Example, Settings
+from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
+from epmq_cli.refine.training import Example, Settings, matrices
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Distill:
     """The options of conf/refine/distill.yaml."""
 
     trained: str
+    rank: int
     optimizer: str
     views: int
     temperature: float
@@ -43,7 +45,8 @@ class Distill:
     top: int
 
     def __post_init__(self) -> None:
-        check_choice("refine.trained", self.trained, ("all", "norms"))
+        check_choice("refine.trained", self.trained, ("all", "lora", "norms"))
+        check_range("refine.rank", self.rank, 1, 1 << 16, integer=True)
         check_choice("refine.optimizer", self.optimizer, ("muon", "adamw"))
         check_range("refine.views", self.views, 1, 10_000, integer=True)
         check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
@@ -70,23 +73,31 @@ class Distill:
         """The learning rates, in the order in which they are tried."""
         return list(self.lr) if isinstance(self.lr, list | tuple) else [self.lr]
 
-    def names(self, model: nn.Module, merged: Sequence[str], trained: str) -> list[str]:
-        """The merged tensors that are trained. `trained`: see the option."""
+    def names(self, model: nn.Module, merged: Sequence[str]) -> list[str]:
+        """The merged tensors that are trained."""
         own = dict(model.named_parameters())
+        return self.norms(model, merged) if self.trained == "norms" else [name for name in merged if name in own]
+
+    def norms(self, model: nn.Module, merged: Sequence[str]) -> list[str]:
+        """The merged tensors of norms, and the merged biases."""
         norms = {
             f"{name}.{part}"
             for name, module in model.named_modules()
             if type(module).__name__.lower().endswith(("norm", "norm1d"))
             for part, _ in module.named_parameters(recurse=False)
         }
-        every = [name for name in merged if name in own]
-        return every if trained == "all" else [name for name in every if name in norms or name.endswith("bias")]
+        own = dict(model.named_parameters())
+        return [name for name in merged if name in norms or (name in own and name.endswith("bias"))]
+
+    def updates(self, model: nn.Module, family: Family, seed: int) -> Trained:
+        """What is trained of the dense model's tensors."""
+        return LowRankUpdates(matrices(family, model), self.rank, seed) if self.trained == "lora" else DenseTensors()
 
     def settings(self, device: torch.device, packed: bool = False) -> Settings:
         """The settings of the training on a device. `packed`: of the packed model."""
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if self.precision == "auto" else False
         return Settings(
-            optimizer="adamw" if packed else self.optimizer,
+            optimizer=self.optimizer,
             temperature=self.temperature,
             features=self.features,
             anchor=self.anchor,

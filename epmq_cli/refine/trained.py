@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -14,18 +15,24 @@ from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 class Trained(Protocol):
     """The numbers of each tensor: how they start, what the tensor is, and their gradient. All by the tensor's name."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether the numbers are the tensors themselves."""
+
     def start(self, name: str, tensor: Tensor) -> Tensor:
         """The numbers of the tensor as it is."""
 
     def tensor(self, name: str, numbers: Tensor) -> Tensor:
         """The tensor that follows from the numbers."""
 
-    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
         """The gradient of the numbers for a gradient of the tensor."""
 
 
 class DenseTensors:
     """The tensors themselves are trained."""
+
+    whole = True
 
     def start(self, name: str, tensor: Tensor) -> Tensor:
         """See Trained."""
@@ -35,9 +42,51 @@ class DenseTensors:
         """See Trained."""
         return numbers
 
-    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
         """See Trained."""
         return gradient
+
+
+class LowRankUpdates:
+    """Of matrices, an update B A of a small rank is trained (LoRA, https://arxiv.org/abs/2106.09685); other tensors are
+    trained themselves. The numbers of a matrix (out, in) are B' and A side by side, (rank, out + in). B starts at 0, A
+    at random numbers that depend on `seed` and the tensor's name.
+
+    `matrices`: names of the tensors that get updates.
+    """
+
+    whole = False
+
+    def __init__(self, matrices: Collection[str], rank: int, seed: int) -> None:
+        self._matrices, self._rank, self._seed = frozenset(matrices), rank, seed
+        self._starts: dict[str, Tensor] = {}
+
+    def start(self, name: str, tensor: Tensor) -> Tensor:
+        """See Trained."""
+        if name not in self._matrices:
+            return tensor.clone()
+        self._starts[name] = tensor.clone()
+        out, width = tensor.shape
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        random = torch.randn(self._rank, width, generator=generator) / width**0.5
+        return torch.cat([torch.zeros(self._rank, out), random], 1).to(tensor)
+
+    def tensor(self, name: str, numbers: Tensor) -> Tensor:
+        """See Trained."""
+        start = self._starts.get(name)
+        if start is None:
+            return numbers
+        own = numbers.to(start)
+        return start + own[:, : len(start)].T @ own[:, len(start) :]
+
+    def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
+        """See Trained."""
+        start = self._starts.get(name)
+        if start is None:
+            return gradient
+        own = numbers.to(gradient)
+        left, right = own[:, : len(start)], own[:, len(start) :]
+        return torch.cat([right @ gradient.T, left @ gradient], 1)
 
 
 class PackedTensors:
@@ -47,6 +96,8 @@ class PackedTensors:
 
     `weights`: by tensor name. `dtype`: of the other tensors.
     """
+
+    whole = False
 
     def __init__(self, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
         self._weights, self._dtype = weights, dtype
@@ -64,7 +115,7 @@ class PackedTensors:
             return numbers.to(self._dtype).to(numbers.dtype)
         return weight.rescaled(numbers.to(weight.grid.scale)).dequantize()
 
-    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
         """See Trained."""
         weight = self._weights.get(name)
         return gradient if weight is None else by_group(gradient * self._starts[name], weight.format).sum(-1)

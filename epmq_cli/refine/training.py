@@ -147,12 +147,11 @@ class Training:
 
     def _optimizers(self, copies: Mapping[str, Tensor]) -> Optimizers:
         """Muon for the matrices of the blocks' linears, if asked, and AdamW for the rest."""
-        matrices = set[str]()
-        if self.settings.optimizer == "muon":
-            blocks = self.student.family.blocks(self.student.model)
-            matrices = {block.name(f"{name}.weight") for block in blocks for name in block.linears}
-        muon = [tensor for name, tensor in copies.items() if name in matrices]
-        adam = [tensor for name, tensor in copies.items() if name not in matrices]
+        own = set[str]()
+        if self.settings.optimizer == "muon" and self.student.trained.whole:
+            own = matrices(self.student.family, self.student.model)
+        muon = [tensor for name, tensor in copies.items() if name in own]
+        adam = [tensor for name, tensor in copies.items() if name not in own]
         found: Optimizers = []
         if muon:
             found.append(Muon(muon))
@@ -205,7 +204,7 @@ class Training:
         """The sum of the gradients of all processes for the numbers of a tensor, with the anchor's."""
         own = self.own[name].detach()
         found = distributed.all_reduce(own.new_zeros(own.shape) if gradient is None else gradient)
-        found = self.student.trained.gradient(name, found)
+        found = self.student.trained.gradient(name, found, numbers.detach())
         if self.settings.anchor:
             start = self.start[name]
             distance = numbers.detach().to(start.device) - start
@@ -257,6 +256,11 @@ class Training:
                 block.module.forward = partial(checkpoint, forward, use_reentrant=False)
                 undo.callback(setattr, block.module, "forward", forward)
             yield
+
+
+def matrices(family: Family, model: nn.Module) -> set[str]:
+    """The names of the weights of the blocks' linears."""
+    return {block.name(f"{name}.weight") for block in family.blocks(model) for name in block.linears}
 
 
 def spread(examples: Sequence[Example]) -> float:

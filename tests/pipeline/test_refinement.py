@@ -107,6 +107,12 @@ def test_all_refinements_in_one_run(bert_hub: Path, tmp_path: Path) -> None:
         make_job(config(bert_hub, "refine=both", "refine.distill.lr=2"))
 
 
+def test_updates_of_low_rank(bert_hub: Path, tmp_path: Path) -> None:
+    lora = ("refine.trained=lora", "refine.rank=2", "refine.lr=0.01", "quant=none")
+    run_in(tmp_path / "run", bert_hub, *OPTIONS, *lora)
+    assert entry(tmp_path / "run")["refined"]
+
+
 @pytest.mark.slow
 def test_norms_alone(bert_hub: Path, tmp_path: Path) -> None:
     run_in(tmp_path / "run", bert_hub, *OPTIONS, "refine.trained=norms", "quant=none", "refine.lr=0.01")
@@ -114,7 +120,7 @@ def test_norms_alone(bert_hub: Path, tmp_path: Path) -> None:
     from epmq_cli.pipeline import steps
 
     models, model, _ = steps.open_models(job)
-    names = job.refine.names(model, models.source.names, "norms")  # type: ignore[union-attr]
+    names = job.refine.names(model, models.source.names)  # type: ignore[union-attr]
     assert names
     assert all("LayerNorm" in name or name.endswith("bias") for name in names)
     assert any(name.endswith("LayerNorm.weight") for name in names)
@@ -139,7 +145,7 @@ def test_it_needs_samples_memory_and_equal_layers(bert_hub: Path, tmp_path: Path
         ("refine.lr=fast", "a number or a list"),
         ("refine.epochs=-1", r"refine.epochs must be a whole number in \[0"),
         ("refine.epochs=0", "refine.epochs and refine.packed_epochs are both 0; use refine=none, or raise one"),
-        ("refine.trained=some", "refine.trained must be one of all, norms"),
+        ("refine.trained=some", "refine.trained must be one of all, lora, norms"),
     ],
 )
 def test_wrong_options_are_named(value: str, message: str, bert_hub: Path) -> None:

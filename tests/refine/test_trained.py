@@ -8,7 +8,7 @@ import torch
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, by_group
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.refine.trained import DenseTensors, PackedTensors
+from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, PackedTensors
 
 FORMATS = [
     (IntFormat(2, 4, "none"), torch.float32),
@@ -34,7 +34,7 @@ def test_it_starts_at_the_weight_and_keeps_the_codes(format: NumberFormat, dtype
     assert start.shape == weight.grid.scale.shape
     assert torch.equal(trained.tensor(NAME, start), weight.dequantize())
     moved = weight.rescaled(1.5 * start)
-    assert torch.equal(moved.codes, weight.codes)
+    assert moved.codes is weight.codes
     assert torch.equal(moved.grid.scale, (1.5 * weight.grid.scale).to(dtype).float())
     assert torch.equal(trained.tensor(NAME, 1.5 * start), moved.dequantize())
     assert torch.equal(weight.rescaled(0 * start).grid.scale, weight.grid.scale)
@@ -47,7 +47,7 @@ def test_the_gradient_of_the_factors_is_torchs(format: NumberFormat, dtype: torc
     slope = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
     factors = torch.ones_like(weight.grid.scale).requires_grad_()
     (slope * (by_group(weight.dequantize(), format) * factors[..., None]).reshape(6, 16)).sum().backward()
-    torch.testing.assert_close(trained.gradient(NAME, slope), factors.grad)
+    torch.testing.assert_close(trained.gradient(NAME, slope, factors.detach()), factors.grad)
 
 
 def test_other_tensors_are_rounded_to_the_stored_type() -> None:
@@ -55,7 +55,7 @@ def test_other_tensors_are_rounded_to_the_stored_type() -> None:
     start = trained.start(OTHER, tensor)
     assert torch.equal(start, tensor)
     assert torch.equal(trained.tensor(OTHER, start), tensor.bfloat16().float())
-    assert trained.gradient(OTHER, tensor) is tensor
+    assert trained.gradient(OTHER, tensor, start) is tensor
 
 
 def test_dense_tensors_are_trained_themselves() -> None:
@@ -64,4 +64,22 @@ def test_dense_tensors_are_trained_themselves() -> None:
     assert torch.equal(start, tensor)
     assert start.data_ptr() != tensor.data_ptr()
     assert DenseTensors().tensor(NAME, tensor) is tensor
-    assert DenseTensors().gradient(NAME, tensor) is tensor
+    assert DenseTensors().gradient(NAME, tensor, tensor) is tensor
+
+
+def test_an_update_of_low_rank_starts_at_the_tensor() -> None:
+    tensor, trained = torch.randn(6, 4), LowRankUpdates([NAME], 2, 3)
+    start = trained.start(NAME, tensor)
+    assert start.shape == (2, 10)
+    assert torch.equal(trained.tensor(NAME, start), tensor)
+    assert torch.equal(start, LowRankUpdates([NAME], 2, 3).start(NAME, tensor))
+    assert torch.equal(trained.start(OTHER, tensor), tensor)
+    assert torch.equal(trained.tensor(OTHER, 2 * tensor), 2 * tensor)
+
+
+def test_the_gradient_of_an_update_is_torchs() -> None:
+    tensor, slope, trained = torch.randn(6, 4), torch.randn(6, 4), LowRankUpdates([NAME], 2, 3)
+    numbers = (trained.start(NAME, tensor) + 0.1 * torch.randn(2, 10)).requires_grad_()
+    (slope * trained.tensor(NAME, numbers)).sum().backward()
+    torch.testing.assert_close(trained.gradient(NAME, slope, numbers.detach()), numbers.grad)
+    assert torch.linalg.matrix_rank(trained.tensor(NAME, numbers.detach()) - tensor) == 2
