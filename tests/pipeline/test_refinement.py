@@ -67,13 +67,21 @@ def test_training_that_does_not_help_leaves_the_run_as_it_is(bert_hub: Path, tmp
 
 
 PACKED = (*PLAIN, "refine=distill", "refine.epochs=0", "refine.packed_epochs=4", "refine.batch_size=4")
-QUANTIZERS = ("bits=2", "quant=rtn quant.symmetric=false", "quant=awq", "quant.format=fp8", "bits=2.5", "quant=hqq")
+QUANTIZERS = (
+    "bits=2",
+    "quant=rtn quant.symmetric=false",
+    "quant=awq",
+    "bits=8 quant.format=fp8",
+    "bits=2.5",
+    "quant=hqq",
+)
 
 
 @pytest.mark.parametrize("options", first(2, QUANTIZERS))
 def test_training_of_the_packed_model_keeps_its_codes(options: str, bert_hub: Path, tmp_path: Path) -> None:
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=0.003", *options.split())
-    run_in(tmp_path / "plain", bert_hub, *PLAIN, *options.split())
+    plain = ("guidance=merged", *options.split())
+    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=0.001", *plain)
+    run_in(tmp_path / "plain", bert_hub, *PLAIN, *plain)
     packed, plain = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
     changed = {name for name, tensor in plain.items() if not torch.equal(packed[name], tensor)}
     found = json.loads((tmp_path / "packed" / "metrics.json").read_text())["refine"]
