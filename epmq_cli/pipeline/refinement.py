@@ -26,7 +26,7 @@ from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
 from epmq_cli.refine.soft_labels import SoftLabels
-from epmq_cli.refine.trained import PackedTensors, Trained
+from epmq_cli.refine.trained import PackedTensors, RoundedTensors, Trained
 from epmq_cli.refine.training import Examples, Student, Training
 from epmq_cli.refine.trial import Trial
 
@@ -125,7 +125,7 @@ class Refiner:
             return
         progress = self._context.progress.part("packed")
         weights = {f"{name}.weight": own for name, own in walk.weights.items() if isinstance(own, QuantizedWeight)}
-        trained = PackedTensors(weights, dtype)
+        trained = (RoundedTensors if distill.packed == "codes" else PackedTensors)(weights, dtype)
         measured: dict[str, Any] = {}
 
         def train() -> dict[str, Tensor]:
@@ -142,8 +142,8 @@ class Refiner:
         best = progress.tensors("numbers", job.device, train)
         self._entry["packed"] = measured or progress.value("entries", dict)
         copy_into(model, ((name, trained.tensor(name, numbers)) for name, numbers in best.items()))
-        for name, weight in weights.items() if best else ():
-            walk.weights.add(name.removesuffix(".weight"), weight.rescaled(best[name]))
+        for name in weights if best else ():
+            walk.weights.add(name.removesuffix(".weight"), trained.weight(name, best[name]))
 
     def _student(self, names: Sequence[str], trained: Trained) -> Student:
         """The model as a student of the experts. Overwrites its merged tensors."""

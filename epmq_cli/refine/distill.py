@@ -35,6 +35,7 @@ class Distill:
     anchor: float
     lr: Any
     epochs: int
+    packed: str
     packed_epochs: int
     packed_lr: float
     batch_size: int
@@ -60,6 +61,7 @@ class Distill:
             check_range(f"refine.{name}", getattr(self, name), 0, 10_000, integer=True)
         if not self.epochs + self.packed_epochs:
             raise ConfigError("refine.epochs and refine.packed_epochs are both 0; use refine=none, or raise one")
+        check_choice("refine.packed", self.packed, ("scales", "codes"))
         check_range("refine.packed_lr", self.packed_lr, 0, 1, open_low=True)
         check_range("refine.batch_size", self.batch_size, 1, 1 << 20, integer=True)
         check_range("refine.warmup", self.warmup, 0, 1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
+from epmq_cli.quantize.formats.int import IntFormat
+
+HALF = 0.5  # a step of the grid
 
 
 class Trained(Protocol):
@@ -108,14 +112,48 @@ class PackedTensors:
         weight = self._weights.get(name)
         return tensor.clone() if weight is None else torch.ones_like(weight.grid.scale)
 
+    def weight(self, name: str, numbers: Tensor) -> QuantizedWeight:
+        """The quantized weight that follows from the numbers."""
+        return self._weights[name].rescaled(numbers.to(self._starts[name]))
+
     def tensor(self, name: str, numbers: Tensor) -> Tensor:
         """See Trained."""
-        weight = self._weights.get(name)
-        if weight is None:
-            return numbers.to(self._dtype).to(numbers.dtype)
-        return weight.rescaled(numbers.to(weight.grid.scale)).dequantize()
+        if name in self._weights:
+            return self.weight(name, numbers).dequantize()
+        return numbers.to(self._dtype).to(numbers.dtype)
 
     def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
         """See Trained."""
         weight = self._weights.get(name)
         return gradient if weight is None else by_group(gradient * self._starts[name], weight.format).sum(-1)
+
+
+class RoundedTensors(PackedTensors):
+    """Quantized weights whose codes are trained, by offsets (out, in) in steps of the grid, and whose scales do not
+    change: gradients pass through the rounding as if it was not there (https://arxiv.org/abs/1308.3432), except those
+    of codes at the end of the grid that would leave it. Formats of integers only."""
+
+    def start(self, name: str, tensor: Tensor) -> Tensor:
+        """See Trained."""
+        return torch.zeros_like(tensor) if name in self._weights else tensor.clone()
+
+    def weight(self, name: str, numbers: Tensor) -> QuantizedWeight:
+        """See PackedTensors."""
+        weight = self._weights[name]
+        assert isinstance(weight.format, IntFormat)
+        codes = self._positions(name, numbers).round().clamp(weight.format.lowest, weight.format.highest)
+        return replace(weight, codes=codes.to(weight.codes.dtype))
+
+    def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
+        """See Trained."""
+        weight = self._weights.get(name)
+        if weight is None:
+            return gradient
+        assert isinstance(weight.format, IntFormat)
+        scaled = (by_group(gradient, weight.format) * weight.grid.scale[..., None]).reshape(gradient.shape)
+        positions = self._positions(name, numbers)
+        return scaled * ((positions > weight.format.lowest - HALF) & (positions < weight.format.highest + HALF))
+
+    def _positions(self, name: str, numbers: Tensor) -> Tensor:
+        """The codes before rounding, (out, in)."""
+        return self._weights[name].codes + numbers.to(self._starts[name])

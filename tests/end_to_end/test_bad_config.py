@@ -19,7 +19,7 @@ from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import EpmqError, literal
 from epmq_cli.merge.parameters import Number, PerExpert, PerTensor, Weight, parameters_of
 from tests.helpers.counts import BAD, TRIED
-from tests.helpers.hubs import CHOICES
+from tests.helpers.hubs import CHOICES, option_node
 from tests.helpers.tiers import slow
 
 WRONG: dict[str, Any] = {
@@ -56,7 +56,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
     **dict.fromkeys(("refine.features", "refine.anchor", "refine.warmup"), NUMBERS),
-    **dict.fromkeys(("refine.temperature", "refine.lr"), ("fraction",)),
+    **dict.fromkeys(("refine.temperature", "refine.lr", "refine.packed_lr"), ("fraction",)),
+    **dict.fromkeys(("refine.epochs", "refine.packed_epochs"), ("zero",)),
     "refine.checkpointing": ("true",),
     **dict.fromkeys((f"refine.{name}_lr" for name in ("rounding", "scale", "norm", "bias")), NUMBERS),
     "refine.lam": NUMBERS,
@@ -130,11 +131,11 @@ def composed(group: str, name: str) -> DictConfig:
     """The config of a run with this option; of the built-in suite one task, since five take five times as long, or two
     for merges of at least two.
 
-    The options of groups other than `suite` are files without defaults, which replace a node as Hydra would.
+    The options of groups other than `suite` replace a node as Hydra would.
     """
     given = GIVEN.get(f"{group}/{name}", [])
     if group != "suite":
-        option = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+        option = option_node((conf_dir(),), group, name)
         least = getattr(hydra.utils.get_class(option._target_), "experts", (1, None))[0] if group == "merge" else 1
         cfg = _base("suite=causal_lm" in given, least).copy()
         OmegaConf.set_struct(cfg, False)
@@ -191,6 +192,8 @@ def general(key: str) -> str:
     parts = key.split(".")
     if "data" in parts[:-1]:
         return ".".join(parts[-2:])
+    if parts[0] == "refine":
+        return ".".join(["refine", *parts[-1:]])  # also of refine=both
     return ".".join("*" if i == 2 and parts[1] in ("tasks", "experts") else part for i, part in enumerate(parts))
 
 

@@ -51,20 +51,20 @@ def _composed(command: str, folders: tuple[Path, ...], *overrides: str) -> DictC
     cfg, options = _defaults(command).copy(), {override.key_or_group: override for override in given}
     OmegaConf.set_struct(cfg, False)
     for group in GROUPS & options.keys():
-        cfg[group] = _option(folders, group, options[group].value())
+        cfg[group] = option_node(folders, group, options[group].value())
     OmegaConf.set_struct(cfg, True)
     values = [override for override in given if override.key_or_group not in GROUPS]
     ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
     return cfg
 
 
-def _option(folders: tuple[Path, ...], group: str, name: str) -> DictConfig:
+def option_node(folders: tuple[Path, ...], group: str, name: str) -> DictConfig:
     """The node of an option. Its defaults, if any, are options of the same group that become parts of it."""
     path = Path(group, f"{name}.yaml")
     node = OmegaConf.load(next(folder / path for folder in folders if (folder / path).exists()))
     for entry in node.pop("defaults", []):
         option, part = entry.split("@")
-        node[part] = _option(folders, group, option)
+        node[part] = option_node(folders, group, option)
     return node
 
 
