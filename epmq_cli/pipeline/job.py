@@ -87,8 +87,8 @@ def make_job(cfg: DictConfig) -> Job:
             f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
         )
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
-    check_refinement(refine, merge, calib)
     quantizer = build_quantizer(cfg.quant)
+    check_refinement(refine, merge, calib, formats_of(quantizer))
     if blocks is not None:
         check_block_refinement(quantizer)
     exporter: Exporter = instantiate.build("pack", cfg.pack)

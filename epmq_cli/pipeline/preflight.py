@@ -46,7 +46,9 @@ def check_gradients(method: MergeMethod, family: Family) -> None:
         )
 
 
-def check_refinement(refinement: Distill | NoRefinement, merge: MergeMethod, calib: Calib) -> None:
+def check_refinement(
+    refinement: Distill | NoRefinement, merge: MergeMethod, calib: Calib, formats: Sequence[NumberFormat]
+) -> None:
     """Raises ConfigError if a refinement does not fit the rest of the config."""
     if isinstance(refinement, NoRefinement):
         return
@@ -55,6 +57,12 @@ def check_refinement(refinement: Distill | NoRefinement, merge: MergeMethod, cal
     if sliced(merge):
         raise ConfigError(
             "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
+        )
+    other = [format.name for format in formats if not isinstance(format, IntFormat)]
+    if refinement.packed_epochs and refinement.packed == "codes" and other:
+        raise ConfigError(
+            f"refine.packed=codes trains integers, got quant.format={other[0]}; use quant.format=int, or "
+            "refine.packed=scales"
         )
 
 

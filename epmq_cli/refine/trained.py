@@ -14,6 +14,7 @@ from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
 
 HALF = 0.5  # a step of the grid
+UNIT = 10  # steps of the grid that a code moves where other tensors move by 1, so that one learning rate fits both
 
 
 class Trained(Protocol):
@@ -129,9 +130,9 @@ class PackedTensors:
 
 
 class RoundedTensors(PackedTensors):
-    """Quantized weights whose codes are trained, by offsets (out, in) in steps of the grid, and whose scales do not
-    change: gradients pass through the rounding as if it was not there (https://arxiv.org/abs/1308.3432), except those
-    of codes at the end of the grid that would leave it. Formats of integers only."""
+    """Quantized weights whose codes are trained, by offsets (out, in) in `UNIT` steps of the grid, and whose scales do
+    not change: gradients pass through the rounding as if it was not there (https://arxiv.org/abs/1308.3432), but not
+    those of codes beyond the ends of the grid. Formats of integers only."""
 
     def start(self, name: str, tensor: Tensor) -> Tensor:
         """See Trained."""
@@ -150,10 +151,10 @@ class RoundedTensors(PackedTensors):
         if weight is None:
             return gradient
         assert isinstance(weight.format, IntFormat)
-        scaled = (by_group(gradient, weight.format) * weight.grid.scale[..., None]).reshape(gradient.shape)
+        scaled = (by_group(gradient, weight.format) * (UNIT * weight.grid.scale)[..., None]).reshape(gradient.shape)
         positions = self._positions(name, numbers)
         return scaled * ((positions > weight.format.lowest - HALF) & (positions < weight.format.highest + HALF))
 
     def _positions(self, name: str, numbers: Tensor) -> Tensor:
         """The codes before rounding, (out, in)."""
-        return self._weights[name].codes + numbers.to(self._starts[name])
+        return self._weights[name].codes + UNIT * numbers.to(self._starts[name])

@@ -8,7 +8,7 @@ import torch
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, by_group
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, PackedTensors
+from epmq_cli.refine.trained import UNIT, DenseTensors, LowRankUpdates, PackedTensors, RoundedTensors
 
 FORMATS = [
     (IntFormat(2, 4, "none"), torch.float32),
@@ -19,11 +19,11 @@ FORMATS = [
 NAME, OTHER = "linear.weight", "norm.weight"
 
 
-def packed(format: NumberFormat, dtype: torch.dtype) -> PackedTensors:
+def packed(format: NumberFormat, dtype: torch.dtype, kind: type[PackedTensors] = PackedTensors) -> PackedTensors:
     groups = by_group(torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), format)
     grid = format.fit(groups, "minmax", dtype)
     codes = format.encode(groups, grid.over_columns()).reshape(6, 16)
-    return PackedTensors({NAME: QuantizedWeight(codes, grid, format, dtype)}, dtype)
+    return kind({NAME: QuantizedWeight(codes, grid, format, dtype)}, dtype)
 
 
 @pytest.mark.parametrize(("format", "dtype"), FORMATS)
@@ -83,3 +83,27 @@ def test_the_gradient_of_an_update_is_torchs() -> None:
     (slope * trained.tensor(NAME, numbers)).sum().backward()
     torch.testing.assert_close(trained.gradient(NAME, slope, numbers.detach()), numbers.grad)
     assert torch.linalg.matrix_rank(trained.tensor(NAME, numbers.detach()) - tensor) == 2
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS[:3])
+def test_codes_move_by_steps_and_stay_on_the_grid(format: IntFormat, dtype: torch.dtype) -> None:
+    trained = packed(format, dtype, RoundedTensors)
+    weight = trained._weights[NAME]
+    start = trained.start(NAME, weight.dequantize())
+    assert torch.equal(trained.tensor(NAME, start), weight.dequantize())
+    moved = trained.weight(NAME, start + 1.2 / UNIT)
+    assert torch.equal(moved.codes, (weight.codes + 1).clamp(format.lowest, format.highest))
+    assert moved.codes.dtype == weight.codes.dtype
+    assert moved.grid is weight.grid
+    assert torch.equal(trained.weight(NAME, start - 0.4 / UNIT).codes, weight.codes)
+
+
+@pytest.mark.parametrize(("format", "dtype"), FORMATS[:3])
+def test_the_gradient_of_codes_is_torchs_without_rounding(format: IntFormat, dtype: torch.dtype) -> None:
+    trained = packed(format, dtype, RoundedTensors)
+    weight, generator = trained._weights[NAME], torch.Generator().manual_seed(2)
+    slope, offsets = torch.randn(6, 16, generator=generator), torch.randn(6, 16, generator=generator) / UNIT
+    numbers = offsets.clone().requires_grad_()
+    positions = (weight.codes + UNIT * numbers).clamp(format.lowest - 0.5, format.highest + 0.5)
+    (slope * format.decode(by_group(positions, format), weight.grid.over_columns()).reshape(6, 16)).sum().backward()
+    torch.testing.assert_close(trained.gradient(NAME, slope, offsets), numbers.grad)
