@@ -124,7 +124,8 @@ class Refiner:
         if distill is None or not distill.packed_epochs:
             return
         progress = self._context.progress.part("packed")
-        weights = {f"{name}.weight": own for name, own in walk.weights.items() if isinstance(own, QuantizedWeight)}
+        every = {f"{name}.weight": weight for name, weight in walk.weights.items()}
+        weights = {name: weight.to(job.device) for name, weight in every.items() if isinstance(weight, QuantizedWeight)}
         trained = (RoundedTensors if distill.packed == "codes" else PackedTensors)(weights, dtype)
         measured: dict[str, Any] = {}
 

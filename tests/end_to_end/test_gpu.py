@@ -187,6 +187,20 @@ def test_other_options_run_too(one: str, other: str, runs: Runs) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
 
 
+REFINED = [
+    "distill refine.epochs=1 refine.packed_epochs=1 refine.packed=codes guidance=feature",
+    "distill refine.epochs=1 refine.packed_epochs=1 refine.trained=lora refine.moments=cpu guidance=feature",
+    "blocks refine.iterations=2 refine.every=1 guidance=feature",
+]
+
+
+@pytest.mark.parametrize("options", first(1, REFINED))
+def test_refinements_run_on_the_device(options: str, runs: Runs) -> None:
+    if STANDIN:
+        pytest.skip("torch refuses a backward pass on the stand-in, which has no CUDA context")
+    check_place(runs("bert", OWN, *f"refine={options}".split()))
+
+
 @pytest.mark.parametrize("kind", first(1, ["bert", "clip", "t5"]))
 @pytest.mark.parametrize("memory", first(1, ["400KB", "1KB", "1MB"]))
 def test_activations_in_files_do_not_change_the_bytes(memory: str, kind: str, runs: Runs) -> None:

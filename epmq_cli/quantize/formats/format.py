@@ -180,6 +180,11 @@ class QuantizedWeight:
         exact = self.format.decode(by_group(self.codes, self.format), self.grid.over_columns())
         return exact.to(self.dtype).to(exact.dtype).reshape(self.shape)
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """This weight on a device."""
+        zero = None if self.grid.zero is None else self.grid.zero.to(device)
+        return replace(self, codes=self.codes.to(device), grid=Grid(self.grid.scale.to(device), zero))
+
     def rescaled(self, factors: Tensor) -> QuantizedWeight:
         """This weight with its scales times the factors (out, groups), rounded to `dtype`. A scale that would become
         smaller than the smallest normal number stays as it is."""
