@@ -63,11 +63,11 @@ ROWS: dict[str, dict[str, str]] = {
     "+ readout = feature": FEATURE,
     "+ views": VIEWS,
     "+ refine": {**VIEWS, "refine": "distill"},
-    "+ blocks": {**VIEWS, "refine": "blocks"},
+    "+ refine, packed too": {**VIEWS, "refine": "distill", "refine.packed_epochs": "20"},
+    "+ refine by blocks": {**VIEWS, "refine": "blocks"},
     "+ both": {**VIEWS, "refine": "both"},
     "+ heads": {**FEATURE, "guidance.heads": "always"},
     "+ refine + heads": {**VIEWS, "guidance.heads": "always", "refine": "distill"},
-    "+ both + heads": {**VIEWS, "guidance.heads": "always", "refine": "both"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
 """The overrides of each row. From E-PMQ on, each row adds to the row before; `+ heads` and `+ auto` add to `+ readout =

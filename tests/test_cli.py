@@ -204,7 +204,7 @@ WRONG = {
     "run merge=nope": f"merge=nope does not exist; the options are {METHODS} (see ",
     "run merge.nope=1": "merge has no option 'nope', the options are scale, weights\n",
     "run merge=ties merge.densty=1": "merge has no option 'densty', the options are density, scale, combine, weights, ",
-    "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, refine, calib, quant, pack, eval, ",
+    "run bit=3": "the config has no option 'bit', the options are suite, merge, guidance, refine, calib, quant, pack, ",
     "run mrege=ties": "the config has no option 'mrege'",
     "run merge": "Error parsing override 'merge'; missing EQUAL at '<EOF>'",
     "eval x samples=3": "the config has no option 'samples', the options are ",

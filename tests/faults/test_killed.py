@@ -23,7 +23,7 @@ FEATURE = ("guidance=feature", "eval.samples=8")
 TIMES = ("created", "stages", "resumed")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("clip", ("guidance=feature", "guidance.heads=always")),
-    "refined": ("bert", ("guidance=feature", "refine=distill", "refine.epochs=2")),
+    "refined": ("bert", ("guidance=feature", "refine=distill", "refine.epochs=2", "refine.packed_epochs=1")),
     "refined blocks": ("bert", ("guidance=feature", "refine=blocks", "refine.iterations=4", "refine.every=2")),
     "sweeps and widths": ("bert", ("guidance=feature", "guidance.sweeps=2", "bits=3.5")),
     "widths": ("bert", ("guidance=feature", "bits=3.5")),

@@ -80,7 +80,7 @@ QUANTIZERS = (
 @pytest.mark.parametrize("options", first(2, QUANTIZERS))
 def test_training_of_the_packed_model_keeps_its_codes(options: str, bert_hub: Path, tmp_path: Path) -> None:
     plain = ("guidance=merged", *options.split())
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=0.001", *plain)
+    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed=scales", "refine.packed_lr=0.001", *plain)
     run_in(tmp_path / "plain", bert_hub, *PLAIN, *plain)
     packed, plain = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
     changed = {name for name, tensor in plain.items() if not torch.equal(packed[name], tensor)}
@@ -97,7 +97,7 @@ def test_training_of_the_packed_model_keeps_its_codes(options: str, bert_hub: Pa
 @pytest.mark.parametrize("options", first(1, ("bits=2", "quant=hqq pack=dense")))
 def test_codes_of_the_packed_model_can_be_trained(options: str, bert_hub: Path, tmp_path: Path) -> None:
     plain = ("guidance=merged", *options.split())
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed=codes", "refine.packed_lr=0.03", *plain)
+    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=0.03", *plain)
     run_in(tmp_path / "plain", bert_hub, *PLAIN, *plain)
     packed, plain_weights = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
     changed = {name for name, tensor in plain_weights.items() if not torch.equal(packed[name], tensor)}
@@ -108,7 +108,7 @@ def test_codes_of_the_packed_model_can_be_trained(options: str, bert_hub: Path, 
 
 def test_only_codes_that_are_integers_are_trained(bert_hub: Path) -> None:
     with pytest.raises(ConfigError, match=r"trains integers, got quant.format=fp8; use quant.format=int, or refine.p"):
-        make_job(config(bert_hub, *PACKED, "refine.packed=codes", "bits=8", "quant.format=fp8"))
+        make_job(config(bert_hub, *PACKED, "bits=8", "quant.format=fp8"))
 
 
 def test_a_packed_model_that_training_does_not_help_stays_as_it_is(bert_hub: Path, tmp_path: Path) -> None:
