@@ -70,8 +70,8 @@ ROWS: dict[str, dict[str, str]] = {
     "+ refine + heads": {**VIEWS, "guidance.heads": "always", "refine": "distill"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
-"""The overrides of each row. From E-PMQ on, each row adds to the row before; `+ heads` and `+ auto` add to `+ readout =
-feature`, `+ refine + heads` to `+ refine`."""
+"""The overrides of each row. From E-PMQ on, each row adds to the row before, up to `+ views`. Rows with `refine` add to
+`+ views`, `+ heads` and `+ auto` to `+ readout = feature`."""
 
 
 class Session:
