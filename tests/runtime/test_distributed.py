@@ -36,6 +36,32 @@ def test_two_processes_write_the_checkpoint_of_one(clip_hub: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("refine", ["distill", "blocks"])
+def test_refinements_of_two_processes_are_those_of_one_up_to_rounding(
+    refine: str, bert_hub: Path, tmp_path: Path
+) -> None:
+    own = {
+        "distill": ("epochs=2", "packed_epochs=2", "packed=scales", "views=2", "batch_size=4"),
+        "blocks": ("iterations=4", "every=2", "batch_size=4", "rounding_lr=0"),
+    }[refine]
+    options = mini(
+        bert_hub, "guidance=feature", "calib.views=2", f"refine={refine}", *(f"refine.{text}" for text in own)
+    )
+    two = torchrun(tmp_path, *options, "out=two")
+    assert [process.returncode for process in two] == [0, 0], two[0].stderr
+    assert command(tmp_path, *options, "out=one")[0] == 0
+    found, wanted = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    if refine == "distill":
+        for part, training in wanted["refine"].items():
+            [trial], [other] = training["trials"], found["refine"][part]["trials"]
+            assert other["losses"] == pytest.approx(trial["losses"], rel=1e-3)
+            assert other["best"] == trial["best"]
+    for block, other in zip(wanted.get("blocks", []), found.get("blocks", []), strict=True):
+        assert other["error"] == pytest.approx(block["error"], rel=1e-3)
+        assert other["iteration"] == block["iteration"]
+
+
+@pytest.mark.slow
 def test_torchrun_starts_two_processes_that_write_the_checkpoint_of_one(tmp_path: Path) -> None:
     options = ("run", *SMALL, "bits=3.5")
     two = start(*TORCHRUN, "-m", "epmq_cli", *options, f"out={tmp_path / 'two'}")
