@@ -115,8 +115,8 @@ class Refiner:
         return Refinement(guided, Refined(merged.source, merged.dtype, tensors), {"guidance": measured["guidance"]})
 
     def packed(self, walk: WalkResult, dtype: torch.dtype) -> None:
-        """Trains scales, norms and biases of the quantized model; the codes stay. `walk` receives the new weights.
-        `dtype`: the type in which the checkpoint stores tensors.
+        """Trains the codes or scales, the norms and the biases of the quantized model. `walk` receives the new weights;
+        its records stay. `dtype`: the type in which the checkpoint stores tensors.
 
         If training does not lower the loss on the last fifth of the samples, nothing changes.
         """
