@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
 from epmq_cli.calibrate.student import Student
-from epmq_cli.data.batching import Batch, Batches, size, split
+from epmq_cli.data.batching import ALL, Batch, Batches, size, split
 from epmq_cli.data.held_out import members
 from epmq_cli.families.structure import Section
 from epmq_cli.quantize.formats.format import QuantizedWeight
@@ -82,10 +82,11 @@ class Chunks:
     """Calibration batches in chunks of at most `most` samples, which go through a model in parts of at most `samples`
     samples.
 
-    `counts`: by task, the number of parts of each batch.
+    `whole`: the batches. `counts`: by task, the number of parts of each batch.
     """
 
-    def __init__(self, batches: Batches, samples: int, most: int) -> None:
+    def __init__(self, batches: Batches, samples: int = ALL, most: int = ALL) -> None:
+        self.whole = batches
         self._chunks = {
             task: [[split(chunk, samples) for chunk in split(batch, most)] for batch in group]
             for task, group in batches.items()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from epmq_cli.calibrate.activations.store import ActivationStore
-from epmq_cli.calibrate.block_refinement import BlockRefiner
+from epmq_cli.calibrate.block_refinement import BlockRefiner, Chunks
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import QuantizerOf, Walk
@@ -43,7 +43,8 @@ def run_passes(
     """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
     Mixed precision measures the losses of its two formats in the first walk. If that is the only walk, it runs twice.
-    `progress_for`: opens the progress of each walk. `store`, `samples`: see Walk. `refiner`: of the last walk.
+    `progress_for`: opens the progress of each walk. `store`: see Walk. `samples`: how many samples of a batch
+    run through the model at a time. `refiner`: of the last walk.
     """
     groups = _groups(student.model, student.family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
@@ -53,7 +54,8 @@ def run_passes(
     def run_walk(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> WalkResult:
         walker = replace(student, guidance=guidance)  # without the scales that an earlier walk has folded
         own = refiner if name == LAST else None
-        return Walk(walker, batches, quantizer_of, store, progress_for(name, account), samples, own).run()
+        chunks = Chunks(batches, samples, ALL if own is None else own.batch_size)
+        return Walk(walker, chunks, quantizer_of, store, progress_for(name, account), own).run()
 
     if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)

@@ -34,7 +34,7 @@ from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.calibrate.weight_sink import WeightSink
-from epmq_cli.data.batching import ALL, Batch, Batches
+from epmq_cli.data.batching import Batch, Batches
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
@@ -49,20 +49,18 @@ class Walk:
     """One walk through the student, stack by stack. Calibrates it and quantizes the linears of its blocks; the results
     replace its tensors.
 
-    `batches`: calibration batches of each task, on the student's device. `store` offloads activations; in memory by
-    default. `progress` stores finished sections; none by default. `samples`: how many samples of a batch run through
-    the model at a time; the results do not depend on it. `refiner`: refines every block after its linears are
-    quantized; none by default.
+    `chunks`: calibration batches of each task, on the student's device; the results do not depend on the size of the
+    parts that run through the model. `store` offloads activations; in memory by default. `progress` stores finished
+    sections; none by default. `refiner`: refines every block after its linears are quantized; none by default.
     """
 
     def __init__(
         self,
         student: Student,
-        batches: Batches,
+        chunks: Chunks,
         quantizer_of: QuantizerOf,
         store: ActivationStore | None = None,
         progress: WalkProgress | None = None,
-        samples: int = ALL,
         refiner: BlockRefiner | None = None,
     ) -> None:
         self.student, self.quantizer_of = student, quantizer_of
@@ -72,9 +70,9 @@ class Walk:
         self.stacks = self.family.stacks(student.model)
         self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
         self.taught = self.guidance.teaches or refiner is not None
-        self.whole, self.chunks = batches, Chunks(batches, samples, ALL if refiner is None else refiner.batch_size)
-        self.refinement = None if refiner is None else BlockRefinement(refiner, student, self.chunks)
-        own: Batches = self.chunks.parts()
+        self.chunks = chunks
+        self.refinement = None if refiner is None else BlockRefinement(refiner, student, chunks)
+        own: Batches = chunks.parts()
         self.own, self.others = own, own  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
         self.teacher_streams: dict[str, list[HiddenState]] = {}
@@ -121,7 +119,7 @@ class Walk:
         """Solves the stem of a stack: the tables, kernels and norm in front of its first block."""
         norm = stack.first_norm
         if self.guidance.embeddings:
-            solve_stem(self.student, stack, self.whole)
+            solve_stem(self.student, stack, self.chunks.whole)
         if self.guidance.norms and norm is not None and has_gain(self.student.model.get_submodule(norm)):
             solve_norm(self.student, norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 

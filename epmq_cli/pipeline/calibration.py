@@ -184,7 +184,7 @@ def tune_guidance(
 ) -> Choice:
     """Chooses the `auto` options of the student's guidance, and restores the model afterwards.
 
-    `progress` stores finished trials. `store`, `samples`: see Walk.
+    `progress` stores finished trials. `store`, `samples`: see `run_passes`.
     """
     model, family, reference, progress = student.model, student.family, student.reference, progress or RunProgress()
     fitted, holdout = holdout_split(batches)

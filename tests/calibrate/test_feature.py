@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import Walk as Engine
 from epmq_cli.families.structure import Linears, Norm
@@ -67,7 +68,8 @@ def test_teachers_have_the_hidden_states_of_transformers(name: str, request: pyt
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     reference = guide.references(job, model, merged)
-    engine = Engine(Student(model, job.family, reference, job.guidance, dtype), batches, lambda _: NoQuantizer())
+    student = Student(model, job.family, reference, job.guidance, dtype)
+    engine = Engine(student, Chunks(batches), lambda _: NoQuantizer())
     seen: list[Tensor] = []
     section = engine._section
 

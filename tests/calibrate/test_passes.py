@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import Walk
@@ -38,7 +39,7 @@ def test_each_pass_is_anchored_at_the_one_before_and_only_the_last_is_quantized(
         copy_into(model, start)
         results = []
         for quantizer in (NoQuantizer(), NoQuantizer(), job.quantizer):
-            results.append(Walk(student, batches, lambda _, q=quantizer: q).run())
+            results.append(Walk(student, Chunks(batches), lambda _, q=quantizer: q).run())
             student = replace(student, guidance=replace(student.guidance, rho=1))
     assert all(torch.equal(tensor, swept[name]) for name, tensor in model.state_dict().items())
     assert found.records == results[-1].records
