@@ -222,14 +222,24 @@ def refusal(cfg: DictConfig, folder: Path) -> str | None:
     raise AssertionError("the run ended")
 
 
+def owner(node: DictConfig, key: str) -> str:
+    """The class of the innermost part that holds a key of a group's node."""
+    kind: str = node._target_
+    for name in key.split(".")[1:-1]:
+        node = node[name]
+        kind = node.get("_target_", kind)
+    return kind
+
+
 def cases() -> Iterator[tuple[str, str, str]]:
     """Group, option and key. Options of one class share their keys, which are tried once."""
     seen = set()
     for group, name in OPTIONS:
         node = composed(group, name)[group]
         for key in keys(node, group):
-            if (node._target_, general(key)) not in seen or "data" in key:
-                seen.add((node._target_, general(key)))
+            place = owner(node, key), general(key)
+            if place not in seen or "data" in key:
+                seen.add(place)
                 yield group, name, key
     for key in TOP:
         yield "merge", "average", key

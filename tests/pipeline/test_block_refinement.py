@@ -52,7 +52,7 @@ def test_the_error_of_no_block_rises_in_every_family(kind: str, tmp_path: Path) 
     assert found["average_bits"] == plain["average_bits"]
 
 
-@pytest.mark.parametrize("guidance", first(2, ["feature", "merged", "expert", "asymmetric"]))
+@pytest.mark.parametrize("guidance", first(1, ["feature", "merged", "expert", "asymmetric"]))
 def test_nothing_learned_is_the_run_without_refinement(guidance: str, bert_hub: Path, tmp_path: Path) -> None:
     plain = (f"guidance={guidance}", "eval.samples=8", "quant=rtn")
     run_in(tmp_path / "refined", bert_hub, *plain, *FEW, *FIXED)
@@ -68,7 +68,7 @@ def test_nothing_learned_is_the_run_without_refinement(guidance: str, bert_hub: 
 @pytest.mark.parametrize(
     "options",
     first(
-        3,
+        1,
         [
             "guidance=merged quant=rtn",
             "guidance=merged",
