@@ -22,6 +22,7 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.calibration import Anchor, calibrate, summary
 from epmq_cli.pipeline.context import RunContext
+from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.distill import Distill, own
@@ -29,6 +30,9 @@ from epmq_cli.refine.soft_labels import SoftLabels
 from epmq_cli.refine.trained import PackedTensors, RoundedTensors, Trained
 from epmq_cli.refine.training import Examples, Student, Training
 from epmq_cli.refine.trial import Trial
+
+Result = tuple[dict[str, Tensor], dict[str, Any]]
+"""The tensors of a training, and its entries of metrics.json."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,9 @@ class Refiner:
         if distill is None or not distill.epochs:
             return Refinement(context, merged, {})
         job, progress = context.job, context.progress.part("refine")
-        measured: dict[str, Any] = {}
         before = self._copy()
 
-        def train() -> dict[str, Tensor]:
+        def train() -> Result:
             fitted, _ = self._parts
             dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
             trained = distill.updates(model, job.family, job.seed)
@@ -101,11 +104,10 @@ class Refiner:
             start = self._copy()
             trials, best = Training(student, distill.settings(job.device)).try_rates(distill.rates, progress.folder)
             found = {"dense": _entry(trials, best), "guidance": summary(job, calibrated)}
-            measured.update(progress.value("entries", lambda: found))  # before the tensors, which end the training
-            return start | {name: trained.tensor(name, numbers) for name, numbers in best.items()} if best else {}
+            tensors = {name: trained.tensor(name, numbers) for name, numbers in best.items()}
+            return start | tensors if best else {}, found
 
-        tensors = progress.tensors("tensors", job.device, train)
-        measured = measured or progress.value("entries", dict)
+        tensors, measured = _kept(progress, "tensors", job.device, train)
         self._entry["dense"] = measured["dense"]
         if not tensors:
             copy_into(model, before)
@@ -127,9 +129,8 @@ class Refiner:
         every = {f"{name}.weight": weight for name, weight in walk.weights.items()}
         weights = {name: weight.to(job.device) for name, weight in every.items() if isinstance(weight, QuantizedWeight)}
         trained = (RoundedTensors if distill.packed == "codes" else PackedTensors)(weights, dtype)
-        measured: dict[str, Any] = {}
 
-        def train() -> dict[str, Tensor]:
+        def train() -> Result:
             before = self._copy()
             names = [*weights, *distill.norms(model, self._source.names)]
             student = self._student(names, trained)
@@ -137,11 +138,9 @@ class Refiner:
             training = Training(student, distill.settings(job.device, packed=True))
             trials, best = training.try_rates([distill.packed_lr], progress.folder)
             copy_into(model, before)
-            measured.update(progress.value("entries", lambda: _entry(trials, best)))
-            return best
+            return best, _entry(trials, best)
 
-        best = progress.tensors("numbers", job.device, train)
-        self._entry["packed"] = measured or progress.value("entries", dict)
+        best, self._entry["packed"] = _kept(progress, "numbers", job.device, train)
         copy_into(model, ((name, trained.tensor(name, numbers)) for name, numbers in best.items()))
         for name in weights if best else ():
             walk.weights.add(name.removesuffix(".weight"), trained.weight(name, best[name]))
@@ -193,6 +192,20 @@ class Refiner:
 
             found[task.name] = distill.labelled(batches[task.name], views, job.seed, label)
         return found
+
+
+def _kept(progress: RunProgress, name: str, device: torch.device, train: Callable[[], Result]) -> Result:
+    """The tensors and entries that a training returns, or returned in an earlier process. Entries are written first,
+    because a process that finds the tensors does not train."""
+    entries: dict[str, Any] = {}
+
+    def make() -> dict[str, Tensor]:
+        tensors, found = train()
+        entries.update(progress.value("entries", lambda: found))
+        return tensors
+
+    tensors = progress.tensors(name, device, make)
+    return tensors, entries or progress.value("entries", dict)
 
 
 def _entry(trials: Sequence[Trial], best: Mapping[str, Tensor]) -> dict[str, Any]:

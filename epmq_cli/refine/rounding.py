@@ -45,6 +45,16 @@ class Learned(Protocol):
         """Returns to an earlier state."""
 
 
+def rounded(positions: Tensor, format: IntFormat) -> Tensor:
+    """The codes nearest to positions among them."""
+    return positions.round().clamp(format.lowest, format.highest)
+
+
+def on_grid(positions: Tensor, format: IntFormat) -> Tensor:
+    """Which positions round to a code without leaving the grid, so that gradients pass through the rounding."""
+    return (positions > format.lowest - HALF) & (positions < format.highest + HALF)
+
+
 @dataclass(frozen=True)
 class RoundingOptions:
     """`lr`: the learning rate of v, which stays in [-reach, reach]; `scale_lr` of m, which stays in `clip`; a rate of 0
@@ -72,7 +82,7 @@ class LearnedRounding:
 
     def weight(self) -> QuantizedWeight:
         """The quantized weight."""
-        codes = self._codes(self._positions()).reshape(self._start.shape).to(self._format.storage)
+        codes = rounded(self._positions(), self._format).reshape(self._start.shape).to(self._format.storage)
         return replace(self._start.rescaled(self._multipliers[..., 0]), codes=codes)
 
     def value(self) -> Tensor:
@@ -84,8 +94,8 @@ class LearnedRounding:
         slope = by_group(gradient.to(self._scale.dtype), self._format)
         positions = self._positions()
         scale = self._start.rescaled(self._multipliers[..., 0]).grid.scale[..., None]
-        codes, format = self._codes(positions), self._format
-        inside = (positions > format.lowest - HALF) & (positions < format.highest + HALF)
+        codes, format = rounded(positions, self._format), self._format
+        inside = on_grid(positions, format)
         by_scale, own = self._scale * (slope * (codes - self._zero)).sum(-1, True), self._options
         self._offsets -= share * own.lr * (slope * scale * inside).sign()
         self._offsets.clamp_(-own.reach, own.reach)
@@ -103,9 +113,6 @@ class LearnedRounding:
     def _positions(self) -> Tensor:
         """Where the weights lie among the codes, before rounding: (out, groups, columns)."""
         return self._steps + self._offsets + self._zero
-
-    def _codes(self, positions: Tensor) -> Tensor:
-        return positions.round().clamp(self._format.lowest, self._format.highest)
 
 
 class LearnedVector:

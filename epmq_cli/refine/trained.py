@@ -12,8 +12,8 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.refine.rounding import on_grid, rounded
 
-HALF = 0.5  # a step of the grid
 UNIT = 10  # steps of the grid that a code moves where other tensors move by 1, so that one learning rate fits both
 
 
@@ -106,7 +106,7 @@ class PackedTensors:
 
     def __init__(self, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
         self._weights, self._dtype = weights, dtype
-        self._starts = {name: weight.dequantize() for name, weight in weights.items()}
+        self._starts: dict[str, Tensor] = {}  # dequantized weights, from their first gradient on
 
     def start(self, name: str, tensor: Tensor) -> Tensor:
         """See Trained."""
@@ -115,7 +115,8 @@ class PackedTensors:
 
     def weight(self, name: str, numbers: Tensor) -> QuantizedWeight:
         """The quantized weight that follows from the numbers."""
-        return self._weights[name].rescaled(numbers.to(self._starts[name]))
+        weight = self._weights[name]
+        return weight.rescaled(numbers.to(weight.grid.scale))
 
     def tensor(self, name: str, numbers: Tensor) -> Tensor:
         """See Trained."""
@@ -126,7 +127,11 @@ class PackedTensors:
     def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
         """See Trained."""
         weight = self._weights.get(name)
-        return gradient if weight is None else by_group(gradient * self._starts[name], weight.format).sum(-1)
+        if weight is None:
+            return gradient
+        if name not in self._starts:
+            self._starts[name] = weight.dequantize()
+        return by_group(gradient * self._starts[name], weight.format).sum(-1)
 
 
 class RoundedTensors(PackedTensors):
@@ -142,7 +147,7 @@ class RoundedTensors(PackedTensors):
         """See PackedTensors."""
         weight = self._weights[name]
         assert isinstance(weight.format, IntFormat)
-        codes = self._positions(name, numbers).round().clamp(weight.format.lowest, weight.format.highest)
+        codes = rounded(self._positions(name, numbers), weight.format)
         return replace(weight, codes=codes.to(weight.codes.dtype))
 
     def gradient(self, name: str, gradient: Tensor, numbers: Tensor) -> Tensor:
@@ -152,9 +157,9 @@ class RoundedTensors(PackedTensors):
             return gradient
         assert isinstance(weight.format, IntFormat)
         scaled = (by_group(gradient, weight.format) * (UNIT * weight.grid.scale)[..., None]).reshape(gradient.shape)
-        positions = self._positions(name, numbers)
-        return scaled * ((positions > weight.format.lowest - HALF) & (positions < weight.format.highest + HALF))
+        return scaled * on_grid(self._positions(name, numbers), weight.format)
 
     def _positions(self, name: str, numbers: Tensor) -> Tensor:
         """The codes before rounding, (out, in)."""
-        return self._weights[name].codes + UNIT * numbers.to(self._starts[name])
+        weight = self._weights[name]
+        return weight.codes + UNIT * numbers.to(weight.grid.scale)
