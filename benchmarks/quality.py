@@ -132,7 +132,7 @@ class Session:
             start, context = time.perf_counter(), RunContext.of(job)
             refiner = Refiner(context, self.model, taught.batches, self.tasks, self.models.source)
             refined = refiner.dense(merged)
-            calibrated = guide.calibrate(refined.context, self.model, taught.batches, self.tasks, refined.anchor)
+            calibrated = guide.calibrate(refined.context, self.model, refined.batches, self.tasks, refined.anchor)
             refiner.packed(calibrated.walk, self.dtype)
             tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
             seconds = time.perf_counter() - start

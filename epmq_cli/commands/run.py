@@ -199,7 +199,7 @@ def _make_checkpoint(
         refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
         refined = refiner.dense(merged)
     with stage("calibrate and quantize"):
-        calibrated = guide.calibrate(refined.context, model, teachers.batches, tasks, refined.anchor)
+        calibrated = guide.calibrate(refined.context, model, refined.batches, tasks, refined.anchor)
         refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
     context.progress.begin_packing()

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epmq_cli.data.batching import Batch, size
+from epmq_cli.data.batching import Batch, Batches, size
 from epmq_cli.errors import DataError
 from epmq_cli.runtime import distributed
 
@@ -30,13 +30,20 @@ def members(subset: Subset, sizes: Sequence[int]) -> list[Tensor | None]:
     return [*held] if subset == "held" else [~own for own in held]
 
 
-def split_held_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """The samples of each of this process's batches of a task that are not held out, and those that are; a part may be
-    empty."""
-    masks = members("held", [size(batch) for batch in batches])
-    fitted = [{name: x[~mask] for name, x in batch.items()} for batch, mask in zip(batches, masks, strict=True)]  # type: ignore[operator]
-    held = [{name: x[mask] for name, x in batch.items()} for batch, mask in zip(batches, masks, strict=True)]
+def hold_out(batches: Batches) -> tuple[Batches, Batches]:
+    """The samples of this process's batches that are not held out, and those that are. A part may be empty, and has the
+    place of its batch all the same."""
+    fitted, held = dict[str, list[Batch]](), dict[str, list[Batch]]()
+    for task, group in batches.items():
+        masks = members("held", [size(batch) for batch in group])
+        fitted[task] = [{name: x[~mask] for name, x in batch.items()} for batch, mask in zip(group, masks, strict=True)]  # type: ignore[operator]
+        held[task] = [{name: x[mask] for name, x in batch.items()} for batch, mask in zip(group, masks, strict=True)]
     return fitted, held
+
+
+def filled(batches: Batches) -> Batches:
+    """The batches that are not empty."""
+    return {task: [batch for batch in group if size(batch)] for task, group in batches.items()}
 
 
 def check_enough(task: str, batches: Sequence[Batch], option: str) -> None:

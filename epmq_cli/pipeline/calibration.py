@@ -19,10 +19,10 @@ from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.student import Student
-from epmq_cli.calibrate.tune import Choice, choose, holdout_split
+from epmq_cli.calibrate.tune import Choice, choose
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.data.batching import ALL, Batch, Batches, split
-from epmq_cli.data.held_out import check_enough
+from epmq_cli.data.held_out import check_enough, filled, hold_out
 from epmq_cli.data.views import with_views
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
@@ -187,7 +187,9 @@ def tune_guidance(
     `progress` stores finished trials. `store`, `samples`: see `run_passes`.
     """
     model, family, reference, progress = student.model, student.family, student.reference, progress or RunProgress()
-    fitted, holdout = holdout_split(batches)
+    for name, group in batches.items():
+        check_enough(name, group, "an auto option")
+    fitted, holdout = map(filled, hold_out(batches))
 
     def logits(task: ScoredTask) -> Tensor:
         return family.logits(model, features(family, model, holdout[task.name], samples), task.head)

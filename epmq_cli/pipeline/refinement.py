@@ -15,7 +15,7 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.config import instantiate
 from epmq_cli.data.batching import Batch, Batches, size
-from epmq_cli.data.held_out import check_enough, split_held_out
+from epmq_cli.data.held_out import check_enough, filled, hold_out
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.source import MergeSource
@@ -50,10 +50,12 @@ class Refined:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What follows the refinement: `context` and `anchor` of the walk that quantizes, and entries of metrics.json."""
+    """What follows the refinement: `context`, `anchor` and `batches` of the walk that quantizes, and entries of
+    metrics.json."""
 
     context: RunContext
     anchor: Anchor
+    batches: Batches
     entries: dict[str, Any]
 
 
@@ -84,12 +86,16 @@ class Refiner:
         """Calibrates the merged model without quantizing it, on four fifths of the samples, and trains the result. The
         model then holds the refined weights.
 
-        If training does not lower the loss on the last fifth, the model is the merged one again, and the refinement
-        does not change the run.
+        If training does not lower the loss on the last fifth, the model is the merged one again, and the walk that
+        quantizes starts from it. If the packed model is trained too, that walk does not see the last fifth either,
+        which then chooses the epoch of the second training.
         """
         context, distill, model = self._context, self._distill, self._model
-        if distill is None or not distill.epochs:
-            return Refinement(context, merged, {})
+        if distill is None:
+            return Refinement(context, merged, self._batches, {})
+        batches = filled(self._parts[0]) if distill.packed_epochs else self._batches
+        if not distill.epochs:
+            return Refinement(context, merged, batches, {})
         job, progress = context.job, context.progress.part("refine")
         before = self._copy()
 
@@ -99,8 +105,7 @@ class Refiner:
             trained = distill.updates(model, job.family, job.seed)
             student = self._student(distill.names(model, self._source.names), trained)
             copy_into(model, before)
-            full = {task: [batch for batch in group if size(batch)] for task, group in fitted.items()}
-            calibrated = calibrate(dense, model, full, self._tasks, merged)
+            calibrated = calibrate(dense, model, filled(fitted), self._tasks, merged)
             start = self._copy()
             trials, best = Training(student, distill.settings(job.device)).try_rates(distill.rates, progress.folder)
             found = {"dense": _entry(trials, best), "guidance": summary(job, calibrated)}
@@ -111,10 +116,12 @@ class Refiner:
         self._entry["dense"] = measured["dense"]
         if not tensors:
             copy_into(model, before)
-            return Refinement(context, merged, {})
+            return Refinement(context, merged, batches, {})
         copy_into(model, tensors)
         guided = replace(context, job=replace(job, guidance=_asymmetric(job.guidance)))
-        return Refinement(guided, Refined(merged.source, merged.dtype, tensors), {"guidance": measured["guidance"]})
+        return Refinement(
+            guided, Refined(merged.source, merged.dtype, tensors), batches, {"guidance": measured["guidance"]}
+        )
 
     def packed(self, walk: WalkResult, dtype: torch.dtype) -> None:
         """Trains the codes or scales, the norms and the biases of the quantized model. `walk` receives the new weights;
@@ -167,9 +174,7 @@ class Refiner:
     @cached_property
     def _parts(self) -> tuple[Batches, Batches]:
         """The samples that are fitted, and those that are held out."""
-        parts = {task: split_held_out(group) for task, group in self._batches.items()}
-        fitted, held = ({task: pair[index] for task, pair in parts.items()} for index in (0, 1))
-        return fitted, held
+        return hold_out(self._batches)
 
     def _examples(self) -> tuple[Examples, Examples]:
         """The batches of both parts with the outputs of their experts, of the first part for every view. They are kept

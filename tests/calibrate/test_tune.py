@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from epmq_cli.calibrate.guidance import Guidance
-from epmq_cli.calibrate.tune import GRID, choose, holdout_split
+from epmq_cli.calibrate.tune import GRID, choose
 from tests.calibrate.test_guidance import PLAIN
 
 BEST = {"lam": 0.01, "alpha": 0.3, "beta": 0.5, "rho": 2.0}
@@ -60,21 +57,3 @@ def test_grids_hold_allowed_values() -> None:
     for name, values in GRID.items():
         for value in values:
             assert getattr(replace(PLAIN, **{name: value}), name) == value  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("size", [1, 3, 32])
-def test_every_fifth_sample_is_held_out(size: int) -> None:
-    rows = torch.arange(23)
-    fitted, held = holdout_split({"task": [{"x": part, "y": 2 * part} for part in rows.split(size)]})
-    held_out = torch.cat([batch["x"] for batch in held["task"]])
-    assert torch.equal(held_out, torch.tensor([4, 9, 14, 19]))
-    assert sorted(torch.cat([batch["x"] for batch in fitted["task"]] + [held_out]).tolist()) == rows.tolist()
-    for batch in (*fitted["task"], *held["task"]):
-        assert len(batch["x"]) > 0
-        assert torch.equal(batch["y"], 2 * batch["x"])
-
-
-def test_each_task_is_split_separately() -> None:
-    fitted, held = holdout_split({task: [{"x": torch.arange(size)}] for task, size in (("one", 12), ("other", 11))})
-    assert [batch["x"].tolist() for batch in held["other"]] == [[4, 9]]
-    assert [batch["x"].tolist() for batch in fitted["one"]] == [[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]

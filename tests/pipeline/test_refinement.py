@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.refinement import Refiner
 from tests.helpers.hubs import config, run_in
 from tests.helpers.minihub import hub_of
 from tests.helpers.tiers import first
@@ -77,12 +79,22 @@ QUANTIZERS = (
 )
 
 
+def both(
+    hub: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, options: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a run that trains the packed model, in `folder`/packed, and of one that skips the training."""
+    run_in(folder / "packed", hub, *options)
+    monkeypatch.setattr(Refiner, "packed", lambda *_: None)
+    run_in(folder / "plain", hub, *options)
+    return weights(folder / "packed" / "checkpoint"), weights(folder / "plain" / "checkpoint")
+
+
 @pytest.mark.parametrize("options", first(1, QUANTIZERS))
-def test_training_of_the_packed_model_keeps_its_codes(options: str, bert_hub: Path, tmp_path: Path) -> None:
-    plain = ("guidance=merged", *options.split())
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed=scales", "refine.packed_lr=0.001", *plain)
-    run_in(tmp_path / "plain", bert_hub, *PLAIN, *plain)
-    packed, plain = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
+def test_training_of_the_packed_model_keeps_its_codes(
+    options: str, bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (*PACKED, "refine.packed=scales", "refine.packed_lr=0.001", "guidance=merged", *options.split())
+    packed, plain = both(bert_hub, tmp_path, monkeypatch, own)
     changed = {name for name, tensor in plain.items() if not torch.equal(packed[name], tensor)}
     found = json.loads((tmp_path / "packed" / "metrics.json").read_text())["refine"]
     assert found["packed"]["refined"]
@@ -95,12 +107,12 @@ def test_training_of_the_packed_model_keeps_its_codes(options: str, bert_hub: Pa
 
 
 @pytest.mark.parametrize("options", first(1, ("bits=2", "quant=hqq pack=dense")))
-def test_codes_of_the_packed_model_can_be_trained(options: str, bert_hub: Path, tmp_path: Path) -> None:
-    plain = ("guidance=merged", *options.split())
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=0.03", *plain)
-    run_in(tmp_path / "plain", bert_hub, *PLAIN, *plain)
-    packed, plain_weights = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
-    changed = {name for name, tensor in plain_weights.items() if not torch.equal(packed[name], tensor)}
+def test_codes_of_the_packed_model_can_be_trained(
+    options: str, bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (*PACKED, "refine.packed_lr=0.03", "guidance=merged", *options.split())
+    packed, plain = both(bert_hub, tmp_path, monkeypatch, own)
+    changed = {name for name, tensor in plain.items() if not torch.equal(packed[name], tensor)}
     assert json.loads((tmp_path / "packed" / "metrics.json").read_text())["refine"]["packed"]["refined"]
     assert not any(name.endswith("scale") for name in changed)
     assert any(name.endswith(("packed", "query.weight")) for name in changed)
@@ -111,10 +123,10 @@ def test_only_codes_that_are_integers_are_trained(bert_hub: Path) -> None:
         make_job(config(bert_hub, *PACKED, "bits=8", "quant.format=fp8"))
 
 
-def test_a_packed_model_that_training_does_not_help_stays_as_it_is(bert_hub: Path, tmp_path: Path) -> None:
-    run_in(tmp_path / "packed", bert_hub, *PACKED, "refine.packed_lr=1")
-    run_in(tmp_path / "plain", bert_hub, *PLAIN)
-    packed, plain = (weights(tmp_path / name / "checkpoint") for name in ("packed", "plain"))
+def test_a_packed_model_that_training_does_not_help_stays_as_it_is(
+    bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, plain = both(bert_hub, tmp_path, monkeypatch, (*PACKED, "refine.packed_lr=1"))
     assert not json.loads((tmp_path / "packed" / "metrics.json").read_text())["refine"]["packed"]["refined"]
     for name, tensor in plain.items():
         assert torch.equal(packed[name], tensor)
