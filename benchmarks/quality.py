@@ -5,7 +5,8 @@
 
 One process measures a suite and reads its models once. Every row merges, calibrates and quantizes from the start and
 scores the student. The student's weights equal those of its reloaded checkpoint (tests/checkpoint/test_write.py). The
-table has medians over the seeds of the calibration samples, with the seconds of calibration. 2 bits use groups of 32.
+table has medians over the seeds of the calibration samples, with the seconds of calibration. Below 3 bits, groups have
+32 columns. Rows that refine share the training of the dense model; each counts its seconds.
 Results under --out are reused.
 """
 
@@ -16,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from epmq_cli.calibrate.progress import Account, WalkProgress
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config import instantiate
 from epmq_cli.evaluate import metrics
@@ -32,6 +35,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.pipeline.refinement import Refiner
 
 EPMQ = {"guidance": "expert"}
@@ -72,6 +76,22 @@ ROWS: dict[str, dict[str, str]] = {
 }
 """The overrides of each row. From E-PMQ on, each row adds to the row before, up to `+ views`. Rows with `refine` add to
 `+ views`, `+ heads` and `+ auto` to `+ readout = feature`."""
+
+
+LATER = ("refine.packed_epochs", "guidance.heads")
+"""The options of ROWS that do not change the refined dense model."""
+
+
+class Refinements(RunProgress):
+    """Keeps the refined dense model only."""
+
+    def part(self, name: str | None) -> RunProgress:
+        """The progress of the training of the dense model; others are not kept."""
+        return RunProgress(self.folder / name if self.folder and name == "refine" else None)
+
+    def of_walk(self, name: str, account: Account | None = None) -> WalkProgress:
+        """Walks are not kept."""
+        return WalkProgress(None, account)
 
 
 class Session:
@@ -121,7 +141,7 @@ class Session:
         dense = row.endswith("dense")
         key = f"{merge} {'dense' if dense else bits} {row} {seed}"
         if key not in self.known:
-            group = {} if dense else {"bits": bits, "group_size": "32" if bits == "2" else "64"}
+            group = {} if dense else {"bits": bits, "group_size": "32" if float(bits) < 3 else "64"}
             job = self.job(merge, {**ROWS[row], **group, "seed": str(seed)})
             if not self.loaded:
                 self.load(job)
@@ -129,19 +149,30 @@ class Session:
             copy_into(self.model, self.base_state)
             merged = LazyMerge(self.models.source, job.merge, self.dtype)
             copy_into(self.model, merged)
-            start, context = time.perf_counter(), RunContext.of(job)
+            progress = self.refinement(merge, row, seed)
+            start, context = time.perf_counter(), replace(RunContext.of(job), progress=progress)
             refiner = Refiner(context, self.model, taught.batches, self.tasks, self.models.source)
             refined = refiner.dense(merged)
+            trained = progress.value("seconds", lambda: time.perf_counter() - start)
+            start = time.perf_counter()
             calibrated = guide.calibrate(refined.context, self.model, refined.batches, self.tasks, refined.anchor)
             refiner.packed(calibrated.walk, self.dtype)
             tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
-            seconds = time.perf_counter() - start
+            seconds = trained + time.perf_counter() - start
             scores = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
             entry = {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores}
             self.keep(key, entry | refiner.entries)
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
+
+    def refinement(self, merge: str, row: str, seed: int) -> RunProgress:
+        """Returns the progress that keeps the refined dense model, which rows and bit widths share."""
+        own = {name: value for name, value in ROWS[row].items() if name not in LATER}
+        if own.get("refine") != "distill":
+            return RunProgress()
+        name = " ".join([merge, str(seed), *(f"{key}={value}" for key, value in sorted(own.items()))])
+        return Refinements(self.file.with_suffix("") / name)
 
     @property
     def base_state(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import relative_error, solved_head
-from epmq_cli.calibrate.passes import run_passes
+from epmq_cli.calibrate.passes import ProgressFor, no_progress, run_passes
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
@@ -147,7 +147,8 @@ def calibrate(
         ):
             choice, guidance = None, job.guidance
             if guidance.open:
-                choice = tune_guidance(student, batches, tasks, store, context.progress, samples)
+                error = HeldOutError(student, batches, tasks, store, samples)
+                choice = tune_guidance(student, error, context.progress)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
             walk = run_passes(guided, viewed, job.quantizer, store, context.progress.of_walk, samples, refiner)
@@ -174,42 +175,60 @@ def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:
     return ReferenceWeights(anchor.source, shared, anchor.tensor, job.guidance.targets == "merged")
 
 
-def tune_guidance(
-    student: Student,
-    batches: Batches,
-    tasks: Sequence[ScoredTask],
-    store: ActivationStore | None = None,
-    progress: RunProgress | None = None,
-    samples: int = ALL,
-) -> Choice:
-    """Chooses the `auto` options of the student's guidance, and restores the model afterwards.
+class HeldOutError:
+    """The error of the student's logits against its experts', on the samples that calibration does not see: the squared
+    error relative to the variance, the mean of the tasks by their weights. `store`, `samples`: see `run_passes`.
 
-    `progress` stores finished trials. `store`, `samples`: see `run_passes`.
+    The model holds the anchor's tensors before and afterwards, and other ones after a call.
     """
-    model, family, reference, progress = student.model, student.family, student.reference, progress or RunProgress()
-    for name, group in batches.items():
-        check_enough(name, group, "an auto option")
-    fitted, holdout = map(filled, hold_out(batches))
 
-    def logits(task: ScoredTask) -> Tensor:
-        return family.logits(model, features(family, model, holdout[task.name], samples), task.head)
-
-    teacher_logits = {}
-    for task in tasks:
-        copy_into(model, ((name, reference.expert(task.name, name)) for name in reference.names()))
-        teacher_logits[task.name] = logits(task)
-
-    def error(guidance: Guidance) -> float:
-        reference.restore(model)
-        walks = progress.part(_trial(guidance)).of_walk
-        run_passes(replace(student, guidance=guidance), fitted, NoQuantizer(), store, walks, samples)
-        total = 0.0
+    def __init__(
+        self,
+        student: Student,
+        batches: Batches,
+        tasks: Sequence[ScoredTask],
+        store: ActivationStore | None = None,
+        samples: int = ALL,
+    ) -> None:
+        for name, group in batches.items():
+            check_enough(name, group, "an auto option")
+        self._student, self._tasks, self._store, self._samples = student, tasks, store, samples
+        self._fitted, self._held = map(filled, hold_out(batches))
+        self._wanted, reference = dict[str, Tensor](), student.reference
         for task in tasks:
-            total += guidance.factor(task.name) * relative_error(logits(task), teacher_logits[task.name], distributed)
-        return total / sum(guidance.factor(task.name) for task in tasks)
+            expert = ((name, reference.expert(task.name, name)) for name in reference.names())
+            copy_into(student.model, expert)
+            self._wanted[task.name] = self._logits(task)
+        reference.restore(student.model)
 
-    choice = choose(student.guidance, lambda guidance: progress.finished(_trial(guidance), lambda: error(guidance)))
-    reference.restore(model)
+    def __call__(self, guidance: Guidance, progress_for: ProgressFor = no_progress) -> float:
+        """The error after an unquantized walk with this guidance. `progress_for`: see `run_passes`."""
+        student, total = replace(self._student, guidance=guidance), 0.0
+        student.reference.restore(student.model)
+        run_passes(student, self._fitted, NoQuantizer(), self._store, progress_for, self._samples)
+        for task in self._tasks:
+            error = relative_error(self._logits(task), self._wanted[task.name], distributed)
+            total += guidance.factor(task.name) * error
+        return total / sum(guidance.factor(task.name) for task in self._tasks)
+
+    def _logits(self, task: ScoredTask) -> Tensor:
+        model, family = self._student.model, self._student.family
+        return family.logits(model, features(family, model, self._held[task.name], self._samples), task.head)
+
+
+def tune_guidance(student: Student, error: HeldOutError, progress: RunProgress | None = None) -> Choice:
+    """Chooses the `auto` options of the student's guidance by their error, and restores the model afterwards.
+
+    `progress` stores finished trials.
+    """
+    progress = progress or RunProgress()
+
+    def attempt(guidance: Guidance) -> float:
+        name = _trial(guidance)
+        return progress.finished(name, lambda: error(guidance, progress.part(name).of_walk))
+
+    choice = choose(student.guidance, attempt)
+    student.reference.restore(student.model)
     return choice
 
 

@@ -128,7 +128,7 @@ def test_auto_minimises_the_hold_out_error_and_keeps_the_model(
     before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
     reference = guide.references(job, model, merged)
     student = Student(model, job.family, reference, job.guidance, dtype)
-    choice = guide.tune_guidance(student, batches, tasks)
+    choice = guide.tune_guidance(student, guide.HeldOutError(student, batches, tasks))
     assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
     assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
     least = min(choice.trials, key=lambda trial: trial["error"])
