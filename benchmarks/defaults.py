@@ -58,10 +58,10 @@ MIXTURES = {
     "tiny": Mixture("tiny", None),
     "vision3": Mixture("vision3", "vision3"),
     "vision6": Mixture("vision6", "vision3"),
-    "text4": Mixture("text4", "text4", ("calib.samples=64", "eval.samples=500")),
-    "smollm": Mixture("smollm", "smollm", ("calib.samples=32", "eval.samples=16")),
+    "text4": Mixture("text4", "text4", ("calib.samples=128", "eval.samples=500")),
+    "smollm": Mixture("smollm", "smollm", ("calib.samples=16", "calib.batch_size=8", "eval.samples=12")),
     "pair": Mixture("vision3", "vision3", ("~suite.tasks.notmnist", "~suite.tasks.omniglot", "calib.samples=64")),
-    "trio": Mixture("text4", "text4", ("~suite.tasks.trec", "calib.samples=16", "eval.samples=500")),
+    "trio": Mixture("text4", "text4", ("~suite.tasks.trec", "calib.samples=64", "eval.samples=500")),
 }
 """Other tasks together, other numbers of tasks and of samples."""
 
@@ -98,7 +98,7 @@ def measure_errors(session: quality.Session, seed: int) -> None:
     copy_into(model, merged)
     student = Student(model, job.family, guide.references(job, model, merged), job.guidance, session.dtype)
     with torch.inference_mode(), batch_invariant(model):
-        error = guide.HeldOutError(student, batches, session.tasks)
+        error = guide.HeldOutDivergence(student, batches, session.tasks)
         for values in missing:
             found = error(replace(job.guidance, **dict(zip(NAMES, values, strict=True))))  # type: ignore[arg-type]
             session.keep(f"error {label(values)} {seed}", {"error": found})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.moments import Measure, task_weight
@@ -29,13 +28,3 @@ def solved_head(
     objective.add(moments, head, task_weight(moments.norm, moments.tokens, "frobenius"))
     found = objective.closed().solution(sharing)
     return Affine(found.weight.to(head.weight.dtype), None if found.bias is None else found.bias.to(head.weight.dtype))
-
-
-def relative_error(own: Tensor, teacher: Tensor, sharing: Sharing = ALONE) -> float:
-    """Squared distance of the student's features or logits (samples, width) from the expert's, relative to the variance
-    of the expert's; 0 if that is 0. `sharing`: how processes share the samples."""
-    wanted, found, add = teacher.double(), own.double(), sharing.all_reduce
-    count, sums = add(torch.tensor(float(len(wanted)))), add(wanted.sum(0))
-    squares, error = add(wanted.square().sum()), add((found - wanted).square().sum())
-    spread = float(squares - sums.square().sum() / count)
-    return float(error) / spread if spread > 1e-12 * float(squares) else 0.0

@@ -1,5 +1,5 @@
-"""Chooses lam, alpha, beta and rho without labels. Unquantized walks calibrate on four fifths of the samples; the error
-of the logits against the experts' is measured on the last fifth."""
+"""Chooses lam, alpha, beta and rho without labels. Unquantized walks calibrate on four fifths of the samples; the
+divergence of the outputs from the experts' is measured on the last fifth."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GRID: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen guidance, and the trials: the values of the options and the `error`."""
+    """The chosen guidance, and the trials: the values of the options and the `divergence`."""
 
     guidance: Guidance
     trials: list[dict[str, float]]
 
 
-def choose(guidance: Guidance, error: Callable[[Guidance], float]) -> Choice:
-    """Chooses the `auto` options one after the other, each with its lowest error; ties go to the first value."""
+def choose(guidance: Guidance, divergence: Callable[[Guidance], float]) -> Choice:
+    """Chooses the `auto` options one after the other, each with its lowest divergence; ties go to the first value."""
     names = [name for name in GRID if getattr(guidance, name) == AUTO]
     best = _with(guidance, {name: GRID[name][0] for name in names})
     trials: list[dict[str, float]] = []
@@ -36,9 +36,9 @@ def choose(guidance: Guidance, error: Callable[[Guidance], float]) -> Choice:
         values: dict[str, Any] = {name: getattr(candidate, name) for name in names}
         for trial in trials:
             if all(trial[name] == value for name, value in values.items()):
-                return trial["error"]
-        trials.append({**values, "error": error(candidate)})
-        return trials[-1]["error"]
+                return trial["divergence"]
+        trials.append({**values, "divergence": divergence(candidate)})
+        return trials[-1]["divergence"]
 
     for name in names:
         candidates = [_with(best, {name: value}) for value in GRID[name]]

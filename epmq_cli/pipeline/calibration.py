@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
-from epmq_cli.calibrate.heads import relative_error, solved_head
+from epmq_cli.calibrate.heads import solved_head
 from epmq_cli.calibrate.passes import ProgressFor, no_progress, run_passes
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.calibrate.quadratic import Affine
@@ -33,6 +33,7 @@ from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed, memory
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
@@ -40,6 +41,9 @@ MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentat
 REFINED = 40  # bytes for each weight of a block: start, offset, best, target, anchor, value, gradient and its sum
 
 FEATURES = "features"
+
+TEMPERATURE = 2.0  # of the held-out divergence
+TOP = 64  # classes of each token that it keeps of the experts of language models
 
 
 class Anchor(Protocol):
@@ -147,8 +151,8 @@ def calibrate(
         ):
             choice, guidance = None, job.guidance
             if guidance.open:
-                error = HeldOutError(student, batches, tasks, store, samples)
-                choice = tune_guidance(student, error, context.progress)
+                divergence = HeldOutDivergence(student, batches, tasks, store, samples)
+                choice = tune_guidance(student, divergence, context.progress)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
             walk = run_passes(guided, viewed, job.quantizer, store, context.progress.of_walk, samples, refiner)
@@ -175,9 +179,9 @@ def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:
     return ReferenceWeights(anchor.source, shared, anchor.tensor, job.guidance.targets == "merged")
 
 
-class HeldOutError:
-    """The error of the student's logits against its experts', on the samples that calibration does not see: the squared
-    error relative to the variance, the mean of the tasks by their weights. `store`, `samples`: see `run_passes`.
+class HeldOutDivergence:
+    """How far the student's outputs are from its experts', on the samples that calibration does not see: T^2 KL of the
+    logits at temperature T, the mean of the tasks by their weights. `store`, `samples`: see `run_passes`.
 
     The model holds the anchor's tensors before and afterwards, and other ones after a call.
     """
@@ -194,30 +198,38 @@ class HeldOutError:
             check_enough(name, group, "an auto option")
         self._student, self._tasks, self._store, self._samples = student, tasks, store, samples
         self._fitted, self._held = map(filled, hold_out(batches))
-        self._wanted, reference = dict[str, Tensor](), student.reference
+        self._labels, reference = dict[str, list[SoftLabels]](), student.reference
+        top = TOP if student.family.heads == "none" else None
         for task in tasks:
             expert = ((name, reference.expert(task.name, name)) for name in reference.names())
             copy_into(student.model, expert)
-            self._wanted[task.name] = self._logits(task)
+            self._labels[task.name] = [SoftLabels.of(out, TEMPERATURE, top) for out in self._outputs(task)]
         reference.restore(student.model)
 
     def __call__(self, guidance: Guidance, progress_for: ProgressFor = no_progress) -> float:
-        """The error after an unquantized walk with this guidance. `progress_for`: see `run_passes`."""
+        """The divergence after an unquantized walk with this guidance. `progress_for`: see `run_passes`."""
         student, total = replace(self._student, guidance=guidance), 0.0
         student.reference.restore(student.model)
         run_passes(student, self._fitted, NoQuantizer(), self._store, progress_for, self._samples)
         for task in self._tasks:
-            error = relative_error(self._logits(task), self._wanted[task.name], distributed)
-            total += guidance.factor(task.name) * error
+            sums = torch.zeros(2, dtype=torch.float64)
+            for out, labels in zip(self._outputs(task), self._labels[task.name], strict=True):
+                rows = labels.divergence(out.logits, TEMPERATURE)
+                sums += torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)
+            divergence, rows_of_all = distributed.all_reduce(sums).tolist()
+            total += guidance.factor(task.name) * divergence / rows_of_all
         return total / sum(guidance.factor(task.name) for task in self._tasks)
 
-    def _logits(self, task: ScoredTask) -> Tensor:
-        model, family = self._student.model, self._student.family
-        return family.logits(model, features(family, model, self._held[task.name], self._samples), task.head)
+    def _outputs(self, task: ScoredTask) -> Iterator[Outputs]:
+        """The logits of the held-out samples in float64, some samples at a time."""
+        student = self._student
+        for batch in self._held[task.name]:
+            for part in split(batch, self._samples):
+                yield Outputs(outputs(student.family, student.model, part, task.head).logits.double(), None)
 
 
-def tune_guidance(student: Student, error: HeldOutError, progress: RunProgress | None = None) -> Choice:
-    """Chooses the `auto` options of the student's guidance by their error, and restores the model afterwards.
+def tune_guidance(student: Student, divergence: HeldOutDivergence, progress: RunProgress | None = None) -> Choice:
+    """Chooses the `auto` options of the student's guidance by their divergence, and restores the model afterwards.
 
     `progress` stores finished trials.
     """
@@ -225,7 +237,7 @@ def tune_guidance(student: Student, error: HeldOutError, progress: RunProgress |
 
     def attempt(guidance: Guidance) -> float:
         name = _trial(guidance)
-        return progress.finished(name, lambda: error(guidance, progress.part(name).of_walk))
+        return progress.finished(name, lambda: divergence(guidance, progress.part(name).of_walk))
 
     choice = choose(student.guidance, attempt)
     student.reference.restore(student.model)

@@ -19,7 +19,7 @@ def test_each_open_option_gets_its_best_value() -> None:
     found = choose(replace(PLAIN, lam="auto", alpha="auto", beta="auto", rho="auto"), error)
     assert {name: getattr(found.guidance, name) for name in BEST} == BEST
     assert found.guidance.open == []
-    assert min(found.trials, key=lambda trial: trial["error"]) == {**BEST, "error": 0}
+    assert min(found.trials, key=lambda trial: trial["divergence"]) == {**BEST, "divergence": 0}
 
 
 def test_fixed_options_stay_unchanged() -> None:

@@ -128,12 +128,12 @@ def test_auto_minimises_the_hold_out_error_and_keeps_the_model(
     before = {part: tensor.clone() for part, tensor in model.state_dict().items()}
     reference = guide.references(job, model, merged)
     student = Student(model, job.family, reference, job.guidance, dtype)
-    choice = guide.tune_guidance(student, guide.HeldOutError(student, batches, tasks))
+    choice = guide.tune_guidance(student, guide.HeldOutDivergence(student, batches, tasks))
     assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
     assert [trial["rho"] for trial in choice.trials] == [1, 2, 3]
-    least = min(choice.trials, key=lambda trial: trial["error"])
+    least = min(choice.trials, key=lambda trial: trial["divergence"])
     assert choice.guidance == replace(job.guidance, rho=least["rho"])
-    assert len({trial["error"] for trial in choice.trials}) == 3
+    assert len({trial["divergence"] for trial in choice.trials}) == 3
     fitted, held = map(filled, hold_out(batches))
 
     def logits(task: ScoredTask) -> Tensor:
@@ -144,11 +144,11 @@ def test_auto_minimises_the_hold_out_error_and_keeps_the_model(
         with swapped_weights(model, {part: reference.expert(task.name, part) for part in models.source.names}):
             expected[task.name] = logits(task)
     run_passes(replace(student, guidance=choice.guidance), fitted, NoQuantizer())
-    errors = []
+    divergences = []
     for task in tasks:
-        got, wanted = logits(task), expected[task.name]
-        errors.append(float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()))
-    assert sum(errors) / 2 == pytest.approx(least["error"], rel=1e-4)
+        own, wanted = ((rows.double() / 2).log_softmax(-1) for rows in (logits(task), expected[task.name]))
+        divergences.append(4 * float((wanted.exp() * (wanted - own)).sum(-1).mean()))
+    assert sum(divergences) / 2 == pytest.approx(least["divergence"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_during_tuning_a_plain_model_reproduces_its_teacher(name: str, request: 
     copy_into(model, merged)
     found = guide.calibrate(RunContext.of(job), model, batches, tasks, merged)
     assert found.choice is not None
-    assert max(trial["error"] for trial in found.choice.trials) < 1e-8
+    assert max(trial["divergence"] for trial in found.choice.trials) < 1e-8
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_the_tuned_options_are_used_and_recorded_in_metrics_json(
     found = metrics["guidance"]
     assert found["chosen"] == ["lam"]
     assert sorted(trial["lam"] for trial in found["trials"]) == sorted(GRID["lam"])
-    assert found["lam"] == min(found["trials"], key=lambda trial: trial["error"])["lam"]
+    assert found["lam"] == min(found["trials"], key=lambda trial: trial["divergence"])["lam"]
     assert found["heads_solved"] is (name == "bert")
     given = run_in(tmp_path / "given", hub, "guidance=feature", f"guidance.lam={found['lam']}", "eval.samples=5")
     for file in ("model.safetensors", "heads/heads.safetensors"):
