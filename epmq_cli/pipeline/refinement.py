@@ -74,6 +74,7 @@ class Refiner:
         self._entry: dict[str, Any] = {}
         self._kept: tuple[Examples, Examples] | None = None
         if self._distill is not None:
+            self._distill.blocks(model, context.job.family)
             for task, group in batches.items():
                 check_enough(task, group, "refine=distill")
 

@@ -17,6 +17,7 @@ from epmq_cli.data.views import view
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
 from epmq_cli.refine.training import Example, Settings, matrices
@@ -32,6 +33,8 @@ class Distill:
     views: int
     temperature: float
     features: float
+    hidden: float
+    hidden_blocks: Sequence[int] | None
     anchor: float
     lr: Any
     epochs: int
@@ -50,8 +53,12 @@ class Distill:
         check_range("refine.rank", self.rank, 1, 1 << 16, integer=True)
         check_choice("refine.optimizer", self.optimizer, ("muon", "adamw"))
         check_range("refine.views", self.views, 1, 10_000, integer=True)
+        if self.hidden_blocks is not None and not isinstance(self.hidden_blocks, list | tuple):
+            raise ConfigError(f"refine.hidden_blocks must be a list such as [2, 5], got {literal(self.hidden_blocks)}")
+        for number in self.hidden_blocks or ():
+            check_range("refine.hidden_blocks", number, 0, 1 << 16, integer=True)
         check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
-        for name in ("features", "anchor"):
+        for name in ("features", "hidden", "anchor"):
             check_range(f"refine.{name}", getattr(self, name), 0, 1e9)
         if not isinstance(self.lr, int | float | list | tuple) or isinstance(self.lr, bool) or self.lr == []:
             raise ConfigError(f"refine.lr must be a number or a list such as [0.001, 0.0003], got {literal(self.lr)}")
@@ -91,6 +98,10 @@ class Distill:
         own = dict(model.named_parameters())
         return [name for name in merged if name in norms or (name in own and name.endswith("bias"))]
 
+    def blocks(self, model: nn.Module, family: Family) -> tuple[int, ...]:
+        """The numbers of the blocks whose hidden states are trained. ConfigError if the model has no such block."""
+        return chosen(self.hidden_blocks, family, model) if self.hidden else ()
+
     def updates(self, model: nn.Module, family: Family, seed: int) -> Trained:
         """What is trained of the dense model's tensors."""
         return LowRankUpdates(matrices(family, model), self.rank, seed) if self.trained == "lora" else DenseTensors()
@@ -102,6 +113,8 @@ class Distill:
             optimizer=self.optimizer,
             temperature=self.temperature,
             features=self.features,
+            hidden=self.hidden,
+            hidden_blocks=self.hidden_blocks,
             anchor=self.anchor,
             epochs=self.packed_epochs if packed else self.epochs,
             warmup=self.warmup,
@@ -123,10 +136,10 @@ class Distill:
 
     def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
         """The outputs of a model, some samples at a time."""
-        top = self.top if family.heads == "none" else None
+        top, blocks = self.top if family.heads == "none" else None, self.blocks(model, family)
         with torch.no_grad():
             found = [
-                SoftLabels.of(outputs(family, model, part, head), self.temperature, top)
+                SoftLabels.of(outputs(family, model, part, head, blocks), self.temperature, top)
                 for part in split(batch, samples)
             ]
         return SoftLabels.joined(found)

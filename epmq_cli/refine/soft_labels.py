@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.refine.hidden_states import captured
 
 SMALLEST = 1e-9  # probability of the classes that are not kept
 
@@ -18,22 +19,26 @@ SMALLEST = 1e-9  # probability of the classes that are not kept
 @dataclass(frozen=True)
 class Outputs:
     """The outputs of a model for a batch: `logits` (rows, classes), and `features` (rows, width) where there are heads.
+    `hidden`: the hidden states (tokens, width) behind some blocks.
 
     Rows are samples, or the real tokens of families without heads, whose classes are the vocabulary.
     """
 
     logits: Tensor
     features: Tensor | None
+    hidden: tuple[Tensor, ...] = ()
 
 
-def outputs(family: Family, model: nn.Module, batch: Batch, head: Head) -> Outputs:
-    """The model's outputs, with the head of the batch's task."""
-    if family.heads != "none":
-        features = family.features(model, batch)
-        return Outputs(family.logits(model, features, head), features)
-    logits: Tensor = model(**batch, use_cache=False).logits.float()
+def outputs(family: Family, model: nn.Module, batch: Batch, head: Head, blocks: Sequence[int] = ()) -> Outputs:
+    """The model's outputs, with the head of the batch's task. `blocks`: whose hidden states are kept, by number."""
+    with captured(family, model, batch, blocks) as hidden:
+        if family.heads != "none":
+            features = family.features(model, batch)
+            return Outputs(family.logits(model, features, head), features, tuple(hidden[number] for number in blocks))
+        logits: Tensor = model(**batch, use_cache=False).logits.float()
     mask = family.stacks(model)[-1].mask(batch)
-    return Outputs(logits.flatten(0, 1) if mask is None else logits[mask], None)
+    rows = logits.flatten(0, 1) if mask is None else logits[mask]
+    return Outputs(rows, None, tuple(hidden[number] for number in blocks))
 
 
 @dataclass(frozen=True)
@@ -41,33 +46,35 @@ class SoftLabels:
     """An expert's outputs for a batch.
 
     `kept`: its log-probabilities (rows, kept) at the temperature, the largest ones. `classes`: their classes
-    (rows, kept); None if all classes are kept in order. `logits` (rows, 1) of heads with one output. `features`: as in
-    `Outputs`.
+    (rows, kept); None if all classes are kept in order. `logits` (rows, 1) of heads with one output. `features`,
+    `hidden`: as in `Outputs`.
     """
 
     kept: Tensor
     classes: Tensor | None
     features: Tensor | None
+    hidden: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, expert: Outputs, temperature: float, top: int | None) -> SoftLabels:
         """Keeps the `top` largest log-probabilities of each row; None for all."""
         if expert.logits.shape[1] == 1:
-            return cls(expert.logits, None, expert.features)
+            return cls(expert.logits, None, expert.features, expert.hidden)
         chances = (expert.logits / temperature).log_softmax(-1)
         if top is None or top >= chances.shape[1]:
-            return cls(chances, None, expert.features)
+            return cls(chances, None, expert.features, expert.hidden)
         kept, classes = chances.topk(top)
-        return cls(kept, classes, expert.features)
+        return cls(kept, classes, expert.features, expert.hidden)
 
     @classmethod
     def joined(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
         """The labels of the parts of a batch, one after the other."""
-        columns = zip(*((part.kept, part.classes, part.features) for part in parts), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        kept, classes, features = zip(*((part.kept, part.classes, part.features) for part in parts), strict=True)
+        hidden = zip(*(part.hidden for part in parts), strict=True)
+        return cls(torch.cat(kept), _joined(classes), _joined(features), tuple(map(torch.cat, hidden)))
 
     def rows(self, rows: slice) -> SoftLabels:
-        """The labels of some rows."""
+        """The labels of some rows, without hidden states."""
         return SoftLabels(*(None if part is None else part[rows] for part in (self.kept, self.classes, self.features)))  # type: ignore[arg-type]
 
     def divergence(self, logits: Tensor, temperature: float) -> Tensor:
@@ -95,6 +102,23 @@ class SoftLabels:
         """The squared distance of each row's features from the expert's, (rows,)."""
         assert self.features is not None
         return (features - self.features).square().sum(-1)
+
+    def hidden_error(self, hidden: Sequence[Tensor], starts: Sequence[int], spreads: Sequence[float]) -> Tensor:
+        """The squared distance of a part's hidden states from the expert's, relative to the variance: of each block,
+        then the mean over the blocks. Summed over the parts of a batch, it is the mean over the batch's tokens.
+
+        `starts`: the place of the part's first token in the batch, by block. `spreads`: the variances.
+        """
+        total = hidden[0].new_zeros(())
+        for own, expert, start, spread in zip(hidden, self.hidden, starts, spreads, strict=True):
+            error = (own - expert[start : start + len(own)]).square().sum()
+            total = total + error / (len(expert) * len(hidden) * spread if spread else float("inf"))
+        return total
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 def _log_rest(chances: Tensor) -> Tensor:

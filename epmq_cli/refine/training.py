@@ -22,6 +22,7 @@ from epmq_cli.data.views import view
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.weights import copy_into
+from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.muon import Muon
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import Trained
@@ -71,6 +72,8 @@ class Settings:
     optimizer: str
     temperature: float
     features: float
+    hidden: float
+    hidden_blocks: Sequence[int] | None
     anchor: float
     epochs: int
     warmup: float
@@ -105,7 +108,14 @@ class Training:
         self.start = {name: student.trained.start(name, tensor.detach()) for name, tensor in self.own.items()}
         self.fitted = {task: [part for batch in group for part in batch] for task, group in student.fitted.items()}
         self.numbers = {task: own_numbers([*map(len, group)]) for task, group in student.fitted.items()}
-        self.spreads = {task: spread(parts) for task, parts in self.fitted.items()}
+        self.blocks = chosen(settings.hidden_blocks, student.family, student.model) if settings.hidden else ()
+        self.spreads = {
+            task: spread([part.labels[0].features for part in parts]) for task, parts in self.fitted.items()
+        }
+        self.hidden_spreads = {
+            task: [spread([part.labels[0].hidden[place] for part in parts]) for place in range(len(self.blocks))]
+            for task, parts in self.fitted.items()
+        }
         self.steps = max(map(len, self.numbers.values()))
 
     def try_rates(self, rates: Sequence[float], folder: Path | None) -> tuple[list[Trial], dict[str, Tensor]]:
@@ -223,17 +233,21 @@ class Training:
 
     def _parts(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Iterator[Part]:
         """The losses of a batch, some samples at a time."""
-        student, settings, start = self.student, self.settings, 0
+        student, settings, start, starts = self.student, self.settings, 0, [0] * len(self.blocks)
         kind = next(student.model.parameters()).device.type
         for part in split(batch, samples):
             with torch.autocast(kind, settings.dtype, enabled=settings.dtype != torch.float32):
-                found = outputs(student.family, student.model, part, student.heads[task])
+                found = outputs(student.family, student.model, part, student.heads[task], self.blocks)
             logits = found.logits.float()
             own = labels.rows(slice(start, start := start + len(logits)))
             loss = own.divergence(logits, settings.temperature).sum()
             if found.features is not None and settings.features and self.spreads[task]:
                 error = own.squared_error(found.features.float()).sum()
                 loss = loss + settings.features / self.spreads[task] * error
+            if self.blocks:
+                error = labels.hidden_error([x.float() for x in found.hidden], starts, self.hidden_spreads[task])
+                loss = loss + settings.hidden * len(labels.kept) * error
+                starts = [begin + len(x) for begin, x in zip(starts, found.hidden, strict=True)]
             yield Part(loss, own.agreements(logits.detach()), len(logits))
 
     def _schedule(self, step: int) -> float:
@@ -263,11 +277,10 @@ def matrices(family: Family, model: nn.Module) -> set[str]:
     return {block.name(f"{name}.weight") for block in family.blocks(model) for name in block.linears}
 
 
-def spread(examples: Sequence[Example]) -> float:
-    """The variance of an expert's features over the samples of all processes, summed over their width; 0 without
-    features."""
-    features = [example.labels[0].features for example in examples]
-    rows = [part.double() for part in features if part is not None]
+def spread(parts: Sequence[Tensor | None]) -> float:
+    """The variance of an expert's features or hidden states over the rows of all processes, summed over their width; 0
+    without any."""
+    rows = [part.double() for part in parts if part is not None]
     own = [(float(len(part)), part.sum(0), float(part.square().sum())) for part in rows]
     every = [part for parts in distributed.all_gather(own) for part in parts]
     if not every:

@@ -45,11 +45,16 @@ def logits(features: Tensor, head: Mapping[str, Tensor]) -> Tensor:
     return features @ head["weight"].T
 
 
+def sections(model: nn.Module) -> list[Section]:
+    return [Section(str(number), module, (Linears(("linear",)),)) for number, module in enumerate(model)]  # type: ignore[arg-type]
+
+
 FAMILY: Any = SimpleNamespace(
     heads="own",
     features=lambda model, batch: model(batch["x"]),
     logits=lambda model, features, head: logits(features, head),
-    blocks=lambda model: [Section(str(number), module, (Linears(("linear",)),)) for number, module in enumerate(model)],
+    blocks=sections,
+    stacks=lambda model: [SimpleNamespace(blocks=sections(model), lone_token=None, mask=lambda batch: None)],
 )
 
 
@@ -65,7 +70,7 @@ def examples(seed: int) -> dict[str, list[list[Example]]]:
         experts, head, found[task] = [network(number + 1), network(number + 3)], heads()[task], []
         for _ in range(batches):
             x = torch.randn(BATCH, WIDTH, generator=generator)
-            outputs = [Outputs(logits(features, head), features) for features in (expert(x) for expert in experts)]
+            outputs = [Outputs(logits(expert(x), head), expert(x), (expert[0](x),)) for expert in experts]  # type: ignore[index]
             labels = [SoftLabels.of(output, 2.0, None) for output in outputs]
             found[task].append([Example({"x": x}, labels, 0)])
     return found
@@ -83,6 +88,8 @@ def settings(**options: Any) -> Settings:
         "optimizer": "adamw",
         "temperature": 2.0,
         "features": 0.5,
+        "hidden": 0.0,
+        "hidden_blocks": [0],
         "anchor": 0.0,
         "epochs": 4,
         "warmup": 0.25,
@@ -94,25 +101,38 @@ def settings(**options: Any) -> Settings:
 
 
 def losses_of(
-    model: nn.Module, data: Mapping[str, list[list[Example]]], task: str, index: int, view: int = 0
+    model: nn.Module,
+    data: Mapping[str, list[list[Example]]],
+    task: str,
+    index: int,
+    view: int = 0,
+    hidden: float = 0.0,
 ) -> Tensor:
     """The mean loss of a view of a batch, from the definitions."""
     [example], head = data[task][index], heads()[task]
     labels = example.labels[view]
-    fitted = torch.cat([part.labels[0].features for [part] in examples(1)[task]])  # type: ignore[misc]
-    spread = (fitted - fitted.mean(0)).square().sum(1).mean()
-    features = model(example.batch["x"])
+    spread, spread_behind = (
+        (rows - rows.mean(0)).square().sum(1).mean()
+        for rows in (
+            torch.cat([part.labels[0].features for [part] in examples(1)[task]]),  # type: ignore[misc]
+            torch.cat([part.labels[0].hidden[0] for [part] in examples(1)[task]]),
+        )
+    )
+    behind = model[0](example.batch["x"])  # type: ignore[index]
+    features = model[1](behind)  # type: ignore[index]
     p, log_q = labels.kept.exp(), (logits(features, head) / 2).log_softmax(-1)
     divergence = 4 * (p * (p.log() - log_q)).sum(-1).mean()
-    return divergence + 0.5 * (features - labels.features).square().sum(1).mean() / spread
+    error = 0.5 * (features - labels.features).square().sum(1).mean() / spread
+    return divergence + error + hidden * (behind - labels.hidden[0]).square().sum(1).mean() / spread_behind
 
 
-def held(model: nn.Module) -> tuple[float, float]:
+def held(model: nn.Module, hidden: float = 0.0) -> tuple[float, float]:
     """The loss of the held-out samples, and the share of them with the expert's class; means of tasks by weight."""
     with torch.no_grad():
         loss = share = 0.0
         for task, count in TASKS.items():
-            loss += WEIGHTS[task] / 4 * sum(float(losses_of(model, examples(2), task, i)) for i in range(count)) / count
+            own_losses = [float(losses_of(model, examples(2), task, i, hidden=hidden)) for i in range(count)]
+            loss += WEIGHTS[task] / 4 * sum(own_losses) / count
             parts = [part for [part] in examples(2)[task]]
             own = torch.cat([logits(model(part.batch["x"]), heads()[task]) for part in parts]).argmax(1)
             wanted = torch.cat([part.labels[0].kept for part in parts]).argmax(1)
@@ -120,7 +140,9 @@ def held(model: nn.Module) -> tuple[float, float]:
     return loss, share
 
 
-def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, float]], list[dict[str, Tensor]]]:
+def trained(
+    anchor: float = 0.0, muon: bool = False, hidden: float = 0.0
+) -> tuple[list[tuple[float, float]], list[dict[str, Tensor]]]:
     """The held-out losses and the weights, before the first epoch and after each."""
     model, data, steps = network(0).requires_grad_(True), examples(1), max(TASKS.values())
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -130,12 +152,12 @@ def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, 
     if muon:
         optimizers.append(Muon(matrices))
     total, rising = 4 * steps, 3
-    found, states = [held(model)], [start]
+    found, states = [held(model, hidden)], [start]
     for step in range(total):
         model.zero_grad()
         for task, count in TASKS.items():
             index = shuffled(count, 3, task, step // count)[step % count]
-            (WEIGHTS[task] / 4 * losses_of(model, data, task, index, step // count % 2)).backward()
+            (WEIGHTS[task] / 4 * losses_of(model, data, task, index, step // count % 2, hidden)).backward()
         distance = sum(
             (tensor - start[name]).square().sum() / start[name].square().sum().clamp(min=1e-12)
             for name, tensor in model.named_parameters()
@@ -146,7 +168,7 @@ def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, 
             optimizer.param_groups[0]["lr"] = 0.02 * ((step + 1) / rising if step < rising else falling)
             optimizer.step()
         if step % steps == steps - 1:
-            found.append(held(model))
+            found.append(held(model, hidden))
             states.append({name: tensor.detach().clone() for name, tensor in model.named_parameters()})
     return found, states
 
@@ -159,11 +181,12 @@ def trained(anchor: float = 0.0, muon: bool = False) -> tuple[list[tuple[float, 
         (BATCH, {"checkpointing": True}),
         (3, {"moments": torch.device("cpu")}),
         (BATCH, {"optimizer": "muon"}),
+        (3, {"hidden": 0.7}),
     ],
 )
 def test_the_steps_and_losses_are_those_of_the_optimizers(samples: int, options: dict[str, Any]) -> None:
     trial, best = Training(student(samples), settings(**options)).run(0.02)
-    found, states = trained(options.get("anchor", 0.0), "optimizer" in options)
+    found, states = trained(options.get("anchor", 0.0), "optimizer" in options, options.get("hidden", 0.0))
     assert trial.losses == pytest.approx([loss for loss, _ in found], rel=1e-4)
     assert trial.agreements == pytest.approx([share for _, share in found], rel=1e-4)
     allowed = [epoch for epoch, (_, share) in enumerate(found) if share >= found[0][1]]
