@@ -1,13 +1,13 @@
-"""Chooses lam, alpha, beta and rho of feature guidance for each suite by the held-out errors on the other suites.
+"""Chooses lam, alpha, beta and rho of feature guidance for each suite by the held-out divergences on the other suites.
 
     python benchmarks/defaults.py --measure tiny pair vision3 vision6       # needs EPMQ_VISION3_DATA
     python benchmarks/defaults.py --measure trio text4 smollm               # needs EPMQ_TEXT4_DATA
     python benchmarks/defaults.py                                           # the table over all suites measured
 
-The error is that of `auto`: of the logits against the experts', on every fifth calibration sample, after an unquantized
-walk on the other four. A suite's row compares three settings at 4 bits: the shipped one; the one with the lowest
-geometric mean of the errors on the other suites; and the one with the lowest error on the suite itself, which is what
-`auto` chooses. Heads are not solved. Labels are used for the scores only. Results under --out are reused.
+The divergence is that of `auto`: T^2 KL of the outputs from the experts' at T = 2, on every fifth calibration sample,
+after an unquantized walk on the other four. A suite's row compares three settings at 4 bits: the shipped one; the one
+with the lowest geometric mean of the divergences on the other suites; and the one with the lowest divergence on the
+suite itself. Heads are not solved. Labels are used for the scores only. Results under --out are reused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from epmq_cli.pipeline import calibration as guide
 MERGE = "task_arithmetic"
 NAMES = ("lam", "alpha", "beta", "rho")
 Values = tuple[float, float, float, float]
+CELLS = ("", ", divergence", ", score")
 SHIPPED: Values = (0.001, 1, 1, 2)
 SETTINGS: list[Values] = [
     *((lam, 1, 1, 2) for lam in (0.001, 0.0001, 0.0003, 0.003, 0.01, 0.03)),
@@ -84,10 +85,10 @@ def label(values: Values) -> str:
     return " ".join(f"{name} {value:g}" for name, value in zip(NAMES, values, strict=True))
 
 
-def measure_errors(session: quality.Session, seed: int) -> None:
-    """Measures the held-out error of every setting that the session does not know."""
+def measure_all(session: quality.Session, seed: int) -> None:
+    """Measures the held-out divergence of every setting that the session does not know."""
     job = session.job(MERGE, {**quality.FEATURE, "quant": "none", "seed": str(seed)})
-    missing = [values for values in SETTINGS if f"error {label(values)} {seed}" not in session.known]
+    missing = [values for values in SETTINGS if f"divergence {label(values)} {seed}" not in session.known]
     if not missing:
         return
     if not session.loaded:
@@ -98,16 +99,19 @@ def measure_errors(session: quality.Session, seed: int) -> None:
     copy_into(model, merged)
     student = Student(model, job.family, guide.references(job, model, merged), job.guidance, session.dtype)
     with torch.inference_mode(), batch_invariant(model):
-        error = guide.HeldOutDivergence(student, batches, session.tasks)
+        divergence = guide.HeldOutDivergence(student, batches, session.tasks)
         for values in missing:
-            found = error(replace(job.guidance, **dict(zip(NAMES, values, strict=True))))  # type: ignore[arg-type]
-            session.keep(f"error {label(values)} {seed}", {"error": found})
+            found = divergence(replace(job.guidance, **dict(zip(NAMES, values, strict=True))))  # type: ignore[arg-type]
+            session.keep(f"divergence {label(values)} {seed}", {"divergence": found})
             print(f"{session.file.parent.name}: {label(values)}: {found:.4f}", file=sys.stderr, flush=True)
 
 
-def errors_of(session: quality.Session, seeds: list[int]) -> dict[Values, float]:
-    """Returns the geometric means over the seeds of the errors, relative to those of the shipped setting."""
-    known = {values: [session.known[f"error {label(values)} {seed}"]["error"] for seed in seeds] for values in SETTINGS}
+def divergences_of(session: quality.Session, seeds: list[int]) -> dict[Values, float]:
+    """Returns the geometric means over the seeds of the divergences, relative to those of the shipped setting."""
+    known = {
+        values: [session.known[f"divergence {label(values)} {seed}"]["divergence"] for seed in seeds]
+        for values in SETTINGS
+    }
     logs = {
         values: [math.log(own / shipped) for own, shipped in zip(found, known[SHIPPED], strict=True)]
         for values, found in known.items()
@@ -127,23 +131,24 @@ def score(session: quality.Session, values: Values, seeds: list[int]) -> float:
 def table(names: list[str], out: Path, seeds: list[int]) -> None:
     """Prints one row for each suite."""
     sessions = {name: session_of(name, out) for name in names}
-    errors = {name: errors_of(session, seeds) for name, session in sessions.items()}
-    print("| suite | shipped | chosen on the others | its error | its score | chosen here | its error | its score |")
+    divergences = {name: divergences_of(session, seeds) for name, session in sessions.items()}
+    heads = ("suite", "shipped", *(f"chosen {where}{cell}" for where in ("on the others", "here") for cell in CELLS))
+    print(f"| {' | '.join(heads)} |")
     print("|---" * 8 + "|")
     for name, session in sessions.items():
-        others = [errors[other] for other in names if MIXTURES[other].suite != MIXTURES[name].suite]
+        others = [divergences[other] for other in names if MIXTURES[other].suite != MIXTURES[name].suite]
         mean = {values: math.prod(found[values] for found in others) ** (1 / len(others)) for values in SETTINGS}
-        chosen, own = min(SETTINGS, key=mean.__getitem__), min(SETTINGS, key=errors[name].__getitem__)
+        chosen, own = min(SETTINGS, key=mean.__getitem__), min(SETTINGS, key=divergences[name].__getitem__)
         cells = [f"{score(session, SHIPPED, seeds):.1f}"]
         for values in (chosen, own):
-            cells += [label(values), f"{errors[name][values]:.3f}", f"{score(session, values, seeds):.1f}"]
+            cells += [label(values), f"{divergences[name][values]:.3f}", f"{score(session, values, seeds):.1f}"]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     print("\n| setting | " + " | ".join(names) + " | geometric mean |\n" + "|---" * (len(names) + 2) + "|")
-    for values in sorted(SETTINGS, key=lambda values: math.prod(errors[name][values] for name in names)):
-        found = [errors[name][values] for name in names]
+    for values in sorted(SETTINGS, key=lambda values: math.prod(divergences[name][values] for name in names)):
+        found = [divergences[name][values] for name in names]
         print(
             f"| {label(values)} | "
-            + " | ".join(f"{error:.3f}" for error in [*found, statistics.geometric_mean(found)])
+            + " | ".join(f"{value:.3f}" for value in [*found, statistics.geometric_mean(found)])
             + " |"
         )
 
@@ -159,9 +164,9 @@ def main() -> None:
     for name in arguments.measure:
         session = session_of(name, arguments.out)
         for seed in arguments.seeds:
-            measure_errors(session, seed)
+            measure_all(session, seed)
     if not arguments.measure:
-        names = [name for name in MIXTURES if (arguments.out / name).is_dir()]
+        names = [name for name in MIXTURES if any((arguments.out / name).glob("*.json"))]
         with torch.no_grad():
             table(names, arguments.out, arguments.seeds)
 

@@ -94,9 +94,9 @@ class SoftLabels:
         return temperature**2 * (inside + rest.exp() * (rest - own_rest))
 
     def agreements(self, logits: Tensor) -> Tensor:
-        """In how many rows the expert's most likely class is that of the student's logits (rows, classes)."""
+        """Whether the expert's most likely class is that of the student's logits (rows, classes), for each row."""
         own, wanted = logits.argmax(-1, keepdim=True), self.kept.argmax(-1, keepdim=True)
-        return (own == (wanted if self.classes is None else self.classes.gather(1, wanted))).sum()
+        return (own == (wanted if self.classes is None else self.classes.gather(1, wanted)))[:, 0]
 
     def squared_error(self, features: Tensor) -> Tensor:
         """The squared distance of each row's features from the expert's, (rows,)."""

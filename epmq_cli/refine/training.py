@@ -85,12 +85,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples of a batch: the sum of their rows' losses, in how many rows student and expert agree on the class,
-    and the number of rows."""
+    """Some samples of a batch: their rows' losses, and whether student and expert agree on their classes; (rows,)."""
 
-    loss: Tensor
+    losses: Tensor
     agreements: Tensor
-    rows: int
 
 
 class Training:
@@ -134,20 +132,19 @@ class Training:
         device = self.settings.moments
         copies = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in self.start.items()}
         optimizers = self._optimizers(copies)
-        trial, best = Trial(lr), self.start
+        trial, best, weights = Trial(lr), self.start, self.student.weights
         if path is not None and path.is_file():
             trial, best = restore(path, copies, optimizers)
-        self._put(copies)
+        self._put(self.start)
+        first = self._held_out()
         if not trial.losses:
-            self._measure(trial)
+            trial.add(first, first, weights)
+        self._put(copies)
         epochs = range(len(trial.losses) - 1, self.settings.epochs)
         for epoch in track(epochs, f"train with lr {lr:g}"):
             for step in range(epoch * self.steps, (epoch + 1) * self.steps):
                 self._step(step, lr, copies, optimizers)
-            self._measure(trial)
-            if not math.isfinite(trial.losses[-1]):
-                trial.losses.pop()
-                trial.agreements.pop()
+            if not trial.add(self._held_out(), first, weights):
                 break
             if trial.best == len(trial.losses) - 1:
                 best = {name: tensor.detach().clone() for name, tensor in copies.items()}
@@ -169,24 +166,20 @@ class Training:
             found.append(torch.optim.AdamW(adam, weight_decay=0.0, foreach=False))
         return found
 
-    def _measure(self, trial: Trial) -> None:
-        """Adds the loss and the agreement on the held-out samples: means of the tasks, by their weights."""
-        total = torch.zeros(2, dtype=torch.float64)
+    def _held_out(self) -> dict[str, Tensor]:
+        """The losses and agreements of the held-out rows of this process, (rows, 2) by task."""
+
+        def rows(task: str, batch: Batch, labels: SoftLabels, samples: int) -> Tensor:
+            parts = self._parts(task, batch, labels, samples)
+            return torch.cat([torch.stack([part.losses, part.agreements], 1).double() for part in parts])
+
+        found = {}
         with torch.no_grad():
             for task, examples in self.student.held.items():
-                sums = torch.zeros(3, dtype=torch.float64)
-                for example in (part for batch in examples for part in batch):
-                    sums += self.student.micro.run(partial(self._held_out, task, *example.view(0)))
-                sums = distributed.all_reduce(sums)
-                total += self.student.weights[task] * sums[:2] / sums[2]
-        loss, agreement = (total / sum(self.student.weights.values())).tolist()
-        trial.losses.append(loss)
-        trial.agreements.append(agreement)
-
-    def _held_out(self, task: str, batch: Batch, labels: SoftLabels, samples: int) -> Tensor:
-        """The sums of the losses and agreements of the rows of a batch, and the number of rows."""
-        parts = self._parts(task, batch, labels, samples)
-        return torch.tensor([[part.loss, part.agreements, part.rows] for part in parts], dtype=torch.float64).sum(0)
+                every = [part.view(0) for batch in examples for part in batch]
+                own = [self.student.micro.run(partial(rows, task, *example)).cpu() for example in every]
+                found[task] = torch.cat([torch.zeros(0, 2, dtype=torch.float64), *own])
+        return found
 
     def _step(self, step: int, lr: float, copies: Mapping[str, Tensor], optimizers: Optimizers) -> None:
         """One step of the optimizers on a batch of each task; each epoch takes other views of them."""
@@ -225,7 +218,9 @@ class Training:
         """The gradients of the mean loss of a batch, by tensor name."""
         total: dict[str, Tensor] = {}
         for part in self._parts(task, batch, labels, samples):
-            found = torch.autograd.grad(part.loss / len(labels.kept), list(self.own.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                part.losses.sum() / len(labels.kept), list(self.own.values()), allow_unused=True
+            )
             for name, gradient in zip(self.own, found, strict=True):
                 if gradient is not None:
                     total[name] = total[name].add_(gradient) if name in total else gradient
@@ -240,15 +235,14 @@ class Training:
                 found = outputs(student.family, student.model, part, student.heads[task], self.blocks)
             logits = found.logits.float()
             own = labels.rows(slice(start, start := start + len(logits)))
-            loss = own.divergence(logits, settings.temperature).sum()
+            losses = own.divergence(logits, settings.temperature)
             if found.features is not None and settings.features and self.spreads[task]:
-                error = own.squared_error(found.features.float()).sum()
-                loss = loss + settings.features / self.spreads[task] * error
+                losses = losses + settings.features / self.spreads[task] * own.squared_error(found.features.float())
             if self.blocks:
                 error = labels.hidden_error([x.float() for x in found.hidden], starts, self.hidden_spreads[task])
-                loss = loss + settings.hidden * len(labels.kept) * error
+                losses = losses + settings.hidden * len(labels.kept) / len(logits) * error
                 starts = [begin + len(x) for begin, x in zip(starts, found.hidden, strict=True)]
-            yield Part(loss, own.agreements(logits.detach()), len(logits))
+            yield Part(losses, own.agreements(logits.detach()))
 
     def _schedule(self, step: int) -> float:
         """The factor on the learning rate: it rises linearly, then falls by a cosine."""

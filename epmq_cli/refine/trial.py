@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,20 +11,49 @@ import torch
 from torch import Tensor
 
 from epmq_cli.calibrate.progress_file import opened, write_tensors
+from epmq_cli.runtime import distributed
 
 Optimizers = list[torch.optim.Optimizer]
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What AdamW and Muon keep of each tensor."""
 
 
+CERTAIN = 2
+"""How many standard errors a lower held-out loss must be away from the first one. With few samples, the lowest loss of
+many epochs is lower by chance."""
+
+
 @dataclass
 class Trial:
-    """The training with one learning rate. Before the first epoch and after each: the loss of the held-out samples, and
-    the share of their rows for which student and expert agree on the class."""
+    """The training with one learning rate. Before the first epoch and after each: the loss of the held-out samples, the
+    share of their rows for which student and expert agree on the class, and the standard error of the difference of the
+    loss from the first one."""
 
     lr: float
     losses: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+    def add(self, rows: Mapping[str, Tensor], first: Mapping[str, Tensor], weights: Mapping[str, float]) -> bool:
+        """Adds the means of the tasks by their weights; False if the loss is not finite, which adds nothing.
+
+        `rows`, `first`: losses and agreements of this process's held-out rows, (rows, 2) by task, now and before the
+        first epoch.
+        """
+        means, variance, total = torch.zeros(2, dtype=torch.float64), 0.0, sum(weights.values())
+        for task, own in rows.items():
+            change = own[:, 0] - first[task][:, 0]
+            parts = [torch.tensor([float(len(own))]), own.sum(0), change.sum()[None], change.square().sum()[None]]
+            count, loss, agreement, sums, squares = distributed.all_reduce(torch.cat(parts).double()).tolist()
+            means += weights[task] / total * torch.tensor([loss, agreement], dtype=torch.float64) / count
+            spread = max(0.0, squares - sums**2 / count) / max(1.0, count - 1)
+            variance += (weights[task] / total) ** 2 * spread / count
+        if not math.isfinite(float(means[0])):
+            return False
+        for values, value in zip((self.losses, self.agreements), means.tolist(), strict=True):
+            values.append(value)
+        self.errors.append(math.sqrt(variance))
+        return True
 
     @property
     def best(self) -> int:
@@ -33,8 +63,8 @@ class Trial:
 
     @property
     def better(self) -> bool:
-        """Whether the training lowers the held-out loss."""
-        return self.best > 0
+        """Whether the training lowers the held-out loss, by more than chance explains."""
+        return self.losses[0] - self.losses[self.best] > CERTAIN * self.errors[self.best]
 
 
 def save(
