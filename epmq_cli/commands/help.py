@@ -43,7 +43,7 @@ examples
 }
 TAIL = """
 -m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: Hydra's options.
---debug: print tracebacks.
+--quiet: print warnings and errors only. progress=json: progress as JSON lines on stderr. --debug: print tracebacks.
 --config-dir adds options and replaces none: a shipped name always means the shipped thing.
 """
 
