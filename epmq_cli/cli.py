@@ -107,7 +107,7 @@ def start(command: str, arguments: list[str]) -> None:
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):
-        importlib.import_module("epmq_cli.commands.help").show(command)
+        importlib.import_module("epmq_cli.commands.help").show(command, arguments)
         return
     if any(argument.partition("=")[0] == FROM_MERGEKIT for argument in arguments):
         importlib.import_module("epmq_cli.commands.mergekit").show(command, arguments)
