@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from epmq_cli.commands.arguments import FROM_MERGEKIT, FULL_ERROR, split
+from epmq_cli.commands.arguments import FROM_MERGEKIT, FULL_ERROR, PROGRESS, split, take_progress
 from epmq_cli.errors import ConfigError
 from epmq_cli.runtime.exit_status import exit_on_error
 from epmq_cli.runtime.imports import importing
@@ -50,6 +50,8 @@ examples
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
+  epmq COMMAND --quiet ...                           print warnings and errors only
+  epmq COMMAND progress=json ...                     progress as JSON lines, for schedulers
   epmq COMMAND --debug ...                           print tracebacks
   epmq --version
   eval "$(epmq -sc install=bash)"                    completion in bash
@@ -100,11 +102,12 @@ def start(command: str, arguments: list[str]) -> None:
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
+    arguments = take_progress(arguments)
     if command in ("list", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):
-        importlib.import_module("epmq_cli.commands.help").show(command)
+        importlib.import_module("epmq_cli.commands.help").show(command, arguments)
         return
     if any(argument.partition("=")[0] == FROM_MERGEKIT for argument in arguments):
         importlib.import_module("epmq_cli.commands.mergekit").show(command, arguments)
@@ -112,11 +115,18 @@ def start(command: str, arguments: list[str]) -> None:
     overrides, flags = split(arguments)
     if command == "eval":
         overrides = _with_checkpoint(overrides)
+    _announce(command)
     # on busy machines, spinning threads take cores from working ones
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
         app = importlib.import_module("epmq_cli.commands.hydra_app")
     app.launch(command, [*overrides, *flags])
+
+
+def _announce(command: str) -> None:
+    """Prints a first line on a terminal, because torch and transformers take seconds to import."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and os.environ.get(PROGRESS, "auto") == "auto":
+        print(f"epmq {command}: loading torch and transformers", file=sys.stderr, flush=True)
 
 
 def _with_checkpoint(arguments: list[str]) -> list[str]:

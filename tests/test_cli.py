@@ -188,6 +188,10 @@ def test_help_of_the_command_and_its_subcommands(epmq: Run) -> None:
     assert "tiny*" in page
     assert "# weight of the anchor" in page
     assert max(map(len, page.splitlines())) <= 125
+    page = epmq("run", "merge=ties", "guidance=expert", "merge.scale=1", "--help").stdout
+    assert "merge=ties: override with merge.key=value\n  density: 0.2" in page
+    assert "\nguidance=expert: " in page
+    assert "epmq list merge=ties" in page
 
 
 def test_version_and_unknown_commands(epmq: Run) -> None:

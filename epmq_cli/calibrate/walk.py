@@ -39,7 +39,7 @@ from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """Returns the quantizer of the linears with these names, which read the same input."""

@@ -21,7 +21,7 @@ from epmq_cli.merge.vocabulary import with_vocabulary
 from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 from epmq_cli.store.safetensors_writer import NAMES, Entry, write_model
 
 

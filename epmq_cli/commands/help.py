@@ -43,20 +43,21 @@ examples
 }
 TAIL = """
 -m, --multirun: a sweep of comma-separated values. --cfg job: show the config. --hydra-help: Hydra's options.
---debug: print tracebacks.
+--quiet: print warnings and errors only. progress=json: progress as JSON lines on stderr. --debug: print tracebacks.
 --config-dir adds options and replaces none: a shipped name always means the shipped thing.
 """
 
 
-def show(command: str) -> None:
-    """Prints the help of a command."""
+def show(command: str, arguments: list[str]) -> None:
+    """Prints the help of a command: the options of the default of each group, or of those that the arguments choose."""
     primary = conf_dir() / f"{command}.yaml"
-    chosen = dict(
+    defaults = dict(
         line.strip(" -").split(": ") for line in _part(primary, "defaults:", "\n\n").splitlines() if ": " in line
     )
+    chosen = defaults | _chosen(defaults, arguments)
     pages = [EXAMPLES[command], "groups: choose with group=option; * is the default"]
     names_of = options([conf_dir()])
-    for group, default in chosen.items():
+    for group, default in defaults.items():
         names = "  ".join(f"{name}{'*' if name == default else ''}" for name in names_of[group])
         pages.append(
             fill(names, WIDTH, break_on_hyphens=False, initial_indent=f"  {group:<10} ", subsequent_indent=" " * 13)
@@ -64,13 +65,23 @@ def show(command: str) -> None:
     pages.append(
         "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
     )
-    for group, default in chosen.items():
-        if group != "suite" and default != "null":
-            pages.append(
-                f"\n{group}={default}: override with {group}.key=value\n"
-                + _body(conf_dir() / group / f"{default}.yaml")
-            )
+    for group, option in chosen.items():
+        if group not in ("suite", "experiment") and option != "null":
+            body = _body(conf_dir() / group / f"{option}.yaml")
+            pages.append(f"\n{group}={option}: override with {group}.key=value\n{body}")
+            if group == "merge":
+                pages.append(f"  more parameters, and what they take: epmq list merge={option}")
     print("\n".join(pages) + "\n" + TAIL, end="")
+
+
+def _chosen(defaults: dict[str, str], arguments: list[str]) -> dict[str, str]:
+    """The options that the arguments choose, by group; only shipped ones have a page."""
+    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
+    return {
+        group: option
+        for group, option in pairs
+        if group in defaults and option.isidentifier() and (conf_dir() / group / f"{option}.yaml").is_file()
+    }
 
 
 def _part(path: Path, start: str, end: str) -> str:

@@ -25,7 +25,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head, Predict
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime import distributed
-from epmq_cli.runtime.console import bar
+from epmq_cli.runtime.progress import bar
 
 Scores = dict[str, dict[str, float]]
 """stage -> task -> score: a fraction of 1, or a perplexity."""

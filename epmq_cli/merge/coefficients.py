@@ -26,7 +26,7 @@ from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.ties import Options, majority_sign, sign_sum, trim_thresholds
 from epmq_cli.runtime import distributed
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 
 Vectors = Callable[[Tensor, Mapping[str, Tensor]], Sequence[Tensor]]
 """The task vectors of a tensor, from the base's tensor and the experts'."""

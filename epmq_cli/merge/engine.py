@@ -16,7 +16,7 @@ from epmq_cli.merge.parameters import Parameters
 from epmq_cli.merge.post import post_processors
 from epmq_cli.merge.source import PIECE, MergeSource
 from epmq_cli.quantize.linalg import is_finite
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread
 
 CPU = torch.device("cpu")

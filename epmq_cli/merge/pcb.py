@@ -21,7 +21,7 @@ from epmq_cli.merge.parameters import Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.ties import magnitudes_of_rank
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 
 OUTLIERS = 0.0001
 """The part of the elements at either end of the magnitudes that is clipped."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
 from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread
 
 

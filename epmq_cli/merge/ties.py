@@ -22,7 +22,7 @@ from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, Piece
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Parameters, PerExpert, PerTensor, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread, threads
 
 Count = Callable[[int, np.ndarray, np.ndarray], None]

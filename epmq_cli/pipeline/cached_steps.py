@@ -34,7 +34,7 @@ from epmq_cli.models.model_folder import SafetensorsFiles
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.keys import environment, hash_model, hash_samples, scores_key
 from epmq_cli.runtime import distributed
-from epmq_cli.runtime.console import bar
+from epmq_cli.runtime.progress import bar
 from epmq_cli.store.cache import Cache, FileHashes, cache_folder
 from epmq_cli.store.hashing import hash_tensors
 from epmq_cli.store.safetensors_writer import Entry, of

@@ -46,8 +46,8 @@ from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names, scores_sa
 from epmq_cli.pipeline.task_processors import Processors
 from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
-from epmq_cli.runtime.console import track
 from epmq_cli.runtime.disk_offload import Disk
+from epmq_cli.runtime.progress import track
 
 
 def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.Module, torch.dtype]:

@@ -28,7 +28,7 @@ from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import Trained
 from epmq_cli.refine.trial import Optimizers, Trial, restore, save
 from epmq_cli.runtime import distributed
-from epmq_cli.runtime.console import track
+from epmq_cli.runtime.progress import track
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from epmq_cli.runtime.memory import status
+from epmq_cli.runtime.progress import finished
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -36,7 +37,7 @@ class Stages:
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        record = {
+        record: dict[str, Any] = {
             "seconds": round(time.perf_counter() - start, 3),
             "peak_host_bytes": _peak_bytes(),
             "peak_device_bytes": None,
@@ -44,6 +45,7 @@ class Stages:
         if self._device.type == "cuda":
             record["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
         self.records[name] = record
+        finished(name, record["seconds"], record["peak_host_bytes"])
 
 
 def _reset_peak() -> None:

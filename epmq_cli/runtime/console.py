@@ -1,22 +1,24 @@
-"""The output of a command: results, messages, errors, and progress bars on a terminal."""
+"""The output of a command: results, messages and errors."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from epmq_cli.runtime import distributed
 
-Item = TypeVar("Item")
+PROGRESS = "EPMQ_PROGRESS"
+"""The variable with the kind of progress: auto, json or quiet. `progress=KIND` on the command line sets it, see
+commands/arguments.py."""
+QUIET = os.environ.get(PROGRESS) == "quiet" or not distributed.is_main()
 
-console = Console(quiet=not distributed.is_main())  # results
-messages = Console(stderr=True, quiet=not distributed.is_main())  # progress
+console = Console(quiet=QUIET)  # results
+messages = Console(stderr=True, quiet=QUIET)  # progress
+notices = Console(stderr=True, quiet=not distributed.is_main())  # warnings
 complaints = Console(stderr=True)
 log = logging.getLogger("epmq")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last are surrogates, which cannot be printed
@@ -31,8 +33,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a warning on one line; `complain` prints errors."""
         if record.levelno == logging.WARNING:
-            line = plain(f"warning: {record.getMessage()}")
-            messages.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            _tell(notices, "warning", plain(record.getMessage()))
 
 
 log.addHandler(Warnings())
@@ -46,7 +47,7 @@ def plain(text: str) -> str:
 def say(message: str) -> None:
     """Prints a one-line message and writes it to run.log."""
     message = plain(message)
-    messages.print(message, markup=False, highlight=False, soft_wrap=True)
+    _tell(messages, "message", message)
     log.info(message)
 
 
@@ -56,32 +57,16 @@ def complain(message: str) -> None:
     complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that advances a progress bar of `total` steps by the given number.
-
-    The bar is only shown on a terminal; run.log gets one line for the stage in any case.
-    """
-    log.info("%s: %d steps", stage, total)
-    if not messages.is_terminal or messages.quiet:
-        yield lambda count: None
-        return
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda count: progress.advance(task, count)
+def kind() -> str:
+    """The kind of progress: auto, json or quiet."""
+    return os.environ.get(PROGRESS, "auto")
 
 
-def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
-    """The items, with a progress bar that advances after each one."""
-    with bar(stage, len(items)) as advance:
-        for item in items:
-            yield item
-            advance(1)
+def _tell(screen: Console, event: str, text: str) -> None:
+    """Prints a message or warning, as a line of JSON with progress=json."""
+    style = None
+    if kind() == "json":
+        text = json.dumps({"event": event, "text": text})
+    elif event == "warning":
+        text, style = f"warning: {text}", "yellow"
+    screen.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -123,7 +123,7 @@ def _fork(body: Callable[[], object]) -> int:
 
 def _redirect_to(descriptor: int) -> None:
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
-    for stream in (console.console, console.messages, console.complaints):
+    for stream in (console.console, console.messages, console.notices, console.complaints):
         stream.file = sys.stderr
 
 
@@ -171,7 +171,7 @@ def _start(folder: Path, place: Path, arguments: Sequence[str], environment: Map
             os.dup2(os.open(place.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ.update(environment)
-        console.console.quiet = console.messages.quiet = not distributed.is_main()
+        console.console.quiet = console.messages.quiet = console.notices.quiet = not distributed.is_main()
         _epmq(folder, arguments)
 
     return _fork(body)

@@ -1,36 +1,15 @@
-"""Oracle: the output on a terminal, and in a file."""
+"""Oracle: the lines on the screen and in the log."""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 
 import pytest
 from rich.console import Console
 
 from epmq_cli.runtime import console
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_shown_on_terminals_only(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=terminal, width=100))
-    with caplog.at_level(logging.INFO, logger="epmq"):
-        assert list(console.track(["a", "b", "c"], "merge")) == ["a", "b", "c"]
-    assert "merge: 3 steps" in caplog.text
-    assert ("merge" in screen.getvalue()) == terminal
-    assert ("left" in screen.getvalue()) == terminal
-
-
-def test_a_bar_counts_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=True, width=100))
-    with console.bar("score", 2) as advance:
-        advance(1)
-        advance(1)
-    assert "2/2" in screen.getvalue()
 
 
 def test_messages_cannot_control_the_terminal_or_forge_lines_of_the_log(
@@ -48,8 +27,21 @@ def test_messages_cannot_control_the_terminal_or_forge_lines_of_the_log(
 
 def test_warnings_are_printed_and_other_lines_of_the_log_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(console, "messages", Console(file=screen, width=200))
+    monkeypatch.setattr(console, "notices", Console(file=screen, width=200))
     logging.getLogger("epmq").warning("the tokenizer of %s\x1b[2J differs", "x")
     console.log.info("a fact")
     console.log.error("an error, which `complain` tells")
     assert screen.getvalue() == "warning: the tokenizer of x?[2J differs\n"
+
+
+def test_messages_are_lines_of_json_for_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setenv(console.PROGRESS, "json")
+    for name in ("messages", "notices"):
+        monkeypatch.setattr(console, name, Console(file=screen, width=20))
+    console.say('5 "experts", on the central processing unit')
+    console.log.warning("a tokenizer differs")
+    assert [json.loads(line) for line in screen.getvalue().splitlines()] == [
+        {"event": "message", "text": '5 "experts", on the central processing unit'},
+        {"event": "warning", "text": "a tokenizer differs"},
+    ]

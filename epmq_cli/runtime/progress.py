@@ -1,0 +1,172 @@
+"""How far a command is: bars on a terminal, a line every ten seconds elsewhere, or JSON lines for schedulers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from epmq_cli.runtime import console
+from epmq_cli.runtime.memory import status
+
+Item = TypeVar("Item")
+
+PERIOD = {"auto": 10.0, "json": 1.0}
+"""Seconds between two lines about the same stage."""
+SHORTEST = 0.1  # seconds of a stage that is worth a line on a terminal
+
+
+@dataclass
+class Meter:
+    """A stage of `total` steps that has started."""
+
+    stage: str
+    total: int
+    done: int = 0
+    start: float = field(default_factory=lambda: time.monotonic())
+    told: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the end, if all steps take the same time; None before the first one is done."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else None
+
+    def line(self) -> str:
+        """The stage with percent, steps, speed, time left and memory."""
+        share = 100 * self.done // max(1, self.total)
+        parts = [f"{self.stage}: {share}% ({self.done} of {self.total}"]
+        if self.left is not None:
+            parts[0] += f", {speed(self.done / max(self.seconds, 1e-9))})"
+            parts.append(f"{duration(self.left)} left")
+        else:
+            parts[0] += ")"
+        return ", ".join([*parts, *_memory()])
+
+    def record(self, event: str) -> str:
+        """The stage as a line of JSON."""
+        left = None if self.left is None else round(self.left, 1)
+        values = {"event": event, "stage": self.stage, "done": self.done, "total": self.total}
+        return json.dumps({**values, "seconds": round(self.seconds, 1), "left": left, "memory": status("VmRSS")})
+
+
+@contextmanager
+def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that counts finished steps, out of `total`, and shows them: a bar on a terminal; elsewhere a line at
+    most every ten seconds; JSON lines with progress=json. run.log gets one line for the stage in any case."""
+    console.log.info("%s: %d steps", stage, total)
+    meter = Meter(stage, total)
+    if console.kind() == "json":
+        with _lines(meter, lambda: _print(meter.record("progress"))) as advance:
+            _print(meter.record("begin"))
+            yield advance
+            _print(meter.record("end"))
+    elif not console.messages.is_terminal or console.messages.quiet:
+        with _lines(meter, lambda: _print(meter.line())) as advance:
+            yield advance
+    else:
+        with Progress(*_columns(), console=console.messages, transient=True) as progress:
+            task = progress.add_task(stage, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
+    """The items, with a progress bar that advances after each one."""
+    with bar(stage, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def finished(stage: str, seconds: float, peak: int) -> None:
+    """Tells that a stage of a command is finished, with its peak of memory in bytes."""
+    console.log.info("%s: %.1f s, peak %s", stage, seconds, size(peak))
+    if console.kind() == "json":
+        _print(json.dumps({"event": "stage", "stage": stage, "seconds": round(seconds, 1), "peak": peak}))
+    elif console.messages.is_terminal and seconds >= SHORTEST:
+        line = Text.assemble(("  ✓ ", "green"), f"{stage:<24} {duration(seconds):>8}  ", (f"peak {size(peak)}", "dim"))
+        console.messages.print(line)
+    elif not console.messages.is_terminal and seconds >= PERIOD["auto"]:
+        _print(f"{stage}: finished in {duration(seconds)}, peak {size(peak)}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 2.8 s, 41 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def speed(rate: float) -> str:
+    """Steps a second, or seconds a step."""
+    return f"{rate:.3g} a second" if rate >= 1 else f"{duration(1 / rate)} each"
+
+
+def size(count: int) -> str:
+    """Bytes in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+@contextmanager
+def _lines(meter: Meter, tell: Callable[[], None]) -> Iterator[Callable[[int], None]]:
+    def advance(count: int) -> None:
+        meter.done += count
+        if time.monotonic() - meter.told >= PERIOD[console.kind()] and meter.done < meter.total:
+            meter.told = time.monotonic()
+            tell()
+
+    yield advance
+
+
+def _print(line: str) -> None:
+    console.messages.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _memory() -> list[str]:
+    taken = status("VmRSS")
+    return [] if taken is None else [f"memory {size(taken)}"]
+
+
+class _Memory(ProgressColumn):
+    """The memory that the process takes now."""
+
+    def render(self, task: Task) -> Text:
+        """The text of the column."""
+        return Text(", ".join(_memory()), style="dim")
+
+
+class _Speed(ProgressColumn):
+    """Steps a second, or seconds a step."""
+
+    def render(self, task: Task) -> Text:
+        """The text of the column."""
+        rate = task.speed or task.finished_speed
+        return Text(speed(rate) if rate else "", style="dim")
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    own = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Speed(), _Memory())
+    return (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), *own)

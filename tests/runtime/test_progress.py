@@ -1,0 +1,104 @@
+"""Oracles: the lines on a terminal, in a file and for schedulers, with a clock that the test moves."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+from rich.console import Console
+
+from epmq_cli.runtime import console, progress
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        """The time in seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of progress, and memory of 1.5 GB."""
+    made = Clock()
+    monkeypatch.setattr(progress, "time", made)
+    monkeypatch.setattr(progress, "status", lambda field: 1_500_000_000)
+    return made
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool = False, kind: str = "auto") -> io.StringIO:
+    """What messages go to from now on."""
+    screen = io.StringIO()
+    monkeypatch.setenv(console.PROGRESS, kind)
+    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=terminal, width=140))
+    return screen
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_shown_on_terminals_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = shown(monkeypatch, terminal)
+    with caplog.at_level(logging.INFO, logger="epmq"):
+        assert list(progress.track(["a", "b", "c"], "merge")) == ["a", "b", "c"]
+    assert "merge: 3 steps" in caplog.text
+    assert ("3/3" in screen.getvalue()) == terminal
+    assert ("left" in screen.getvalue()) == terminal
+
+
+def test_a_file_gets_a_line_every_ten_seconds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = shown(monkeypatch)
+    with progress.bar("calibrate", 8) as advance:
+        for _ in range(8):
+            clock.now += 4
+            advance(1)
+    assert screen.getvalue().splitlines() == [
+        "calibrate: 37% (3 of 8, 4.0 s each), 20 s left, memory 1.5 GB",
+        "calibrate: 75% (6 of 8, 4.0 s each), 8.0 s left, memory 1.5 GB",
+    ]
+
+
+def test_schedulers_get_lines_of_json(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = shown(monkeypatch, kind="json")
+    with progress.bar("score", 4) as advance:
+        clock.now += 2
+        advance(2)
+        clock.now += 0.5
+        advance(2)
+    progress.finished("score", 2.5, 7)
+    found = [json.loads(line) for line in screen.getvalue().splitlines()]
+    same = {"stage": "score", "total": 4, "memory": 1_500_000_000}
+    assert found == [
+        {"event": "begin", "done": 0, "seconds": 0.0, "left": None, **same},
+        {"event": "progress", "done": 2, "seconds": 2.0, "left": 2.0, **same},
+        {"event": "end", "done": 4, "seconds": 2.5, "left": 0.0, **same},
+        {"event": "stage", "stage": "score", "seconds": 2.5, "peak": 7},
+    ]
+
+
+def test_stages_stay_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = shown(monkeypatch, terminal=True)
+    progress.finished("merge", 0.01, 2_000_000)
+    progress.finished("calibrate", 71.2, 2_000_000)
+    assert "merge" not in screen.getvalue()
+    assert "1 min 11 s" in screen.getvalue()
+    assert "2 MB" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.84, "2.8 s"), (41.4, "41 s"), (59.7, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+def test_speeds() -> None:
+    assert progress.speed(12.34) == "12.3 a second"
+    assert progress.speed(0.25) == "4.0 s each"
