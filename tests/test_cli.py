@@ -196,7 +196,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert result.returncode == 1
     assert (
         result.stderr
-        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, list. Did you mean run?\n"
+        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, list. Did you mean run?\n"
     )
 
 

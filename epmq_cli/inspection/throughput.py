@@ -1,0 +1,83 @@
+"""Measures what this machine computes and hashes in a second, in about a second.
+
+The fastest of several calls counts, so that other programs change the result little: estimates are those of an idle
+machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from epmq_cli.inspection.work import Group, Operations
+
+LONGEST = 0.3  # seconds of one measurement
+SHORTEST = 1e-3  # seconds of a round of calls, longer than the clock's steps
+WIDEST = 1024  # of the Cholesky that is measured; a larger one takes longer by the cube
+ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """`single` and `double`: operations a second of a matrix product in float32 and of a Cholesky in float64. `call`:
+    seconds of a call of torch on a small tensor. `bytes`: bytes a second of sha256, which reads and writes wait for."""
+
+    single: float
+    double: float
+    call: float
+    bytes: float
+
+    def seconds(self, operations: Operations) -> float:
+        """The seconds of these operations, one after the other."""
+        return (
+            operations.single / self.single
+            + operations.double / self.double
+            + operations.calls * self.call
+            + operations.bytes / self.bytes
+        )
+
+
+def measured_throughput(widest: Group, rows: int, device: torch.device) -> Throughput:
+    """The throughput for products of `rows` tokens with the widest linears, and for a Cholesky of their inputs."""
+    rows = max(1, min(rows, ROWS))
+    a, b = torch.randn(rows, widest.width, device=device), torch.randn(widest.width, widest.outs, device=device)
+    width = min(widest.width, WIDEST)
+    root = torch.randn(width, width, dtype=torch.float64, device=device)
+    square = root @ root.T + width * torch.eye(width, dtype=torch.float64, device=device)
+    small = torch.randn(8, 8, device=device)
+    piece = bytes(1 << 22)
+    return Throughput(
+        single=2 * rows * widest.width * widest.outs / _seconds(lambda: a @ b, device),
+        double=width**3 / 3 / _seconds(lambda: torch.linalg.cholesky(square), device),
+        call=_seconds(lambda: small + small, device),
+        bytes=len(piece) / _seconds(lambda: hashlib.sha256(piece).digest(), torch.device("cpu")),
+    )
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The seconds of a call in the fastest round of calls that begin within `LONGEST` seconds; the first call does not
+    count."""
+    _round(call, 1, device)
+    count = max(1, round(SHORTEST / max(_round(call, 1, device), 1e-7)))
+    start, fastest = time.perf_counter(), float("inf")
+    while time.perf_counter() - start < LONGEST:
+        fastest = min(fastest, _round(call, count, device) / count)
+    return fastest
+
+
+def _round(call: Callable[[], object], count: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
