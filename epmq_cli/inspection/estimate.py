@@ -45,7 +45,7 @@ def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
             "cholesky_gflops": round(speed.double / 1e9, 2),
             "call_microseconds": round(speed.call * 1e6, 2),
             "hashed_megabytes": round(speed.bytes / 1e6, 1),
-            "product": [rows, work.widest.width, work.widest.outs],
+            "product": [speed.rows, work.widest.width, work.widest.outs],
         },
         "calibration_tokens": work.tokens,
         "test_tokens": work.tests,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import Any
 
-from epmq_cli.inspection.tables import amount, heading, line, megabytes, refusals, show_parts, table
+from epmq_cli.inspection.tables import amount, heading, line, megabytes, prefix_line, refusals, show_parts, table
 
 SHOWN = 5  # columns of a matrix of cosines
 
@@ -71,9 +70,7 @@ def _task_vectors(content: Mapping[str, Any], tasks: list[str]) -> None:
         f"outvotes {_mean(total['outvoted']):.1f}%; {100 * total['sign_conflicts']:.1f}% of the changed elements have "
         "task vectors of both signs"
     )
-    common = _common([own["block"] for own in content["blocks"] if "." in own["block"]])
-    if common:
-        line(f"blocks of {common.rstrip('.')}")
+    common = prefix_line([own["block"] for own in content["blocks"] if "." in own["block"]])
     rows = [
         (
             own["block"].removeprefix(common),
@@ -86,13 +83,6 @@ def _task_vectors(content: Mapping[str, Any], tasks: list[str]) -> None:
         for own in content["blocks"]
     ]
     table(("block", "norm", "cosine", "% conflicts", "% trimmed", "% outvoted"), rows, left=(0,))
-
-
-def _common(names: list[str]) -> str:
-    """The segments that all names begin with."""
-    parts = [name.split(".")[:-1] for name in names]
-    same = takewhile(lambda segments: len(set(segments)) == 1, zip(*parts, strict=False))
-    return "".join(f"{segments[0]}." for segments in same)
 
 
 def _mean(shares: Mapping[str, float]) -> float:

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.headers import PICKLES, SafetensorsHeaders, TensorInfo, check_counts, read_json
-from epmq_cli.models.hub_headers import hub_headers
+from epmq_cli.models.hub_headers import hub_headers, on_this_machine
 from epmq_cli.models.other_formats import refuse_other_formats
-from epmq_cli.models.resolve import local_path
 
 ADAPTER, CONFIG, RECORD, MANIFEST = "adapter_config.json", "config.json", "epmq.json", "manifest.json"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -32,7 +31,7 @@ class Opened:
 
 def open_headers(source: str, role: str = "model", root: str | None = None) -> Opened:
     """The headers of a folder, a file or a hub id. Raises ModelError for pickles, damaged files and other folders."""
-    found = local_path(source, role, root)
+    found = on_this_machine(source, role, root)
     if not isinstance(found, Path):
         if found["inside"]:
             raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,9 @@ from epmq_cli.merge.given import given_path
 from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels, written_dtype
-from epmq_cli.models.hub_headers import hub_headers
+from epmq_cli.models.hub_headers import hub_headers, on_this_machine
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
-from epmq_cli.models.resolve import local_path
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.pipeline.preflight import (
@@ -63,6 +63,8 @@ class Planned:
     dtype: torch.dtype = torch.float32
     batches: dict[str, list[Batch]] = field(default_factory=dict)
     tests: dict[str, int] = field(default_factory=dict)
+    sample_seconds: float = 0.0
+    """The processor time of reading a calibration sample and making its part of a batch."""
 
     def attempt(self, call: Callable[[], Result]) -> Result | None:
         """The result of a check; None if it refuses, and then its sentence is kept."""
@@ -109,7 +111,7 @@ def _remote(cfg: DictConfig) -> set[str]:
     suite: Any = instantiate.build("suite", cfg.suite)
     sources = {"base": suite.base, **{f"expert of task {task.name}": task.expert for task in suite.members}}
     parts = [(role, part) for role, source in sources.items() for part in _parts(source)]
-    missing = {role for role, part in parts if not isinstance(local_path(part, role, suite.root), Path)}
+    missing = {role for role, part in parts if not isinstance(on_this_machine(part, role, suite.root), Path)}
     if "base" in missing and suite.family == AUTO:
         cfg.suite.family = claiming(_headers(suite.base, "base", suite.root, None).config).name
     return missing
@@ -122,7 +124,7 @@ def _parts(source: str) -> list[str]:
 
 def _headers(source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
     """A model of which only the headers are read."""
-    found = local_path(source, role, root)
+    found = on_this_machine(source, role, root)
     if isinstance(found, Path):
         return ModelFolder(found, role, base.config if base is not None and found.is_file() else None)
     config, infos = hub_headers(found["repo"], found["revision"], role)
@@ -186,9 +188,12 @@ def _draw(plan: Planned, job: Job, remote: bool) -> None:
         if job.evaluation.samples is None and scores_samples(job.evaluation):
             plan.notes.append("the number of test samples is not known, so the time leaves scoring out")
         return
-    plan.batches = plan.attempt(lambda: steps.calibration_batches(job, base)) or {
-        task.name: _longest(plan, job, task.max_length) for task in job.suite.members
-    }
+    start = time.process_time()
+    drawn = plan.attempt(lambda: steps.calibration_batches(job, base))
+    plan.batches = drawn or {task.name: _longest(plan, job, task.max_length) for task in job.suite.members}
+    if drawn:
+        count = sum(len(next(iter(batch.values()))) for group in drawn.values() for batch in group)
+        plan.sample_seconds = (time.process_time() - start) / count
     for task in job.suite.members if scores_samples(job.evaluation) else ():
         samples = plan.attempt(lambda task=task: evaluation_samples(task, job.evaluation.samples, job.seed))  # type: ignore[misc]
         if samples is None:

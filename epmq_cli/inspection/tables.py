@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from rich import box
@@ -79,9 +80,10 @@ def _checkpoint(content: Mapping[str, Any]) -> None:
     suite = f", suite {run['suite']}, {run['quant']}" if run.get("suite") else ""
     line(f"format {content['format']}{suite}, {content['linears']} quantized linears")
     for title in ("formats", "layers"):
+        common = prefix_line([row["name"] for row in content[title] if "." in row["name"]])
         rows = [
             (
-                row["name"],
+                row["name"].removeprefix(common),
                 row["linears"],
                 amount(row["weights"]),
                 f"{row['bits']:g}",
@@ -93,6 +95,9 @@ def _checkpoint(content: Mapping[str, Any]) -> None:
         ]
         if rows:
             table((title[:-1], "linears", "weights", "bits", "with scales", "group", "size"), rows, left=(0,))
+
+    rest = content["bytes"] - sum(row["bytes"] for row in content["formats"])
+    line(f"other tensors, which are not quantized: {megabytes(rest)}")
 
 
 def values(content: Mapping[str, Any]) -> None:
@@ -130,6 +135,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[
     for row in rows:
         made.add_row(*(plain(str(cell)) for cell in row))
     console.print(made)
+
+
+def prefix_line(names: list[str]) -> str:
+    """The segments that all names of layers begin with, which a line names, so that the table below may omit them."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = takewhile(lambda segments: len(set(segments)) == 1, zip(*parts, strict=False))
+    prefix = "".join(f"{segments[0]}." for segments in same)
+    if prefix:
+        line(f"in {prefix.rstrip('.')}:")
+    return prefix
 
 
 def amount(number: int) -> str:

@@ -18,18 +18,22 @@ from epmq_cli.inspection.work import Group, Operations
 LONGEST = 0.3  # seconds of one measurement
 SHORTEST = 1e-3  # seconds of a round of calls, longer than the clock's steps
 WIDEST = 1024  # of the Cholesky that is measured; a larger one takes longer by the cube
-ROWS = 2048
+PRODUCT = 5 * 10**8
+"""Operations of the product that is measured, at most: a long one is never undisturbed on a busy machine."""
+ROWS = 64  # at least
 
 
 @dataclass(frozen=True)
 class Throughput:
     """`single` and `double`: operations a second of a matrix product in float32 and of a Cholesky in float64. `call`:
-    seconds of a call of torch on a small tensor. `bytes`: bytes a second of sha256, which reads and writes wait for."""
+    seconds of a call of torch on a small tensor. `bytes`: bytes a second of sha256, which reads and writes wait for.
+    `rows`: of the product."""
 
     single: float
     double: float
     call: float
     bytes: float
+    rows: int = 0
 
     def seconds(self, operations: Operations) -> float:
         """The seconds of these operations, one after the other."""
@@ -38,12 +42,13 @@ class Throughput:
             + operations.double / self.double
             + operations.calls * self.call
             + operations.bytes / self.bytes
+            + operations.seconds
         )
 
 
 def measured_throughput(widest: Group, rows: int, device: torch.device) -> Throughput:
     """The throughput for products of `rows` tokens with the widest linears, and for a Cholesky of their inputs."""
-    rows = max(1, min(rows, ROWS))
+    rows = max(1, min(rows, max(ROWS, PRODUCT // (2 * widest.width * widest.outs))))
     a, b = torch.randn(rows, widest.width, device=device), torch.randn(widest.width, widest.outs, device=device)
     width = min(widest.width, WIDEST)
     root = torch.randn(width, width, dtype=torch.float64, device=device)
@@ -54,6 +59,7 @@ def measured_throughput(widest: Group, rows: int, device: torch.device) -> Throu
         single=2 * rows * widest.width * widest.outs / _seconds(lambda: a @ b, device),
         double=width**3 / 3 / _seconds(lambda: torch.linalg.cholesky(square), device),
         call=_seconds(lambda: small + small, device),
+        rows=rows,
         bytes=len(piece) / _seconds(lambda: hashlib.sha256(piece).digest(), torch.device("cpu")),
     )
 

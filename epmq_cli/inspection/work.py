@@ -39,12 +39,13 @@ class Group:
 @dataclass
 class Operations:
     """`single` and `double`: floating-point operations in float32 and float64. `calls`: calls of torch. `bytes`: of
-    files that are read and hashed or written."""
+    files that are read and hashed or written. `seconds`: what is measured already, such as the decoding of samples."""
 
     single: float = 0.0
     double: float = 0.0
     calls: float = 0.0
     bytes: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -138,7 +139,8 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
     linears = sum(group.count for group in work.groups)
     scored = work.tests * (forward + 2 * work.vocabulary * (blocks[0][0].width if blocks else 0))
     batches = work.tests / max(work.longest, 1) / max(job.evaluation.batch_size, 1)
-    once = Operations(single=scored, calls=CALLS * linears * batches)
+    decoding = 0.0 if work.vocabulary else plan.sample_seconds * sum(plan.tests.values())
+    once = Operations(single=scored, calls=CALLS * linears * batches, seconds=decoding)
     count = 0 if isinstance(job.evaluation, Harness) else len({"base", "experts"} & {*job.evaluation.stages})
     stages = {"read": Operations(bytes=2 * sum(files))}
     stages["score base and experts"] = _times(once, count)
@@ -154,7 +156,9 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
 
 
 def _times(operations: Operations, factor: int) -> Operations:
-    return Operations(*(factor * getattr(operations, name) for name in ("single", "double", "calls", "bytes")))
+    return Operations(
+        *(factor * getattr(operations, name) for name in ("single", "double", "calls", "bytes", "seconds"))
+    )
 
 
 def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:

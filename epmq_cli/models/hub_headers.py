@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ModelError, first_line
-from epmq_cli.models.headers import TensorInfo
+from epmq_cli.models.headers import READ, TensorInfo
+from epmq_cli.models.resolve import local_path
+
+
+def on_this_machine(source: str, role: str, root: str | None = None) -> Path | re.Match[str]:
+    """The folder or file of a model, also in the hub's own cache, or else the parts of its hub id; see `locate`.
+    Downloads nothing but pretrained models of open_clip."""
+    found = local_path(source, role, root)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                found["repo"], revision=found["revision"], allow_patterns=list(READ), local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # not in the cache, or no id
+        return found
+    path = folder / (found["inside"] or "")
+    return path if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))) else found
 
 
 def hub_headers(repo: str, revision: str | None, role: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
