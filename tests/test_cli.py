@@ -255,7 +255,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "merge", "eval", "verify", "list"]),
+        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "list"]),
         slow(("epmq e", ["eval"])),
         slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),

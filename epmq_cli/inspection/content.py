@@ -22,7 +22,9 @@ def content_of(opened: Opened) -> dict[str, Any]:
     if opened.kind == "adapter":
         return content | adapter_content(opened)
     if opened.kind == "checkpoint":
-        return content | checkpoint_content(opened)
+        content |= checkpoint_content(opened)
+        if content["format"] != "dense":
+            return content
     content |= {key: opened.config.get(key) for key in ("model_type", "architectures")}
     if opened.kind == "tensors":
         return content

@@ -25,6 +25,8 @@ from epmq_cli.merge.named_tensors import NamedTensors
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from epmq_cli.models.hub_headers import hub_headers, on_this_machine
+from epmq_cli.models.lora.config import CONFIG
+from epmq_cli.models.lora.folder import is_adapter_file
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.pipeline import steps as steps
@@ -122,12 +124,20 @@ def _parts(source: str) -> list[str]:
     return [source] if Path(source).exists() or "+" not in source else source.split("+", 1)
 
 
+class _AdapterError(Exception):
+    """Raised for an adapter, whose tensors are not those of its model."""
+
+
 def _headers(source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
-    """A model of which only the headers are read."""
+    """A model of which only the headers are read. Raises _AdapterError for an adapter."""
     found = on_this_machine(source, role, root)
+    if "+" in source or (isinstance(found, Path) and ((found / CONFIG).is_file() or is_adapter_file(found))):
+        raise _AdapterError
     if isinstance(found, Path):
         return ModelFolder(found, role, base.config if base is not None and found.is_file() else None)
     config, infos = hub_headers(found["repo"], found["revision"], role)
+    if any(part.startswith("lora_") for name in infos for part in name.split(".")):
+        raise _AdapterError
     own = config if config or base is None else base.config
     return ModelFolder(Path(source), role, own, HeaderTensors(infos, role))
 
@@ -151,9 +161,16 @@ def _open_remote(plan: Planned, job: Job) -> None:
     """Opens models by their headers, some of which are on the hub."""
     suite, family = job.suite, job.family
     base = _headers(suite.base, "base", suite.root, None)
-    folders = {
-        task.name: _headers(task.expert, f"expert of task {task.name}", suite.root, base) for task in suite.members
-    }
+    folders = dict[str, ModelFolder]()
+    for task in suite.members:
+        try:
+            folder = _headers(task.expert, f"expert of task {task.name}", suite.root, base)
+        except _AdapterError:
+            plan.notes.append(
+                f"expert of task {task.name} is an adapter, which the run compares with the base's tensors"
+            )
+        else:
+            folders[task.name] = folder
     named = {task: NamedTensors(folder, family.tensor_names(folder)) for task, folder in folders.items()}
     source = MergeSource(NamedTensors(base, family.tensor_names(base)), named, suite.vocabulary)
     plan.base, plan.experts, plan.source = base, folders, source

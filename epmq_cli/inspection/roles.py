@@ -46,8 +46,8 @@ class HeaderTensors:
 
 def roles_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], path: Path) -> tuple[str, Roles]:
     """The family of a model and the role of each tensor. Raises ModelError if no family takes the model."""
-    patterns = {NUMBER.sub("*", name): [len(info.shape), info.dtype] for name, info in infos.items()}
-    described = {key: config.get(key) for key in ("model_type", "architectures", "tie_word_embeddings", "vocab_size")}
+    patterns = {NUMBER.sub("*", name): len(info.shape) for name, info in infos.items()}
+    described = {key: config.get(key) for key in ("model_type", "architectures", "tie_word_embeddings")}
     question = {"roles": patterns, "of": described, "by": _families_code()}
     family, by_pattern = cached_answer(question, lambda: _ask(dict(config), dict(infos), path), __file__)
     return family, {name: tuple(by_pattern[NUMBER.sub("*", name)]) for name in infos}

@@ -20,7 +20,7 @@ def show(content: Mapping[str, Any]) -> None:
         _adapter(content)
     elif content["kind"] == "checkpoint":
         _checkpoint(content)
-    elif content.get("parts"):
+    if content.get("parts"):
         show_parts(content)
     values(content)
     refusals(content.get("refused", []))
@@ -96,8 +96,9 @@ def _checkpoint(content: Mapping[str, Any]) -> None:
         if rows:
             table((title[:-1], "linears", "weights", "bits", "with scales", "group", "size"), rows, left=(0,))
 
-    rest = content["bytes"] - sum(row["bytes"] for row in content["formats"])
-    line(f"other tensors, which are not quantized: {megabytes(rest)}")
+    if content["formats"]:
+        rest = content["bytes"] - sum(row["bytes"] for row in content["formats"])
+        line(f"other tensors, which are not quantized: {megabytes(rest)}")
 
 
 def values(content: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ import torch
 
 from epmq_cli.inspection.work import Group, Operations
 
-LONGEST = 0.3  # seconds of one measurement
+LONGEST = 0.6  # seconds of one measurement
 SHORTEST = 1e-3  # seconds of a round of calls, longer than the clock's steps
 WIDEST = 1024  # of the Cholesky that is measured; a larger one takes longer by the cube
-PRODUCT = 5 * 10**8
+PRODUCT = 2 * 10**9
 """Operations of the product that is measured, at most: a long one is never undisturbed on a busy machine."""
 ROWS = 64  # at least
 

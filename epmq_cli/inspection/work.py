@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from math import prod
 from typing import Any
 
@@ -21,8 +21,9 @@ from epmq_cli.quantize.none import NoQuantizer
 SEARCHED = 40
 """Operations of the search for scales, for each weight and column of its group: the candidates of scale_search.py."""
 GROUP = 64
-CALLS = 12
-"""Calls of torch per linear of a block in a forward pass that pauses: its own, norms, attention and activations."""
+CALLS = 60
+"""The time of a linear of a block in a forward pass, with norms, attention and activations around it, beside its
+operations: in additions of small tensors. It matters for small models only, on which it was measured."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,7 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
 
 
 def _times(operations: Operations, factor: int) -> Operations:
-    return Operations(
-        *(factor * getattr(operations, name) for name in ("single", "double", "calls", "bytes", "seconds"))
-    )
+    return Operations(*(factor * value for value in astuple(operations)))
 
 
 def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
