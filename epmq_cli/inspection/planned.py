@@ -15,7 +15,7 @@ from torch import nn
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import instantiate
 from epmq_cli.data.batching import Batch
-from epmq_cli.errors import EpmqError
+from epmq_cli.errors import EpmqError, ModelError
 from epmq_cli.families import AUTO, claiming
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.inspection.roles import HeaderTensors
@@ -124,7 +124,10 @@ def _parts(source: str) -> list[str]:
     return [source] if Path(source).exists() or "+" not in source else source.split("+", 1)
 
 
-class _AdapterError(Exception):
+ADAPTER = "{role}: {source} is an adapter; give the model that the adapter was trained on"
+
+
+class _AdapterError(ModelError):
     """Raised for an adapter, whose tensors are not those of its model."""
 
 
@@ -132,12 +135,12 @@ def _headers(source: str, role: str, root: str | None, base: ModelFolder | None)
     """A model of which only the headers are read. Raises _AdapterError for an adapter."""
     found = on_this_machine(source, role, root)
     if "+" in source or (isinstance(found, Path) and ((found / CONFIG).is_file() or is_adapter_file(found))):
-        raise _AdapterError
+        raise _AdapterError(ADAPTER.format(role=role, source=source))
     if isinstance(found, Path):
         return ModelFolder(found, role, base.config if base is not None and found.is_file() else None)
     config, infos = hub_headers(found["repo"], found["revision"], role)
     if any(part.startswith("lora_") for name in infos for part in name.split(".")):
-        raise _AdapterError
+        raise _AdapterError(ADAPTER.format(role=role, source=source))
     own = config if config or base is None else base.config
     return ModelFolder(Path(source), role, own, HeaderTensors(infos, role))
 
@@ -166,9 +169,7 @@ def _open_remote(plan: Planned, job: Job) -> None:
         try:
             folder = _headers(task.expert, f"expert of task {task.name}", suite.root, base)
         except _AdapterError:
-            plan.notes.append(
-                f"expert of task {task.name} is an adapter, which the run compares with the base's tensors"
-            )
+            plan.notes.append(f"the expert of task {task.name} is an adapter, which the run compares with the base")
         else:
             folders[task.name] = folder
     named = {task: NamedTensors(folder, family.tensor_names(folder)) for task, folder in folders.items()}
