@@ -111,6 +111,8 @@ def start(command: str, arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command)
         return
+    # on busy machines, spinning threads take cores from working ones
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command == "run" and PLAN in arguments:
         importlib.import_module("epmq_cli.commands.plan").main([text for text in arguments if text != PLAN])
         return
@@ -120,8 +122,6 @@ def start(command: str, arguments: list[str]) -> None:
     overrides, flags = split(arguments)
     if command == "eval":
         overrides = _with_checkpoint(overrides)
-    # on busy machines, spinning threads take cores from working ones
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
         app = importlib.import_module("epmq_cli.commands.hydra_app")
     app.launch(command, [*overrides, *flags])

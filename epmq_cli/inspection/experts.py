@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from epmq_cli.inspection.content import SHOWN, roles_content, totals
 from epmq_cli.inspection.roles import roles_by_family
 from epmq_cli.inspection.task_vectors import task_vector_content
 from epmq_cli.merge.suite_models import ASIDE, SuiteModels
+from epmq_cli.models.headers import TensorInfo
+from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import processor_files, same_files
 
@@ -45,7 +47,7 @@ def experts_content(sources: Sources, family: str, vocabulary: str, density: flo
         return content | {"refused": _each(suite, chosen, experts) or [str(error)]}
     folders = {task: models.experts[task] for task in experts}
     content |= {
-        "models": {name: totals(folder.infos.values()) for name, folder in {"base": models.base, **folders}.items()},
+        "models": {name: totals(_stored(folder)) for name, folder in {"base": models.base, **folders}.items()},
         "configs": config_differences(models.base, folders),
         "processors": {name: _processor(models.base, folder, chosen.reads) for name, folder in folders.items()},
         **_roles(chosen, models),
@@ -84,6 +86,12 @@ def _each(suite: Suite, family: Family, experts: Mapping[str, str]) -> list[str]
         except EpmqError as error:
             sentences.append(str(error))
     return list(dict.fromkeys(sentences))
+
+
+def _stored(folder: ModelFolder) -> Iterable[TensorInfo]:
+    """The tensors of a model's own files."""
+    source = folder.source
+    return (source.stored if isinstance(source, Adapted) else folder.infos).values()
 
 
 def config_differences(base: ModelFolder, experts: Mapping[str, ModelFolder]) -> dict[str, dict[str, Any]]:

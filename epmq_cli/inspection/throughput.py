@@ -1,7 +1,7 @@
 """Measures what this machine computes and hashes in a second, in about a second.
 
-The fastest of several calls counts, so that other programs change the result little: estimates are those of an idle
-machine.
+Processor time counts on the CPU, divided by the threads, and the fastest of several calls, so that other programs
+change the result little: estimates are those of an idle machine.
 """
 
 from __future__ import annotations
@@ -55,33 +55,36 @@ def measured_throughput(widest: Group, rows: int, device: torch.device) -> Throu
     square = root @ root.T + width * torch.eye(width, dtype=torch.float64, device=device)
     small = torch.randn(8, 8, device=device)
     piece = bytes(1 << 22)
+    threads = torch.get_num_threads()
     return Throughput(
-        single=2 * rows * widest.width * widest.outs / _seconds(lambda: a @ b, device),
-        double=width**3 / 3 / _seconds(lambda: torch.linalg.cholesky(square), device),
+        single=2 * rows * widest.width * widest.outs / _seconds(lambda: a @ b, device, threads),
+        double=width**3 / 3 / _seconds(lambda: torch.linalg.cholesky(square), device, threads),
         call=_seconds(lambda: small + small, device),
         rows=rows,
         bytes=len(piece) / _seconds(lambda: hashlib.sha256(piece).digest(), torch.device("cpu")),
     )
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, threads: int = 1) -> float:
     """The seconds of a call in the fastest round of calls that begin within `LONGEST` seconds; the first call does not
     count."""
     _round(call, 1, device)
     count = max(1, round(SHORTEST / max(_round(call, 1, device), 1e-7)))
     start, fastest = time.perf_counter(), float("inf")
-    while time.perf_counter() - start < LONGEST:
+    while fastest == float("inf") or time.perf_counter() - start < LONGEST:
         fastest = min(fastest, _round(call, count, device) / count)
-    return fastest
+    return fastest / (threads if device.type == "cpu" else 1)
 
 
 def _round(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """The seconds of some calls: of the processor, or by the clock on a GPU."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         call()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(device: torch.device) -> None:
