@@ -97,7 +97,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 def usage() -> str:
     """The page that `epmq --help` prints."""
-    return USAGE.format(commands="\n".join(f"  {name:<7} {summary}" for name, summary in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items()))
 
 
 def start(command: str, arguments: list[str]) -> None:

@@ -27,11 +27,12 @@ class Sums:
     """Sums over the elements of some tensors.
 
     `gram` (experts, experts): products of task vectors. `base`: squares of the base. `changed`: elements that an expert
-    changes. `conflicts`: those whose task vectors have both signs. `kept` and `outvoted` (experts,): elements that TIES
-    keeps, and those among them whose sign is not the elected one.
+    changes. `conflicts`: those whose task vectors have both signs. By expert, (experts,): `nonzero`, the elements that
+    it changes; `kept`, those that TIES keeps; `outvoted`, those among them whose sign is not the elected one.
     """
 
     gram: Tensor
+    nonzero: Tensor
     kept: Tensor
     outvoted: Tensor
     base: float = 0.0
@@ -42,13 +43,13 @@ class Sums:
     @classmethod
     def zeros(cls, experts: int) -> Sums:
         """Sums over nothing."""
-        kept, outvoted = (torch.zeros(experts, dtype=torch.int64) for _ in range(2))
-        return cls(torch.zeros(experts, experts, dtype=torch.float64), kept, outvoted)
+        nonzero, kept, outvoted = (torch.zeros(experts, dtype=torch.int64) for _ in range(3))
+        return cls(torch.zeros(experts, experts, dtype=torch.float64), nonzero, kept, outvoted)
 
     def add(self, piece: Piece, thresholds: Tensor) -> None:
         """Adds a piece. `thresholds` (experts,): the smallest magnitudes that TIES keeps."""
         vectors = torch.stack(list(piece.task_vectors().values()))
-        kept = vectors.abs() >= thresholds[:, None]
+        kept = (vectors.abs() >= thresholds[:, None]) & (vectors != 0)
         elected = torch.where(kept, vectors, 0).sum(0)
         positive, negative = (vectors > 0).any(0), (vectors < 0).any(0)
         wide = vectors.double()
@@ -57,21 +58,23 @@ class Sums:
         self.elements += vectors.shape[1]
         self.changed += int((positive | negative).sum())
         self.conflicts += int((positive & negative).sum())
+        self.nonzero += (vectors != 0).sum(1)
         self.kept += kept.sum(1)
         self.outvoted += (kept & (vectors * elected < 0)).sum(1)
 
     def merge(self, other: Sums) -> None:
         """Adds the sums over other tensors."""
-        for name in ("gram", "kept", "outvoted", "base", "elements", "changed", "conflicts"):
+        for name in ("gram", "nonzero", "kept", "outvoted", "base", "elements", "changed", "conflicts"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def content(self, tasks: list[str]) -> dict[str, Any]:
-        """Norms, cosines and shares. A share of nothing is 0."""
+        """Norms, cosines and shares; the shares of an expert are those of the elements that it changes. A share of
+        nothing is 0."""
         norms = self.gram.diagonal().sqrt()
         scale = torch.where(norms > 0, norms, 1.0)
         cosines = (self.gram / scale[:, None] / scale).tolist()
-        trimmed = 1 - self.kept / max(self.elements, 1)
-        outvoted = self.outvoted / max(self.elements, 1)
+        own = self.nonzero.clamp(min=1)
+        trimmed, outvoted = (self.nonzero - self.kept) / own, self.outvoted / own
         return {
             "elements": self.elements,
             "base_norm": self.base**0.5,

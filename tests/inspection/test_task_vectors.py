@@ -38,6 +38,16 @@ def test_equal_experts_have_no_conflicts_and_a_cosine_of_1(tmp_path: Path) -> No
     assert content["total"]["trimmed"] == {"one": 0, "two": 0}
 
 
+def test_elements_that_an_expert_leaves_are_not_trimmed(tmp_path: Path) -> None:
+    """As those of a LoRA adapter, which changes few tensors: TIES keeps all that it changes."""
+    base, one = tensors(0, SHAPES), tensors(1, SHAPES)
+    one = {**base, "table": one["table"]}
+    content, _ = task_vector_content(source(tmp_path, base, {"one": one}), 0.5)
+    assert content is not None
+    assert content["total"]["trimmed"] == {"one": 0}
+    assert [block["trimmed"]["one"] for block in content["blocks"]] == [0, 0, 0]
+
+
 def test_nan_is_refused_in_the_words_of_a_run(tmp_path: Path) -> None:
     base, one = tensors(0, SHAPES), tensors(1, SHAPES)
     one["table"][0, 0] = float("nan")
