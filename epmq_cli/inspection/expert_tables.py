@@ -67,8 +67,8 @@ def _task_vectors(content: Mapping[str, Any], tasks: list[str]) -> None:
         line(f"cosines with the first {SHOWN} of {len(tasks)} experts; --format json has all")
     trimmed, outvoted = _mean(total["trimmed"]), _mean(total["outvoted"])
     line(
-        f"TIES with merge.density={content['density']:g} trims {trimmed:.1f}% of the elements that an expert changes and "
-        f"outvotes {outvoted:.1f}%, on average; {100 * total['sign_conflicts']:.1f}% of the changed elements have task "
+        f"TIES with merge.density={content['density']:g} trims {trimmed:.1f}% of the elements that an expert changes "
+        f"and outvotes {outvoted:.1f}%, on average; {100 * total['sign_conflicts']:.1f}% of the changed elements have task "
         "vectors of both signs"
     )
     common = prefix_line([own["block"] for own in content["blocks"] if "." in own["block"]])
