@@ -65,10 +65,10 @@ def _task_vectors(content: Mapping[str, Any], tasks: list[str]) -> None:
     table(("task vector", "norm", "% of base", "% outvoted", *names), rows, left=(0,))
     if len(tasks) > SHOWN:
         line(f"cosines with the first {SHOWN} of {len(tasks)} experts; --format json has all")
-    trimmed, outvoted = _mean(total["trimmed"]), _mean(total["outvoted"])
+    trimmed, outvoted, conflicts = _mean(total["trimmed"]), _mean(total["outvoted"]), 100 * total["sign_conflicts"]
     line(
         f"TIES with merge.density={content['density']:g} trims {trimmed:.1f}% of the elements that an expert changes "
-        f"and outvotes {outvoted:.1f}%, on average; {100 * total['sign_conflicts']:.1f}% of the changed elements have task "
+        f"and outvotes {outvoted:.1f}%, on average; {conflicts:.1f}% of the changed elements have task "
         "vectors of both signs"
     )
     common = prefix_line([own["block"] for own in content["blocks"] if "." in own["block"]])

@@ -123,7 +123,7 @@ def _roles(family: Family, models: SuiteModels) -> dict[str, Any]:
     """What a run does with the base's tensors, and the experts' heads."""
     base, source = models.base, models.source
     merged = {name: source.read_name(name) for name in source.names}
-    roles = roles_by_family(family, base.config, base.infos, family.all_names(base), merged)
+    roles = roles_by_family(family, base, merged)
     heads = {
         name: sum(info.elements for stored, info in folder.infos.items() if family.in_head(family.spelling(stored)))
         for name, folder in models.experts.items()

@@ -29,7 +29,7 @@ def _roles(plan: Planned) -> dict[str, Any]:
     assert plan.job is not None and plan.base is not None and plan.source is not None
     base, family, source = plan.base, plan.job.family, plan.source
     merged = {name: source.read_name(name) for name in source.names}
-    return roles_content(base.infos, roles_by_family(family, base.config, base.infos, family.all_names(base), merged))
+    return roles_content(base.infos, roles_by_family(family, base, merged))
 
 
 def show_plan(content: dict[str, Any]) -> None:

@@ -177,7 +177,13 @@ def _open_remote(plan: Planned, job: Job) -> None:
     plan.base, plan.experts, plan.source = base, folders, source
     plan.dtype = written_dtype(source, job.exporter.dtype)
     shapes = {name: base.infos[stored].shape for name, stored in family.all_names(base).items()}
-    plan.model = skeleton(shapes, base.config)
+    model = skeleton(shapes, base.config)
+    try:
+        family.blocks(model)
+    except ModelError as error:  # modules without tensors, such as the norms of OLMo, are not in a header
+        plan.notes.append(f"no estimate from the headers alone: {error}")
+    else:
+        plan.model = model
 
 
 def _check_model(plan: Planned, job: Job, model: nn.Module) -> None:

@@ -20,9 +20,10 @@ from epmq_cli.models.headers import TensorInfo
 from epmq_cli.store.hashing import content, hash_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from epmq_cli.families.family import Family
+    from epmq_cli.models.model_folder import ModelFolder
 
 PARTS = ("embeddings", "blocks", "norms", "readout", "heads", "others")
 QUANTIZED, MERGED, HEAD, LEFT = "quantized", "merged", "task head", "left"
@@ -67,21 +68,18 @@ def _ask(config: dict[str, Any], infos: dict[str, TensorInfo], path: Path) -> tu
 
     family = claiming(config)
     folder = ModelFolder(path, "base", config, HeaderTensors(infos, "base"))
-    own = roles_by_family(family, folder.config, folder.infos, family.all_names(folder), family.tensor_names(folder))
+    own = roles_by_family(family, folder, family.tensor_names(folder))
     return family.name, {NUMBER.sub("*", name): role for name, role in own.items()}
 
 
 def roles_by_family(
     family: Family,
-    config: Mapping[str, Any],
-    infos: Mapping[str, TensorInfo],
-    names: Mapping[str, str],
+    folder: ModelFolder,
     merged: Mapping[str, str],
 ) -> Roles:
-    """The role of each tensor. `names`: all tensors, name -> stored name. `merged`: those that are merged."""
-    from epmq_cli.inspection.skeleton import skeleton
-
-    model = skeleton({name: infos[stored].shape for name, stored in names.items()}, json.loads(json.dumps(config)))
+    """The role of each tensor of a model. `merged`: those that are merged, name -> stored name."""
+    names, infos = family.all_names(folder), folder.infos
+    model = _model(family, folder, names)
     places = dict(_places(family, model))
     quantized = {f"{block.name(name)}.weight" for block in family.blocks(model) for name in block.linears}
     blocks = tuple(f"{block.prefix}." for block in family.blocks(model))
@@ -94,6 +92,21 @@ def roles_by_family(
         treatment = LEFT if name not in merged else QUANTIZED if name in quantized else MERGED
         roles[stored] = (part, treatment)
     return roles
+
+
+def _model(family: Family, folder: ModelFolder, names: Mapping[str, str]) -> nn.Module:
+    """The modules of a model: from its header, or from transformers if some have no tensors, as the norms of OLMo."""
+    from epmq_cli.inspection.skeleton import skeleton
+
+    shapes = {name: folder.infos[stored].shape for name, stored in names.items()}
+    made = skeleton(shapes, json.loads(json.dumps(folder.config)))
+    try:
+        family.blocks(made)
+    except ModelError:
+        if not (folder.path / "config.json").is_file():
+            raise
+        return family.load(folder.path, weights=False)
+    return made
 
 
 def _places(family: Family, model: Any) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,8 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
     model: nn.Module = type(kind, (Skeleton,), {})()
     settings: Any = _Settings(**{str(key): value for key, value in config.items()})
     model.config = settings
-    for name, shape in shapes.items():
+    matrices_first = sorted(shapes.items(), key=lambda entry: len(entry[1]) != 2)  # a linear is made by its weight
+    for name, shape in matrices_first:
         *path, module, tensor = ["", *name.split(".")] if "." not in name else name.split(".")
         parent = _inside(model, [part for part in path if part])
         if not module:
