@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "merge into a dense model",
     "eval": "score a checkpoint on the tasks of its suite",
     "verify": "check the files, tensors and scores of a checkpoint",
+    "inspect": "show what models, adapters and checkpoints hold and what a run would refuse",
     "list": "show the options of each config group",
 }
 
@@ -32,6 +33,8 @@ INTERRUPTED = {
 }
 """The message of a command that a signal ends."""
 
+PLAN = "--plan"
+"""The option of `epmq run` that estimates a run and does not start it."""
 DEBUG = "--debug"
 """The option of every command that prints tracebacks."""
 
@@ -46,8 +49,10 @@ examples
   epmq run                                           the built-in suite, offline
   epmq run merge=ties quant=gptq bits=4              other methods
   epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
+  epmq run --plan merge=ties                         memory, disk and time of a run
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
+  epmq inspect EXPERT EXPERT --base BASE             compare experts before a run
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --quiet ...                           print warnings and errors only
@@ -94,7 +99,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 def usage() -> str:
     """The page that `epmq --help` prints."""
-    return USAGE.format(commands="\n".join(f"  {name:<6} {summary}" for name, summary in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items()))
 
 
 def start(command: str, arguments: list[str]) -> None:
@@ -103,11 +108,16 @@ def start(command: str, arguments: list[str]) -> None:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
     arguments = take_progress(arguments)
-    if command in ("list", "verify"):  # no Hydra commands
+    if command in ("inspect", "list", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):
         importlib.import_module("epmq_cli.commands.help").show(command, arguments)
+        return
+    # on busy machines, spinning threads take cores from working ones
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if command == "run" and PLAN in arguments:
+        importlib.import_module("epmq_cli.commands.plan").main([text for text in arguments if text != PLAN])
         return
     if any(argument.partition("=")[0] == FROM_MERGEKIT for argument in arguments):
         importlib.import_module("epmq_cli.commands.mergekit").show(command, arguments)
@@ -116,8 +126,6 @@ def start(command: str, arguments: list[str]) -> None:
     if command == "eval":
         overrides = _with_checkpoint(overrides)
     _announce(command)
-    # on busy machines, spinning threads take cores from working ones
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with importing():
         app = importlib.import_module("epmq_cli.commands.hydra_app")
     app.launch(command, [*overrides, *flags])

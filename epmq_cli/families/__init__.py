@@ -25,7 +25,7 @@ from epmq_cli.families.t5 import T5_FAMILY
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.vit import VIT
 from epmq_cli.models.model_folder import ModelFolder
-from epmq_cli.models.open_clip.registry import SCHEME
+from epmq_cli.models.open_clip.config import SCHEME
 from epmq_cli.models.resolve import locate
 
 FAMILIES: dict[str, Family] = {

@@ -13,12 +13,15 @@ from torch import nn
 from epmq_cli.errors import ModelError, first_line
 
 
-def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
+def from_folder(kind: Any, folder: Path, weights: bool = True, **options: Any) -> Any:
     """Loads a folder with a transformers class. Raises ModelError if that fails or needs code from the folder.
 
-    Nothing is downloaded. By default, transformers asks on the terminal whether to run such code.
+    Nothing is downloaded. By default, transformers asks on the terminal whether to run such code. `weights`: if false,
+    the model that the folder's config describes on the meta device, without reading its weights.
     """
     try:
+        if not weights:
+            return _blank(kind, folder, **options)
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -32,6 +35,16 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
             f"{folder} cannot be read by {kind.__name__} of transformers ({first_line(error)}); give the folder that "
             "save_pretrained wrote"
         ) from error
+
+
+def _blank(kind: Any, folder: Path, **options: Any) -> Any:
+    from transformers import AutoConfig, PreTrainedModel
+
+    config = from_folder(AutoConfig, folder)
+    with torch.device("meta"):
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind(config, **options)
+        return kind.from_config(config, trust_remote_code=False, **options)
 
 
 def config_of(folder: Path) -> Any:

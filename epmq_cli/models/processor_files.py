@@ -16,7 +16,7 @@ from typing import Any
 
 from epmq_cli.errors import CheckpointError, ModelError, first_line
 from epmq_cli.models.answers import cached_answer
-from epmq_cli.models.model_folder import CODE, WEIGHTS, read_json
+from epmq_cli.models.headers import CODE, WEIGHTS, read_json
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.runtime.paths import leaves
 from epmq_cli.store.hashing import content

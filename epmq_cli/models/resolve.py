@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from epmq_cli.errors import ModelError, first_line
-from epmq_cli.models.model_folder import READ
-from epmq_cli.models.open_clip.registry import SCHEME, locate_open_clip
+from epmq_cli.models.headers import READ
+from epmq_cli.models.open_clip.config import SCHEME
 from epmq_cli.runtime.paths import escapes, expanded
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -33,6 +33,17 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
     hub, which downloads the model once to its own cache. With HF_HUB_OFFLINE=1, nothing is downloaded. `role`: the name
     of the model in error messages, such as "base" or "expert of task sst2".
     """
+    found = local_path(source, role, root)
+    if isinstance(found, Path):
+        return found
+    return _download(found["repo"], found["revision"], found["inside"], role, root)
+
+
+def local_path(source: str, role: str, root: str | None = None) -> Path | re.Match[str]:
+    """Returns the folder or file of a model on this machine, or else the parts of its hub id; see `locate`.
+
+    A pretrained model of open_clip is downloaded.
+    """
     if source.startswith(SHIPPED_SCHEME):
         name = source.removeprefix(SHIPPED_SCHEME)
         folder = SHIPPED / name
@@ -40,6 +51,8 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
             raise ModelError(f"{role}: {source} is not shipped with epmq; check the name")
         return folder
     if source.startswith(SCHEME):
+        from epmq_cli.models.open_clip.registry import locate_open_clip  # imports torch
+
         return locate_open_clip(source, role, root)
     path = expanded(source, role)
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
@@ -51,7 +64,7 @@ def locate(source: str, role: str, root: str | None = None) -> Path:
             "owner/name@revision, owner/name:path/in/it); check the path"
         )
     mirrored = _in_mirror(expanded(root, "suite.root"), source, hub_id) if root else None
-    return mirrored or _download(hub_id["repo"], hub_id["revision"], hub_id["inside"], role, root)
+    return mirrored or hub_id
 
 
 def _in_mirror(root: Path, source: str, hub_id: re.Match[str]) -> Path | None:

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.runtime.paths import expanded
 from epmq_cli.store.atomic import atomic_file
 from epmq_cli.store.hashing import content, hash_json
-from epmq_cli.store.safetensors_writer import Entry, write_file
+
+if TYPE_CHECKING:
+    from epmq_cli.store.safetensors_writer import Entry
 
 Key = Mapping[str, Any]
 """Everything that a result depends on, as JSON."""
@@ -116,6 +118,8 @@ class Cache:
         return True
 
     def _write_tensors(self, path: Path, key: Key, entries: Sequence[Entry]) -> None:
+        from epmq_cli.store.safetensors_writer import write_file  # imports torch
+
         with atomic_file(path.with_suffix(".safetensors"), shared=True) as partial:
             partial.touch(mode=0o600)
             sha256 = write_file(partial, entries).sha256

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 22  # bytes
 
@@ -55,6 +55,8 @@ def hash_parts(parts: Iterable[bytes]) -> str:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of names, types, shapes and values; the order of the names does not count."""
+    import torch  # here, because the cache of answers must not wait for it
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

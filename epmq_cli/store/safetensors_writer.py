@@ -21,8 +21,7 @@ from torch import Tensor
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.store.hashing import Content
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from epmq_cli.store.weight_files import INDEX, SINGLE
 
 NAMES = {
     torch.float64: "F64",

@@ -91,6 +91,11 @@ class Adapted:
         return (A.T, B.T, self._scales[name]) if turned else (B, A, self._scales[name])
 
     @property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """The tensors of the adapter's own file, by stored name."""
+        return self._file.infos
+
+    @property
     def tied(self) -> Collection[str]:
         """The names of the base's tied copies."""
         return self._ties.pairs.keys()

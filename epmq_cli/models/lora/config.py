@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from epmq_cli.errors import ModelError, literal
-from epmq_cli.models.model_folder import read_json
+from epmq_cli.models.headers import read_json
 from epmq_cli.runtime.console import log
 
 CONFIG = "adapter_config.json"

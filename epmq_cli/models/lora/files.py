@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from epmq_cli.errors import ModelError
+from epmq_cli.models.headers import FLOATS, TensorInfo
 from epmq_cli.models.lora.config import CONFIG, REMEDY
-from epmq_cli.models.model_folder import DTYPES, TensorInfo
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that torch.compile, FSDP and activation checkpointing insert into names."""
@@ -144,10 +144,10 @@ def plain_names(stored: Iterable[str]) -> dict[str, str]:
 
 
 def _check_types(path: Path, role: str, infos: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
-    odd = next((name for name in names if infos[name].dtype not in DTYPES), None)
+    odd = next((name for name in names if infos[name].dtype not in FLOATS), None)
     if odd is not None:
         raise ModelError(
-            f"{role}: {path} contains {odd} in the type {infos[odd].dtype}, but epmq merges {', '.join(DTYPES)}; save "
+            f"{role}: {path} contains {odd} in the type {infos[odd].dtype}, but epmq merges {', '.join(FLOATS)}; save "
             "the adapter in one of these types"
         )
 

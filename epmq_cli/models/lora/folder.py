@@ -15,7 +15,7 @@ from epmq_cli.models.lora.config import CONFIG
 from epmq_cli.models.lora.names import Spelling
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.runtime.console import say
-from epmq_cli.store.safetensors_writer import INDEX, SINGLE
+from epmq_cli.store.weight_files import INDEX, SINGLE
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NEAR = 0.1  # tolerance for a merged model, relative to the norm of the adapter's delta

@@ -8,6 +8,8 @@ from typing import Any
 
 from epmq_cli.errors import ModelError
 
+SCHEME = "open_clip:"
+"""In front of the names of open_clip's own models."""
 VOCABULARY = 49408
 """The number of CLIP's tokens; the last one ends a text."""
 

@@ -22,7 +22,7 @@ from epmq_cli.models.state_dict import open_file
 from epmq_cli.store.atomic import sync
 from epmq_cli.store.cache import cache_folder
 from epmq_cli.store.manifest import file_problems, write_manifest
-from epmq_cli.store.safetensors_writer import SINGLE
+from epmq_cli.store.weight_files import SINGLE
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

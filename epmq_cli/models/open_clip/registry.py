@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ModelError, first_line
-from epmq_cli.models.open_clip.config import clip_config
+from epmq_cli.models.open_clip.config import SCHEME, clip_config
 from epmq_cli.models.open_clip.convert import CONFIG, PICKLE, WEIGHTS, convert
 from epmq_cli.runtime.paths import escapes, expanded
 
-SCHEME = "open_clip:"
 HUB, FOLDER = "hf-hub:", "local-dir:"
 PATH = ("/", "./", "../", "~")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")

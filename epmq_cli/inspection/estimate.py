@@ -1,0 +1,158 @@
+"""Estimates memory, disk and time of a run from the sizes of its models and samples."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from epmq_cli.config.schema import bytes_of
+from epmq_cli.inspection.planned import Planned
+from epmq_cli.inspection.throughput import measured_throughput
+from epmq_cli.inspection.work import Work, sequential, step_bytes, work_of
+from epmq_cli.pipeline.calibration import reserved_bytes
+from epmq_cli.pipeline.job import Job
+from epmq_cli.quantize.formats.format import NumberFormat, group_columns
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
+from epmq_cli.runtime.memory import status
+
+SOLVED = 32
+"""Bytes for each weight of a group while it is solved: S, X'P and the target in float64, the anchor and the expert."""
+TRAINED = 24
+"""Bytes for each weight that refine=distill holds: the start, the best, the gradient, and two states of the optimizer,
+beside the weight itself."""
+
+
+def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
+    """Memory and disk in bytes, time in seconds by stage, and how they are estimated."""
+    spent = time.process_time()  # imports, and the models and samples that the plan has read as the run will
+    _import_kernels(job)
+    work = work_of(plan, job, model)
+    rows = work.tokens // max(work.batches, 1)
+    speed = measured_throughput(work.widest, rows, job.device)
+    seconds = {name: speed.seconds(operations) for name, operations in work.stages.items()}
+    seconds["read"] += spent
+    return {
+        "memory": memory_content(plan, job, model, work),
+        "disk": disk_content(plan, job, work),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "total_seconds": round(sum(seconds.values()), 3),
+        "measured": {
+            "product_gflops": round(speed.single / 1e9, 2),
+            "cholesky_gflops": round(speed.double / 1e9, 2),
+            "call_microseconds": round(speed.call * 1e6, 2),
+            "hashed_megabytes": round(speed.bytes / 1e6, 1),
+            "product": [speed.rows, work.widest.width, work.widest.outs],
+        },
+        "calibration_tokens": work.tokens,
+        "test_tokens": work.tests,
+    }
+
+
+def _import_kernels(job: Job) -> None:
+    """Imports the compiler of the kernels, which takes memory."""
+    if job.device.type == "cpu":
+        importlib.import_module("epmq_cli.quantize.kernels.numba")
+
+
+def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dict[str, int]:
+    """The parts of the peak in bytes, as a run's metrics.json counts them: `host`, and `device` on a GPU.
+
+    `files`: the pages of mapped weight files, which the system can take back at any time.
+    """
+    folders = [folder for folder in (plan.base, *plan.experts.values()) if folder is not None]
+    student = 0 if job.calib.student == "disk" else 4 * work.parameters
+    merged = plan.dtype.itemsize * sum(model.numel() for model in _merged(plan, model))
+    calibration = calibration_bytes(plan, job, model, work)
+    scoring = _scoring_bytes(job, work)
+    refined = 0 if not hasattr(job.refine, "packed_epochs") or not job.refine.packed_epochs else TRAINED
+    training = TRAINED * work.parameters if type(job.refine).__name__ == "Distill" else refined
+    working = max(calibration, scoring, training)
+    on_gpu = job.device.type == "cuda"
+    content = {
+        "process": status("VmRSS") or 0,
+        "student": student,
+        "files": _files(folders) + merged,
+        "calibration": calibration,
+        "scoring": scoring,
+        "training": training,
+    }
+    content["host"] = content["process"] + content["files"] + (0 if on_gpu else student + working)
+    content["device"] = student + working if on_gpu else 0
+    return content
+
+
+def _files(folders: list[Any]) -> int:
+    return sum(info.size for folder in folders for info in folder.infos.values())
+
+
+def _merged(plan: Planned, model: nn.Module) -> list[torch.Tensor]:
+    names = set(plan.source.names) if plan.source is not None else set()
+    return [tensor for name, tensor in model.state_dict().items() if name in names]
+
+
+def calibration_bytes(plan: Planned, job: Job, model: nn.Module, work: Work) -> int:
+    """Samples, moments and factors as calib.memory reserves them, what one group is solved with, the experts' blocks,
+    and the activations of all samples up to calib.memory."""
+    batches = {task: group * job.calib.views for task, group in plan.batches.items()}
+    reserved = reserved_bytes(job, model, batches)
+    if not job.guidance.needs_inputs:
+        return reserved
+    solved = SOLVED * max(group.width * group.outs for group in work.groups)
+    budget = max(0, bytes_of("calib.memory", job.calib.memory) - reserved)
+    return reserved + solved + int(min(budget, activation_bytes(job, work)))
+
+
+def activation_bytes(job: Job, work: Work) -> int:
+    """The activations that wait in front of the steps of a block, of the student and the teachers, and the experts'
+    blocks."""
+    models = 2 if job.guidance.teaches else 1
+    token = max(step_bytes(block) for block in work.blocks)
+    return models * work.tokens * token + 4 * work.largest_block * len(job.suite.members) * int(models == 2)
+
+
+def _scoring_bytes(job: Job, work: Work) -> int:
+    """The activations of a batch, and the logits of a language model with their probabilities."""
+    tokens = min(job.evaluation.batch_size * work.longest, work.tests)
+    width = max(group.outs for group in work.groups)
+    return tokens * 4 * (3 * width + 2 * work.vocabulary)
+
+
+def disk_content(plan: Planned, job: Job, work: Work) -> dict[str, int]:
+    """Bytes of the checkpoint, of what the run folder holds beside it until the run ends, and of the cache."""
+    dense = plan.dtype.itemsize
+    rest = dense * (work.parameters - work.quantized)
+    linears = dense * work.quantized
+    if sequential(job) and job.exporter.packs:
+        linears = int(sum(_bits(job, group.width, dense) * group.width * group.outs for group in work.groups) / 8)
+    overflow = 0
+    if job.guidance.needs_inputs:
+        overflow = max(0, activation_bytes(job, work) - bytes_of("calib.memory", job.calib.memory))
+    student = 4 * work.parameters if job.calib.student == "disk" else 0
+    stored = sum(info.size for folder in plan.experts.values() for info in folder.infos.values())
+    count = max(len(plan.experts), 1)
+    return {
+        "checkpoint": rest + linears,
+        "resume": 2 * work.quantized + overflow + student,
+        "cache": stored // count,
+    }
+
+
+def _bits(job: Job, width: int, dense: int) -> float:
+    """The bits of a weight with its share of scales and zero points."""
+    formats = formats_of(job.quantizer)
+    low = formats[0]
+    own = _with_scales(low, width, dense)
+    if not isinstance(job.quantizer, MixedPrecision):
+        return own
+    high = formats[-1]
+    share = (job.quantizer.bits - low.bits) / (high.bits - low.bits)
+    return own + share * (_with_scales(high, width, dense) - own)
+
+
+def _with_scales(format: NumberFormat, width: int, dense: int) -> float:
+    zero = format.bits if format.zero_points != "none" else 0
+    return float(format.bits + (8 * dense + zero) / group_columns(format, width))

@@ -1,0 +1,63 @@
+"""Oracle: the run's own code on the loaded model: the linears that it quantizes and the tensors that it merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from epmq_cli.errors import ModelError
+from epmq_cli.families import FAMILIES, claiming
+from epmq_cli.inspection.opened import open_headers
+from epmq_cli.inspection.roles import HEAD, LEFT, QUANTIZED, roles_of
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline.preflight import linear_shapes
+from tests.helpers.architectures import TAKEN
+from tests.helpers.tiers import first
+
+
+def check_against_run(path: Path) -> None:
+    folder = ModelFolder(path, "base")
+    family = claiming(folder.config)
+    model = family.load(path, weights=False)
+    stored = family.tensor_names(folder)
+    name, roles = roles_of(folder.config, folder.infos, path)
+    assert name == family.name
+    assert {own for own, (_, kind) in roles.items() if kind == QUANTIZED} == {
+        stored[f"{linear}.weight"] for linear, _ in linear_shapes(model, family)
+    }
+    assert {own for own, (_, kind) in roles.items() if kind not in (HEAD, LEFT)} == {*stored.values()}
+
+
+@pytest.mark.parametrize("kind", first(1, sorted(TAKEN)))
+def test_roles_of_decoders_are_those_of_a_run(kind: str, tmp_path: Path) -> None:
+    TAKEN[kind]().save_pretrained(tmp_path)
+    check_against_run(tmp_path)
+
+
+def test_roles_of_encoders_are_those_of_a_run(clip_hub: Path, bert_hub: Path) -> None:
+    check_against_run(clip_hub / "base")
+    check_against_run(bert_hub / "base")
+
+
+def test_an_expert_has_a_head_and_every_part_has_its_tensors(bert_hub: Path) -> None:
+    opened = open_headers(str(bert_hub / "first"))
+    _, roles = roles_of(opened.config, opened.infos, bert_hub / "first")
+    assert {name for name, (_, kind) in roles.items() if kind == HEAD} == {"classifier.weight", "classifier.bias"}
+    assert roles["bert.embeddings.word_embeddings.weight"] == ("embeddings", "merged")
+    assert roles["bert.encoder.layer.1.output.LayerNorm.weight"] == ("norms", "merged")
+    assert roles["bert.encoder.layer.0.intermediate.dense.weight"] == ("blocks", QUANTIZED)
+    assert roles["bert.pooler.dense.weight"] == ("readout", "merged")
+
+
+def test_a_model_of_no_family_is_refused_as_by_a_run(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    opened = open_headers(str(tmp_path))
+    with pytest.raises(ModelError) as refused:
+        roles_of(opened.config, opened.infos, tmp_path)
+    with pytest.raises(ModelError) as wanted:
+        claiming(opened.config)
+    assert str(refused.value) == str(wanted.value)
+    assert "gpt2" not in {kind for family in FAMILIES.values() for kind in family.model_types}
