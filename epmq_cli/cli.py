@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "merge into a dense model",
     "eval": "score a checkpoint on the tasks of its suite",
     "verify": "check the files, tensors and scores of a checkpoint",
+    "report": "compare runs in a table and on a page",
     "list": "show the options of each config group",
 }
 
@@ -48,6 +49,7 @@ examples
   epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
+  epmq report runs/NAME                              compare the runs of a sweep
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --debug ...                           print tracebacks
@@ -100,7 +102,7 @@ def start(command: str, arguments: list[str]) -> None:
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
-    if command in ("list", "verify"):  # no Hydra commands
+    if command in ("list", "report", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):

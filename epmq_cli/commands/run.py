@@ -67,7 +67,7 @@ def _done(folder: Path, cfg: DictConfig) -> bool:
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
-    """Runs or resumes the job of a config. Writes `checkpoint/` and `metrics.json` into the folder."""
+    """Runs or resumes the job of a config. Writes `checkpoint/`, `metrics.json` and `report.html` into the folder."""
     quiet_libraries()
     memory.keep_freed()
     from torch import OutOfMemoryError
@@ -91,6 +91,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     from epmq_cli.pipeline.job import make_job
     from epmq_cli.pipeline.progress import close, refuse_results
     from epmq_cli.report import metrics_json, table
+    from epmq_cli.report.page.page import write_report
 
     refuse_results(folder)
     instantiate.check_complete(cfg, "run")
@@ -110,8 +111,10 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
-    metrics_json.write_json(folder / METRICS, metrics_json.metrics("run", overrides, resolved, job.device, measured))
+    content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
+    metrics_json.write_json(folder / METRICS, content)
     close(folder)
+    write_report(folder, content)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
 

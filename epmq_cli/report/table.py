@@ -11,6 +11,9 @@ from rich.table import Table
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.runtime.console import console, log
 
+REPORT = "report.html"
+"""The page of a run, in its folder."""
+
 
 def counted(number: int, noun: str) -> str:
     """The number with the noun in singular or plural."""
@@ -70,6 +73,8 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
         _line(f"memory      ran out: the micro-batch was halved in {' and in '.join(halved)}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
+    if (folder / REPORT).is_file():
+        _line(f"report      {near(folder / REPORT)}")
 
 
 def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
