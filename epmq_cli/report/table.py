@@ -10,9 +10,7 @@ from rich.table import Table
 
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.runtime.console import console, log
-
-REPORT = "report.html"
-"""The page of a run, in its folder."""
+from epmq_cli.store.run_lock import REPORT
 
 
 def counted(number: int, noun: str) -> str:

@@ -155,28 +155,28 @@ def _lines(comparison: Comparison, key: str, series: dict[str, list[Point]], wid
     best = _best(comparison)
     names = [svg.shortened(name, width * 0.3) for name in series]
     figure, axes = _plot(width, key, _axis(comparison), max(map(len, names)) * 6.8 + 24)
-    ends = _apart([points[-1][1] for points in series.values()], axes, 240)
-    for index, (name, points) in enumerate(series.items()):
+    for index, points in enumerate(series.values()):
         chosen = any(point[2] == best for point in points)
-        colour = svg.ACCENT if chosen else svg.MUTED
         xs, ys = [point[0] for point in points], [point[1] for point in points]
         dash = "-" if chosen else DASHES[index % len(DASHES)]
+        colour = svg.ACCENT if chosen else svg.MUTED
         axes.plot(xs, ys, dash, marker="o", color=colour, linewidth=2 if chosen else 1.5, markersize=6)
-        axes.annotate(
-            svg.shortened(name, width * 0.3), (1, ends[index]), (8, 0), ("axes fraction", "data"), "offset points",
-            va="center", color=colour, annotation_clip=False,
-        )  # fmt: skip
+    low, high = axes.get_ylim()
+    ends = apart([points[-1][1] for points in series.values()], 15 * (high - low) / 240)
+    for name, end, points in zip(names, ends, series.values(), strict=True):
+        colour = svg.ACCENT if any(point[2] == best for point in points) else svg.MUTED
+        svg.label(axes, name, end, axes.bbox.width + 8, color=colour)
     axes.set_xticks(sorted({point[0] for points in series.values() for point in points}))
     axes.xaxis.set_major_formatter("{x:g}")
     return figure
 
 
-def _apart(heights: list[float], axes: Any, pixels: float) -> list[float]:
-    """The heights of labels, moved up so that they do not overlap."""
-    spread = (max(heights) - min(heights)) or 1.0
-    least, placed = spread * 1.3 * 15 / pixels, dict[int, float]()
+def apart(heights: list[float], least: float) -> list[float]:
+    """The heights of labels, moved up where two are nearer than `least`."""
+    placed: dict[int, float] = {}
+    above = -float("inf")
     for index in sorted(range(len(heights)), key=lambda index: heights[index]):
-        placed[index] = max(heights[index], max(placed.values(), default=-float("inf")) + least)
+        above = placed[index] = max(heights[index], above + least)
     return [placed[index] for index in range(len(heights))]
 
 

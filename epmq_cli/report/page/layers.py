@@ -88,8 +88,8 @@ def bits_section(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def by_stack(layers: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], Cell]) -> dict[str, Stack]:
     """stack -> linear -> block -> cell. The block is the first number in a linear's name; before it is the name of the
-    stack, behind it that of the linear. Of models with many linears a block, the experts of a mixture share a row with their
-    largest value."""
+    stack, behind it that of the linear. In models with many linears a block, the experts of a mixture share a row,
+    which shows their largest value."""
     names = {layer["name"]: _split(plain(layer["name"])) for layer in layers}
     many = len({(stack, linear) for stack, _, linear in names.values()}) > MOST_ROWS
     stacks: dict[str, Stack] = {}

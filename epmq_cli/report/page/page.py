@@ -11,9 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from epmq_cli.report.page import config, layers, refinement, resources, scores, summary
-from epmq_cli.report.table import REPORT
 from epmq_cli.runtime.console import log, plain
 from epmq_cli.store.atomic import write_text
+from epmq_cli.store.run_lock import REPORT
 
 Section = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """From the content of metrics.json, the values of the section's template; None leaves the section out."""
@@ -68,7 +68,9 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> bool:
     try:
         write_text(folder / REPORT, run_page(content))
     except Exception as error:  # whatever a drawing library raises, the run is complete
-        log.warning("%s was not written (%s: %s); epmq report makes it again", REPORT, type(error).__name__, error)
+        log.warning(
+            "%s was not written (%s: %s); epmq report --pages makes it again", REPORT, type(error).__name__, error
+        )
         log.debug("the reason", exc_info=True)
         return False
     return True

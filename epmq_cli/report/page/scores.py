@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,10 @@ def _described(rows: list[Row]) -> str:
 def _dots(rows: list[Row], width: int) -> Figure:
     """One line a task: marks for the stages, a bar from the merge to the result, columns of numbers at the right."""
     left = svg.gutter([row.name for row in rows], width)
-    columns = [(60.0, "result", lambda row: row.value(numbers.RESULT)), (76.0, "gap closed", lambda row: row.closed)]
+    columns: list[tuple[float, str, Callable[[Row], str]]] = [
+        (60.0, "result", lambda row: row.value(numbers.RESULT)),
+        (76.0, "gap closed", lambda row: row.closed),
+    ]
     if width < svg.WIDE:
         columns = columns[:1]
     right = sum(column[0] for column in columns)

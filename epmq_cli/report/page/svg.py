@@ -35,7 +35,7 @@ COLOURS = {
 """Unique placeholder of each colour; in the SVG, the CSS variable of the same name takes its place."""
 VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 INK, MUTED, LINE, ACCENT, PAPER, SOFT = (COLOURS[name] for name in ("ink", "muted", "line", "accent", "paper", "soft"))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "epmq",
     "text.parse_math": False,
@@ -112,7 +112,7 @@ def _drawn(draw: Draw, width: int) -> str:
         matplotlib.rcdefaults()  # a user's matplotlibrc changes nothing
         matplotlib.rcParams.update(STYLE)
         made, file = draw(width), io.StringIO()
-        FigureCanvasSVG(made).print_svg(file, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(made).print_svg(file, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     return file.getvalue()
 
 
