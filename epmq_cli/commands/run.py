@@ -91,7 +91,6 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     from epmq_cli.pipeline.job import make_job
     from epmq_cli.pipeline.progress import close, refuse_results
     from epmq_cli.report import metrics_json, table
-    from epmq_cli.report.page.page import write_report
 
     refuse_results(folder)
     instantiate.check_complete(cfg, "run")
@@ -114,6 +113,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
     metrics_json.write_json(folder / METRICS, content)
     close(folder)
+    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
+
     write_report(folder, content)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)

@@ -60,7 +60,7 @@ def test_the_table_as_json(comparison: Comparison) -> None:
     assert first["numbers"]["average"] == pytest.approx(70)
 
 
-@pytest.mark.parametrize(("width", "tasks"), [(120, True), (60, False)])
+@pytest.mark.parametrize(("width", "tasks"), [(120, True), (70, False)])
 def test_the_table_of_the_terminal_leaves_out_tasks_that_do_not_fit(
     width: int, tasks: bool, comparison: Comparison
 ) -> None:
