@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "score a checkpoint on the tasks of its suite",
     "verify": "check the files, tensors and scores of a checkpoint",
     "inspect": "show what models, adapters and checkpoints hold and what a run would refuse",
+    "report": "compare runs in a table and on a page",
     "list": "show the options of each config group",
 }
 
@@ -53,6 +54,7 @@ examples
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq inspect EXPERT EXPERT --base BASE             compare experts before a run
+  epmq report runs/NAME                              compare the runs of a sweep
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --quiet ...                           print warnings and errors only
@@ -108,7 +110,7 @@ def start(command: str, arguments: list[str]) -> None:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
     arguments = take_progress(arguments)
-    if command in ("inspect", "list", "verify"):  # no Hydra commands
+    if command in ("inspect", "list", "report", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):

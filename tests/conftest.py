@@ -56,6 +56,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 def pytest_collection_finish() -> None:
     """Excludes the objects that imports created from all later garbage collections, which become rarer."""
+    import matplotlib.backends.backend_svg  # noqa: F401  forked runs, which draw a report, need not import it
+
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

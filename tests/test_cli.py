@@ -200,7 +200,8 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert result.returncode == 1
     assert (
         result.stderr
-        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, list. Did you mean run?\n"
+        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, report, list. "
+        "Did you mean run?\n"
     )
 
 
@@ -259,7 +260,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "list"]),
+        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "list"]),
         slow(("epmq e", ["eval"])),
         slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),

@@ -67,7 +67,7 @@ def _done(folder: Path, cfg: DictConfig) -> bool:
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
-    """Runs or resumes the job of a config. Writes `checkpoint/` and `metrics.json` into the folder."""
+    """Runs or resumes the job of a config. Writes `checkpoint/`, `metrics.json` and `report.html` into the folder."""
     quiet_libraries()
     memory.keep_freed()
     from torch import OutOfMemoryError
@@ -110,8 +110,12 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
-    metrics_json.write_json(folder / METRICS, metrics_json.metrics("run", overrides, resolved, job.device, measured))
+    content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
+    metrics_json.write_json(folder / METRICS, content)
     close(folder)
+    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
+
+    write_report(folder, content)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.runtime.console import console, log
+from epmq_cli.store.run_lock import REPORT
 
 
 def counted(number: int, noun: str) -> str:
@@ -70,6 +71,8 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
         _line(f"memory      ran out: the micro-batch was halved in {' and in '.join(halved)}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
+    if (folder / REPORT).is_file():
+        _line(f"report      {near(folder / REPORT)}")
 
 
 def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:

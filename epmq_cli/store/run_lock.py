@@ -17,7 +17,9 @@ FOLDER = ".resume"
 """In a run folder until the run is complete: the lock, and the progress so far."""
 LOCK = "lock"
 RESULTS = ("checkpoint", "metrics.json")
-LEFT = (*(PARTIAL.format(name) for name in RESULTS), ".activations-*", ".student-*")
+REPORT = "report.html"
+"""The page of a run, in its folder."""
+LEFT = (*(PARTIAL.format(name) for name in (*RESULTS, REPORT)), ".activations-*", ".student-*")
 """The temporary files that a killed process can leave in the run folder."""
 
 

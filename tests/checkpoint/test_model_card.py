@@ -57,5 +57,5 @@ def test_a_task_called_script_is_run_packed_and_verified(clip_hub: Path, tmp_pat
     verify(tmp_path / "checkpoint", True, "cpu", None)
     text = (tmp_path / "checkpoint" / "README.md").read_text()
     assert "(&lt;script&gt;)" in text
-    assert "<script>" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "metrics.json"}
+    assert "<script>" not in text + (tmp_path / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "metrics.json", "report.html"}

@@ -28,7 +28,7 @@ def test_a_run_leaves_a_checkpoint_and_metrics_that_fit_the_schema(
         "README.md",
         "tokenizer.json",
     } <= files
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint", "metrics.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint", "metrics.json", "report.html"}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema())
     jsonschema.validate(metrics, schema())

@@ -33,7 +33,7 @@ def test_the_same_command_continues_in_the_unfinished_folder(bert_hub: Path, tmp
     assert status == 0
     assert f"{left.relative_to(tmp_path)} was interrupted; the run continues after the last finished block" in said
     assert folders(tmp_path) == [left]
-    assert {path.name for path in left.iterdir()} == {".hydra", "checkpoint", "metrics.json", "run.log"}
+    assert {path.name for path in left.iterdir()} == {".hydra", "checkpoint", "metrics.json", "report.html", "run.log"}
     metrics = json.loads((left / "metrics.json").read_text())
     assert metrics["resumed"] == 2
     assert not [override for override in metrics["overrides"] if override.startswith("out=")]
@@ -108,7 +108,7 @@ def test_blocks_of_another_run_are_never_used(change: str, bert_hub: Path, tmp_p
     assert attempt(run, hub, *options) == 0
     assert attempt(tmp_path / "whole", hub, *options) == 0
     assert files(run) == files(tmp_path / "whole")
-    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json", "report.html"}
     assert json.loads((run / "metrics.json").read_text())["resumed"] == 1
 
 

@@ -80,7 +80,7 @@ def test_killed_before_every_stage(bert_hub: Path, tmp_path: Path) -> None:
         check_killed(run, whole)
     assert attempt(run, bert_hub, *FEATURE) == 0
     check_end(run, whole)
-    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.json", "report.html"}
     assert json.loads((run / "metrics.json").read_text())["resumed"] == STAGES - 1  # none before the first
 
 

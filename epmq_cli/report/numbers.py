@@ -1,0 +1,80 @@
+"""The numbers of one metrics.json that tables and pages show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from epmq_cli.evaluate.metrics import PERPLEXITY
+
+RESULT, MERGED, EXPERTS, BASE = "quantized", "merged", "experts", "base"
+STAGES = (BASE, MERGED, RESULT, EXPERTS)
+"""The stages in the order in which readers compare them."""
+LOWER_IS_BETTER = (PERPLEXITY, "wer")
+NOT_SHARES = (PERPLEXITY,)
+"""Metrics that are not shown in %."""
+
+
+def shown(score: float | None, metric: str) -> str:
+    """A score as text: in % with one decimal, perplexities unscaled; empty without a score."""
+    if score is None:
+        return ""
+    return f"{score:.2f}" if metric in NOT_SHARES else f"{100 * score:.1f}"
+
+
+def closed_gap(scores: Mapping[str, float], metric: str) -> float | None:
+    """The share of the gap between the dense merge and the experts that the result closes; of perplexities, on a
+    logarithmic scale. None if a score is missing or the experts are not better than the merge."""
+    if not {MERGED, EXPERTS, RESULT} <= scores.keys():
+        return None
+    merged, experts, result = (_rising(scores[stage], metric) for stage in (MERGED, EXPERTS, RESULT))
+    return (result - merged) / (experts - merged) if experts > merged else None
+
+
+def _rising(score: float, metric: str) -> float:
+    """The score on a scale on which larger is better."""
+    if metric == PERPLEXITY:
+        return -math.log(score)
+    return -score if metric in LOWER_IS_BETTER else score
+
+
+def metric_of_average(content: Mapping[str, Any]) -> str:
+    """The metric that the averages are shown in; empty without scores."""
+    return next(iter(scores_of(content)["metrics"].values()), "")
+
+
+def scores_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores; those of `epmq merge` and of `eval.stages=[]` are empty."""
+    empty: dict[str, Any] = {"metrics": {}, "tasks": {}, "average": {}}
+    return content.get("scores") or empty
+
+
+def megabytes(content: Mapping[str, Any], part: str = "model_packed") -> float | None:
+    """The size of the stored or dense (`model_dense`) weights in MB (1e6 bytes)."""
+    count = content.get("bytes", {}).get(part)
+    return None if count is None else count / 1e6
+
+
+def seconds(content: Mapping[str, Any]) -> float:
+    """The wall time of all stages."""
+    return float(sum(stage["seconds"] for stage in content["stages"].values()))
+
+
+def duration(time: float) -> str:
+    """A time as text: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if time < 9.95:
+        return f"{time:.1f} s"
+    whole = round(time)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes as text, in MB or GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count < 1e7 else f"{count / 1e6:.0f} MB"

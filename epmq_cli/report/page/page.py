@@ -1,0 +1,76 @@
+"""The page of a run, made from the content of its metrics.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from epmq_cli.report.page import config, layers, refinement, resources, scores, summary
+from epmq_cli.runtime.console import log, plain
+from epmq_cli.store.atomic import write_text
+from epmq_cli.store.run_lock import REPORT
+
+Section = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+"""From the content of metrics.json, the values of the section's template; None leaves the section out."""
+
+SECTIONS: dict[str, Section] = {
+    "scores": scores.section,
+    "losses": layers.section,
+    "bits": layers.bits_section,
+    "refinement": refinement.section,
+    "resources": resources.section,
+    "config": config.section,
+    "reproduce": config.reproduce,
+}
+"""The sections of a run's page in their order, by template. A new section is a function, a template and an entry."""
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def run_page(content: Mapping[str, Any]) -> str:
+    """One self-contained HTML file; it needs neither scripts nor a network."""
+    return assembled(plain(summary.title(content)), plain(summary.sentence(content)), SECTIONS, content)
+
+
+def assembled(title: str, sentence: str, sections: Mapping[str, Callable[[Any], Any]], content: Any) -> str:
+    """The page with those of the sections that have something to show."""
+    values = {name: section(content) for name, section in sections.items()}
+    bodies = [
+        Markup(templates().get_template(f"{name}.html").render(**value))
+        for name, value in values.items()
+        if value is not None
+    ]
+    return templates().get_template("page.html").render(title=title, sentence=sentence, sections=bodies) + "\n"
+
+
+@cache
+def templates() -> Environment:
+    """The templates; they escape every value that is not markup."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = plain
+    return environment
+
+
+def write_report(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Writes report.html into a run folder; returns whether it could. A failure is a warning, because the results are
+    complete without it."""
+    try:
+        write_text(folder / REPORT, run_page(content))
+    except Exception as error:  # whatever a drawing library raises, the run is complete
+        log.warning(
+            "%s was not written (%s: %s); epmq report --pages makes it again", REPORT, type(error).__name__, error
+        )
+        log.debug("the reason", exc_info=True)
+        return False
+    return True
