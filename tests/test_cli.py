@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -16,9 +17,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import __version__, cli, commands
-from epmq_cli.commands.describe import facts
+from epmq_cli.commands import list as command_list
 from epmq_cli.commands.describe import page as page_of
-from epmq_cli.commands.list import HEADINGS
+from epmq_cli.config.files import head_of
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.post import POSTS
@@ -26,6 +27,7 @@ from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
 
+README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
@@ -82,33 +84,56 @@ def test_every_config_opens_with_its_command_and_description(path: Path) -> None
     assert len(lines[1]) > 15
 
 
-def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
+def test_list_shows_every_option_with_one_line_under_headings(epmq: Run) -> None:
+    """Oracle: the files in conf/, and the table of merge methods in the README."""
     result = epmq("list")
     assert result.returncode == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        f"{path.parent.name}={path.name}" for path in GROUPS
-    ]
-    assert all(len(line.split()) > 3 for line in result.stdout.splitlines())
-    merges = [line.split() for line in result.stdout.splitlines() if line.startswith("merge=")]
+    lines = result.stdout.splitlines()
+    shown = [line for line in lines if "=" in line.split("  ")[0] and not line.startswith("epmq")]
+    assert sorted(line.split()[0] for line in shown) == [f"{path.parent.name}={path.name}" for path in GROUPS]
+    assert all(len(line.split()) > 3 and "http" not in line for line in shown)
+    assert [line.split(":")[0] for line in lines if re.match(r"\w+: ", line)] == list(command_list.GROUPS)
     gallery = epmq("list", "merge").stdout.splitlines()
-    assert sorted(line.split() for line in gallery if line.startswith("merge=")) == merges
-    others = [line for line in gallery if not line.startswith("merge=")]
-    assert others[:-4] == [line for need in HEADINGS for line in ("", f"needs {need}")]
-    assert [line.split()[0] for line in others[-2:]] == ["merge.post", "merge.space"]
+    kinds: dict[str, list[str]] = {}
+    for line in gallery[2 : gallery.index("parameters of most methods, as their pages show") - 1]:
+        if line.startswith("  "):
+            kinds[line.strip()] = []
+        else:
+            assert line in lines
+            kinds[next(reversed(kinds))].append(line.split()[0].removeprefix("merge="))
+    table = README.split("**merge** reads")[1].split("Numbers may differ")[0]
+    for row in re.findall(r"^\| ([a-z, ]+) \| (.*) \|$", table, re.M):
+        own = [name for name in re.findall(r"`(\w+)`", row[1]) if (conf_dir() / f"merge/{name}.yaml").is_file()]
+        with_gradients = kinds.get(f"{row[0]} and gradients", [])
+        assert sorted([*kinds[row[0]], *with_gradients]) == sorted(own)
+    assert [line.split()[0] for line in gallery if line.startswith("merge.")] == ["merge.post", "merge.space"]
+
+
+def test_a_terminal_gets_lines_no_wider_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_list.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert command_list._lines({"a=b": "short", "a=c": "x" * 80}) == ["a=b  short", f"a=c  {'x' * 34}…"]
+
+
+def test_the_list_imports_no_slow_library() -> None:
+    """Each of them takes a tenth of a second or more."""
+    code = "import sys; from epmq_cli.commands.list import main; main([]); "
+    code += "sys.exit(bool({'rich', 'yaml', 'omegaconf', 'hydra', 'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 NEEDS = {
-    frozenset(): HEADINGS[0],
-    frozenset({"batches"}): HEADINGS[1],
-    frozenset({"batches", "gradients"}): HEADINGS[2],
+    frozenset(): "nothing but the models",
+    frozenset({"batches"}): "calibration samples",
+    frozenset({"batches", "gradients"}): "calibration samples and gradients",
 }
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "merge").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_merge_method_states_its_facts(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    stated = facts(lines)
-    assert {"formula", "needs", "memory"} <= {*stated}
+    stated = head_of(lines).facts
+    assert {"kind", "formula", "needs", "memory"} <= {*stated}
     assert stated["needs"] == NEEDS[get_class(str(OmegaConf.load(path)._target_)).needs]
     assert re.search(r"\((19|20)\d\d, https://", lines[1]) or path.stem in ("given", "mergekit", "none")
 
@@ -118,7 +143,9 @@ def test_the_page_of_an_option_has_its_facts_its_parameters_and_its_command(epmq
     assert "\nformula   θ₀ + scale Σ of those dropped" in shown
     assert "\n  density  0.5      a number in (0, 1], per tensor and expert\n" in shown
     assert shown.endswith("\nexample   epmq run merge=dare_ties\n")
-    assert "damping     0.001" in epmq("list", "quant=gptq").stdout
+    gptq = epmq("list", "quant=gptq").stdout
+    assert "\nsource    https://arxiv.org/abs/2210.17323\n" in gptq
+    assert re.search(r"\n  damping +0.001 +a number in \(0, 1\]\n +added to the Hessian", gptq)
     wrong = epmq("list", "merge=dare_tise")
     assert (wrong.returncode, wrong.stderr) == (
         1,
@@ -166,7 +193,7 @@ def test_list_shows_the_post_processors_of_merges(epmq: Run) -> None:
 def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
-    assert f"{'suite=birds':<32} Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
+    assert re.search(r"\nsuite=birds +Birds\n", epmq("list", "suite", "--config-dir", "mine").stdout)
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
     assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite" in wrong.stderr

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from epmq_cli.commands.list import options
-from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.config.files import conf_dir, options
 
 WIDTH = 120
 EXAMPLES = {

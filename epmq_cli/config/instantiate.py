@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli.config.field_types import check_type, check_types, required
+from epmq_cli.config.files import conf_dir as conf_dir
 from epmq_cli.config.validate import check_keys, check_range
 from epmq_cli.errors import ConfigError, TokenError, first_line, literal, placed
 from epmq_cli.runtime import distributed
@@ -39,13 +39,6 @@ MOVED = {
     "epmq_cli.config.Harness": "epmq_cli.config.schema.Harness",
 }
 """Old names of classes. Users' configs and the records of checkpoints may still use them."""
-
-
-def conf_dir() -> Path:
-    """The folder of the shipped configs: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 @cache
