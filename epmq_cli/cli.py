@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "merge into a dense model",
     "eval": "score a checkpoint on the tasks of its suite",
     "verify": "check the files, tensors and scores of a checkpoint",
+    "push": "upload a checkpoint to the hub",
     "list": "show the options of each config group",
 }
 
@@ -29,6 +30,7 @@ INTERRUPTED = {
     "merge": "interrupted; no checkpoint was written",
     "eval": "interrupted; no scores were written",
     "verify": "interrupted; not all of the checkpoint was checked",
+    "push": "interrupted; nothing was committed to the repository",
 }
 """The message of a command that a signal ends."""
 
@@ -48,6 +50,7 @@ examples
   epmq run -m merge=ties,task_arithmetic bits=3,4    a sweep
   epmq eval runs/NAME/checkpoint                     score a checkpoint again
   epmq verify runs/NAME/checkpoint                   check its files and tensors
+  epmq push runs/NAME/checkpoint owner/name          upload it, privately
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --debug ...                           print tracebacks
@@ -100,7 +103,7 @@ def start(command: str, arguments: list[str]) -> None:
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
-    if command in ("list", "verify"):  # no Hydra commands
+    if command in ("list", "verify", "push"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):
