@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import __version__, cli, commands
@@ -31,7 +31,8 @@ README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
-OTHERS = [path for path in GROUPS if path not in EXPERIMENTS]
+TRACKERS = [path for path in GROUPS if path.parent.name == "tracking"]
+OTHERS = [path for path in GROUPS if path not in (*EXPERIMENTS, *TRACKERS)]
 REPEATED = ("_b16_", "_l14_", "_tall14", "_tall20")
 BUILT = [slow(path) if any(part in path.name for part in REPEATED) else path for path in OTHERS]
 """Suites of 14 or 20 tasks, or for ViT-B/16 or ViT-L/14, are slow: they equal the others but for tasks and models."""
@@ -71,6 +72,16 @@ def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
     build_quantizer(cfg.quant)
     assert (other.suite.name, other.bits) == ("tiny", 3)
     assert cfg.suite.name != "tiny"
+
+
+@pytest.mark.parametrize("option", TRACKERS, ids=str)
+def test_every_tracker_composes_into_hydras_callbacks(option: Path) -> None:
+    """And is not a part of the config, on which results depend."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"tracking={option.name}", "out=x"], return_hydra_config=True)
+    made = [instantiate(node) for node in cfg.hydra.callbacks.values()]
+    assert [tracker.package for tracker in made] == ([] if option.name == "none" else [option.name])
+    assert "tracking" not in cfg
 
 
 TASKS = sorted((conf_dir() / "suite").glob("*/*.yaml"))
@@ -196,7 +207,9 @@ def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, 
     assert re.search(r"\nsuite=birds +Birds\n", epmq("list", "suite", "--config-dir", "mine").stdout)
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
-    assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite" in wrong.stderr
+    assert (
+        "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite, tracking" in wrong.stderr
+    )
     assert epmq("list", "--config-dir", "gone").returncode == 1
 
 

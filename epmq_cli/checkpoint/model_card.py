@@ -28,7 +28,17 @@ NAME = "README.md"
 STAGE = "quantized"
 """The stage of the scores whose model is the checkpoint."""
 PERPLEXITY = "perplexity"
-ELSEWHERE = ("out", "device", "cache", "resume", "data_root", "eval.batch_size", "calib.memory", "calib.student")
+ELSEWHERE = (
+    "out",
+    "device",
+    "cache",
+    "resume",
+    "data_root",
+    "eval.batch_size",
+    "calib.memory",
+    "calib.student",
+    "tracking",
+)
 """Options that change where and how a run computes, and not its result."""
 SPECIAL = re.compile(r"[\\`*\[\]#~|]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
 CARD = Template("""
@@ -106,7 +116,8 @@ class ModelCard:
         return _weights(self.formats, self.bits) + stored
 
     def _command(self) -> str:
-        told = [text for text in self.overrides if text.lstrip("+~").partition("=")[0] not in ELSEWHERE]
+        names = [(text.lstrip("+~").partition("=")[0], text) for text in self.overrides]
+        told = [text for name, text in names if name not in ELSEWHERE and not name.startswith("hydra")]
         return " ".join(["epmq run", *(shlex.quote(" ".join(text.split())) for text in told)])
 
 

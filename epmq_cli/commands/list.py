@@ -25,6 +25,7 @@ GROUPS = {
     "quant": "how weights are rounded",
     "pack": "the format of the checkpoint",
     "eval": "what is scored",
+    "tracking": "where runs are recorded beside their folder",
     "experiment": "published results, each with its suite and methods",
 }
 """The config groups in their order, with what they are."""

@@ -49,7 +49,9 @@ def main(cfg: DictConfig) -> None:
     """Runs one job, or one job of a sweep, in the run folder that Hydra created."""
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices.items()
-    choices = {group: str(name) for group, name in chosen if "/" not in group and name is not None}
+    choices = {
+        group: str(name) for group, name in chosen if "/" not in group and name is not None and group != "tracking"
+    }
     folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
     if distributed.is_main():

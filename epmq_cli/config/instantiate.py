@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables that hold a Hugging Face token."""
+ELSEWHERE = ("experiment", "tracking")
+"""Groups that set other parts of the config."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 """A value that refers to another option, such as ${bits}."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
@@ -50,9 +52,10 @@ def groups_of(command: str) -> list[str]:
 
 @cache
 def options_of(command: str) -> list[str]:
-    """The keys of a command's config: values, and groups except `experiment`, which sets other groups."""
+    """The keys of a command's config: values, and groups except `experiment`, which sets other groups, and `tracking`,
+    which sets Hydra's callbacks."""
     values = [str(name) for name in OmegaConf.load(conf_dir() / f"{command}.yaml") if name not in ("defaults", "hydra")]
-    return [name for name in dict.fromkeys([*groups_of(command), *values]) if name != "experiment"]
+    return [name for name in dict.fromkeys([*groups_of(command), *values]) if name not in ELSEWHERE]
 
 
 def check_complete(cfg: DictConfig, command: str) -> None:
