@@ -64,7 +64,7 @@ def show(command: str) -> None:
         "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
     )
     for group, default in chosen.items():
-        if group != "suite" and default != "null":
+        if group not in ("suite", "tracking") and default != "null":
             pages.append(
                 f"\n{group}={default}: override with {group}.key=value\n"
                 + _body(conf_dir() / group / f"{default}.yaml")
