@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -121,7 +122,7 @@ def test_list_shows_every_option_with_one_line_under_headings(epmq: Run) -> None
 
 
 def test_a_terminal_gets_lines_no_wider_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_list.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert command_list._lines({"a=b": "short", "a=c": "x" * 80}) == ["a=b  short", f"a=c  {'x' * 34}…"]
 

@@ -1,15 +1,14 @@
 """`epmq list [GROUP | GROUP=OPTION]`: the options of each config group, one for each YAML in conf/, and the
 post-processors of merges as those of `merge.post`.
 
-It prints plain lines without rich, and imports no YAML library, so that the list appears at once.
+It prints plain lines without rich, imports no YAML library and other modules only where it uses them, so that the list
+appears at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +55,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
     names: Collection[str] = _posts() if group == POST else groups.get(group, {})
     if option and option not in names:
+        import difflib
+
         near = difflib.get_close_matches(option, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; see epmq list {group}"
         sys.exit(f"epmq: {group} has no option {option!r}{hint}")
@@ -122,5 +123,9 @@ def _lines(texts: dict[str, str], width: int = 0) -> list[str]:
     """A line for each name, on a terminal no wider than that. `width`: of the longest option of the group."""
     width = max(width and width + next(iter(texts)).index("=") + 1, *map(len, texts))
     lines = [f"{name:<{width}}  {text}".rstrip() for name, text in texts.items()]
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else max(map(len, lines))
+    if not sys.stdout.isatty():
+        return lines
+    import shutil
+
+    columns = shutil.get_terminal_size().columns
     return [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in lines]

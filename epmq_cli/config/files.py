@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from epmq_cli.errors import ConfigError
 
@@ -40,8 +40,7 @@ def read_lines(path: Path) -> list[str]:
         raise ConfigError(f"a config file cannot be read: {path} ({error.strerror}); repair or remove it") from error
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The comments that a config file opens with: its command line, then its text, in lines, and its facts."""
 
     command: str

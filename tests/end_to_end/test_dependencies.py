@@ -37,7 +37,10 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
-    known, swapped_weights = declared("tables", "hub", "lm_eval", "mlflow", "trackio", "wandb"), packages_distributions()
+    known, swapped_weights = (
+        declared("tables", "hub", "lm_eval", "mlflow", "trackio", "wandb"),
+        packages_distributions(),
+    )
     undeclared = {}
     for path in sorted((ROOT / "epmq_cli").rglob("*.py")):
         for module in {*imports(path)} - {*sys.stdlib_module_names, "epmq_cli"}:
