@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "check the files, tensors and scores of a checkpoint",
     "inspect": "show what models, adapters and checkpoints hold and what a run would refuse",
     "report": "compare runs in a table and on a page",
+    "push": "upload a checkpoint to the hub",
     "list": "show the options of each config group",
 }
 
@@ -31,6 +32,7 @@ INTERRUPTED = {
     "merge": "interrupted; no checkpoint was written",
     "eval": "interrupted; no scores were written",
     "verify": "interrupted; not all of the checkpoint was checked",
+    "push": "interrupted; nothing was committed to the repository",
 }
 """The message of a command that a signal ends."""
 
@@ -55,6 +57,7 @@ examples
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq inspect EXPERT EXPERT --base BASE             compare experts before a run
   epmq report runs/NAME                              compare the runs of a sweep
+  epmq push runs/NAME/checkpoint owner/name          upload it, privately
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
   epmq COMMAND --quiet ...                           print warnings and errors only
@@ -110,7 +113,7 @@ def start(command: str, arguments: list[str]) -> None:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
     arguments = take_progress(arguments)
-    if command in ("inspect", "list", "report", "verify"):  # no Hydra commands
+    if command in ("inspect", "list", "push", "report", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -12,13 +14,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli import __version__, cli, commands
-from epmq_cli.commands.describe import facts
+from epmq_cli.commands import list as command_list
 from epmq_cli.commands.describe import page as page_of
-from epmq_cli.commands.list import HEADINGS
+from epmq_cli.config.files import head_of
 from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.post import POSTS
@@ -26,10 +28,12 @@ from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
 
+README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
-OTHERS = [path for path in GROUPS if path not in EXPERIMENTS]
+TRACKERS = [path for path in GROUPS if path.parent.name == "tracking"]
+OTHERS = [path for path in GROUPS if path not in (*EXPERIMENTS, *TRACKERS)]
 REPEATED = ("_b16_", "_l14_", "_tall14", "_tall20")
 BUILT = [slow(path) if any(part in path.name for part in REPEATED) else path for path in OTHERS]
 """Suites of 14 or 20 tasks, or for ViT-B/16 or ViT-L/14, are slow: they equal the others but for tasks and models."""
@@ -71,6 +75,16 @@ def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
     assert cfg.suite.name != "tiny"
 
 
+@pytest.mark.parametrize("option", TRACKERS, ids=str)
+def test_every_tracker_composes_into_hydras_callbacks(option: Path) -> None:
+    """And is not a part of the config, on which results depend."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"tracking={option.name}", "out=x"], return_hydra_config=True)
+    made = [instantiate(node) for node in cfg.hydra.callbacks.values()]
+    assert [tracker.package for tracker in made] == ([] if option.name == "none" else [option.name])
+    assert "tracking" not in cfg
+
+
 TASKS = sorted((conf_dir() / "suite").glob("*/*.yaml"))
 
 
@@ -82,33 +96,56 @@ def test_every_config_opens_with_its_command_and_description(path: Path) -> None
     assert len(lines[1]) > 15
 
 
-def test_list_shows_every_option_with_its_summary(epmq: Run) -> None:
+def test_list_shows_every_option_with_one_line_under_headings(epmq: Run) -> None:
+    """Oracle: the files in conf/, and the table of merge methods in the README."""
     result = epmq("list")
     assert result.returncode == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        f"{path.parent.name}={path.name}" for path in GROUPS
-    ]
-    assert all(len(line.split()) > 3 for line in result.stdout.splitlines())
-    merges = [line.split() for line in result.stdout.splitlines() if line.startswith("merge=")]
+    lines = result.stdout.splitlines()
+    shown = [line for line in lines if "=" in line.split("  ")[0] and not line.startswith("epmq")]
+    assert sorted(line.split()[0] for line in shown) == [f"{path.parent.name}={path.name}" for path in GROUPS]
+    assert all(len(line.split()) > 3 and "http" not in line for line in shown)
+    assert [line.split(":")[0] for line in lines if re.match(r"\w+: ", line)] == list(command_list.GROUPS)
     gallery = epmq("list", "merge").stdout.splitlines()
-    assert sorted(line.split() for line in gallery if line.startswith("merge=")) == merges
-    others = [line for line in gallery if not line.startswith("merge=")]
-    assert others[:-4] == [line for need in HEADINGS for line in ("", f"needs {need}")]
-    assert [line.split()[0] for line in others[-2:]] == ["merge.post", "merge.space"]
+    kinds: dict[str, list[str]] = {}
+    for line in gallery[2 : gallery.index("parameters of most methods, as their pages show") - 1]:
+        if line.startswith("  "):
+            kinds[line.strip()] = []
+        else:
+            assert line in lines
+            kinds[next(reversed(kinds))].append(line.split()[0].removeprefix("merge="))
+    table = README.split("**merge** reads")[1].split("Numbers may differ")[0]
+    for row in re.findall(r"^\| ([a-z, ]+) \| (.*) \|$", table, re.M):
+        own = [name for name in re.findall(r"`(\w+)`", row[1]) if (conf_dir() / f"merge/{name}.yaml").is_file()]
+        with_gradients = kinds.get(f"{row[0]} and gradients", [])
+        assert sorted([*kinds[row[0]], *with_gradients]) == sorted(own)
+    assert [line.split()[0] for line in gallery if line.startswith("merge.")] == ["merge.post", "merge.space"]
+
+
+def test_a_terminal_gets_lines_no_wider_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert command_list._lines({"a=b": "short", "a=c": "x" * 80}) == ["a=b  short", f"a=c  {'x' * 34}…"]
+
+
+def test_the_list_imports_no_slow_library() -> None:
+    """Each of them takes a tenth of a second or more."""
+    code = "import sys; from epmq_cli.commands.list import main; main([]); "
+    code += "sys.exit(bool({'rich', 'yaml', 'omegaconf', 'hydra', 'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 NEEDS = {
-    frozenset(): HEADINGS[0],
-    frozenset({"batches"}): HEADINGS[1],
-    frozenset({"batches", "gradients"}): HEADINGS[2],
+    frozenset(): "nothing but the models",
+    frozenset({"batches"}): "calibration samples",
+    frozenset({"batches", "gradients"}): "calibration samples and gradients",
 }
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "merge").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_merge_method_states_its_facts(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    stated = facts(lines)
-    assert {"formula", "needs", "memory"} <= {*stated}
+    stated = head_of(lines).facts
+    assert {"kind", "formula", "needs", "memory"} <= {*stated}
     assert stated["needs"] == NEEDS[get_class(str(OmegaConf.load(path)._target_)).needs]
     assert re.search(r"\((19|20)\d\d, https://", lines[1]) or path.stem in ("given", "mergekit", "none")
 
@@ -118,7 +155,9 @@ def test_the_page_of_an_option_has_its_facts_its_parameters_and_its_command(epmq
     assert "\nformula   θ₀ + scale Σ of those dropped" in shown
     assert "\n  density  0.5      a number in (0, 1], per tensor and expert\n" in shown
     assert shown.endswith("\nexample   epmq run merge=dare_ties\n")
-    assert "damping     0.001" in epmq("list", "quant=gptq").stdout
+    gptq = epmq("list", "quant=gptq").stdout
+    assert "\nsource    https://arxiv.org/abs/2210.17323\n" in gptq
+    assert re.search(r"\n  damping +0.001 +a number in \(0, 1\]\n +added to the Hessian", gptq)
     wrong = epmq("list", "merge=dare_tise")
     assert (wrong.returncode, wrong.stderr) == (
         1,
@@ -166,10 +205,12 @@ def test_list_shows_the_post_processors_of_merges(epmq: Run) -> None:
 def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "suite").mkdir(parents=True)
     (tmp_path / "mine" / "suite" / "birds.yaml").write_text("# epmq run --config-dir mine suite=birds\n# Birds.\n")
-    assert f"{'suite=birds':<32} Birds.\n" in epmq("list", "suite", "--config-dir", "mine").stdout
+    assert re.search(r"\nsuite=birds +Birds\n", epmq("list", "suite", "--config-dir", "mine").stdout)
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
-    assert "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite" in wrong.stderr
+    assert (
+        "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite, tracking" in wrong.stderr
+    )
     assert epmq("list", "--config-dir", "gone").returncode == 1
 
 
@@ -200,7 +241,7 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert result.returncode == 1
     assert (
         result.stderr
-        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, report, list. "
+        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, report, push, list. "
         "Did you mean run?\n"
     )
 
@@ -260,7 +301,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "list"]),
+        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "push", "list"]),
         slow(("epmq e", ["eval"])),
         slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),

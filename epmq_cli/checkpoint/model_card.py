@@ -1,75 +1,176 @@
-"""The model card of a checkpoint."""
+"""The model card of a checkpoint: metadata for the hub, what was merged and how, scores, and code that loads it."""
 
 from __future__ import annotations
 
 import html
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from string import Template
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli import __version__
+from epmq_cli.checkpoint.card_metadata import front_matter, metadata, model_index
 from epmq_cli.checkpoint.exporter import Exporter
+from epmq_cli.checkpoint.loading_code import head_code, other_engines, transformers_code
 from epmq_cli.data.suite import Suite
+from epmq_cli.families.family import Family
 from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.store.manifest import replace_file
 
-SPECIAL = re.compile(r"[\\`*\[\]#~]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
-CARD = Template("""---
-library_name: transformers
-tags: [$tags]
----
+if TYPE_CHECKING:
+    from pathlib import Path
 
+    from torch import nn
+
+NAME = "README.md"
+STAGE = "quantized"
+"""The stage of the scores whose model is the checkpoint."""
+PERPLEXITY = "perplexity"
+ELSEWHERE = (
+    "out",
+    "device",
+    "cache",
+    "resume",
+    "data_root",
+    "eval.batch_size",
+    "calib.memory",
+    "calib.student",
+    "tracking",
+)
+"""Options that change where and how a run computes, and not its result."""
+SPECIAL = re.compile(r"[\\`*\[\]#~|]|(?<![^\W_])_|_(?![^\W_])")  # inside words an underscore means nothing
+CARD = Template("""
 # $name: one model of $count experts
 
-Made by epmq $version: merged with $merge, calibrated with $guidance, quantized with $quantizer.
+Made by epmq $version: merged with $merge, calibrated with $guidance$refined, quantized with $quantizer.
 
 - base: $base
 - experts: $experts
 - weights of the transformer blocks' linears: $weights
+$scores
+## Load
 
-```python
-from transformers import $architecture$requires
+$code
+$processors
+## Made with
 
-model = $architecture.from_pretrained("path/of/this/folder")
-```
+$command
 
-The heads of the tasks (class embeddings or classifiers), if they have any, are in `heads/heads.safetensors`, as
-`<task>.weight`, `<task>.bias` and so on.
-$processors`epmq eval path/of/this/folder` scores the model on every task; \
-`epmq.json` holds the settings of the run.
+`epmq eval path/of/this/folder` scores the model on every task again; `epmq verify path/of/this/folder` checks its \
+files. `epmq.json` holds the settings of the run, and the names of the classes in the order of the logits.
 """)
 
 
-def model_card(
-    suite: Suite,
-    choices: Sequence[str],
-    formats: Sequence[NumberFormat],
-    bits: float | None,
-    exporter: Exporter,
-    architecture: str,
-    processors: Mapping[str, str] | None = None,
-) -> str:
-    """The text of README.md.
+@dataclass(frozen=True)
+class ModelCard:
+    """What a card says of a checkpoint.
 
-    `choices`: the names of merge, guidance and quantizer. `formats`: the number formats that a linear can have. `bits`:
-    the average width, None if nothing is quantized. `architecture`: the model's class in transformers. `processors`:
-    the folder, in the checkpoint, of each tokenizer or image processor that belongs to one task.
+    `choices`: the names of merge, guidance, quantizer and refinement by group. `formats`: the number formats that a
+    linear can have. `bits`: the average width, None if nothing is quantized. `loading`: see `loading_code`. `license`:
+    the base's, if it names one. `processors`: the folder, in the checkpoint, of each tokenizer or image processor that
+    belongs to one task. `overrides`: of the command line.
     """
-    merge, guidance, quantizer = choices
-    return CARD.substitute(
-        name=_plain(suite.name),
-        count=len(suite.members),
-        architecture=architecture,
-        version=__version__,
-        merge=_code(merge),
-        guidance=_code(guidance),
-        quantizer=_code(quantizer),
-        base=_code(suite.base),
-        experts=_experts(suite),
-        weights=_weights(formats, bits) + (", stored dequantized" if formats and not exporter.packs else ""),
-        tags=", ".join(["merge", "epmq", *exporter.tags]),
-        requires=f"  # needs: pip install {' '.join(exporter.requires)}" if exporter.requires else "",
-        processors=_processors(processors or {}),
-    )
+
+    suite: Suite
+    pipeline: str | None
+    choices: Mapping[str, str]
+    formats: Sequence[NumberFormat]
+    bits: float | None
+    exporter: Exporter
+    loading: str
+    license: str | None = None
+    processors: Mapping[str, str] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+
+    def text(self, scores: Mapping[str, Any] | None = None) -> str:
+        """The text of README.md. `scores`: those of metrics.json, if the model is scored."""
+        refinement = self.choices.get("refine", "none")
+        shown = scores if scores and scores["tasks"] else None
+        body = CARD.substitute(
+            name=_plain(self.suite.name),
+            count=len(self.suite.members),
+            version=__version__,
+            merge=_code(self.choices["merge"]),
+            guidance=_code(self.choices["guidance"]),
+            refined="" if refinement == "none" else f", refined with {_code(refinement)}",
+            quantizer=_code(self.choices["quant"]),
+            base=_code(self.suite.base),
+            experts=_experts(self.suite),
+            weights=self._weights(),
+            scores=f"\n## Scores\n\n{score_table(shown)}\n" if shown else "",
+            code=self.loading,
+            processors=_processors(self.processors),
+            command=_block("bash", self._command()),
+        )
+        return self._front(shown) + body
+
+    def _front(self, scores: Mapping[str, Any] | None) -> str:
+        index = model_index(self.suite, self.pipeline, scores, STAGE) if scores else []
+        tags = [*(["quantization"] if self.bits is not None else []), *self.exporter.tags]
+        return front_matter(metadata(self.suite, self.pipeline, tags, self.license, index))
+
+    def _weights(self) -> str:
+        stored = ", stored dequantized" if self.formats and not self.exporter.packs else ""
+        return _weights(self.formats, self.bits) + stored
+
+    def _command(self) -> str:
+        names = [(text.lstrip("+~").partition("=")[0], text) for text in self.overrides]
+        told = [text for name, text in names if name not in ELSEWHERE and not name.startswith("hydra")]
+        return " ".join(["epmq run", *(shlex.quote(" ".join(text.split())) for text in told)])
+
+
+def loading_code(
+    family: Family, model: nn.Module, suite: Suite, formats: Sequence[NumberFormat], exporter: Exporter
+) -> str:
+    """The part of a card with the code of every engine that loads the checkpoint, and of a task's head. `formats`: of
+    the quantized linears."""
+    heads, first = family.heads != "none", suite.members[0].name
+    parts = [_block("python", transformers_code(family, model, formats, exporter))]
+    if heads:
+        parts += [
+            f"The heads of the tasks are in `heads/heads.safetensors`. The logits of {_plain(first)}, behind the code "
+            "above:",
+            _block("python", head_code(family, model, first)),
+        ]
+    for engine, code in other_engines(family, formats, exporter).items():
+        parts += [f"With {engine}:", _block("python", code)]
+    return "\n\n".join(parts)
+
+
+def write_scores(checkpoint: Path, card: ModelCard, scores: Mapping[str, Any]) -> None:
+    """Replaces the card of a checkpoint by one with the scores, which are measured on the checkpoint itself."""
+    if scores["tasks"]:
+        replace_file(checkpoint, NAME, card.text(scores))
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    """A Markdown table with a row for each task and the mean, and a column for each stage; in % except perplexities."""
+    stages, metrics = list(scores["average"]), scores["metrics"]
+    rows = [["task", "metric", *stages], ["---", "---", *["---:"] * len(stages)]]
+    for task, by_stage in scores["tasks"].items():
+        kind = metrics[task]
+        rows.append([_plain(task), _plain(kind), *(_score(kind, by_stage.get(stage)) for stage in stages)])
+    kinds = {*metrics.values()}
+    kind = PERPLEXITY if kinds == {PERPLEXITY} else ""
+    rows.append(["**average**", "", *(_score(kind, scores["average"][stage]) for stage in stages)])
+    unit = "" if kinds == {PERPLEXITY} else "In %, except perplexities. " if PERPLEXITY in kinds else "In %. "
+    note = "Each expert is scored on its own task." if "experts" in stages else ""
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{unit}{note}\n\n{table}".lstrip()
+
+
+def _score(kind: str, score: float | None) -> str:
+    if score is None:
+        return ""
+    return f"{score:.2f}" if kind == PERPLEXITY else f"{100 * score:.1f}"
+
+
+def _block(language: str, code: str) -> str:
+    """A code block whose fence is longer than any run of backticks in the code."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def _processors(places: Mapping[str, str]) -> str:

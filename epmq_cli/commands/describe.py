@@ -8,12 +8,12 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from epmq_cli.commands.checked import allowed
+from epmq_cli.commands.config_rows import Row, rows_of
+from epmq_cli.config.files import FACTS, head_of, read_lines
 from epmq_cli.merge.parameters import Parameters, parameters_of, texts_of
 
 WIDTH = 120
-FACTS = ("formula", "needs", "memory", "experts")
-"""The facts that a config may state in comments of its head, such as `# needs: calibration samples`."""
-FACT = re.compile(rf"^# ({'|'.join(FACTS)}): (.*)$")
 INTRODUCTION = """\
 Post-processors change the merged tensors of any method, in the order of the list. With options: \
 merge.post=[{name: svc, alpha: 0.1}]"""
@@ -22,35 +22,42 @@ YAML: dict[Any, str] = {None: "null", (): "[]"}
 PER_TENSOR = """\
 per tensor: also a list of numbers over the layers, such as [0.2, 0.8], or rules by a part of the tensor's name, such as
 [{filter: mlp, value: 0.5}, {value: 1}]; per expert: also a mapping such as {TASK: 0.5}"""
-Row = tuple[str, str, str]
-"""A parameter's name, its default and its comment."""
-VALUE = re.compile(r"^(\w+): *([^#]*?) *(?:# *(.*))?$")
+COLUMNS = re.compile(r"\S {2,}\S")
+"""Lines with columns keep their form."""
 
 
-def facts(lines: list[str]) -> dict[str, str]:
-    """The facts in the comments of a config, by name."""
-    return {match[1]: match[2] for line in lines if (match := FACT.match(line))}
+def page(group: str, option: str, path: Path, own: Path | None = None) -> str:
+    """The page of an option: what it is, its facts, its parameters with their defaults, its sources and its command.
 
-
-def page(group: str, option: str, path: Path) -> str:
-    """The page of an option: what it is, its facts, its parameters with their defaults, and its command."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line[2:] for line in lines if line.startswith("# ") and not line.startswith("# @")]
-    prose = [line for line in comments[1:] if not FACT.match(f"# {line}")]
-    parts = [f"{group}={option}", fill(" ".join(prose), WIDTH)]
-    stated = facts(lines)
+    `own`: the user's config folder."""
+    lines = read_lines(path)
+    head = head_of(lines)
+    parts = [f"{group}={option}", _prose(head.text)]
+    stated = [(name, head.facts[name]) for name in FACTS[1:] if name in head.facts]
+    stated += [("source" if index == 0 else "", link) for index, link in enumerate(head.sources)]
     if stated:
-        parts.append("\n".join(_item(name, stated[name], 9) for name in FACTS if name in stated))
-    matches = [match for line in lines if (match := VALUE.match(line)) and match[1] not in ("_target_", "defaults")]
-    values = [(match[1], match[2], match[3] or "") for match in matches]
+        parts.append("\n".join(_item(name, text, 9) for name, text in stated))
+    rows = rows_of(group, lines)
     kind = _method(group, lines)
-    ranges = _ranges(kind)
-    values += _shared(kind)
-    if values:
-        parts.append("\n".join(["parameters", *_parameters(values, ranges)]))
-        if any("per tensor" in takes for takes in ranges.values()):
+    takes = _ranges(kind) if kind is not object else allowed(group, option, head.command, own)
+    rows += _shared(kind)
+    if rows:
+        parts.append("\n".join(["parameters", *_parameters(rows, takes)]))
+        if any("per tensor" in text for text in takes.values()):
             parts.append(PER_TENSOR)
-    return "\n\n".join([*parts, f"example   {comments[0]}"])
+    return "\n\n".join([*(part for part in parts if part), f"example   {head.command}"])
+
+
+def _prose(text: tuple[str, ...]) -> str:
+    """The lines as paragraphs; lines with columns, and indented ones, as they are."""
+    parts: list[list[str]] = []
+    for line in text:
+        table = line.startswith(" ") or COLUMNS.search(line) is not None
+        if table or not parts or parts[-1][0].startswith("  "):
+            parts.append([f"  {line.removeprefix('  ')}" if table else line])
+        else:
+            parts[-1].append(line)
+    return "\n".join("\n".join(part) if part[0].startswith("  ") else fill(" ".join(part), WIDTH) for part in parts)
 
 
 def _item(name: str, text: str, width: int) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from epmq_cli.commands.list import options
-from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.config.files import conf_dir, options
 
 WIDTH = 120
 EXAMPLES = {
@@ -67,7 +66,7 @@ def show(command: str, arguments: list[str]) -> None:
         "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
     )
     for group, option in chosen.items():
-        if group not in ("suite", "experiment") and option != "null":
+        if group not in ("suite", "experiment", "tracking") and option != "null":
             body = _body(conf_dir() / group / f"{option}.yaml")
             pages.append(f"\n{group}={option}: override with {group}.key=value\n{body}")
             if group == "merge":

@@ -1,24 +1,41 @@
 """`epmq list [GROUP | GROUP=OPTION]`: the options of each config group, one for each YAML in conf/, and the
-post-processors of merges as those of `merge.post`."""
+post-processors of merges as those of `merge.post`.
+
+It prints plain lines without rich, imports no YAML library and other modules only where it uses them, so that the list
+appears at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from rich.table import Table
+from epmq_cli.config.files import Head, conf_dir, head_of, options, read_lines
 
-from epmq_cli.commands.describe import facts, page, posts_page
-from epmq_cli.config.instantiate import conf_dir
-from epmq_cli.errors import ConfigError
-from epmq_cli.merge.parameters import Parameters, texts_of
-from epmq_cli.runtime.console import console
-
-HEADINGS = ("nothing but the models", "calibration samples", "calibration samples and gradients")
-"""What options need, in the order of the gallery."""
+GROUPS = {
+    "suite": "base, experts and tasks",
+    "merge": "how the experts become one model",
+    "guidance": "what each layer is fitted to",
+    "refine": "training beyond what layers reach one by one",
+    "calib": "the samples that are read",
+    "quant": "how weights are rounded",
+    "pack": "the format of the checkpoint",
+    "eval": "what is scored",
+    "tracking": "where runs are recorded beside their folder",
+    "experiment": "published results, each with its suite and methods",
+}
+"""The config groups in their order, with what they are."""
+KINDS = {
+    "suite": ("built in", "published", "your models"),
+    "merge": (
+        *("means", "on the sphere", "task vectors", "singular vectors, least squares"),
+        *("calibration samples", "calibration samples and gradients", "others"),
+    ),
+}
+"""The kinds of options that the heads of their files state (`# kind:`), in their order."""
 POST = "merge.post"
 
 
@@ -36,22 +53,23 @@ def main(arguments: list[str]) -> None:
     group, _, option = (chosen.group or "").partition("=")
     if group and group not in (*groups, POST):
         sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
-    names = _posts() if group == POST else groups.get(group, {})
+    names: Collection[str] = _posts() if group == POST else groups.get(group, {})
     if option and option not in names:
+        import difflib
+
         near = difflib.get_close_matches(option, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; see epmq list {group}"
         sys.exit(f"epmq: {group} has no option {option!r}{hint}")
     if group == POST:
+        from epmq_cli.commands.describe import posts_page
+
         print(posts_page(option))
     elif option:
-        print(page(group, option, _file(folders, group, option)))
-    elif group:
-        show_gallery(group, groups[group], folders)
-        if group == "merge":
-            console.print("\nparameters of most methods, as their pages show", style="bold", highlight=False)
-            show_rows([(f"merge.{name}", text) for name, text in texts_of(Parameters).items()])
+        from epmq_cli.commands.describe import page
+
+        print(page(group, option, groups[group][option], chosen.config_dir))
     else:
-        show(groups)
+        show(groups, [group] if group else sorted(groups, key=_place))
 
 
 def _posts() -> Collection[str]:
@@ -60,59 +78,54 @@ def _posts() -> Collection[str]:
     return POSTS
 
 
-def _file(folders: list[Path], group: str, option: str) -> Path:
-    return next(path for folder in folders if (path := folder / group / f"{option}.yaml").is_file())
+def _place(group: str) -> int:
+    return list(GROUPS).index(group) if group in GROUPS else len(GROUPS)
 
 
-def show_gallery(group: str, summaries: dict[str, str], folders: list[Path]) -> None:
-    """Prints the options of a group under headings by what they need, if their configs say so."""
-    kinds: dict[str, dict[str, str]] = {}
-    for option, text in summaries.items():
-        lines = _file(folders, group, option).read_text(encoding="utf-8").splitlines()
-        kinds.setdefault(facts(lines).get("needs", ""), {})[option] = text
-    for kind, part in sorted(kinds.items(), key=lambda item: HEADINGS.index(item[0]) if item[0] in HEADINGS else 9):
-        if kind:
-            console.print(f"\nneeds {kind}", style="bold", highlight=False)
-        show({group: part})
+def show(groups: dict[str, dict[str, Path]], chosen: Sequence[str]) -> None:
+    """Prints the options of the chosen groups under headings, one line each, and where to read on."""
+    lines = [line for group in chosen for line in _group(group, groups[group])]
+    if list(chosen) == ["merge"]:
+        from epmq_cli.merge.parameters import Parameters, texts_of  # imports omegaconf
+
+        lines += ["", _bold("parameters of most methods, as their pages show")]
+        lines += _lines({f"merge.{name}": text for name, text in texts_of(Parameters).items()})
+    group = chosen[0] if len(chosen) == 1 else "merge"
+    first = next(iter(groups[group]))
+    lines += ["", *_lines({f"epmq list {group}={first}": "all about one option: parameters, sources, an example"})]
+    print("\n".join(lines))
 
 
-def options(folders: list[Path]) -> dict[str, dict[str, str]]:
-    """group -> option -> summary, for every YAML one level down; in a group, shipped options come first."""
-    groups: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*/*.yaml")):
-            groups.setdefault(path.parent.name, {}).setdefault(path.stem, summary(path))
-    return dict(sorted(groups.items()))
+def _group(group: str, paths: dict[str, Path]) -> Iterator[str]:
+    """The lines of a group."""
+    heads = {option: head_of(read_lines(path)) for option, path in paths.items()}
+    yield from ("", _bold(f"{group}: {GROUPS.get(group, 'your own group')}"))
+    for kind, part in _by_kind(group, heads).items():
+        yield from [f"  {kind}"] if kind else []
+        yield from _lines({f"{group}={option}": head.short for option, head in part.items()}, max(map(len, heads)))
 
 
-def summary(path: Path) -> str:
-    """The second comment line of a config, its summary; the first is its command line."""
-    if not path.is_file():
-        raise ConfigError(f"a config file cannot be read: {path} is not a file; remove it")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"a config file cannot be read: {path} is not UTF-8 text; save it in UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"a config file cannot be read: {path} ({error.strerror}); repair or remove it") from error
-    comments = [line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")]
-    return comments[1] if len(comments) > 1 else ""
+def _by_kind(group: str, heads: dict[str, Head]) -> dict[str, dict[str, Head]]:
+    """The options by kind, those without one last."""
+    order = KINDS.get(group, ())
+    kinds: dict[str, dict[str, Head]] = {kind: {} for kind in order}
+    for option, head in heads.items():
+        kinds.setdefault(head.facts.get("kind", ""), {})[option] = head
+    return {kind: part for kind, part in kinds.items() if part}
 
 
-def show(groups: dict[str, dict[str, str]]) -> None:
-    """Prints a table as wide as the terminal; without a terminal one line for each option."""
-    show_rows([(f"{group}={name}", text) for group, summaries in groups.items() for name, text in summaries.items()])
+def _bold(text: str) -> str:
+    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\033[1m{text}\033[0m" if styled else text
 
 
-def show_rows(rows: list[tuple[str, str]]) -> None:
-    """Prints a table of names and texts as `show` does."""
-    if not console.is_terminal:
-        for name, text in rows:
-            print(f"{name:<32} {text}".rstrip(), flush=True)  # what is flushed stays unwritten for exit_on_error
-        return
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def _lines(texts: dict[str, str], width: int = 0) -> list[str]:
+    """A line for each name, on a terminal no wider than that. `width`: of the longest option of the group."""
+    width = max(width and width + next(iter(texts)).index("=") + 1, *map(len, texts))
+    lines = [f"{name:<{width}}  {text}".rstrip() for name, text in texts.items()]
+    if not sys.stdout.isatty():
+        return lines
+    import shutil
+
+    columns = shutil.get_terminal_size().columns
+    return [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in lines]

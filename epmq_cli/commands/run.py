@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from epmq_cli.calibrate.merge_data import ExpertMeasurements
     from epmq_cli.calibrate.progress import WalkResult
+    from epmq_cli.checkpoint.model_card import ModelCard
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.data.batching import Batch
     from epmq_cli.evaluate.score import ScoredTask, Scores
@@ -48,7 +49,9 @@ def main(cfg: DictConfig) -> None:
     """Runs one job, or one job of a sweep, in the run folder that Hydra created."""
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices.items()
-    choices = {group: str(name) for group, name in chosen if "/" not in group and name is not None}
+    choices = {
+        group: str(name) for group, name in chosen if "/" not in group and name is not None and group != "tracking"
+    }
     folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == RunMode.MULTIRUN else None
     if distributed.is_main():
@@ -86,6 +89,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     from epmq_cli.checkpoint.load import kernels
+    from epmq_cli.checkpoint.model_card import write_scores
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.context import RunContext
     from epmq_cli.pipeline.job import make_job
@@ -99,8 +103,8 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     context = RunContext.of(job, folder)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    tasks, scores, measured = _make_checkpoint(context, resolved, choices)
-    if not distributed.is_main():
+    tasks, scores, measured, card = _make_checkpoint(context, resolved, choices, overrides)
+    if card is None:
         return
     memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
     with context.stages.stage("score quantized"):
@@ -110,6 +114,7 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
+    write_scores(checkpoint, card, measured["scores"])
     content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
     metrics_json.write_json(folder / METRICS, content)
     close(folder)
@@ -170,11 +175,13 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
 
 
 def _make_checkpoint(
-    context: RunContext, resolved: dict[str, Any], choices: dict[str, str]
-) -> tuple[list[ScoredTask], Scores, dict[str, Any]]:
-    """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, and the
-    entries of metrics.json. `resolved`: the config. Models, samples and moments are freed on return."""
-    from epmq_cli.checkpoint.write import write_checkpoint
+    context: RunContext, resolved: dict[str, Any], choices: dict[str, str], overrides: list[str]
+) -> tuple[list[ScoredTask], Scores, dict[str, Any], ModelCard | None]:
+    """Writes `checkpoint/`. Returns the tasks with their solved heads, the scores of base, experts and merge, the
+    entries of metrics.json, and the model card, None in other processes than the first. `resolved`: the config. Models,
+    samples and moments are freed on return."""
+    from epmq_cli.checkpoint.model_card import NAME as CARD
+    from epmq_cli.checkpoint.write import RECORD, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
@@ -208,9 +215,12 @@ def _make_checkpoint(
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
     context.progress.begin_packing()
     if not distributed.is_main():
-        return tasks, scores, {}
+        return tasks, scores, {}, None
     with stage("pack"):
-        texts = record.texts(job, model, resolved, choices, calibrated.walk, tasks, inputs.processors)
+        places, processors = (model, models.base.path), inputs.processors
+        card = record.card(job, places, choices, overrides, calibrated.walk, processors)
+        own = record.record_text(job, resolved, choices, tasks, processors)
+        texts = {RECORD: own, CARD: card.text()}
         contents = _contents(job, inputs, calibrated.walk, tasks, texts)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
@@ -218,7 +228,8 @@ def _make_checkpoint(
     measured |= refined.entries | refiner.entries
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
     measured["events"]["batches_halved"] = context.micro.halved
-    return tasks, scores, measured | {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
+    measured |= {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
+    return tasks, scores, measured, card
 
 
 def _merged(context: RunContext, inputs: _Inputs, data: ExpertMeasurements | None) -> tuple[_Inputs, LazyMerge]:

@@ -39,19 +39,20 @@ def verify(checkpoint: Path, scores: bool, device: str, data_root: str | None) -
 
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder; give the checkpoint folder that epmq run or merge wrote")
-    _report(checkpoint, file_problems(checkpoint))
+    report_problems(checkpoint, file_problems(checkpoint))
     quiet_libraries()
     from epmq_cli.config.instantiate import device_of
     from epmq_cli.pipeline import verify
 
-    _report(checkpoint, verify.tensor_problems(checkpoint))
+    report_problems(checkpoint, verify.tensor_problems(checkpoint))
     if scores:
-        _report(checkpoint, verify.score_problems(checkpoint, device_of(device), data_root))
+        report_problems(checkpoint, verify.score_problems(checkpoint, device_of(device), data_root))
     checked = "files, tensors and scores are" if scores else "files and tensors are"
     console.print(plain(f"{checkpoint}: {checked} what epmq wrote"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _report(checkpoint: Path, problems: list[str]) -> None:
+def report_problems(checkpoint: Path, problems: list[str]) -> None:
+    """Prints every problem; CheckpointError if there is one."""
     if not problems:
         return
     for problem in problems:

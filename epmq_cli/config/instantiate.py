@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmq_cli.config.field_types import check_type, check_types, required
+from epmq_cli.config.files import conf_dir as conf_dir
 from epmq_cli.config.validate import check_keys, check_range
 from epmq_cli.errors import ConfigError, TokenError, first_line, literal, placed
 from epmq_cli.runtime import distributed
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables that hold a Hugging Face token."""
+ELSEWHERE = ("experiment", "tracking")
+"""Groups that set other parts of the config."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 """A value that refers to another option, such as ${bits}."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
@@ -41,13 +43,6 @@ MOVED = {
 """Old names of classes. Users' configs and the records of checkpoints may still use them."""
 
 
-def conf_dir() -> Path:
-    """The folder of the shipped configs: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
 @cache
 def groups_of(command: str) -> list[str]:
     """The groups of a command's config."""
@@ -57,9 +52,10 @@ def groups_of(command: str) -> list[str]:
 
 @cache
 def options_of(command: str) -> list[str]:
-    """The keys of a command's config: values, and groups except `experiment`, which sets other groups."""
+    """The keys of a command's config: values, and groups except `experiment`, which sets other groups, and `tracking`,
+    which sets Hydra's callbacks."""
     values = [str(name) for name in OmegaConf.load(conf_dir() / f"{command}.yaml") if name not in ("defaults", "hydra")]
-    return [name for name in dict.fromkeys([*groups_of(command), *values]) if name != "experiment"]
+    return [name for name in dict.fromkeys([*groups_of(command), *values]) if name not in ELSEWHERE]
 
 
 def check_complete(cfg: DictConfig, command: str) -> None:

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from epmq_cli.errors import ConfigError, literal
+
+UNLIMITED = 1 << 20
+"""Upper limits from here on only keep numbers computable."""
+_notes: ContextVar[dict[str, str] | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[dict[str, str]]:
+    """A dict that collects what the checks in the block allow, in words, by the name of the option."""
+    notes: dict[str, str] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def _note(name: str, allowed: str) -> None:
+    """Notes what a check allows. Of several checks of an option, the first one is the narrowest."""
+    notes = _notes.get()
+    if notes is not None:
+        notes.setdefault(name, allowed)
 
 
 def check_range(
@@ -21,6 +45,7 @@ def check_range(
     """ConfigError unless `value` is a number (`integer`: an int) in [low, high] (`open_low`: in (low, high])."""
     kind = "a whole number" if integer else "a number"
     span = f"{'(' if open_low else '['}{low}, {high}{')' if high == float('inf') else ']'}"
+    _note(name, f"{kind} in {span}" if high < UNLIMITED else f"{kind} {'above' if open_low else 'of at least'} {low}")
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     inside = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
     if not inside or (open_low and value == low):
@@ -30,8 +55,9 @@ def check_range(
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """ConfigError unless `value` is one of `allowed`."""
     options = list(allowed)
+    names = ", ".join(option if isinstance(option, str) else literal(option) for option in options)
+    _note(name, "true or false" if options == [True, False] else f"one of {names}")
     if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
-        names = ", ".join(option if isinstance(option, str) else literal(option) for option in options)
         raise ConfigError(f"{name} must be one of {names}, got {literal(value)}")
 
 

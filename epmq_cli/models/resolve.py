@@ -23,6 +23,8 @@ SHIPPED_SCHEME = "shipped:"
 HUB_ID = re.compile(
     r"(?P<repo>\w[\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<inside>\w(?:[\w.-]|/(?!\.\.))*))?"
 )
+CARD = "README.md"
+"""It may name the licence."""
 FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -76,7 +78,7 @@ def _download(repo: str, revision: str | None, inside: str | None, role: str, ro
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(READ)  # without pickles, which are downloaded only if the suite names them
+    patterns = [*READ, CARD]  # without pickles, which are downloaded only if the suite names them
     if inside:  # a file with the configs beside it, or a folder
         file = inside.endswith(FILES)
         patterns = [inside, str(Path(inside).parent / "*.json")] if file else [f"{inside}/{p}" for p in READ]

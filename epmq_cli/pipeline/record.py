@@ -12,8 +12,9 @@ from torch import nn
 
 from epmq_cli import __version__
 from epmq_cli.calibrate.progress import WalkResult
-from epmq_cli.checkpoint.model_card import model_card
-from epmq_cli.checkpoint.write import RECORD, Contents, linear_bytes, untied, weight_bytes
+from epmq_cli.checkpoint.card_metadata import license_of
+from epmq_cli.checkpoint.model_card import ModelCard, loading_code
+from epmq_cli.checkpoint.write import Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.pipeline.task_processors import PROCESSORS, Processors, place
 from epmq_cli.quantize.formats.format import QuantizedWeight
@@ -32,18 +33,12 @@ def average_bits(walk: WalkResult) -> float | None:
     return sum(weight.format.bits * weight.codes.numel() for weight in weights) / count if count else None
 
 
-def texts(
-    job: Job,
-    model: nn.Module,
-    resolved: Any,
-    choices: Mapping[str, str],
-    walk: WalkResult,
-    tasks: Sequence[ScoredTask],
-    processors: Processors,
-) -> dict[str, str]:
-    """The model card and the record. `epmq eval` reads the tasks, their classes and their `processors` from the record.
+def record_text(
+    job: Job, resolved: Any, choices: Mapping[str, str], tasks: Sequence[ScoredTask], processors: Processors
+) -> str:
+    """The record. `epmq eval` reads the tasks, their classes and their `processors` from it.
 
-    The texts do not contain the time or the run's folder, so equal runs write equal bytes.
+    It does not contain the time or the run's folder, so equal runs write equal bytes.
     """
     record = {
         "epmq": __version__,
@@ -53,19 +48,33 @@ def texts(
     }
     if processors:
         record[PROCESSORS] = list(processors)
-    names = (choices["merge"], choices["guidance"], choices["quant"])
-    return {
-        RECORD: json.dumps(record, indent=2) + "\n",
-        "README.md": model_card(
-            job.suite,
-            names,
-            formats_of(job.quantizer),
-            average_bits(walk),
-            job.exporter,
-            type(model).__name__,
-            {task: place(task) for task in processors},
-        ),
-    }
+    return json.dumps(record, indent=2) + "\n"
+
+
+def card(
+    job: Job,
+    inputs: tuple[nn.Module, Path],
+    choices: Mapping[str, str],
+    overrides: Sequence[str],
+    walk: WalkResult,
+    processors: Processors,
+) -> ModelCard:
+    """The model card. `inputs`: the student and the folder of the base."""
+    model, base = inputs
+    bits, formats = average_bits(walk), formats_of(job.quantizer)
+    code = loading_code(job.family, model, job.suite, formats if bits is not None else (), job.exporter)
+    return ModelCard(
+        suite=job.suite,
+        pipeline=job.family.tasks.pipeline,
+        choices=choices,
+        formats=formats,
+        bits=bits,
+        exporter=job.exporter,
+        loading=code,
+        license=license_of(base),
+        processors={task: place(task) for task in processors},
+        overrides=overrides,
+    )
 
 
 def measured(walk: WalkResult) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ def exit_on_error(report: Callable[[Exception], int], interrupted: str, debug: b
         if number is not None:
             _complain(interrupted)
             sys.exit(STATUS[number])
+        if isinstance(raised, BrokenPipeError) and unwritten is None and _reader_left():
+            unwritten = raised  # Python drops what it could not write if it is more than its buffer
         if unwritten is not None and (_succeeded(raised) or isinstance(raised, OSError)):
             if not isinstance(unwritten, BrokenPipeError):
                 _complain(f"the output cannot be written ({unwritten.strerror})")
@@ -53,6 +56,15 @@ def _complain(sentence: str) -> None:
 
     with suppress(OSError):
         complain(sentence)
+
+
+def _reader_left() -> bool:
+    """Whether the output is a pipe that nobody reads."""
+    poll = select.poll()
+    with suppress(OSError, ValueError, AttributeError):
+        poll.register(sys.stdout.fileno(), 0)
+        return any(flags & select.POLLERR for _, flags in poll.poll(0))
+    return False
 
 
 def _discard_unwritten() -> OSError | None:

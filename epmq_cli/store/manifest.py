@@ -13,7 +13,8 @@ from pathlib import Path
 
 from epmq_cli.errors import CheckpointError
 from epmq_cli.runtime.paths import leaves, read_regular
-from epmq_cli.store.hashing import Content, contents
+from epmq_cli.store.atomic import write_text
+from epmq_cli.store.hashing import Content, content, contents
 
 MANIFEST = "manifest.json"
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -25,8 +26,20 @@ def write_manifest(folder: Path, hashed: Mapping[str, Content]) -> None:
     present = files_within(folder)
     rest = contents([path for name, path in present.items() if name not in hashed])
     files = {name: asdict(hashed[name] if name in hashed else rest[path]) for name, path in present.items()}
-    text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(_manifest(files), encoding="utf-8")
+
+
+def replace_file(folder: Path, name: str, text: str) -> None:
+    """Replaces a text file of a folder, and its entry in the manifest, one after the other."""
+    write_text(folder / name, text)
+    listed = _listed(folder)
+    listed[name] = content(folder / name)
+    files = {name: asdict(entry) for name, entry in listed.items()}
+    write_text(folder / MANIFEST, _manifest(files))
+
+
+def _manifest(files: Mapping[str, Mapping[str, object]]) -> str:
+    return json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
 
 
 def file_problems(folder: Path) -> list[str]:

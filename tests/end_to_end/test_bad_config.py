@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands import run as command
-from epmq_cli.config.instantiate import conf_dir
+from epmq_cli.config.instantiate import ELSEWHERE, conf_dir
 from epmq_cli.errors import EpmqError, literal
 from epmq_cli.merge.parameters import Number, PerExpert, PerTensor, Weight, parameters_of
 from tests.helpers.counts import BAD, TRIED
@@ -103,7 +103,9 @@ TAKES: dict[str, tuple[str, ...]] = {
 }
 OTHERS = ("mergekit", "slices")  # merges that no run takes
 FILES = [
-    path for path in sorted(conf_dir().glob("*/*.yaml")) if path.parent.name != "experiment" and path.stem not in OTHERS
+    path
+    for path in sorted(conf_dir().glob("*/*.yaml"))
+    if path.parent.name not in ELSEWHERE and path.stem not in OTHERS
 ]
 SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # together they have every key of suites
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "suite" or path.stem in SUITES]
@@ -248,7 +250,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
 def test_the_table_has_every_key() -> None:
     assert {*TOP, "out"} == {str(name) for name in composed("merge", "average")}
     folders = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-    assert {group for group, _ in OPTIONS} | {"experiment", "hydra"} == folders
+    assert {group for group, _ in OPTIONS} | {*ELSEWHERE, "hydra"} == folders
     tried = {general(key) for _, _, key in cases()}
     for path in (conf_dir() / "suite").glob("*.yaml"):
         given = OmegaConf.load(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.commands.eval import evaluate
@@ -60,7 +61,7 @@ def test_every_pack_is_scored_by_eval(pack: str, runs: Path, tmp_path: Path) -> 
 def test_model_card_and_record_describe_the_storage_of_weights(pack: str, runs: Path) -> None:
     exporter, checkpoint = exporter_of(pack), runs / pack / "checkpoint"
     card = (checkpoint / "README.md").read_text()
-    assert f"tags: [{', '.join(['merge', 'epmq', *exporter.tags])}]\n" in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["merge", "quantization", *exporter.tags, "epmq"]
     assert ("4 bits, asymmetric, groups of 32, stored dequantized\n" in card) != exporter.packs
     assert all(package in card for package in exporter.requires)
     record = json.loads((checkpoint / "epmq.json").read_text())

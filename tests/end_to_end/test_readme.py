@@ -42,7 +42,7 @@ def test_every_command_runs(command: str, epmq_inside: Run) -> None:
     arguments = shlex.split(command)[1:]
     if arguments[0] == "run" and "--help" not in arguments:
         arguments += QUICK
-    if arguments[0] in ("eval", "inspect", "report", "verify"):
+    if arguments[0] in ("eval", "inspect", "push", "report", "verify"):
         assert epmq_inside("run", *QUICK, "out=runs/NAME").returncode == 0
         arguments += ["eval.samples=4"] if arguments[0] == "eval" else []
     result = epmq_inside(*arguments)

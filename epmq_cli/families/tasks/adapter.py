@@ -30,6 +30,9 @@ class TaskAdapter(ABC):
     reads: ClassVar[Literal["texts", "pictures"]] = "texts"
     """The kind of the samples: a tokenizer turns texts into batches, an image processor turns pictures."""
 
+    pipeline: ClassVar[str | None] = None
+    """The kind of task in the words of the hub (`pipeline_tag`), if it has a word for it."""
+
     heads: ClassVar[Literal["own", "made", "none"]] = "none"
     """Whether each task has a head trained with its expert, one that the base makes, or none."""
 

@@ -55,6 +55,7 @@ class TextClassifier(Classifier):
     """Classification of texts, or of pairs of texts."""
 
     sample_types = (str, tuple)
+    pipeline = "text-classification"
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Pads texts, or pairs of texts, to the longest of the batch, and cuts them at `max_length` tokens."""
@@ -70,6 +71,7 @@ class ImageClassifier(Classifier):
     """Classification of images."""
 
     reads = "pictures"
+    pipeline = "image-classification"
     sample_types = (Image,)
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:

@@ -23,6 +23,7 @@ SEPARATOR = "\n\n"  # between documents, as usual for perplexity on WikiText
 class LanguageModel(TaskAdapter):
     """Language modeling."""
 
+    pipeline = "text-generation"
     metrics = ("perplexity",)
     sample_types = (str, Chat)
 

@@ -31,6 +31,7 @@ class ZeroShot(TaskAdapter):
     """Classification of images by heads that a text tower makes from the names of the classes."""
 
     reads = "pictures"
+    pipeline = "zero-shot-image-classification"
     heads = "made"
     head_width = "projection_dim"
     sample_types = (Image,)
