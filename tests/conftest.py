@@ -47,6 +47,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture
+def pages() -> None:
+    """Makes the runs of a test draw their report.html."""
+
+
+@pytest.fixture(autouse=True)
+def short_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write a short report.html, because a drawn one takes a tenth of a second."""
+    if "pages" not in request.fixturenames:
+        monkeypatch.setattr("epmq_cli.report.page.page.run_page", lambda content: "<!doctype html><title>run</title>\n")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     before = Counter(TRIED)

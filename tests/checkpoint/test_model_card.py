@@ -87,6 +87,7 @@ def test_sources_stay_inside_their_code_span() -> None:
         assert "<script" not in re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", line)
 
 
+@pytest.mark.usefixtures("pages")
 def test_a_task_called_script_is_run_packed_and_verified(clip_hub: Path, tmp_path: Path) -> None:
     cfg = config(clip_hub, "calib.samples=8", "eval.samples=8")
     OmegaConf.set_struct(cfg, False)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Run
 from tests.helpers.reports import content, write_run
+
+pytestmark = pytest.mark.usefixtures("pages")
 
 
 def test_report_prints_the_table_and_writes_files_and_pages(epmq_inside: Run, tmp_path: Path) -> None:

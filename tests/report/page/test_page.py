@@ -15,6 +15,8 @@ from epmq_cli.report.page.config import command
 from epmq_cli.report.run_folders import Run
 from tests.helpers.reports import content, layer
 
+pytestmark = pytest.mark.usefixtures("pages")
+
 EVIL = "<script>alert(1)</script>"
 CSS = (page.TEMPLATES / "style.css").read_text()
 MODES = re.findall(r":root \{(.*?)\}", CSS, re.S)
