@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from epmq_cli.commands.list import options
 from epmq_cli.config.instantiate import conf_dir
 
 ROOT = Path(__file__).parents[1]
-COPIES = {"benchmarks.md": "benchmarks/README.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
+COPIES = {
+    "benchmarks.md": "benchmarks/README.md",
+    "security.md": "SECURITY.md",
+    "changelog.md": "CHANGELOG.md",
+    "log.md": "dev/log.md",
+}
 """Pages that are copies of files, by the page's name."""
 PAGES = {source: name for name, source in COPIES.items()}
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
@@ -83,9 +89,8 @@ def value_list() -> str:
     """The values of `epmq run` outside of groups, with their defaults, as a table."""
     lines = (conf_dir() / "run.yaml").read_text(encoding="utf-8").splitlines()
     rows = [match for line in lines if (match := re.match(r"(\w+): ([^#]*?) +# (.*)", line))]
-    return "\n".join(
-        ["| value | default | |", "|---|---|---|", *(f"| `{row[1]}` | `{row[2]}` | {row[3]} |" for row in rows)]
-    )
+    cells = [f"| `{row[1]}` | `{row[2]}` | {escape(row[3], quote=False)} |" for row in rows]
+    return "\n".join(["| value | default | |", "|---|---|---|", *cells])
 
 
 def merge_list() -> str:
@@ -93,7 +98,9 @@ def merge_list() -> str:
     rows = ["| method | formula | reads | holds in memory |", "|---|---|---|---|"]
     for option in options([conf_dir()])["merge"]:
         stated = facts((conf_dir() / "merge" / f"{option}.yaml").read_text(encoding="utf-8").splitlines())
-        cells = [stated.get(name, "").replace("|", "\\|") for name in ("formula", "needs", "memory")]
+        cells = [
+            escape(stated.get(name, ""), quote=False).replace("|", "\\|") for name in ("formula", "needs", "memory")
+        ]
         rows.append(f"| `{option}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -125,7 +125,7 @@ def anchors(text: str) -> set[str]:
 
 def linked_texts() -> dict[str, str]:
     """The pages, and the files that are pages too, by their paths."""
-    others = ("benchmarks/README.md", "SECURITY.md", "CHANGELOG.md")
+    others = ("benchmarks/README.md", "dev/log.md", "SECURITY.md", "CHANGELOG.md")
     return {page.name: page.text for page in pages()} | {
         name: (ROOT / name).read_text(encoding="utf-8") for name in others
     }
