@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from tests.faults.driver import forked, run_epmq
-from tests.helpers import hubs
+from tests.helpers import minihub
 from tests.helpers.pages import Page, pages, quick, short_run, words
 
 STORIES = {page.name: page for page in pages() if page.is_story}
@@ -62,7 +62,7 @@ def birds_and_cars(folder: Path, request: pytest.FixtureRequest) -> None:
 
 def llamas(folder: Path, request: pytest.FixtureRequest) -> None:
     """The models of docs/coming-from-mergekit.md."""
-    made = hubs.build(request.getfixturevalue("tmp_path_factory").mktemp("llama"), "llama")
+    made = minihub.build(request.getfixturevalue("tmp_path_factory").mktemp("llama"), "llama")
     for source, name in {"base": "base", "first": "math", "second": "code"}.items():
         shutil.copytree(made / source, folder / "models" / name)
 
@@ -78,8 +78,9 @@ STAGES: dict[str, Callable[[Path, pytest.FixtureRequest], None]] = {
 class Reader:
     """Follows a page in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, miniature: bool) -> None:
         self.folder, self.ran, self.port = folder, 0, _free_port()
+        self.options = ["group_size=32"] if miniature else []  # widths of miniature models are multiples of 32
         self.servers: list[multiprocessing.process.BaseProcess] = []
 
     def follow(self, page: Page) -> None:
@@ -100,7 +101,8 @@ class Reader:
         """Runs one command of the kinds that pages have."""
         program, *arguments = words(command)
         if program == "epmq":
-            done = run_epmq(self.folder, *quick(arguments))
+            options = self.options if arguments[0] == "run" else []
+            done = run_epmq(self.folder, *quick([*arguments, *options]))
             assert done.returncode == 0, f"{command}: {done.stderr}"
         elif program == "python" and arguments[-1] == "&":
             target = partial(self._script, [arguments[0], str(self.port)])
@@ -155,9 +157,9 @@ def _posted(port: int, text: str) -> str:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[Reader]:
+def reading(folder: Path, miniature: bool) -> Iterator[Reader]:
     """A reader, whose servers end with the block."""
-    reader = Reader(folder)
+    reader = Reader(folder, miniature)
     try:
         yield reader
     finally:
@@ -184,6 +186,6 @@ def test_a_reader_can_follow_the_page(
         STAGES[name](tmp_path, request)
     if "runs/NAME" in page.text:
         assert run_epmq(tmp_path, "run", *short_run(), "out=runs/NAME").returncode == 0
-    with reading(tmp_path) as reader:
+    with reading(tmp_path, miniature=name in STAGES) as reader:
         reader.follow(page)
     assert reader.ran
