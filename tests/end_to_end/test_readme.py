@@ -128,7 +128,8 @@ def test_every_command_runs(command: str, epmq_inside: Run, tmp_path: Path) -> N
         from tests.faults.driver import torchrun
 
         assert arguments[:4] == ["--nproc-per-node", "2", "-m", "epmq_cli"]
-        assert [done.returncode for done in torchrun(tmp_path, *quick(arguments[4:]))] == [0, 0]
+        processes = torchrun(tmp_path, *quick(arguments[4:]), "calib.batch_size=4")  # a batch for each
+        assert [done.returncode for done in processes] == [0, 0], [done.stderr for done in processes]
         return
     assert program == "epmq"
     result = epmq_inside(*quick(arguments))
