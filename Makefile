@@ -10,7 +10,7 @@ PIP_FLAGS ?= --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel docs tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -79,6 +79,10 @@ wheel: ## build the wheel into dist/
 	rm -rf dist build
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+docs: $(VENV)/.runs ## build the documentation into site/, which opens from the disk
+	$(BIN)/pip install $(PIP_FLAGS) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 tiny: install ## train the models of the built-in suite again
 	$(BIN)/python benchmarks/tiny/train.py
 
@@ -106,4 +110,4 @@ bench-speed: install ## time and memory: all tables of "Speed" and "4-bit infere
 	else echo "left out, since it takes root: sudo $(BIN)/python benchmarks/larger.py --limit 1900"; fi
 
 clean: ## remove what the other targets made, but for runs/
-	rm -rf $(VENV) $(VENV_SMOKE) .venv-minimum .venv-audit dist build *.egg-info .coverage*
+	rm -rf $(VENV) $(VENV_SMOKE) .venv-minimum .venv-audit dist build site *.egg-info .coverage*

@@ -71,19 +71,21 @@ def draw(found: dict[str, tuple[Curves, dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "epmq", "font.family": "sans-serif"}
-    figure, axes = pyplot.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4.2 * len(found), 3.8), squeeze=False, layout="constrained")
     for axis, (suite, (curves, ends)) in zip(axes[0], found.items(), strict=True):
         for (row, points), marker in zip(curves.items(), "osv^D", strict=False):
             axis.plot([*points], [*points.values()], marker=marker, markersize=4, label=ROWS.get(row, row))
         for name, style in (("experts", "--"), ("merge", ":")):
-            axis.axhline(ends[name], color="gray", linestyle=style, linewidth=1)
-            axis.annotate(name, (axis.get_xlim()[0], ends[name]), (2, 2), textcoords="offset points", color="gray")
+            axis.axhline(ends[name], color="dimgray", linestyle=style, linewidth=1)
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(name, (0.01, ends[name]), (2, 2), color="dimgray", **place)
         axis.set(xscale="log", title=suite, xlabel="calibration samples a task")
         ticks = sorted({count for points in curves.values() for count in points})
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
     axes[0][0].set_ylabel("accuracy, %")
-    axes[0][0].legend(loc="lower right", fontsize=8)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

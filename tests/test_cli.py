@@ -28,7 +28,7 @@ from epmq_cli.quantize.build import build_quantizer
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+METHODS = Path(__file__).parents[1].joinpath("docs/merge-methods.md").read_text(encoding="utf-8")
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
@@ -97,7 +97,7 @@ def test_every_config_opens_with_its_command_and_description(path: Path) -> None
 
 
 def test_list_shows_every_option_with_one_line_under_headings(epmq: Run) -> None:
-    """Oracle: the files in conf/, and the table of merge methods in the README."""
+    """Oracle: the files in conf/, and the table of merge methods in the documentation."""
     result = epmq("list")
     assert result.returncode == 0
     lines = result.stdout.splitlines()
@@ -113,7 +113,7 @@ def test_list_shows_every_option_with_one_line_under_headings(epmq: Run) -> None
         else:
             assert line in lines
             kinds[next(reversed(kinds))].append(line.split()[0].removeprefix("merge="))
-    table = README.split("**merge** reads")[1].split("Numbers may differ")[0]
+    table = METHODS.split("## Which one?")[0]
     for row in re.findall(r"^\| ([a-z, ]+) \| (.*) \|$", table, re.M):
         own = [name for name in re.findall(r"`(\w+)`", row[1]) if (conf_dir() / f"merge/{name}.yaml").is_file()]
         with_gradients = kinds.get(f"{row[0]} and gradients", [])

@@ -19,7 +19,7 @@ examples
   epmq run guidance.lam=0.01 calib.samples=512      any value below
   epmq run -m merge=ties,task_arithmetic bits=3,4   a sweep: every combination
   epmq run experiment=b32_ta8_epmq                  a published result again
-  epmq run --config-dir my_configs suite=mine       a suite of your own (README, "Your own suite")
+  epmq run --config-dir my_configs suite=mine       a suite of your own (docs/suites.md)
   epmq run --plan merge=ties                        memory, disk, time and refusals of a run, without it
   epmq run --cfg job merge=ties                     show the config of a run and stop
 """,

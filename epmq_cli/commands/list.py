@@ -93,7 +93,8 @@ def show(groups: dict[str, dict[str, Path]], chosen: Sequence[str]) -> None:
     group = chosen[0] if len(chosen) == 1 else "merge"
     first = next(iter(groups[group]))
     lines += ["", *_lines({f"epmq list {group}={first}": "all about one option: parameters, sources, an example"})]
-    print("\n".join(lines))
+    for line in lines:
+        print(line, flush=True)  # what is flushed stays unwritten for exit_on_error
 
 
 def _group(group: str, paths: dict[str, Path]) -> Iterator[str]:

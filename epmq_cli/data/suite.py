@@ -174,7 +174,7 @@ def _task(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Tas
 def _check_source(where: str, data: Any) -> None:
     if not hasattr(data, "load"):
         raise ConfigError(
-            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see the README), got {literal(data)}"
+            f"{where} needs a _target_ such as epmq_cli.data.table.Table (see docs/suites.md), got {literal(data)}"
         )
 
 

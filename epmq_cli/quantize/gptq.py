@@ -2,7 +2,7 @@
 
 Columns are quantized one by one; the error of each is spread over the remaining columns so that tr (Q - W) H
 (Q - W)' is minimal. Its inputs are the target weight W* and the H of the objective instead of the merged weight and
-X'X, so that it solves the expert-guided problem (README, "The method").
+X'X, so that it solves the expert-guided problem (docs/concepts.md).
 
 Departures from the paper. The upper factor of H^-1 comes from one Cholesky factor of H in reversed order and one
 triangular solve, instead of two Cholesky factors and an inverse: cheaper and more precise. The grid of a

@@ -18,9 +18,9 @@ STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What AdamW and Muon keep of each tensor."""
 
 
-CERTAIN = 2
-"""How many standard errors a lower held-out loss must be away from the first one. With few samples, the lowest loss of
-many epochs is lower by chance."""
+CERTAIN = 1
+"""How many standard errors a lower held-out loss must be away from the first one (the rule of one standard error,
+Breiman et al. 1984). With few samples, the lowest loss of many epochs is lower by chance."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Oracle: the README itself. Every command in it runs; every suite in it composes and can be instantiated."""
+"""Oracle: README and documentation themselves. Every command in them runs, or has a mark that says what it needs; every
+suite composes; every link leads to a page and an anchor that exist. Pages with files: test_stories.py."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -11,51 +11,130 @@ from hydra import compose, initialize_config_dir
 
 from epmq_cli.commands.arguments import split
 from epmq_cli.commands.overrides import check_overrides
+from epmq_cli.config.files import options
 from epmq_cli.config.instantiate import build, conf_dir
 from tests.conftest import Run
+from tests.helpers.pages import (
+    MARKS,
+    ROOT,
+    Block,
+    anchors,
+    broken_links,
+    linked_texts,
+    pages,
+    plain_commands,
+    quick,
+    short_run,
+    without_code,
+    words,
+)
 from tests.helpers.tiers import only
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
-COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-SUITES = [text for kind, text in BLOCKS if kind == "yaml"]
-LINES = re.findall(r"^    (epmq (?:.*\\\n)*.*)$", README.read_text(encoding="utf-8"), re.M)
+PAGES = {page.name: page for page in pages()}
 FAST = (
     "epmq run merge=ties quant=gptq bits=4",
     "epmq list",
     "epmq verify runs/NAME/checkpoint --scores",
 )
 """The commands of the default tier."""
-QUICK = ["calib.samples=8", "eval.samples=4", "eval.stages=[quantized]"]
+GROUPS = {
+    "merge": "merge-methods",
+    "guidance": "guidance",
+    "refine": "refinement",
+    "quant": "quantizers",
+    "pack": "checkpoint",
+}
+"""The pages that name all options of a group."""
+SUITES = [
+    block.text
+    for page in PAGES.values()
+    for block in page.blocks
+    if block.language == "yaml" and "/suite/" in block.title and "my_family" not in block.text
+]
 
 
-def test_the_readme_has_commands_and_suites() -> None:
-    assert len(COMMANDS) >= 6
-    assert len(SUITES) == 2
-    assert {*FAST} <= {*COMMANDS}
-    assert len(LINES) >= 9
-    assert all(command.startswith("epmq ") for command in COMMANDS)
+def shell_blocks() -> list[Block]:
+    return [block for page in PAGES.values() for block in page.blocks if block.language == "bash"]
 
 
-@pytest.mark.parametrize("command", only(FAST, COMMANDS))
-def test_every_command_runs(command: str, epmq_inside: Run) -> None:
-    arguments = shlex.split(command)[1:]
-    if arguments[0] == "run" and "--help" not in arguments:
-        arguments += QUICK
-    if arguments[0] in ("eval", "inspect", "push", "report", "verify"):
-        assert epmq_inside("run", *QUICK, "out=runs/NAME").returncode == 0
-        arguments += ["eval.samples=4"] if arguments[0] == "eval" else []
-    result = epmq_inside(*arguments)
+def test_the_pages_have_commands_and_known_marks() -> None:
+    assert {*FAST} <= {*plain_commands()}
+    assert len(plain_commands()) >= 40
+    assert {block.title for block in shell_blocks() if block.title} <= MARKS
+
+
+def test_no_command_hides_outside_of_shell_blocks() -> None:
+    hidden = re.compile(r"^( {4}|\t)(epmq|torchrun|python) ", re.M)
+    assert [name for name, page in PAGES.items() if hidden.search(without_code(page.text))] == []
+
+
+def test_every_command_can_be_parsed() -> None:
+    count = 0
+    for command in (command for block in shell_blocks() for command in block.commands):
+        program, *arguments = words(command)
+        if program == "epmq" and arguments[0] in ("run", "merge") and "merge=mergekit" not in arguments:
+            overrides, _ = split([text for text in arguments[1:] if text != "--from-mergekit" and "=" in text])
+            check_overrides(arguments[0], overrides)
+            count += 1
+    assert count >= 50
+
+
+def test_the_readme_is_short() -> None:
+    text = PAGES["README.md"].text
+    assert len(text.splitlines()) <= 125
+    assert len(text.split()) <= 900
+
+
+@pytest.mark.parametrize(("group", "page"), GROUPS.items())
+def test_every_option_is_named_on_its_page(group: str, page: str) -> None:
+    text = PAGES[f"docs/{page}.md"].text
+    assert [option for option in options([conf_dir()])[group] if f"`{option}`" not in text] == []
+
+
+def test_links_and_anchors_exist() -> None:
+    texts = linked_texts()
+    assert broken_links(texts) == []
+    assert sum(text.count("](") for text in texts.values()) > 100
+
+
+@pytest.mark.parametrize(
+    ("link", "broken"),
+    [("b.md", False), ("b.md#a-heading", False), ("b.md#other", True), ("c.md", True), ("https://a.org/c", False)],
+)
+def test_a_broken_link_is_found(link: str, broken: bool, tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# A `heading`\n")
+    assert bool(broken_links({"a.md": f"[text]({link})"}, tmp_path)) is broken
+
+
+def test_anchors_are_those_of_mkdocs() -> None:
+    pytest.importorskip("mkdocs")
+    from markdown.extensions.toc import slugify
+
+    for heading in (
+        "Which one?",
+        "4-bit inference",
+        "`group_size must divide the inputs`",
+        "What runs without a network",
+    ):
+        assert anchors(f"# {heading}\n") == {slugify(heading.replace("`", ""), "-")}
+
+
+@pytest.mark.parametrize("command", only(FAST, plain_commands()))
+def test_every_command_runs(command: str, epmq_inside: Run, tmp_path: Path) -> None:
+    program, *arguments = words(command)
+    if "runs/NAME" in command:
+        assert epmq_inside("run", *short_run(), "out=runs/NAME").returncode == 0
+    if program == "torchrun":
+        from tests.faults.driver import torchrun
+
+        assert arguments[:4] == ["--nproc-per-node", "2", "-m", "epmq_cli"]
+        processes = torchrun(tmp_path, *quick(arguments[4:]), "calib.batch_size=4")  # a batch for each
+        assert [done.returncode for done in processes] == [0, 0], [done.stderr for done in processes]
+        return
+    assert program == "epmq"
+    result = epmq_inside(*quick(arguments))
     assert result.returncode == 0, result.stderr
-    assert result.stdout
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_commands_that_need_models_or_engines_can_be_parsed(line: str) -> None:
-    command, *arguments = shlex.split(line.replace("\\\n", ""), comments=True)[1:]
-    overrides, flags = split(arguments)
-    check_overrides(command, overrides)
-    assert set(flags) <= {"-m", "--config-dir", "my_configs"}
+    assert result.stdout or "--quiet" in command
 
 
 @pytest.mark.parametrize("text", SUITES, ids=[text.splitlines()[1] for text in SUITES])
@@ -66,3 +145,61 @@ def test_every_suite_composes_and_can_be_instantiated(text: str, tmp_path: Path)
         cfg = compose("run", overrides=[f"hydra.searchpath=[file://{tmp_path}]", "suite=mine", "out=x"])
     suite = build("suite", cfg.suite)
     assert len(suite.members) == 2
+
+
+# --- the built pages ------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_pages_have_every_option_and_value() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    made = hooks.with_lists(PAGES["docs/command-line.md"].text)
+    assert "<!-- list" not in made
+    found = options([conf_dir()])
+    assert [
+        f"{group}={option}" for group in hooks.GROUPS for option in found[group] if f'"{group}={option}:' not in made
+    ] == []
+    assert {*found} - {*hooks.GROUPS} == set()
+    for value in ("bits", "group_size", "seed", "device", "cache", "data_root", "resume", "out"):
+        assert f"| `{value}` |" in made
+    table = hooks.with_lists(PAGES["docs/merge-methods.md"].text)
+    assert all(f"\n| `{option}` |" in table for option in found["merge"])
+    linked = hooks.linked("[a](../benchmarks/README.md#speed) [b](../../SECURITY.md)", "extend/x.md")
+    assert linked == "[a](../benchmarks/README.md#speed) [b](../security.md)"
+    assert hooks.linked("[a](../benchmarks/README.md#speed)", "x.md") == "[a](benchmarks.md#speed)"
+    assert hooks.linked("[a](../docs/x.md)", "benchmarks.md") == "[a](x.md)"
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    import subprocess
+    import sys
+
+    build_command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(build_command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(built) >= 22
+    asked = re.compile(r"<(?:script|link|img|iframe)[^>]*\b(?:src|href)=\"?((?:https?:)?//[^\"\s>]+)")
+    assert {url for path in built for url in asked.findall(path.read_text(encoding="utf-8"))} == set()
+    styles = [
+        path
+        for path in (tmp_path / "site").rglob("*.css")
+        if re.search(r"url\(\s*['\"]?(https?:)?//", path.read_text())
+    ]
+    assert styles == []
