@@ -39,7 +39,7 @@ from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
-from epmq_cli.runtime.progress import track
+from epmq_cli.runtime.progress import bar
 
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
 """Returns the quantizer of the linears with these names, which read the same input."""
@@ -85,19 +85,22 @@ class Walk:
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
         if self.progress.restore_all([name for names in entries for name in names], self.student, self.result):
             return self.result
-        for (stack, section), (entry, *stem) in zip(track(steps, "calibrate and quantize"), entries, strict=True):
-            if stem:
-                self._enter(stack, stem[0])
-            restored = self.progress.restore(entry, self.student, self.result)
-            solved = not restored and (section is not stack.readout or self.guidance.readout)
-            self._section(stack, section if solved else replace(section, steps=()))
-            if not restored:
-                self.progress.write(entry, self.student, self.result)
-            if section is stack.readout and stack.handed is not None:
-                self.own = handed(stack.handed, self.own, self.streams)
-                self.others = (
-                    handed(stack.handed, self.others, self.teacher_streams) if self.teacher_streams else self.own
-                )
+        linears = [max(1, len(section.linears)) for _, section in steps]
+        with bar("calibrate and quantize", sum(linears)) as advance:
+            for (stack, section), (entry, *stem), count in zip(steps, entries, linears, strict=True):
+                if stem:
+                    self._enter(stack, stem[0])
+                restored = self.progress.restore(entry, self.student, self.result)
+                solved = not restored and (section is not stack.readout or self.guidance.readout)
+                self._section(stack, section if solved else replace(section, steps=()))
+                if not restored:
+                    self.progress.write(entry, self.student, self.result)
+                if section is stack.readout and stack.handed is not None:
+                    self.own = handed(stack.handed, self.own, self.streams)
+                    self.others = (
+                        handed(stack.handed, self.others, self.teacher_streams) if self.teacher_streams else self.own
+                    )
+                advance(count)
         return self.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
