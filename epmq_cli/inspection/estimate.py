@@ -17,6 +17,7 @@ from epmq_cli.pipeline.calibration import reserved_bytes
 from epmq_cli.pipeline.job import Job
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
+from epmq_cli.refine.distill import Distill
 from epmq_cli.runtime.memory import status
 
 SOLVED = 32
@@ -68,8 +69,7 @@ def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dic
     merged = plan.dtype.itemsize * sum(model.numel() for model in _merged(plan, model))
     calibration = calibration_bytes(plan, job, model, work)
     scoring = _scoring_bytes(job, work)
-    refined = 0 if not hasattr(job.refine, "packed_epochs") or not job.refine.packed_epochs else TRAINED
-    training = TRAINED * work.parameters if type(job.refine).__name__ == "Distill" else refined
+    training = TRAINED * work.parameters if isinstance(job.refine, Distill) else 0
     working = max(calibration, scoring, training)
     on_gpu = job.device.type == "cuda"
     content = {

@@ -17,6 +17,7 @@ from epmq_cli.inspection.planned import IMAGE, PATCH, Planned
 from epmq_cli.pipeline.calibration import solves_heads
 from epmq_cli.pipeline.job import Job
 from epmq_cli.quantize.none import NoQuantizer
+from epmq_cli.refine.distill import Distill
 
 SEARCHED = 40
 """Operations of the search for scales, for each weight and column of its group: the candidates of scale_search.py."""
@@ -150,7 +151,9 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
     stages["teach"] = _times(teach, int(bool(teaching)))
     stages["merge"] = Operations(single=20.0 * merged * (experts + 1), bytes=2.0 * merged)
     stages["score merged"] = _times(once, int("merged" in job.evaluation.stages))
-    stages["calibrate and quantize"] = _walk(job, work, experts, linears)
+    walk = _walk(job, work, experts, linears)
+    stages["refine"] = _refinement(job, work, walk, linears)
+    stages["calibrate and quantize"] = walk
     stages["pack"] = Operations(bytes=2.0 * work.parameters)
     stages["score quantized"] = _times(once, int("quantized" in job.evaluation.stages))
     return stages
@@ -173,6 +176,19 @@ def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
     trials = 1 + 3 * len(guidance.open)
     walks = guidance.sweeps + int(hasattr(job.quantizer, "low")) + (trials if guidance.open else 0)
     return _times(done, walks)
+
+
+def _refinement(job: Job, work: Work, walk: Operations, linears: int) -> Operations:
+    """The walk without a quantizer, the experts' outputs for each view, and the epochs, whose passes go both ways."""
+    if not isinstance(job.refine, Distill):
+        return Operations()
+    tokens = work.tokens / job.calib.views
+    batches = work.batches / job.calib.views * max(1.0, job.calib.batch_size / job.refine.batch_size)
+    passes = job.refine.views + 3 * (job.refine.epochs + job.refine.packed_epochs)
+    done = _times(walk, int(job.refine.epochs > 0))
+    done.single += passes * tokens * work.forward
+    done.calls += CALLS * linears * batches * passes
+    return done
 
 
 def _add_group(done: Operations, group: Group, tokens: int, experts: int, teaches: bool) -> None:
