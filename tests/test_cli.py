@@ -25,6 +25,7 @@ from epmq_cli.config.instantiate import build, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.post import POSTS
 from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.report.sweep_table import SweepTable
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
 
@@ -80,8 +81,9 @@ def test_every_tracker_composes_into_hydras_callbacks(option: Path) -> None:
     """And is not a part of the config, on which results depend."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=[f"tracking={option.name}", "out=x"], return_hydra_config=True)
-    made = [instantiate(node) for node in cfg.hydra.callbacks.values()]
-    assert [tracker.package for tracker in made] == ([] if option.name == "none" else [option.name])
+    made = {name: instantiate(node) for name, node in cfg.hydra.callbacks.items()}
+    assert isinstance(made.pop("table"), SweepTable)
+    assert [tracker.package for tracker in made.values()] == ([] if option.name == "none" else [option.name])
     assert "tracking" not in cfg
 
 
