@@ -10,7 +10,7 @@ PIP_FLAGS ?= --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel docs tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -82,6 +82,13 @@ wheel: ## build the wheel into dist/
 docs: $(VENV)/.runs ## build the documentation into site/, which opens from the disk
 	$(BIN)/pip install $(PIP_FLAGS) --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+gallery: install ## make the pages of docs/gallery again: a run and a sweep of the built-in suite, two minutes
+	rm -rf runs/gallery
+	$(BIN)/epmq run calib.views=4 refine=distill out=runs/gallery/tiny
+	$(BIN)/epmq run -m merge=task_arithmetic,ties,average guidance=merged,expert,feature bits=4,3,2 group_size=32 out=runs/gallery/sweep
+	$(BIN)/epmq report runs/gallery/sweep --html docs/gallery/sweep.html
+	cp runs/gallery/tiny/report.html docs/gallery/tiny.html
 
 tiny: install ## train the models of the built-in suite again
 	$(BIN)/python benchmarks/tiny/train.py

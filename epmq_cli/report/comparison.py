@@ -28,7 +28,7 @@ class Column:
     def shown(self, row: int) -> str:
         """The value as text; empty if it is missing."""
         value = self.values[row]
-        return "" if value is None else f"{value:.{self.digits}f}"
+        return "" if value is None else f"{round(value, self.digits) + 0.0:.{self.digits}f}"  # no -0
 
     def ranked(self, place: int) -> str | None:
         """The best (0) or second (1) value as it is shown; None if there is none, or only one value."""

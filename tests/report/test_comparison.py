@@ -98,3 +98,8 @@ def test_swept_numbers_and_labels_that_do_not_overlap(comparison: Comparison) ->
     assert swept(several) == ["a"]
     assert swept(comparison) == []
     assert apart([1.0, 1.0, 5.0], 2) == [1.0, 3.0, 5.0]
+
+
+def test_numbers_that_round_to_zero_have_no_sign() -> None:
+    column = Column("gap", (-0.2, 0.2, -0.6, None), 0)
+    assert [column.shown(row) for row in range(4)] == ["0", "0", "-1", ""]
