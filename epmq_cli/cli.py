@@ -109,10 +109,19 @@ def usage() -> str:
 
 def start(command: str, arguments: list[str]) -> None:
     """Runs a command."""
+    before = os.environ.get(PROGRESS)
+    try:
+        _start(command, take_progress(arguments))
+    finally:
+        os.environ.pop(PROGRESS, None)
+        if before is not None:
+            os.environ[PROGRESS] = before
+
+
+def _start(command: str, arguments: list[str]) -> None:
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
-    arguments = take_progress(arguments)
     if command in ("inspect", "list", "push", "report", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return

@@ -116,8 +116,8 @@ class ModelCard:
         return _weights(self.formats, self.bits) + stored
 
     def _command(self) -> str:
-        names = [(text.lstrip("+~").partition("=")[0], text) for text in self.overrides]
-        told = [text for name, text in names if name not in ELSEWHERE and not name.startswith("hydra")]
+        given = {text.lstrip("+~").partition("=")[0]: text for text in self.overrides}  # of equal names the last counts
+        told = [text for name, text in sorted(given.items()) if name not in ELSEWHERE and not name.startswith("hydra")]
         return " ".join(["epmq run", *(shlex.quote(" ".join(text.split())) for text in told)])
 
 

@@ -47,7 +47,8 @@ def plain(text: str) -> str:
 def say(message: str) -> None:
     """Prints a one-line message and writes it to run.log."""
     message = plain(message)
-    _tell(messages, "message", message)
+    if kind() != "quiet":
+        _tell(messages, "message", message)
     log.info(message)
 
 

@@ -80,7 +80,9 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
             _print(meter.record("begin"))
             yield advance
             _print(meter.record("end"))
-    elif not console.messages.is_terminal or console.messages.quiet:
+    elif console.kind() == "quiet" or console.messages.quiet:
+        yield lambda count: None
+    elif not console.messages.is_terminal:
         with _lines(meter, lambda: _print(meter.line())) as advance:
             yield advance
     else:
@@ -102,10 +104,10 @@ def finished(stage: str, seconds: float, peak: int) -> None:
     console.log.info("%s: %.1f s, peak %s", stage, seconds, size(peak))
     if console.kind() == "json":
         _print(json.dumps({"event": "stage", "stage": stage, "seconds": round(seconds, 1), "peak": peak}))
-    elif console.messages.is_terminal and seconds >= SHORTEST:
+    elif console.kind() == "auto" and console.messages.is_terminal and seconds >= SHORTEST:
         line = Text.assemble(("  ✓ ", "green"), f"{stage:<24} {duration(seconds):>8}  ", (f"peak {size(peak)}", "dim"))
         console.messages.print(line)
-    elif not console.messages.is_terminal and seconds >= PERIOD["auto"]:
+    elif console.kind() == "auto" and not console.messages.is_terminal and seconds >= PERIOD["auto"]:
         _print(f"{stage}: finished in {duration(seconds)}, peak {size(peak)}")
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from epmq_cli.cli import start
 from epmq_cli.commands.arguments import PROGRESS, take_progress
 from epmq_cli.errors import ConfigError
 
@@ -22,3 +23,10 @@ def test_the_kind_of_progress_is_no_override(argument: str, kind: str, monkeypat
 def test_a_wrong_kind_is_named() -> None:
     with pytest.raises(ConfigError, match="progress must be one of auto, json, quiet, got loud"):
         take_progress(["progress=loud"])
+
+
+def test_a_command_leaves_the_variable_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PROGRESS, raising=False)
+    with pytest.raises(SystemExit):
+        start("list", ["--quiet", "nothing"])
+    assert PROGRESS not in os.environ

@@ -59,12 +59,18 @@ def _composed(command: str, folders: tuple[Path, ...], *overrides: str) -> DictC
 
 
 def option_node(folders: tuple[Path, ...], group: str, name: str) -> DictConfig:
-    """The node of an option. Its defaults, if any, are options of the same group that become parts of it."""
+    """The node of an option. Its defaults, if any, are options of the same group, or of a folder in it, that become
+    parts of it."""
     path = Path(group, f"{name}.yaml")
     node = OmegaConf.load(next(folder / path for folder in folders if (folder / path).exists()))
     for entry in node.pop("defaults", []):
-        option, part = entry.split("@")
-        node[part] = option_node(folders, group, option)
+        if isinstance(entry, str) and entry != "_self_":
+            option, part = entry.split("@")
+            node[part] = option_node(folders, group, option)
+        elif entry != "_self_":
+            [(source, option)] = entry.items()
+            folder, part = source.split("@")
+            OmegaConf.update(node, part, option_node(folders, f"{group}/{folder}", option))
     return node
 
 

@@ -102,3 +102,17 @@ def test_durations(seconds: float, text: str) -> None:
 def test_speeds() -> None:
     assert progress.speed(12.34) == "12.3 a second"
     assert progress.speed(0.25) == "4.0 s each"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet_runs_show_nothing_but_warnings(
+    terminal: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = shown(monkeypatch, terminal, kind="quiet")
+    with caplog.at_level(logging.INFO, logger="epmq"), progress.bar("score", 2) as advance:
+        clock.now += 60
+        advance(1)
+        progress.finished("score", 60, 7)
+        console.say("results go to x")
+    assert screen.getvalue() == ""
+    assert [record.message for record in caplog.records][-1] == "results go to x"
