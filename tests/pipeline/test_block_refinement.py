@@ -16,13 +16,18 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.metrics_json import schema
 from tests.faults.driver import at_file, attempt, files
 from tests.helpers.hubs import config, run_in, walk
-from tests.helpers.minihub import build
+from tests.helpers.minihub import hub_of
 from tests.helpers.tiers import first
 
 PLAIN = ("guidance=feature", "eval.samples=8", "bits=2")
 FEW = ("refine=blocks", "refine.iterations=8", "refine.every=4", "refine.batch_size=4")
 OPTIONS = (*PLAIN, *FEW)
-SMOOTH = ("refine.held_out=false", "refine.rounding_lr=0", "refine.scale_lr=0.001")  # exact gradients of all samples
+SMOOTH = (
+    "refine.held_out=false",
+    "refine.rounding_lr=0",
+    *(f"refine.{name}_lr=0.0003" for name in ("scale", "norm", "bias")),
+)
+"""Exact gradients of all samples, and small steps."""
 FIXED = [f"refine.{name}=0" for name in ("rounding_lr", "scale_lr", "norm_lr", "bias_lr")]
 KINDS = ("llama", "bert", "clip", "t5", "vit", "roberta", "modernbert", "deberta")
 
@@ -34,8 +39,8 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", first(1, KINDS))
-def test_the_error_of_no_block_rises_in_every_family(kind: str, tmp_path: Path) -> None:
-    hub = build(tmp_path / "hub", kind)
+def test_the_error_of_no_block_rises_in_every_family(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    hub = hub_of(kind, request, tmp_path / "hub")
     run_in(tmp_path / "refined", hub, *OPTIONS, *SMOOTH)
     run_in(tmp_path / "plain", hub, *PLAIN)
     found, plain = measured(tmp_path / "refined"), measured(tmp_path / "plain")
