@@ -11,10 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from epmq_cli.commands.arguments import FROM_MERGEKIT, FULL_ERROR, PROGRESS, split, take_progress
+from epmq_cli.commands.arguments import FROM_MERGEKIT, FULL_ERROR, split, take_progress
 from epmq_cli.errors import ConfigError
 from epmq_cli.runtime.exit_status import exit_on_error
 from epmq_cli.runtime.imports import importing
+from epmq_cli.runtime.verbosity import PROGRESS, kind
 
 COMMANDS = {
     "run": "merge, calibrate, quantize, pack and score a suite",
@@ -147,7 +148,7 @@ def _start(command: str, arguments: list[str]) -> None:
 
 def _announce(command: str) -> None:
     """Prints a first line on a terminal, because torch and transformers take seconds to import."""
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and os.environ.get(PROGRESS, "auto") == "auto":
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and kind() == "auto":
         print(f"epmq {command}: loading torch and transformers", file=sys.stderr, flush=True)
 
 

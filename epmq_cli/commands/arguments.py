@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 
 from epmq_cli.errors import ConfigError
+from epmq_cli.runtime.verbosity import KINDS, PROGRESS
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The variable that makes Hydra and epmq print tracebacks."""
 FROM_MERGEKIT = "--from-mergekit"
 """The option of `epmq merge` and `epmq run` that prints the command for a mergekit file."""
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
-
-
-PROGRESS = "EPMQ_PROGRESS"
-"""The variable with the kind of progress; child processes inherit it."""
-KINDS = ("auto", "json", "quiet")
 
 
 def take_progress(arguments: list[str]) -> list[str]:

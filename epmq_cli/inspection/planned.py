@@ -132,7 +132,7 @@ class _AdapterError(ModelError):
 
 
 def _headers(source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
-    """A model of which only the headers are read. Raises _AdapterError for an adapter."""
+    """A model by its headers. Raises _AdapterError for an adapter."""
     found = on_this_machine(source, role, root)
     if "+" in source or (isinstance(found, Path) and ((found / CONFIG).is_file() or is_adapter_file(found))):
         raise _AdapterError(ADAPTER.format(role=role, source=source))
@@ -161,7 +161,7 @@ def _open_local(plan: Planned, job: Job) -> None:
 
 
 def _open_remote(plan: Planned, job: Job) -> None:
-    """Opens models by their headers, some of which are on the hub."""
+    """Opens models by their headers, on this machine or on the hub."""
     suite, family = job.suite, job.family
     base = _headers(suite.base, "base", suite.root, None)
     folders = dict[str, ModelFolder]()

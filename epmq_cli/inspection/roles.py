@@ -35,7 +35,7 @@ Roles = dict[str, tuple[str, str]]
 
 
 class HeaderTensors:
-    """Tensors of which only the headers are known."""
+    """Tensors by their headers."""
 
     def __init__(self, infos: dict[str, TensorInfo], role: str) -> None:
         self.infos, self._role = infos, role

@@ -18,7 +18,7 @@ AVERAGE, CLOSED, BITS, MB, SECONDS = "average", "gap closed in %", "bits a weigh
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers, of which None is missing. `better`: 1 if larger values are, -1 if smaller, 0 if neither."""
+    """A column of numbers; None is a missing one. `better`: 1 if larger values are, -1 if smaller, 0 if neither."""
 
     name: str
     values: tuple[float | None, ...]

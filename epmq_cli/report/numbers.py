@@ -61,18 +61,6 @@ def seconds(content: Mapping[str, Any]) -> float:
     return float(sum(stage["seconds"] for stage in content["stages"].values()))
 
 
-def duration(time: float) -> str:
-    """A time as text: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
-    if time < 9.95:
-        return f"{time:.1f} s"
-    whole = round(time)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def size(count: float) -> str:
     """Bytes as text, in MB or GB."""
     if count >= 1e9:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 
 from rich.console import Console
 
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.verbosity import kind
 
-PROGRESS = "EPMQ_PROGRESS"
-"""The variable with the kind of progress: auto, json or quiet. `progress=KIND` on the command line sets it, see
-commands/arguments.py."""
-QUIET = os.environ.get(PROGRESS) == "quiet" or not distributed.is_main()
+QUIET = kind() == "quiet" or not distributed.is_main()
 
 console = Console(quiet=QUIET)  # results
 messages = Console(stderr=True, quiet=QUIET)  # progress
@@ -56,11 +53,6 @@ def complain(message: str) -> None:
     """Prints a one-line error from any process."""
     who = "epmq" if distributed.is_main() else f"epmq (process {distributed.rank()})"
     complaints.print(f"{who}: {plain(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def kind() -> str:
-    """The kind of progress: auto, json or quiet."""
-    return os.environ.get(PROGRESS, "auto")
 
 
 def _tell(screen: Console, event: str, text: str) -> None:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from epmq_cli.runtime import console
 from epmq_cli.runtime.memory import status
+from epmq_cli.runtime.verbosity import duration, kind
 
 Item = TypeVar("Item")
 
@@ -75,12 +76,12 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
     most every ten seconds; JSON lines with progress=json. run.log gets one line for the stage in any case."""
     console.log.info("%s: %d steps", stage, total)
     meter = Meter(stage, total)
-    if console.kind() == "json":
+    if kind() == "json":
         with _lines(meter, lambda: _print(meter.record("progress"))) as advance:
             _print(meter.record("begin"))
             yield advance
             _print(meter.record("end"))
-    elif console.kind() == "quiet" or console.messages.quiet:
+    elif kind() == "quiet" or console.messages.quiet:
         yield lambda count: None
     elif not console.messages.is_terminal:
         with _lines(meter, lambda: _print(meter.line())) as advance:
@@ -102,24 +103,13 @@ def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
 def finished(stage: str, seconds: float, peak: int) -> None:
     """Tells that a stage of a command is finished, with its peak of memory in bytes."""
     console.log.info("%s: %.1f s, peak %s", stage, seconds, size(peak))
-    if console.kind() == "json":
+    if kind() == "json":
         _print(json.dumps({"event": "stage", "stage": stage, "seconds": round(seconds, 1), "peak": peak}))
-    elif console.kind() == "auto" and console.messages.is_terminal and seconds >= SHORTEST:
+    elif kind() == "auto" and console.messages.is_terminal and seconds >= SHORTEST:
         line = Text.assemble(("  ✓ ", "green"), f"{stage:<24} {duration(seconds):>8}  ", (f"peak {size(peak)}", "dim"))
         console.messages.print(line)
-    elif console.kind() == "auto" and not console.messages.is_terminal and seconds >= PERIOD["auto"]:
+    elif kind() == "auto" and not console.messages.is_terminal and seconds >= PERIOD["auto"]:
         _print(f"{stage}: finished in {duration(seconds)}, peak {size(peak)}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 2.8 s, 41 s, 3 min 5 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def speed(rate: float) -> str:
@@ -136,7 +126,7 @@ def size(count: int) -> str:
 def _lines(meter: Meter, tell: Callable[[], None]) -> Iterator[Callable[[int], None]]:
     def advance(count: int) -> None:
         meter.done += count
-        if time.monotonic() - meter.told >= PERIOD[console.kind()] and meter.done < meter.total:
+        if time.monotonic() - meter.told >= PERIOD[kind()] and meter.done < meter.total:
             meter.told = time.monotonic()
             tell()
 

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from epmq_cli.cli import start
-from epmq_cli.commands.arguments import PROGRESS, take_progress
+from epmq_cli.commands.arguments import take_progress
 from epmq_cli.errors import ConfigError
+from epmq_cli.runtime.verbosity import PROGRESS
 
 
 @pytest.mark.parametrize(

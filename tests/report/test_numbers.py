@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from epmq_cli.report.numbers import closed_gap, duration, shown, size
+from epmq_cli.report.numbers import closed_gap, shown, size
+from epmq_cli.runtime.verbosity import duration
 
 
 @pytest.mark.parametrize(

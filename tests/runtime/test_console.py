@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from epmq_cli.runtime import console
+from epmq_cli.runtime.verbosity import PROGRESS
 
 
 def test_messages_cannot_control_the_terminal_or_forge_lines_of_the_log(
@@ -36,7 +37,7 @@ def test_warnings_are_printed_and_other_lines_of_the_log_are_not(monkeypatch: py
 
 def test_messages_are_lines_of_json_for_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setenv(console.PROGRESS, "json")
+    monkeypatch.setenv(PROGRESS, "json")
     for name in ("messages", "notices"):
         monkeypatch.setattr(console, name, Console(file=screen, width=20))
     console.say('5 "experts", on the central processing unit')

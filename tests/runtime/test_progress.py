@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from epmq_cli.runtime import console, progress
+from epmq_cli.runtime.verbosity import PROGRESS
 
 
 class Clock:
@@ -35,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool = False, kind: str = "auto") -> io.StringIO:
     """What messages go to from now on."""
     screen = io.StringIO()
-    monkeypatch.setenv(console.PROGRESS, kind)
+    monkeypatch.setenv(PROGRESS, kind)
     monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=terminal, width=140))
     return screen
 

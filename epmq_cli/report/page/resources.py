@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from epmq_cli.report import numbers
+from epmq_cli.runtime.verbosity import duration
 
 HOST, DEVICE = "peak_host_bytes", "peak_device_bytes"
 
@@ -21,7 +22,7 @@ def section(content: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = [
         {
             "name": name,
-            "time": numbers.duration(stage["seconds"]),
+            "time": duration(stage["seconds"]),
             "time_bar": 100 * stage["seconds"] / longest,
             "memory": [(numbers.size(stage[key] or 0), 100 * (stage[key] or 0) / largest[key]) for key in columns],
         }
@@ -29,7 +30,7 @@ def section(content: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     return {
         "rows": rows,
-        "total": numbers.duration(numbers.seconds(content)),
+        "total": duration(numbers.seconds(content)),
         "peaks": [numbers.size(largest[key]) for key in columns],
         "device": DEVICE in columns,
         "resumed": content.get("resumed", 0),

@@ -59,7 +59,7 @@ Draw = Callable[[int], "Figure"]
 
 
 def figure(name: str, title: str, description: str, draw: Draw) -> Markup:
-    """The figure for wide and for narrow screens, of which the page shows one. `draw`: makes it for a width in pixels.
+    """The figure for wide and for narrow screens; the page shows one of them. `draw`: makes it for a width in pixels.
     `name`: unique in the page, of letters. `title` and `description` are read by screen readers."""
     parts = []
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
