@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -25,10 +27,10 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.refine.distill import Distill, own
+from epmq_cli.refine.distill import AUTO, Distill, own
 from epmq_cli.refine.soft_labels import SoftLabels
 from epmq_cli.refine.trained import PackedTensors, RoundedTensors, Trained
-from epmq_cli.refine.training import Examples, Student, Training
+from epmq_cli.refine.training import Examples, Student, Training, matrices
 from epmq_cli.refine.trial import Trial
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]
@@ -108,7 +110,8 @@ class Refiner:
             copy_into(model, before)
             calibrated = calibrate(dense, model, filled(fitted), self._tasks, merged)
             start = self._copy()
-            trials, best = Training(student, distill.settings(job.device)).try_rates(distill.rates, progress.folder)
+            rates = distill.rates(distance(merged, matrices(job.family, model)) if distill.lr == AUTO else 0.0)
+            trials, best = Training(student, distill.settings(job.device)).try_rates(rates, progress.folder)
             found = {"dense": _entry(trials, best), "guidance": summary(job, calibrated)}
             tensors = {name: trained.tensor(name, numbers) for name, numbers in best.items()}
             return start | tensors if best else {}, found
@@ -198,6 +201,16 @@ class Refiner:
 
             found[task.name] = distill.labelled(batches[task.name], views, job.seed, label)
         return found
+
+
+def distance(merged: LazyMerge, names: Iterable[str]) -> float:
+    """How far the experts' weights are from the merged ones: root mean square of a matrix, the median over `names`."""
+    source, found = merged.source, []
+    for name in names:
+        anchor = merged.tensor(name)
+        squares = [float((source.expert(task, name) - anchor).square().mean()) for task in source.tasks]
+        found.append(math.sqrt(statistics.fmean(squares)))
+    return statistics.median(found)
 
 
 def _kept(progress: RunProgress, name: str, device: torch.device, train: Callable[[], Result]) -> Result:

@@ -4,6 +4,7 @@ training lets layers compensate for each other."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,12 @@ from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
 from epmq_cli.refine.training import Example, Settings, matrices
+
+AUTO = "auto"
+LARGEST = 0.0003
+"""The learning rate of `auto` for experts far apart."""
+SHARE = 0.1
+"""The learning rate of `auto` for experts near each other, relative to their distance from the merged weights."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,12 @@ class Distill:
         check_range("refine.temperature", self.temperature, 0, 100, open_low=True)
         for name in ("features", "hidden", "anchor"):
             check_range(f"refine.{name}", getattr(self, name), 0, 1e9)
-        if not isinstance(self.lr, int | float | list | tuple) or isinstance(self.lr, bool) or self.lr == []:
-            raise ConfigError(f"refine.lr must be a number or a list such as [0.001, 0.0003], got {literal(self.lr)}")
-        for lr in self.rates:
-            check_range("refine.lr", lr, 0, 1, open_low=True)
+        if self.lr != AUTO:
+            if not isinstance(self.lr, int | float | list | tuple) or isinstance(self.lr, bool) or self.lr == []:
+                given = literal(self.lr)
+                raise ConfigError(f"refine.lr must be auto, a number or a list such as [0.001, 0.0003], got {given}")
+            for lr in self.rates(math.inf):
+                check_range("refine.lr", lr, 0, 1, open_low=True)
         for name in ("epochs", "packed_epochs"):
             check_range(f"refine.{name}", getattr(self, name), 0, 10_000, integer=True)
         if not self.epochs + self.packed_epochs:
@@ -77,9 +86,11 @@ class Distill:
         check_choice("refine.moments", self.moments, ("device", "cpu"))
         check_range("refine.top", self.top, 1, 1 << 20, integer=True)
 
-    @property
-    def rates(self) -> list[float]:
-        """The learning rates, in the order in which they are tried."""
+    def rates(self, distance: float) -> list[float]:
+        """The learning rates, in the order in which they are tried. `distance`: of the experts' weights from the merged
+        ones, root mean square; `auto` goes by it, so that a step is a small part of the way to the experts."""
+        if self.lr == AUTO:
+            return [min(LARGEST, SHARE * distance)]
         return list(self.lr) if isinstance(self.lr, list | tuple) else [self.lr]
 
     def names(self, model: nn.Module, merged: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.merge.engine import LazyMerge
+from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from epmq_cli.pipeline.refinement import Refiner
+from epmq_cli.pipeline.refinement import Refiner, distance
 from epmq_cli.refine import trial
+from epmq_cli.refine.distill import Distill
+from epmq_cli.refine.training import matrices
 from tests.helpers.hubs import config, run_in
 from tests.helpers.minihub import hub_of
 from tests.helpers.tiers import first
@@ -62,6 +67,26 @@ def test_the_held_out_samples_decide_in_every_family(kind: str, tmp_path: Path, 
     assert found["refined"] == any(not torch.equal(refined[name], plain[name]) for name in plain)
     assert found["refined"] or kind == "t5"  # whose miniature starts near an optimum
     assert "refine" not in json.loads((tmp_path / "plain" / "metrics.json").read_text())
+
+
+def test_near_experts_lower_the_learning_rate(bert_hub: Path, tmp_path: Path) -> None:
+    job = make_job(config(bert_hub, *OPTIONS, "merge=average", "refine.lr=auto"))
+    models, model, dtype = steps.open_models(job)
+    experts = [dict(models.source.model(task)) for task in models.source.tasks]
+    names = [name for name in experts[0] if name.endswith(("query.weight", "output.dense.weight"))]
+    stacks = [torch.stack([expert[name] for expert in experts]) for name in names]
+    expected = [float((stack - stack.mean(0)).square().mean().sqrt()) for stack in stacks]
+    found = [distance(LazyMerge(models.source, job.merge, torch.float32), [name]) for name in names]
+    assert found == pytest.approx(expected, rel=1e-4)
+    auto = job.refine
+    assert isinstance(auto, Distill)
+    assert auto.rates(0.002) == [pytest.approx(0.0002)]
+    assert auto.rates(1.0) == [0.0003]
+    assert replace(auto, lr=[0.1, 0.2]).rates(1.0) == [0.1, 0.2]
+    run_in(tmp_path / "run", bert_hub, *OPTIONS, "merge=average", "refine.lr=auto", "refine.epochs=1")
+    [trial] = entry(tmp_path / "run")["trials"]
+    linears = matrices(job.family, model)
+    assert trial["lr"] == auto.rates(distance(LazyMerge(models.source, job.merge, dtype), linears))[0]
 
 
 def test_training_that_does_not_help_leaves_the_run_as_it_is(bert_hub: Path, tmp_path: Path) -> None:
@@ -186,7 +211,7 @@ def test_it_needs_samples_memory_and_equal_layers(bert_hub: Path, tmp_path: Path
     [
         ("refine.lr=[]", "such as"),
         ("refine.lr=[0.1,2]", r"refine.lr must be a number in \(0, 1\], got 2"),
-        ("refine.lr=fast", "a number or a list"),
+        ("refine.lr=fast", "auto, a number or a list"),
         ("refine.epochs=-1", r"refine.epochs must be a whole number in \[0"),
         ("refine.epochs=0", "refine.epochs and refine.packed_epochs are both 0; use refine=none, or raise one"),
         ("refine.trained=some", "refine.trained must be one of all, lora, norms"),
