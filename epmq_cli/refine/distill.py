@@ -45,6 +45,7 @@ class Distill:
     anchor: float
     lr: Any
     epochs: int
+    patience: int
     packed: str
     packed_epochs: int
     packed_lr: float
@@ -77,6 +78,7 @@ class Distill:
             check_range(f"refine.{name}", getattr(self, name), 0, 10_000, integer=True)
         if not self.epochs + self.packed_epochs:
             raise ConfigError("refine.epochs and refine.packed_epochs are both 0; use refine=none, or raise one")
+        check_range("refine.patience", self.patience, 1, 10_000, integer=True)
         check_choice("refine.packed", self.packed, ("scales", "codes"))
         check_range("refine.packed_lr", self.packed_lr, 0, 1, open_low=True)
         check_range("refine.batch_size", self.batch_size, 1, 1 << 20, integer=True)
@@ -128,6 +130,7 @@ class Distill:
             hidden_blocks=self.hidden_blocks,
             anchor=self.anchor,
             epochs=self.packed_epochs if packed else self.epochs,
+            patience=self.patience,
             warmup=self.warmup,
             dtype=torch.bfloat16 if fast or self.precision == "bfloat16" else torch.float32,
             checkpointing=self.checkpointing,

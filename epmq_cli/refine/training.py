@@ -76,6 +76,7 @@ class Settings:
     hidden_blocks: Sequence[int] | None
     anchor: float
     epochs: int
+    patience: int
     warmup: float
     dtype: torch.dtype
     checkpointing: bool
@@ -142,6 +143,8 @@ class Training:
         self._put(copies)
         epochs = range(len(trial.losses) - 1, self.settings.epochs)
         for epoch in track(epochs, f"train with lr {lr:g}"):
+            if trial.idle >= self.settings.patience:
+                break
             for step in range(epoch * self.steps, (epoch + 1) * self.steps):
                 self._step(step, lr, copies, optimizers)
             if not trial.add(self._held_out(), first, weights):

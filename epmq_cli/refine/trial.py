@@ -62,6 +62,11 @@ class Trial:
         return min(epochs, key=lambda epoch: self.losses[epoch])
 
     @property
+    def idle(self) -> int:
+        """The epochs since the lowest loss, whatever the classes are."""
+        return len(self.losses) - 1 - self.losses.index(min(self.losses))
+
+    @property
     def better(self) -> bool:
         """Whether the training lowers the held-out loss, by more than chance explains."""
         return self.losses[0] - self.losses[self.best] > CERTAIN * self.errors[self.best]

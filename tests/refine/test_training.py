@@ -92,6 +92,7 @@ def settings(**options: Any) -> Settings:
         "hidden_blocks": [0],
         "anchor": 0.0,
         "epochs": 4,
+        "patience": 4,
         "warmup": 0.25,
         "dtype": torch.float32,
         "checkpointing": False,
@@ -221,6 +222,16 @@ def test_training_that_does_not_help_returns_the_start() -> None:
     assert not trial.better
     for name, tensor in network(0).named_parameters():
         assert torch.equal(best[name], tensor)
+
+
+def test_epochs_without_a_lower_loss_end_the_training(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    every, _ = Training(student(), settings(epochs=8, patience=8, anchor=1.0)).run(1.0)
+    trial, _ = Training(student(), settings(epochs=8, patience=2, anchor=1.0)).run(1.0, path)
+    rise = next(epoch for epoch in range(2, 9) if min(every.losses[: epoch - 1]) <= min(every.losses[: epoch + 1]))
+    assert trial.losses == every.losses[: rise + 1]
+    assert len(trial.losses) < 9
+    assert Training(student(), settings(epochs=8, patience=2, anchor=1.0)).run(1.0, path)[0] == trial
 
 
 def test_bfloat16_is_near_float32() -> None:
