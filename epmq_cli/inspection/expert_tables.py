@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from epmq_cli.inspection.tables import amount, heading, line, megabytes, prefix_line, refusals, show_parts, table
+from epmq_cli.inspection.tables import amount, heading, line, prefix_line, refusals, show_parts, table
+from epmq_cli.runtime.units import size
 
 SHOWN = 5  # columns of a matrix of cosines
 
@@ -31,7 +32,7 @@ def _models(content: Mapping[str, Any]) -> None:
             name,
             amount(own["parameters"]),
             " ".join(own["types"]),
-            megabytes(own["bytes"]),
+            size(own["bytes"]),
             amount(content["heads_of_experts"].get(name, 0)),
             content["processors"].get(name, ""),
         )

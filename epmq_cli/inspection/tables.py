@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from epmq_cli.runtime.console import console, plain
+from epmq_cli.runtime.units import size
 
 
 def show(content: Mapping[str, Any]) -> None:
@@ -35,7 +36,7 @@ def _summary(content: Mapping[str, Any]) -> str:
     count = f"{content['tensors']} tensors"
     bits = "" if kind == "checkpoint" else f", {content['bits_per_weight']:g} bits a weight"
     number = "" if kind == "checkpoint" else f", {amount(content['parameters'])} parameters"
-    return f"{', '.join(facts)}: {count}{number}, {megabytes(content['bytes'])}{bits}"
+    return f"{', '.join(facts)}: {count}{number}, {size(content['bytes'])}{bits}"
 
 
 def show_parts(content: Mapping[str, Any]) -> None:
@@ -47,7 +48,7 @@ def show_parts(content: Mapping[str, Any]) -> None:
             row["tensors"],
             amount(row["parameters"]),
             " ".join(row["types"]),
-            megabytes(row["bytes"]),
+            size(row["bytes"]),
             f"{row['bits_per_weight']:g}",
         )
         for row in content["parts"]
@@ -88,8 +89,8 @@ def _checkpoint(content: Mapping[str, Any]) -> None:
                 amount(row["weights"]),
                 f"{row['bits']:g}",
                 f"{row['bits_per_weight']:.2f}",
-                ", ".join("row" if size == -1 else str(size) for size in row["group_sizes"]),
-                megabytes(row["bytes"]),
+                ", ".join("row" if columns == -1 else str(columns) for columns in row["group_sizes"]),
+                size(row["bytes"]),
             )
             for row in content[title]
         ]
@@ -98,7 +99,7 @@ def _checkpoint(content: Mapping[str, Any]) -> None:
 
     if content["formats"]:
         rest = content["bytes"] - sum(row["bytes"] for row in content["formats"])
-        line(f"other tensors, which are not quantized: {megabytes(rest)}")
+        line(f"other tensors, which are not quantized: {size(rest)}")
 
 
 def values(content: Mapping[str, Any]) -> None:
@@ -150,12 +151,7 @@ def prefix_line(names: list[str]) -> str:
 
 def amount(number: int) -> str:
     """A number of parameters, in thousands, millions or billions."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+    for least, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= least:
+            return f"{number / least:.3g} {unit}"
     return str(number)
-
-
-def megabytes(size: float) -> str:
-    """A size in MB or GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
