@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     if chosen.html:
         from epmq_cli.report.page.comparison import comparison_page
 
-        _write(chosen.html, comparison_page(runs))
+        write(chosen.html, comparison_page(runs))
     if chosen.pages:
         _write_pages(runs)
 
@@ -59,7 +59,7 @@ def _show(runs: list[Run], kind: str | None, out: Path | None) -> None:
 
     comparison = compared(runs)
     if out is not None:
-        _write(out, RENDERERS[kind or "csv"](comparison))
+        write(out, RENDERERS[kind or "csv"](comparison))
     elif kind is not None:
         print(RENDERERS[kind](comparison), end="", flush=True)
     else:
@@ -69,7 +69,8 @@ def _show(runs: list[Run], kind: str | None, out: Path | None) -> None:
             console.print("The terminal is too narrow for the tasks; --format csv has them.", style="dim")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Writes a page or a table, and says so."""
     from epmq_cli.store.atomic import write_text
 
     write_text(path, text)

@@ -189,5 +189,5 @@ def _grid(comparison: Comparison, keys: list[str], cells: dict[tuple[float, floa
         (rows.index(first), columns.index(second)): Cell(average.better * score, f"{score:.{average.digits}f}")
         for (first, second), score in cells.items()
     }
-    texts = ([f"{value:g}" for value in values] for values in (rows, columns))
-    return matrix(*texts, places, level, width, (keys[0], keys[1]))
+    lines, heads = ([f"{value:g}" for value in values] for values in (rows, columns))
+    return matrix(lines, heads, places, level, width, (keys[0], keys[1]))

@@ -24,7 +24,6 @@ DARK = 5
 """The steps of the colour scale from here on need light text, in dark mode dark text."""
 FALLBACK = "\u00d7"  # a cross
 SQUARE = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))
-READABLE = 20  # pixels of a cell with a number in it
 ALONE = ""
 """The stack of linears outside blocks."""
 
@@ -122,7 +121,7 @@ def _map(figure: Figure, stack: Stack, level: Level, left: float, top: float) ->
             step, mark = level(row[block].value), row[block].mark
             corner = (column + (1 - side) / 2, line + 0.05)
             boxes.setdefault(step, []).append(Path(np.array(SQUARE) * (side, 0.9) + corner, closed=True))
-            if mark and (mark == FALLBACK or cell >= READABLE):
+            if mark and (mark == FALLBACK or _fits(mark, cell)):
                 colour = svg.PAPER if step >= DARK else svg.INK
                 svg.label(
                     axes, mark, line + 0.54, (column + 0.5) * cell, color=colour, ha="center", fontsize=min(12, cell)
@@ -138,6 +137,11 @@ def _map(figure: Figure, stack: Stack, level: Level, left: float, top: float) ->
     axes.set_xticks([column + 0.5 for column in shown], [str(blocks[column]) for column in shown])
     axes.tick_params(axis="x", labelsize=11)
     return axes
+
+
+def _fits(mark: str, width: float) -> bool:
+    """Whether a text fits into a cell of so many pixels."""
+    return width >= 6.8 * len(mark) + 8
 
 
 def matrix(
@@ -160,7 +164,7 @@ def matrix(
     for (line, column), cell in cells.items():
         step = level(cell.value)
         axes.add_patch(Rectangle((column + 0.02, line + 0.04), 0.96, 0.92, facecolor=svg.HEAT[step], clip_on=False))
-        if side >= 6.8 * len(cell.mark) + 6:
+        if _fits(cell.mark, side):
             colour = svg.PAPER if step >= DARK else svg.INK
             svg.label(axes, cell.mark, line + 0.52, (column + 0.5) * side, color=colour, ha="center")
     axes.set_yticks([])

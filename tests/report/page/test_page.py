@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from epmq_cli.report.page import assembly, heat_map, page, summary, svg
 from epmq_cli.report.page.comparison import comparison_page
 from epmq_cli.report.page.config import command
 from epmq_cli.report.run_folders import Run
+from tests.helpers.markup import Ids
 from tests.helpers.reports import content, layer
 
 pytestmark = pytest.mark.usefixtures("pages")
@@ -20,25 +20,6 @@ pytestmark = pytest.mark.usefixtures("pages")
 EVIL = "<script>alert(1)</script>"
 CSS = (assembly.TEMPLATES / "style.css").read_text()
 MODES = re.findall(r":root \{(.*?)\}", CSS, re.S)
-
-
-class Ids(HTMLParser):
-    """The ids and references of a page, and the tags that would load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.used: set[str] = set()
-        self.loading: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        for key, value in attributes:
-            self.ids += [value or ""] if key == "id" else []
-            self.used |= set((value or "").split()) if key == "aria-labelledby" else set()
-            self.used |= {value[1:]} if key.endswith("href") and value and value.startswith("#") else set()
-        if tag in ("script", "link", "img", "iframe", "object"):
-            self.loading.append(tag)
 
 
 def test_a_page_is_one_file_with_unique_ids_and_names_stay_text() -> None:
