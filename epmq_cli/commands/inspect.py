@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from epmq_cli.commands.output_file import check_output, write_output
 from epmq_cli.inspection.opened import open_headers
 
 DESCRIPTION = """Shows what a model, a LoRA adapter or a checkpoint of epmq holds: parameters by part, types, sizes,
@@ -28,12 +29,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data-root", help="a local mirror of the hub, searched first")
     parser.add_argument("--debug", action="store_true", help="print a traceback in place of a one-sentence error")
     chosen = parser.parse_args(arguments)
+    check_output("--html", chosen.html)
     content = inspected(chosen)
     if chosen.html:
-        from epmq_cli.commands.report import write
         from epmq_cli.inspection.page.page import inspect_page
 
-        write(chosen.html, inspect_page(content))
+        write_output(chosen.html, inspect_page(content))
     if chosen.format == "json":
         print(json.dumps(content, indent=2, allow_nan=False))
         return

@@ -81,7 +81,7 @@ def vectors(content: Mapping[str, Any]) -> Section | None:
     return Section(
         "Cosines between task vectors",
         ["Experts with a cosine near 0 change the base in different directions."],
-        scale=(f"{low:z.2f}", f"{high:z.2f}"),
+        scale=(f"{low:z.2f}", f"{high:z.2f}") if high > low else None,
         figure=figure,
         folded={"Norms and cosines as a table": table},
     )

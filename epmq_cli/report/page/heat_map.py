@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40
 ROW, GAP, HEADING = 22, 34, 22  # pixels
-LINE, SIDE = 34, 90  # the height of a row of a matrix, and the most that a cell is wide
+LINE, SIDE, FEW = 34, 90, 10
+"""The height of a row of a matrix of few rows, the most that a cell is wide, and how many rows are few."""
 DARK = 5
 """The steps of the colour scale from here on need light text, in dark mode dark text."""
 FALLBACK = "\u00d7"  # a cross
@@ -157,8 +158,9 @@ def matrix(
 
     left = max(svg.gutter([*rows], width), 48.0)
     side = min((width - left - 8) / len(columns), SIDE)
-    figure = svg.canvas(width, LINE * len(rows) + (52 if names[1] else 30) + (24 if names[0] else 2))
-    axes = svg.place(figure, left, 24 if names[0] else 2, side * len(columns), LINE * len(rows))
+    height, top = LINE if len(rows) <= FEW else ROW, 24 if names[0] else 2
+    figure = svg.canvas(width, top + height * len(rows) + (52 if names[1] else 30))
+    axes = svg.place(figure, left, top, side * len(columns), height * len(rows))
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(rows), 0)
     for (line, column), cell in cells.items():
@@ -174,6 +176,6 @@ def matrix(
     shown = range(0, len(columns), every)
     axes.set_xticks([column + 0.5 for column in shown], [columns[column] for column in shown])
     if names[0]:
-        svg.label(axes, svg.shortened(names[0], width / 2), -14 / LINE, -left, color=svg.MUTED)
+        svg.label(axes, svg.shortened(names[0], width / 2), -14 / height, -left, color=svg.MUTED)
     axes.set_xlabel(names[1])
     return figure
