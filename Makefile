@@ -91,15 +91,20 @@ gallery: install ## make the pages of docs/gallery again, two minutes; text4 and
 	$(BIN)/epmq report runs/gallery/sweep --html docs/gallery/sweep.html
 	cp runs/gallery/tiny/report.html docs/gallery/tiny.html
 	$(BIN)/epmq inspect $(wildcard $(SHIPPED)/experts/*) --base $(SHIPPED)/base --deep --html docs/gallery/inspect-tiny.html
-	if [ -n "$$EPMQ_TEXT4_DATA" ]; then ln -sfn "$$(realpath "$$EPMQ_TEXT4_DATA")" runs/gallery/text4-data && $(MAKE) gallery-text4; fi
-	if [ -n "$$EPMQ_VISION3_DATA" ]; then ln -sfn "$$(realpath "$$EPMQ_VISION3_DATA")" runs/gallery/vision3-data && $(MAKE) gallery-vision3; fi
+	if [ -n "$$EPMQ_TEXT4_DATA" ]; then $(MAKE) gallery-text4; fi
+	if [ -n "$$EPMQ_VISION3_DATA" ]; then $(MAKE) gallery-vision3; fi
 
 # Pages show all options, also the folders of data: here a link in runs/, so that they do not name folders of this machine.
+gallery-text4: DATA := $(EPMQ_TEXT4_DATA)
 gallery-text4: export EPMQ_TEXT4_DATA := runs/gallery/text4-data
-gallery-text4: GALLERY := calib.samples=64 eval.samples=120
+gallery-text4: GALLERY := calib.samples=64 eval.samples=300
+gallery-vision3: DATA := $(EPMQ_VISION3_DATA)
 gallery-vision3: export EPMQ_VISION3_DATA := runs/gallery/vision3-data
 gallery-vision3: GALLERY := calib.samples=256
 gallery-%: install
+	mkdir -p runs/gallery
+	rm -rf runs/gallery/$*
+	ln -sfn "$(realpath $(DATA))" runs/gallery/$*-data
 	$(BIN)/epmq run --config-dir benchmarks/$*/configs suite=$* $(GALLERY) out=runs/gallery/$*
 	cp runs/gallery/$*/report.html docs/gallery/$*.html
 	$(BIN)/epmq inspect $(filter-out %/base,$(wildcard runs/$*/models/*)) --base runs/$*/models/base --deep --html docs/gallery/inspect-$*.html
