@@ -4,6 +4,7 @@ VENV ?= .venv
 VENV_SMOKE ?= .venv-smoke
 BIN := $(VENV)/bin
 DEVICE ?= cpu
+SHIPPED := epmq_cli/shipped/tiny
 PROCESSES ?= 1 2
 # Python compiles a module when it first imports it; pip would compile all of them.
 PIP_FLAGS ?= --quiet --no-compile
@@ -83,12 +84,30 @@ docs: $(VENV)/.runs ## build the documentation into site/, which opens from the 
 	$(BIN)/pip install $(PIP_FLAGS) --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-gallery: install ## make the pages of docs/gallery again: a run and a sweep of the built-in suite, two minutes
+gallery: install ## make the pages of docs/gallery again, two minutes; text4 and vision3 too if their data is named, as in bench-quality
 	rm -rf runs/gallery
 	$(BIN)/epmq run calib.views=4 refine=distill out=runs/gallery/tiny
 	$(BIN)/epmq run -m merge=task_arithmetic,ties,average guidance=merged,expert,feature bits=4,3,2 group_size=32 out=runs/gallery/sweep
 	$(BIN)/epmq report runs/gallery/sweep --html docs/gallery/sweep.html
 	cp runs/gallery/tiny/report.html docs/gallery/tiny.html
+	$(BIN)/epmq inspect $(wildcard $(SHIPPED)/experts/*) --base $(SHIPPED)/base --deep --html docs/gallery/inspect-tiny.html
+	if [ -n "$$EPMQ_TEXT4_DATA" ]; then $(MAKE) gallery-text4; fi
+	if [ -n "$$EPMQ_VISION3_DATA" ]; then $(MAKE) gallery-vision3; fi
+
+# Pages show all options, also the folders of data: here a link in runs/, so that they do not name folders of this machine.
+gallery-text4: DATA := $(EPMQ_TEXT4_DATA)
+gallery-text4: export EPMQ_TEXT4_DATA := runs/gallery/text4-data
+gallery-text4: GALLERY := calib.samples=64 eval.samples=300
+gallery-vision3: DATA := $(EPMQ_VISION3_DATA)
+gallery-vision3: export EPMQ_VISION3_DATA := runs/gallery/vision3-data
+gallery-vision3: GALLERY := calib.samples=256
+gallery-%: install
+	mkdir -p runs/gallery
+	rm -rf runs/gallery/$*
+	ln -sfn "$(realpath $(DATA))" runs/gallery/$*-data
+	$(BIN)/epmq run --config-dir benchmarks/$*/configs suite=$* $(GALLERY) out=runs/gallery/$*
+	cp runs/gallery/$*/report.html docs/gallery/$*.html
+	$(BIN)/epmq inspect $(filter-out %/base,$(wildcard runs/$*/models/*)) --base runs/$*/models/base --deep --html docs/gallery/inspect-$*.html
 
 tiny: install ## train the models of the built-in suite again
 	$(BIN)/python benchmarks/tiny/train.py

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+from epmq_cli.commands.output_file import check_output, write_output
 from epmq_cli.inspection.opened import open_headers
 
 DESCRIPTION = """Shows what a model, a LoRA adapter or a checkpoint of epmq holds: parameters by part, types, sizes,
@@ -14,7 +16,7 @@ what a run would merge, quantize and leave, and what it would refuse. Reads only
 
 
 def main(arguments: list[str]) -> None:
-    """Prints tables, or JSON with --format json."""
+    """Prints tables, or JSON with --format json; writes a page with --html."""
     parser = argparse.ArgumentParser(prog="epmq inspect", description=DESCRIPTION)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a file, or a hub id")
     parser.add_argument("--base", help="the base of the experts")
@@ -23,10 +25,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--deep", action="store_true", help="read the tensors: norms, cosines, sign conflicts, NaN")
     parser.add_argument("--density", type=float, help="the merge.density of TIES for --deep (default: that of ties)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="(default: table)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page; with --deep, it has heat maps")
     parser.add_argument("--data-root", help="a local mirror of the hub, searched first")
     parser.add_argument("--debug", action="store_true", help="print a traceback in place of a one-sentence error")
     chosen = parser.parse_args(arguments)
+    check_output("--html", chosen.html)
     content = inspected(chosen)
+    if chosen.html:
+        from epmq_cli.inspection.page.page import inspect_page
+
+        write_output(chosen.html, inspect_page(content))
     if chosen.format == "json":
         print(json.dumps(content, indent=2, allow_nan=False))
         return

@@ -11,8 +11,10 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from epmq_cli.commands.stand_ins import stand_ins
 from epmq_cli.config.files import Head, conf_dir, head_of, options, read_lines
 
 GROUPS = {
@@ -53,7 +55,8 @@ def main(arguments: list[str]) -> None:
     group, _, option = (chosen.group or "").partition("=")
     if group and group not in (*groups, POST):
         sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
-    names: Collection[str] = _posts() if group == POST else groups.get(group, {})
+    with stand_ins():
+        names: Collection[str] = _posts() if group == POST else groups.get(group, {})
     if option and option not in names:
         import difflib
 
@@ -63,17 +66,20 @@ def main(arguments: list[str]) -> None:
     if group == POST:
         from epmq_cli.commands.describe import posts_page
 
-        print(posts_page(option))
+        with stand_ins():
+            print(posts_page(option))
     elif option:
         from epmq_cli.commands.describe import page
 
-        print(page(group, option, groups[group][option], chosen.config_dir))
+        path = groups[group][option]
+        with stand_ins() if path.is_relative_to(conf_dir()) else nullcontext():  # a user's class may do more
+            print(page(group, option, path, chosen.config_dir))
     else:
         show(groups, [group] if group else sorted(groups, key=_place))
 
 
 def _posts() -> Collection[str]:
-    from epmq_cli.merge.post import POSTS  # imports torch
+    from epmq_cli.merge.post import POSTS
 
     return POSTS
 

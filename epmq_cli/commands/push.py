@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from epmq_cli.errors import CheckpointError, ConfigError, RunError, first_line
 from epmq_cli.runtime.console import console, plain
+from epmq_cli.runtime.units import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,16 +57,11 @@ def checked_files(checkpoint: Path, repository: str) -> dict[str, Path]:
 
 def _list(files: dict[str, Path], repository: str, public: bool) -> None:
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    for name, size in sizes.items():
-        _print(f"{_size(size):>10}  {name}")
+    for name, count in sizes.items():
+        _print(f"{size(count):>10}  {name}")
     access = "public" if public else "private"
-    _print(
-        f"{sum(sizes.values()) / 1e6:>10.2f} MB  in {len(files)} files would go to {repository} ({access} if it is new)"
-    )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+    total = size(sum(sizes.values()))
+    _print(f"{total:>10}  in {len(files)} files would go to {repository} ({access} if it is new)")
 
 
 def push(files: dict[str, Path], repository: str, public: bool, yes: bool) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from epmq_cli.commands.output_file import check_output, write_output
 from epmq_cli.errors import RunError
 from epmq_cli.runtime.console import console, messages, plain
 
@@ -30,12 +31,14 @@ def main(arguments: list[str]) -> None:
         "--debug", action="store_true", help="print a traceback in place of a one-sentence error message"
     )
     chosen = parser.parse_args(arguments)
+    check_output("--out", chosen.out)
+    check_output("--html", chosen.html)
     runs = _finished(chosen.runs)
     _show(runs, chosen.format, chosen.out)
     if chosen.html:
         from epmq_cli.report.page.comparison import comparison_page
 
-        _write(chosen.html, comparison_page(runs))
+        write_output(chosen.html, comparison_page(runs))
     if chosen.pages:
         _write_pages(runs)
 
@@ -59,7 +62,7 @@ def _show(runs: list[Run], kind: str | None, out: Path | None) -> None:
 
     comparison = compared(runs)
     if out is not None:
-        _write(out, RENDERERS[kind or "csv"](comparison))
+        write_output(out, RENDERERS[kind or "csv"](comparison))
     elif kind is not None:
         print(RENDERERS[kind](comparison), end="", flush=True)
     else:
@@ -67,13 +70,6 @@ def _show(runs: list[Run], kind: str | None, out: Path | None) -> None:
         console.print(table)
         if not complete:
             console.print("The terminal is too narrow for the tasks; --format csv has them.", style="dim")
-
-
-def _write(path: Path, text: str) -> None:
-    from epmq_cli.store.atomic import write_text
-
-    write_text(path, text)
-    messages.print(plain(f"wrote {path}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_pages(runs: list[Run]) -> None:

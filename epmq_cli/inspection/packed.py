@@ -46,6 +46,7 @@ def checkpoint_content(opened: Opened) -> dict[str, Any]:
         "linears": len(linears),
         "formats": _grouped(linears, lambda name, own: own["format"]),
         "layers": _grouped(linears, lambda name, own: _layer(name)),
+        "bits_by_linear": {name: own["bits"] for name, own in linears.items()},
         "refused": [],
     }
 

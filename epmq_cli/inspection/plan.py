@@ -10,7 +10,8 @@ from epmq_cli.inspection.content import roles_content
 from epmq_cli.inspection.estimate import estimates
 from epmq_cli.inspection.planned import Planned, planned
 from epmq_cli.inspection.roles import roles_by_family
-from epmq_cli.inspection.tables import heading, line, megabytes, refusals, show_parts, table
+from epmq_cli.inspection.tables import heading, line, refusals, show_parts, table
+from epmq_cli.runtime.units import duration, size
 
 
 def plan_content(cfg: DictConfig) -> dict[str, Any]:
@@ -48,8 +49,8 @@ def show_plan(content: dict[str, Any]) -> None:
 
 def _estimate(content: dict[str, Any]) -> None:
     memory, disk, seconds = content["memory"], content["disk"], content["seconds"]
-    rows = [("memory", name, megabytes(size)) for name, size in memory.items() if size]
-    rows += [("disk", name, megabytes(size)) for name, size in disk.items() if size]
+    rows = [("memory", name, size(count)) for name, count in memory.items() if count]
+    rows += [("disk", name, size(count)) for name, count in disk.items() if count]
     total = content["total_seconds"]
     rows += [("time", name, duration(value)) for name, value in seconds.items() if value > total / 50]
     table(("", "part", "about"), [*rows, ("time", "all stages", duration(total))], left=(0, 1))
@@ -62,11 +63,3 @@ def _estimate(content: dict[str, Any]) -> None:
         "process as it is now, the float32 model, the pages of the weight files (which the system can take back), and "
         "the largest of calibration, scoring and training"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as the largest fitting unit."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Norms of task vectors, cosines between them, conflicts of signs, and what TIES would drop, block by block."""
+"""Norms of task vectors, cosines between them, conflicts of signs, and what TIES would drop, by block and tensor."""
 
 from __future__ import annotations
 
@@ -68,18 +68,22 @@ class Sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def content(self, tasks: list[str]) -> dict[str, Any]:
-        """Norms, cosines and shares; the shares of an expert are those of the elements that it changes. A share of
-        nothing is 0."""
+        """Norms, cosines with the mean of those between two experts (None with one), and shares; those of an expert are
+        of the elements that it changes. A share of nothing is 0."""
         norms = self.gram.diagonal().sqrt()
         scale = torch.where(norms > 0, norms, 1.0)
-        cosines = (self.gram / scale[:, None] / scale).tolist()
+        cosines, count = self.gram / scale[:, None] / scale, len(tasks)
+        mean = float(cosines.sum() - cosines.trace()) / (count * (count - 1)) if count > 1 else None
         own = self.nonzero.clamp(min=1)
         trimmed, outvoted = (self.nonzero - self.kept) / own, self.outvoted / own
         return {
             "elements": self.elements,
             "base_norm": self.base**0.5,
             "norms": dict(zip(tasks, norms.tolist(), strict=True)),
-            "cosines": {task: dict(zip(tasks, row, strict=True)) for task, row in zip(tasks, cosines, strict=True)},
+            "cosines": {
+                task: dict(zip(tasks, row, strict=True)) for task, row in zip(tasks, cosines.tolist(), strict=True)
+            },
+            "cosine": mean,
             "sign_conflicts": self.conflicts / max(self.changed, 1),
             "trimmed": dict(zip(tasks, trimmed.tolist(), strict=True)),
             "outvoted": dict(zip(tasks, outvoted.tolist(), strict=True)),
@@ -87,21 +91,28 @@ class Sums:
 
 
 @dataclass
-class ByBlock:
-    """The sums of each block of layers."""
+class ByTensor:
+    """The sums of each tensor."""
 
     experts: int
-    blocks: dict[str, Sums] = field(default_factory=dict)
+    tensors: dict[str, Sums] = field(default_factory=dict)
 
     def of(self, name: str) -> Sums:
-        """The sums of the block of a tensor."""
-        match = BLOCK.match(name)
-        return self.blocks.setdefault(match[1] if match else OUTSIDE, Sums.zeros(self.experts))
+        """The sums of a tensor."""
+        return self.tensors.setdefault(name, Sums.zeros(self.experts))
+
+    def blocks(self) -> dict[str, Sums]:
+        """The sums of each block of layers."""
+        blocks: dict[str, Sums] = {}
+        for name, own in self.tensors.items():
+            match = BLOCK.match(name)
+            blocks.setdefault(match[1] if match else OUTSIDE, Sums.zeros(self.experts)).merge(own)
+        return blocks
 
     def total(self) -> Sums:
-        """The sums over all blocks."""
+        """The sums over all tensors."""
         total = Sums.zeros(self.experts)
-        for own in self.blocks.values():
+        for own in self.tensors.values():
             total.merge(own)
         return total
 
@@ -115,15 +126,31 @@ def task_vector_content(source: MergeSource, density: float) -> tuple[dict[str, 
     if problems := _not_finite(source):
         return None, problems
     thresholds = torch.tensor(trim_thresholds(source, density))
-    by_block = ByBlock(len(source.tasks))
+    by_tensor = ByTensor(len(source.tasks))
     for name in track(source.names, "compare task vectors"):
-        own = by_block.of(name)
+        own = by_tensor.of(name)
         for reader in source.pieces(name):
             own.add(reader(), thresholds)
-    blocks = [{"block": name, **own.content(source.tasks)} for name, own in by_block.blocks.items()]
+    blocks = [{"block": name, **own.content(source.tasks)} for name, own in by_tensor.blocks().items()]
+    tensors = [
+        {"tensor": name, "shape": list(source.shape(name)), **_means(own.content(source.tasks))}
+        for name, own in by_tensor.tensors.items()
+    ]
     thresholds_of: Mapping[str, float] = dict(zip(source.tasks, thresholds.tolist(), strict=True))
-    total = by_block.total().content(source.tasks)
-    return {"density": density, "thresholds": thresholds_of, "total": total, "blocks": blocks}, []
+    total = by_tensor.total().content(source.tasks)
+    return {
+        "density": density, "thresholds": thresholds_of, "total": total, "blocks": blocks, "tensors": tensors
+    }, []  # fmt: skip
+
+
+def _means(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a tensor, with means over the experts in place of one for each."""
+
+    def mean(key: str) -> float:
+        return float(sum(content[key].values()) / len(content[key]))
+
+    same = {key: content[key] for key in ("elements", "base_norm", "cosine", "sign_conflicts")}
+    return {**same, "norm": mean("norms"), "trimmed": mean("trimmed"), "outvoted": mean("outvoted")}
 
 
 def _not_finite(source: MergeSource) -> list[str]:

@@ -50,19 +50,12 @@ def scores_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return content.get("scores") or empty
 
 
-def megabytes(content: Mapping[str, Any], part: str = "model_packed") -> float | None:
-    """The size of the stored or dense (`model_dense`) weights in MB (1e6 bytes)."""
-    count = content.get("bytes", {}).get(part)
+def megabytes(content: Mapping[str, Any]) -> float | None:
+    """The size of the stored weights in MB (1e6 bytes)."""
+    count = content.get("bytes", {}).get("model_packed")
     return None if count is None else count / 1e6
 
 
 def seconds(content: Mapping[str, Any]) -> float:
     """The wall time of all stages."""
     return float(sum(stage["seconds"] for stage in content["stages"].values()))
-
-
-def size(count: float) -> str:
-    """Bytes as text, in MB or GB."""
-    if count >= 1e9:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.2f} MB" if count < 1e7 else f"{count / 1e6:.0f} MB"

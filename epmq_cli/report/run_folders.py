@@ -14,7 +14,7 @@ import yaml
 from epmq_cli.report.numbers import seconds
 from epmq_cli.report.table import counted
 from epmq_cli.runtime.paths import read_regular
-from epmq_cli.runtime.verbosity import duration
+from epmq_cli.runtime.units import duration
 from epmq_cli.store.run_lock import in_use
 
 METRICS, HYDRA, MULTIRUN = "metrics.json", ".hydra", "multirun.yaml"

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.runtime.console import console, log
+from epmq_cli.runtime.units import duration, size
 from epmq_cli.store.run_lock import REPORT
 
 
@@ -51,12 +52,12 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     _line(title)
     if measured["scores"]["tasks"]:
         console.print(score_table(measured["scores"]))
-    size, events, guidance, bits = (measured[part] for part in ("bytes", "events", "guidance", "average_bits"))
+    sizes, events, guidance, bits = (measured[part] for part in ("bytes", "events", "guidance", "average_bits"))
     if guidance["chosen"]:
         values = ", ".join(f"{name} {guidance[name]:g}" for name in guidance["chosen"])
         _line(f"chosen      {values}, of {len(guidance['trials'])} tried without labels")
-    ratio = size["linears_dense"] / size["linears_packed"]
-    whole = f"{_megabytes(size['model_dense'])} -> {_megabytes(size['model_packed'])}"
+    ratio = sizes["linears_dense"] / sizes["linears_packed"]
+    whole = f"{size(sizes['model_dense'])} -> {size(sizes['model_packed'])}"
     mixed = "" if bits is None or bits == round(bits) else f" at {bits:.2f} bits on average"
     _line(f"weights     {whole}, calibrated linears {ratio:.1f} times smaller{mixed}")
     _line(f"time        {_times(measured['stages'])}")
@@ -85,7 +86,7 @@ def show_eval(measured: Mapping[str, Any], title: str, folder: Path) -> None:
 
 def show_merge(measured: Mapping[str, Any], folder: Path) -> None:
     """Prints size, times and the paths of the results."""
-    _line(f"weights     {_megabytes(measured['bytes']['model_dense'])}")
+    _line(f"weights     {size(measured['bytes']['model_dense'])}")
     _line(f"time        {_times(measured['stages'])}")
     _line(f"checkpoint  {near(folder / 'checkpoint')}")
     _line(f"metrics     {near(folder / 'metrics.json')}")
@@ -103,12 +104,8 @@ def _line(text: str) -> None:
 
 def _times(stages: Mapping[str, Mapping[str, float]]) -> str:
     total = sum(record["seconds"] for record in stages.values())
-    long = [f"{name} {record['seconds']:.1f}" for name, record in stages.items() if record["seconds"] > total / 20]
-    return f"{total:.1f} s: {', '.join(long)}"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+    long = [f"{name} {duration(own['seconds'])}" for name, own in stages.items() if own["seconds"] > total / 20]
+    return f"{duration(total)}: {', '.join(long)}"
 
 
 def _percent(score: float | None) -> str:

@@ -23,7 +23,8 @@ from rich.text import Text
 
 from epmq_cli.runtime import console
 from epmq_cli.runtime.memory import status
-from epmq_cli.runtime.verbosity import duration, kind
+from epmq_cli.runtime.units import duration, size
+from epmq_cli.runtime.verbosity import kind
 
 Item = TypeVar("Item")
 
@@ -102,7 +103,7 @@ def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
 
 def finished(stage: str, seconds: float, peak: int) -> None:
     """Tells that a stage of a command is finished, with its peak of memory in bytes."""
-    console.log.info("%s: %.1f s, peak %s", stage, seconds, size(peak))
+    console.log.info("%s: %s, peak %s", stage, duration(seconds), size(peak))
     if kind() == "json":
         _print(json.dumps({"event": "stage", "stage": stage, "seconds": round(seconds, 1), "peak": peak}))
     elif kind() == "auto" and console.messages.is_terminal and seconds >= SHORTEST:
@@ -115,11 +116,6 @@ def finished(stage: str, seconds: float, peak: int) -> None:
 def speed(rate: float) -> str:
     """Steps a second, or seconds a step."""
     return f"{rate:.3g} a second" if rate >= 1 else f"{duration(1 / rate)} each"
-
-
-def size(count: int) -> str:
-    """Bytes in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 @contextmanager

@@ -31,13 +31,16 @@ def test_a_model_is_shown_without_torch_once_its_family_is_known(clip_hub: Path)
     assert max(map(len, lines[1:-1])) <= 80
 
 
-def test_experts_are_compared_with_their_base(bert_hub: Path, clip_hub: Path, epmq_inside: Run) -> None:
+def test_experts_are_compared_with_their_base(bert_hub: Path, clip_hub: Path, epmq_inside: Run, tmp_path: Path) -> None:
     experts = [str(bert_hub / "first"), str(bert_hub / "second")]
     result = epmq_inside("inspect", *experts, "--base", str(bert_hub / "base"), "--deep", "--format", "json")
     content = json.loads(result.stdout)["experts"]
     assert content["refused"] == []
     assert content["heads_of_experts"] == {"first": 3 * 33, "second": 3 * 33}
     assert content["task_vectors"]["density"] == 0.2
+    one = epmq_inside("inspect", str(bert_hub / "base"), "--html", str(tmp_path / "page.html"))
+    assert one.stderr == f"wrote {tmp_path / 'page.html'}\n"
+    assert "<h2>Parameters by part</h2>" in (tmp_path / "page.html").read_text()
     other = epmq_inside("inspect", str(clip_hub / "first"), "--base", str(bert_hub / "base"))
     assert "refused: expert of task first:" in other.stdout.replace("\n", " ")
     assert "holds a model of type clip_vision_model, family bert takes bert" in " ".join(other.stdout.split())

@@ -90,7 +90,7 @@ def test_a_dry_run_lists_files_and_sizes_without_the_network(
     listed = epmq_inside("push", str(checkpoint), "me/model", "--dry-run")
     lines = listed.stdout.splitlines()
     assert [line.split()[-1] for line in lines[:-1]] == [*FILES[:3], "model.safetensors", "manifest.json"]
-    assert {"   2.00 MB  model.safetensors", "   0.00 kB  config.json"} <= {*lines}
+    assert {"   2.00 MB  model.safetensors", "       2 B  config.json"} <= {*lines}
     assert lines[-1].endswith("MB  in 5 files would go to me/model (private if it is new)")
     refused = epmq_inside("push", str(checkpoint), "me/model")
     assert refused.stderr == (

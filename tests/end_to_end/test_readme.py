@@ -203,3 +203,14 @@ def test_the_documentation_builds_and_asks_no_other_host(tmp_path: Path) -> None
         if re.search(r"url\(\s*['\"]?(https?:)?//", path.read_text())
     ]
     assert styles == []
+
+
+MACHINE = re.compile(r"(?<![\w./>])/(?:home|root|work|tmp|mnt|data|Users|var|opt|usr)/\S+")
+
+
+def test_the_gallery_is_linked_small_and_names_no_folder_of_a_machine() -> None:
+    files = {f"gallery/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs/gallery").iterdir()}
+    linked = re.findall(r"\]\((gallery/[^)]*)\)", PAGES["docs/index.md"].text)
+    assert sorted(linked) == sorted(files)
+    assert {name: MACHINE.findall(text) for name, text in files.items() if MACHINE.search(text)} == {}
+    assert all(len(text) < 250_000 for text in files.values())

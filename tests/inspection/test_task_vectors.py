@@ -27,6 +27,11 @@ def test_norms_cosines_conflicts_and_shares_are_those_of_whole_vectors(tmp_path:
     assert abs(total["outvoted"]["one"] - float(outvoted)) < 1e-6
     assert [block["block"] for block in content["blocks"]] == ["layers.0", "layers.1", "outside"]
     assert sum(block["elements"] for block in content["blocks"]) == len(a)
+    table = next(row for row in content["tensors"] if row["tensor"] == "table")
+    vectors = [own["table"] - base["table"] for own in (one, two)]
+    assert table["shape"] == [50, 20]
+    assert abs(table["norm"] - float(sum(vector.norm() for vector in vectors)) / 2) < 1e-3
+    assert abs(table["cosine"] - float(torch.cosine_similarity(*(vector.flatten() for vector in vectors), 0))) < 1e-5
 
 
 def test_equal_experts_have_no_conflicts_and_a_cosine_of_1(tmp_path: Path) -> None:

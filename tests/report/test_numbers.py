@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from epmq_cli.report.numbers import closed_gap, shown, size
-from epmq_cli.runtime.verbosity import duration
+from epmq_cli.report.numbers import closed_gap, shown
 
 
 @pytest.mark.parametrize(
@@ -26,7 +25,5 @@ def test_the_share_of_the_gap_that_is_closed(
     assert closed_gap({"merged": merged, "experts": experts}, metric) is None
 
 
-def test_scores_times_and_sizes_as_text() -> None:
+def test_scores_as_text() -> None:
     assert [shown(0.8125, "accuracy"), shown(8.125, "perplexity"), shown(None, "wer")] == ["81.2", "8.12", ""]
-    assert [duration(time) for time in (0.04, 59.6, 200, 7500)] == ["0.0 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
-    assert [size(count) for count in (1_234_000, 99_000_000, 1.5e9)] == ["1.23 MB", "99 MB", "1.50 GB"]

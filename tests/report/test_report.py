@@ -117,7 +117,7 @@ def test_the_summary_of_a_merge(tmp_path: Path, capsys: pytest.CaptureFixture[st
     show_merge({"bytes": {"model_dense": 8e6}, "stages": stages}, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "weights     8.00 MB",
-        "time        3.0 s: read 1.0, merge 2.0",
+        "time        3.0 s: read 1.0 s, merge 2.0 s",
         f"checkpoint  {tmp_path / 'checkpoint'}",
         f"metrics     {tmp_path / 'metrics.json'}",
     ]

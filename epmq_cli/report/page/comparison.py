@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from epmq_cli.report.comparison import AVERAGE, MB, Column, Comparison, compared, pareto, swept
 from epmq_cli.report.page import svg
-from epmq_cli.report.page.layers import DARK
-from epmq_cli.report.page.page import assembled
+from epmq_cli.report.page.assembly import assembled, filled
+from epmq_cli.report.page.heat_map import Cell, linear, matrix
 from epmq_cli.report.run_folders import Run
 from epmq_cli.report.table import counted
 from epmq_cli.runtime.console import plain
@@ -32,7 +32,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         if best is not None
         else "."
     )
-    return assembled("Comparison of runs", plain(sentence), SECTIONS, comparison)
+    return assembled("Comparison of runs", plain(sentence), filled(SECTIONS, comparison))
 
 
 def table(comparison: Comparison) -> dict[str, Any]:
@@ -182,30 +182,12 @@ def apart(heights: list[float], least: float) -> list[float]:
 
 def _grid(comparison: Comparison, keys: list[str], cells: dict[tuple[float, float], float], width: int) -> Figure:
     """Rows of the first option, columns of the second, the average in each cell; better ones are darker."""
-    from matplotlib.patches import Rectangle
-
     rows, columns = (sorted({cell[part] for cell in cells}) for part in (0, 1))
-    left, height = 70.0, 34.0
-    side = min((width - left - 8) / len(columns), 90.0)
-    figure = svg.canvas(width, height * len(rows) + 76)
-    axes = svg.place(figure, left, 28, side * len(columns), height * len(rows))
-    axes.set_xlim(0, len(columns))
-    axes.set_ylim(len(rows), 0)
     average = _average(comparison)
-    low, high = min(cells.values()), max(cells.values())
-    for (first, second), score in cells.items():
-        share = (score - low) / (high - low) if high > low else 0.0
-        step = round(8 * (share if average.better > 0 else 1 - share))
-        column, line = columns.index(second), rows.index(first)
-        axes.add_patch(Rectangle((column + 0.02, line + 0.04), 0.96, 0.92, facecolor=svg.HEAT[step], clip_on=False))
-        if side >= 36:
-            colour = svg.PAPER if step >= DARK else svg.INK
-            text = f"{score:.{average.digits}f}"
-            svg.label(axes, text, line + 0.52, (column + 0.5) * side, color=colour, ha="center")
-    axes.set_yticks([])
-    for line, value in enumerate(rows):
-        svg.label(axes, f"{value:g}", line + 0.5, -8, ha="right", color=svg.MUTED)
-    axes.set_xticks([column + 0.5 for column in range(len(columns))], [f"{value:g}" for value in columns])
-    svg.label(axes, svg.shortened(keys[0], width / 2), -14 / height, -left, color=svg.MUTED)
-    axes.set_xlabel(keys[1])
-    return figure
+    level = linear([average.better * score for score in cells.values()])
+    places = {
+        (rows.index(first), columns.index(second)): Cell(average.better * score, f"{score:.{average.digits}f}")
+        for (first, second), score in cells.items()
+    }
+    lines, heads = ([f"{value:g}" for value in values] for values in (rows, columns))
+    return matrix(lines, heads, places, level, width, (keys[0], keys[1]))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from epmq_cli.report.page import config, layers, refinement, resources, scores, summary
+from epmq_cli.report.page.assembly import assembled, filled
 from epmq_cli.runtime.console import log, plain
 from epmq_cli.store.atomic import write_text
 from epmq_cli.store.run_lock import REPORT
@@ -29,37 +26,10 @@ SECTIONS: dict[str, Section] = {
 }
 """The sections of a run's page in their order, by template. A new section is a function, a template and an entry."""
 
-TEMPLATES = Path(__file__).with_name("templates")
-
 
 def run_page(content: Mapping[str, Any]) -> str:
     """One self-contained HTML file; it needs neither scripts nor a network."""
-    return assembled(plain(summary.title(content)), plain(summary.sentence(content)), SECTIONS, content)
-
-
-def assembled(title: str, sentence: str, sections: Mapping[str, Callable[[Any], Any]], content: Any) -> str:
-    """The page with those of the sections that have something to show."""
-    values = {name: section(content) for name, section in sections.items()}
-    bodies = [
-        Markup(templates().get_template(f"{name}.html").render(**value))
-        for name, value in values.items()
-        if value is not None
-    ]
-    return templates().get_template("page.html").render(title=title, sentence=sentence, sections=bodies) + "\n"
-
-
-@cache
-def templates() -> Environment:
-    """The templates; they escape every value that is not markup."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = plain
-    return environment
+    return assembled(plain(summary.title(content)), plain(summary.sentence(content)), filled(SECTIONS, content))
 
 
 def write_report(folder: Path, content: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from epmq_cli.report import numbers
-from epmq_cli.runtime.verbosity import duration
+from epmq_cli.runtime.units import duration, size
 
 HOST, DEVICE = "peak_host_bytes", "peak_device_bytes"
 
@@ -24,14 +24,14 @@ def section(content: Mapping[str, Any]) -> dict[str, Any] | None:
             "name": name,
             "time": duration(stage["seconds"]),
             "time_bar": 100 * stage["seconds"] / longest,
-            "memory": [(numbers.size(stage[key] or 0), 100 * (stage[key] or 0) / largest[key]) for key in columns],
+            "memory": [(size(stage[key] or 0), 100 * (stage[key] or 0) / largest[key]) for key in columns],
         }
         for name, stage in stages.items()
     ]
     return {
         "rows": rows,
         "total": duration(numbers.seconds(content)),
-        "peaks": [numbers.size(largest[key]) for key in columns],
+        "peaks": [size(largest[key]) for key in columns],
         "device": DEVICE in columns,
         "resumed": content.get("resumed", 0),
         "environment": content["environment"],

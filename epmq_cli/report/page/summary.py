@@ -8,6 +8,7 @@ from typing import Any
 from epmq_cli.report import numbers
 from epmq_cli.report.settings import choices
 from epmq_cli.report.table import counted
+from epmq_cli.runtime.units import size
 
 PREPOSITIONS = {"run": "", "eval": "scores of ", "merge": "merge of "}
 
@@ -22,11 +23,12 @@ def title(content: Mapping[str, Any]) -> str:
 def sentence(content: Mapping[str, Any]) -> str:
     """What was merged, how, with how many bits; the score against the merge and the experts; the size."""
     parts = [_made(content), *_scores(content)]
-    packed, dense = numbers.megabytes(content), numbers.megabytes(content, "model_dense")
+    sizes = content.get("bytes", {})
+    packed, dense = sizes.get("model_packed"), sizes.get("model_dense")
     if packed is not None and dense is not None:
-        parts.append(f"its weights take {packed:.2f} MB in place of {dense:.2f} MB")
+        parts.append(f"its weights take {size(packed)} in place of {size(dense)}")
     elif dense is not None:
-        parts.append(f"its weights take {dense:.2f} MB")
+        parts.append(f"its weights take {size(dense)}")
     return "; ".join(parts) + "."
 
 

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from epmq_cli.report.page import layers, page, summary, svg
+from epmq_cli.report.page import assembly, heat_map, page, summary, svg
 from epmq_cli.report.page.comparison import comparison_page
 from epmq_cli.report.page.config import command
 from epmq_cli.report.run_folders import Run
+from tests.helpers.markup import Ids
 from tests.helpers.reports import content, layer
 
 pytestmark = pytest.mark.usefixtures("pages")
 
 EVIL = "<script>alert(1)</script>"
-CSS = (page.TEMPLATES / "style.css").read_text()
+CSS = (assembly.TEMPLATES / "style.css").read_text()
 MODES = re.findall(r":root \{(.*?)\}", CSS, re.S)
-
-
-class Ids(HTMLParser):
-    """The ids and references of a page, and the tags that would load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.used: set[str] = set()
-        self.loading: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        for key, value in attributes:
-            self.ids += [value or ""] if key == "id" else []
-            self.used |= set((value or "").split()) if key == "aria-labelledby" else set()
-            self.used |= {value[1:]} if key.endswith("href") and value and value.startswith("#") else set()
-        if tag in ("script", "link", "img", "iframe", "object"):
-            self.loading.append(tag)
 
 
 def test_a_page_is_one_file_with_unique_ids_and_names_stay_text() -> None:
@@ -104,7 +85,7 @@ def test_the_command_can_be_typed_again() -> None:
 
 def test_linears_are_grouped_by_stack_and_block() -> None:
     names = ("encoder.block.0.layer.1.wi", "encoder.block.10.layer.1.wi", "decoder.block.0.q", "visual_projection")
-    stacks = layers.by_stack([layer(name, 1.0) for name in names], lambda entry: layers.Cell(entry["loss"]))
+    stacks = heat_map.by_stack([layer(name, 1.0) for name in names], lambda entry: heat_map.Cell(entry["loss"]))
     assert {name: {linear: list(row) for linear, row in stack.items()} for name, stack in stacks.items()} == {
         "encoder.block": {"layer.1.wi": [0, 10]},
         "decoder.block": {"q": [0]},
@@ -113,9 +94,9 @@ def test_linears_are_grouped_by_stack_and_block() -> None:
 
 
 def test_the_steps_of_colours_are_even_on_a_logarithmic_scale() -> None:
-    level = layers.logarithmic([1e-4, 1e-1, 0.0])
+    level = heat_map.logarithmic([1e-4, 1e-1, 0.0])
     assert [level(value) for value in (0.0, 1e-4, 2e-3, 2e-2, 1e-1)] == [0, 0, 3, 6, 8]
-    assert layers.logarithmic([0.5, 0.5])(0.5) == 0
+    assert heat_map.logarithmic([0.5, 0.5])(0.5) == 0
 
 
 def luminance(colour: str) -> float:
@@ -140,7 +121,7 @@ def test_text_and_marks_have_enough_contrast(mode: str) -> None:
         assert contrast(colours[name], colours["paper"]) >= 4.5
     assert contrast(colours["ink"], colours["heat-0"]) >= 4.5
     for step in range(9):
-        text = colours["paper" if step >= layers.DARK else "ink"]
+        text = colours["paper" if step >= heat_map.DARK else "ink"]
         assert contrast(text, colours[f"heat-{step}"]) >= 4.5
 
 
