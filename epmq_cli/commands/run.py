@@ -183,6 +183,7 @@ def _make_checkpoint(
     from epmq_cli.checkpoint.model_card import NAME as CARD
     from epmq_cli.checkpoint.write import RECORD, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
+    from epmq_cli.evaluate.score import restored
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
@@ -196,7 +197,7 @@ def _make_checkpoint(
     key = cache.scores_key(tasks) if distributed.is_main() else None
     scored = context.progress.part(distributed.broadcast(key))
     with stage("score base and experts"):
-        scores = scored.value("parts", lambda: steps.score_parts(context, model, models, tasks))
+        scores = restored(scored.value("parts", lambda: steps.score_parts(context, model, models, tasks)))
     checks = check_experts(tasks, scores, model)
     with stage("teach"):
         teachers = guide.run_teachers(context, model, models.source, inputs.drawn)
@@ -205,7 +206,8 @@ def _make_checkpoint(
         inputs, merged = _merged(context, inputs, data)
         models, model = inputs.models, inputs.model
     with stage("score merged"):
-        scores |= scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
+        again = scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
+        scores |= restored(again)
     with stage("refine"):
         refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
         refined = refiner.dense(merged)
