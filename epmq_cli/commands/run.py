@@ -114,12 +114,13 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
-    write_scores(checkpoint, card, measured["scores"])
+    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
+    from epmq_cli.report.page.pictures import score_pictures
+
+    write_scores(checkpoint, card, measured["scores"], score_pictures(measured["scores"]))
     content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
     metrics_json.write_json(folder / METRICS, content)
     close(folder)
-    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
-
     write_report(folder, content)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
