@@ -118,7 +118,8 @@ class Session:
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         if "experts" not in self.known:
             scores = steps.score_parts(RunContext.of(job), self.model, self.models, self.tasks)
-            self.keep("experts", {"accuracy": average(job, scores["experts"]), "base": average(job, scores["base"])})
+            found = {stage: values(scores[stage]) for stage in ("experts", "base")}
+            self.keep("experts", {"accuracy": average(job, found["experts"]), "base": average(job, found["base"])})
         self.loaded = True
 
     def keep(self, key: str, entry: dict[str, Any]) -> None:
@@ -159,7 +160,8 @@ class Session:
             refiner.packed(calibrated.walk, self.dtype)
             tasks = guide.solve_heads(context, self.model, taught, self.tasks, calibrated.guidance)
             seconds = trained + time.perf_counter() - start
-            scores = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
+            scored = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
+            scores = values(scored)
             entry = {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores}
             self.keep(key, entry | refiner.entries)
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -181,6 +183,11 @@ class Session:
             self._state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self._state = {name: t for name, t in self._state.items() if name not in self.models.source.names}
         return self._state
+
+
+def values(scores: dict[str, metrics.Score]) -> dict[str, float]:
+    """Returns the scores without their errors."""
+    return {task: score.value for task, score in scores.items()}
 
 
 def average(job: steps.Job, scores: dict[str, float]) -> float:

@@ -49,14 +49,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def pages() -> None:
-    """Makes the runs of a test draw their report.html."""
+    """Makes the runs of a test draw their report.html and the picture of their card."""
 
 
 @pytest.fixture(autouse=True)
 def short_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs write a short report.html, because a drawn one takes a tenth of a second."""
+    """Runs write a short report.html and a card without a picture, because each drawing takes a tenth of a second."""
     if "pages" not in request.fixturenames:
         monkeypatch.setattr("epmq_cli.report.page.page.run_page", lambda content: "<!doctype html><title>run</title>\n")
+        monkeypatch.setattr("epmq_cli.report.page.pictures.score_pictures", lambda scores: {})
 
 
 @pytest.hookimpl(wrapper=True)

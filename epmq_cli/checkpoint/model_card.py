@@ -17,7 +17,7 @@ from epmq_cli.checkpoint.loading_code import head_code, other_engines, transform
 from epmq_cli.data.suite import Suite
 from epmq_cli.families.family import Family
 from epmq_cli.quantize.formats.format import NumberFormat
-from epmq_cli.store.manifest import replace_file
+from epmq_cli.store.manifest import replace_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,14 @@ files. `epmq.json` holds the settings of the run, and the names of the classes i
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture of the scores: its file, and what it shows in words."""
+
+    png: bytes
+    alt: str
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What a card says of a checkpoint.
 
@@ -84,8 +92,9 @@ class ModelCard:
     processors: Mapping[str, str] = field(default_factory=dict)
     overrides: Sequence[str] = ()
 
-    def text(self, scores: Mapping[str, Any] | None = None) -> str:
-        """The text of README.md. `scores`: those of metrics.json, if the model is scored."""
+    def text(self, scores: Mapping[str, Any] | None = None, pictures: Mapping[str, Picture] | None = None) -> str:
+        """The text of README.md. `scores`: those of metrics.json, if the model is scored. `pictures`: of the scores, by
+        the name of the file beside README.md."""
         refinement = self.choices.get("refine", "none")
         shown = scores if scores and scores["tasks"] else None
         body = CARD.substitute(
@@ -99,7 +108,7 @@ class ModelCard:
             base=_code(self.suite.base),
             experts=_experts(self.suite),
             weights=self._weights(),
-            scores=f"\n## Scores\n\n{score_table(shown)}\n" if shown else "",
+            scores=f"\n## Scores\n\n{_pictures(pictures or {})}{score_table(shown)}\n" if shown else "",
             code=self.loading,
             processors=_processors(self.processors),
             command=_block("bash", self._command()),
@@ -139,10 +148,16 @@ def loading_code(
     return "\n\n".join(parts)
 
 
-def write_scores(checkpoint: Path, card: ModelCard, scores: Mapping[str, Any]) -> None:
-    """Replaces the card of a checkpoint by one with the scores, which are measured on the checkpoint itself."""
+def write_scores(checkpoint: Path, card: ModelCard, scores: Mapping[str, Any], pictures: Mapping[str, Picture]) -> None:
+    """Replaces the card of a checkpoint by one with the scores, which are measured on the checkpoint itself, and writes
+    their pictures beside it."""
     if scores["tasks"]:
-        replace_file(checkpoint, NAME, card.text(scores))
+        files = {name: picture.png for name, picture in pictures.items()}
+        replace_files(checkpoint, {**files, NAME: card.text(scores, pictures).encode()})
+
+
+def _pictures(pictures: Mapping[str, Picture]) -> str:
+    return "".join(f"![{_plain(picture.alt)}]({name})\n\n" for name, picture in pictures.items())
 
 
 def score_table(scores: Mapping[str, Any]) -> str:

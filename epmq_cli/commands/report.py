@@ -68,6 +68,8 @@ def _show(runs: list[Run], kind: str | None, out: Path | None) -> None:
     else:
         table, complete = terminal_table(comparison, console.width)
         console.print(table)
+        if comparison.legend:
+            console.print(comparison.legend, style="dim", markup=False, highlight=False)
         if not complete:
             console.print("The terminal is too narrow for the tasks; --format csv has them.", style="dim")
 

@@ -114,12 +114,13 @@ def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str,
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
     measured |= {"scores": metrics_json.by_task(scores, job.suite.metrics), "stages": context.stages.records}
-    write_scores(checkpoint, card, measured["scores"])
+    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
+    from epmq_cli.report.page.pictures import score_pictures
+
+    write_scores(checkpoint, card, measured["scores"], score_pictures(measured["scores"]))
     content = metrics_json.metrics("run", overrides, resolved, job.device, measured)
     metrics_json.write_json(folder / METRICS, content)
     close(folder)
-    from epmq_cli.report.page.page import write_report  # here, because a run must not start slower
-
     write_report(folder, content)
     title = f"{job.suite.name}: {choices['merge']}, {choices['guidance']}, {choices['quant']}"
     table.show_run(measured, title, folder)
@@ -183,6 +184,7 @@ def _make_checkpoint(
     from epmq_cli.checkpoint.model_card import NAME as CARD
     from epmq_cli.checkpoint.write import RECORD, write_checkpoint
     from epmq_cli.evaluate.chance import check_experts
+    from epmq_cli.evaluate.score import restored
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
@@ -196,7 +198,7 @@ def _make_checkpoint(
     key = cache.scores_key(tasks) if distributed.is_main() else None
     scored = context.progress.part(distributed.broadcast(key))
     with stage("score base and experts"):
-        scores = scored.value("parts", lambda: steps.score_parts(context, model, models, tasks))
+        scores = restored(scored.value("parts", lambda: steps.score_parts(context, model, models, tasks)))
     checks = check_experts(tasks, scores, model)
     with stage("teach"):
         teachers = guide.run_teachers(context, model, models.source, inputs.drawn)
@@ -205,7 +207,8 @@ def _make_checkpoint(
         inputs, merged = _merged(context, inputs, data)
         models, model = inputs.models, inputs.model
     with stage("score merged"):
-        scores |= scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
+        again = scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
+        scores |= restored(again)
     with stage("refine"):
         refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
         refined = refiner.dense(merged)

@@ -44,10 +44,11 @@ def check_experts(tasks: Sequence[ScoredTask], scores: Scores, model: nn.Module)
     experts, base, checks = scores.get("experts", {}), scores.get("base", {}), {}
     for task in tasks:
         if task.name in experts:
-            result = check(task, experts[task.name], base.get(task.name), vocabulary(model))
+            other = base[task.name].value if task.name in base else None
+            result = check(task, experts[task.name].value, other, vocabulary(model))
             checks[task.name] = result
             if result.at_chance:
-                log.warning("%s", warning(task, result, base.get(task.name)))
+                log.warning("%s", warning(task, result, other))
     return checks
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
+from epmq_cli.evaluate.metrics import Score
+from epmq_cli.evaluate.standard_errors import binomial
 from epmq_cli.models.pretrained import from_folder
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
@@ -21,9 +23,14 @@ PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
 metric through several filters, the task's first filter counts (strict-match for gsm8k)."""
 
 
+SHARES = ("acc_norm", "exact_match", "acc")
+"""The metrics that are shares of right answers. The harness itself gives the errors of all metrics only with a
+bootstrap, which starts processes."""
+
+
 def harness_scores(
     model: nn.Module, folder: Path, device: torch.device, evaluation: Harness, micro: MicroBatcher
-) -> dict[str, float]:
+) -> dict[str, Score]:
     """The score of each task or group of `eval.tasks`, named `<task>/<metric>`.
 
     Patterns (arc_*), tags (ai2_arc) and groups without a score of their own stand for their tasks. `folder`: contains
@@ -61,12 +68,14 @@ def harness_scores(
             log_samples=False,
         )
 
-    scores: dict[str, float] = {}
+    scores: dict[str, Score] = {}
     unique = dict.fromkeys(name for names in matched.values() for name in names)
     for name in unique:  # one by one, because the results do not name the tasks of a tag
         output = micro.run(partial(evaluate, name))
         results = {**output["results"], **output.get("groups", {})}
-        scores |= chosen([name] if numbers(results.get(name, {})) else list(output["configs"]), results)
+        names = [name] if numbers(results.get(name, {})) else list(output["configs"])
+        counts = {task: counted["effective"] for task, counted in output["n-samples"].items()}
+        scores |= chosen(names, results, counts)
     return scores
 
 
@@ -78,13 +87,19 @@ def _task_manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
-def chosen(tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The preferred metric of each task. `results`: from the harness, with keys such as "acc_norm,none"."""
+def chosen(
+    tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]
+) -> dict[str, Score]:
+    """The preferred metric of each task. `results`: from the harness, with keys such as "acc_norm,none". `counts`: the
+    number of samples of tasks."""
     scores = {}
     for task in tasks:
         values = numbers(results[task])
         metric = next((name for name in PREFERRED if name in values), next(iter(values)))
-        scores[f"{task}/{metric}"] = values[metric]
+        count = counts.get(task, results[task].get("sample_len"))  # a group has only the latter, by version
+        known = metric in SHARES and count and 0 <= values[metric] <= 1
+        error = binomial(values[metric], count) if known and count else None
+        scores[f"{task}/{metric}"] = Score(values[metric], error, count)
     return scores
 
 

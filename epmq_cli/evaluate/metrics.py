@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PERPLEXITY = "perplexity"
+
+
+class Score(NamedTuple):
+    """A model's score on a task; a tuple, because progress and cache keep it as JSON.
+
+    `error`: its standard error, as far as the choice of the test samples causes it; `samples`: the number of test
+    samples, for perplexities of windows of tokens. None if they are not known.
+    """
+
+    value: float
+    error: float | None = None
+    samples: int | None = None
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
@@ -46,3 +58,14 @@ def average(scores: list[float], metric: str) -> float:
     if metric == PERPLEXITY:
         return math.exp(sum(map(math.log, scores)) / len(scores))
     return sum(scores) / len(scores)
+
+
+def average_error(scores: list[Score], metric: str) -> float | None:
+    """The standard error of `average`, of tasks with samples of their own; None if that of a task is not known."""
+    errors = [score.error for score in scores if score.error is not None]
+    if len(errors) < len(scores):
+        return None
+    if metric == PERPLEXITY:
+        relative = [error / score.value for error, score in zip(errors, scores, strict=True)]
+        return average([score.value for score in scores], metric) * math.hypot(*relative) / len(scores)
+    return math.hypot(*errors) / len(scores)

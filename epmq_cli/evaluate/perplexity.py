@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from epmq_cli.errors import DataError, ModelError
+from epmq_cli.evaluate.metrics import Score
+from epmq_cli.evaluate.standard_errors import perplexity_error
 
 LARGEST = 700.0  # mean loss: the exponential of more overflows
 PLACES = 1 << 26  # logits turned into losses at a time: 0.25 GB in float32
@@ -24,7 +26,7 @@ def perplexity(
     length: int,
     stride: int,
     batch_size: int,
-) -> float:
+) -> Score:
     """exp of the mean loss of the predicted tokens of `ids` (tokens,), read in windows of `length` tokens.
 
     `losses_of` returns `window_losses` for windows (windows, tokens). Each window starts `stride` tokens after the one
@@ -34,17 +36,22 @@ def perplexity(
     `llama_eval`) drops it, which equals this on `ids` cut to whole windows.
     DataError if no token is predicted, ModelError if logits are NaN. The mean loss is capped at `LARGEST`.
     """
-    total, count = 0.0, 0
+    sums, counts = [], []
     for group in batched(windows(len(ids), length, stride), batch_size):
         losses = losses_of(torch.stack([ids[start:end] for start, end, _ in group]))
         for (_, _, fresh), row in zip(group, losses, strict=True):
             counted = row[-min(fresh, len(row)) :] if len(row) else row
-            total, count = total + float(counted.sum()), count + len(counted)
-    if count == 0:
+            if len(counted):
+                sums.append(float(counted.sum()))
+                counts.append(len(counted))
+    if not counts:
         raise DataError(f"perplexity needs at least two tokens of text, got {len(ids)}")
+    total, count = sum(sums), sum(counts)
     if math.isnan(total):
         raise ModelError("the logits of the model contain NaN; check its weights")
-    return math.exp(min(total / count, LARGEST))
+    if total / count >= LARGEST:
+        return Score(math.exp(LARGEST), None, len(counts))
+    return Score(math.exp(total / count), perplexity_error(sums, counts), len(counts))
 
 
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:

@@ -19,24 +19,30 @@ from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import batches
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
-from epmq_cli.evaluate.metrics import MEASURES, PERPLEXITY
+from epmq_cli.evaluate.metrics import PERPLEXITY, Score
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
+from epmq_cli.evaluate.standard_errors import measured
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head, Predict
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import bar
 
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, dict[str, Score]]
 """stage -> task -> score: a fraction of 1, or a perplexity."""
 
-ScoreCache = Callable[["ScoredTask", Callable[[], float]], float]
+ScoreCache = Callable[["ScoredTask", Callable[[], Score]], Score]
 """Returns a task's score from a cache, or else computes it by the function."""
 
 
-def compute(task: ScoredTask, make: Callable[[], float]) -> float:
+def compute(task: ScoredTask, make: Callable[[], Score]) -> Score:
     """Computes the score, without a cache."""
     return make()
+
+
+def restored(scores: Scores) -> Scores:
+    """The scores, which were lists if they were read from JSON."""
+    return {stage: {task: Score(*score) for task, score in by_task.items()} for stage, by_task in scores.items()}
 
 
 UNSCORED = Samples(())
@@ -173,7 +179,7 @@ class Scorer:
             with distributed.single_process():
                 return {stage: harness_scores(model, folder, self.device, self.evaluation, self.micro)}
 
-        def computed(task: ScoredTask) -> float:
+        def computed(task: ScoredTask) -> Score:
             before(task)
             return self.score(model, task, advance)
 
@@ -181,11 +187,11 @@ class Scorer:
             return {stage: {task.name: score_cache(task, partial(computed, task)) for task in tasks}}
 
     @torch.inference_mode()
-    def score(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None] = lambda count: None) -> float:
+    def score(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None] = lambda count: None) -> Score:
         """The value of the task's metric. `advance`: called with the number of finished samples, or of windows."""
         language = self.family.tasks
         if not isinstance(language, LanguageModel):
-            return MEASURES[task.metric](*self._predictions(model, task, advance))
+            return measured(task.metric, *self._predictions(model, task, advance))
 
         def losses(batch: Batch) -> Tensor:
             return window_losses(lambda ids: language.token_logits(model, ids.to(self.device)), batch["ids"])

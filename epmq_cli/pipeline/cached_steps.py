@@ -22,6 +22,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.config.schema import Harness, bytes_of
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
+from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.given import Given
@@ -125,7 +126,7 @@ class CachedSteps:
         except (FileNotFoundError, SafetensorError):  # another run evicted it
             return make()
 
-    def _score(self, stage: str, task: ScoredTask, make: Callable[[], float]) -> float:
+    def _score(self, stage: str, task: ScoredTask, make: Callable[[], Score]) -> Score:
         samples = self._samples(task)
         if self._cache is None or samples is None:
             return make()
@@ -133,7 +134,7 @@ class CachedSteps:
         if task.processor is not None:
             inputs["processor"] = hash_model(task.processor, self._hashes)
         model, fields = self._model(stage, task.name), self._fields(task.name)
-        return float(self._cache.value(self._key("score", stage=stage, model=model, task=fields, **inputs), make))
+        return Score(*self._cache.value(self._key("score", stage=stage, model=model, task=fields, **inputs), make))
 
     def _samples(self, task: ScoredTask) -> str | None:
         if task.name not in self._samples_hashes:  # read once for all stages

@@ -108,7 +108,8 @@ def score_problems(checkpoint: Path, device: torch.device, root: str | None) -> 
     recorded, evaluation = _run_scores(checkpoint.resolve().parent / METRICS)
     suite = checkpoint_suite(checkpoint, None, root)
     family, model, tasks = ready(checkpoint, suite, evaluation, device)
-    scores = Scorer(evaluation, family, device).scores(model, tasks, STAGE, checkpoint)[STAGE]
+    found = Scorer(evaluation, family, device).scores(model, tasks, STAGE, checkpoint)[STAGE]
+    scores = {name: score.value for name, score in found.items()}
     names = dict.fromkeys([*recorded, *scores])
     pairs = {name: (recorded.get(name), scores.get(name)) for name in names}
     return [f"{name} scores {new}, {METRICS} has {old}" for name, (old, new) in pairs.items() if not _same(old, new)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,12 @@ from epmq_cli.report.settings import value_at
 ASIDE = ("out", "device", "cache", "resume")
 """Options that do not tell runs apart."""
 NAMED = "run"
+NEAR = "\u2248"
+LEGEND = (
+    f"{NEAR} within the noise of the best average, sqrt(se1^2 + se2^2) as of independent samples; a paired test on the "
+    "shared samples would be tighter."
+)
+"""Says what the mark means, below a table."""
 AVERAGE, CLOSED, BITS, MB, SECONDS = "average", "gap closed in %", "bits a weight", "MB", "seconds"
 
 
@@ -30,6 +37,11 @@ class Column:
         value = self.values[row]
         return "" if value is None else f"{round(value, self.digits) + 0.0:.{self.digits}f}"  # no -0
 
+    def best(self) -> int | None:
+        """The row of the best value, the first of several; None without a value."""
+        found = [(self.better * value, -row) for row, value in enumerate(self.values) if value is not None]
+        return -max(found)[1] if found else None
+
     def ranked(self, place: int) -> str | None:
         """The best (0) or second (1) value as it is shown; None if there is none, or only one value."""
         order = sorted({float(self.shown(row)) for row, value in enumerate(self.values) if value is not None})
@@ -40,12 +52,31 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side. `settings`: of each option that differs, the value in each run, as text."""
+    """Runs side by side. `settings`: of each option that differs, the value in each run, as text. `errors`: the
+    standard error of each average, in its unit. `near`: whether an average is the best or within the noise of it; empty
+    if that is not known."""
 
     folders: tuple[str, ...]
     settings: dict[str, tuple[str, ...]]
     columns: tuple[Column, ...]
     metric: str
+    errors: tuple[float | None, ...] = ()
+    near: tuple[bool, ...] = ()
+
+    def cell(self, column: Column, row: int) -> str:
+        """The value of a column as text; an average within the noise of the best has a mark in front."""
+        text = column.shown(row)
+        return f"{NEAR} {text}" if column is self.column(AVERAGE) and self._marked(row) else text
+
+    @property
+    def legend(self) -> str:
+        """What the mark means; empty if no row has it."""
+        return LEGEND if any(map(self._marked, range(len(self.folders)))) else ""
+
+    def _marked(self, row: int) -> bool:
+        average = self.column(AVERAGE)
+        best = average.best()
+        return best is not None and bool(self.near) and self.near[row] and average.shown(row) != average.shown(best)
 
     def column(self, name: str) -> Column:
         """The column of a name, behind those of the tasks."""
@@ -66,7 +97,9 @@ def compared(runs: Sequence[Run]) -> Comparison:
         settings = {NAMED: tuple(run.folder.name for run in runs)}
     tasks = list(dict.fromkeys(task for content in contents for task in numbers.scores_of(content)["tasks"]))
     columns = [_task(contents, task) for task in tasks]
-    columns.append(_scores(AVERAGE, [_average(content).get(numbers.RESULT) for content in contents], metric))
+    average = _scores(AVERAGE, [_average(content).get(numbers.RESULT) for content in contents], metric)
+    errors = _scores("", [_error(content) for content in contents], metric).values
+    columns.append(average)
     shares = [numbers.closed_gap(_average(content), numbers.metric_of_average(content)) for content in contents]
     columns += [
         Column(CLOSED, tuple(None if share is None else 100 * share for share in shares), 0, 1),
@@ -74,7 +107,8 @@ def compared(runs: Sequence[Run]) -> Comparison:
         Column(MB, tuple(numbers.megabytes(content) for content in contents), 2),
         Column(SECONDS, tuple(numbers.seconds(content) for content in contents), 1),
     ]
-    return Comparison(tuple(str(run.folder) for run in runs), settings, tuple(columns), metric)
+    near = _near(average, errors, [_samples(content) for content in contents])
+    return Comparison(tuple(str(run.folder) for run in runs), settings, tuple(columns), metric, errors, near)
 
 
 def _settings(contents: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -94,6 +128,36 @@ def _settings(contents: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...
 def _average(content: Mapping[str, Any]) -> Mapping[str, float]:
     average: Mapping[str, float] = numbers.scores_of(content)["average"]
     return average
+
+
+def _error(content: Mapping[str, Any]) -> float | None:
+    """The standard error of the result's average; earlier versions of epmq wrote none."""
+    errors: Mapping[str, Any] = numbers.scores_of(content).get("standard_errors") or {"average": {}}
+    error: float | None = errors["average"].get(numbers.RESULT)
+    return error
+
+
+def _samples(content: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The metrics and the numbers of samples, which runs must share to be compared."""
+    scores = numbers.scores_of(content)
+    return scores["metrics"], scores.get("samples")
+
+
+def _near(average: Column, errors: Sequence[float | None], samples: Sequence[Any]) -> tuple[bool, ...]:
+    """Whether each run's average differs from the best one by at most the standard error of their difference. That of
+    independent samples is larger than the true one, which makes up for asking for one error only."""
+    best = average.best()
+    if best is None or average.values[best] is None or errors[best] is None:
+        return ()
+    top, noise = average.values[best], errors[best]
+    assert top is not None and noise is not None
+    return tuple(
+        value is not None
+        and error is not None
+        and own == samples[best]
+        and abs(value - top) <= math.hypot(error, noise)
+        for value, error, own in zip(average.values, errors, samples, strict=True)
+    )
 
 
 def _task(contents: Sequence[Mapping[str, Any]], task: str) -> Column:

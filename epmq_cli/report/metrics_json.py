@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from epmq_cli.errors import RunError
-from epmq_cli.evaluate.metrics import average
+from epmq_cli.evaluate.metrics import average, average_error
 from epmq_cli.evaluate.score import Scores
 from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.atomic import write_text
@@ -41,19 +41,33 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def by_task(scores: Scores, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Scores by task and stage, and the mean over tasks by stage; `kinds`: the metric of each task. Tasks without one
-    come from lm-evaluation-harness."""
+    """Scores by task and stage, and the mean over tasks by stage; their standard errors and the number of test samples,
+    as far as they are known. `kinds`: the metric of each task. Tasks without one come from lm-evaluation-harness."""
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    own = {task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks}
+    means, errors = {}, {}
+    for stage, by_task in scores.items():
+        metric = kinds.get(next(iter(by_task)), HARNESS)
+        means[stage] = average([score.value for score in by_task.values()], metric)
+        errors[stage] = average_error([*by_task.values()], metric)
+    counts = {task: next(iter(by_stage.values())).samples for task, by_stage in own.items()}
     return {
         "metrics": {task: kinds.get(task, HARNESS) for task in tasks},
-        "tasks": {
-            task: {stage: by_task[task] for stage, by_task in scores.items() if task in by_task} for task in tasks
-        },
-        "average": {
-            stage: average(list(by_task.values()), kinds.get(next(iter(by_task)), HARNESS))
-            for stage, by_task in scores.items()
+        "tasks": {task: {stage: score.value for stage, score in by_stage.items()} for task, by_stage in own.items()},
+        "average": means,
+        "samples": _known(counts),
+        "standard_errors": {
+            "tasks": {
+                task: _known({stage: score.error for stage, score in by_stage.items()})
+                for task, by_stage in own.items()
+            },
+            "average": _known(errors),
         },
     }
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def metrics(

@@ -9,7 +9,9 @@ from typing import Any
 from epmq_cli.evaluate.metrics import PERPLEXITY
 
 RESULT, MERGED, EXPERTS, BASE = "quantized", "merged", "experts", "base"
-STAGES = (BASE, MERGED, RESULT, EXPERTS)
+PLAIN = "plain GPTQ"
+"""The result of another run, which quantizes the same merge without guidance."""
+STAGES = (BASE, MERGED, PLAIN, RESULT, EXPERTS)
 """The stages in the order in which readers compare them."""
 LOWER_IS_BETTER = (PERPLEXITY, "wer")
 NOT_SHARES = (PERPLEXITY,)

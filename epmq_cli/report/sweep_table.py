@@ -35,6 +35,8 @@ class SweepTable(Callback):
             for name, render in TABLES.items():
                 write_text(folder / name, render(comparison))
             console.print(terminal_table(comparison, console.width)[0])
+            if comparison.legend:
+                console.print(comparison.legend, style="dim", markup=False, highlight=False)
             line = plain(f"the table is in {folder / next(iter(TABLES))}; epmq report {folder} --html FILE draws it")
             messages.print(line, markup=False, highlight=False, soft_wrap=True)
         except Exception as error:  # whatever a folder holds, the sweep is complete

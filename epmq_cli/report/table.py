@@ -20,7 +20,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def score_table(scores: Mapping[str, Any]) -> Table:
-    """One row for each task and the mean, one column for each stage; in % except perplexities."""
+    """One row for each task, the mean and its standard error, one column for each stage; in % except perplexities."""
     stages, metrics = list(scores["average"]), scores["metrics"]
     kinds = set(metrics.values())
     one = len(kinds) == 1
@@ -34,6 +34,8 @@ def score_table(scores: Mapping[str, Any]) -> Table:
         table.add_row(name, *(render(by_stage.get(stage)) for stage in stages))
     table.add_section()
     table.add_row("average", *(render(scores["average"][stage]) for stage in stages), style="bold")
+    if errors := scores["standard_errors"]["average"]:
+        table.add_row("standard error", *(render(errors.get(stage)) for stage in stages), style="dim")
     return table
 
 

@@ -9,39 +9,48 @@ import json
 from rich.table import Table
 from rich.text import Text
 
-from epmq_cli.report.comparison import Comparison, Renderer
+from epmq_cli.report.comparison import NEAR, Comparison, Renderer
 from epmq_cli.runtime.console import plain
 
+NOISE = ("standard error", "within noise")
 SPECIAL = str.maketrans(
     {
         "\\": r"\textbackslash{}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+        NEAR: r"$\approx$",
     }
 )
 """The characters with a meaning in LaTeX."""
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a run with its folder at the end; numbers without rounding."""
+    """One line a run with its folder at the end; numbers without rounding. If standard errors are known, two columns
+    have that of the average, and whether it is within the noise of the best."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*_heads(comparison), "folder"])
+    noisy = any(error is not None for error in comparison.errors)
+    writer.writerow([*_heads(comparison), *(NOISE if noisy else ()), "folder"])
     for row, folder in enumerate(comparison.folders):
         settings = [values[row] for values in comparison.settings.values()]
         values = [column.values[row] for column in comparison.columns]
-        writer.writerow([*settings, *("" if value is None else f"{value:.10g}" for value in values), folder])
+        values += [comparison.errors[row]] if noisy else []
+        near = ["yes" if comparison.near and comparison.near[row] else "no"] if noisy else []
+        writer.writerow([*settings, *("" if value is None else f"{value:.10g}" for value in values), *near, folder])
     return file.getvalue()
 
 
 def as_json(comparison: Comparison) -> str:
-    """A list with an object for each run: its folder, settings and numbers."""
+    """A list with an object for each run: its folder, settings and numbers, the standard error of the average and
+    whether it is within the noise of the best."""
     rows = [
         {
             "folder": folder,
             "settings": {key: values[row] for key, values in comparison.settings.items()},
             "numbers": {column.name: column.values[row] for column in comparison.columns},
+            "standard_error": comparison.errors[row] if comparison.errors else None,
+            "within_noise": bool(comparison.near) and comparison.near[row],
         }
         for row, folder in enumerate(comparison.folders)
     ]
@@ -53,26 +62,27 @@ def as_markdown(comparison: Comparison) -> str:
     lines = [[_markdown(head) for head in _heads(comparison)]]
     lines.append(["---"] * len(comparison.settings) + ["---:"] * len(comparison.columns))
     lines += [[_markdown(cell) for cell in cells] for cells in _cells(comparison)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\n{comparison.legend}\n" if comparison.legend else table
 
 
 def as_latex(comparison: Comparison) -> str:
     """A tabular for the package booktabs; of each column of scores the best value is bold and the second underlined."""
     lines = [" & ".join(_latex(head) for head in _heads(comparison))]
     first = len(comparison.settings)
-    for cells in _cells(comparison):
+    for row, cells in enumerate(_cells(comparison)):
         texts = [_latex(cell) for cell in cells]
         for index, column in enumerate(comparison.columns):
-            cell = cells[first + index]
-            if cell and cell == column.ranked(0):
+            cell, text = cells[first + index], column.shown(row)
+            if text and text == column.ranked(0):
                 texts[first + index] = rf"\textbf{{{cell}}}"
-            elif cell and cell == column.ranked(1):
-                texts[first + index] = rf"\underline{{{cell}}}"
+            elif text and text == column.ranked(1):
+                texts[first + index] = _latex(cell).replace(text, rf"\underline{{{text}}}")
         lines.append(" & ".join(texts))
     head, *rows = [f"{line} \\\\" for line in lines]
     kinds = "l" * first + "r" * len(comparison.columns)
     body = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(body) + "\n"
+    return "\n".join([*body, *([f"% {comparison.legend}"] if comparison.legend else [])]) + "\n"
 
 
 FORMATS: dict[str, Renderer] = {"csv": as_csv, "markdown": as_markdown, "latex": as_latex, "json": as_json}
@@ -97,7 +107,7 @@ def terminal_table(comparison: Comparison, width: int) -> tuple[Table, bool]:
                 *(
                     Text(text, style="bold" if text and text == column.ranked(0) else "")
                     for column in columns
-                    for text in [column.shown(row)]
+                    for text in [comparison.cell(column, row)]
                 ),
             )
         if _wide(comparison, first) <= width:
@@ -109,7 +119,7 @@ def _wide(comparison: Comparison, first: int) -> int:
     """The width of the table in characters."""
     texts = [[key, *values] for key, values in comparison.settings.items()]
     rows = range(len(comparison.folders))
-    texts += [[column.name, *map(column.shown, rows)] for column in comparison.columns[first:]]
+    texts += [[column.name, *(comparison.cell(column, row) for row in rows)] for column in comparison.columns[first:]]
     return sum(max(map(len, column)) + 2 for column in texts)
 
 
@@ -120,7 +130,7 @@ def _heads(comparison: Comparison) -> list[str]:
 def _cells(comparison: Comparison) -> list[list[str]]:
     settings = comparison.settings.values()
     return [
-        [*(plain(values[row]) for values in settings), *(column.shown(row) for column in comparison.columns)]
+        [*(plain(values[row]) for values in settings), *(comparison.cell(column, row) for column in comparison.columns)]
         for row in range(len(comparison.folders))
     ]
 

@@ -53,6 +53,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes atomically."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
+
+
 def sync(path: Path) -> None:
     """Returns when the file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from epmq_cli.errors import CheckpointError
 from epmq_cli.runtime.paths import leaves, read_regular
-from epmq_cli.store.atomic import write_text
+from epmq_cli.store.atomic import write_bytes, write_text
 from epmq_cli.store.hashing import Content, content, contents
 
 MANIFEST = "manifest.json"
@@ -29,13 +29,14 @@ def write_manifest(folder: Path, hashed: Mapping[str, Content]) -> None:
     (folder / MANIFEST).write_text(_manifest(files), encoding="utf-8")
 
 
-def replace_file(folder: Path, name: str, text: str) -> None:
-    """Replaces a text file of a folder, and its entry in the manifest, one after the other."""
-    write_text(folder / name, text)
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files of a folder, new or not, and then their entries in the manifest."""
     listed = _listed(folder)
-    listed[name] = content(folder / name)
-    files = {name: asdict(entry) for name, entry in listed.items()}
-    write_text(folder / MANIFEST, _manifest(files))
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+        listed[name] = content(folder / name)
+    entries = {name: asdict(listed[name]) for name in sorted(listed, key=lambda name: name.split("/"))}
+    write_text(folder / MANIFEST, _manifest(entries))
 
 
 def _manifest(files: Mapping[str, Mapping[str, object]]) -> str:

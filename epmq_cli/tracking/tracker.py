@@ -116,6 +116,12 @@ def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for task, stages in {**scores["tasks"], "average": scores["average"]}.items():
         for stage, score in stages.items():
             yield f"score/{_key(task)}/{_key(stage)}", float(score)
+    errors = scores.get("standard_errors") or {"tasks": {}, "average": {}}
+    for task, stages in {**errors["tasks"], "average": errors["average"]}.items():
+        for stage, error in stages.items():
+            yield f"standard_error/{_key(task)}/{_key(stage)}", float(error)
+    for task, count in scores.get("samples", {}).items():
+        yield f"samples/{_key(task)}", float(count)
     for stage, record in content["stages"].items():
         for name, unit in (("seconds", 1.0), ("peak_host_bytes", 1e-6), ("peak_device_bytes", 1e-6)):
             if record.get(name) is not None:

@@ -3,6 +3,7 @@ cards in huggingface_hub; the code of the card, which is run."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,9 @@ def test_a_task_called_script_is_run_packed_and_verified(clip_hub: Path, tmp_pat
     text = (tmp_path / "checkpoint" / "README.md").read_text().partition("\n---\n")[2]
     assert "(&lt;script&gt;)" in text
     assert "| &lt;script&gt; | accuracy |" in text
+    assert re.search(r"\n\n!\[Accuracy in % of base, merge, result and experts by task\. .*\]\(scores\.png\)\n\n", text)
+    assert (tmp_path / "checkpoint" / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert "scores.png" in json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())["files"]
     assert "<script>" not in text + (tmp_path / "report.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "metrics.json", "report.html"}
 

@@ -11,6 +11,7 @@ import torch
 
 from epmq_cli.data.samples import Samples
 from epmq_cli.evaluate.chance import check, check_experts
+from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.score import ScoredTask
 
 
@@ -53,8 +54,8 @@ def test_an_expert_at_chance_causes_a_warning_that_names_it(caplog: pytest.LogCa
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
     tasks = [scored([0, 1] * 50)]
     with caplog.at_level(logging.WARNING, "epmq"):
-        assert not check_experts(tasks, {"experts": {"films": 0.95}}, model)["films"].at_chance
+        assert not check_experts(tasks, {"experts": {"films": Score(0.95)}}, model)["films"].at_chance
         assert not caplog.text
-        assert check_experts(tasks, {"experts": {"films": 0.05}}, model)["films"].at_chance
+        assert check_experts(tasks, {"experts": {"films": Score(0.05)}}, model)["films"].at_chance
     assert "task films: the expert scores 5.0 (accuracy in %) on 100 test samples, where chance is 50.0" in caplog.text
     assert check_experts(tasks, {}, model) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.lm_eval import chosen, harness_scores
+from epmq_cli.evaluate.metrics import Score
 from tests.helpers.minihub import decoder_hub
 
 TASK = """task: mini
@@ -45,7 +47,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores(model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None) -> dict[str, float]:
+def scores(model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None) -> dict[str, Score]:
     """The harness's scores on tasks of the hub."""
     options = {"stages": (), "kernel": "dequantize", "shots": None, "include_path": str(hub / "tasks")}
     evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, **options)
@@ -65,7 +67,8 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
         logits = model(input_ids=ids).logits[0, -1]
         choices = [tokenizer.convert_tokens_to_ids(word) for word in ("red", "blue")]
         right += int(logits[choices].argmax()) == row["label"]
-    assert found == {"mini/acc": pytest.approx(right / 6)}
+    share = right / 6
+    assert found == {"mini/acc": (pytest.approx(share), pytest.approx(math.sqrt(share * (1 - share) / 6)), 6)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -91,9 +94,10 @@ def test_a_tag_a_pattern_and_a_group_without_a_score_give_the_scores_of_their_ta
 def test_the_preferred_metric_is_used() -> None:
     several = {"alias": "a", "acc,none": 0.5, "acc_norm,none": 0.25, "acc_stderr,none": 0.1}
     odd = {"bleu,none": 0.125, "bleu_stderr,none": "N/A"}
-    assert chosen(["a", "b"], {"a": several, "b": odd}) == {"a/acc_norm": 0.25, "b/bleu": 0.125}
+    found = chosen(["a", "b"], {"a": several, "b": odd}, {"a": 12, "b": 9})
+    assert found == {"a/acc_norm": (0.25, pytest.approx(0.125), 12), "b/bleu": (0.125, None, 9)}
 
 
 def test_the_first_filter_of_a_metric_is_used() -> None:
     filters = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
-    assert chosen(["gsm8k"], {"gsm8k": filters}) == {"gsm8k/exact_match": 0.25}
+    assert chosen(["gsm8k"], {"gsm8k": filters}, {}) == {"gsm8k/exact_match": (0.25, None, None)}

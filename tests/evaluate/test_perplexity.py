@@ -21,7 +21,7 @@ IDS = torch.randint(0, 7, (23,), generator=torch.Generator().manual_seed(0))
 
 def perplexity(logits_of: Callable[[Tensor], Tensor], *given: Any) -> float:
     """The perplexity of a model with these logits."""
-    return of_windows.perplexity(partial(window_losses, logits_of), *given)
+    return of_windows.perplexity(partial(window_losses, logits_of), *given).value
 
 
 @pytest.mark.parametrize("stride", [2, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def scored(inputs: list[Any], labels: list[int]) -> ScoredTask:
 def test_accuracy_is_the_correct_fraction_for_any_batch_size(batch_size: int) -> None:
     directions = normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.1, 0], [0, 0.9, 1]])).tolist()
     task = scored(directions, [0, 1, 0, 0, 2])
-    assert scorer(CLIP, batch_size).score(nn.Identity(), task) == 0.8
+    assert scorer(CLIP, batch_size).score(nn.Identity(), task) == (0.8, pytest.approx(math.sqrt(0.8 * 0.2 / 5)), 5)
 
 
 @pytest.mark.parametrize("label", [3, -2])
@@ -88,7 +89,7 @@ def test_a_head_with_one_output_predicts_a_number() -> None:
     head = {"weight": torch.tensor([[2.0]])}
     predict = reading_inputs(BERT).predict(Path(), task)
     scored = ScoredTask("t", Samples(labels[:, None].tolist(), labels), collate, head, predict, "spearman")
-    assert scorer(BERT, 3).score(nn.Identity(), scored) == pytest.approx(1)
+    assert scorer(BERT, 3).score(nn.Identity(), scored) == (pytest.approx(1), pytest.approx(0, abs=1e-6), 4)
 
 
 def collate(items: list[Any]) -> dict[str, Tensor]:

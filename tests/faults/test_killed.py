@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from epmq_cli.checkpoint.model_card import Picture
 from epmq_cli.refine import trial
 from tests.faults.driver import STAGES, at_file, at_stage, attempt, files, mini
 from tests.helpers.counts import COMPARED, KILLS, TRIED
@@ -21,6 +22,7 @@ from tests.helpers.hubs import run_in
 from tests.helpers.minihub import build
 
 FEATURE = ("guidance=feature", "eval.samples=8")
+PICTURE = "scores.png"
 TIMES = ("created", "stages", "resumed")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads": ("clip", ("guidance=feature", "guidance.heads=always")),
@@ -54,9 +56,16 @@ def check_end(run: Path, whole: Path) -> None:
 def check_killed(run: Path, whole: Path) -> None:
     """A killed run leaves no results, or a checkpoint that is complete but for the scores in its card."""
     if (run / "checkpoint").exists():
-        card, left, wanted = {"README.md", "manifest.json"}, files(run), files(whole)
-        assert {name for name in left if not name.startswith(".")} == wanted.keys()
+        card, left, wanted = {"README.md", "manifest.json", PICTURE}, files(run), files(whole)
+        assert {PICTURE, *(name for name in left if not name.startswith("."))} == wanted.keys()
         assert all(left[name] == wanted[name] for name in wanted.keys() - card)
+
+
+@pytest.fixture(autouse=True)
+def short_picture(short_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards have a picture that takes no time to draw."""
+    picture = {PICTURE: Picture(b"picture", "scores")}
+    monkeypatch.setattr("epmq_cli.report.page.pictures.score_pictures", lambda scores: picture)
 
 
 @pytest.fixture(autouse=True)

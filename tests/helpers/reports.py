@@ -16,8 +16,11 @@ def layer(name: str, loss: float | None, bits: int | None = 4, fallback: str | N
     return {"name": name, "bits": bits, "loss_merged": loss, "loss_target": loss, "loss": loss, "fallback": fallback}
 
 
-def content(scores: Mapping[str, tuple[float, ...]], metric: str = "accuracy", **changes: Any) -> dict[str, Any]:
-    """The content of a run; `scores`: by task, in the order of `STAGES`."""
+def content(
+    scores: Mapping[str, tuple[float, ...]], metric: str = "accuracy", error: float | None = None, **changes: Any
+) -> dict[str, Any]:
+    """The content of a run; `scores`: by task, in the order of `STAGES`; `error`: the standard error of each, of 100
+    samples a task."""
     averages = [sum(column) / len(scores) for column in zip(*scores.values(), strict=True)]
     found: dict[str, Any] = {
         "command": "run",
@@ -25,7 +28,7 @@ def content(scores: Mapping[str, tuple[float, ...]], metric: str = "accuracy", *
         "overrides": ["bits=3"],
         "config": {
             "bits": 3,
-            "suite": {"_target_": "epmq_cli.data.suite.Suite", "name": "tiny", "tasks": dict(scores)},
+            "suite": {"_target_": "epmq_cli.data.suite.Suite", "name": "tiny", "tasks": dict.fromkeys(scores)},
         },
         "environment": {
             "python": "3.12",
@@ -45,6 +48,11 @@ def content(scores: Mapping[str, tuple[float, ...]], metric: str = "accuracy", *
         "stages": {"read": STAGE, "pack": STAGE},
         "resumed": 0,
     }
+    if error is not None:
+        errors = dict.fromkeys(STAGES, error)
+        average = dict.fromkeys(STAGES, error / len(scores) ** 0.5)
+        found["scores"]["samples"] = dict.fromkeys(scores, 100)
+        found["scores"]["standard_errors"] = {"tasks": dict.fromkeys(scores, errors), "average": average}
     return found | changes
 
 

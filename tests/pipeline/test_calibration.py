@@ -231,7 +231,7 @@ def test_epmq_eval_scores_the_solved_heads(
         assert not torch.equal(solved[task.name]["weight"], task.head["weight"])
         again = replace(task, head=solved[task.name])
         scorer = Scorer(job.evaluation, job.family, torch.device("cpu"))
-        assert scorer.score(student, again) == scores[task.name]["quantized"]
+        assert scorer.score(student, again).value == scores[task.name]["quantized"]
     result = epmq_inside("eval", str(checkpoint), "out=there")
     assert result.returncode == 0, result.stderr
     evaluated = json.loads((tmp_path / "there" / "metrics.json").read_text())["scores"]["tasks"]

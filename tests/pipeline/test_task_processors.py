@@ -142,7 +142,7 @@ def expert_score(found: Path, *overrides: str) -> float:
     )
     task = steps.prepare_tasks(job, model, models, processors)[0]
     copy_into(model, models.source.model("first"))
-    return Scorer(job.evaluation, job.family, CPU).score(model, task)
+    return Scorer(job.evaluation, job.family, CPU).score(model, task).value
 
 
 def own_processors(found: Path, *overrides: str) -> dict[str, Any]:
@@ -367,7 +367,7 @@ def test_an_experts_added_tokens_are_rows_of_the_padded_tables(hub: Hub, tmp_pat
     processors = own_processors(found, "++suite.vocabulary=pad")
     task = steps.prepare_tasks(job, base, models, processors)[0]
     assert int(task.samples.inputs[0].max()) == rows
-    assert Scorer(job.evaluation, job.family, CPU).score(base, task) > 0
+    assert Scorer(job.evaluation, job.family, CPU).score(base, task).value > 0
 
 
 def test_an_adapters_folder_can_have_its_own_tokenizer(hub: Hub, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from epmq_cli.report.comparison import Column, Comparison, compared, pareto, swept
+from epmq_cli.report.comparison import LEGEND, Column, Comparison, compared, pareto, swept
 from epmq_cli.report.page.comparison import apart
 from epmq_cli.report.run_folders import Run
 from epmq_cli.report.table_formats import as_csv, as_json, as_latex, as_markdown, terminal_table
 from tests.helpers.reports import content
+
+SHARES = (0.8, 0.76, 0.757, 0.7)
 
 
 @pytest.fixture
@@ -78,6 +80,41 @@ def test_runs_without_scores_or_differences_are_rows_too() -> None:
     bare = {"command": "merge", "overrides": [], "config": {}, "stages": {}, "environment": {}}
     found = compared([Run(Path("/r/one"), bare), Run(Path("/r/two"), bare)])
     assert as_csv(found).splitlines()[1] == "one,,,,,0,/r/one"
+
+
+@pytest.fixture
+def noisy() -> Comparison:
+    """Averages of 80, 76, 75.7 and 70 with errors of 3, so that differences up to 4.24 are noise."""
+    runs = [content({"a": (0.1, 0.5, score, 0.9)}, error=0.03, overrides=[f"seed={score}"]) for score in SHARES]
+    return compared([Run(Path("/r"), run) for run in runs])
+
+
+def test_averages_within_the_noise_of_the_best_are_marked(noisy: Comparison) -> None:
+    average = noisy.column("average")
+    assert [noisy.cell(average, row) for row in range(4)] == ["80.0", "\u2248 76.0", "75.7", "70.0"]
+    assert [line.split(",")[-3:-1] for line in as_csv(noisy).splitlines()[:3]] == [
+        ["standard error", "within noise"],
+        ["3", "yes"],
+        ["3", "yes"],
+    ]
+    assert [row["within_noise"] for row in json.loads(as_json(noisy))] == [True, True, False, False]
+    assert as_markdown(noisy).endswith(f"\n\n{LEGEND}\n")
+    assert r"& $\approx$ \underline{76.0} &" in as_latex(noisy)
+    assert as_latex(noisy).splitlines()[-1] == f"% {LEGEND}"
+
+
+def test_only_the_same_samples_are_compared(noisy: Comparison) -> None:
+    """The other run has another number of samples, or none, as in files of earlier versions."""
+    best = Run(Path("/r/best"), content({"a": (0.1, 0.5, 0.8, 0.9)}, error=0.03))
+    for error, samples in ((0.03, 99), (None, None)):
+        other = content({"a": (0.1, 0.5, 0.79, 0.9)}, error=error)
+        if samples:
+            other["scores"]["samples"]["a"] = samples
+        found = compared([best, Run(Path("/r/other"), other)])
+        assert (found.near, found.legend) == ((True, False), "")
+        assert compared([Run(Path("/r/other"), other)]).legend == ""
+    old = compared([Run(Path("/r/other"), content({"a": (0.1, 0.5, 0.79, 0.9)}))])
+    assert (old.near, "within noise" in as_csv(old)) == ((), False)
 
 
 def test_of_perplexities_the_smallest_is_the_best() -> None:

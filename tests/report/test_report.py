@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from epmq_cli.evaluate.metrics import Score
 from epmq_cli.report.metrics_json import by_task, write_json
 from epmq_cli.report.stage_timer import Stages
 from epmq_cli.report.table import counted, score_table, show_merge, show_run
 
 HALVED = {"batches_halved": 2, "eval_batches_halved": 0}
-SCORES = {"base": {"a": 0.5, "b": 0.25}, "experts": {"a": 1.0}}
+SCORES = {"base": {"a": Score(0.5, 0.03, 9), "b": Score(0.25, 0.04, 7)}, "experts": {"a": Score(1.0)}}
 
 
 def test_scores_are_grouped_by_task_and_averaged_by_stage() -> None:
@@ -23,8 +25,22 @@ def test_scores_are_grouped_by_task_and_averaged_by_stage() -> None:
     assert found["average"] == {"base": 0.375, "experts": 1.0}
 
 
+def test_standard_errors_are_left_out_where_they_are_not_known() -> None:
+    """The error of the mean of two tasks with 3 and 4 % is 2.5 %; of a geometric mean, relative errors count."""
+    found = by_task(SCORES, {"a": "accuracy", "b": "accuracy"})
+    assert found["samples"] == {"a": 9, "b": 7}
+    assert found["standard_errors"] == {
+        "tasks": {"a": {"base": 0.03}, "b": {"base": 0.04}},
+        "average": {"base": pytest.approx(0.025)},
+    }
+    kinds = {"a": "perplexity", "b": "perplexity"}
+    assert by_task(SCORES | {"merged": {"a": Score(2.0, 0.1), "b": Score(8.0)}}, kinds)["standard_errors"][
+        "average"
+    ] == {"base": pytest.approx(math.sqrt(0.125) * math.hypot(0.03 / 0.5, 0.04 / 0.25) / 2)}
+
+
 def test_perplexities_are_averaged_as_losses_and_shown_unscaled() -> None:
-    found = by_task({"base": {"a": 2.0, "b": 8.0}}, {"a": "perplexity", "b": "perplexity"})
+    found = by_task({"base": {"a": Score(2.0), "b": Score(8.0)}}, {"a": "perplexity", "b": "perplexity"})
     assert found["average"] == {"base": pytest.approx(4)}
     columns = {column.header: list(column.cells) for column in score_table(found).columns}
     assert columns == {"perplexity": ["a", "b", "average"], "base": ["2.00", "8.00", "4.00"]}
@@ -33,16 +49,16 @@ def test_perplexities_are_averaged_as_losses_and_shown_unscaled() -> None:
 def test_tasks_with_different_metrics_name_them() -> None:
     found = by_task(SCORES, {"a": "accuracy", "b": "spearman"})
     columns = {column.header: list(column.cells) for column in score_table(found).columns}
-    assert columns["score in %"] == ["a (accuracy)", "b (spearman)", "average"]
+    assert columns["score in %"] == ["a (accuracy)", "b (spearman)", "average", "standard error"]
 
 
-def test_the_table_has_a_row_per_task_and_one_for_the_mean() -> None:
+def test_the_table_has_a_row_per_task_one_for_the_mean_and_one_for_its_error() -> None:
     table = score_table(by_task(SCORES, {"a": "accuracy", "b": "accuracy"}))
     columns = {column.header: list(column.cells) for column in table.columns}
     assert columns == {
-        "accuracy in %": ["a", "b", "average"],
-        "base": ["50.0", "25.0", "37.5"],
-        "experts": ["100.0", "", "100.0"],
+        "accuracy in %": ["a", "b", "average", "standard error"],
+        "base": ["50.0", "25.0", "37.5", "2.5"],
+        "experts": ["100.0", "", "100.0", ""],
     }
 
 

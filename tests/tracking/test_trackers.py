@@ -27,6 +27,8 @@ CONTENT = {
     "scores": {
         "tasks": {"<b>/../x": {"merged": 0.5, "quantized": 0.75}},
         "average": {"merged": 0.5, "quantized": 0.75},
+        "samples": {"<b>/../x": 100},
+        "standard_errors": {"tasks": {"<b>/../x": {"merged": 0.05}}, "average": {"merged": 0.05}},
     },
     "stages": {"read": {"seconds": 1.5, "peak_host_bytes": 2_000_000, "peak_device_bytes": None}},
     "bytes": {"model_packed": 10},
@@ -38,6 +40,9 @@ METRICS = {
     "score/_b__.._x/quantized": 0.75,
     "score/average/merged": 0.5,
     "score/average/quantized": 0.75,
+    "standard_error/_b__.._x/merged": 0.05,
+    "standard_error/average/merged": 0.05,
+    "samples/_b__.._x": 100.0,
     "seconds/read": 1.5,
     "peak_host_mb/read": 2.0,
     "bytes/model_packed": 10.0,

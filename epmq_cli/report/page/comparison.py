@@ -7,9 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from epmq_cli.report.comparison import AVERAGE, MB, Column, Comparison, compared, pareto, swept
-from epmq_cli.report.page import svg
+from epmq_cli.report.numbers import PLAIN
+from epmq_cli.report.page import scores, svg
 from epmq_cli.report.page.assembly import assembled, filled
 from epmq_cli.report.page.heat_map import Cell, linear, matrix
+from epmq_cli.report.plain_counterpart import with_plain
 from epmq_cli.report.run_folders import Run
 from epmq_cli.report.table import counted
 from epmq_cli.runtime.console import plain
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 8
 DASHES = ("-", "--", ":", "-.")
+Section = Callable[[Comparison], dict[str, Any] | None]
 Point = tuple[float, float, int]
 """The place of a run in a plot, and its row."""
 
@@ -26,13 +29,31 @@ Point = tuple[float, float, int]
 def comparison_page(runs: Sequence[Run]) -> str:
     """One self-contained HTML file about several runs."""
     comparison = compared(runs)
-    best = _best(comparison)
+    best = _average(comparison).best()
     sentence = f"{counted(len(runs), 'run')}" + (
         f"; {comparison.label(best)} has the best average, {_average(comparison).shown(best)}."
         if best is not None
         else "."
     )
-    return assembled("Comparison of runs", plain(sentence), filled(SECTIONS, comparison))
+    sections: dict[str, Section] = {**SECTIONS, "scores": partial(tasks, runs), "comparison": table}
+    return assembled("Comparison of runs", plain(sentence), filled(sections, comparison))
+
+
+def tasks(runs: Sequence[Run], comparison: Comparison) -> dict[str, Any] | None:
+    """The scores by task of the best run whose plain counterpart is among the runs, else of the best run; None without
+    scores."""
+    average = _average(comparison)
+    scored = [row for row, value in enumerate(average.values) if value is not None]
+    order = sorted(scored, key=lambda row: -average.better * (average.values[row] or 0))
+    contents = {row: with_plain(runs[row].content, runs) for row in order}
+    known = [row for row in order if PLAIN in contents[row]["scores"]["average"]]
+    if not order:
+        return None
+    row = (known or order)[0]
+    found = scores.section(contents[row])
+    which = "run with the best average" if row == order[0] else "best run whose plain GPTQ is known"
+    heading = f"Scores of {plain(comparison.label(row))}"
+    return None if found is None else found | scores.headed(heading, f"This is the {which}.")
 
 
 def table(comparison: Comparison) -> dict[str, Any]:
@@ -92,23 +113,16 @@ def grid(comparison: Comparison) -> dict[str, Any] | None:
     return {"keys": numbers, "figure": figure}
 
 
-SECTIONS: dict[str, Callable[[Comparison], dict[str, Any] | None]] = {
+SECTIONS: dict[str, Section] = {
     "sizes": sizes,
     "lines": lines,
     "grid": grid,
-    "comparison": table,
 }
-"""The sections of the page in their order, by template."""
+"""The plots of the page in their order, by template; the scores of one run and the table follow."""
 
 
 def _average(comparison: Comparison) -> Column:
     return comparison.column(AVERAGE)
-
-
-def _best(comparison: Comparison) -> int | None:
-    column = _average(comparison)
-    scores = [(column.better * score, -row) for row, score in enumerate(column.values) if score is not None]
-    return -max(scores)[1] if scores else None
 
 
 def _axis(comparison: Comparison) -> str:
@@ -152,7 +166,7 @@ def _sizes(comparison: Comparison, points: list[Point], front: list[Point], widt
 def _lines(comparison: Comparison, key: str, series: dict[str, list[Point]], width: int) -> Figure:
     """A line for each combination of the other settings, with its name at the end; the best one in the accent
     colour."""
-    best = _best(comparison)
+    best = _average(comparison).best()
     names = [svg.shortened(name, width * 0.3) for name in series]
     figure, axes = _plot(width, key, _axis(comparison), max(map(len, names)) * 6.8 + 24)
     for index, points in enumerate(series.values()):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from epmq_cli.report.page import config, layers, refinement, resources, scores, summary
+from epmq_cli.report.page import blocks, config, layers, refinement, resources, scores, summary
 from epmq_cli.report.page.assembly import assembled, filled
+from epmq_cli.report.plain_counterpart import with_plain
+from epmq_cli.report.run_folders import MULTIRUN, read
 from epmq_cli.runtime.console import log, plain
 from epmq_cli.store.atomic import write_text
 from epmq_cli.store.run_lock import REPORT
@@ -20,6 +22,7 @@ SECTIONS: dict[str, Section] = {
     "losses": layers.section,
     "bits": layers.bits_section,
     "refinement": refinement.section,
+    "blocks": blocks.section,
     "resources": resources.section,
     "config": config.section,
     "reproduce": config.reproduce,
@@ -33,10 +36,11 @@ def run_page(content: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Writes report.html into a run folder; returns whether it could. A failure is a warning, because the results are
-    complete without it."""
+    """Writes report.html into a run folder; returns whether it could. If a finished job of the same sweep is the plain
+    counterpart, its scores are shown too. A failure is a warning, because the results are complete without the page."""
     try:
-        write_text(folder / REPORT, run_page(content))
+        others = read([folder.parent]).runs if (folder.parent / MULTIRUN).is_file() else []
+        write_text(folder / REPORT, run_page(with_plain(content, others)))
     except Exception as error:  # whatever a drawing library raises, the run is complete
         log.warning(
             "%s was not written (%s: %s); epmq report --pages makes it again", REPORT, type(error).__name__, error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,20 +40,60 @@ class Row:
 
 def section(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The dot plots and the table; None without scores."""
-    rows = list(_rows(numbers.scores_of(content)))
+    rows = list(rows_of(numbers.scores_of(content)))
     if not rows:
         return None
-    panels = []
-    for logarithmic in (False, True):
-        part = [row for row in rows if (row.metric in numbers.NOT_SHARES) == logarithmic]
-        if part:
-            name = "perplexities" if logarithmic else "scores"
-            panels.append(svg.figure(name, _title(part), _described(part), partial(_dots, part)))
+    panels = [
+        svg.figure(panel.name, panel.title, f"{panel.said} The table below has all numbers.", panel.draw)
+        for panel in panels_of(rows)
+    ]
     stages = [stage for stage in numbers.STAGES if any(stage in row.scores for row in rows)]
-    return {"figures": panels, "rows": rows, "stages": stages, "metric": _kind(rows)}
+    return {
+        "figures": panels,
+        "rows": rows,
+        "stages": stages,
+        "metric": _kind(rows),
+        **headed("Scores", _noise(content)),
+    }
 
 
-def _rows(scores: Mapping[str, Any]) -> Iterator[Row]:
+def headed(heading: str, note: str) -> dict[str, str]:
+    """The heading of the section, and a further sentence below it."""
+    return {"heading": heading, "note": note}
+
+
+def _noise(content: Mapping[str, Any]) -> str:
+    """The standard error of the result's average in words; empty if it is not known."""
+    errors = numbers.scores_of(content).get("standard_errors", {"average": {}})["average"]
+    if numbers.RESULT not in errors:
+        return ""
+    error = numbers.shown(errors[numbers.RESULT], numbers.metric_of_average(content))
+    return f"The standard error of the result's average is {error}."
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A dot plot: its name, its metric, its title, the last row in words, and the function that draws it."""
+
+    name: str
+    kind: str
+    title: str
+    said: str
+    draw: svg.Draw
+
+
+def panels_of(rows: Sequence[Row]) -> list[Panel]:
+    """The plots of shares and of perplexities, as far as there are any."""
+    panels = []
+    for name, unscaled in (("scores", False), ("perplexities", True)):
+        part = [row for row in rows if (row.metric in numbers.NOT_SHARES) == unscaled]
+        if part:
+            panels.append(Panel(name, _kind(part), _title(part), _described(part), partial(_dots, part)))
+    return panels
+
+
+def rows_of(scores: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of the tasks and of their average."""
     for task, by_stage in scores["tasks"].items():
         yield Row(plain(task), scores["metrics"][task], by_stage)
     if len(scores["tasks"]) > 1:
@@ -71,11 +111,11 @@ def _title(rows: list[Row]) -> str:
 
 
 def _described(rows: list[Row]) -> str:
-    """The last row in words; the table beside the figure has all numbers."""
+    """The last row in words."""
     last = rows[-1]
     values = ", ".join(f"{stage} {last.value(stage)}" for stage in numbers.STAGES if stage in last.scores)
     closed = f"; {last.closed} of the gap from the merge to the experts is closed" if last.closed else ""
-    return f"{last.name}: {values}{closed}. The table below has all numbers."
+    return f"{last.name}: {values}{closed}."
 
 
 def _dots(rows: list[Row], width: int) -> Figure:
@@ -96,7 +136,7 @@ def _dots(rows: list[Row], width: int) -> Figure:
     for index, row in enumerate(rows):
         bold = "bold" if row.name == AVERAGE else "normal"
         svg.label(axes, svg.shortened(row.name, left - 12), index, -left, fontweight=bold)
-        _line(axes, index, row.scores)
+        marks(axes, index, row.scores)
         offset = 0.0
         for space, _, value in columns:
             offset += space
@@ -129,9 +169,10 @@ def _scale(axes: Axes, rows: list[Row]) -> None:
     axes.tick_params(axis="x", pad=6)
 
 
-def _line(axes: Axes, index: int, scores: Mapping[str, float]) -> None:
-    """The marks of one row."""
-    merged, result, experts, base = map(scores.get, (numbers.MERGED, numbers.RESULT, numbers.EXPERTS, numbers.BASE))
+def marks(axes: Axes, index: int, scores: Mapping[str, float]) -> None:
+    """Draws the marks of one row."""
+    stages = (numbers.MERGED, numbers.RESULT, numbers.EXPERTS, numbers.BASE, numbers.PLAIN)
+    merged, result, experts, base, plain = map(scores.get, stages)
     if merged is not None and experts is not None:
         axes.plot([merged, experts], [index, index], color=svg.SOFT, linewidth=6, solid_capstyle="round", zorder=2)
     if merged is not None and result is not None:
@@ -150,6 +191,17 @@ def _line(axes: Axes, index: int, scores: Mapping[str, float]) -> None:
             color=svg.ACCENT,
             markeredgewidth=2,
             zorder=5,
+        )
+    if plain is not None:
+        axes.plot(
+            [plain],
+            [index],
+            "D",
+            markersize=6,
+            markerfacecolor=svg.PAPER,
+            color=svg.INK,
+            markeredgewidth=1.5,
+            zorder=5.5,
         )
     if result is not None:
         axes.plot([result], [index], "o", markersize=10, color=svg.ACCENT, markeredgewidth=0, zorder=6)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -103,14 +104,22 @@ def gutter(labels: list[str], width: int) -> float:
     return min(max((len(label) for label in labels), default=0) * 6.8 + 14, width * 0.34)
 
 
-def _drawn(draw: Draw, width: int) -> str:
+@contextmanager
+def style() -> Iterator[None]:
+    """The style of all drawings inside the context."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports caches of fonts
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc changes nothing
         matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _drawn(draw: Draw, width: int) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    with style():
         made, file = draw(width), io.StringIO()
         FigureCanvasSVG(made).print_svg(file, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     return file.getvalue()

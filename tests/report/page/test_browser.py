@@ -21,7 +21,20 @@ TRAINING = {
     "trials": [{"lr": 0.1, "losses": [2.0, 1.0, 1.5], "agreements": [0.5, 0.6, 0.6], "best": 1}],
     "refined": True,
 }
-FULL = content({EVIL: (0.1, 0.5, 0.8, 0.9), "b" * 60: (0.2, 0.4, 0.3, 0.9)}, layers=LINEARS, refine={"dense": TRAINING})
+BLOCK = {
+    "name": "encoder.0",
+    "iteration": 40,
+    "error_before": 0.3,
+    "error": 0.1,
+    "held_out_before": 0.4,
+    "held_out": 0.2,
+}
+FULL = content(
+    {EVIL: (0.1, 0.5, 0.8, 0.9), "b" * 60: (0.2, 0.4, 0.3, 0.9)},
+    layers=LINEARS,
+    refine={"dense": TRAINING},
+    blocks=[BLOCK],
+)
 PERPLEXITIES = content({"code": (30.0, 12.0, 9.0, 8.0)}, "perplexity")
 ONE = {"full": FULL, "perplexity": PERPLEXITIES, "one task": content({"a": (-0.1, 0.5, 0.8, 0.9)}, "spearman")}
 SEVERAL = [

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.report.page import assembly, heat_map, page, summary, svg
 from epmq_cli.report.page.comparison import comparison_page
 from epmq_cli.report.page.config import command
 from epmq_cli.report.run_folders import Run
 from tests.helpers.markup import Ids
-from tests.helpers.reports import content, layer
+from tests.helpers.reports import content, layer, write_run
 
 pytestmark = pytest.mark.usefixtures("pages")
 
@@ -59,6 +62,26 @@ def test_a_failure_to_draw_is_a_warning(
         "report.html was not written (RuntimeError: no fonts); epmq report --pages makes it again"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_that_were_refined_have_a_section() -> None:
+    """Of two blocks the second stays as it was; the mean of 0.4 and 0.2 is 0.3, of 0.1 and 0.2 it is 0.15."""
+    keys = ("name", "iteration", "error_before", "error", "held_out_before", "held_out")
+    blocks = [("encoder.0", 40, 0.3, 0.08, 0.4, 0.1), ("encoder.1", 0, 0.2, 0.2, 0.2, 0.2)]
+    found = content({"a": (0, 0.5, 0.6, 1)}, blocks=[dict(zip(keys, block, strict=True)) for block in blocks])
+    text = page.run_page(found)
+    assert "1 of 2 blocks changed; the mean error on the samples that choose the result falls from 0.3 to 0.15." in text
+    assert '<th scope="row">encoder.0</th><td class="number">40</td><td class="number">0.3</td>' in text
+    assert '<th scope="row">encoder.1</th><td class="number">as it was</td>' in text
+    kept = content({"a": (0, 0.5, 0.6, 1)}, blocks=[dict(zip(keys, blocks[1], strict=True))])
+    assert "No block changed: no iteration lowered the error" in page.run_page(kept)
+
+
+def test_the_noise_of_the_average_is_told() -> None:
+    """Of two tasks with 3 % each it is 2.1 %."""
+    scores = {"a": (0.1, 0.5, 0.8, 0.9), "b": (0.1, 0.5, 0.8, 0.9)}
+    assert "The standard error of the result&#39;s average is 2.1." in page.run_page(content(scores, error=0.03))
+    assert "standard error" not in page.run_page(content(scores))
 
 
 def test_the_sentence_says_what_was_made() -> None:
@@ -136,8 +159,37 @@ def test_a_comparison_has_the_plots_of_what_was_swept() -> None:
     def headings(found: list[Run]) -> list[str]:
         return re.findall(r"<h2>(.*?)</h2>", comparison_page(found))
 
-    shared = ["Score against size", "All runs"]
-    assert headings(runs("merge=ties", "merge=average")) == shared
-    assert headings(runs("bits=2", "bits=3")) == [shared[0], "Score by bits", shared[1]]
+    size, table = "Score against size", "All runs"
+    assert headings(runs("merge=ties", "merge=average")) == [size, "Scores of merge=average", table]
+    assert headings(runs("bits=2", "bits=3")) == [size, "Score by bits", "Scores of bits=3", table]
     two = runs("bits=2 seed=1", "bits=3 seed=1", "bits=2 seed=2", "bits=3 seed=2")
-    assert headings(two) == [shared[0], "Score by bits and seed", shared[1]]
+    assert headings(two) == [size, "Score by bits and seed", "Scores of bits=3 seed=2", table]
+
+
+def test_the_plain_counterpart_of_a_run_is_shown(tmp_path: Path) -> None:
+    """The best run has none, so the comparison shows the one that has, and so does its own page in a sweep."""
+    found = {
+        "guided": guided("guidance=feature", 0.7, bits=4),
+        "plain": guided("guidance=merged", 0.55, bits=4),
+        "best": guided("guidance=feature", 0.8, bits=8),
+    }
+    runs = [Run(write_run(tmp_path / name, content), content) for name, content in found.items()]
+    text = comparison_page(runs)
+    assert "This is the best run whose plain GPTQ is known." in text
+    assert "<h2>Scores of guidance=feature bits=4</h2>" in text
+    assert "average: base 10.0, merged 50.0, plain GPTQ 55.0, quantized 70.0, experts 90.0" in text
+    assert page.write_report(tmp_path / "guided", found["guided"])
+    assert "plain GPTQ" not in (tmp_path / "guided" / "report.html").read_text()
+    (tmp_path / "multirun.yaml").write_text("hydra: {}")
+    assert page.write_report(tmp_path / "guided", found["guided"])
+    assert "plain GPTQ 55.0" in (tmp_path / "guided" / "report.html").read_text()
+
+
+def guided(guidance: str, score: float, bits: int) -> dict[str, Any]:
+    """The content of a run of two tasks with a guidance and bits."""
+    tasks = dict.fromkeys("ab", (0.1, 0.5, score, 0.9))
+    made = content(tasks, overrides=[guidance, f"bits={bits}"])
+    for group, option in (("guidance", guidance.partition("=")[2]), ("refine", "none"), ("quant", "gptq")):
+        made["config"][group] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    made["config"] |= {"bits": bits, "group_size": 64}
+    return made
