@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 import epmq_cli
 from epmq_cli.data.batching import Batch
@@ -33,6 +32,9 @@ from epmq_cli.runtime import distributed
 from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.cache import FileHashes
 from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
+
+if TYPE_CHECKING:
+    pass
 
 IRRELEVANT = ("out", "resume", "eval", "device", "data_root", "cache")
 """Options that do not change a checkpoint's tensors; keys contain the device's name and the data's values instead."""
@@ -153,7 +155,7 @@ def _bytes(item: Any) -> bytes:
         return repr((item.mode, item.size, item.getpalette())).encode() + item.tobytes()
     if isinstance(item, np.ndarray):
         return repr((item.dtype, item.shape)).encode() + item.tobytes()
-    if isinstance(item, Tensor):
+    if isinstance(item, torch.Tensor):
         return hash_tensors({"": item}).encode()
     raise TypeError(type(item).__name__)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import first_line
 from epmq_cli.quantize.formats.format import Grid, NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("epmq")
 
