@@ -6,6 +6,7 @@ All implementations do the same float operations in the same order, so that thei
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cache
 from importlib.util import find_spec
@@ -51,6 +52,14 @@ def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
         kernel: ColumnKernel = TritonKernel()
         return kernel
     return TorchKernel()
+
+
+def load_kernels(device: torch.device) -> None:
+    """Imports the compiler of the kernels of a device, which takes up to a second, before it is needed."""
+    if device.type == "cpu":
+        importlib.import_module("epmq_cli.quantize.kernels.numba")
+    elif device.type == "cuda":
+        triton_works(device)
 
 
 @cache
