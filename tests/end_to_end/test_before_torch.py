@@ -101,4 +101,5 @@ def test_bad_inputs_are_told_before_torch_is_loaded_where_headers_and_first_rows
     early = {case for case, ((sentence, _), _) in told.items() if sentence}
     assert not any(loaded for (_, loaded), _ in told.values())
     assert all(message in sentence for (sentence, _), message in told.values() if sentence)
+    print("EARLYSET", sorted(early))
     assert early == EARLY
