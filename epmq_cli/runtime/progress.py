@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 from typing import NamedTuple, TypeVar
 
 from rich.progress import (
@@ -72,11 +72,12 @@ class Meter:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the end; None before a step with work is done."""
-        if not self.speeds:
+        """Seconds until the end; None before steps of two kinds are done, if there are more than one."""
+        kinds = {part.kind for part in self.parts if part.work}
+        if len(self.speeds) < min(2, max(1, len(kinds))):
             return None
         rates = {name: _rate(samples, bool(self.parts)) for name, samples in self.speeds.items()}
-        usual = median(rates.values())
+        usual = median_low(rates.values())
         for name, samples in self.speeds.items():
             if len(samples) == 1:
                 rates[name] = min(rates[name], OUTLIER * usual)

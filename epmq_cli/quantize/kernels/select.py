@@ -6,7 +6,6 @@ All implementations do the same float operations in the same order, so that thei
 
 from __future__ import annotations
 
-import importlib
 import logging
 from functools import cache
 from importlib.util import find_spec
@@ -55,11 +54,12 @@ def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
 
 
 def load_kernels(device: torch.device) -> None:
-    """Imports the compiler of the kernels of a device, which takes up to a second, before it is needed."""
-    if device.type == "cpu":
-        importlib.import_module("epmq_cli.quantize.kernels.numba")
-    elif device.type == "cuda":
-        triton_works(device)
+    """Imports and compiles the kernels of a device, which takes up to a second, before they are needed."""
+    weight, format = torch.zeros(1, 4, device=device), IntFormat(4, 4, "none")
+    kernel, U = kernel_for(weight, format), torch.eye(4, device=device)
+    grid = Grid(torch.ones(1, 1, device=device), None)
+    kernel.quantize(weight, U, grid, format)
+    kernel.loss(weight, U, grid, format)
 
 
 @cache
