@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from epmq_cli.models.answers import cached_answer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 def block_settings(

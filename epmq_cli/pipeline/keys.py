@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from epmq_cli.runtime import distributed
 from epmq_cli.runtime.versions import installed_version
 from epmq_cli.store.cache import FileHashes
 from epmq_cli.store.hashing import content, hash_json, hash_parts, hash_tensors
-
-if TYPE_CHECKING:
-    pass
 
 IRRELEVANT = ("out", "resume", "eval", "device", "data_root", "cache")
 """Options that do not change a checkpoint's tensors; keys contain the device's name and the data's values instead."""

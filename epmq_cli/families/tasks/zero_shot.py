@@ -23,7 +23,6 @@ from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.models.weights import swapped_weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 LAST = 2  # the eos_token_id of old configs, for which transformers takes the largest id of a text
