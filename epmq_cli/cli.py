@@ -147,9 +147,9 @@ def _start(command: str, arguments: list[str]) -> None:
 
 
 def _announce(command: str) -> None:
-    """Prints a first line on a terminal, because torch and transformers take seconds to import."""
+    """Prints a first line on a terminal at once."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and kind() == "auto":
-        print(f"epmq {command}: loading torch and transformers", file=sys.stderr, flush=True)
+        print(f"epmq {command}: reading the config", file=sys.stderr, flush=True)
 
 
 def _with_checkpoint(arguments: list[str]) -> list[str]:

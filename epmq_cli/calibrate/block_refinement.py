@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
 from epmq_cli.calibrate.student import Student
@@ -15,6 +14,9 @@ from epmq_cli.data.batching import ALL, Batch, Batches, size, split
 from epmq_cli.data.held_out import members
 from epmq_cli.families.structure import Section
 from epmq_cli.quantize.formats.format import QuantizedWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

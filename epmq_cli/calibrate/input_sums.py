@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.calibrate.moments import Products, real_tokens
 from epmq_cli.data.microbatch import joined
 from epmq_cli.families.structure import Linears, Section
 from epmq_cli.merge.method import Group
 from epmq_cli.runtime import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Part = TypeVar("Part")
 """What a forward pass takes: a batch, or a hidden state."""

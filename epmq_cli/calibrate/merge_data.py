@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
@@ -26,6 +27,9 @@ from epmq_cli.merge.method import Group, Loss, MergeGroups, Weights
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.runtime import distributed
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CLASSES = 8  # classes per batched backward pass
 

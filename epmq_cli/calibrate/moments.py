@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.calibrate.sharing import ALONE, Sharing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PANEL = 512  # columns of a symmetric product computed at a time, from the diagonal down
 

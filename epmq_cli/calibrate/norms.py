@@ -8,11 +8,16 @@ for its gain alone; a norm without gain is not solved.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from epmq_cli.calibrate.sharing import ALONE, Sharing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def has_gain(norm: nn.Module) -> bool:

@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from epmq_cli.errors import RunError
 from epmq_cli.store.atomic import atomic_file
 from epmq_cli.store.safetensors_writer import of, write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER = "epmq"
 SUFFIX = ".safetensors"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class ReferenceWeights:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState, enter, handed
 from epmq_cli.calibrate.activations.store import ActivationStore
@@ -21,6 +20,9 @@ from epmq_cli.families.structure import Linears, Section, Stack
 from epmq_cli.merge.method import MergeGroups
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass

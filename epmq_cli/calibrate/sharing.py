@@ -5,9 +5,10 @@ The module epmq_cli.runtime.distributed is the Sharing of torchrun's processes, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Sharing(Protocol):

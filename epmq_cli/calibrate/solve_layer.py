@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, QuantizationResult, Quantizer
+from epmq_cli.quantize.quantizer import LayerProblem, QuantizationResult, Quantizer, nothing
 from epmq_cli.runtime import distributed
 
 
@@ -92,7 +92,7 @@ def quantize_anchor(
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian."""
     own = anchor.weight[distributed.row_range(sum(outs))].float()
-    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), NOTHING)
+    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), nothing())
     weights = _split(result.weight, outs)
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
     targets = torch.split(anchor.weight, outs)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.norms import unit
@@ -15,6 +13,10 @@ from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.families.family import Family
 from epmq_cli.models.weights import copy_into
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,12 @@ from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
+from epmq_cli.calibrate.walk_parts import walk_parts
 from epmq_cli.calibrate.weight_sink import WeightSink
 from epmq_cli.data.batching import Batch, Batches
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
+from epmq_cli.quantize.kernels.select import load_kernels
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime.progress import bar
@@ -85,14 +87,17 @@ class Walk:
         entries = [_entries(number, section is stack.blocks[0]) for number, (stack, section) in enumerate(steps)]
         if self.progress.restore_all([name for names in entries for name in names], self.student, self.result):
             return self.result
-        linears = [max(1, len(section.linears)) for _, section in steps]
-        with bar("calibrate and quantize", sum(linears)) as advance:
-            for (stack, section), (entry, *stem), count in zip(steps, entries, linears, strict=True):
+        solves = [section is not stack.readout or self.guidance.readout for stack, section in steps]
+        finished = [entry in self.progress.entries for entry, *_ in entries]
+        parts = walk_parts(self.stacks, [solve and not done for solve, done in zip(solves, finished, strict=True)])
+        load_kernels(next(self.student.model.parameters()).device)  # before time is measured
+        with bar("calibrate and quantize", len(parts), parts) as self.advance:
+            for (stack, section), (entry, *stem), solve in zip(steps, entries, solves, strict=True):
                 if stem:
                     self._enter(stack, stem[0])
+                    self.advance(1)
                 restored = self.progress.restore(entry, self.student, self.result)
-                solved = not restored and (section is not stack.readout or self.guidance.readout)
-                self._section(stack, section if solved else replace(section, steps=()))
+                self._section(stack, section if solve and not restored else replace(section, steps=()))
                 if not restored:
                     self.progress.write(entry, self.student, self.result)
                 if section is stack.readout and stack.handed is not None:
@@ -100,7 +105,7 @@ class Walk:
                     self.others = (
                         handed(stack.handed, self.others, self.teacher_streams) if self.teacher_streams else self.own
                     )
-                advance(count)
+                self.advance(1)
         return self.result
 
     def _enter(self, stack: Stack, entry: str) -> None:
@@ -172,6 +177,7 @@ class Walk:
                     self._linears(section, teacher, step.mixing, replace(spec, token=None))
                 else:
                     self._linears(section, teacher, step.names, spec)
+                self.advance(1)
             for task in self.teacher_streams:
                 self._load(section, teacher, task)
                 _finish(self.teacher_streams[task], teacher)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.checkpoint.exporter import (
     ExpectedTensor,
@@ -29,11 +28,14 @@ from epmq_cli.checkpoint.exporter import (
 from epmq_cli.config.schema import OpenClipPack
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
-from epmq_cli.models.model_folder import DTYPES, Tensors
+from epmq_cli.models.model_folder import Tensors, dtype_of
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.store.safetensors_writer import Entry, of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 METHOD = "compressed-tensors"
 
@@ -82,7 +84,7 @@ class CompressedTensorsExporter(OpenClipPack):
         formats = {name: weight.format for name, weight in weights.items()}
         if not formats:
             return {}
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         kinds = sorted(set(formats.values()), key=lambda format: format.bits)
         names = list(dict.fromkeys(_compression(format) for format in kinds))
         groups = {
@@ -204,7 +206,7 @@ class CompressedTensorsLayout:
                 codes, zero = _unpacked(files, name, format, shape, scale.shape)
             fits = codes.shape == shape and scale.shape == (shape[0], shape[1] // group_columns(format, shape[1]))
             fits = fits and codes.dtype == format.storage and (zero is None or zero.shape == scale.shape)
-            dtype = DTYPES[files.infos[f"{name}.weight_scale"].dtype]
+            dtype = dtype_of(files.infos[f"{name}.weight_scale"].dtype)
         except (KeyError, RuntimeError, ValueError, IndexError):
             fits = False
         if not fits:

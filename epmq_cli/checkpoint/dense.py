@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from epmq_cli.checkpoint.exporter import ExpectedTensor
 from epmq_cli.config.schema import OpenClipPack
@@ -18,6 +15,10 @@ from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.store.safetensors_writer import Entry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from epmq_cli.checkpoint.exporter import ExpectedTensor
 from epmq_cli.checkpoint.layouts import layout_of
@@ -14,6 +14,9 @@ from epmq_cli.checkpoint.load import blank_model, model_config
 from epmq_cli.errors import CheckpointError, first_line
 from epmq_cli.models.model_class import ModelClass, equal, model_class, untied_config
 from epmq_cli.models.model_folder import SafetensorsFiles, TensorInfo, read_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROLE = "checkpoint"
 
@@ -104,6 +107,6 @@ def expected_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, 
     expected = {name: ExpectedTensor(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     layout = layout_of(folder)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and layout.format_of(name) is not None:
+        if isinstance(module, torch.nn.Linear) and layout.format_of(name) is not None:
             expected |= layout.expected(name, torch.Size(expected.pop(f"{name}.weight").shape), signed)
     return expected

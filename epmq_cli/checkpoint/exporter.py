@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.store.safetensors_writer import Entry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 class Exporter(Protocol):

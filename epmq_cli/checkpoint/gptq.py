@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli import __version__
 from epmq_cli.checkpoint.exporter import ExpectedTensor, foreign_config, scale_check, signed_scale, unfit, words
@@ -35,10 +34,13 @@ from epmq_cli.config.schema import Pack
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
-from epmq_cli.models.model_folder import DTYPES, Tensors
+from epmq_cli.models.model_folder import Tensors, dtype_of
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.store.safetensors_writer import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 METHOD = "gptq"
 FORMATS = ("gptq", "gptq_v2")
@@ -97,7 +99,7 @@ class GptqExporter(Pack):
                 f"pack=gptq is loaded for models with one stack of blocks, got {' and '.join(prefixes)}; {OTHER}"
             )
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.startswith(f"{prefixes[0]}.") and name not in linears:
+            if isinstance(module, torch.nn.Linear) and name.startswith(f"{prefixes[0]}.") and name not in linears:
                 raise ConfigError(f"pack=gptq stores all linears of a block, and {name} is not quantized; {OTHER}")
         for format in formats:
             multiple = 32 // gcd(32, format.bits)
@@ -195,7 +197,7 @@ class GptqLayout:
             fits = qweight.shape == (words(columns, bits), rows) and qzeros.shape == (groups, words(rows, bits))
             fits = fits and scales.shape == (groups, rows) and torch.equal(g_idx, group_index(columns, size))
             fits = fits and qweight.dtype == qzeros.dtype == torch.int32
-            dtype = DTYPES[files.infos[f"{name}.scales"].dtype]
+            dtype = dtype_of(files.infos[f"{name}.scales"].dtype)
         except (KeyError, RuntimeError):
             fits = False
         if not fits:

@@ -12,11 +12,16 @@ times slower than a dense matrix, so use dense weights if results must be exact.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.int import IntFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUPS = (256, 128, 64, 32)
 """The group sizes that the kernels take."""

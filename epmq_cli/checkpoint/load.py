@@ -6,11 +6,9 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
@@ -22,6 +20,9 @@ from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.quantize.formats.format import NumberFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 GENERATION = "generation_config.json"
 
@@ -46,7 +47,7 @@ def load(
         raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
     files = SafetensorsFiles(folder, "checkpoint")
     config = model_config(folder, files)
-    with register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
+    with torch.nn.modules.module.register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
     layout = layout_of(folder)
     formats = _quantized_linears(folder, model, files, layout)
@@ -86,7 +87,7 @@ def kernels(model: nn.Module) -> dict[str, int]:
     counts = {"int4": 0, "dense": 0}
     for module in model.modules():
         counts["int4"] += isinstance(module, Int4Linear)
-        counts["dense"] += isinstance(module, nn.Linear)
+        counts["dense"] += isinstance(module, torch.nn.Linear)
     return counts
 
 
@@ -119,7 +120,7 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
     """The parameter on the meta device. Buffers, such as rotary frequencies, keep their memory."""
-    return nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
@@ -132,7 +133,7 @@ def _quantized_linears(
     """The number format of each quantized linear."""
     formats = {}
     for name, module in model.named_modules():
-        if layout.scale and isinstance(module, nn.Linear) and f"{name}{layout.scale}" in files.infos:
+        if layout.scale and isinstance(module, torch.nn.Linear) and f"{name}{layout.scale}" in files.infos:
             format = layout.format_of(name)
             if format is None:
                 raise CheckpointError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.families.encoder import Encoder
@@ -13,6 +12,9 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.structure import MEAN
 from epmq_cli.families.tasks.classifier import Classifier
 from epmq_cli.quantize.formats.format import NumberFormat
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FOLDER = "path/of/this/folder"
 """The folder in all code."""

@@ -13,10 +13,9 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.clip import Clip
@@ -28,7 +27,10 @@ from epmq_cli.models.open_clip.preprocess import vocabulary
 from epmq_cli.models.pretrained import config_of, from_folder
 from epmq_cli.models.processor_folder import processor_files
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
-from epmq_cli.store.safetensors_writer import NAMES, Entry, write_file
+from epmq_cli.store.safetensors_writer import Entry, writable_types, write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FOLDER = "open_clip"
 
@@ -133,7 +135,7 @@ def _dequantized(weight: QuantizedWeight | DenseWeight, dtype: torch.dtype) -> T
 
 def stored_entries(checkpoint: Path) -> Entries:
     """The tensors of a dense checkpoint, each read when it is copied."""
-    folder, types = ModelFolder(checkpoint, "checkpoint"), {name: dtype for dtype, name in NAMES.items()}
+    folder, types = ModelFolder(checkpoint, "checkpoint"), writable_types()
     return {
         name: Entry(name, types[info.dtype], info.shape, partial(folder.tensor, name))
         for name, info in folder.infos.items()

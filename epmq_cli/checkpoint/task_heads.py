@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from epmq_cli.checkpoint.write import heads_file
 from epmq_cli.data.suite import Suite
@@ -18,6 +15,10 @@ from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import SafetensorsFiles, TensorInfo
 from epmq_cli.models.pretrained import config_of
 from epmq_cli.quantize.linalg import is_finite
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STORED = "F32"
 DENSE, NORM = "dense_", "norm_"
@@ -32,6 +33,8 @@ def read_heads(checkpoint: Path, suite: Suite, family: Family, device: torch.dev
     try:
         if not path.is_file():
             raise FileNotFoundError("it is not a file")
+        from safetensors.torch import load_file  # imports torch
+
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); run epmq run again") from error

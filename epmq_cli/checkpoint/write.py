@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
@@ -26,6 +23,10 @@ from epmq_cli.store.atomic import atomic_folder
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest
 from epmq_cli.store.safetensors_writer import Entry, check_finite, write_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 HEADS = "heads/heads.safetensors"
 """In a separate folder, because vLLM reads every .safetensors file beside config.json as a part of the model."""
@@ -114,6 +115,8 @@ def _write_others(folder: Path, contents: Contents) -> None:
         check_finite(name, tensor)
     if heads:
         (folder / HEADS).parent.mkdir()
+        from safetensors.torch import save_file  # imports torch
+
         save_file(heads, folder / HEADS)
     config = json.loads((contents.base / "config.json").read_text(encoding="utf-8"))
     config |= contents.changes

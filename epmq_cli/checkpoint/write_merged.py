@@ -22,7 +22,7 @@ from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.runtime.progress import track
-from epmq_cli.store.safetensors_writer import NAMES, Entry, write_model
+from epmq_cli.store.safetensors_writer import Entry, writable_types, write_model
 
 
 def write_dense(
@@ -87,7 +87,7 @@ def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, option: str) -> l
 
 def _type(base: ModelFolder, stored: str, option: str) -> torch.dtype:
     """The type to write a tensor of the base in; `option`: `pack.dtype`."""
-    types = {name: dtype for dtype, name in NAMES.items()}
+    types = writable_types()
     kind = base.infos[stored].dtype
     if kind not in types:
         raise ModelError(f"base: {stored} is of type {kind}, epmq writes {', '.join(types)}")

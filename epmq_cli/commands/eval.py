@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands.error_report import log_errors
-from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.commands.hydra_app import quiet_libraries, tell_loading
 from epmq_cli.config import instantiate
 from epmq_cli.store.run_lock import refuse_used
 
@@ -23,6 +23,7 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Prints the scores and writes them to `metrics.json` in the folder."""
+    tell_loading()
     quiet_libraries()
     from epmq_cli.checkpoint.load import kernels
     from epmq_cli.evaluate.score import Scorer

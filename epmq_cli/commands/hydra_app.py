@@ -22,14 +22,17 @@ from epmq_cli.config.instantiate import refuse_tokens
 from epmq_cli.errors import ConfigError
 from epmq_cli.pipeline import unfinished
 from epmq_cli.runtime import distributed, signals
-from epmq_cli.runtime.console import complain
+from epmq_cli.runtime.console import complain, messages
 from epmq_cli.runtime.exit_status import MISTAKEN
+from epmq_cli.runtime.imports import import_lazily
+from epmq_cli.runtime.verbosity import kind
 
 folder_names.register()  # here, because every process of a sweep's jobs imports this module
 
 
 def launch(command: str, arguments: list[str]) -> None:
     """Runs a Hydra command with these arguments."""
+    import_lazily("torch")
     try:
         distributed.check_environment(command)
     except ConfigError as error:
@@ -75,6 +78,12 @@ def _temporary_folder() -> list[str]:
     folder = tempfile.mkdtemp(prefix="epmq-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [f"out={folder}"]
+
+
+def tell_loading() -> None:
+    """Prints on a terminal that torch and transformers are imported, which takes seconds."""
+    if messages.is_terminal and kind() == "auto":
+        messages.print("loading torch and transformers", highlight=False)
 
 
 def quiet_libraries() -> None:

@@ -11,11 +11,10 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-from epmq_cli.commands.stand_ins import stand_ins
 from epmq_cli.config.files import Head, conf_dir, head_of, options, read_lines
+from epmq_cli.runtime.imports import import_lazily
 
 GROUPS = {
     "suite": "base, experts and tasks",
@@ -55,8 +54,9 @@ def main(arguments: list[str]) -> None:
     group, _, option = (chosen.group or "").partition("=")
     if group and group not in (*groups, POST):
         sys.exit(f"epmq: unknown group {group!r}; the groups are {', '.join(groups)}")
-    with stand_ins():
-        names: Collection[str] = _posts() if group == POST else groups.get(group, {})
+    if group:
+        import_lazily("torch")  # pages need its name only
+    names: Collection[str] = _posts() if group == POST else groups.get(group, {})
     if option and option not in names:
         import difflib
 
@@ -66,14 +66,11 @@ def main(arguments: list[str]) -> None:
     if group == POST:
         from epmq_cli.commands.describe import posts_page
 
-        with stand_ins():
-            print(posts_page(option))
+        print(posts_page(option))
     elif option:
         from epmq_cli.commands.describe import page
 
-        path = groups[group][option]
-        with stand_ins() if path.is_relative_to(conf_dir()) else nullcontext():  # a user's class may do more
-            print(page(group, option, path, chosen.config_dir))
+        print(page(group, option, groups[group][option], chosen.config_dir))
     else:
         show(groups, [group] if group else sorted(groups, key=_place))
 

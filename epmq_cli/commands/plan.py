@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from epmq_cli.commands.arguments import split
-from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.commands.hydra_app import quiet_libraries, tell_loading
 from epmq_cli.commands.mergekit import replaced
 from epmq_cli.commands.overrides import addable, check_overrides
 from epmq_cli.config.instantiate import conf_dir, refuse_tokens
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
     overrides = replaced("run", overrides)
     check_overrides("run", overrides)
     cfg = _composed(addable(overrides), folders)
+    tell_loading()
     quiet_libraries()
     from epmq_cli.inspection.plan import plan_content, show_plan
 

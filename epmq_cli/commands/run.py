@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.commands.error_report import log_errors
-from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.commands.hydra_app import quiet_libraries, tell_loading
 from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline import unfinished
@@ -71,13 +71,15 @@ def _done(folder: Path, cfg: DictConfig) -> bool:
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     """Runs or resumes the job of a config. Writes `checkpoint/`, `metrics.json` and `report.html` into the folder."""
-    quiet_libraries()
     memory.keep_freed()
-    from torch import OutOfMemoryError
-
     with exclusive_lock(folder):
+        job = _checked(cfg, folder)
+        tell_loading()
+        quiet_libraries()
+        from torch import OutOfMemoryError
+
         try:
-            _run(cfg, folder, overrides, choices)
+            _run(cfg, job, folder, overrides, choices)
         except OutOfMemoryError as error:
             raise RunError(
                 f"the device does not have enough memory for calib.batch_size={cfg.calib.batch_size}; lower it, "
@@ -87,19 +89,30 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
             ) from error
 
 
-def _run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
+def _checked(cfg: DictConfig, folder: Path) -> Job:
+    """The job of the config, after all checks that do without torch, which takes seconds to import."""
+    from epmq_cli.pipeline.input_checks import check_inputs
+    from epmq_cli.pipeline.job import read_job
+
+    unfinished.refuse_results(folder)
+    instantiate.check_complete(cfg, "run")
+    job = read_job(cfg)
+    check_inputs(job)
+    return job
+
+
+def _run(cfg: DictConfig, job: Job, folder: Path, overrides: list[str], choices: dict[str, str]) -> None:
     from epmq_cli.checkpoint.load import kernels
     from epmq_cli.checkpoint.model_card import write_scores
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.context import RunContext
-    from epmq_cli.pipeline.job import make_job
-    from epmq_cli.pipeline.progress import close, refuse_results
+    from epmq_cli.pipeline.job import check_device
+    from epmq_cli.pipeline.progress import close
     from epmq_cli.report import metrics_json, table
 
-    refuse_results(folder)
-    instantiate.check_complete(cfg, "run")
-    distributed.init(instantiate.device_of(cfg.device))
-    job, checkpoint = make_job(cfg), folder / CHECKPOINT
+    distributed.init(job.device)
+    check_device(job)
+    checkpoint = folder / CHECKPOINT
     say(f"{table.counted(len(job.suite.members), 'expert')}, on {job.device}, results go to {table.near(folder)}")
     context = RunContext.of(job, folder)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -152,7 +165,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.keys import run_key
-    from epmq_cli.pipeline.progress import opened, refuse_results
+    from epmq_cli.pipeline.progress import opened
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
 
@@ -171,7 +184,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
         say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
     files = cache.files if distributed.is_main() else {}
     progress = opened(folder, run_key(resolved, files, drawn, job.device), job.resume)
-    refuse_results(folder, progress)
+    unfinished.refuse_results(folder, progress)
     return _Inputs(models, model, dtype, cache, progress, processors, tasks, drawn, layers)
 
 

@@ -205,15 +205,21 @@ def targets(node: Any) -> list[str]:
     return [MOVED.get(name, name) for name in names]
 
 
+def check_device(name: object) -> None:
+    """Raises ConfigError unless this is the name of a device, which the machine need not have."""
+    kind, _, index = str(name).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()) or (index and kind != "cuda"):
+        raise ConfigError(f"device must be {DEVICES}, got {literal(name)}")
+
+
 def device_of(name: str) -> torch.device:
     """The device of this name. `cuda` is the first accelerator or, under torchrun, the accelerator of the process.
     `auto` is `cuda` if the machine has an accelerator, else `cpu`."""
+    check_device(name)
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, index = str(name if name != "auto" else "cuda" if count else "cpu").partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ConfigError(f"device must be {DEVICES}, got {literal(name)}")
+    kind, _, index = (name if name != "auto" else "cuda" if count else "cpu").partition(":")
     if kind == "cpu":
         return torch.device("cpu")
     number = int(index or distributed.local_rank())

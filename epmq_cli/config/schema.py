@@ -113,3 +113,8 @@ class Harness(Evaluation):
             check_range("eval.shots", self.shots, 0, 1000, integer=True)
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ConfigError(f"eval.include_path must be a folder, got {self.include_path!r}")
+
+
+def scores_samples(evaluation: Evaluation) -> bool:
+    """Whether a run scores the suite's tasks on their test samples."""
+    return bool(evaluation.stages) and not isinstance(evaluation, Harness)

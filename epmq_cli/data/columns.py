@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.chats import Chat, chat_of, stored
-from epmq_cli.data.labels import read_labels
+from epmq_cli.data.labels import label_numbers, read_labels
 from epmq_cli.data.samples import Split
 from epmq_cli.data.texts import check_text, prompt_value, text_of
 from epmq_cli.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONVERSIONS = (None, "s", "r", "a")
 KINDS = ("", 0, 0.5)
@@ -101,6 +102,11 @@ class Columns:
             if split == "test":
                 raise
             return None, None
+
+    def check_targets(self, values: Mapping[str, Sequence[Any]], where: str) -> None:
+        """Raises DataError if `targets` would for the test split."""
+        if self.label is not None:
+            label_numbers(values[self.label], self.labels, None, self.regression, where)
 
 
 def columns(

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.columns import Columns, columns
-from epmq_cli.data.rows import decoded
+from epmq_cli.data.rows import SMALL, decoded, read_first
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.runtime.paths import check_permitted, expanded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Documents:
         if path.suffix.lower() == ".txt":
             return running([_read_text(path)], count, seed)
         return running(self.columns.texts(read_rows(path, self.columns.inputs), str(path)), count, seed)
+
+    def check_first(self, split: Split) -> int:
+        """See CheckedSource. Never 0: how much text is too little is known when it is split into tokens."""
+        path = expanded(self.train if split == "train" else self.test)
+        if path.suffix.lower() != ".txt":
+            rows = read_rows(path, self.columns.inputs, read_first)
+            self.columns.texts(rows, str(path))
+        elif not path.is_file() or path.stat().st_size <= SMALL:
+            _read_text(path)
+        return 1
 
 
 def _read_text(path: Path) -> str:

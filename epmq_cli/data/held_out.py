@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.batching import Batch, Batches, size
 from epmq_cli.errors import DataError
 from epmq_cli.runtime import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HOLD = 5  # every fifth sample is held out
 Subset = Literal["all", "fitted", "held"]

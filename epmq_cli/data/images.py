@@ -18,6 +18,9 @@ from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError, literal
 from epmq_cli.runtime.paths import check_permitted, expanded
 
+FLAT = ""
+"""The name of no class."""
+
 
 class ImageFiles(Sequence[Image.Image]):
     """Images that are opened on access."""
@@ -68,17 +71,26 @@ class ImageFolder:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Images of the split; without a seed they are sorted by class and file name."""
+        listing = self._listing(split)
+        files = [(path, label) for label, paths in enumerate(listing.values()) for path in paths]
+        inputs = ImageFiles([path for path, _ in files], Decoder(self.background, self.white_level))
+        if FLAT in listing:
+            return Samples(inputs).some(count, seed)
+        labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+        return Samples(inputs, labels, tuple(listing)).some(count, seed)
+
+    def check_first(self, split: Split) -> int:
+        """See CheckedSource. Decodes an image of each class."""
+        first = [paths[0] for paths in self._listing(split).values() if paths]
+        return len(list(ImageFiles(first, Decoder(self.background, self.white_level))))
+
+    def _listing(self, split: Split) -> dict[str, list[Path]]:
+        """The images of each class; under `FLAT` those of a train folder without classes."""
         folder, other = map(expanded, (self.train, self.test) if split == "train" else (self.test, self.train))
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; relative data paths start from the folder where epmq runs")
         flat = flat_images(folder) if split == "train" else []  # calibration needs no labels
-        if flat:
-            return Samples(ImageFiles(flat, Decoder(self.background, self.white_level))).some(count, seed)
-        listing = class_files(folder, self.labels, other)
-        files = [(path, label) for label, paths in enumerate(listing.values()) for path in paths]
-        labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-        inputs = ImageFiles([path for path, _ in files], Decoder(self.background, self.white_level))
-        return Samples(inputs, labels, tuple(listing)).some(count, seed)
+        return {FLAT: flat} if flat else class_files(folder, self.labels, other)
 
 
 class ArrayImages(Sequence[Image.Image]):
@@ -97,6 +109,10 @@ class ArrayImages(Sequence[Image.Image]):
         """The pixels."""
         pixels: NDArray[np.uint8] = self._array[position]
         return pixels
+
+
+WHOLE = 1 << 24
+"""Bytes of an npz file that a check reads."""
 
 
 def _are_whole(labels: NDArray[Any]) -> bool:
@@ -118,6 +134,20 @@ class Npz:
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Images of the split."""
+        images, labels = self._arrays(split)
+        targets = None if labels is None else torch.from_numpy(labels)
+        chosen = Samples(range(len(images)), targets).some(count, seed)
+        return Samples(ArrayImages(images[list(chosen.inputs)]), chosen.labels)
+
+    def check_first(self, split: Split) -> int:
+        """See CheckedSource. Reads a small file, and of a larger one nothing."""
+        path = expanded(self.path)
+        if path.is_file() and path.stat().st_size > WHOLE:
+            return 1
+        return len(self._arrays(split)[0])
+
+    def _arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        """The images of the split, and their labels if it has any."""
         path = expanded(self.path)
         check_permitted(path, DataError)
         try:
@@ -140,6 +170,4 @@ class Npz:
                 f"{path}: {split}_images must be uint8 (n, height, width), (n, height, width, 1) or (n, height, "
                 f"width, 3) with n labels, whole numbers, got {images.dtype} {images.shape} and labels {shape}"
             )
-        targets = torch.from_numpy(np.asarray(labels, dtype=np.int64)) if usable else None
-        chosen = Samples(range(len(images)), targets).some(count, seed)
-        return Samples(ArrayImages(images[list(chosen.inputs)]), chosen.labels)
+        return images, np.asarray(labels, dtype=np.int64) if usable else None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import DataError, literal
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MOST = 1 << 63  # int64 holds the whole numbers below
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 WITHOUT = "eval.stages=[] merges and calibrates without scoring"
 YAML_WORDS = (("no", "yes"), ("off", "on"), ("false", "true"))
 """Words that YAML reads as false and true unless they are quoted."""
@@ -30,13 +32,25 @@ def read_labels(
     regression: bool,
     where: str,
 ) -> tuple[Tensor, Classes]:
-    """The labels (len(values),) and the names of the classes in order, None if they are unknown.
+    """The labels (len(values),), int64, of a regression float32, and the names of the classes: see `label_numbers`."""
+    numbers, classes = label_numbers(values, labels, names, regression, where)
+    return torch.tensor(numbers, dtype=torch.float32 if regression else torch.int64), classes
+
+
+def label_numbers(
+    values: Sequence[Any],
+    labels: Sequence[str | int | bool] | None,
+    names: Sequence[str] | None,
+    regression: bool,
+    where: str,
+) -> tuple[Sequence[float], Classes]:
+    """The labels as numbers, and the names of the classes in order, None if they are unknown.
 
     `labels`: the values in the order of the classes. `names`: the source's own names of the values 0, 1, ...
     """
     _check_single(values, where)
     if regression:
-        return torch.tensor([_number(value, where) for value in values], dtype=torch.float32), None
+        return [_number(value, where) for value in values], None
     if names is not None:
         return _named(values, labels, names, where)
     if labels is None:
@@ -70,12 +84,12 @@ def _is_empty(value: Any) -> bool:
 
 def _named(
     values: Sequence[Any], labels: Sequence[str | int | bool] | None, names: Sequence[str], where: str
-) -> tuple[Tensor, Classes]:
+) -> tuple[list[int], Classes]:
     """Labels whose values 0, 1, ... have names, which `labels` may list in another order; -1 means unlabelled."""
     indices = _indices(values, where)
-    if len(indices) and not UNLABELLED <= int(indices.min()) <= int(indices.max()) < len(names):
+    if indices and not UNLABELLED <= min(indices) <= max(indices) < len(names):
         raise DataError(
-            f"{where}: the labels are {int(indices.min())}..{int(indices.max())}, but {len(names)} classes have names, "
+            f"{where}: the labels are {min(indices)}..{max(indices)}, but {len(names)} classes have names, "
             f"{', '.join(names)}; fetch it again"
         )
     if labels is None:
@@ -83,10 +97,9 @@ def _named(
     spelled = _spelled(labels, names)
     if not set(spelled) & set(names):  # labels lists values, not names
         return _positions(values, spelled, where), tuple(spelled)
-    called = ["-1" if index == UNLABELLED else names[index] for index in indices.tolist()]
-    positions = _positions([name for name in called if name != "-1"], spelled, where)
-    indices[indices != UNLABELLED] = positions
-    return indices, tuple(spelled)
+    labelled = [index for index in indices if index != UNLABELLED]
+    positions = iter(_positions([names[index] for index in labelled], spelled, where))
+    return [index if index == UNLABELLED else next(positions) for index in indices], tuple(spelled)
 
 
 def _spelled(labels: Sequence[str | int | bool], values: Collection[Any]) -> list[str]:
@@ -119,8 +132,8 @@ def _key(values: Sequence[Any], labels: Sequence[str]) -> Callable[[Any], str]:
     return _text if exact or len(set(map(_loosely, labels))) < len(labels) else _loosely
 
 
-def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> Tensor:
-    """int64 (len(values),): the position of each value in `labels`."""
+def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> list[int]:
+    """The position of each value in `labels`."""
     key = _key(values, labels)
     index = {key(label): position for position, label in enumerate(labels)}
     unknown = next((value for value in values if key(value) not in index), None)
@@ -128,14 +141,14 @@ def _positions(values: Sequence[Any], labels: Sequence[str], where: str) -> Tens
         quotes = "; YAML reads the words yes, no, on and off as true and false, so quote them"
         hint = quotes if {"True", "False"} & set(labels) else ""
         raise DataError(f"{where}: label {unknown!r} is not among data.labels, which are {', '.join(labels)}{hint}")
-    return torch.tensor([index[key(value)] for value in values], dtype=torch.int64)
+    return [index[key(value)] for value in values]
 
 
-def _indices(values: Sequence[Any], where: str) -> Tensor:
-    """int64 (len(values),): the values themselves. A column of booleans, as in PatchCamelyon, becomes 1 and 0."""
+def _indices(values: Sequence[Any], where: str) -> list[int]:
+    """The values themselves. A column of booleans, as in PatchCamelyon, becomes 1 and 0."""
     if all(isinstance(value, bool) for value in values):
-        return torch.tensor(values, dtype=torch.int64)
-    return torch.tensor([_whole(value, where) for value in values], dtype=torch.int64)
+        return [int(value) for value in values]
+    return [_whole(value, where) for value in values]
 
 
 def _whole(value: Any, where: str) -> int:

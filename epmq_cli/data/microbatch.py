@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.batching import ALL, Batch, size, split
 from epmq_cli.errors import RunError, first_line, lacks_memory
 from epmq_cli.runtime import memory
 from epmq_cli.runtime.console import log, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 

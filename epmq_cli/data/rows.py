@@ -7,7 +7,8 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from itertools import zip_longest
+from contextlib import suppress
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from epmq_cli.data.quotes import are_syntax
 from epmq_cli.errors import DataError
 
 Row = dict[str, Any]
+FIRST = 16
+"""The rows that a check reads of a large file."""
+SMALL = 1 << 20
+"""Bytes of a file that a check reads whole."""
 LONGEST = (1 << 31) - 1  # characters of one field; the default of Python's csv is 131072
 WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """The byte order marks of files in another encoding."""
@@ -54,16 +59,20 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def _delimited(text: str, **options: Any) -> list[Row]:
+    return list(_rows(text, **options))
+
+
+def _rows(text: str, **options: Any) -> Iterator[Row]:
     csv.field_size_limit(LONGEST)
     reader = csv.reader(io.StringIO(text, newline=""), **options)
     filled = (fields for fields in reader if fields)
-    header, rows = next(filled, []), []
+    header = next(filled, [])
+    twice = {name: Repeated() for name in header if header.count(name) > 1}
     for number, fields in enumerate(filled, 1):
         if len(fields) > len(header):
             raise ValueError(f"row {number} has {len(fields)} fields, but the header has {len(header)} columns")
-        rows.append(dict(zip_longest(header, fields)))
-    twice = {name: Repeated() for name in header if header.count(name) > 1}
-    return [row | twice for row in rows] if twice else rows
+        row = dict(zip_longest(header, fields))
+        yield row | twice if twice else row
 
 
 def read_json(path: Path) -> list[Row]:
@@ -112,3 +121,30 @@ READERS: Mapping[str, Callable[[Path], list[Row]]] = {
     ".json": read_json,
     ".parquet": read_parquet,
 }
+
+
+def read_first(path: Path) -> list[Row]:
+    """The rows of a small file; of a larger one the first rows, or none where only the whole file tells them: in
+    parquet files, and in tsv files with quotes."""
+    kind = path.suffix.lower()
+    if path.stat().st_size <= SMALL:
+        return READERS[kind](path)
+    if kind == ".parquet":
+        return []
+    with path.open("rb") as file:
+        content = file.read(SMALL)
+    if kind in (".json", ".jsonl"):
+        text = decoded(content.rpartition(b"}")[0] + b"}")
+        return _until_cut(_objects(text.removeprefix("[")))
+    text = decoded(content.rpartition(b"\n")[0])
+    if kind == ".tsv":
+        return [] if '"' in text else list(islice(_rows(text, delimiter="\t", quoting=csv.QUOTE_NONE), FIRST))
+    return _until_cut(_rows(text, strict=True))
+
+
+def _until_cut(rows: Iterator[Row]) -> list[Row]:
+    """The first rows, up to the place where a row is cut."""
+    first = list[Row]()
+    with suppress(ValueError, csv.Error):
+        first.extend(islice(rows, FIRST))
+    return first

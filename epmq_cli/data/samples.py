@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "test"]
 
@@ -105,8 +107,17 @@ def quantiles(labels: Tensor) -> Tensor:
 
 
 class Source(Protocol):
-    """A data source: one frozen dataclass for each kind of storage."""
+    """A data source: one frozen dataclass for each kind of storage. It may also be a `CheckedSource`."""
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Up to `count` samples of the split: the first ones, or with a seed in random order that depends on the seed
         alone; without a count all. Labels of the train split are never used. DataError if samples cannot be read."""
+
+
+@runtime_checkable
+class CheckedSource(Protocol):
+    """A source whose first samples can be checked before torch is imported, which takes seconds."""
+
+    def check_first(self, split: Split) -> int:
+        """How many samples were read of the split; 0 only if it has none. DataError as in `load` if they cannot be
+        read. Reads a small part of a large file, and does not use torch."""

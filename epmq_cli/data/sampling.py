@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.documents import token_blocks
-from epmq_cli.data.samples import Samples, Split
+from epmq_cli.data.samples import Samples, Source, Split
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = logging.getLogger("epmq")
 
@@ -23,8 +25,7 @@ def draw(task: Task, count: int, seed: int) -> Samples:
     """`count` training samples in a random order that depends on the seed and the task's name alone; all if there are
     fewer."""
     samples = task.data.load("train", count, task_seed(seed, task.name))
-    if len(samples) == 0:
-        raise DataError(f"task {task.name} has no training samples to calibrate on")
+    check_some(task.name, "train", len(samples))
     if len(samples) < count:
         log.warning(
             "task %s: calibration uses all %d training samples, fewer than calib.samples=%d",
@@ -33,6 +34,21 @@ def draw(task: Task, count: int, seed: int) -> Samples:
             count,
         )
     return samples
+
+
+def check_some(task: str, split: Split, count: int) -> None:
+    """Raises DataError if a split has no samples."""
+    if count == 0:
+        use = "training samples to calibrate on" if split == "train" else "test samples to score on"
+        raise DataError(f"task {task} has no {use}")
+
+
+def scored_source(task: Task) -> Source:
+    """The source of a task's test samples: perplexity needs no labels, so its samples have none."""
+    data: Any = task.data
+    if task.metric == "perplexity" and getattr(data, "label", None) is not None and is_dataclass(data):
+        data = replace(data, label=None)  # type: ignore[type-var]
+    return data  # type: ignore[no-any-return]
 
 
 def task_seed(seed: int, task: str, split: Split = "train") -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.labels import WITHOUT
-from epmq_cli.data.rows import READERS, Repeated
+from epmq_cli.data.rows import READERS, SMALL, Repeated, Row, read_first
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.runtime.paths import check_permitted, expanded
@@ -54,6 +54,15 @@ class Table:
         labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
         return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
 
+    def check_first(self, split: Split) -> int:
+        """See CheckedSource."""
+        path = expanded(self.train if split == "train" else self.test)
+        rows = read_rows(path, self.columns.inputs, read_first)
+        if split == "test" and rows:
+            self.columns.check_targets(self._label_values(rows, path, split), str(path))
+        inputs = self.columns.texts(rows, str(path))
+        return len(inputs) or int(path.stat().st_size > SMALL)
+
     def _label_values(self, rows: Sequence[Mapping[str, Any]], path: Path, split: Split) -> dict[str, list[Any]]:
         """The values of the label's column, by its name; DataError if the test file lacks the column."""
         if self.label is None or (rows and not any(self.label in row for row in rows)):
@@ -68,14 +77,14 @@ class Table:
         return {self.label: values}
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a file of one of the `KINDS`; DataError if a row lacks one of these columns."""
+def read_rows(path: Path, columns: Sequence[str], read: Callable[[Path], list[Row]] | None = None) -> list[Row]:
+    """The rows of a file of one of the `KINDS`, which `read` reads; DataError if a row lacks one of these columns."""
     if not path.is_file():
         raise DataError(f"{path} is not a file; relative data paths start from the folder where epmq runs")
     check_permitted(path, DataError)
     kind = path.suffix.lower()
     try:
-        rows = READERS[kind](path)
+        rows = (read or READERS[kind])(path)
     except (UnicodeDecodeError, ValueError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind[1:]} in UTF-8 ({error})") from error
     for number, row in enumerate(rows, 1):

@@ -4,11 +4,14 @@ samples go a longer way in training (consistent teaching, Beyer et al. 2022, htt
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.batching import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIFT = 0.1  # of the height and width of pictures
 REPLACED = 0.1  # share of tokens

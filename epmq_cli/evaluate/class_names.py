@@ -11,13 +11,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.suite import POSITION, Task
 from epmq_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT = re.compile(r"label_?(\d+)", re.IGNORECASE)
 """The names that transformers gives to unnamed classes."""

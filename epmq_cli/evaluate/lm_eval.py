@@ -6,10 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
@@ -17,6 +14,10 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.standard_errors import binomial
 from epmq_cli.models.pretrained import from_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 PREFERRED = ("acc_norm", "exact_match", "acc", "f1", "mcc")
 """The metrics to report, by preference; a task without any of these reports its first metric. If the harness computes a

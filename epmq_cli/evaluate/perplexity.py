@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from epmq_cli.errors import DataError, ModelError
 from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.standard_errors import perplexity_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 700.0  # mean loss: the exponential of more overflows
 PLACES = 1 << 26  # logits turned into losses at a time: 0.25 GB in float32
@@ -83,7 +85,9 @@ def window_losses(logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     logits, targets = logits_of(ids)[:, :-1], ids[:, 1:]
     rows = max(1, PLACES // max(1, logits[0].numel()))
     parts = [
-        cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double().cpu()
+        torch.nn.functional.cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none")
+        .double()
+        .cpu()
         for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     ]
     return torch.cat(parts)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.samples import Samples
-from epmq_cli.data.sampling import batches
+from epmq_cli.data.sampling import batches, check_some
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
 from epmq_cli.evaluate.metrics import PERPLEXITY, Score
@@ -27,6 +27,9 @@ from epmq_cli.families.tasks.adapter import Head, Predict
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import bar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Scores = dict[str, dict[str, Score]]
 """stage -> task -> score: a fraction of 1, or a perplexity."""
@@ -92,8 +95,7 @@ def check_labelled(task: str, labels: Tensor) -> None:
 def check_samples(task: ScoredTask) -> None:
     """Raises DataError if the task's metric cannot compare predictions with labels."""
     labels, where = task.samples.labels, f"task {task.name}"
-    if len(task.samples) == 0:
-        raise DataError(f"{where} has no test samples to score on")
+    check_some(task.name, "test", len(task.samples))
     if task.metric == PERPLEXITY:
         return
     if labels is None:

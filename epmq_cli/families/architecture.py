@@ -6,9 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.suite import Task
@@ -16,6 +14,9 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families.structure import Section, Stack
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open import open_base, open_expert
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Experts = Mapping[str, ModelFolder]
 

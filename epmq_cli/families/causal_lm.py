@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
 from epmq_cli.families.decoder import UNSOLVED, block_steps
 from epmq_cli.families.family import Family
-from epmq_cli.families.parts import LastNorm, block_settings
+from epmq_cli.families.parts import block_settings
 from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.structure import Section, Stack, Table
@@ -27,6 +25,9 @@ from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PREFIX = "model."
 LAYERS = "model.layers"
@@ -120,6 +121,8 @@ class CausalLM(Architecture):
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """The layers, then the last norm; ModelError where the layout of a layer is not known."""
+        from epmq_cli.families.readouts import LastNorm  # a module: imports torch
+
         return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),))]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.suite import Task
@@ -23,6 +21,9 @@ from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, tell
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PREFIX = "vision_model."
 STEPS = (
@@ -45,22 +46,6 @@ STEM = (
     ),
 )
 READOUT = (Norm(PREFIX + "post_layernorm"), Linears(("visual_projection",)))
-
-
-class _Readout(nn.Module):
-    """The last norm of a CLIPModel's vision tower and the projection, under their names in the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.vision_model = nn.Module()
-        self.vision_model.post_layernorm = model.get_submodule(PREFIX + "post_layernorm")
-        self.visual_projection = model.get_submodule("visual_projection")
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Image embeddings (samples, projection width) of the class token."""
-        norm = self.vision_model.get_submodule("post_layernorm")
-        features: Tensor = self.visual_projection(norm(hidden[:, 0]))
-        return features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +96,12 @@ class Clip(Architecture):
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """The layers of the vision encoder, then the last norm and the projection of the class token."""
+        from epmq_cli.families.readouts import ProjectedToken  # a module: imports torch
+
         layers = model.get_submodule(PREFIX + "encoder.layers")
         blocks = [Section(f"{PREFIX}encoder.layers.{index}", layer, STEPS) for index, layer in layers.named_children()]
-        return [Stack(blocks, Section("", _Readout(model), READOUT), STEM, PREFIX + "pre_layrnorm", read_token=0)]
+        readout = Section("", ProjectedToken(model, PREFIX), READOUT)
+        return [Stack(blocks, readout, STEM, PREFIX + "pre_layrnorm", read_token=0)]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The projected image embeddings (samples, projection width), not normalized."""

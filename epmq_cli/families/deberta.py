@@ -7,7 +7,9 @@ calibrated on their inputs from the text alone, and the table stays as merged.
 
 from __future__ import annotations
 
-from torch.nn.functional import gelu
+from typing import TYPE_CHECKING
+
+import torch
 
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
@@ -15,7 +17,16 @@ from epmq_cli.families.heads.classifier import ClassifierHead
 from epmq_cli.families.structure import Linears, Norm, Table
 from epmq_cli.families.tasks.classifier import TextClassifier
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
 QUERY, KEY, VALUE = (f"attention.self.{part}_proj" for part in ("query", "key", "value"))
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(hidden)
+
 
 DEBERTA = Family(
     Encoder(
@@ -46,5 +57,5 @@ DEBERTA = Family(
         ),
         fixed={"conv_kernel_size": 0, "pooler_hidden_act": "gelu"},
     ),
-    TextClassifier(ClassifierHead(dense="pooler.dense", activation=gelu)),
+    TextClassifier(ClassifierHead(dense="pooler.dense", activation=_gelu)),
 )

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families.refusal import unknown_tensor
 from epmq_cli.families.structure import Linears, Norm
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 Step = Linears | Norm
 
@@ -74,7 +79,7 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     `where`: the name of the block in errors.
     """
     names = {name for name, _ in block.named_modules()}
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
     fitting = [layout for layout in LAYOUTS if names.issuperset(layout.norms)]
     layout = max(fitting, key=lambda layout: len(layout.norms), default=None)
     attention = next((part for part in ATTENTION if linears.issuperset((*part[0], part[1]))), None)

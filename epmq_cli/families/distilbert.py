@@ -6,7 +6,9 @@ are the task's head.
 
 from __future__ import annotations
 
-from torch import relu
+from typing import TYPE_CHECKING
+
+import torch
 
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
@@ -14,7 +16,16 @@ from epmq_cli.families.heads.classifier import ClassifierHead
 from epmq_cli.families.structure import Linears, Norm, Table
 from epmq_cli.families.tasks.classifier import TextClassifier
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
 Q, K, V = (f"attention.{part}_lin" for part in "qkv")
+
+
+def _relu(hidden: Tensor) -> Tensor:
+    return torch.relu(hidden)
+
 
 DISTILBERT = Family(
     Encoder(
@@ -36,5 +47,5 @@ DISTILBERT = Family(
         unsolved=(r"embeddings\.position_ids",),
         shared=("n_heads", "activation"),
     ),
-    TextClassifier(ClassifierHead(dense="pre_classifier", activation=relu)),
+    TextClassifier(ClassifierHead(dense="pre_classifier", activation=_relu)),
 )

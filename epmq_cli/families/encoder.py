@@ -10,17 +10,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.parts import FirstToken, LastNorm, block_settings
+from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 GAMMA_AND_BETA = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 """The names of layer norms in old checkpoints, and today's."""
@@ -124,6 +125,8 @@ class Encoder(Architecture):
     def _readout(self, model: nn.Module, token: ReadToken) -> Section:
         if self.pooler is not None:
             return Section(self.pooler, model.get_submodule(self.pooler), (Linears(("dense",)),))
+        from epmq_cli.families.readouts import FirstToken, LastNorm  # modules: import torch
+
         if self.last_norm is not None:
             return LastNorm.section(model, self.last_norm, None if token == MEAN else token)
         return Section("", FirstToken(), ())

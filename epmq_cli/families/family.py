@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from epmq_cli.data.suite import Task
 from epmq_cli.families.architecture import Architecture
@@ -18,6 +17,9 @@ from epmq_cli.models.pretrained import dequantized
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.models.wrappers import merged_names
 from epmq_cli.runtime.disk_offload import Disk, on_disk
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Family:
@@ -86,5 +88,7 @@ def load_model(
     model = dequantized(folder, family.load, dtype, described)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
-    loaded: nn.Module = nn.Module.to(model, device, torch.float32)  # transformers' method rejects quantized models
+    loaded: nn.Module = torch.nn.Module.to(
+        model, device, torch.float32
+    )  # transformers' method rejects quantized models
     return loaded.eval().requires_grad_(False)

@@ -1,45 +1,13 @@
-"""Readouts that several architectures share, and the settings of a config."""
+"""The settings of a config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
-from epmq_cli.families.structure import Norm, Section
 from epmq_cli.models.answers import cached_answer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
-
-
-class FirstToken(nn.Module):
-    """The readout of heads that read the first token of the last block's output."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(samples, width) from (samples, tokens, width)."""
-        return hidden[:, 0]
-
-
-class LastNorm(nn.Module):
-    """The readout that norms one token, or all, under the norm's own name."""
-
-    def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
-        super().__init__()
-        self._name, self._token = name, token
-        self.add_module(name, model.get_submodule(name))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(samples, width) of the token, or (samples, tokens, width) of all."""
-        read = hidden if self._token is None else hidden[:, self._token]
-        normed: Tensor = self.get_submodule(self._name)(read)
-        return normed
-
-    @classmethod
-    def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
-        """The readout with the norm at this path."""
-        prefix, _, name = path.rpartition(".")
-        return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
 
 
 def block_settings(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.chats import Chat
 from epmq_cli.errors import DataError, first_line, lacks_memory
 from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.runtime.console import log
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%H": "12"}
 """The date for templates that write one, so that a run gives the same bytes every day: the default of Llama's

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal
 
 from epmq_cli.data.batching import Batch
 
-Mask = Callable[[Batch], Tensor | None]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Mask = Callable[[Batch], "Tensor | None"]
 """(samples, tokens) bool of a batch, True for real tokens; None if all are."""
 
 MEAN: Literal["mean"] = "mean"

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.architecture import Architecture
 from epmq_cli.families.family import Family
-from epmq_cli.families.parts import LastNorm, block_settings
+from epmq_cli.families.parts import block_settings
 from epmq_cli.families.structure import Linears, Norm, Section, Stack, Table
 from epmq_cli.families.tasks.generated_text import GeneratedText
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import from_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def attention_steps(part: str, name: str, memory: bool) -> Iterator[Linears | Norm]:
@@ -84,6 +85,8 @@ class T5(Architecture):
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """The encoder, and the decoder whose cross-attention reads the encoder's output."""
+        from epmq_cli.families.readouts import LastNorm  # a module: imports torch
+
         return [
             Stack(
                 _blocks(model, "encoder"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import DTYPES, ModelFolder
 from epmq_cli.runtime.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT = ("text_model", "text_projection")
 PROJECTION = "visual_projection.weight"

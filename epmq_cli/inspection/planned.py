@@ -14,6 +14,7 @@ from torch import nn
 
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import instantiate
+from epmq_cli.config.schema import scores_samples
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import EpmqError, ModelError
 from epmq_cli.families import AUTO, claiming
@@ -39,7 +40,7 @@ from epmq_cli.pipeline.preflight import (
     check_parts,
     linear_shapes,
 )
-from epmq_cli.pipeline.scored_tasks import evaluation_samples, scores_samples
+from epmq_cli.pipeline.scored_tasks import evaluation_samples
 from epmq_cli.quantize.mixed_precision import formats_of
 
 Result = TypeVar("Result")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from epmq_cli.inspection.work import Group, Operations
+from epmq_cli.inspection.operations import Operations
+from epmq_cli.inspection.work import Group
 
 LONGEST = 0.6  # seconds of one measurement
 SHORTEST = 1e-3  # seconds of a round of calls, longer than the clock's steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -13,18 +13,16 @@ from epmq_cli.config.schema import Harness
 from epmq_cli.data.batching import Batch
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.structure import Linears, Section
+from epmq_cli.inspection.operations import CALLS, Operations, times
 from epmq_cli.inspection.planned import IMAGE, PATCH, Planned
+from epmq_cli.inspection.refinement_work import refinement_work
 from epmq_cli.pipeline.calibration import solves_heads
 from epmq_cli.pipeline.job import Job
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.refine.distill import Distill
 
 SEARCHED = 40
 """Operations of the search for scales, for each weight and column of its group: the candidates of scale_search.py."""
 GROUP = 64
-CALLS = 60
-"""The time of a linear of a block in a forward pass, with norms, attention and activations around it, beside its
-operations: in additions of small tensors. It matters for small models only, on which it was measured."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +37,20 @@ class Group:
 
 
 @dataclass
-class Operations:
-    """`single` and `double`: floating-point operations in float32 and float64. `calls`: calls of torch. `bytes`: of
-    files that are read and hashed or written. `seconds`: what is measured already, such as the decoding of samples."""
-
-    single: float = 0.0
-    double: float = 0.0
-    calls: float = 0.0
-    bytes: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass
 class Work:
-    """The sizes behind the estimates. `blocks`: the groups of each block. `dense`: the readouts' groups. `tokens`: of
-    the calibration batches, padding included; `longest`: of one sample; `tests`: of the test samples by stage."""
+    """The sizes behind the estimates. `blocks`: the groups of each block. `dense`: the readouts' groups. `tokens` and
+    `samples`: of the calibration batches, padding included; `longest`: of one sample; `tests`: of the test samples by
+    stage."""
 
     blocks: list[list[Group]]
     dense: list[Group]
     parameters: int
+    tensors: int
     quantized: int
     largest_block: int
     tokens: int
     batches: int
+    samples: int
     samples_bytes: int
     longest: int
     tests: int
@@ -101,10 +90,12 @@ def work_of(plan: Planned, job: Job, model: nn.Module) -> Work:
         blocks=blocks,
         dense=dense,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tensors=len(list(model.parameters())),
         quantized=sum(group.width * group.outs for block in blocks for group in block),
         largest_block=max(sum(p.numel() for p in block.module.parameters()) for block in sections),
         tokens=job.calib.views * sum(tokens for _, tokens in lengths),
         batches=job.calib.views * len(lengths),
+        samples=job.calib.views * sum(samples for samples, _ in lengths),
         samples_bytes=job.calib.views * sum(tensor.nbytes for tensor in tensors),
         longest=longest,
         tests=tests if language else tests * longest,
@@ -145,22 +136,18 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
     once = Operations(single=scored, calls=CALLS * linears * batches, seconds=decoding)
     count = 0 if isinstance(job.evaluation, Harness) else len({"base", "experts"} & {*job.evaluation.stages})
     stages = {"read": Operations(bytes=2 * sum(files))}
-    stages["score base and experts"] = _times(once, count)
+    stages["score base and experts"] = times(once, count)
     teaching = job.family.answers or solves_heads(job)
     teach = Operations(single=work.tokens * forward, calls=CALLS * linears * work.batches)
-    stages["teach"] = _times(teach, int(bool(teaching)))
+    stages["teach"] = times(teach, int(bool(teaching)))
     stages["merge"] = Operations(single=20.0 * merged * (experts + 1), bytes=2.0 * merged)
-    stages["score merged"] = _times(once, int("merged" in job.evaluation.stages))
+    stages["score merged"] = times(once, int("merged" in job.evaluation.stages))
     walk = _walk(job, work, experts, linears)
-    stages["refine"] = _refinement(job, work, walk, linears)
+    stages["refine"] = refinement_work(job, work, walk, linears)
     stages["calibrate and quantize"] = walk
     stages["pack"] = Operations(bytes=2.0 * work.parameters)
-    stages["score quantized"] = _times(once, int("quantized" in job.evaluation.stages))
+    stages["score quantized"] = times(once, int("quantized" in job.evaluation.stages))
     return stages
-
-
-def _times(operations: Operations, factor: int) -> Operations:
-    return Operations(*(factor * value for value in astuple(operations)))
 
 
 def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
@@ -175,20 +162,7 @@ def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
         _add_group(done, group, work.tokens, experts, guidance.teaches)
     trials = 1 + 3 * len(guidance.open)
     walks = guidance.sweeps + int(hasattr(job.quantizer, "low")) + (trials if guidance.open else 0)
-    return _times(done, walks)
-
-
-def _refinement(job: Job, work: Work, walk: Operations, linears: int) -> Operations:
-    """The walk without a quantizer, the experts' outputs for each view, and the epochs, whose passes go both ways."""
-    if not isinstance(job.refine, Distill):
-        return Operations()
-    tokens = work.tokens / job.calib.views
-    batches = work.batches / job.calib.views * max(1.0, job.calib.batch_size / job.refine.batch_size)
-    passes = job.refine.views + 3 * (job.refine.epochs + job.refine.packed_epochs)
-    done = _times(walk, int(job.refine.epochs > 0))
-    done.single += passes * tokens * work.forward
-    done.calls += CALLS * linears * batches * passes
-    return done
+    return times(done, walks)
 
 
 def _add_group(done: Operations, group: Group, tokens: int, experts: int, teaches: bool) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.coefficients import LearnedCoefficients
 from epmq_cli.merge.method import Loss, MergeData
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def entropy(logits: Tensor) -> Tensor:

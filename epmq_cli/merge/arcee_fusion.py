@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.gram import CHUNK
 from epmq_cli.merge.method import MergeData, Need, TensorRule
@@ -22,6 +21,9 @@ from epmq_cli.merge.parameters import Parameters
 from epmq_cli.merge.slerp import ends
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.threads import spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOOR = 1e-8  # added to probabilities
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.gram import combination
@@ -15,6 +13,9 @@ from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, Weight
 from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_SUM = 1e-8
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.combine import Combine, addition, election
 from epmq_cli.merge.method import MergeData, Need, TensorRule
@@ -21,6 +20,9 @@ from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Parameters, PerExp
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.threads import spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def without_extremes(vector: Tensor, density: float, gamma: float) -> Tensor:

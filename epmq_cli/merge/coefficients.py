@@ -14,10 +14,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.data.batching import Batch, split
@@ -28,7 +27,10 @@ from epmq_cli.merge.ties import Options, majority_sign, sign_sum, trim_threshold
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import track
 
-Vectors = Callable[[Tensor, Mapping[str, Tensor]], Sequence[Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Vectors = Callable[["Tensor", Mapping[str, "Tensor"]], Sequence["Tensor"]]
 """The task vectors of a tensor, from the base's tensor and the experts'."""
 
 

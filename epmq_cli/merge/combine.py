@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
 from epmq_cli.merge.ties import Options, elected
 
-Combine = Callable[[str, Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Combine = Callable[[str, "Tensor", Sequence["Tensor"], Sequence[float]], "Tensor"]
 """Merges elements (n,) of a tensor: its name, the base, the sparse task vectors and their weights."""
 
 

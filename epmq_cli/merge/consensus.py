@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import Choice, Number, Parameters, PerExpert, PerTensor
@@ -20,7 +19,10 @@ from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.ties import Options, elected, majority_sign, sign_sum, trim_thresholds
 
-Merged = Callable[[Piece], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Merged = Callable[[Piece], "Tensor"]
 """The merged task vector of a piece, without its factor."""
 
 

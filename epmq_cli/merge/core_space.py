@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.source import MergeSource
@@ -24,7 +24,10 @@ from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import Completed
 from epmq_cli.runtime.console import say
 
-Factors = tuple[Tensor, Tensor, float]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Factors = tuple["Tensor", "Tensor", float]
 """B (out, rank), A (rank, in) and the scale of their product."""
 
 

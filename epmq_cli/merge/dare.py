@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Number, Parameters, PerExpert, PerTensor, Weight
@@ -22,6 +21,9 @@ from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
 from epmq_cli.merge.ties import Options, elected, majority_sign, sign_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def dropped(vector: Tensor, density: float, generator: np.random.Generator) -> Tensor:

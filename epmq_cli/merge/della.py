@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.combine import Combine, addition, election
@@ -25,6 +24,9 @@ from epmq_cli.merge.parameters import LARGEST_WEIGHT, Choice, Number, Parameters
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import PIECE, MergeSource
 from epmq_cli.runtime.threads import spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def probabilities(magnitudes: np.ndarray, density: float, epsilon: float) -> np.ndarray:
@@ -91,7 +93,7 @@ class DellaLinear(Parameters):
                 check_probabilities(densities.at(name, task), epsilons.at(name, task))
 
         def part(piece: Piece, width: int) -> Tensor:
-            name, vectors = piece.name, list[Tensor]()
+            name, vectors = piece.name, []
             for task, vector in piece.task_vectors().items():
                 generator = piece.generator(self.seed, task)
                 rows = vector.view(-1, width)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.core_space import CoreSource
@@ -19,7 +19,10 @@ from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CPU = "cpu"
 
 
 class LazyMerge:
@@ -35,9 +38,9 @@ class LazyMerge:
         method: MergeMethod,
         dtype: torch.dtype,
         data: MergeData | None = None,
-        device: torch.device = CPU,
+        device: torch.device | str = CPU,
     ) -> None:
-        self.source, self.dtype, self._device = source, dtype, device
+        self.source, self.dtype, self._device = source, dtype, torch.device(device)
         entries, space = (method.post, method.space) if isinstance(method, Parameters) else ((), "full")
         self._core = CoreSource(source) if space == "core" else None
         self._read = source if self._core is None else self._core
@@ -74,7 +77,7 @@ class LazyMerge:
     def _inputs(self, name: str, on_device: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The base's tensor and the experts', which are read on access."""
         base, experts = self._read.base(name), self._read.experts(name)
-        if not on_device or self._device == CPU:
+        if not on_device or self._device.type == CPU:
             return base, experts
         return base.to(self._device), OnDevice(experts, self._device)
 

@@ -17,10 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import Group, MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Parameters, PerTensor
@@ -28,6 +27,9 @@ from epmq_cli.merge.regmean import parts
 from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.tsv_m import tsv_m
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUMBER = re.compile(r"\d+")
 SIZE_POWER = 2

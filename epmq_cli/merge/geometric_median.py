@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.average import check_sums
 from epmq_cli.merge.gram import combination, gram
@@ -20,6 +19,9 @@ from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Number, Parameters, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEAREST = 1e-6  # of the largest distance: closer experts count as if they were so far away
 

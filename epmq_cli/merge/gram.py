@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.runtime.threads import spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 16  # elements of each tensor that are in float64 at a time, per thread
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.matrices import TABLES, TaskVectors, matrix_rule
 from epmq_cli.merge.method import MergeData, Need, TensorRule
@@ -20,6 +19,9 @@ from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.tsv_m import nearest_orthonormal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def iso_c(vectors: TaskVectors) -> Tensor:

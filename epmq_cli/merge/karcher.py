@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.gram import combination, gram
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Number, Parameters
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPPOSITE = 1e-6  # of the sine: vectors this close to the opposite of the mean have no direction from it
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PostRule
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Number, Parameters, Weight
 from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.task_arithmetic import add_task_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.ties import trim_thresholds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def stitched(vectors: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:

@@ -8,15 +8,17 @@ code, so that the order of the experts changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerTensor, Weight
 from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def largest_change(vectors: list[Tensor]) -> Tensor:

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import TensorRule
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLES = ("mean", "merge")
 """What to do with matrices over the vocabulary."""
 
 
 @dataclass(frozen=True)
-class TaskVectors(Mapping[str, Tensor]):
+class TaskVectors(Mapping[str, "Tensor"]):
     """The task vectors of one tensor, by task. A task vector is computed each time it is looked up."""
 
     base: Tensor

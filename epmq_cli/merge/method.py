@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.data.batching import Batch
@@ -27,6 +25,9 @@ from epmq_cli.data.held_out import Subset
 from epmq_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from epmq_cli.merge.source import MergeSource
 
 Need = Literal["batches", "gradients"]
@@ -101,7 +102,7 @@ class PostProcessor(Protocol):
 PieceReader = Callable[[], Piece]
 """Reads one piece in the calling thread."""
 
-Loss = Callable[[Tensor, slice], Tensor]
+Loss = Callable[["Tensor", slice], "Tensor"]
 """The losses (samples,) of the logits (samples, classes) of some rows of a batch."""
 
 
@@ -117,10 +118,10 @@ class InputMoments(Protocol):
         over these samples; both together are that of `all`."""
 
 
-Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+Weights = Callable[[], Iterable[tuple[str, "Tensor"]]]
 """Returns names and tensors, each time it is called."""
 
-MergeGroups = Callable[[Sequence[Group], InputMoments], dict[str, Tensor]]
+MergeGroups = Callable[[Sequence[Group], InputMoments], dict[str, "Tensor"]]
 """Returns the merged weights of groups of linears, by tensor name."""
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from epmq_cli.merge.gram import as_rows, cosines, gram, row_grams
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Parameters
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mean_cosine(products: Tensor) -> Tensor:

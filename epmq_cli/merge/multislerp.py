@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.average import check_sums
 from epmq_cli.merge.gram import combination, gram
@@ -21,6 +20,9 @@ from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Number, Parameters, Weight
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def multislerp(tensors: Sequence[Tensor], weights: Sequence[float], eps: float) -> Tensor:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from epmq_cli.models.model_folder import DTYPES, ModelFolder, TensorInfo
+from epmq_cli.models.headers import BITS
+from epmq_cli.models.model_folder import ModelFolder, TensorInfo, dtype_of
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from epmq_cli.merge.source import MergeSource
 
 
 @dataclass(frozen=True)
-class ExpertTensors(Mapping[str, Tensor]):
+class ExpertTensors(Mapping[str, "Tensor"]):
     """The experts' tensors of one name, by task. A tensor is read each time it is looked up."""
 
     source: MergeSource
@@ -35,7 +36,7 @@ class ExpertTensors(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class OnDevice(Mapping[str, Tensor]):
+class OnDevice(Mapping[str, "Tensor"]):
     """The experts' tensors on a device, where each is copied when it is looked up."""
 
     experts: Mapping[str, Tensor]
@@ -71,4 +72,4 @@ class NamedTensors:
         counts: Counter[str] = Counter()
         for info in map(self.info, names):
             counts[info.dtype] += prod(info.shape)
-        return DTYPES[max(counts, key=lambda dtype: (counts[dtype], DTYPES[dtype].itemsize))]
+        return dtype_of(max(counts, key=lambda dtype: (counts[dtype], BITS[dtype])))

@@ -7,15 +7,16 @@ The source's a + min(1, t / |b - a|) (b - a) is a + clamp(b - a, -t, t).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import Parameters, PerTensor
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.slerp import ends
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

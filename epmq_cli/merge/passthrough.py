@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from epmq_cli.config.validate import check_keys
 from epmq_cli.errors import ConfigError
@@ -16,6 +14,9 @@ from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerExpert, par
 from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.slices import Slice, by_module, range_of
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

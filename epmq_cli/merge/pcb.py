@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
 from epmq_cli.merge.parameters import Number, Parameters, PerTensor
@@ -22,6 +21,9 @@ from epmq_cli.merge.settings import Setting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.ties import magnitudes_of_rank
 from epmq_cli.runtime.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTLIERS = 0.0001
 """The part of the elements at either end of the magnitudes that is clipped."""

@@ -8,16 +8,18 @@ its shared changes for each of its own ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
 from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def changes(piece: Piece, epsilon: float) -> tuple[Tensor, Tensor]:

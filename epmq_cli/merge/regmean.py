@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.held_out import check_enough
 from epmq_cli.errors import ModelError
@@ -19,6 +18,9 @@ from epmq_cli.merge.parameters import Number, Parameters
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.quantize.linalg import damped_cholesky
 from epmq_cli.runtime.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MATRICES = 4  # float64 matrices (in, in) per group of linears: moments, their sum, its copy and its factor; twice as
 # many, and twice the rows, with fallback

@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from epmq_cli.merge.average import average
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Number, Parameters
 from epmq_cli.merge.regmean import Solver, linear_or_mean
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.gram import CHUNK
 from epmq_cli.merge.method import MergeData, Need, TensorRule
@@ -23,7 +22,10 @@ from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.threads import spread
 
-Chunks = list[tuple[Tensor, ...]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Chunks = list[tuple["Tensor", ...]]
 """The task vectors, in chunks of some of their elements."""
 
 

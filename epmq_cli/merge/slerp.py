@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.gram import cosines, gram, row_grams
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Parameters, PerTensor, Weight
 from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARALLEL = 0.9995  # of the cosine: from here on SLERP is linear
 COLLINEAR = 1e-16  # of the squared sine: the same for NuSLERP

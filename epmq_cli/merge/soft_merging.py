@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.merge.coefficients import LearnedCoefficients
 from epmq_cli.merge.method import Loss, MergeData
 from epmq_cli.merge.parameters import Number
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def distance(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.merge.method import Piece, PieceReader
@@ -14,8 +14,11 @@ from epmq_cli.merge.named_tensors import ExpertTensors, NamedTensors
 from epmq_cli.merge.settings import LAYER, Setting, TensorSetting, layer_depths
 from epmq_cli.merge.token_rows import TokenRows
 from epmq_cli.merge.vocabulary import is_over_vocabulary, mean_rows, vocabulary_of
-from epmq_cli.models.model_folder import DTYPES
+from epmq_cli.models.model_folder import DTYPES, dtype_of
 from epmq_cli.quantize.linalg import is_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GIVEN = ""
 """The key of a merge that exists already, beside the experts by task."""
@@ -148,7 +151,7 @@ class MergeSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which the base stores a tensor."""
-        return DTYPES[self._base.info(name).dtype]
+        return dtype_of(self._base.info(name).dtype)
 
     @property
     def main_dtype(self) -> torch.dtype:

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.engine import CPU, LazyMerge
@@ -25,6 +22,10 @@ from epmq_cli.merge.slices import Range, Slice
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MakeMerge = Callable[[], LazyMerge]
 
@@ -72,7 +73,7 @@ class StackedMerge(LazyMerge):
 
 
 def stacked(
-    models: SuiteModels, modules: Mapping[str, list[Slice]], dtype: torch.dtype, device: torch.device = CPU
+    models: SuiteModels, modules: Mapping[str, list[Slice]], dtype: torch.dtype, device: torch.device | str = CPU
 ) -> tuple[SuiteModels, StackedMerge]:
     """The models with a base that has the layers of the result, and their merge, rounded to `dtype`; `ties.changes`
     then include the changes to config.json. The methods are fitted when the first tensor is read.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ModelError
@@ -35,7 +34,9 @@ from epmq_cli.models.tokenizers import check_tokens
 from epmq_cli.models.wrappers import merged_names, misfit, refuse_wrapped, unwrap
 from epmq_cli.runtime.console import log, plain, say
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from torch import nn
+
 ASIDE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
 
 
@@ -48,15 +49,17 @@ class SuiteModels:
 
     def __init__(self, suite: Suite, family: Family, whole: bool = False, given: str | None = None) -> None:
         root = suite.root
-        self.base = _open(family, suite.base, "base", root, None)
+        self.base = open_member(family, suite.base, "base", root, None)
         refuse_wrapped(self.base)
         base = _member(family, self.base)
         self.experts = {
-            task.name: _fitted(family, _open(family, task.expert, f"expert of task {task.name}", root, self.base), base)
+            task.name: _fitted(
+                family, open_member(family, task.expert, f"expert of task {task.name}", root, self.base), base
+            )
             for task in suite.members
         }
         if given is not None:
-            self.experts[GIVEN] = _fitted(family, _open(family, given, "given merge", root, self.base), base)
+            self.experts[GIVEN] = _fitted(family, open_member(family, given, "given merge", root, self.base), base)
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
         if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
             self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
@@ -169,11 +172,11 @@ def _check_settings(expert: ModelFolder, settings: dict[str, Any], base: ModelFo
             )
 
 
-def _open(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
+def open_member(family: Family, source: str, role: str, root: str | None, base: ModelFolder | None) -> ModelFolder:
     """One model; `base` is None for the base itself. `model+adapter` is an adapter of a model that is not the base."""
     model, plus, adapter = source.partition("+")
     if plus and adapter and not Path(source).exists():
-        return _adapted(family, _open(family, model, role, root, base), adapter, role, root)
+        return _adapted(family, open_member(family, model, role, root, base), adapter, role, root)
     opened = family.open(locate(source, role, root), role, base)
     path = opened.path
     if opened.config is not getattr(base, "config", None) and "quantization_config" in opened.config:
@@ -240,7 +243,7 @@ def _untie(model: nn.Module, names: list[str]) -> None:
     for name in names:
         module, _, local = name.rpartition(".")
         tensor = model.get_parameter(name)
-        parameter = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        parameter = torch.nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
         setattr(model.get_submodule(module), local, parameter)
         if ties is not None:
             ties.pop(name, None)

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.matrices import TaskVectors
 from epmq_cli.merge.method import PostRule
 from epmq_cli.merge.parameters import Choice, Number
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def calibrate(merged: Tensor, vectors: TaskVectors, alpha: float) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece
 from epmq_cli.merge.parameters import LARGEST_WEIGHT, Parameters, PerTensor, Weight
 from epmq_cli.merge.settings import Setting, weighted
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], scale: float) -> Tensor:

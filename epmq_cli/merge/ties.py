@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.method import ElementwiseRule, MergeData, Need, Piece, PieceReader
@@ -25,10 +24,13 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.runtime.progress import track
 from epmq_cli.runtime.threads import spread, threads
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Count = Callable[[int, np.ndarray, np.ndarray], None]
 """Adds the counts of a piece of the k-th vector to a table (65536,)."""
 
-Vectors = Callable[[], list[Tensor]]
+Vectors = Callable[[], list["Tensor"]]
 """Reads one piece of every vector, flat in float32."""
 
 Passes = Callable[[], Iterable[list[Vectors]]]

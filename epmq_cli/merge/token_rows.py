@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.data.tokenizer_option import BASE, TokenSource
 from epmq_cli.errors import ModelError
 
-ReadTable = Callable[[str | None], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ReadTable = Callable[[str | None], "Tensor"]
 """Reads the table of a task's expert, or of the base, with its own rows."""
 
 

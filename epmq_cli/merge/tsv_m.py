@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.matrices import TABLES, TaskVectors
@@ -17,6 +16,9 @@ from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters, PerTensor
 from epmq_cli.merge.settings import Setting, TensorSetting
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merged_singular_vectors(vectors: Iterable[Tensor], rank: int) -> Tensor:

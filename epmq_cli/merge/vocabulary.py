@@ -4,12 +4,14 @@ lacks."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.models.model_folder import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_over_vocabulary(

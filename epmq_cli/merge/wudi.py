@@ -10,15 +10,17 @@ plus a ridge that pulls M to the sum of the task vectors, as a few steps do. Tas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from epmq_cli.merge.matrices import TABLES, TaskVectors, matrix_rule
 from epmq_cli.merge.method import MergeData, Need, TensorRule
 from epmq_cli.merge.parameters import Choice, Number, Parameters
 from epmq_cli.merge.source import MergeSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -86,13 +86,11 @@ class SafetensorsHeaders:
     tensors that overlap, leave gaps, or whose size does not match their type and shape.
     """
 
-    framework: ClassVar[str] = "numpy"
-    """The library whose tensors safetensors returns."""
-
     def __init__(self, path: Path, role: str) -> None:
         self._folder, self._role = (path.parent if path.is_file() else path), role
         self._files: dict[str, Any] = {}
         weights = dict.fromkeys(self._open(path.name).keys(), path.name) if path.is_file() else self._weight_map()
+        self.names_of = weights
         self._file_of = {name: self._open(file) for name, file in weights.items()}
         self.infos = {name: self._info(name) for name in self._file_of}
 
@@ -128,7 +126,7 @@ class SafetensorsHeaders:
                 )
             check_permitted(path, ModelError, self._role)  # safetensors would report a missing file
             try:
-                self._files[file] = safe_open(path, framework=self.framework)
+                self._files[file] = safe_open(path, framework="numpy")
                 _refuse_repeated_names(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise ModelError(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.headers import (
     CODE,
+    FLOATS,
     PICKLES,
     READ,
     TEMPLATES,
@@ -27,6 +27,9 @@ from epmq_cli.models.headers import (
 from epmq_cli.models.other_formats import refuse_other_formats
 from epmq_cli.store.weight_files import INDEX, SINGLE
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "CODE",
     "DTYPES",
@@ -40,14 +43,21 @@ __all__ = [
     "TensorInfo",
     "Tensors",
     "check_counts",
+    "dtype_of",
     "read_files",
     "read_json",
     "refuse_links",
 ]
 
 NAMED = "transformers_weights"  # key in config.json
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The floating-point types by safetensors name."""
+DTYPES = dict(zip(FLOATS, ("float64", "float32", "float16", "bfloat16"), strict=True))
+"""The names in torch of the floating-point types, by safetensors name."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type with this safetensors name, one of `DTYPES`."""
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 class Tensors(Protocol):
@@ -60,14 +70,20 @@ class Tensors(Protocol):
 
 
 class SafetensorsFiles(SafetensorsHeaders):
-    """The tensors of one safetensors file, or of all safetensors files in a folder. Opening reads headers only."""
+    """The tensors of one safetensors file, or of all safetensors files in a folder. Opening reads headers only, without
+    torch."""
 
-    framework: ClassVar[str] = "pt"
+    def __init__(self, path: Path, role: str) -> None:
+        super().__init__(path, role)
+        self._opened: dict[str, Any] = {}
 
     def tensor(self, name: str) -> Tensor:
         """Returns the tensor of this stored name on the CPU, in its stored type."""
         try:
-            tensor: Tensor = self._file_of[name].get_tensor(name)
+            file = self.names_of[name]
+            if file not in self._opened:
+                self._opened[file] = safe_open(self._folder / file, framework="pt")
+            tensor: Tensor = self._opened[file].get_tensor(name)
             return tensor
         except SafetensorError as error:
             raise ModelError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from epmq_cli.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def from_folder(kind: Any, folder: Path, weights: bool = True, **options: Any) -> Any:

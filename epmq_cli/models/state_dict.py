@@ -5,16 +5,18 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import DTYPES, SafetensorsFiles, TensorInfo, Tensors
 from epmq_cli.runtime.paths import check_permitted
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES = {f"torch.{dtype}": name for name, dtype in DTYPES.items()}
 OPTIMIZER = "param_groups"
 """A key in the state of every torch optimizer."""
 DEPTH = 3  # levels of nested entries
@@ -30,7 +32,7 @@ class StateDict:
     def __init__(self, path: Path, role: str) -> None:
         self._tensors = _load(path, role)
         self.infos = {
-            name: TensorInfo(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)))
+            name: TensorInfo(tuple(tensor.shape), NAMES.get(str(tensor.dtype), str(tensor.dtype)))
             for name, tensor in self._tensors.items()
         }
 
@@ -90,7 +92,7 @@ def _state_dicts(content: Mapping[Any, Any], where: str, depth: int) -> list[tup
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+    return isinstance(value, torch.Tensor)
 
 
 def _indexed(where: str) -> str:

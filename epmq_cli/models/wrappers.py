@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder, TensorInfo, Tensors
 from epmq_cli.runtime.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 """Segments that wrappers insert anywhere in a name."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
@@ -122,6 +121,8 @@ class CachedSteps:
         key = self._key("taught", model=self._expert(task), batches=drawn, features=features)
         path = self._cache.tensors(key, lambda: [of(name, tensor) for name, tensor in make().items()])
         try:
+            from safetensors.torch import load_file  # imports torch
+
             return make() if path is None else load_file(path, device=str(self._job.device))
         except (FileNotFoundError, SafetensorError):  # another run evicted it
             return make()

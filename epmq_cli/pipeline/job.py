@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from omegaconf import DictConfig
@@ -17,14 +18,13 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
-from epmq_cli.pipeline.preflight import (
+from epmq_cli.pipeline.option_checks import (
     check_block_refinement,
     check_gradients,
     check_refinement,
     check_scoring,
     check_slices,
 )
-from epmq_cli.pipeline.scored_tasks import scores_samples
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
@@ -50,9 +50,14 @@ class Job:
     quantizer: Quantizer | MixedPrecision
     exporter: Exporter
     evaluation: schema.Evaluation
-    device: torch.device
+    device_name: str
     seed: int
     resume: str
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device; ConfigError if the machine does not have it."""
+        return instantiate.device_of(self.device_name)
 
 
 def exact() -> None:
@@ -62,13 +67,29 @@ def exact() -> None:
 
 def make_job(cfg: DictConfig) -> Job:
     """Builds the job of a complete config. Raises ConfigError before any model is opened."""
+    job = read_job(cfg)
+    check_device(job)
+    return job
+
+
+def check_device(job: Job) -> None:
+    """Prepares the device. Raises ConfigError if the machine does not have it, or if it does not suit the options."""
     exact()
+    if job.calib.student == "disk" and job.device.type != "cpu":
+        raise ConfigError(
+            f"calib.student=disk works with device=cpu only, got device={job.device}; use calib.student=memory"
+        )
+
+
+def read_job(cfg: DictConfig) -> Job:
+    """The job of a complete config, whose device is not checked yet. Raises ConfigError before any model is opened, and
+    before torch is imported."""
     suite: Suite = instantiate.build("suite", cfg.suite)
     guidance: Guidance = instantiate.build("guidance", cfg.guidance)
     names = [task.name for task in suite.members]
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
-    check_scoring(suite, family, evaluation, scores_samples(evaluation))
+    check_scoring(suite, family, evaluation, schema.scores_samples(evaluation))
     merge: MergeMethod = instantiate.build("merge", cfg.merge)
     check_method(merge, names)
     check_slices(merge, guidance)
@@ -81,11 +102,8 @@ def make_job(cfg: DictConfig) -> Job:
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     check_choice("resume", cfg.resume, ("auto", "never"))
-    calib, device = instantiate.build("calib", cfg.calib), instantiate.device_of(cfg.device)
-    if calib.student == "disk" and device.type != "cpu":
-        raise ConfigError(
-            f"calib.student=disk works with device=cpu only, got device={device}; use calib.student=memory"
-        )
+    calib: schema.Calib = instantiate.build("calib", cfg.calib)
+    instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
     quantizer = build_quantizer(cfg.quant)
     check_refinement(refine, merge, calib, formats_of(quantizer))
@@ -106,7 +124,7 @@ def make_job(cfg: DictConfig) -> Job:
         quantizer=quantizer,
         exporter=exporter,
         evaluation=evaluation,
-        device=device,
+        device_name=cfg.device,
         seed=instantiate.seed_of(cfg.seed),
         resume=cfg.resume,
     )

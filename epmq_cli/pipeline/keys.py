@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 import epmq_cli
 from epmq_cli.data.batching import Batch
@@ -153,7 +152,7 @@ def _bytes(item: Any) -> bytes:
         return repr((item.mode, item.size, item.getpalette())).encode() + item.tobytes()
     if isinstance(item, np.ndarray):
         return repr((item.dtype, item.shape)).encode() + item.tobytes()
-    if isinstance(item, Tensor):
+    if isinstance(item, torch.Tensor):
         return hash_tensors({"": item}).encode()
     raise TypeError(type(item).__name__)
 

@@ -9,26 +9,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from epmq_cli.calibrate.progress import Account, WalkProgress
 from epmq_cli.calibrate.progress_file import write_error, write_tensors
 from epmq_cli.errors import RunError
 from epmq_cli.pipeline.keys import differences, short
+from epmq_cli.pipeline.unfinished import PACKING
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.console import say
 from epmq_cli.runtime.paths import read_regular
 from epmq_cli.store.atomic import write_text
-from epmq_cli.store.run_lock import FOLDER, RESULTS, refuse_used, remove
+from epmq_cli.store.run_lock import FOLDER, remove
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IDENTITY = "identity.json"
 STARTS = "starts"
-PACKING = "packing"
 SHOWN = 3  # differences of two runs
 
 Value = TypeVar("Value")
@@ -83,6 +84,8 @@ class RunProgress:
         path = self._folder / f"{name}-{distributed.rank()}.safetensors"
         if path.is_file():
             try:
+                from safetensors.torch import load_file  # imports torch
+
                 tensors: dict[str, Tensor] = load_file(path, device=str(device))
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, error) from error
@@ -162,15 +165,6 @@ def _announce(folder: Path, place: Path, identity: Mapping[str, Any]) -> None:
 def close(folder: Path) -> None:
     """Removes the progress from a complete run folder."""
     remove(folder / FOLDER)
-
-
-def refuse_results(folder: Path, progress: RunProgress | None = None) -> None:
-    """Refuses a folder with results, except for the checkpoint of this run; if `progress` is not open yet, of any
-    unfinished run."""
-    mark = f"{PACKING}.json"
-    own = any((folder / FOLDER).glob(f"*/{mark}")) if progress is None else progress.has(mark)
-    if distributed.is_main():
-        refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))
 
 
 def _identity(path: Path) -> Mapping[str, Any]:

@@ -24,7 +24,8 @@ from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import exact
-from epmq_cli.pipeline.preflight import check_lengths, check_scoring
+from epmq_cli.pipeline.option_checks import check_scoring
+from epmq_cli.pipeline.preflight import check_lengths
 from epmq_cli.pipeline.scored_tasks import EvaluationData
 from epmq_cli.pipeline.task_processors import saved_processors
 from epmq_cli.runtime.paths import read_regular

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from epmq_cli.config import schema
 from epmq_cli.data.samples import Samples
-from epmq_cli.data.sampling import task_seed
+from epmq_cli.data.sampling import scored_source, task_seed
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
 from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
-from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
 from epmq_cli.families.family import Family
 from epmq_cli.families.inputs import check_inputs
@@ -21,11 +18,6 @@ from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.runtime.console import say
-
-
-def scores_samples(evaluation: schema.Evaluation) -> bool:
-    """Whether a run scores the suite's tasks on their test samples."""
-    return bool(evaluation.stages) and not isinstance(evaluation, schema.Harness)
 
 
 def head_names(family: Family, models: SuiteModels, task: Task, head: Head, scored: bool) -> tuple[str, ...] | None:
@@ -89,9 +81,7 @@ class EvaluationData:
 def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
     """`count` test samples of a task, or all if None. The seed determines the samples. Perplexity needs no labels, so
     its samples have none."""
-    data: Any = task.data
-    if task.metric == PERPLEXITY and getattr(data, "label", None) is not None and is_dataclass(data):
-        data = replace(data, label=None)  # type: ignore[type-var]
+    data = scored_source(task)
     samples: Samples
     if count is None or not getattr(data, "streams", False):
         samples = data.load("test")

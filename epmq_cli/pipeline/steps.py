@@ -42,7 +42,7 @@ from epmq_cli.pipeline.preflight import (
     linear_shapes,
     rounded,
 )
-from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names, scores_samples
+from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names
 from epmq_cli.pipeline.task_processors import Processors
 from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
@@ -113,7 +113,7 @@ def prepare_tasks(
     """The tasks with their test samples and heads. The base model computes the heads, or the experts contain them.
     `processors`: the result of `task_processors`."""
     prepared, family = [], job.family
-    scored = scores_samples(job.evaluation)
+    scored = schema.scores_samples(job.evaluation)
     data = EvaluationData(family, models.base.path, job.evaluation.samples if scored else 0, job.seed)
     for task in track(job.suite.members, "read tasks"):
         expert = models.experts[task.name]

@@ -10,16 +10,22 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from epmq_cli.errors import RunError
+from epmq_cli.runtime import distributed
 from epmq_cli.runtime.paths import read_regular
 from epmq_cli.store.atomic import write_text
-from epmq_cli.store.run_lock import RESULTS, in_use
+from epmq_cli.store.run_lock import FOLDER, RESULTS, in_use, refuse_used
+
+if TYPE_CHECKING:
+    from epmq_cli.pipeline.progress import RunProgress
 
 MARK = ".unfinished"
+PACKING = "packing"
+"""The mark in a run's progress after which the checkpoint is its own."""
 RUNS = Path("runs")
 """The folder of the default `out`."""
 VARIABLE = "EPMQ_COMMAND"
@@ -96,3 +102,12 @@ def _marked(arguments: Sequence[str]) -> list[Path]:
     asked = json.dumps(_asked(arguments)) + "\n"
     marks = [mark for mark in sorted(RUNS.glob(f"*/{MARK}")) if _mark(mark) == asked]
     return [mark.parent for mark in marks if not in_use(mark.parent)]
+
+
+def refuse_results(folder: Path, progress: RunProgress | None = None) -> None:
+    """Refuses a folder with results, except for the checkpoint of this run; if `progress` is not open yet, of any
+    unfinished run."""
+    mark = f"{PACKING}.json"
+    own = any((folder / FOLDER).glob(f"*/{mark}")) if progress is None else progress.has(mark)
+    if distributed.is_main():
+        refuse_used(folder, *(RESULTS[1:] if own and not (folder / RESULTS[1]).exists() else RESULTS))

@@ -12,16 +12,18 @@ H approximated as block diagonal.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import NumberFormat, by_group
 from epmq_cli.quantize.gptq import Gptq
 from epmq_cli.quantize.quantizer import InputStatistics, LayerProblem, Need, Prepared, QuantizationResult, Quantizer
 from epmq_cli.quantize.rtn import Rtn, rtn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST = 1e-4  # of the largest magnitude; smaller channels, including dead ones, get its scale
 CLIPS = tuple(1 - step / 20 for step in range(11))  # of the largest weight of a group, as in the paper's code

@@ -12,17 +12,20 @@ group that begins inside a block uses all updates so far. Act-order keeps groups
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
 from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem, Need, Prepared, QuantizationResult
+from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, nothing
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:
@@ -103,14 +106,14 @@ def _aligned(block_size: int, group_size: int, width: int) -> int:
 
 def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -> Prepared:
     """The upper factor of the inverse (in, in), in the order of quantization, and its damping and retries;
-    NOTHING if no damping makes the Hessian positive definite.
+    `nothing()` if no damping makes the Hessian positive definite.
 
     A Hessian of zeros is replaced by the identity.
     """
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
     order = column_order(hessian, group_size, act_order)
     factor = inverse_factor(H[order][:, order] if act_order else H, damping)
-    return NOTHING if factor is None else (factor[0], factor[1:])
+    return nothing() if factor is None else (factor[0], factor[1:])
 
 
 def gptq(

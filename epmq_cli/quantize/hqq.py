@@ -16,15 +16,17 @@ never exceeds that of the full range it starts from.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import Grid, QuantizedWeight, by_group, fit_grid, stored_scale
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Prepared, QuantizationResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:

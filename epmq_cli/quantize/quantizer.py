@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Need = Literal["inputs", "gradients", "block"]
 """The inputs of a quantizer beyond the weight: second moments of the layer's inputs, gradients, or the whole block."""
@@ -47,9 +49,13 @@ class QuantizationResult:
     fallback: str | None = None
 
 
-Prepared = tuple[Tensor, tuple[float, int] | None]
+Prepared = tuple["Tensor", tuple[float, int] | None]
 """The part that a quantizer computes once for all rows of a layer: a tensor, and its damping and retries."""
-NOTHING: Prepared = (torch.empty(0), None)
+
+
+def nothing() -> Prepared:
+    """What a quantizer prepares that shares nothing between rows."""
+    return torch.empty(0), None
 
 
 class Quantizer(Protocol):
@@ -83,7 +89,7 @@ class DataFree:
 
     def prepare(self, hessian: Tensor) -> Prepared:
         """Prepares nothing."""
-        return NOTHING
+        return nothing()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ first over the whole range and then near the best.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, range_of
 from epmq_cli.quantize.kernels.select import ColumnKernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COARSE = 16  # candidates: the full range times 1.00, 0.95, ... 0.25
 STEP = 0.05

@@ -5,12 +5,13 @@ for each other, and start from the quantizer's integers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.errors import ConfigError, literal
-from epmq_cli.refine.block_descent import BlockDescent
-from epmq_cli.refine.rounding import RoundingOptions
+
+if TYPE_CHECKING:
+    from epmq_cli.refine.block_descent import BlockDescent
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Blocks:
 
     def refiner(self, seed: int) -> BlockDescent:
         """The refiner of a walk."""
+        from epmq_cli.refine.block_descent import BlockDescent  # imports torch
+        from epmq_cli.refine.rounding import RoundingOptions
+
         return BlockDescent(
             iterations=self.iterations,
             every=self.every,

@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.data.batching import Batch, size, split
@@ -21,7 +20,11 @@ from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
-from epmq_cli.refine.training import Example, Settings, matrices
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from epmq_cli.refine.training import Example, Settings
 
 AUTO = "auto"
 LARGEST = 0.0003
@@ -117,10 +120,14 @@ class Distill:
 
     def updates(self, model: nn.Module, family: Family, seed: int) -> Trained:
         """What is trained of the dense model's tensors."""
+        from epmq_cli.refine.training import matrices  # imports torch
+
         return LowRankUpdates(matrices(family, model), self.rank, seed) if self.trained == "lora" else DenseTensors()
 
     def settings(self, device: torch.device, packed: bool = False) -> Settings:
         """The settings of the training on a device. `packed`: of the packed model."""
+        from epmq_cli.refine.training import Settings  # imports torch
+
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if self.precision == "auto" else False
         return Settings(
             optimizer=self.optimizer,
@@ -142,6 +149,8 @@ class Distill:
     ) -> list[list[Example]]:
         """The batches of a task in parts of `batch_size` samples, with the outputs of its expert for each view of them,
         which `label` computes."""
+        from epmq_cli.refine.training import Example  # imports torch
+
         parts = [[own(part) for part in split(batch, self.batch_size) if size(part)] for batch in batches]
         return [
             [Example(part, [label(view(part, seed, number)) for number in range(views)], seed) for part in group]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def chosen(numbers: Sequence[int] | None, family: Family, model: nn.Module) -> tuple[int, ...]:

@@ -7,10 +7,12 @@ the same in the type of the matrix."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial that drives singular values to about 1
 STEPS = 5

@@ -17,13 +17,15 @@ does not recover. To reach both neighbours from a quarter of a step away, v need
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARGIN = 0.25  # the most that w is away from its integer at the start, in steps
 HALF = 0.5  # a step

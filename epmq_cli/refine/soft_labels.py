@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.refine.hidden_states import captured
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SMALLEST = 1e-9  # probability of the classes that are not kept
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.refine.rounding import on_grid, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNIT = 10  # steps of the grid that a code moves where other tensors move by 1, so that one learning rate fits both
 

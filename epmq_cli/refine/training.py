@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from epmq_cli.calibrate.merge_data import trained
@@ -29,6 +29,9 @@ from epmq_cli.refine.trained import Trained
 from epmq_cli.refine.trial import Optimizers, Trial, restore, save
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import track
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.calibrate.progress_file import opened, write_tensors
 from epmq_cli.runtime import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Optimizers = list[torch.optim.Optimizer]
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -41,8 +43,20 @@ def plain(text: str) -> str:
     return CONTROL.sub("?", text)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drops messages and warnings: of a check that reads what the run reads again."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def say(message: str) -> None:
     """Prints a one-line message and writes it to run.log."""
+    if log.disabled:
+        return
     message = plain(message)
     if kind() != "quiet":
         _tell(messages, "message", message)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from statistics import median, median_low
+from typing import NamedTuple, TypeVar
 
 from rich.progress import (
     BarColumn,
@@ -17,7 +18,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -30,18 +30,41 @@ Item = TypeVar("Item")
 
 PERIOD = {"auto": 10.0, "json": 1.0}
 """Seconds between two lines about the same stage."""
+OUTLIER = 3.0
+"""A kind of steps is at most this much slower than the usual one, as long as only its first step is known."""
 SHORTEST = 0.1  # seconds of a stage that is worth a line on a terminal
+
+
+class Part(NamedTuple):
+    """A step of a stage. Steps of one kind take time in proportion to their work; of kinds that are not measured yet,
+    the work is compared with that of others. A step without work says nothing about them."""
+
+    kind: str
+    work: float
 
 
 @dataclass
 class Meter:
-    """A stage of `total` steps that has started."""
+    """A stage of `total` steps that has started. `parts`: the steps; without them all are alike."""
 
     stage: str
     total: int
+    parts: Sequence[Part] = ()
     done: int = 0
     start: float = field(default_factory=lambda: time.monotonic())
     told: float = field(default_factory=lambda: time.monotonic())
+    last: float = field(default_factory=lambda: time.monotonic())
+    """When the last steps were finished."""
+    speeds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """The work and the seconds of finished steps, by kind."""
+
+    def advance(self, count: int) -> None:
+        """Counts finished steps; with `parts`, one."""
+        now, part = time.monotonic(), self.parts[self.done] if self.parts else Part("", count)
+        if part.work:
+            self.speeds.setdefault(part.kind, []).append((part.work, now - self.last))
+        self.last = now
+        self.done += count
 
     @property
     def seconds(self) -> float:
@@ -50,8 +73,18 @@ class Meter:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the end, if all steps take the same time; None before the first one is done."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
+        """Seconds until the end; None before steps of two kinds are done, if there are more than one."""
+        kinds = {part.kind for part in self.parts if part.work}
+        if len(self.speeds) < min(2, max(1, len(kinds))):
+            return None
+        rates = {name: _rate(samples, bool(self.parts)) for name, samples in self.speeds.items()}
+        usual = median_low(rates.values())
+        for name, samples in self.speeds.items():
+            if len(samples) == 1:
+                rates[name] = min(rates[name], OUTLIER * usual)
+        rest = self.parts[self.done :] if self.parts else [Part("", self.total - self.done)]
+        left = sum(part.work * rates.get(part.kind, usual) for part in rest)
+        return max(0.0, left - (time.monotonic() - self.last))
 
     def line(self) -> str:
         """The stage with percent, steps, speed, time left and memory."""
@@ -71,12 +104,21 @@ class Meter:
         return json.dumps({**values, "seconds": round(self.seconds, 1), "left": left, "memory": status("VmRSS")})
 
 
+def _rate(samples: Sequence[tuple[float, float]], alike: bool) -> float:
+    """Seconds for a unit of work. The first step of a kind does not count if there are others, since it also compiles
+    kernels. `alike`: whether the steps differ only by disturbances, which the median leaves out."""
+    later = samples[1:] or samples
+    if alike:
+        return median(seconds / work for work, seconds in later)
+    return sum(seconds for _, seconds in later) / sum(work for work, _ in later)
+
+
 @contextmanager
-def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(stage: str, total: int, parts: Sequence[Part] = ()) -> Iterator[Callable[[int], None]]:
     """A function that counts finished steps, out of `total`, and shows them: a bar on a terminal; elsewhere a line at
     most every ten seconds; JSON lines with progress=json. run.log gets one line for the stage in any case."""
     console.log.info("%s: %d steps", stage, total)
-    meter = Meter(stage, total)
+    meter = Meter(stage, total, parts)
     if kind() == "json":
         with _lines(meter, lambda: _print(meter.record("progress"))) as advance:
             _print(meter.record("begin"))
@@ -88,9 +130,14 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], None]]:
         with _lines(meter, lambda: _print(meter.line())) as advance:
             yield advance
     else:
-        with Progress(*_columns(), console=console.messages, transient=True) as progress:
+        with Progress(*_columns(meter), console=console.messages, transient=True) as progress:
             task = progress.add_task(stage, total=total)
-            yield lambda count: progress.advance(task, count)
+
+            def show(count: int) -> None:
+                meter.advance(count)
+                progress.advance(task, count)
+
+            yield show
 
 
 def track(items: Sequence[Item], stage: str) -> Iterator[Item]:
@@ -121,7 +168,7 @@ def speed(rate: float) -> str:
 @contextmanager
 def _lines(meter: Meter, tell: Callable[[], None]) -> Iterator[Callable[[int], None]]:
     def advance(count: int) -> None:
-        meter.done += count
+        meter.advance(count)
         if time.monotonic() - meter.told >= PERIOD[kind()] and meter.done < meter.total:
             meter.told = time.monotonic()
             tell()
@@ -155,6 +202,19 @@ class _Speed(ProgressColumn):
         return Text(speed(rate) if rate else "", style="dim")
 
 
-def _columns() -> tuple[ProgressColumn, ...]:
-    own = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Speed(), _Memory())
+class _Left(ProgressColumn):
+    """The time left."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:
+        """The text of the column."""
+        left = self._meter.left
+        return Text("" if left is None else f"{duration(left)} left", style="cyan")
+
+
+def _columns(meter: Meter) -> tuple[ProgressColumn, ...]:
+    own = (TimeElapsedColumn(), _Left(meter), _Speed(), _Memory())
     return (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), *own)

@@ -14,29 +14,37 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import CheckpointError
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.weight_files import INDEX, SINGLE
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+    "torch.float8_e4m3fn": "F8_E4M3",
 }
-"""The safetensors name of each type."""
+"""The safetensors name of each type, by its name in torch."""
+
+
+def writable_types() -> dict[str, torch.dtype]:
+    """The types that can be written, by safetensors name."""
+    return {stored: getattr(torch, name.removeprefix("torch.")) for name, stored in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,11 @@ def write_file(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]
     start = 0
     for entry in ordered:
         end = start + entry.size
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+        header[entry.name] = {
+            "dtype": NAMES[str(entry.dtype)],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

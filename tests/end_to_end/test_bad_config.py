@@ -200,7 +200,7 @@ def general(key: str) -> str:
 
 
 class Stopped(BaseException):
-    """Raised in place of opening the models."""
+    """Raised in place of reading data and opening models."""
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr("epmq_cli.pipeline.steps.open_models", stop)
+    monkeypatch.setattr("epmq_cli.pipeline.input_checks.check_inputs", stop)
     monkeypatch.setattr(command, "quiet_libraries", lambda: None)
 
 

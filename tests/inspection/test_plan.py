@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from epmq_cli.config.instantiate import conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
+from epmq_cli.inspection.operations import Operations
 from epmq_cli.inspection.plan import plan_content
 from epmq_cli.inspection.throughput import Throughput
-from epmq_cli.inspection.work import Operations
 from epmq_cli.pipeline.preflight import check_groups
 from epmq_cli.quantize.formats.int import IntFormat
 from tests.conftest import Run

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.pipeline.progress import RunProgress, close, opened, refuse_results
+from epmq_cli.pipeline.progress import RunProgress, close, opened
+from epmq_cli.pipeline.unfinished import refuse_results
 from epmq_cli.store.run_lock import FOLDER
 
 CPU = torch.device("cpu")

@@ -65,6 +65,24 @@ def test_a_file_gets_a_line_every_ten_seconds(clock: Clock, monkeypatch: pytest.
     ]
 
 
+def test_time_left_is_that_of_parts_of_the_same_kind(clock: Clock) -> None:
+    """Blocks of two parts, of 1 s and 3 s, whatever their work; the first one compiles for 9 s, the stem takes 50."""
+    block = [progress.Part("a", 3), progress.Part("b", 1)]
+    meter = progress.Meter("calibrate", 9, [progress.Part("stem", 0), *4 * block])
+    left = []
+    for seconds in (50, 10, 3, 1, 3, 1, 3, 1, 3):
+        clock.now += seconds
+        meter.advance(1)
+        left.append(meter.left)
+    assert left[:2] == [None, None]
+    assert left[4:] == pytest.approx([8, 7, 4, 3, 0])
+    meter = progress.Meter("calibrate", 4, 4 * [progress.Part("a", 2)])
+    clock.now += 5
+    meter.advance(1)
+    clock.now += 2
+    assert meter.left == pytest.approx(13)
+
+
 def test_schedulers_get_lines_of_json(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = shown(monkeypatch, kind="json")
     with progress.bar("score", 4) as advance:

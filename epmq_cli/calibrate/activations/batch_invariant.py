@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS = 64  # the minimum; with two threads, 12 suffice
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.pausable_forward import PausableForward, tensors_in
 from epmq_cli.calibrate.activations.store import ActivationStore, OffloadHandle
@@ -16,6 +15,9 @@ from epmq_cli.calibrate.moments import real_tokens
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Stack
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of a module, by position and by name."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import RunError
 from epmq_cli.runtime.memory import give_back
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HOLES = 1 << 26  # bytes of fragmentation that are not worth the time to trim them
 

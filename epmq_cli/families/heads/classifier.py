@@ -5,20 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from epmq_cli.data.labels import WITHOUT
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.quantize.linalg import is_finite
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 SHOWN = 8  # names of a long list
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[["Tensor"], "Tensor"]
+
+
+def tanh(hidden: Tensor) -> Tensor:
+    """tanh of each element."""
+    return torch.tanh(hidden)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class ClassifierHead:
 
     linear: str = "classifier"
     dense: str | None = None
-    activation: Activation | str = torch.tanh
+    activation: Activation | str = tanh
     norm: str | None = None
     eps: str = "norm_eps"
 
@@ -66,7 +72,9 @@ class ClassifierHead:
         if self.norm is None:
             return hidden
         norm, config = _part(head, "norm_"), model.config
-        return layer_norm(hidden, norm["weight"].shape, norm["weight"], norm.get("bias"), getattr(config, self.eps))
+        return torch.nn.functional.layer_norm(
+            hidden, norm["weight"].shape, norm["weight"], norm.get("bias"), getattr(config, self.eps)
+        )
 
     def _activation(self, model: nn.Module) -> Activation:
         if not isinstance(self.activation, str):

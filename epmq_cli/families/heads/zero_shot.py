@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE = 100.0  # the logit scale of a trained CLIP and of the protocol
 
@@ -20,10 +22,11 @@ def class_embeddings(embed: Callable[[list[str]], Tensor], classes: Sequence[str
     rows = []
     for name in classes:
         texts = [template.format(name) for template in templates]
-        rows.append(normalize(normalize(embed(texts), dim=-1).mean(0), dim=-1))
+        mean = torch.nn.functional.normalize(embed(texts), dim=-1).mean(0)
+        rows.append(torch.nn.functional.normalize(mean, dim=-1))
     return torch.stack(rows)
 
 
 def logits(features: Tensor, embeddings: Tensor) -> Tensor:
     """100 x cosine between features (samples, width) and class embeddings (classes, width): (samples, classes)."""
-    return SCALE * normalize(features, dim=-1) @ embeddings.T
+    return SCALE * torch.nn.functional.normalize(features, dim=-1) @ embeddings.T

@@ -5,10 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from epmq_cli.data.batching import ALL, Batch, Collate
 from epmq_cli.data.suite import Task
@@ -17,9 +14,13 @@ from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.quantize.linalg import is_finite
 
-Features = Callable[[nn.Module, Batch], Tensor]
-Head = Mapping[str, Tensor]
-Predict = Callable[[nn.Module, Batch, Head], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Features = Callable[["nn.Module", Batch], "Tensor"]
+Head = Mapping[str, "Tensor"]
+Predict = Callable[["nn.Module", Batch, Head], "Tensor"]
 """The prediction for each sample of a batch: a class or a number, (samples,)."""
 
 

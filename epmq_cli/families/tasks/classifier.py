@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL.Image import Image
-from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.suite import POSITION, Task
@@ -17,6 +15,10 @@ from epmq_cli.families.processors import images, tokens
 from epmq_cli.families.tasks.adapter import Head, TaskAdapter
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import Processor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 class Classifier(TaskAdapter):

@@ -7,11 +7,9 @@ no labels are used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from epmq_cli.data.batching import ALL, Batch, Collate, split
 from epmq_cli.data.suite import Task
@@ -19,6 +17,9 @@ from epmq_cli.errors import ConfigError, ModelError, first_line, literal
 from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.families.tasks.adapter import Features, Head, Predict, TaskAdapter
 from epmq_cli.models.processor_folder import Processor
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ANSWER = 10  # maximum tokens of an answer, including the start token, as in the published protocol
 
@@ -53,7 +54,9 @@ class GeneratedText(TaskAdapter):
         `decoder_attention_mask`, both (samples, tokens)."""
         answers = [answer for part in split(batch, samples) for answer in _answers(model, part)]
         settings: Any = model.generation_config
-        tokens = pad_sequence(answers, batch_first=True, padding_value=settings.pad_token_id)  # as the model pads
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            answers, batch_first=True, padding_value=settings.pad_token_id
+        )  # as the model pads
         ended = (tokens == _end(model)).cumsum(1) > 0
         ended[:, 0] = False  # the start token is not an end, even with the same id
         mask = ~ended[:, :-1]

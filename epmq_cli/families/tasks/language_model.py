@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.chats import Chat
@@ -16,6 +15,9 @@ from epmq_cli.families.processors import check_not_truncated, tokens
 from epmq_cli.families.rendering import chat_ids
 from epmq_cli.families.tasks.adapter import TaskAdapter
 from epmq_cli.models.processor_folder import Processor
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SEPARATOR = "\n\n"  # between documents, as usual for perplexity on WikiText
 

@@ -6,12 +6,10 @@ A head holds the class embeddings from the base's text tower, or, with `heads: e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from epmq_cli.data.batching import Collate
 from epmq_cli.data.suite import Task
@@ -23,6 +21,9 @@ from epmq_cli.families.text_tower import own_text_tower
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.models.weights import swapped_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LAST = 2  # the eos_token_id of old configs, for which transformers takes the largest id of a text
 
@@ -76,7 +77,7 @@ class ZeroShot(TaskAdapter):
 
     def head_inputs(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
         """The features, normalized to length 1."""
-        return normalize(features, dim=-1)
+        return torch.nn.functional.normalize(features, dim=-1)
 
     def logits(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
         """100 x cosine; the rows of a head that was solved again need not have length 1."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError, first_line
 from epmq_cli.models.lora.config import REMEDY, read_config
@@ -21,6 +21,9 @@ from epmq_cli.models.lora.shapes import LowRank, rows_problem
 from epmq_cli.models.lora.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo, Tensors
 from epmq_cli.models.state_dict import open_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

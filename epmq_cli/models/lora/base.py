@@ -9,15 +9,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import EpmqError
 from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.model_folder import ModelFolder, read_json
 from epmq_cli.runtime.console import log, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CACHED = re.compile(r"models--(?P<id>.+)")
 SETTINGS = (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
-from torch.linalg import vector_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAP = 1e-6  # relative gap between two singular values; below it, the singular vectors are ambiguous
 
@@ -46,7 +49,7 @@ def residual(weight: Tensor, init: str, rank: int, scale: float, transposed: boo
 def with_lengths(adapted: Tensor, lengths: Tensor, columns: bool) -> Tensor:
     """Scales the rows, or the columns, to these lengths, as in DoRA (https://arxiv.org/abs/2402.09353, equation 5)."""
     if columns:
-        column: Tensor = lengths.flatten() / vector_norm(adapted, dim=0)
+        column: Tensor = lengths.flatten() / torch.linalg.vector_norm(adapted, dim=0)
         return adapted * column
-    scale: Tensor = lengths.flatten() / vector_norm(adapted.flatten(1), dim=1)
+    scale: Tensor = lengths.flatten() / torch.linalg.vector_norm(adapted.flatten(1), dim=1)
     return adapted * scale.view(-1, *[1] * (adapted.ndim - 1))

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch.linalg import vector_norm
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.lora.adapter import PICKLE, WEIGHTS, Adapted
@@ -82,10 +81,12 @@ def _is_sum(whole: ModelFolder, adapted: Adapted, base: ModelFolder, name: str) 
     expected = adapted.tensor(name).float()
     if base.infos[name].shape != expected.shape:
         return bool(torch.equal(whole.tensor(name).float(), expected))
-    added = vector_norm(expected - base.tensor(name).float())
+    added = torch.linalg.vector_norm(expected - base.tensor(name).float())
     stored = whole.tensor(name)
-    rounded = torch.finfo(stored.dtype).eps / 2 * vector_norm(expected) if stored.is_floating_point() else 0.0
-    return bool(vector_norm(stored.float() - expected) <= NEAR * added + rounded) and bool(added > 0)
+    rounded = (
+        torch.finfo(stored.dtype).eps / 2 * torch.linalg.vector_norm(expected) if stored.is_floating_point() else 0.0
+    )
+    return bool(torch.linalg.vector_norm(stored.float() - expected) <= NEAR * added + rounded) and bool(added > 0)
 
 
 def _is_base(whole: ModelFolder, base: ModelFolder) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.lora.config import AdapterConfig
 from epmq_cli.models.lora.files import AdapterFile
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """PEFT task types whose models have no output layer tied to the embedding table."""

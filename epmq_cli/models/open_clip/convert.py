@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from epmq_cli.errors import CheckpointError, ModelError, first_line
 from epmq_cli.models.model_folder import SafetensorsFiles, Tensors, check_counts, read_json
@@ -154,6 +153,8 @@ def _write(target: Path, tensors: Translated, config: Any, processor: Any, role:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
+            from safetensors.torch import save_file  # imports torch
+
             save_file({name: tensors.tensor(name) for name in tensors.infos}, partial / SINGLE, {"format": "pt"})
             config.save_pretrained(partial)
             processor.save_pretrained(partial)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import TensorInfo, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ANCHOR = "conv1.weight"  # every vision transformer has it, exactly once
 VISUAL = "visual."

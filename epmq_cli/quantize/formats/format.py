@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ZeroPoints = Literal["none", "whole", "real"]
 SEARCHES = ("minmax", "mse")

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import first_line
 from epmq_cli.quantize.formats.format import Grid, NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("epmq")
 
@@ -49,6 +51,15 @@ def kernel_for(weight: Tensor, format: NumberFormat) -> ColumnKernel:
         kernel: ColumnKernel = TritonKernel()
         return kernel
     return TorchKernel()
+
+
+def load_kernels(device: torch.device) -> None:
+    """Imports and compiles the kernels of a device, which takes up to a second, before they are needed."""
+    weight, format = torch.zeros(1, 4, device=device), IntFormat(4, 4, "none")
+    kernel, U = kernel_for(weight, format), torch.eye(4, device=device)
+    grid = Grid(torch.ones(1, 1, device=device), None)
+    kernel.quantize(weight, U, grid, format)
+    kernel.loss(weight, U, grid, format)
 
 
 @cache

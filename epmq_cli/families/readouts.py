@@ -1,0 +1,53 @@
+"""Readouts behind the last block, as modules. Families import them where they build one: they import torch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from epmq_cli.families.structure import Norm, Section
+
+
+class FirstToken(nn.Module):
+    """The readout of heads that read the first token of the last block's output."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) from (samples, tokens, width)."""
+        return hidden[:, 0]
+
+
+class LastNorm(nn.Module):
+    """The readout that norms one token, or all, under the norm's own name."""
+
+    def __init__(self, model: nn.Module, name: str, token: int | None) -> None:
+        super().__init__()
+        self._name, self._token = name, token
+        self.add_module(name, model.get_submodule(name))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) of the token, or (samples, tokens, width) of all."""
+        read = hidden if self._token is None else hidden[:, self._token]
+        normed: Tensor = self.get_submodule(self._name)(read)
+        return normed
+
+    @classmethod
+    def section(cls, model: nn.Module, path: str, token: int | None = None) -> Section:
+        """The readout with the norm at this path."""
+        prefix, _, name = path.rpartition(".")
+        return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
+
+
+class ProjectedToken(nn.Module):
+    """The last norm of a CLIPModel's vision tower and the projection, under their names in the model. `tower`: the
+    prefix of the tower."""
+
+    def __init__(self, model: nn.Module, tower: str) -> None:
+        super().__init__()
+        self.vision_model = nn.Module()
+        self.vision_model.post_layernorm = model.get_submodule(f"{tower}post_layernorm")
+        self.visual_projection = model.get_submodule("visual_projection")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Image embeddings (samples, projection width) of the class token."""
+        norm = self.vision_model.get_submodule("post_layernorm")
+        features: Tensor = self.visual_projection(norm(hidden[:, 0]))
+        return features

@@ -1,0 +1,123 @@
+"""Checks of a config's options against each other, before any model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from epmq_cli.calibrate.guidance import AUTO, Guidance
+from epmq_cli.config.instantiate import option_name
+from epmq_cli.config.schema import Calib, Evaluation, Harness
+from epmq_cli.config.validate import check_choice
+from epmq_cli.data.suite import Suite, Task
+from epmq_cli.errors import ConfigError
+from epmq_cli.evaluate.metrics import PERPLEXITY
+from epmq_cli.families.family import Family
+from epmq_cli.families.tasks.language_model import LanguageModel
+from epmq_cli.merge.method import MergeMethod, method_name
+from epmq_cli.merge.slices import sliced
+from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of, transforms
+from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.refine.distill import Distill
+from epmq_cli.refine.none import NoRefinement
+
+
+def check_gradients(method: MergeMethod, family: Family) -> None:
+    """Raises ConfigError if a merge method needs gradients of class probabilities and the family has no heads."""
+    if "gradients" in method.needs and family.heads == "none":
+        raise ConfigError(
+            f"merge={method_name(method)} needs gradients of the heads' class probabilities, but models of "
+            f"family {family.name} have no heads; use another merge method"
+        )
+
+
+def check_refinement(
+    refinement: Distill | NoRefinement, merge: MergeMethod, calib: Calib, formats: Sequence[NumberFormat]
+) -> None:
+    """Raises ConfigError if a refinement does not fit the rest of the config."""
+    if isinstance(refinement, NoRefinement):
+        return
+    if calib.student == "disk":
+        raise ConfigError("refine=distill trains the model in memory, got calib.student=disk; use calib.student=memory")
+    if sliced(merge):
+        raise ConfigError(
+            "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
+        )
+    other = [format.name for format in formats if not isinstance(format, IntFormat)]
+    if refinement.packed_epochs and refinement.packed == "codes" and other:
+        raise ConfigError(
+            f"refine.packed=codes trains integers, got quant.format={other[0]}; use quant.format=int, or "
+            "refine.packed=scales"
+        )
+
+
+def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:
+    """Raises ConfigError if a quantizer's weights are not integers in the layer's own channels."""
+    name = option_name("quant", type(quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer))
+    formats = formats_of(quantizer)
+    if not formats:
+        raise ConfigError(
+            f"refine=blocks refines quantized weights, got quant={name}, which leaves them dense; use another quant, "
+            "or refine=distill"
+        )
+    if transforms(quantizer):
+        raise ConfigError(
+            f"refine=blocks does not work with quant={name}, which scales input channels; use quant=gptq, rtn or hqq"
+        )
+    for format in formats:
+        if not isinstance(format, IntFormat):
+            raise ConfigError(f"refine=blocks rounds to integers, got quant.format={format.name}; use quant.format=int")
+
+
+def check_slices(method: MergeMethod, guidance: Guidance) -> None:
+    """Raises ConfigError if a merge changes the layers and the guidance compares them with those of other models."""
+    options: dict[str, float | str] = dict.fromkeys(guidance.open, AUTO)
+    options |= {"targets": guidance.targets} if guidance.targets != "merged" else {}
+    options |= {"rho": guidance.rho} if guidance.rho != 1 else {}
+    if sliced(method) and options:
+        name, value = options.popitem()
+        raise ConfigError(
+            f"merge={method_name(method)} with merge.slices changes the layers of the model, but "
+            f"guidance.{name}={value} needs a base and experts with the same layers; use guidance=merged, or epmq merge"
+        )
+
+
+def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
+    """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
+    scored on their test samples."""
+    for task in suite.members:
+        check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
+        family.check_task(task)
+        check_metric(task, scored)
+        if task.heads == "expert" and family.heads == "none":
+            raise ConfigError(
+                f"suite.tasks.{task.name}.heads must be base because models of family {family.name} have no heads, got "
+                f"{task.heads!r}"
+            )
+    if isinstance(evaluation, Harness) and not isinstance(family.tasks, LanguageModel):
+        raise ConfigError(
+            f"eval=lm_eval scores language models only, got models of family {suite.family}; use eval=default"
+        )
+
+
+def check_metric(task: Task, scored: bool) -> None:
+    """Raises ConfigError if a task's metric does not suit the labels that its data declares."""
+    where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
+    if task.metric == PERPLEXITY:
+        return
+    if regression is True and task.metric != "spearman":
+        raise ConfigError(
+            f"{where}.metric must be spearman if data.regression is true, got {task.metric}, which compares "
+            "classes; if the labels are classes, set data.regression: false"
+        )
+    if regression is False and task.metric == "spearman":
+        raise ConfigError(
+            f"{where}.metric is spearman, which ranks numbers, but the labels are classes because data.regression is "
+            "false; set data.regression: true or metric: accuracy"
+        )
+    if scored and getattr(task.data, "label", "") is None:
+        raise ConfigError(
+            f"{where}.data.label is null, but {task.metric} needs labels; set it to the column of the labels, or set "
+            "eval.stages=[] to merge and calibrate without scoring"
+        )
