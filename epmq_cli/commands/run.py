@@ -96,6 +96,7 @@ def _checked(cfg: DictConfig, folder: Path) -> Job:
 
     unfinished.refuse_results(folder)
     instantiate.check_complete(cfg, "run")
+    schema.cache_bytes(cfg.cache)
     job = read_job(cfg)
     check_inputs(job)
     return job

@@ -32,6 +32,15 @@ def bytes_of(name: str, text: object) -> int:
     return int(number) * unit
 
 
+def cache_bytes(size: object) -> int | None:
+    """The number of bytes of an option such as cache=10GB; None for cache=false."""
+    if size is None or size is False:
+        return None
+    if size is True:
+        raise ConfigError("cache must be a size on disk such as 10GB, or false, got true")
+    return bytes_of("cache", size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Calib:
     """`calib=<name>`. `samples`: the number of train samples per task. `views`: the number of forms of each sample,

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
-from epmq_cli.config.schema import Harness, bytes_of
+from epmq_cli.config.schema import Harness, cache_bytes
 from epmq_cli.data.batching import Batch
-from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.score import ScoreCache, ScoredTask, compute
 from epmq_cli.merge.engine import LazyMerge
@@ -46,11 +45,8 @@ IN_OTHER_PARTS = ("data", "expert", "heads", "name", "processor")
 
 def open_cache(size: object) -> Cache | None:
     """The cache for an option such as cache=10GB; None for cache=false."""
-    if size is None or size is False:
-        return None
-    if size is True:
-        raise ConfigError("cache must be a size on disk such as 10GB, or false, got true")
-    return Cache(cache_folder() / "jobs", bytes_of("cache", size))
+    count = cache_bytes(size)
+    return None if count is None else Cache(cache_folder() / "jobs", count)
 
 
 class CachedSteps:
