@@ -27,6 +27,8 @@ COPIES = {
 PAGES = {source: name for name, source in COPIES.items()}
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 LIST = re.compile(r"<!-- list: (\w+) -->")
+SHIM = "https://unpkg.com/iframe-worker/shim"
+"""What the theme loads so that the search works from the disk; worker.js does the same without another host."""
 GROUPS = ("merge", "guidance", "refine", "calib", "quant", "pack", "eval", "suite", "experiment", "tracking")
 """The groups in the order of a run."""
 
@@ -44,6 +46,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """The text of a page with its lists, and with links between pages in place of links between files."""
     name = page.file.src_uri
     return with_lists(linked(markdown, name))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """The HTML of a page, which asks no other host."""
+    return output.replace(SHIM, posixpath.relpath("worker.js", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """The HTML of 404.html, likewise."""
+    return output.replace(SHIM, "/worker.js")
 
 
 def source_of(name: str) -> str:
@@ -89,7 +101,7 @@ def value_list() -> str:
     lines = (conf_dir() / "run.yaml").read_text(encoding="utf-8").splitlines()
     rows = [match for line in lines if (match := re.match(r"(\w+): ([^#]*?) +# (.*)", line))]
     cells = [f"| `{row[1]}` | `{row[2]}` | {escape(row[3], quote=False)} |" for row in rows]
-    return "\n".join(["| value | default | |", "|---|---|---|", *cells])
+    return "\n".join(["| value | default | meaning |", "|---|---|---|", *cells])
 
 
 def merge_list() -> str:

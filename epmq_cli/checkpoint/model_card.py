@@ -14,6 +14,7 @@ from epmq_cli import __version__
 from epmq_cli.checkpoint.card_metadata import front_matter, metadata, model_index
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.loading_code import head_code, other_engines, transformers_code
+from epmq_cli.config.files import own_folder
 from epmq_cli.data.suite import Suite
 from epmq_cli.families.family import Family
 from epmq_cli.quantize.formats.format import NumberFormat
@@ -127,7 +128,7 @@ class ModelCard:
     def _command(self) -> str:
         given = {text.lstrip("+~").partition("=")[0]: text for text in self.overrides}  # of equal names the last counts
         told = [text for name, text in sorted(given.items()) if name not in ELSEWHERE and not name.startswith("hydra")]
-        return " ".join(["epmq run", *(shlex.quote(" ".join(text.split())) for text in told)])
+        return " ".join(["epmq run", *own_folder(told), *(shlex.quote(" ".join(text.split())) for text in told)])
 
 
 def loading_code(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,3 +85,15 @@ def options(folders: list[Path]) -> dict[str, dict[str, Path]]:
         for path in sorted(folder.glob("*/*.yaml")):
             groups.setdefault(path.parent.name, {}).setdefault(path.stem, path)
     return dict(sorted(groups.items()))
+
+
+def own_folder(overrides: Iterable[str]) -> list[str]:
+    """The words `--config-dir FOLDER` if an override chooses an option that is not shipped, else none. The folder's own
+    path would say more about a machine than a page should."""
+    shipped = options([conf_dir()])
+    chosen = (text.lstrip("+").partition("=")[::2] for text in overrides)
+    return (
+        ["--config-dir", "FOLDER"]
+        if any(option not in shipped[group] for group, option in chosen if group in shipped)
+        else []
+    )

@@ -96,13 +96,13 @@ def _stored(folder: ModelFolder) -> Iterable[TensorInfo]:
 
 def config_differences(base: ModelFolder, experts: Mapping[str, ModelFolder]) -> dict[str, dict[str, Any]]:
     """The keys of config.json that differ between base and experts, with each one's value; None where it lacks the
-    key. Names of classes and versions are left out."""
+    key. Names of classes, versions and what training notes (`problem_type`) are left out."""
     configs = {"base": base.config, **{name: expert.config for name, expert in experts.items()}}
     kinds = {expert.config.get("model_type") for expert in experts.values()}
     parts = [part for part in base.config.values() if isinstance(part, dict) and kinds == {part.get("model_type")}]
     if parts and kinds != {base.config.get("model_type")}:  # experts that are a part of the base
         configs["base"] = parts[0]
-    keys = [key for config in configs.values() for key in config if key not in ASIDE]
+    keys = [key for config in configs.values() for key in config if key not in (*ASIDE, "problem_type")]
     values = {key: {name: config.get(key) for name, config in configs.items()} for key in dict.fromkeys(keys)}
     return {key: own for key, own in values.items() if any(value != own["base"] for value in own.values())}
 

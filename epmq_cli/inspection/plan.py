@@ -44,7 +44,7 @@ def show_plan(content: dict[str, Any]) -> None:
         line(f"note: {note}")
     refusals(content["refused"])
     if not content["refused"]:
-        line("none of these checks refuses the run; data of the tests and the self-check of the blocks come with it")
+        line("nothing here refuses the run; the run itself also checks the test data, and the blocks of the model")
 
 
 def _estimate(content: dict[str, Any]) -> None:

@@ -132,6 +132,6 @@ def _guessed(name: str, info: TensorInfo, blocks: tuple[str, ...]) -> str:
     """The part of a tensor that no step names."""
     if name.startswith(blocks):
         return "norms" if len(info.shape) < 2 and "norm" in name.lower() else "blocks"
-    if "lm_head" in name or "projection" in name.rpartition(".")[0].rpartition(".")[2]:
-        return "readout"
+    if "lm_head" in name or ("projection" in name.rpartition(".")[0].rpartition(".")[2] and "embed" not in name):
+        return "readout"  # not the patch convolution of ViT, embeddings.patch_embeddings.projection
     return "embeddings" if "embed" in name and not name.startswith("text_model.") else "others"

@@ -161,6 +161,7 @@ def test_the_command_has_the_options_that_make_the_result() -> None:
     text = made_card("mnli", "a/b", ["merge=ties", "suite.experts={a: b/c}", "out=/home/me", "calib.memory=1GB"]).text()
     assert "\n```bash\nepmq run merge=ties 'suite.experts={a: b/c}'\n```\n" in text
     assert "/home/me" not in text
+    assert "\nepmq run --config-dir FOLDER suite=mine\n" in made_card("mnli", "a/b", ["suite=mine"]).text()
     assert "\n````bash\nepmq run 'a=```b'\n````\n" in made_card("mnli", "a/b", ["a=```b"]).text()
 
 

@@ -61,16 +61,21 @@ def birds_and_cars(folder: Path, request: pytest.FixtureRequest) -> None:
 
 
 def llamas(folder: Path, request: pytest.FixtureRequest) -> None:
-    """The models of docs/coming-from-mergekit.md."""
+    """The models of docs/coming-from-mergekit.md; with data, those of docs/recipes/mergekit.md."""
     made = minihub.build(request.getfixturevalue("tmp_path_factory").mktemp("llama"), "llama")
     for source, name in {"base": "base", "first": "math", "second": "code"}.items():
         shutil.copytree(made / source, folder / "models" / name)
+    (folder / "data").mkdir()
+    for source, name in {"first": "math", "second": "code"}.items():
+        for split in ("train", "test"):
+            shutil.copy(made / f"{source}_{split}.jsonl", folder / "data" / f"{name}_{split}.jsonl")
 
 
 STAGES: dict[str, Callable[[Path, pytest.FixtureRequest], None]] = {
     "README.md": reviews,
     "docs/suites.md": birds_and_cars,
     "docs/coming-from-mergekit.md": llamas,
+    "docs/recipes/mergekit.md": llamas,
 }
 """What a reader has before he reads a page."""
 
@@ -176,6 +181,7 @@ def test_there_are_stories_with_known_stages() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which PEFT reads
 @pytest.mark.parametrize("name", STORIES)
 def test_a_reader_can_follow_the_page(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,18 @@ def test_an_expert_has_a_head_and_every_part_has_its_tensors(bert_hub: Path) -> 
     assert roles["bert.pooler.dense.weight"] == ("readout", "merged")
 
 
+def test_the_patches_of_a_vit_are_embeddings(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    opened = open_headers(str(tmp_path))
+    family, roles = roles_of(opened.config, opened.infos, tmp_path)
+    assert family == "vit"
+    assert {part for name, (part, _) in roles.items() if "embeddings." in name} == {"embeddings"}
+    assert {part for part, _ in roles.values()} == {"embeddings", "blocks", "norms", "heads"}
+
+
 def test_a_model_of_no_family_is_refused_as_by_a_run(tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from epmq_cli.config.files import own_folder
 from epmq_cli.report.settings import settings
 
 
@@ -23,4 +24,4 @@ def reproduce(content: Mapping[str, Any]) -> dict[str, Any]:
 def command(content: Mapping[str, Any]) -> str:
     """The command line of the run, without its folder, which a run does not overwrite."""
     overrides = [override for override in content["overrides"] if not override.lstrip("+").startswith("out=")]
-    return shlex.join(["epmq", content["command"], *overrides])
+    return shlex.join(["epmq", content["command"], *own_folder(overrides), *overrides])

@@ -104,6 +104,8 @@ def test_the_sentence_says_what_was_made() -> None:
 def test_the_command_can_be_typed_again() -> None:
     found = content({"a": (0.1, 0.5, 0.8, 0.9)}, overrides=["bits=3", "out=x", "merge.weights={a: 1}"])
     assert command(found) == "epmq run bits=3 'merge.weights={a: 1}'"
+    found["overrides"] = ["suite=mine", "merge=ties", "suite.base=models/base"]
+    assert command(found) == "epmq run --config-dir FOLDER suite=mine merge=ties suite.base=models/base"
 
 
 def test_linears_are_grouped_by_stack_and_block() -> None:
