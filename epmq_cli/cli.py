@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "check the files, tensors and scores of a checkpoint",
     "inspect": "show what models, adapters and checkpoints hold and what a run would refuse",
     "report": "compare runs in a table and on a page",
+    "export": "write a checkpoint as one GGUF file for llama.cpp",
     "push": "upload a checkpoint to the hub",
     "list": "show the options of each config group",
 }
@@ -33,6 +34,7 @@ INTERRUPTED = {
     "merge": "interrupted; no checkpoint was written",
     "eval": "interrupted; no scores were written",
     "verify": "interrupted; not all of the checkpoint was checked",
+    "export": "interrupted; no file was written",
     "push": "interrupted; nothing was committed to the repository",
 }
 """The message of a command that a signal ends."""
@@ -58,6 +60,7 @@ examples
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq inspect EXPERT EXPERT --base BASE             compare experts before a run
   epmq report runs/NAME                              compare the runs of a sweep
+  epmq export runs/NAME/checkpoint model.gguf        write it for llama.cpp
   epmq push runs/NAME/checkpoint owner/name          upload it, privately
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command
@@ -123,7 +126,7 @@ def _start(command: str, arguments: list[str]) -> None:
     if DEBUG in arguments:
         arguments = [argument for argument in arguments if argument != DEBUG]
         os.environ[FULL_ERROR] = "1"
-    if command in ("inspect", "list", "push", "report", "verify"):  # no Hydra commands
+    if command in ("export", "inspect", "list", "push", "report", "verify"):  # no Hydra commands
         importlib.import_module(f"epmq_cli.commands.{command}").main(arguments)
         return
     if {"-h", "--help"} & set(arguments):

@@ -243,7 +243,8 @@ def test_version_and_unknown_commands(epmq: Run) -> None:
     assert result.returncode == 1
     assert (
         result.stderr
-        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, report, push, list. "
+        == "epmq: unknown command 'rnu'; the commands are run, merge, eval, verify, inspect, report, export, push, "
+        "list. "
         "Did you mean run?\n"
     )
 
@@ -303,7 +304,7 @@ def complete(line: str, epmq: Run) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "push", "list"]),
+        ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "export", "push", "list"]),
         slow(("epmq e", ["eval"])),
         slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),

@@ -50,7 +50,7 @@ def load(
     with torch.nn.modules.module.register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
     layout = layout_of(folder)
-    formats = _quantized_linears(folder, model, files, layout)
+    formats = quantized_linears(folder, model, files, layout)
     shapes = {name: _weight(model, name).shape for name in formats}
     obstacles = {name: obstacle(format, shapes[name], where) for name, format in formats.items()}
     if kernel == "int4":
@@ -127,7 +127,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _quantized_linears(
+def quantized_linears(
     folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
 ) -> dict[str, NumberFormat]:
     """The number format of each quantized linear."""
