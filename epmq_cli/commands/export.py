@@ -10,6 +10,7 @@ from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.runtime.console import console, plain
+from epmq_cli.runtime.units import size
 
 DESCRIPTION = """Writes a checkpoint of epmq run as one GGUF file for llama.cpp. The file has the 4-bit or 8-bit
 weights of the checkpoint as they are: nothing is rounded again. For decoders: Llama, Mistral, Qwen 2, Qwen 3."""
@@ -46,5 +47,5 @@ def export(checkpoint: Path, file: Path, dense: str, force: bool) -> None:
 
     written = GgufFile(checkpoint, dense).write(file)
     exact = "as in the checkpoint" if not written.rounding else f"within {written.rounding:.2g} steps of the grid"
-    text = f"{file}: {written.size / 1e6:.1f} MB, {written.linears} quantized linears {exact}"
+    text = f"{file}: {size(written.size)}, {written.linears} quantized linears {exact}"
     console.print(plain(text), markup=False, highlight=False, soft_wrap=True)

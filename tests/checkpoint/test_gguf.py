@@ -131,7 +131,7 @@ def test_what_llama_cpp_cannot_load_is_refused(tmp_path: Path, epmq_inside: Run)
     file = tmp_path / "model.gguf"
     done = epmq_inside("export", str(folder), str(file))
     assert done.returncode == 0
-    assert re.search(r"model.gguf: 0\.\d MB, 14 quantized linears as in the checkpoint", done.stdout)
+    assert re.search(r"model.gguf: \d+ kB, 14 quantized linears as in the checkpoint", done.stdout)
     assert "exists; choose another name" in epmq_inside("export", str(folder), str(file)).stderr
     assert epmq_inside("export", str(folder), str(file), "--force", "--dense=q8_0").returncode == 0
     assert "end in .gguf, got" in epmq_inside("export", str(folder), str(tmp_path / "model.bin")).stderr
