@@ -28,6 +28,7 @@ def _section_parts(place: int, section: Section, solve: bool) -> Iterator[Part]:
             forward += 2 * width * outs
             yield Part(f"{place} {width} to {outs}", float(width * (width + 4 * outs)))
         else:
-            width = next(section.module.get_submodule(step.name).parameters()).numel()
+            norm = section.module.get_submodule(step.name)
+            width = next((own.numel() for own in norm.parameters()), 1)  # some norms have no weights
             yield Part(f"{place} norm", 4.0 * width**2)
     yield Part(f"{place} rest after {solve}", forward)

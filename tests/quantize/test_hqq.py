@@ -15,7 +15,7 @@ from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.quantize.formats.format import Grid, fit_grid
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.hqq import Hqq, lp_error, shrink, solve_grid
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
+from epmq_cli.quantize.quantizer import LayerProblem, nothing
 from epmq_cli.quantize.rtn import rtn
 
 P, DTYPE = 0.7, torch.float64
@@ -69,7 +69,7 @@ def test_real_zero_points_beat_integer_ones_and_both_beat_rtn(bits: int) -> None
 
 def test_without_iterations_it_is_rtn_over_the_full_range() -> None:
     weight = weights_with_outliers(8, 32).float()
-    found = Hqq(4, 8, "integer", True, P, 10, 1.01, 0).quantize(problem(weight), NOTHING).weight
+    found = Hqq(4, 8, "integer", True, P, 10, 1.01, 0).quantize(problem(weight), nothing()).weight
     assert torch.equal(found.dequantize(), rtn(weight, IntFormat(4, 8, "whole"), "minmax", torch.float32).dequantize())
 
 
@@ -80,7 +80,7 @@ def problem(weight: Tensor) -> LayerProblem:
 def test_integer_zero_points_are_codes_and_real_ones_are_not() -> None:
     weight = weights_with_outliers(8, 32).float()
     for kind, whole in (("integer", True), ("real", False)):
-        found = Hqq(4, 8, kind, True, P, 10, 1.01, 20).quantize(problem(weight), NOTHING).weight  # type: ignore[arg-type]
+        found = Hqq(4, 8, kind, True, P, 10, 1.01, 20).quantize(problem(weight), nothing()).weight  # type: ignore[arg-type]
         zero = found.grid.zero  # type: ignore[union-attr]
         assert zero is not None
         assert torch.equal(zero, zero.round().clamp(-8, 7)) is whole
@@ -101,7 +101,7 @@ def test_shrink_is_soft_thresholding_for_p_1_and_keeps_zero_at_zero() -> None:
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    found = Hqq(4, 8, "real", True, P, 10, 1.01, 20).quantize(problem(torch.zeros(2, 16)), NOTHING).weight
+    found = Hqq(4, 8, "real", True, P, 10, 1.01, 20).quantize(problem(torch.zeros(2, 16)), nothing()).weight
     assert not found.dequantize().any()
 
 

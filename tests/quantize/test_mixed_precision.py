@@ -11,7 +11,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial, allocate, formats_of
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.quantize.quantizer import NOTHING, LayerProblem
+from epmq_cli.quantize.quantizer import LayerProblem, nothing
 from epmq_cli.quantize.rtn import Rtn
 from tests.helpers.formats import ints
 
@@ -101,10 +101,10 @@ def test_a_trial_records_the_losses_of_each_width_and_changes_nothing() -> None:
     assert trial.sizes == {"q": 48}
     energy = (inputs @ weight.double().T).square().sum()
     for width, quantizer in ((3, mixed.low), (8, mixed.high)):
-        rounded = quantizer.quantize(layer, NOTHING).weight.dequantize()
+        rounded = quantizer.quantize(layer, nothing()).weight.dequantize()
         lost = (inputs @ (rounded - weight).double().T).square().sum() / energy
         assert trial.losses["q"][width] == pytest.approx(float(lost), rel=1e-9)
-    trial.of("q").quantize(layer, NOTHING)
+    trial.of("q").quantize(layer, nothing())
     assert trial.sizes == {"q": 96}
     assert trial.choose() == {"q": mixed.low}
 

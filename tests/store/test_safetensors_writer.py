@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq_cli.store.hashing import Content
-from epmq_cli.store.safetensors_writer import NAMES, Entry, of, write_file, write_model
+from epmq_cli.store.safetensors_writer import Entry, of, writable_types, write_file, write_model
 
 
 def tensors() -> dict[str, Tensor]:
     """One of every type, odd numbers of items, a scalar, an empty tensor, a non-contiguous one, and one with a
     single item and the strides of a transposed tensor."""
     rows = 10 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    found = {f"part.{NAMES[dtype]}": rows.to(dtype) for dtype in NAMES}
+    found = {f"part.{name}": rows.to(dtype) for name, dtype in writable_types().items()}
     return {
         **found,
         "scalar": torch.tensor(3.0),
