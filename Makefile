@@ -11,7 +11,7 @@ PIP_FLAGS ?= --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu standin test-standin coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin engines coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,11 @@ standin: install ## compile the stand-in for a GPU, which takes a C++ compiler
 
 test-standin: standin ## the tests that need a GPU, but for the slow ones, on a stand-in for it
 	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
+
+engines: install ## install llama.cpp in an environment of its own and let it load what epmq export writes
+	$(PYTHON) -m venv .venv-engines/llama_cpp
+	.venv-engines/llama_cpp/bin/pip install $(PIP_FLAGS) "xllamacpp>=0.2" numpy
+	EPMQ_LLAMA_CPP=$(CURDIR)/.venv-engines/llama_cpp/bin/python $(BIN)/pytest -m slow tests/engines
 
 coverage: install ## the tests, but for the slow ones, and which lines and branches of the package they do not reach
 	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered

@@ -61,7 +61,12 @@ def write_tokenizer(folder: Path, split: str = "gpt-2") -> None:
 
 
 def write_decoder(
-    folder: Path, kind: str, bits: int = 4, points: Literal["none", "whole"] = "none", group_size: int = 32
+    folder: Path,
+    kind: str,
+    bits: int = 4,
+    points: Literal["none", "whole"] = "none",
+    group_size: int = 32,
+    pack: str = "compressed_tensors",
 ) -> Path:
     """Writes a checkpoint of a small random decoder, rounded to nearest. Returns its folder."""
     torch.manual_seed(0)
@@ -77,7 +82,7 @@ def write_decoder(
         for name, module in model.model.layers.named_modules(prefix="model.layers")
         if isinstance(module, nn.Linear)
     }
-    exporter = exporter_of("compressed_tensors", dtype="float16")
+    exporter = exporter_of(pack, dtype="float16")
     contents = Contents(exporter, model, weights, False, {}, base, {}, torch.float16)
     write_checkpoint(folder / "checkpoint", contents, 10**9)
     return folder / "checkpoint"

@@ -1,0 +1,66 @@
+"""llama.cpp reads the files of `epmq export`. Oracle: transformers on the checkpoint. `make engines` runs this."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import epmq_cli
+from epmq_cli.checkpoint.gguf.write import GgufFile
+from tests.helpers.byte_level import MODELS, write_decoder
+
+PYTHON = os.environ.get("EPMQ_LLAMA_CPP", "")
+"""The Python of an environment with xllamacpp."""
+PROMPT, COUNT = [5, 17, 100, 42, 9, 77], 8
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="needs llama.cpp: make engines"),
+]
+
+
+def by_llama_cpp(file: Path) -> list[tuple[int, float]]:
+    """The most likely tokens after the prompt, with their log-probabilities."""
+    side = Path(__file__).with_name("llama_cpp_side.py")
+    command = [PYTHON, str(side), str(file), json.dumps(PROMPT), str(COUNT)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [(number, value) for number, value in json.loads(done.stdout.splitlines()[-1])]
+
+
+def by_transformers(checkpoint: Path) -> list[tuple[int, float]]:
+    """The same."""
+    model: Any = epmq_cli.load(checkpoint, kernel="dequantize")
+    tokens, found = [*PROMPT], []
+    for _ in range(COUNT):
+        values = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        tokens.append(int(values.argmax()))
+        found.append((tokens[-1], float(values.max())))
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_dense_files_give_the_probabilities_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Names, order of rows and metadata are right: without quantized blocks, llama.cpp computes in float32."""
+    checkpoint = write_decoder(tmp_path, kind, pack="dense")
+    GgufFile(checkpoint, "f32").write(tmp_path / "model.gguf")
+    found, wanted = by_llama_cpp(tmp_path / "model.gguf"), by_transformers(checkpoint)
+    left = iter(wanted)  # llama.cpp's server does not list some tokens that are parts of a character
+    assert len(found) > COUNT // 2
+    for number, value in found:
+        assert any(number == other and value == pytest.approx(own, abs=1e-4) for other, own in left)
+
+
+@pytest.mark.parametrize(("bits", "points"), [(4, "none"), (4, "whole"), (8, "none")])
+def test_quantized_files_load(bits: int, points: Any, tmp_path: Path) -> None:
+    """llama.cpp rounds activations to 8 bits in front of such a block, so that only the first token is compared."""
+    checkpoint = write_decoder(tmp_path, "qwen2", bits, points)
+    GgufFile(checkpoint, "f16").write(tmp_path / "model.gguf")
+    found, wanted = by_llama_cpp(tmp_path / "model.gguf"), by_transformers(checkpoint)
+    assert found[0][0] == wanted[0][0]
+    assert found[0][1] == pytest.approx(wanted[0][1], abs=0.2)
