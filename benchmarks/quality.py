@@ -137,12 +137,15 @@ class Session:
         found: guide.TeacherOutputs = self.samples[key]
         return found
 
+    def key(self, row: str, merge: str, bits: str, seed: int) -> str:
+        """Returns the name of a result in the file."""
+        return f"{merge} {'dense' if row.endswith('dense') else bits} {row} {seed}"
+
     def measure(self, row: str, merge: str, bits: str, seed: int) -> dict[str, Any]:
         """Returns the accuracy in % and the seconds of calibration of one row."""
-        dense = row.endswith("dense")
-        key = f"{merge} {'dense' if dense else bits} {row} {seed}"
+        key = self.key(row, merge, bits, seed)
         if key not in self.known:
-            group = {} if dense else {"bits": bits, "group_size": "32" if float(bits) < 3 else "64"}
+            group = {} if row.endswith("dense") else {"bits": bits, "group_size": "32" if float(bits) < 3 else "64"}
             job = self.job(merge, {**ROWS[row], **group, "seed": str(seed)})
             if not self.loaded:
                 self.load(job)

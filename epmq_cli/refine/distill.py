@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 LARGEST = 0.0003
 """The learning rate of `auto` for experts far apart."""
-SHARE = 0.1
+SHARE = 0.12
 """The learning rate of `auto` for experts near each other, relative to their distance from the merged weights."""
 
 

@@ -80,7 +80,7 @@ def test_near_experts_lower_the_learning_rate(bert_hub: Path, tmp_path: Path) ->
     assert found == pytest.approx(expected, rel=1e-4)
     auto = job.refine
     assert isinstance(auto, Distill)
-    assert auto.rates(0.002) == [pytest.approx(0.0002)]
+    assert auto.rates(0.002) == [pytest.approx(0.00024)]
     assert auto.rates(1.0) == [0.0003]
     assert replace(auto, lr=[0.1, 0.2]).rates(1.0) == [0.1, 0.2]
     run_in(tmp_path / "run", bert_hub, *OPTIONS, "merge=average", "refine.lr=auto", "refine.epochs=1")
