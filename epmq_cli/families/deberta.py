@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 QUERY, KEY, VALUE = (f"attention.self.{part}_proj" for part in ("query", "key", "value"))
 
 
-def _gelu(hidden: Tensor) -> Tensor:
+def gelu(hidden: Tensor) -> Tensor:
     return torch.nn.functional.gelu(hidden)
 
 
@@ -57,5 +57,5 @@ DEBERTA = Family(
         ),
         fixed={"conv_kernel_size": 0, "pooler_hidden_act": "gelu"},
     ),
-    TextClassifier(ClassifierHead(dense="pooler.dense", activation=_gelu)),
+    TextClassifier(ClassifierHead(dense="pooler.dense", activation=gelu)),
 )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Q, K, V = (f"attention.{part}_lin" for part in "qkv")
 
 
-def _relu(hidden: Tensor) -> Tensor:
+def relu(hidden: Tensor) -> Tensor:
     return torch.relu(hidden)
 
 
@@ -47,5 +47,5 @@ DISTILBERT = Family(
         unsolved=(r"embeddings\.position_ids",),
         shared=("n_heads", "activation"),
     ),
-    TextClassifier(ClassifierHead(dense="pre_classifier", activation=_relu)),
+    TextClassifier(ClassifierHead(dense="pre_classifier", activation=relu)),
 )
