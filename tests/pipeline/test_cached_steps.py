@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -178,14 +179,14 @@ def test_an_entry_that_another_job_evicts_is_recomputed(
     bert_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_in(tmp_path / "first", bert_hub, *KEEPING, "guidance=feature")
-    real, removed = cached_steps.load_file, []
+    real, removed = safetensors.torch.load_file, []
 
     def load_file(path: Path, **options: Any) -> Any:
         path.unlink()
         removed.append(path)
         return real(path, **options)
 
-    monkeypatch.setattr(cached_steps, "load_file", load_file)
+    monkeypatch.setattr(safetensors.torch, "load_file", load_file)
     assert same(first, run_in(tmp_path / "second", bert_hub, *KEEPING, "guidance=feature"))
     assert removed
 
