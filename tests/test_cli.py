@@ -305,7 +305,7 @@ def complete(line: str, epmq: Run) -> list[str]:
     ("line", "expected"),
     [
         ("epmq ", ["run", "merge", "eval", "verify", "inspect", "report", "export", "push", "list"]),
-        slow(("epmq e", ["eval"])),
+        slow(("epmq e", ["eval", "export"])),
         slow(("epmq run mer", ["merge=", "merge."])),
         ("epmq run merge=t", ["merge=task_arithmetic", "merge=ties", "merge=tsv_m"]),
         ("epmq run merge=ties merge.d", ["merge.density="]),

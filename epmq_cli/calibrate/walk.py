@@ -35,7 +35,7 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.calibrate.walk_parts import walk_parts
 from epmq_cli.calibrate.weight_sink import WeightSink
-from epmq_cli.data.batching import Batch, Batches
+from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import copy_into, swapped_weights
 from epmq_cli.quantize.kernels.select import load_kernels
@@ -74,8 +74,7 @@ class Walk:
         self.taught = self.guidance.teaches or refiner is not None
         self.chunks = chunks
         self.refinement = None if refiner is None else BlockRefinement(refiner, student, chunks)
-        own: Batches = chunks.parts()
-        self.own, self.others = own, own  # the inputs of the present stack, for the student and for the teachers
+        self.own = self.others = chunks.parts()  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
         self.teacher_streams: dict[str, list[HiddenState]] = {}
         self.blocks: dict[str, dict[str, Tensor]] = {}
