@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
 import epmq_cli.calibrate.activations.store
 import epmq_cli.calibrate.progress_file
@@ -30,7 +31,7 @@ WRITES: dict[str, tuple[Any, str, int]] = {
     "activations": (epmq_cli.calibrate.activations.store, "_bytes", 1),
     "later activations": (epmq_cli.calibrate.activations.store, "_bytes", 20),
     "checkpoint": (epmq_cli.checkpoint.write, "write_model", 1),
-    "heads": (epmq_cli.checkpoint.write, "save_file", 1),
+    "heads": (safetensors.torch, "save_file", 1),
     "manifest": (epmq_cli.checkpoint.write, "write_manifest", 1),
     "metrics": (epmq_cli.report.metrics_json, "write_text", 1),
 }
