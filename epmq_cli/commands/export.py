@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.commands.output_file import check_output
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.runtime.console import console, plain
@@ -38,6 +39,7 @@ def export(checkpoint: Path, file: Path, dense: str, force: bool) -> None:
         raise ConfigError(f"epmq export writes files whose names end in {SUFFIX}, got {file}")
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} is not a checkpoint; give the checkpoint folder that epmq run wrote")
+    check_output("epmq export", file)
     if file.exists() and not force:
         raise ConfigError(f"{file} exists; choose another name, or add --force to replace it")
     quiet_libraries()

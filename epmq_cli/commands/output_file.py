@@ -9,7 +9,7 @@ from epmq_cli.runtime.console import messages, plain
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """ConfigError if the option names a file in no folder, or a folder. None is no file."""
+    """ConfigError if the option names a file in no folder, or a folder. None: no file is asked for."""
     if path is None:
         return
     if path.is_dir():

@@ -10,7 +10,6 @@ becomes several blocks with the same scale.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,21 +34,18 @@ def kind_of(format: NumberFormat) -> str:
     return kind
 
 
-def check_blocks(linears: Mapping[str, torch.Size], formats: Collection[NumberFormat]) -> None:
-    """ConfigError if groups of these linears (out, in) are no whole blocks."""
-    for format in formats:
-        kind_of(format)
-        for name, shape in linears.items():
-            size = group_columns(format, shape[1])
-            if size % BLOCK:
-                raise ConfigError(
-                    f"GGUF needs groups that are multiples of {BLOCK} inputs, got {size} in {name}; use "
-                    f"group_size={BLOCK}"
-                )
+def check_blocks(name: str, columns: int, format: NumberFormat) -> None:
+    """ConfigError if blocks cannot hold the groups of a linear with this many inputs."""
+    kind_of(format)
+    size = group_columns(format, columns)
+    if size % BLOCK:
+        raise ConfigError(
+            f"GGUF needs groups that are multiples of {BLOCK} inputs, got {size} in {name}; use group_size={BLOCK}"
+        )
 
 
 def packed(weight: QuantizedWeight) -> Tensor:
-    """The blocks of a weight: uint8 (out, bytes). The scales must be float16 numbers; see `fits`."""
+    """The blocks of a weight: uint8 (out, bytes). Scales are rounded to float16; see `rounding`."""
     kind, (rows, columns) = kind_of(weight.format), weight.shape
     codes = weight.codes.cpu().reshape(rows, columns // BLOCK, BLOCK)
     repeat = group_columns(weight.format, columns) // BLOCK

@@ -76,7 +76,7 @@ class GgufFile:
         formats = quantized_linears(folder, model, self._files, self._layout)
         self._shapes = {name: model.get_parameter(f"{name}.weight").shape for name in formats}
         for name, format in formats.items():
-            blocks.check_blocks({name: self._shapes[name]}, [format])
+            blocks.check_blocks(name, self._shapes[name][1], format)
         self._kinds = {name: blocks.kind_of(format) for name, format in formats.items()}
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture.name)
         self._names = gguf.get_tensor_name_map(arch, self._config["num_hidden_layers"])
@@ -157,7 +157,7 @@ class GgufFile:
         return heads_of(name, self._config) if self._architecture.interleaved else 0
 
     def _kind(self, shape: tuple[int, ...]) -> str:
-        """GGML's type of a dense tensor; rows that are no whole blocks are float16."""
+        """GGML's type of a dense tensor; float16 where a row does not fill its blocks."""
         if len(shape) < 2:
             return "F32"
         return "F16" if self._dense == "Q8_0" and shape[-1] % blocks.BLOCK else self._dense
