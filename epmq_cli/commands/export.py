@@ -14,7 +14,8 @@ from epmq_cli.runtime.console import console, plain
 from epmq_cli.runtime.units import size
 
 DESCRIPTION = """Writes a checkpoint of epmq run as one GGUF file for llama.cpp. The file has the 4-bit or 8-bit
-weights of the checkpoint as they are: nothing is rounded again. For decoders: Llama, Mistral, Qwen 2, Qwen 3."""
+weights of the checkpoint as they are: nothing is rounded again. For decoders: Llama, Mistral, Qwen, Gemma, Granite,
+OLMo 2, Phi 3, SmolLM 3."""
 SUFFIX = ".gguf"
 DENSE = ("f16", "bf16", "f32", "q8_0")
 

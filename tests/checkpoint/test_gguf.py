@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,10 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from epmq_cli.checkpoint.gguf import blocks
+from epmq_cli.checkpoint.gguf.architectures import architecture_of
 from epmq_cli.checkpoint.gguf.tokenizer import SPLITS
 from epmq_cli.checkpoint.gguf.write import GgufFile
 from epmq_cli.checkpoint.layouts import layout_of
@@ -66,7 +70,7 @@ def test_blocks_hold_the_numbers_of_the_codes(bits: int, points: Points, group_s
         assert 0 < blocks.rounding(weight) < 0.005
 
 
-@pytest.mark.parametrize("kind", first(2, tuple(MODELS)))
+@pytest.mark.parametrize("kind", first(2, ("llama", "llama3", "mistral", "qwen2", "qwen3")))
 def test_a_file_holds_the_tensors_of_its_checkpoint(kind: str, tmp_path: Path) -> None:
     folder = write_decoder(tmp_path, kind)
     GgufFile(folder, "f32").write(tmp_path / "model.gguf")
@@ -117,13 +121,82 @@ def test_metadata_and_tokens_are_those_of_the_checkpoint(tmp_path: Path) -> None
     torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
 
 
-@pytest.mark.parametrize(("regex", "name"), [*SPLITS.items(), ("gpt-2", "gpt-2")])
-def test_splits_of_texts_have_names(regex: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("regex", "whole", "name"), [*((*key, name) for key, name in SPLITS.items()), ("gpt-2", False, "gpt-2")]
+)
+def test_splits_of_texts_have_names(regex: str, whole: bool, name: str, tmp_path: Path) -> None:
     folder = write_decoder(tmp_path, "llama")
-    write_tokenizer(folder, regex)
-    GgufFile(folder, "f16").write(tmp_path / "model.gguf")
-    field = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"]
-    assert field.contents() == name
+    write_tokenizer(folder, regex, whole)
+    assert fields(folder)["tokenizer.ggml.pre"] == name
+
+
+def fields(folder: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint's file."""
+    GgufFile(folder, "f16").write(folder.parent / "model.gguf")
+    return {name: field.contents() for name, field in GGUFReader(folder.parent / "model.gguf").fields.items()}
+
+
+def test_scores_give_the_order_of_merges(tmp_path: Path) -> None:
+    """Oracle: the tokens of transformers, from the merges that SentencePiece does with the scores of the file."""
+    folder = write_decoder(tmp_path, "mistral")
+    found = fields(folder)
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    words = "▁the▁lives▁of▁the▁people"
+    pieces = list(words)
+    while pairs := [
+        (scores["".join(pair)], place) for place, pair in enumerate(pairwise(pieces)) if "".join(pair) in scores
+    ]:
+        place = max(pairs, key=lambda pair: (pair[0], -pair[1]))[1]
+        pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert pieces == tokenizer.tokenize(words.replace("▁", " ").strip())
+    assert found["tokenizer.ggml.add_space_prefix"]
+    assert not found["tokenizer.ggml.add_bos_token"]
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 2, 6]
+
+
+def test_merges_that_no_scores_order_are_refused(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path, "mistral")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].pop(len(content["model"]["merges"]) // 2)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="merges every pair that makes a token"):
+        GgufFile(folder, "f16").write(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_gemma_has_its_own_norms_windows_and_frequencies(kind: str, tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path, kind, pack="dense")
+    found = fields(folder)
+    assert found[f"{kind}.attention.sliding_window"] == 8
+    stored = SafetensorsFiles(folder, "checkpoint").tensor("model.layers.0.input_layernorm.weight")
+    assert torch.equal(tensors(tmp_path / "model.gguf")["blk.0.attn_norm.weight"], stored.float() + 1)
+    if kind == "gemma2":
+        assert found["gemma2.final_logit_softcapping"] == 30
+    else:
+        assert (found["gemma3.rope.freq_base"], found["gemma3.rope.freq_base_swa"]) == (1e6, 1e4)
+
+
+def test_a_window_that_llama_cpp_lacks_ends_the_context(tmp_path: Path) -> None:
+    assert fields(write_decoder(tmp_path, "phi3"))["phi3.context_length"] == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "relu"}, "computes llama with silu, got relu"),
+        ("llama", {"model_type": "opt"}, "got the model type opt"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "has no gemma2 with query_pre_attn_scalar=7, not 16"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "another order of layer_types"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "another order of no_rope_layers"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rotary embeddings default, linear or llama3, got yarn"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    config = {**MODELS[kind]().config.to_dict(), **changes}
+    with pytest.raises(ConfigError, match=message):
+        architecture_of(config)
 
 
 def test_what_llama_cpp_cannot_load_is_refused(tmp_path: Path, epmq_inside: Run) -> None:

@@ -1,15 +1,17 @@
-"""A tokenizer by byte-level BPE, as decoders have, and small decoders whose checkpoints can become GGUF."""
+"""Tokenizers by byte-level BPE and of SentencePiece, and small decoders whose checkpoints can become GGUF."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers as t
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
+from epmq_cli.checkpoint.gguf.tokenizer import SPACE
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
@@ -36,18 +38,30 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-MODELS = {
+WINDOW: dict[str, Any] = {**SIZE, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE)),
     "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZE, sliding_window=None)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZE)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZE, head_dim=32)),
+    "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SIZE, head_dim=32, pad_token_id=None)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**WINDOW, pad_token_id=None)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**WINDOW, "num_hidden_layers": 6}, pad_token_id=None)),
+    "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZE, **GRANITE)),
+    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**SIZE, pad_token_id=None)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SIZE, sliding_window=32, pad_token_id=None)),
+    "smollm3": lambda: t.SmolLM3ForCausalLM(t.SmolLM3Config(**{**SIZE, "num_hidden_layers": 4}, pad_token_id=None)),
 }
+PIECES = ("gemma", "gemma2", "gemma3", "mistral", "phi3")
+"""The models that get a tokenizer of SentencePiece."""
 
 
-def write_tokenizer(folder: Path, split: str = "gpt-2") -> None:
-    """Writes a tokenizer. `split`: a regular expression, or gpt-2 for the one of ByteLevel itself."""
-    made = Tokenizer(models.BPE())
+def write_tokenizer(folder: Path, split: str = "gpt-2", whole: bool = False) -> None:
+    """Writes a tokenizer. `split`: a regular expression, or gpt-2 for that of ByteLevel itself. `whole`: whether
+    words that are tokens stay whole."""
+    made = Tokenizer(models.BPE(ignore_merges=whole))
     own = split == "gpt-2"
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)
     steps = [pre_tokenizers.Split(Regex(split), "isolated"), level]
@@ -58,6 +72,26 @@ def write_tokenizer(folder: Path, split: str = "gpt-2") -> None:
         TEXT, trainers.BpeTrainer(vocab_size=ROWS - 10, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     )
     t.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|end|>", eos_token="<|end|>").save_pretrained(folder)
+
+
+def write_pieces(folder: Path, prefix: bool = True) -> None:
+    """Writes a tokenizer of SentencePiece as transformers converts it. `prefix`: whether it puts a space in front of
+    texts."""
+    special = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Replace(" ", SPACE)  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")  # type: ignore[assignment]
+    made.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=ROWS - 10, special_tokens=special))
+    vocab = made.get_vocab()
+    tokens = [token for token in sorted(vocab, key=vocab.__getitem__) if token not in special]
+    cuts = ((token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token)))
+    merges = [(left, right) for left, right in cuts if left in tokens and right in tokens]
+    whole = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", SPACE)
+    both = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+    whole.normalizer = both if prefix else replace  # type: ignore[assignment]
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    t.PreTrainedTokenizerFast(tokenizer_object=whole, **named).save_pretrained(folder)
 
 
 def write_decoder(
@@ -75,7 +109,7 @@ def write_decoder(
         parameter.data = torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1)
     base = folder / "base"
     model.save_pretrained(base)
-    write_tokenizer(base)
+    (write_pieces if kind in PIECES else write_tokenizer)(base)
     format = IntFormat(bits, group_size, points)
     weights = {
         name: quantized(module.weight.detach(), format)

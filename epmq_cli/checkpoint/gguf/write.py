@@ -151,6 +151,8 @@ class GgufFile:
     def _dense_tensor(self, name: str, kind: str) -> Any:
         """A tensor that is not quantized."""
         tensor, heads = self._files.tensor(name).float(), self._heads(name)
+        if name.endswith("norm.weight"):
+            tensor = tensor + self._architecture.offset
         return quantized(interleaved(tensor, heads) if heads else tensor, kind)
 
     def _heads(self, name: str) -> int:
