@@ -148,7 +148,7 @@ def _headers(source: str, role: str, root: str | None, base: ModelFolder | None)
 
 def _open_local(plan: Planned, job: Job) -> None:
     """Opens models as the run does, but for the weights of the base."""
-    models = SuiteModels(job.suite, job.family, given=given_path(job.merge))
+    models = SuiteModels(job.suite, job.family, given=given_path(job.merge), transform=job.transform)
     plan.base, plan.experts, plan.source = models.base, models.experts, models.source
     if job.exporter.open_clip:
         plan.attempt(lambda: check_base(models.base))

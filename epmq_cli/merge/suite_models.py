@@ -27,9 +27,10 @@ from epmq_cli.merge.source import GIVEN, SHOWN, MergeSource
 from epmq_cli.merge.tied_weights import Member, Ties, are_plain, ask_classes, resolve_ties
 from epmq_cli.merge.token_rows import TokenRows
 from epmq_cli.models.merged_tokenizer import MergedTokenizer
-from epmq_cli.models.model_class import model_class
+from epmq_cli.models.model_class import TIE, model_class
 from epmq_cli.models.model_folder import Completed, ModelFolder
 from epmq_cli.models.resolve import locate
+from epmq_cli.models.rotation import rotated
 from epmq_cli.models.tokenizers import check_tokens
 from epmq_cli.models.wrappers import merged_names, misfit, refuse_wrapped, unwrap
 from epmq_cli.runtime.console import log, plain, say
@@ -44,10 +45,13 @@ class SuiteModels:
     """The opened models of a suite and a common view of their tensors (`source`).
 
     `whole`: merges all tensors that base and experts share, as `epmq merge` does, not only those that the family
-    names. `given`: the folder of a merge that exists already. `ties`: the tied tensors that stay tied.
+    names. `given`: the folder of a merge that exists already. `transform`: hadamard rotates all models.
+    `ties`: the tied tensors that stay tied.
     """
 
-    def __init__(self, suite: Suite, family: Family, whole: bool = False, given: str | None = None) -> None:
+    def __init__(
+        self, suite: Suite, family: Family, whole: bool = False, given: str | None = None, transform: str = "none"
+    ) -> None:
         root = suite.root
         self.base = open_member(family, suite.base, "base", root, None)
         refuse_wrapped(self.base)
@@ -60,6 +64,10 @@ class SuiteModels:
         }
         if given is not None:
             self.experts[GIVEN] = _fitted(family, open_member(family, given, "given merge", root, self.base), base)
+        if transform != "none":
+            self.base = rotated(self.base)
+            self.experts = {task: rotated(expert) for task, expert in self.experts.items()}
+            base = _member(family, self.base)
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
         if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
             self.experts = {task: completed(expert, self.base, further) for task, expert in self.experts.items()}
@@ -67,6 +75,8 @@ class SuiteModels:
             for member in (base, *experts.values()):
                 member.merged |= {name: name for name in further}
         self.ties = _resolve(family, base, experts, whole)
+        if transform != "none":
+            self.ties = replace(self.ties, changes={**self.ties.changes, TIE: False})
         if whole:
             _check_complete(base)
         misfits = {

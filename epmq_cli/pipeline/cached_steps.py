@@ -139,7 +139,8 @@ class CachedSteps:
         return self._samples_hashes[task.name]
 
     def _key(self, kind: str, **parts: Any) -> dict[str, Any]:
-        general = {"family": self._job.family.name, "dtype": str(self._dtype)}
+        job = self._job
+        general = {"family": job.family.name, "dtype": str(self._dtype), "transform": job.transform}
         return {"kind": kind, "in": environment(self._job.device), **general, **parts}
 
     def _model(self, stage: str, task: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from epmq_cli.pipeline.option_checks import (
     check_refinement,
     check_scoring,
     check_slices,
+    check_transform,
 )
 from epmq_cli.quantize.build import build_quantizer
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
@@ -50,6 +51,7 @@ class Job:
     quantizer: Quantizer | MixedPrecision
     exporter: Exporter
     evaluation: schema.Evaluation
+    transform: str
     device_name: str
     seed: int
     resume: str
@@ -102,6 +104,7 @@ def read_job(cfg: DictConfig) -> Job:
     if not any(guidance.factor(name) for name in names):
         raise ConfigError("guidance.weights must leave at least one task above 0, got 0 for every task")
     check_choice("resume", cfg.resume, ("auto", "never"))
+    check_transform(cfg.transform, merge)
     calib: schema.Calib = instantiate.build("calib", cfg.calib)
     instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
@@ -124,6 +127,7 @@ def read_job(cfg: DictConfig) -> Job:
         quantizer=quantizer,
         exporter=exporter,
         evaluation=evaluation,
+        transform=cfg.transform,
         device_name=cfg.device,
         seed=instantiate.seed_of(cfg.seed),
         resume=cfg.resume,

@@ -83,6 +83,16 @@ def check_slices(method: MergeMethod, guidance: Guidance) -> None:
         )
 
 
+def check_transform(transform: object, method: MergeMethod) -> None:
+    """Raises ConfigError if `transform` is unknown, or a merge changes the layers that it rotates."""
+    check_choice("transform", transform, ("none", "hadamard"))
+    if transform != "none" and sliced(method):
+        raise ConfigError(
+            f"merge={method_name(method)} with merge.slices changes the layers of the model, which "
+            f"transform={transform} does not rotate; use transform=none, or merge with epmq merge first"
+        )
+
+
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
     """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
     scored on their test samples."""

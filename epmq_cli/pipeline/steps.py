@@ -56,13 +56,14 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     The model is on the device or, with `calib.student=disk`, in files in the folder. It computes in float32 with
     weights rounded to that type. Buffers that are not stored, such as rotary frequencies, are not rounded.
     """
-    models = SuiteModels(job.suite, job.family, given=given_path(job.merge))
+    models = SuiteModels(job.suite, job.family, given=given_path(job.merge), transform=job.transform)
     if job.exporter.open_clip:
         check_base(models.base)
     ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
     dtype = written_dtype(models.source, job.exporter.dtype)
     check_lengths(job.suite, job.family, models.base.path)
-    model = _base_model(job, models, dtype, folder)
+    described = models.base.config if job.transform != "none" else None
+    model = _base_model(job, models, dtype, folder, described)
     formats = formats_of(job.quantizer)
     check_groups(model, job.family, formats)
     job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats)
@@ -89,6 +90,8 @@ def _base_model(
     model = fit_source(load_model(job.family, models.base.path, place, opened_dtype, described), models)
     check_parts(model, job.family)
     check_described(model, job.family, models)
+    if job.transform != "none":
+        copy_into(model, ((name, models.source.base(name)) for name in models.source.names))
     own = model.state_dict().items()
     copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     return model

@@ -113,6 +113,7 @@ TOP = (
     "bits",
     "group_size",
     "seed",
+    "transform",
     "cache",
     "resume",
     "device",
