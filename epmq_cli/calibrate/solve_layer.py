@@ -65,7 +65,8 @@ def solve(
     (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
     best = target[problem.rows]
     anchor = problem.anchor.weight[problem.rows].float()
-    result = quantizer.quantize(LayerProblem(tuple(names), best.float(), anchor, problem.H, dtype), prepared)
+    largest = float(target.abs().max())
+    result = quantizer.quantize(LayerProblem(tuple(names), best.float(), anchor, problem.H, dtype, largest), prepared)
     own = result.weight.dequantize()
     losses_of = partial(problem.loss, target=target, solved=solved)
     columns = [problem.anchor_loss(), losses_of(best), losses_of(own), problem.energy()]
@@ -92,7 +93,8 @@ def quantize_anchor(
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian."""
     own = anchor.weight[distributed.row_range(sum(outs))].float()
-    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype), nothing())
+    largest = float(anchor.weight.abs().max())
+    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype, largest), nothing())
     weights = _split(result.weight, outs)
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
     targets = torch.split(anchor.weight, outs)

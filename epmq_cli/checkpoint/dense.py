@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from epmq_cli.checkpoint.exporter import ExpectedTensor
+from epmq_cli.checkpoint.exporter import ExpectedTensor, check_plain_inputs
 from epmq_cli.config.schema import OpenClipPack
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseExporter(OpenClipPack):
-    """`pack=dense`. It stores weights of every format and model."""
+    """`pack=dense`. It stores weights of every format and model, and no format of activations."""
 
     packs: ClassVar[bool] = False
     tags: ClassVar[tuple[str, ...]] = ()
@@ -31,6 +31,7 @@ class DenseExporter(OpenClipPack):
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
+        check_plain_inputs("dense", formats)
 
     def check_linears(
         self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]

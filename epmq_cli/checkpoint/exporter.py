@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from epmq_cli.errors import CheckpointError
+from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
@@ -101,12 +101,22 @@ def signed_scale(tensor: Tensor) -> str | None:
 
 def positive_scale(tensor: Tensor) -> str | None:
     """The problem with scales that must be positive."""
-    return finite(tensor) or (None if (tensor > 0).all() else "holds scales that are not above 0")
+    return finite(tensor) or (None if (tensor.float() > 0).all() else "holds scales that are not above 0")
 
 
 def scale_check(format: NumberFormat, signed: bool) -> Callable[[Tensor], str | None]:
     """The check of the scales of a format; negative ones are useful only if codes are not mirrored."""
     return signed_scale if signed and not format.mirrored else positive_scale
+
+
+def check_plain_inputs(pack: str, formats: Collection[NumberFormat]) -> None:
+    """ConfigError if a format rounds the inputs of linears, which `pack` cannot tell engines."""
+    for format in formats:
+        if format.activations != "none":
+            raise ConfigError(
+                f"pack={pack} stores no format of activations, got quant.format={format.name}; use "
+                "pack=compressed_tensors, or quant.format=int or fp8"
+            )
 
 
 def equal_to(values: list[int], tensor: Tensor) -> str | None:

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 METHOD = "gptq"
 FORMATS = ("gptq", "gptq_v2")
+BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-"""The group sizes that GPTQModel loads."""
+"""The bits and group sizes that GPTQModel loads."""
 OTHER = "use pack=compressed_tensors"
 BLOCK = re.compile(r"(.+?)\.\d+\.")
 
@@ -80,13 +81,14 @@ class GptqExporter(Pack):
             names = " and ".join(format.name for format in formats)
             raise ConfigError(f"pack=gptq stores one format for all linears, got {names}; {OTHER}, or one format")
         for format in formats:
-            if not isinstance(format, IntFormat):
+            if not isinstance(format, IntFormat) or format.activations != "none":
                 raise ConfigError(f"pack=gptq stores integers, got {format.name}; {OTHER}")
             if format.zero_points == "real":
                 raise ConfigError(
                     "pack=gptq stores whole zero points, and those of this quantizer are real numbers; use "
                     "quant.zero_point=integer or pack=dense"
                 )
+            check_choice("bits with pack=gptq", format.bits, BITS)
             check_choice("group_size with pack=gptq", format.group_size, GROUP_SIZES)
 
     def check_linears(

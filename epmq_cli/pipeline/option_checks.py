@@ -50,6 +50,12 @@ def check_refinement(
             f"refine.packed=codes trains integers, got quant.format={other[0]}; use quant.format=int, or "
             "refine.packed=scales"
         )
+    coarse = [format.name for format in formats if format.scale_bits is not None]
+    if refinement.packed_epochs and coarse:
+        raise ConfigError(
+            f"refine.packed=scales trains scales, and those of quant.format={coarse[0]} are too coarse; use "
+            "refine.packed_epochs=0, or quant.format=int or fp8"
+        )
 
 
 def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:

@@ -52,7 +52,9 @@ def search_alpha(
     for number in range(candidates):
         alpha = number / candidates
         scales = channel_scales(inputs.magnitude, alpha).to(weight.dtype)
-        rounded = rtn(weight * scales, format, "minmax", dtype).dequantize() / scales
+        scaled = weight * scales
+        own = format.for_range(float(scaled.abs().max()))
+        rounded = rtn(scaled, own, "minmax", dtype).dequantize() / scales
         error = output_error(rounded - weight, inputs.hessian)
         if error < least:
             least, best = error, alpha
@@ -129,5 +131,7 @@ class Awq:
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer; the layer's channels are already scaled."""
         if self.clip:
-            layer = replace(layer, weight=clipped(layer.weight, layer.measured(), self.format, layer.dtype))
+            layer = replace(
+                layer, weight=clipped(layer.weight, layer.measured(), layer.in_range(self.format), layer.dtype)
+            )
         return self.rounder.quantize(layer, prepared)

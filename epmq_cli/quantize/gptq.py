@@ -177,5 +177,6 @@ class Gptq:
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""
-        options = (self.format, self.grid, layer.dtype, self.damping, self.block_size, self.act_order)
+        format = layer.in_range(self.format)
+        options = (format, self.grid, layer.dtype, self.damping, self.block_size, self.act_order)
         return gptq(layer.weight, layer.measured(), *options, prepared)

@@ -22,7 +22,8 @@ class LayerProblem:
 
     `names`: the linears. `weight`: the target, float32 (out, in). `anchor`: the merged weight, float32 (out, in).
     `hessian`: H of the objective tr (Q - W) H (Q - W)', float64 (in, in); None if the inputs were not measured,
-    because neither the guidance nor the quantizer needs them. `dtype`: the type that scales are stored in.
+    because neither the guidance nor the quantizer needs them. `dtype`: the type that scales are stored in. `largest`:
+    the largest magnitude in the target, over the rows of all processes; None if these are all rows.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,11 @@ class LayerProblem:
     anchor: Tensor
     hessian: Tensor | None
     dtype: torch.dtype
+    largest: float | None = None
+
+    def in_range(self, format: NumberFormat) -> NumberFormat:
+        """The format for the range of this target (`NumberFormat.for_range`)."""
+        return format.for_range(float(self.weight.abs().max()) if self.largest is None else self.largest)
 
     def measured(self) -> Tensor:
         """The Hessian of a layer whose inputs were measured."""

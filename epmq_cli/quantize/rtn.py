@@ -35,4 +35,4 @@ class Rtn(DataFree):
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""
-        return QuantizationResult(rtn(layer.weight, self.format, self.grid, layer.dtype))
+        return QuantizationResult(rtn(layer.weight, layer.in_range(self.format), self.grid, layer.dtype))

@@ -190,7 +190,7 @@ def test_a_sweep_runs_every_combination_in_its_own_folder(bert_hub: Path, epmq_i
     [
         (
             ("run", "bits=9"),
-            "epmq: bits must be one of 2, 3, 4, 8, or a number between them for a mix such as 3.5, got 9",
+            "epmq: bits must be one of 2, 3, 4, 5, 6, 7, 8, or a number between them for a mix such as 3.5, got 9",
         ),
         (
             ("eval", "nowhere"),

@@ -25,7 +25,7 @@ def check(checkpoint: Path) -> None:
     [
         lambda q: q.pop("ignore"),
         lambda q: q.update(config_groups=3),
-        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=5),
+        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=9),
         lambda q: q["config_groups"]["group_0"].pop("weights"),
     ],
     ids=range(4),

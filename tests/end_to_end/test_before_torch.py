@@ -54,7 +54,7 @@ def of_hub(hub: Path, *overrides: str) -> list[str]:
 
 
 CONFIGS = {
-    "bits=99": "bits must be one of 2, 3, 4, 8",
+    "bits=99": "bits must be one of 2, 3, 4, 5, 6, 7, 8",
     "+merge.densty=1": "merge has no option 'densty'",
     "quant.damping=-1": "quant.damping must be a number in",
     "device=tpu": "device must be auto, cpu, cuda",

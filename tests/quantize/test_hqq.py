@@ -113,7 +113,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
         ({"beta": -1}, "quant.beta"),
         ({"kappa": 0.5}, "quant.kappa"),
         ({"iterations": 1.5}, "quant.iterations must be a whole number"),
-        ({"bits": 3.5}, "bits must be one of 2, 3, 4, 8"),
+        ({"bits": 3.5}, "bits must be one of 2, 3, 4, 5, 6, 7, 8"),
     ],
 )
 def test_bad_options_are_refused(change: dict[str, object], message: str) -> None:

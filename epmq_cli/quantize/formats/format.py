@@ -2,7 +2,7 @@
 
 A format turns weights into codes and back. A group of input columns of one row shares a scale, and a zero point if
 the format has them. Scales are rounded to the stored type before codes are chosen, so that the codes are optimal for
-the stored scale.
+the stored scale. A grid holds the scale by which readers multiply: of a scale in two levels, both together.
 
 To add a format, write a module with a frozen dataclass that implements `NumberFormat`, and list it in names.py.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import torch
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ZeroPoints = Literal["none", "whole", "real"]
+Activations = Literal["none", "int8", "fp8", "mxfp4", "mxfp8"]
+"""The formats that engines round a linear's inputs to at run time: none; int8 and fp8 with a scale a token; or MX."""
 SEARCHES = ("minmax", "mse")
 SHRINKS = 80  # candidates of the mse search: the full range times 1.00, 0.99, ... 0.21
 
@@ -85,6 +87,18 @@ class NumberFormat(Protocol):
     def mirrored(self) -> bool:
         """Whether the negative of every code is a code too. If not, a negative scale reaches other values."""
 
+    @property
+    def activations(self) -> Activations:
+        """The format of a linear's inputs at run time."""
+
+    @property
+    def scale_bits(self) -> int | None:
+        """The bits of a stored scale; None if scales are stored in the type of the checkpoint."""
+
+    def for_range(self, largest: float) -> NumberFormat:
+        """The format of one tensor whose largest magnitude is `largest`. It differs only in formats with a scale of the
+        whole tensor."""
+
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
         """The grid (...) of groups (..., columns); `dtype` is the type that scales are stored in.
 
@@ -99,6 +113,24 @@ class NumberFormat(Protocol):
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The numbers that codes represent, in the type of the scales; the grid broadcasts against the codes."""
+
+
+class PlainScales:
+    """The members of formats with scales in the type of the checkpoint and inputs that stay as they are."""
+
+    @property
+    def activations(self) -> Activations:
+        """None: inputs are not rounded."""
+        return "none"
+
+    @property
+    def scale_bits(self) -> int | None:
+        """None: the type of the checkpoint."""
+        return None
+
+    def for_range(self, largest: float) -> Self:
+        """The format itself: no scale covers the whole tensor."""
+        return self
 
 
 def check_group_size(group_size: object) -> None:

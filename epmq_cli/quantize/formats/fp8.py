@@ -3,7 +3,7 @@
 A code c is one of 253 numbers up to 448 with 3 bits of mantissa, and represents c scale. The format has no infinities,
 and NaN is never written. Errors are relative to the size of each weight, down to 2^-6 of the scale. So outliers cost
 little, and one scale per row (group_size=-1) is nearly as good as groups. vLLM's sources have no kernels for FP8 in
-groups.
+groups. With activations, engines round the inputs to FP8 too, with a scale per token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from epmq_cli.quantize.formats.format import Grid, ZeroPoints, check_group_size, fit_grid, stored_scale
+from epmq_cli.config.validate import check_choice
+from epmq_cli.quantize.formats.format import (
+    Activations,
+    Grid,
+    PlainScales,
+    ZeroPoints,
+    check_group_size,
+    fit_grid,
+    stored_scale,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +31,20 @@ LARGEST = 448.0  # of float8_e4m3fn
 
 
 @dataclass(frozen=True)
-class Fp8Format:
-    """`quant.format=fp8`; see NumberFormat."""
+class Fp8Format(PlainScales):
+    """`quant.format=fp8`, or `fp8_dynamic` with activations; see NumberFormat."""
 
     group_size: int
+    activations: Activations = "none"
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
+        check_choice("activations", self.activations, ("none", "fp8"))
 
     @property
     def name(self) -> str:
-        """fp8."""
-        return "fp8"
+        """fp8, or fp8_dynamic with activations."""
+        return "fp8" if self.activations == "none" else "fp8_dynamic"
 
     @property
     def bits(self) -> int:

@@ -1,7 +1,9 @@
 """Integers: `bits` bits from -2^(bits-1) to 2^(bits-1) - 1, as compressed-tensors stores them.
 
 A code q represents (q - zero) scale. Without zero points the zero is 0. Whole zero points are codes themselves; real
-ones, which HQQ (https://mobiusml.github.io/hqq_blog/) solves for, are any numbers.
+ones, which HQQ (https://mobiusml.github.io/hqq_blog/) solves for, are any numbers. W8A8 has 8 bits and one scale per
+row, and engines round the inputs to 8 bits with a scale per token, so that they multiply integers
+(https://arxiv.org/abs/2206.01861).
 """
 
 from __future__ import annotations
@@ -12,31 +14,41 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmq_cli.config.validate import check_choice
-from epmq_cli.quantize.formats.format import Grid, ZeroPoints, check_group_size, fit_grid, stored_scale
+from epmq_cli.quantize.formats.format import (
+    Activations,
+    Grid,
+    PlainScales,
+    ZeroPoints,
+    check_group_size,
+    fit_grid,
+    stored_scale,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
-class IntFormat:
-    """`quant.format=int`; see NumberFormat."""
+class IntFormat(PlainScales):
+    """`quant.format=int`, or `w8a8` with activations; see NumberFormat."""
 
     bits: int
     group_size: int
     zero_points: ZeroPoints
+    activations: Activations = "none"
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
         check_group_size(self.group_size)
         check_choice("zero_points", self.zero_points, ("none", "whole", "real"))
+        check_choice("activations", self.activations, ("none", "int8"))
 
     @property
     def name(self) -> str:
-        """int4, and so on."""
-        return f"int{self.bits}"
+        """int4, and so on; w8a8 with activations."""
+        return f"int{self.bits}" if self.activations == "none" else f"w{self.bits}a8"
 
     @property
     def storage(self) -> torch.dtype:

@@ -11,10 +11,25 @@ from epmq_cli.errors import ConfigError, literal
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
+from epmq_cli.quantize.formats.microscaling import MxFormat, Nvfp4Format
 
-KINDS: dict[str, type[Any]] = {"int": IntFormat, "fp8": Fp8Format}
-"""The classes of formats by the name of quant.format."""
-NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
+KINDS: dict[str, type[Any]] = {"int": IntFormat, "fp8": Fp8Format, "mx": MxFormat, "nvfp4": Nvfp4Format}
+"""The classes of formats by their name in JSON."""
+FREE = ("int", "fp8")
+"""The names of quant.format that take any group size."""
+FIXED: dict[str, NumberFormat] = {
+    "fp8_dynamic": Fp8Format(-1, "fp8"),
+    "w8a8": IntFormat(8, -1, "none", "int8"),
+    "nvfp4a16": Nvfp4Format(),
+    "mxfp4a16": MxFormat(4),
+    "mxfp4": MxFormat(4, "mxfp4"),
+    "mxfp6a16": MxFormat(6),
+    "mxfp6a8": MxFormat(6, "mxfp8"),
+    "mxfp8a16": MxFormat(8),
+    "mxfp8": MxFormat(8, "mxfp8"),
+}
+"""The other names of quant.format, which determine bits and group size: names of compressed-tensors' schemes."""
+NAMES = (*(f"int{bits}" for bits in BITS), "fp8", *(name for name in FIXED if FIXED[name].activations == "none"))
 """The formats that a mix may name."""
 
 
@@ -22,8 +37,8 @@ NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
 class FormatOptions:
     """The options of a quantizer that describe its number formats.
 
-    `bits`: of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`:
-    `int`, `fp8`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
+    `bits`: of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`: one
+    of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
     """
 
     bits: float
@@ -36,20 +51,22 @@ class FormatOptions:
         check_choice("quant.symmetric", self.symmetric, (True, False))
         if not isinstance(self.format, str):
             return self._mixed(self.format)
-        check_choice("quant.format", self.format, KINDS)
-        if self.format == "fp8":
-            if self.bits != 8:
-                raise ConfigError(f"quant.format=fp8 needs bits=8, got bits={literal(self.bits)}")
-            return (self._named("fp8"),)
-        return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
+        check_choice("quant.format", self.format, (*FREE, *FIXED))
+        if self.format == "int":
+            return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
+        format = self._named(self.format)
+        self._check_fixed(self.format, {"bits": format.bits, "group_size": format.group_size})
+        return (format,)
 
     def _mixed(self, names: Sequence[str]) -> tuple[NumberFormat, ...]:
         for name in names:
             check_choice("quant.format", name, NAMES)
         formats = sorted((self._named(name) for name in names), key=lambda format: format.bits)
+        for name in set(names) & set(FIXED):
+            self._check_fixed(name, {"group_size": FIXED[name].group_size})
         if len(formats) != 2 or formats[0].bits == formats[1].bits:
             raise ConfigError(
-                f"quant.format must be int, fp8, or a list of two formats with different bits such as [int4, fp8], "
+                f"quant.format must be one format, or a list of two formats with different bits such as [int4, fp8], "
                 f"got {literal(names)}"
             )
         if not formats[0].bits < self.bits < formats[1].bits:
@@ -62,12 +79,20 @@ class FormatOptions:
         return tuple(formats)
 
     def _named(self, name: str) -> NumberFormat:
-        """The format of one of `NAMES`."""
-        if name == "fp8":
-            if not self.symmetric:
-                raise ConfigError("fp8 has no zero points; use quant.symmetric=true")
-            return Fp8Format(self.group_size)
-        return IntFormat(int(name.removeprefix("int")), self.group_size, "none" if self.symmetric else "whole")
+        """The format of one of `NAMES` and `FIXED`."""
+        if name.startswith("int"):
+            return IntFormat(int(name.removeprefix("int")), self.group_size, "none" if self.symmetric else "whole")
+        if not self.symmetric:
+            raise ConfigError(f"{name} has no zero points; use quant.symmetric=true")
+        return FIXED.get(name) or Fp8Format(self.group_size)
+
+    def _check_fixed(self, name: str, needed: Mapping[str, int]) -> None:
+        """ConfigError if the options differ from those that a format determines."""
+        other = {option: getattr(self, option) for option, value in needed.items() if getattr(self, option) != value}
+        if other:
+            wanted = " ".join(f"{option}={needed[option]}" for option in other)
+            got = " ".join(f"{option}={literal(value)}" for option, value in other.items())
+            raise ConfigError(f"quant.format={name} needs {wanted}, got {got}")
 
 
 def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ def test_real_zero_points_span_the_range_exactly() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ((5, 64, "none"), "bits must be one of 2, 3, 4, 8, got 5"),
+        ((9, 64, "none"), "bits must be one of 2, 3, 4, 5, 6, 7, 8, got 9"),
         ((True, 64, "none"), "bits must be one of"),
         (("4", 64, "none"), "bits must be one of"),
         ((4, 0, "none"), "group_size must be"),

@@ -15,7 +15,7 @@ from epmq_cli.quantize.formats.names import FormatOptions, as_json, from_json, w
 
 
 @pytest.mark.parametrize(
-    ("bits", "widths"), [(2, (2,)), (8, (8,)), (3.0, (3,)), (2.5, (2, 3)), (3.25, (3, 4)), (5, (4, 8)), (7.9, (4, 8))]
+    ("bits", "widths"), [(2, (2,)), (8, (8,)), (3.0, (3,)), (2.5, (2, 3)), (3.25, (3, 4)), (5, (5,)), (7.9, (7, 8))]
 )
 def test_bits_are_exact_or_the_two_neighbours(bits: float, widths: tuple[int, ...]) -> None:
     assert widths_of(bits, symmetric=True) == widths
@@ -24,7 +24,9 @@ def test_bits_are_exact_or_the_two_neighbours(bits: float, widths: tuple[int, ..
 
 @pytest.mark.parametrize("bits", [1, 9, 1.5, 8.5, True, "4", "some", None, float("nan")])
 def test_other_bits_are_refused(bits: object) -> None:
-    with pytest.raises(ConfigError, match="bits must be one of 2, 3, 4, 8, or a number between them for a mix"):
+    with pytest.raises(
+        ConfigError, match="bits must be one of 2, 3, 4, 5, 6, 7, 8, or a number between them for a mix"
+    ):
         widths_of(bits, symmetric=True)
 
 
@@ -47,13 +49,18 @@ def test_options_name_formats(
 @pytest.mark.parametrize(
     ("bits", "symmetric", "format", "message"),
     [
-        (3.5, False, "int", "bits must be one of 2, 3, 4, 8 with quant.symmetric=false, got 3.5"),
+        (3.5, False, "int", "bits must be one of 2, 3, 4, 5, 6, 7, 8 with quant.symmetric=false, got 3.5"),
         (4, "yes", "int", "quant.symmetric must be one of true, false, got 'yes'"),
         (4, True, "fp8", "quant.format=fp8 needs bits=8, got bits=4"),
         (8, False, "fp8", "fp8 has no zero points; use quant.symmetric=true"),
-        (4, True, "fp4", "quant.format must be one of int, fp8, got 'fp4'"),
-        (4, True, "int4", "quant.format must be one of int, fp8, got 'int4'"),
-        (5, True, ["int4", "int5"], "quant.format must be one of int2, int3, int4, int8, fp8, got 'int5'"),
+        (
+            4,
+            True,
+            "fp4",
+            "quant.format must be one of int, fp8, fp8_dynamic, w8a8, nvfp4a16, mxfp4a16, mxfp4, .* got 'fp4'",
+        ),
+        (4, True, "int4", "quant.format must be one of int, fp8, .* got 'int4'"),
+        (5, True, ["int4", "int9"], "quant.format must be one of int2, int3, .* int8, fp8, nvfp4a16, .* got 'int9'"),
         (8, True, ["int8", "fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got"),
         (5, True, ["fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got \['fp8'\]"),
         (4, True, ["int4", "fp8"], r"bits must lie between 4 and 8 with quant.format=\['int4', 'fp8'\], got 4"),
