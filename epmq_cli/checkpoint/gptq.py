@@ -230,6 +230,7 @@ def layout(folder: Path, quantization: Mapping[str, Any]) -> GptqLayout:
     """The layout that a quantization_config of config.json describes; CheckpointError if epmq did not write it."""
     try:
         points: Literal["none", "whole"] = "none" if quantization["sym"] else "whole"
+        check_choice("bits", quantization["bits"], BITS)
         format = IntFormat(quantization["bits"], quantization["group_size"], points)
         zeros, prefix = quantization["checkpoint_format"], quantization["block_name_to_quantize"]
     except (KeyError, TypeError, ConfigError) as error:

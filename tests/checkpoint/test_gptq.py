@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.checkpoint.gptq import layout, mirrored, unmirrored
+from epmq_cli.checkpoint.gptq import BITS, layout, mirrored, unmirrored
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.quantize.formats.fp8 import Fp8Format
-from epmq_cli.quantize.formats.int import BITS, IntFormat
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.rtn import rtn
 from tests.helpers.formats import ints
 from tests.helpers.packs import LINEAR, exporter_of, model_of

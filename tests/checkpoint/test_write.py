@@ -22,6 +22,7 @@ from epmq_cli.families.family import load_model
 from epmq_cli.families.structure import Linears
 from epmq_cli.quantize.formats.format import QuantizedWeight
 from epmq_cli.quantize.formats.int import BITS
+from epmq_cli.quantize.formats.names import FIXED
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store import atomic
 from tests.helpers.formats import ints
@@ -72,12 +73,17 @@ FAST = {
     "bits=4 pack.dtype=bfloat16": "clip",
     "bits=8 quant.format=fp8 quant=rtn group_size=-1 pack.dtype=bfloat16": "bert",
     "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16": "clip",
+    "bits=4 group_size=16 quant.format=nvfp4a16 pack.dtype=float16": "clip",
+    "bits=6 group_size=32 quant.format=mxfp6a8 quant=rtn": "bert",
 }
 """The default tier: options and the model that is written with them."""
 OPTIONS = [
     *FAST,
     *(f"bits={bits} group_size=16 quant.symmetric={way}" for bits in BITS for way in ("true", "false")),
-    "bits=6 quant=rtn",
+    "bits=7.5 quant=rtn",
+    *(f"bits={one.bits} group_size={one.group_size} quant.format={name}" for name, one in FIXED.items()),
+    "bits=4 group_size=16 quant.format=nvfp4a16 quant=awq",
+    "bits=5 group_size=32 quant.format=[mxfp4a16,mxfp8a16]",
     "bits=4 group_size=-1",
     "bits=2 group_size=16 quant.grid=mse",
     "bits=4 quant.act_order=true",
