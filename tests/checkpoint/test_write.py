@@ -83,7 +83,6 @@ OPTIONS = [
     "bits=7.5 quant=rtn",
     *(f"bits={one.bits} group_size={one.group_size} quant.format={name}" for name, one in FIXED.items()),
     "bits=4 group_size=16 quant.format=nvfp4a16 quant=awq",
-    "bits=5 group_size=32 quant.format=[mxfp4a16,mxfp8a16]",
     "bits=4 group_size=-1",
     "bits=2 group_size=16 quant.grid=mse",
     "bits=4 quant.act_order=true",

@@ -177,4 +177,5 @@ class GgufFile:
 
         kinds = [*self._kinds.values()]
         most = max(sorted(set(kinds)), key=kinds.count) if kinds else self._dense
-        return int(LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{most}"])
+        name = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}.get(most, f"MOSTLY_{most}")
+        return int(LlamaFileType[name])

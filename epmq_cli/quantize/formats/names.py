@@ -29,8 +29,9 @@ FIXED: dict[str, NumberFormat] = {
     "mxfp8": MxFormat(8, "mxfp8"),
 }
 """The other names of quant.format, which determine bits and group size: names of compressed-tensors' schemes."""
-NAMES = (*(f"int{bits}" for bits in BITS), "fp8", *(name for name in FIXED if FIXED[name].activations == "none"))
-"""The formats that a mix may name."""
+NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
+"""The formats that a mix may name. transformers cannot load a mix with the others: it dequantizes them to bfloat16,
+whatever the type of the model, or rounds activations."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ class FormatOptions:
         if self.format == "int":
             return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
         format = self._named(self.format)
-        self._check_fixed(self.format, {"bits": format.bits, "group_size": format.group_size})
+        needed = {"bits": format.bits, "group_size": format.group_size}
+        other = {option: getattr(self, option) for option, value in needed.items() if getattr(self, option) != value}
+        if other:
+            wanted = " ".join(f"{option}={needed[option]}" for option in other)
+            got = " ".join(f"{option}={literal(value)}" for option, value in other.items())
+            raise ConfigError(f"quant.format={self.format} needs {wanted}, got {got}")
         return (format,)
 
     def _mixed(self, names: Sequence[str]) -> tuple[NumberFormat, ...]:
         for name in names:
             check_choice("quant.format", name, NAMES)
         formats = sorted((self._named(name) for name in names), key=lambda format: format.bits)
-        for name in set(names) & set(FIXED):
-            self._check_fixed(name, {"group_size": FIXED[name].group_size})
         if len(formats) != 2 or formats[0].bits == formats[1].bits:
             raise ConfigError(
                 f"quant.format must be one format, or a list of two formats with different bits such as [int4, fp8], "
@@ -85,14 +89,6 @@ class FormatOptions:
         if not self.symmetric:
             raise ConfigError(f"{name} has no zero points; use quant.symmetric=true")
         return FIXED.get(name) or Fp8Format(self.group_size)
-
-    def _check_fixed(self, name: str, needed: Mapping[str, int]) -> None:
-        """ConfigError if the options differ from those that a format determines."""
-        other = {option: getattr(self, option) for option, value in needed.items() if getattr(self, option) != value}
-        if other:
-            wanted = " ".join(f"{option}={needed[option]}" for option in other)
-            got = " ".join(f"{option}={literal(value)}" for option, value in other.items())
-            raise ConfigError(f"quant.format={name} needs {wanted}, got {got}")
 
 
 def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
-from epmq_cli.quantize.formats.names import FormatOptions, as_json, from_json, widths_of
+from epmq_cli.quantize.formats.microscaling import Nvfp4Format
+from epmq_cli.quantize.formats.names import FIXED, FormatOptions, as_json, from_json, widths_of
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,10 @@ def test_options_name_formats(
         (3.5, False, "int", "bits must be one of 2, 3, 4, 5, 6, 7, 8 with quant.symmetric=false, got 3.5"),
         (4, "yes", "int", "quant.symmetric must be one of true, false, got 'yes'"),
         (4, True, "fp8", "quant.format=fp8 needs bits=8, got bits=4"),
+        (4, True, "nvfp4a16", "quant.format=nvfp4a16 needs group_size=16, got group_size=64"),
+        (4, True, "w8a8", "quant.format=w8a8 needs bits=8 group_size=-1, got bits=4 group_size=64"),
+        (4, False, "mxfp4", "mxfp4 has no zero points; use quant.symmetric=true"),
+        (6, True, ["mxfp4a16", "fp8"], "quant.format must be one of int2, .*, got 'mxfp4a16'"),
         (8, False, "fp8", "fp8 has no zero points; use quant.symmetric=true"),
         (
             4,
@@ -60,7 +65,7 @@ def test_options_name_formats(
             "quant.format must be one of int, fp8, fp8_dynamic, w8a8, nvfp4a16, mxfp4a16, mxfp4, .* got 'fp4'",
         ),
         (4, True, "int4", "quant.format must be one of int, fp8, .* got 'int4'"),
-        (5, True, ["int4", "int9"], "quant.format must be one of int2, int3, .* int8, fp8, nvfp4a16, .* got 'int9'"),
+        (5, True, ["int4", "int9"], "quant.format must be one of int2, int3, .* int8, fp8, got 'int9'"),
         (8, True, ["int8", "fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got"),
         (5, True, ["fp8"], r"a list of two formats with different bits such as \[int4, fp8\], got \['fp8'\]"),
         (4, True, ["int4", "fp8"], r"bits must lie between 4 and 8 with quant.format=\['int4', 'fp8'\], got 4"),
@@ -74,7 +79,14 @@ def test_options_that_name_no_format_are_refused(
         FormatOptions(bits, 64, symmetric, format).formats()
 
 
-EVERY: list[NumberFormat] = [Fp8Format(-1), Fp8Format(64)]
+@pytest.mark.parametrize("name", FIXED)
+def test_names_determine_bits_and_group_size(name: str) -> None:
+    format = FIXED[name]
+    assert format.name == name
+    assert FormatOptions(format.bits, format.group_size, True, name).formats() == (format,)
+
+
+EVERY: list[NumberFormat] = [Fp8Format(-1), Fp8Format(64), Nvfp4Format(8.0), *FIXED.values()]
 EVERY += [IntFormat(bits, size, zero) for bits in BITS for size in (-1, 64) for zero in ("none", "whole", "real")]
 
 
