@@ -44,17 +44,17 @@ def check_refinement(
         raise ConfigError(
             "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
         )
+    coarse = [format.name for format in formats if format.scale_bits is not None]
+    if refinement.packed_epochs and coarse:
+        raise ConfigError(
+            "refine.packed_epochs trains integers or scales, and "
+            f"the scales of quant.format={coarse[0]} are too coarse; use refine.packed_epochs=0, or quant.format=int or fp8"
+        )
     other = [format.name for format in formats if not isinstance(format, IntFormat)]
     if refinement.packed_epochs and refinement.packed == "codes" and other:
         raise ConfigError(
             f"refine.packed=codes trains integers, got quant.format={other[0]}; use quant.format=int, or "
             "refine.packed=scales"
-        )
-    coarse = [format.name for format in formats if format.scale_bits is not None]
-    if refinement.packed_epochs and coarse:
-        raise ConfigError(
-            f"refine.packed=scales trains scales, and those of quant.format={coarse[0]} are too coarse; use "
-            "refine.packed_epochs=0, or quant.format=int or fp8"
         )
 
 

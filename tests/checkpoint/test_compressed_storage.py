@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from epmq_cli.checkpoint.compressed_schemes import described, scheme_of, storage_name
 from epmq_cli.checkpoint.compressed_storage import storage_of
 from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
+from epmq_cli.checkpoint.dense import DenseExporter
+from epmq_cli.errors import ConfigError
+from epmq_cli.families import FAMILIES
 from epmq_cli.models.model_folder import SafetensorsFiles
-from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, PlainScales, QuantizedWeight
 from epmq_cli.quantize.formats.names import FIXED
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.store.safetensors_writer import write_file
@@ -77,6 +81,25 @@ def test_schemes_are_those_that_compressed_tensors_knows_by_this_name(name: str)
     own = QuantizationScheme.model_validate({"targets": ["Linear"], **scheme_of(FIXED[name])})
     assert is_preset_scheme(name)
     assert own.model_dump() == preset_name_to_scheme(name, ["Linear"]).model_dump()
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_only_this_format_of_checkpoints_stores_the_format_of_activations(name: str) -> None:
+    CompressedTensorsExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+    if FIXED[name].activations == "none":
+        DenseExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+        return
+    with pytest.raises(ConfigError, match=f"pack=dense stores no format of activations, got quant.format={name}; use "):
+        DenseExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+
+
+def test_a_format_that_compressed_tensors_does_not_know_is_refused() -> None:
+    class OtherFormat(PlainScales):
+        name = "other"
+
+    other: Any = OtherFormat()
+    with pytest.raises(ConfigError, match="pack=compressed_tensors cannot store the format other; use pack=dense"):
+        storage_name(other)
 
 
 @pytest.mark.parametrize(

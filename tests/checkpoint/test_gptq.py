@@ -15,6 +15,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.formats.names import FIXED
 from epmq_cli.quantize.rtn import rtn
 from tests.helpers.formats import ints
 from tests.helpers.packs import LINEAR, exporter_of, model_of
@@ -124,6 +125,8 @@ def test_quantize_config_matches_config_json(damping: float | None, written: dic
             [IntFormat(4, 16, "real")],
             "stores whole zero points, and those of this quantizer are real numbers; ",
         ),
+        ("bert", [FIXED["w8a8"]], "pack=gptq stores integers, got w8a8; use pack=compressed_tensors"),
+        ("bert", [ints(5, 16)], "bits with pack=gptq must be one of 2, 3, 4, 8, got 5"),
         ("bert", [ints(4, 24)], "group_size with pack=gptq must be one of -1, 16, 32, 64, 128, 256, 512, 1024, got 24"),
     ],
 )
