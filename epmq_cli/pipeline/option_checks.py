@@ -47,8 +47,8 @@ def check_refinement(
     coarse = [format.name for format in formats if format.scale_bits is not None]
     if refinement.packed_epochs and coarse:
         raise ConfigError(
-            "refine.packed_epochs trains integers or scales, and "
-            f"the scales of quant.format={coarse[0]} are too coarse; use refine.packed_epochs=0, or quant.format=int or fp8"
+            f"refine.packed_epochs trains integers or scales, and quant.format={coarse[0]} has coarse scales; use "
+            "refine.packed_epochs=0, or quant.format=int or fp8"
         )
     other = [format.name for format in formats if not isinstance(format, IntFormat)]
     if refinement.packed_epochs and refinement.packed == "codes" and other:
