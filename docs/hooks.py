@@ -29,7 +29,7 @@ LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 LIST = re.compile(r"<!-- list: (\w+) -->")
 SHIM = "https://unpkg.com/iframe-worker/shim"
 """What the theme loads so that the search works from the disk; worker.js does the same without another host."""
-GROUPS = ("merge", "guidance", "refine", "calib", "quant", "pack", "eval", "suite", "experiment", "tracking")
+GROUPS = ("merge", "guidance", "refine", "calib", "quant", "pack", "eval", "suite", "recipe", "experiment", "tracking")
 """The groups in the order of a run."""
 
 

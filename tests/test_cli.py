@@ -21,10 +21,13 @@ from epmq_cli import __version__, cli, commands
 from epmq_cli.commands import list as command_list
 from epmq_cli.commands.describe import page as page_of
 from epmq_cli.config.files import head_of
-from epmq_cli.config.instantiate import build, conf_dir
+from epmq_cli.config.instantiate import build, check_complete, conf_dir
 from epmq_cli.errors import ConfigError
 from epmq_cli.merge.post import POSTS
+from epmq_cli.pipeline.job import read_job
 from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.hqq import Hqq
+from epmq_cli.refine.distill import Distill
 from epmq_cli.report.sweep_table import SweepTable
 from tests.conftest import Run
 from tests.helpers.tiers import first, only, slow
@@ -33,8 +36,9 @@ METHODS = Path(__file__).parents[1].joinpath("docs/merge-methods.md").read_text(
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
 METHODS = ", ".join(sorted(path.stem for path in (conf_dir() / "merge").glob("*.yaml")))
 EXPERIMENTS = [path for path in GROUPS if path.parent.name == "experiment"]
+RECIPES = [path for path in GROUPS if path.parent.name == "recipe"]
 TRACKERS = [path for path in GROUPS if path.parent.name == "tracking"]
-OTHERS = [path for path in GROUPS if path not in (*EXPERIMENTS, *TRACKERS)]
+OTHERS = [path for path in GROUPS if path not in (*EXPERIMENTS, *RECIPES, *TRACKERS)]
 REPEATED = ("_b16_", "_l14_", "_tall14", "_tall20")
 BUILT = [slow(path) if any(part in path.name for part in REPEATED) else path for path in OTHERS]
 """Suites of 14 or 20 tasks, or for ViT-B/16 or ViT-L/14, are slow: they equal the others but for tasks and models."""
@@ -74,6 +78,21 @@ def test_every_experiment_composes_and_can_be_overridden(option: Path) -> None:
     build_quantizer(cfg.quant)
     assert (other.suite.name, other.bits) == ("tiny", 3)
     assert cfg.suite.name != "tiny"
+
+
+@pytest.mark.parametrize("option", RECIPES, ids=str)
+def test_every_recipe_only_chooses_options_that_exist_and_can_be_overridden(option: Path) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("run", overrides=[f"recipe={option.name}", "out=x"])
+        other = compose("run", overrides=[f"recipe={option.name}", "quant=hqq", "calib.views=2", "bits=3", "out=x"])
+        defaults = base()
+    check_complete(cfg, "run")
+    job = read_job(cfg)
+    assert isinstance(job.refine, Distill) == (option.name == "best")
+    assert job.quantizer.needs == (frozenset() if option.name == "fast" else {"inputs"})
+    assert (option.name == "balanced") == (cfg == defaults)
+    assert isinstance(build_quantizer(other.quant), Hqq)
+    assert (other.calib.views, other.bits, other.guidance) == (2, 3, cfg.guidance)
 
 
 @pytest.mark.parametrize("option", TRACKERS, ids=str)
@@ -211,7 +230,8 @@ def test_list_shows_the_users_own_configs_and_refuses_unknown_groups(epmq: Run, 
     wrong = epmq("list", "nope")
     assert wrong.returncode == 1
     assert (
-        "the groups are calib, eval, experiment, guidance, merge, pack, quant, refine, suite, tracking" in wrong.stderr
+        "the groups are calib, eval, experiment, guidance, merge, pack, quant, recipe, refine, suite, tracking"
+        in wrong.stderr
     )
     assert epmq("list", "--config-dir", "gone").returncode == 1
 

@@ -18,7 +18,7 @@ from epmq_cli.config.field_types import described
 from epmq_cli.config.validate import noting
 from epmq_cli.errors import EpmqError
 
-SETTING = ("suite", "experiment", "tracking")
+SETTING = ("suite", "recipe", "experiment", "tracking")
 """Groups whose options are settings of other things, without checks of their own."""
 
 

@@ -66,7 +66,7 @@ def show(command: str, arguments: list[str]) -> None:
         "\nvalues: override with key=value\n" + _part(primary, "\n\n", "hydra:").strip("\n").replace("\n\n", "\n")
     )
     for group, option in chosen.items():
-        if group not in ("suite", "experiment", "tracking") and option != "null":
+        if group not in ("suite", "recipe", "experiment", "tracking") and option != "null":
             body = _body(conf_dir() / group / f"{option}.yaml")
             pages.append(f"\n{group}={option}: override with {group}.key=value\n{body}")
             if group == "merge":

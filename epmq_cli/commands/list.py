@@ -26,6 +26,7 @@ GROUPS = {
     "pack": "the format of the checkpoint",
     "eval": "what is scored",
     "tracking": "where runs are recorded beside their folder",
+    "recipe": "methods for people in a hurry",
     "experiment": "published results, each with its suite and methods",
 }
 """The config groups in their order, with what they are."""

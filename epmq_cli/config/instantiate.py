@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEVICES = "auto, cpu, cuda or cuda:<index>"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables that hold a Hugging Face token."""
-ELSEWHERE = ("experiment", "tracking")
+ELSEWHERE = ("recipe", "experiment", "tracking")
 """Groups that set other parts of the config."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 """A value that refers to another option, such as ${bits}."""
@@ -52,8 +52,8 @@ def groups_of(command: str) -> list[str]:
 
 @cache
 def options_of(command: str) -> list[str]:
-    """The keys of a command's config: values, and groups except `experiment`, which sets other groups, and `tracking`,
-    which sets Hydra's callbacks."""
+    """The keys of a command's config: values, and groups except `recipe` and `experiment`, which set other groups,
+    and `tracking`, which sets Hydra's callbacks."""
     values = [str(name) for name in OmegaConf.load(conf_dir() / f"{command}.yaml") if name not in ("defaults", "hydra")]
     return [name for name in dict.fromkeys([*groups_of(command), *values]) if name not in ELSEWHERE]
 

@@ -52,6 +52,14 @@ def check_range(
         raise ConfigError(f"{name} must be {kind} in {span}, got {literal(value)}")
 
 
+def check_clip(name: str, value: object) -> None:
+    """ConfigError unless `value` holds the smallest factor of a scale, in (0, 1], and the largest, in [1, 2]."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(f"{name} must be a list such as [0.5, 1.1], got {literal(value)}")
+    check_range(f"{name}[0]", value[0], 0, 1, open_low=True)
+    check_range(f"{name}[1]", value[1], 1, 2)
+
+
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """ConfigError unless `value` is one of `allowed`."""
     options = list(allowed)

@@ -24,6 +24,7 @@ from epmq_cli.pipeline.option_checks import (
     check_refinement,
     check_scoring,
     check_slices,
+    check_targets,
     check_transform,
 )
 from epmq_cli.quantize.build import build_quantizer
@@ -109,6 +110,7 @@ def read_job(cfg: DictConfig) -> Job:
     instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
     quantizer = build_quantizer(cfg.quant)
+    check_targets(quantizer, guidance)
     check_refinement(refine, merge, calib, formats_of(quantizer))
     if blocks is not None:
         check_block_refinement(quantizer)

@@ -17,6 +17,7 @@ from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.merge.slices import sliced
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.gptaq import Gptaq
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of, transforms
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.distill import Distill
@@ -74,6 +75,16 @@ def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:
     for format in formats:
         if not isinstance(format, IntFormat):
             raise ConfigError(f"refine=blocks rounds to integers, got quant.format={format.name}; use quant.format=int")
+
+
+def check_targets(quantizer: Quantizer | MixedPrecision, guidance: Guidance) -> None:
+    """Raises ConfigError if a quantizer needs targets that the guidance does not give."""
+    one = quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer
+    if isinstance(one, Gptaq) and guidance.alpha == 0:
+        raise ConfigError(
+            "quant=gptaq fits layers to a teacher's own activations, got guidance.alpha=0, which does not read them; "
+            "use guidance=gptaq, or quant=gptq"
+        )
 
 
 def check_slices(method: MergeMethod, guidance: Guidance) -> None:

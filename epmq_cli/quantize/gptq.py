@@ -148,9 +148,10 @@ def gptq(
 class Gptq:
     """`quant=gptq`.
 
-    `format`: see FormatOptions. `grid`: the fit of scales: `hessian` minimizes GPTQ's own loss; `mse` and `minmax`: see
-    `NumberFormat.fit`. `damping`: added to the diagonal of H, relative to its mean, in (0, 1]. `block_size`: the
-    maximum number of columns whose updates are applied together; affects only speed. `act_order`: see `column_order`.
+    `format`: see FormatOptions. `grid`: the fit of scales and zero points: `hessian` minimizes GPTQ's own loss; `mse`
+    and `minmax`: see `NumberFormat.fit`. `damping`: added to the diagonal of H, relative to its mean, in (0, 1].
+    `block_size`: the maximum number of columns whose updates are applied together; affects only speed. `act_order`: see
+    `column_order`.
     """
 
     format: NumberFormat

@@ -31,7 +31,7 @@ from epmq_cli.calibrate.norms import has_gain, unit
 from epmq_cli.data.batch_order import own_numbers, shuffled
 from epmq_cli.families.structure import Norm
 from epmq_cli.quantize.formats.format import QuantizedWeight
-from epmq_cli.refine.rounding import Learned, LearnedRounding, LearnedVector, RoundingOptions
+from epmq_cli.quantize.rounding import Learned, LearnedRounding, LearnedVector, RoundingOptions
 from epmq_cli.runtime import distributed
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from epmq_cli.config.validate import check_choice, check_range
-from epmq_cli.errors import ConfigError, literal
+from epmq_cli.config.validate import check_choice, check_clip, check_range
 
 if TYPE_CHECKING:
     from epmq_cli.refine.block_descent import BlockDescent
@@ -38,16 +37,13 @@ class Blocks:
         for name in ("rounding_lr", "scale_lr", "norm_lr", "bias_lr"):
             check_range(f"refine.{name}", getattr(self, name), 0, 1)
         check_range("refine.reach", self.reach, 0, 1000, open_low=True)
-        if not isinstance(self.clip, list | tuple) or len(self.clip) != 2:
-            raise ConfigError(f"refine.clip must be a list such as [0.5, 1.1], got {literal(self.clip)}")
-        check_range("refine.clip[0]", self.clip[0], 0, 1, open_low=True)
-        check_range("refine.clip[1]", self.clip[1], 1, 2)
+        check_clip("refine.clip", self.clip)
         check_range("refine.lam", self.lam, 0, 1e9)
 
     def refiner(self, seed: int) -> BlockDescent:
         """The refiner of a walk."""
+        from epmq_cli.quantize.rounding import RoundingOptions
         from epmq_cli.refine.block_descent import BlockDescent  # imports torch
-        from epmq_cli.refine.rounding import RoundingOptions
 
         return BlockDescent(
             iterations=self.iterations,

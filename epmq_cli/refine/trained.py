@@ -11,7 +11,7 @@ import torch
 
 from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.refine.rounding import on_grid, rounded
+from epmq_cli.quantize.rounding import on_grid, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor

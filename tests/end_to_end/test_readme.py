@@ -43,6 +43,7 @@ GROUPS = {
     "refine": "refinement",
     "quant": "quantizers",
     "pack": "checkpoint",
+    "recipe": "quantizers",
 }
 """The pages that name all options of a group."""
 SUITES = [

@@ -87,7 +87,11 @@ def plain_commands() -> list[str]:
 
 
 QUICK = ["calib.samples=8", "eval.samples=4", "eval.stages=[quantized]"]
-SHORTER = {"refine=distill": "refine.epochs=1", "refine=blocks": "refine.iterations=2"}
+SHORTER = {
+    "refine=distill": "refine.epochs=1",
+    "recipe=best": "refine.epochs=1",
+    "refine=blocks": "refine.iterations=2",
+}
 """Further options of commands that train."""
 
 

@@ -83,3 +83,25 @@ def test_a_row_of_zeros_has_a_grid() -> None:
     found = hessian_grid(W, factor_of(H), ints(4, -1), torch.float16, TORCH)
     assert torch.isfinite(found.scale).all()
     assert (found.scale != 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_are_searched_with_the_scales(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles: the search of scales alone, and at 2 bits all pairs of a scale and a zero point."""
+    W, H = problem(24, 16, bits)
+    U, format = factor_of(H), ints(bits, -1, False)
+    found = hessian_grid(W, U, format, torch.float64, TORCH)
+    own = TORCH.loss(W, U, Grid(found.scale.T, found.zeros.T), format)[0]
+    monkeypatch.setattr("epmq_cli.quantize.scale_search.FACTORS", ())
+    monkeypatch.setattr("epmq_cli.quantize.scale_search.SHIFTS", ())
+    scales = hessian_grid(W, U, format, torch.float64, TORCH)
+    before = TORCH.loss(W, U, Grid(scales.scale.T, scales.zeros.T), format)[0]
+    assert (own <= before).all()
+    assert own.sum() < 0.99 * before.sum()
+    assert torch.equal(found.zeros, found.zeros.round().clamp(format.lowest, format.highest))
+    if bits == 2:
+        span = (W.amax(1) - W.amin(1)) / 3
+        pairs = [(span * k / 40, torch.full_like(span, z)) for k in range(8, 50) for z in range(-2, 2)]
+        least = TORCH.loss(W, U, Grid(*map(torch.stack, zip(*pairs, strict=True))), format).amin(0)
+        assert own.sum() < 1.05 * least.sum()
+        assert before.sum() > 1.05 * least.sum()

@@ -22,9 +22,9 @@ from epmq_cli.data.batch_order import shuffled
 from epmq_cli.families.structure import Linears, Norm, Section
 from epmq_cli.quantize.formats.format import DenseWeight
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.rounding import RoundingOptions
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.refine.block_descent import BlockDescent, BlockErrors
-from epmq_cli.refine.rounding import RoundingOptions
 
 WIDTH, TOKENS = 8, 5
 TASKS = {"one": (7, 6), "two": (7,)}  # samples of each batch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epmq_cli.quantize.formats.format import Grid, QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
-from epmq_cli.refine.rounding import LearnedRounding, LearnedVector, RoundingOptions
+from epmq_cli.quantize.rounding import LearnedRounding, LearnedVector, RoundingOptions
 
 OUT, IN, GROUP = 6, 16, 4
 FORMATS = [
