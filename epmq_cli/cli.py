@@ -24,7 +24,7 @@ COMMANDS = {
     "verify": "check the files, tensors and scores of a checkpoint",
     "inspect": "show what models, adapters and checkpoints hold and what a run would refuse",
     "report": "compare runs in a table and on a page",
-    "export": "write a checkpoint as one GGUF file for llama.cpp",
+    "export": "write a checkpoint as one file for llama.cpp or ONNX Runtime",
     "push": "upload a checkpoint to the hub",
     "list": "show the options of each config group",
 }
@@ -60,7 +60,7 @@ examples
   epmq verify runs/NAME/checkpoint                   check its files and tensors
   epmq inspect EXPERT EXPERT --base BASE             compare experts before a run
   epmq report runs/NAME                              compare the runs of a sweep
-  epmq export runs/NAME/checkpoint model.gguf        write it for llama.cpp
+  epmq export runs/NAME/checkpoint model.gguf        write it for llama.cpp, model.onnx for ONNX Runtime
   epmq push runs/NAME/checkpoint owner/name          upload it, privately
   epmq merge merge=mergekit merge.file=config.yml    a mergekit file as it is
   epmq COMMAND --help                                all options of a command

@@ -214,7 +214,7 @@ def test_what_llama_cpp_cannot_load_is_refused(tmp_path: Path, epmq_inside: Run)
     assert re.search(r"model.gguf: \d+ kB, 14 quantized linears as in the checkpoint", done.stdout)
     assert "exists; choose another name" in epmq_inside("export", str(folder), str(file)).stderr
     assert epmq_inside("export", str(folder), str(file), "--force", "--dense=q8_0").returncode == 0
-    assert "end in .gguf, got" in epmq_inside("export", str(folder), str(tmp_path / "model.bin")).stderr
+    assert "end in .gguf or .onnx, got" in epmq_inside("export", str(folder), str(tmp_path / "model.bin")).stderr
     assert "is not a checkpoint" in epmq_inside("export", str(tmp_path), str(file), "--force").stderr
     write_tokenizer(folder, r"\s+")
     assert "splits texts" in epmq_inside("export", str(folder), str(tmp_path / "b.gguf")).stderr
