@@ -74,10 +74,16 @@ def check_equal(found: list[tuple[int, float]], wanted: list[tuple[int, float]],
         assert any(number == other and value == pytest.approx(own, abs=bound) for other, own in left)
 
 
-@pytest.mark.parametrize(("bits", "points"), [(4, "none"), (4, "whole"), (8, "none")])
-def test_quantized_files_load(bits: int, points: Any, tmp_path: Path) -> None:
+SMALL = [(4, "none"), (4, "whole"), (5, "none"), (5, "whole"), (8, "none")]
+LARGE = [(2, "none"), (2, "whole"), (3, "none"), (6, "none")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "points", "group_size"), [*((*each, 32) for each in SMALL), *((*each, 256) for each in LARGE)]
+)
+def test_quantized_files_load(bits: int, points: Any, group_size: int, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits in front of such a block, so that only the first token is compared."""
-    checkpoint = write_decoder(tmp_path, "qwen2", bits, points)
+    checkpoint = write_decoder(tmp_path, "qwen2" if group_size == 32 else "wide", bits, points, group_size)
     GgufFile(checkpoint, "f16").write(tmp_path / "model.gguf")
     found, wanted = by_llama_cpp(tmp_path / "model.gguf"), by_transformers(checkpoint)
     assert found[0][0] == wanted[0][0]

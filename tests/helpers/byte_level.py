@@ -45,6 +45,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZE, sliding_window=None)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZE)),
+    "wide": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**SIZE, "hidden_size": 256, "intermediate_size": 256})),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZE, head_dim=32)),
     "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SIZE, head_dim=32, pad_token_id=None)),
     "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**WINDOW, pad_token_id=None)),
@@ -106,7 +107,9 @@ def write_decoder(
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1)
+        matrix = parameter.ndim > 1
+        size = 1.6 / parameter.shape[1] ** 0.5 if matrix else 0.1
+        parameter.data = torch.randn_like(parameter) * size + (not matrix)
     base = folder / "base"
     model.save_pretrained(base)
     (write_pieces if kind in PIECES else write_tokenizer)(base)
