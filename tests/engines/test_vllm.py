@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from epmq_cli.checkpoint.engines import ENGINES
+from epmq_cli.families import FAMILIES
+from epmq_cli.families.family import load_model
 from tests.engines.greedy import COUNT, PROMPT, by_transformers
-from tests.helpers.engine_kinds import KINDS
+from tests.helpers.engine_kinds import KINDS, write_kind
 
 PYTHON = os.environ.get("EPMQ_VLLM", "")
 """The Python of an environment with vLLM for CPUs."""

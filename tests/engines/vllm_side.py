@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 os.environ |= {
@@ -39,24 +40,24 @@ def numbers(packed: Tensor) -> Tensor:
 
 
 def reference(
-    x: Tensor,
-    packed: Tensor,
+    input: Tensor,
+    q_weight: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
     pack_factor: int,
     isa_hint: str,
 ) -> Tensor:
-    """The int4 operator in plain arithmetic: x (..., in), packed int32 (out / 16, in * 2), scales (groups, out), zeros
-    int32 (groups, out / 8)."""
-    inputs, outputs = x.shape[-1], scales.shape[1]
-    codes = numbers(packed.view(-1, inputs, WIDTH // 8)).reshape(-1, inputs, WIDTH)
+    """The int4 operator in plain arithmetic: input (..., in), q_weight int32 (out / 16, in * 2), scales (groups, out),
+    zeros int32 (groups, out / 8)."""
+    inputs, outputs = input.shape[-1], scales.shape[1]
+    codes = numbers(q_weight.view(-1, inputs, WIDTH // 8)).reshape(-1, inputs, WIDTH)
     codes = codes.permute(1, 0, 2).reshape(inputs, outputs)
     points = torch.full_like(scales, 8) if zeros is None else numbers(zeros).reshape(scales.shape).to(scales.dtype)
     repeats = inputs // len(scales)
     weight = (codes - points.repeat_interleave(repeats, 0)) * scales.repeat_interleave(repeats, 0)
-    result = x.float() @ weight.float()
-    return (result if bias is None else result + bias).to(x.dtype)
+    result = input.float() @ weight.float()
+    return (result if bias is None else result + bias).to(input.dtype)
 
 
 OWN = importlib.import_module("vllm._custom_ops").cpu_gemm_wna16
@@ -109,6 +110,7 @@ def main() -> None:
             operator = choose_operator(job["dtype"])
             answers.append({"result": answer(job), "operator": operator})
         except Exception as error:
+            traceback.print_exc()
             answers.append({"error": f"{type(error).__name__}: {error}"})
         from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -1,12 +1,19 @@
-"""Kinds of checkpoints, as docs/checkpoint.md lists them for every engine; and that table."""
+"""Kinds of checkpoints, as docs/checkpoint.md lists them for every engine; that table; a checkpoint of each kind."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
 
 from epmq_cli.checkpoint.engine import Engine
 from epmq_cli.checkpoint.engines import ENGINES
+from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import linear_shapes
 from epmq_cli.quantize.formats.format import NumberFormat
@@ -95,23 +102,24 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
         for linear, format in zip(linears, cycle(kind.formats), strict=False)
     }
     eager = FAMILIES[family].dequantize_on_load
-    exporter = exporter_of(kind.pack, dtype="float16")
+    zeros = kind.pack == "gptq" and kind.formats[0].zero_points != "none"
+    exporter = exporter_of(kind.pack, dtype="float16", **({"format": "gptq_v2"} if zeros else {}))
     contents = Contents(exporter, made, weights, eager, {}, base, {}, torch.float16)
     write_checkpoint(folder / "checkpoint", contents, 10**9)
     return folder / "checkpoint"
 
 
-def _decoder(folder: Path, model: str) -> nn.Module:
+def _decoder(folder: Path, model: str) -> Any:
     write_tokenizer(folder)
     return t.Qwen2ForCausalLM(t.Qwen2Config(**WIDE)) if model == "qwen2" else t.LlamaForCausalLM(t.LlamaConfig(**WIDE))
 
 
-def _bert(folder: Path, model: str) -> nn.Module:
+def _bert(folder: Path, model: str) -> Any:
     _write_words(folder)
     return t.BertModel(t.BertConfig(**ENCODER, vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=8))
 
 
-def _clip(folder: Path, model: str) -> nn.Module:
+def _clip(folder: Path, model: str) -> Any:
     _write_words(folder)
     t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     ids = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 8}
