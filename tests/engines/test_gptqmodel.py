@@ -1,5 +1,4 @@
-"""GPTQModel's own loader on a CPU. Oracle: transformers on the same checkpoint, dequantized by epmq. `make engines` runs
-this.
+"""GPTQModel's own loader on a CPU. Oracle: transformers on the same checkpoint. `make engines` runs this.
 
 Kinds with zero points are in the storage `gptq_v2`, as this loader needs them.
 """

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
+from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from epmq_cli.checkpoint.engines import ENGINES
@@ -123,4 +123,4 @@ def test_vllm_embeds_as_transformers_does(name: str, family: str, encoders: Any)
             tokens = AutoTokenizer.from_pretrained(folder)
             wanted = torch.cat([model(**tokens(text, return_tensors="pt")).last_hidden_state[:, 0] for text in TEXTS])
     found = torch.tensor(answer["result"])
-    torch.testing.assert_close(F.normalize(found, dim=-1), F.normalize(wanted, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalize(found, dim=-1), normalize(wanted, dim=-1), atol=1e-5, rtol=0)

@@ -125,7 +125,7 @@ def _clip(folder: Path, model: str) -> Any:
     ids = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 8}
     text = {**ENCODER, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 16}
     vision = {**ENCODER, "image_size": 16, "patch_size": 8}
-    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def _write_words(folder: Path) -> None:
