@@ -170,9 +170,8 @@ def described(format: NumberFormat) -> str:
 def _head_widths(config: Mapping[str, Any]) -> Iterator[int]:
     """The widths of attention heads, as far as config.json says them; those of all towers if there are several."""
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
-        width, heads = part.get("hidden_size"), part.get("num_attention_heads")
-        if part.get("head_dim") or (width and heads):
-            yield part.get("head_dim") or width // heads
+        if {"hidden_size", "num_attention_heads"} <= part.keys():
+            yield int(part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"])
 
 
 def _refused(check: Callable[[], object]) -> str | None:
