@@ -122,9 +122,9 @@ def write_decoder(
     return folder / "checkpoint"
 
 
-def quantized(weight: torch.Tensor, format: NumberFormat) -> QuantizedWeight:
+def quantized(weight: torch.Tensor, format: NumberFormat, dtype: torch.dtype = torch.float16) -> QuantizedWeight:
     """A weight, rounded to nearest."""
     groups = by_group(weight, format)
-    grid = format.fit(groups, "minmax", torch.float16)
+    grid = format.fit(groups, "minmax", dtype)
     codes = format.encode(groups, grid.over_columns()).reshape(weight.shape)
-    return QuantizedWeight(codes, grid, format, torch.float16)
+    return QuantizedWeight(codes, grid, format, dtype)

@@ -91,6 +91,8 @@ WORDS = ["red", "photo", "of", "a", "film", "[CLS]", "[SEP]", "[UNK]", "[PAD]", 
 def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Path:
     """Writes a checkpoint of a kind: a random model, rounded to nearest. `model`: of decoders. Returns its folder."""
     kind, base = KINDS[name], folder / "base"
+    # in float32 the product of a code and a scale is exact, as in an engine that computes in float32
+    dtype = torch.float16 if kind.pack == "gptq" else torch.float32
     torch.manual_seed(0)
     made = {"causal_lm": _decoder, "bert": _bert, "clip": _clip}[family](base, model).eval()
     for parameter in made.parameters():
@@ -98,13 +100,15 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
     made.save_pretrained(base)
     linears = dict(linear_shapes(made, FAMILIES[family]))
     weights = {
-        linear: quantized(made.get_submodule(linear).weight.detach(), format)
+        linear: quantized(made.get_submodule(linear).weight.detach(), format, dtype)
         for linear, format in zip(linears, cycle(kind.formats), strict=False)
     }
     eager = FAMILIES[family].dequantize_on_load
     zeros = kind.pack == "gptq" and kind.formats[0].zero_points != "none"
-    exporter = exporter_of(kind.pack, dtype="float16", **({"format": "gptq_v2"} if zeros else {}))
-    contents = Contents(exporter, made, weights, eager, {}, base, {}, torch.float16)
+    exporter = exporter_of(
+        kind.pack, dtype=str(dtype).removeprefix("torch."), **({"format": "gptq_v2"} if zeros else {})
+    )
+    contents = Contents(exporter, made, weights, eager, {}, base, {}, dtype)
     write_checkpoint(folder / "checkpoint", contents, 10**9)
     return folder / "checkpoint"
 
