@@ -127,8 +127,8 @@ def _clip(folder: Path, model: str) -> Any:
     _write_words(folder)
     t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     ids = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 8}
-    text = {**ENCODER, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 16}
-    vision = {**ENCODER, "image_size": 16, "patch_size": 8}
+    text = {**ENCODER, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 16, "projection_dim": 64}
+    vision = {**ENCODER, "image_size": 16, "patch_size": 8, "projection_dim": 64}
     return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
