@@ -43,6 +43,10 @@ class Exporter(Protocol):
         """The largest size of a file, such as 5GB."""
 
     @property
+    def engine(self) -> str | None:
+        """The engine that must load the checkpoint (engines.py); None if any may."""
+
+    @property
     def open_clip(self) -> bool:
         """Whether CLIP models are written for open_clip as well (open_clip.py)."""
 

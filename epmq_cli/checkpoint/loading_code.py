@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from epmq_cli.checkpoint.engine import Engine
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
@@ -20,8 +21,6 @@ FOLDER = "path/of/this/folder"
 """The folder in all code."""
 INT4 = (2, 3, 4)
 """The bits of integers that stay packed in `epmq_cli.load`."""
-VLLM_FAMILIES, VLLM_GROUPS = ("causal_lm", "bert", "clip", "open_clip"), (32, 64, 128, -1)
-"""The families and groups of 4 bits that vLLM loads (README)."""
 
 
 def transformers_code(family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter) -> str:
@@ -124,21 +123,26 @@ def _literal(text: str) -> str:
     return f'"{text}"' if re.fullmatch(r"[\w.-]+", text) else quoted
 
 
-def other_engines(family: Family, formats: Sequence[NumberFormat], exporter: Exporter) -> dict[str, str]:
-    """The code of further engines that load this checkpoint, by engine."""
+def other_code(formats: Sequence[NumberFormat], exporter: Exporter) -> dict[str, str]:
+    """The Python code of further packages that load this checkpoint, by package."""
     code = {}
     bits = {format.bits for format in formats if format.name == f"int{format.bits}"}
     if formats and exporter.packs and bits & {*INT4}:
         code["epmq, with weights that stay packed"] = (
             f'import epmq_cli\n\nmodel = epmq_cli.load("{FOLDER}")  # torch\'s int4 kernels'
         )
-    four = len(formats) == 1 and bits == {4} and formats[0].group_size in VLLM_GROUPS
-    if four and family.name in VLLM_FAMILIES and "compressed-tensors" in exporter.tags:
-        pooling = "" if family.name == "causal_lm" else ', runner="pooling"'
-        code["vLLM"] = f'from vllm import LLM\n\nmodel = LLM("{FOLDER}"{pooling})'
     if exporter.open_clip:
         code["open_clip"] = (
             "import open_clip\n\n"
             f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{FOLDER}/open_clip")'
         )
     return code
+
+
+def shell_commands(engines: Sequence[Engine], family: Family) -> dict[str, str]:
+    """The commands of engines that load this checkpoint in a shell, by the names of the engines."""
+    runner, names = "" if family.heads == "none" else " --runner pooling", dict[str, list[str]]()
+    for engine in engines:
+        if engine.command:
+            names.setdefault(engine.command.format(folder=FOLDER, runner=runner), []).append(engine.label)
+    return {" and ".join(labels): command for command, labels in names.items()}

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from epmq_cli import __version__
 from epmq_cli.checkpoint.card_metadata import front_matter, metadata, model_index
+from epmq_cli.checkpoint.engine import Base
+from epmq_cli.checkpoint.engines import engines_for
 from epmq_cli.checkpoint.exporter import Exporter
-from epmq_cli.checkpoint.loading_code import head_code, other_engines, transformers_code
+from epmq_cli.checkpoint.loading_code import head_code, other_code, shell_commands, transformers_code
 from epmq_cli.config.files import own_folder
 from epmq_cli.data.suite import Suite
-from epmq_cli.families.family import Family
+from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.store.manifest import replace_files
 
@@ -132,20 +134,26 @@ class ModelCard:
 
 
 def loading_code(
-    family: Family, model: nn.Module, suite: Suite, formats: Sequence[NumberFormat], exporter: Exporter
+    family: Family, model: nn.Module, suite: Suite, formats: Sequence[NumberFormat], exporter: Exporter, base: Base
 ) -> str:
-    """The part of a card with the code of every engine that loads the checkpoint, and of a task's head. `formats`: of
-    the quantized linears."""
+    """The part of a card with the engines that load the checkpoint and the code for each, and of a task's head.
+    `formats`: of the quantized linears."""
     heads, first = family.heads != "none", suite.members[0].name
-    parts = [_block("python", transformers_code(family, model, formats, exporter))]
+    engines = engines_for(exporter, family, dict(linear_shapes(model, family)), formats, base)
+    parts = [
+        f"Loaded by {', '.join(engine.label for engine in engines)}. With transformers:",
+        _block("python", transformers_code(family, model, formats, exporter)),
+    ]
     if heads:
         parts += [
             f"The heads of the tasks are in `heads/heads.safetensors`. The logits of {_plain(first)}, behind the code "
             "above:",
             _block("python", head_code(family, model, first)),
         ]
-    for engine, code in other_engines(family, formats, exporter).items():
-        parts += [f"With {engine}:", _block("python", code)]
+    for package, code in other_code(formats, exporter).items():
+        parts += [f"With {package}:", _block("python", code)]
+    for names, command in shell_commands(engines, family).items():
+        parts += [f"With {names}:", _block("bash", command)]
     return "\n\n".join(parts)
 
 

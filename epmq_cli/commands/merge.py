@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,11 @@ from epmq_cli.commands.error_report import log_errors
 from epmq_cli.config import instantiate
 from epmq_cli.runtime.imports import importing
 from epmq_cli.store.run_lock import exclusive_lock, refuse_used
+
+if TYPE_CHECKING:
+    from epmq_cli.checkpoint.exporter import Exporter
+    from epmq_cli.families.family import Family
+    from epmq_cli.models.model_folder import ModelFolder
 
 PROBE = 8  # the length in tokens of the synthetic texts on which tokenizers are compared
 
@@ -33,7 +39,6 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
-        from epmq_cli.checkpoint.exporter import Exporter
         from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
@@ -66,6 +71,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         if exporter.open_clip:
             check_family(family, suite.family)
         models = SuiteModels(suite, family, whole=True, given=given_path(method))
+        _check_engine(exporter, family, models.base)
         if exporter.open_clip:
             check_base(models.base)
         files = models.tokenizer or ProcessorFiles(models.base.path)  # fails early if transformers cannot load them
@@ -83,8 +89,15 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
         size = write_dense(checkpoint, written, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    metrics_json.write_json(
-        folder / "metrics.json", metrics_json.metrics("merge", overrides, resolved, device, measured)
-    )
+    content = metrics_json.metrics("merge", overrides, OmegaConf.to_container(cfg, resolve=True), device, measured)
+    metrics_json.write_json(folder / "metrics.json", content)
     table.show_merge(measured, folder)
+
+
+def _check_engine(exporter: Exporter, family: Family, base: ModelFolder) -> None:
+    """ConfigError if the engine of `pack.engine` cannot load a dense model like the base."""
+    from epmq_cli.checkpoint.engine import Base
+    from epmq_cli.checkpoint.engines import check_engine, check_engine_model
+
+    check_engine(exporter, family, ())
+    check_engine_model(exporter, family, {}, (), Base(base.config, base.path))

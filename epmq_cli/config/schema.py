@@ -18,6 +18,10 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 KERNELS = ("auto", "int4", "dequantize")
 
 
+ENGINES = ("transformers", "vllm", "vllm_cpu", "gptqmodel", "llama_cpp")
+"""The engines of checkpoint/engines.py."""
+
+
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -65,13 +69,17 @@ class Calib:
 @dataclasses.dataclass(frozen=True)
 class Pack:
     """The fields that all `pack` options share. `dtype`: the type of scales and dense tensors; `auto` is the type of
-    most elements of the base (`epmq merge` keeps the type of each tensor). `shard_size`: such as 5GB."""
+    most elements of the base (`epmq merge` keeps the type of each tensor). `shard_size`: such as 5GB. `engine`: one of
+    ENGINES that must load the checkpoint; None if any may."""
 
     dtype: str
     shard_size: object
+    engine: str | None
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)
+        if self.engine is not None:
+            check_choice("pack.engine", self.engine, ENGINES)
         bytes_of("pack.shard_size", self.shard_size)
 
 

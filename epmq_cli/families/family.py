@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,3 +92,10 @@ def load_model(
         model, device, torch.float32
     )  # transformers' method rejects quantized models
     return loaded.eval().requires_grad_(False)
+
+
+def linear_shapes(model: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
+    """The names and shapes of the linears that will be quantized."""
+    for block in family.blocks(model):
+        for name in block.linears:
+            yield block.name(name), block.module.get_parameter(f"{name}.weight").shape

@@ -12,12 +12,15 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from epmq_cli.checkpoint.engine import Base
+from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import instantiate
 from epmq_cli.config.schema import scores_samples
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import EpmqError, ModelError
 from epmq_cli.families import AUTO, claiming
+from epmq_cli.families.family import linear_shapes
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.inspection.roles import HeaderTensors
 from epmq_cli.inspection.skeleton import skeleton
@@ -38,7 +41,6 @@ from epmq_cli.pipeline.preflight import (
     check_kernel,
     check_lengths,
     check_parts,
-    linear_shapes,
 )
 from epmq_cli.pipeline.scored_tasks import evaluation_samples
 from epmq_cli.quantize.mixed_precision import formats_of
@@ -99,7 +101,7 @@ def planned(cfg: DictConfig) -> Planned:
     else:
         plan.attempt(lambda: _open_local(plan, job))
     if plan.model is not None:
-        _check_model(plan, job, plan.model)
+        _check_model(plan, job, plan.model, bool(remote))
         _draw(plan, job, bool(remote))
     return plan
 
@@ -187,8 +189,8 @@ def _open_remote(plan: Planned, job: Job) -> None:
         plan.model = model
 
 
-def _check_model(plan: Planned, job: Job, model: nn.Module) -> None:
-    """The checks of the run that need the shapes of the model."""
+def _check_model(plan: Planned, job: Job, model: nn.Module, remote: bool) -> None:
+    """The checks of the run that need the shapes of the model; those of the tokenizer too unless it is remote."""
     formats = formats_of(job.quantizer)
     refused = len(plan.refused)
     plan.attempt(lambda: check_parts(model, job.family))
@@ -196,7 +198,11 @@ def _check_model(plan: Planned, job: Job, model: nn.Module) -> None:
         plan.model = None
         return
     plan.attempt(lambda: check_groups(model, job.family, formats))
-    plan.attempt(lambda: job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats))
+    linears = dict(linear_shapes(model, job.family))
+    plan.attempt(lambda: job.exporter.check_linears(linears, model, formats))
+    if plan.base is not None:
+        base = Base(plan.base.config, None if remote else plan.base.path)
+        plan.attempt(lambda: check_engine_model(job.exporter, job.family, linears, formats, base))
     packed = formats if job.exporter.packs else []
     plan.attempt(lambda: check_kernel(model, job.family, packed, job.evaluation, job.device))
 

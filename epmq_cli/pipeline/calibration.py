@@ -25,12 +25,11 @@ from epmq_cli.data.batching import ALL, Batch, Batches, split
 from epmq_cli.data.held_out import check_enough, filled, hold_out
 from epmq_cli.data.views import with_views
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.families.family import Family
+from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
-from epmq_cli.pipeline.preflight import linear_shapes
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs

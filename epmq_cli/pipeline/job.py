@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from epmq_cli.calibrate.guidance import Guidance
+from epmq_cli.checkpoint.engines import check_engine
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.open_clip import check_family
 from epmq_cli.config import instantiate, schema
@@ -116,6 +117,7 @@ def read_job(cfg: DictConfig) -> Job:
         check_block_refinement(quantizer)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
     exporter.check(family, formats_of(quantizer))
+    check_engine(exporter, family, formats_of(quantizer))
     if exporter.open_clip:
         check_family(family, suite.family)
     return Job(

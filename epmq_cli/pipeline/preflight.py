@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from epmq_cli.checkpoint.load import refuse
 from epmq_cli.config.schema import Evaluation
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
-from epmq_cli.families.family import Family
+from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.merge.suite_models import SuiteModels
@@ -117,10 +117,3 @@ def check_kernel(
     for format, (name, shape) in product(formats, linear_shapes(model, family)):
         obstacles[name] = obstacles.get(name) or obstacle(format, shape, device)
     refuse(obstacles)
-
-
-def linear_shapes(student: nn.Module, family: Family) -> Iterator[tuple[str, torch.Size]]:
-    """The names and shapes of the linears that will be quantized."""
-    for block in family.blocks(student):
-        for name in block.linears:
-            yield block.name(name), block.module.get_parameter(f"{name}.weight").shape

@@ -13,6 +13,7 @@ from torch import nn
 from epmq_cli import __version__
 from epmq_cli.calibrate.progress import WalkResult
 from epmq_cli.checkpoint.card_metadata import license_of
+from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.model_card import ModelCard, loading_code
 from epmq_cli.checkpoint.write import Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
@@ -62,7 +63,8 @@ def card(
     """The model card. `inputs`: the student and the folder of the base."""
     model, base = inputs
     bits, formats = average_bits(walk), formats_of(job.quantizer)
-    code = loading_code(job.family, model, job.suite, formats if bits is not None else (), job.exporter)
+    config = Base(model.config.to_dict(), base)  # type: ignore[operator, union-attr]
+    code = loading_code(job.family, model, job.suite, formats if bits is not None else (), job.exporter, config)
     return ModelCard(
         suite=job.suite,
         pipeline=job.family.tasks.pipeline,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.merge_data import ExpertMeasurements
+from epmq_cli.checkpoint.engine import Base
+from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
@@ -21,7 +23,7 @@ from epmq_cli.data.sampling import batches, draw, sequences
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.score import ScoredTask, Scores
-from epmq_cli.families.family import Family, load_model
+from epmq_cli.families.family import Family, linear_shapes, load_model
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
@@ -39,7 +41,6 @@ from epmq_cli.pipeline.preflight import (
     check_kernel,
     check_lengths,
     check_parts,
-    linear_shapes,
     rounded,
 )
 from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names
@@ -66,7 +67,9 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     model = _base_model(job, models, dtype, folder, described)
     formats = formats_of(job.quantizer)
     check_groups(model, job.family, formats)
-    job.exporter.check_linears(dict(linear_shapes(model, job.family)), model, formats)
+    linears = dict(linear_shapes(model, job.family))
+    job.exporter.check_linears(linears, model, formats)
+    check_engine_model(job.exporter, job.family, linears, formats, Base(models.base.config, models.base.path))
     check_kernel(model, job.family, formats if job.exporter.packs else [], job.evaluation, job.device)
     return models, model, dtype
 

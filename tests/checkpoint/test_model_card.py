@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from epmq_cli.checkpoint.card_metadata import hub_id, license_of
+from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.loading_code import FOLDER
 from epmq_cli.checkpoint.model_card import ModelCard, loading_code
 from epmq_cli.checkpoint.task_heads import read_heads
@@ -44,7 +45,8 @@ SHOWN = (
 def made_card(name: str, source: str, overrides: Sequence[str] = (), **fields: Any) -> ModelCard:
     entry = {"expert": source, "data": Table("a.tsv", "b.tsv")}
     suite = Suite(name=name, family="bert", base=source, tasks={name: entry})
-    code = loading_code(BERT, BertModel(SMALL), suite, (), exporter_of("compressed_tensors"))
+    base = Base(SMALL.to_dict(), None)
+    code = loading_code(BERT, BertModel(SMALL), suite, (), exporter_of("compressed_tensors"), base)
     return ModelCard(
         suite=suite,
         pipeline="text-classification",
@@ -168,7 +170,7 @@ def test_the_command_has_the_options_that_make_the_result() -> None:
 def python_code(card: str) -> str:
     """The blocks of Python that the text of a card contains, for transformers and a head."""
     blocks = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.S | re.M)
-    return "\n".join(code for _, code in blocks if "epmq_cli" not in code and "vllm" not in code)
+    return "\n".join(code for _, code in blocks if "epmq_cli" not in code)
 
 
 @pytest.mark.parametrize("kind", only(("vit", "roberta", "llama"), ("clip", "bert", *KINDS)))

@@ -76,6 +76,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "group_size": ("minus", "huge"),
     "seed": ("zero",),
     "pack.open_clip": ("true",),
+    "pack.engine": ("null",),
     "pack.damping": ("null", "zero", "fraction"),
     "quant.alpha": NUMBERS,
     "quant.clip": ("true",),

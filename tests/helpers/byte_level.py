@@ -13,7 +13,7 @@ from torch import nn
 
 from epmq_cli.checkpoint.gguf.tokenizer import SPACE
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
-from epmq_cli.quantize.formats.format import QuantizedWeight, by_group
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, by_group
 from epmq_cli.quantize.formats.int import IntFormat
 from tests.helpers.packs import exporter_of
 
@@ -125,9 +125,9 @@ def write_decoder(
     return folder / "checkpoint"
 
 
-def quantized(weight: torch.Tensor, format: IntFormat) -> QuantizedWeight:
+def quantized(weight: torch.Tensor, format: NumberFormat, dtype: torch.dtype = torch.float16) -> QuantizedWeight:
     """A weight, rounded to nearest."""
     groups = by_group(weight, format)
-    grid = format.fit(groups, "minmax", torch.float16)
+    grid = format.fit(groups, "minmax", dtype)
     codes = format.encode(groups, grid.over_columns()).reshape(weight.shape)
-    return QuantizedWeight(codes, grid, format, torch.float16)
+    return QuantizedWeight(codes, grid, format, dtype)

@@ -9,10 +9,10 @@ import transformers
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
+from epmq_cli.families.family import linear_shapes
 from epmq_cli.inspection.opened import open_headers
 from epmq_cli.inspection.roles import HEAD, LEFT, QUANTIZED, roles_of
 from epmq_cli.models.model_folder import ModelFolder
-from epmq_cli.pipeline.preflight import linear_shapes
 from tests.helpers.architectures import TAKEN
 from tests.helpers.tiers import first
 

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GATED = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
 """Activation functions that llama.cpp computes alike, by config.json's names of them."""

@@ -11,14 +11,16 @@ block becomes several blocks with the same scale. No block holds 7 bits, or the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.int import IntFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 32
 """The inputs of a block."""

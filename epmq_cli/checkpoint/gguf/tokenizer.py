@@ -14,8 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from epmq_cli.errors import ConfigError
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -57,8 +55,19 @@ def write_tokenizer(writer: Any, folder: Path, size: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
+def check_tokenizer(folder: Path) -> None:
+    """ConfigError if llama.cpp has no tokenizer like that of the folder."""
+    content = tokenizer_json(folder)
+    if content["model"].get("byte_fallback"):
+        space_prefix(folder, content)
+    else:
+        split_name(folder, content)
+
+
 def added_ends(folder: Path) -> dict[str, bool]:
     """Whether the tokenizer puts its tokens for begin and end around texts; llama.cpp has defaults of its own."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokens = tokenizer("a")["input_ids"]
     return {"bos": tokens[0] == tokenizer.bos_token_id, "eos": tokens[-1] == tokenizer.eos_token_id}

@@ -1,0 +1,187 @@
+"""An engine that loads checkpoints: the kernels that it has, and why it does not load others.
+
+A refusal is one sentence: the limit of the engine, what was given, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epmq_cli.checkpoint.gguf.architectures import architecture_of
+from epmq_cli.checkpoint.gguf.blocks import SUPER, check_blocks, kind_of
+from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
+from epmq_cli.errors import ConfigError
+from epmq_cli.families.family import Family
+from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
+
+if TYPE_CHECKING:
+    import torch
+
+DENSE = "pack=dense or pack.engine=null"
+"""What to do if an engine has no kernel."""
+ROWS, BY_ROW = -1, "with one scale per row"
+POINTS = {"none": "", "whole": " with zero points", "real": " with real zero points"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Weights that an engine multiplies with: the name of their number format, the zero points that it may have, and
+    the sizes of its groups, empty for all."""
+
+    format: str
+    points: tuple[ZeroPoints, ...] = ("none",)
+    groups: tuple[int, ...] = ()
+
+    def takes(self, format: NumberFormat) -> bool:
+        """Whether the kernel multiplies with weights of this format."""
+        grouped = not self.groups or format.group_size in self.groups
+        return format.name == self.format and format.zero_points in self.points and grouped
+
+    def __str__(self) -> str:
+        points = " with or without zero points" if len(self.points) > 1 else " without zero points"
+        sizes = [str(size) for size in self.groups if size != ROWS]
+        kinds = [f"in groups of {_listed(sizes)}"] if sizes else []
+        kinds += [BY_ROW] if ROWS in self.groups else []
+        return " ".join([f"{self.format}{points}", " or ".join(kinds)]).strip()
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a check needs of the base: config.json, and the folder with its tokenizer; None if it is on the hub."""
+
+    config: Mapping[str, Any]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine.
+
+    `title`: its name for readers. `kernels`: the packed weights that it multiplies with, by the option of `pack` that
+    stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
+    different formats. `multiple`: what inputs and outputs must be multiples of. `fused`: the last names of linears that
+    it multiplies with as one. `heads`: the widths of attention heads that it takes, empty for all. `tested`: whether
+    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint `{folder}` in a
+    shell, `{runner}` being an option for encoders; empty if only Python does.
+    """
+
+    title: str
+    kernels: Mapping[str, tuple[Kernel, ...]]
+    families: tuple[str, ...] = ()
+    mixes: bool = False
+    multiple: int = 1
+    fused: tuple[tuple[str, ...], ...] = ()
+    heads: tuple[int, ...] = ()
+    tested: bool = True
+    command: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of the engine, and how we know what it loads unless by a test."""
+        return self.title if self.tested else f"{self.title} (by its sources)"
+
+    def refusal(self, pack: str, family: Family, formats: Sequence[NumberFormat]) -> str | None:
+        """Why the engine does not load checkpoints of `pack=<pack>` with these formats, and what to do; None if it
+        does. `formats`: of packed weights, empty if all are dense."""
+        if pack not in self.kernels:
+            return f"{self.title} does not read pack={pack}; use pack={' or '.join(self.kernels)}"
+        if self.families and family.name not in self.families:
+            return (
+                f"{self.title} does not load models of family {family.name}, only of {_listed(self.families)}; use "
+                "pack.engine=null and another engine"
+            )
+        if len(formats) > 1 and not self.mixes:
+            names = " and ".join(format.name for format in formats)
+            return f"{self.title} needs one format in all linears, got {names}; use a whole number of bits, {DENSE}"
+        return next(filter(None, (self.format_refusal(pack, format) for format in formats)), None)
+
+    def format_refusal(self, pack: str, format: NumberFormat) -> str | None:
+        """Why the engine does not multiply with packed weights of this format; None if it does."""
+        kernels = self.kernels[pack]
+        if not kernels or any(kernel.takes(format) for kernel in kernels):
+            return None
+        same = [str(kernel) for kernel in kernels if kernel.format == format.name]
+        if not same:
+            names = _listed([kernel.format for kernel in kernels])
+            return f"{self.title} has no kernel for {format.name}, only for {names}; use {names}, {DENSE}"
+        known = f"{self.title} has kernels for {_listed(same)}, got {described(format)}"
+        return f"{known}; use one of these, {DENSE}"
+
+    def model_refusal(
+        self, family: Family, linears: Mapping[str, torch.Size], formats: Sequence[NumberFormat], base: Base
+    ) -> str | None:
+        """Why the engine does not load a model with packed linears of these shapes (out, in); None if it does."""
+        width = next((width for width in _head_widths(base.config) if self.heads and width not in self.heads), None)
+        if width is not None:
+            return (
+                f"{self.title} takes attention heads of {_listed([str(each) for each in self.heads])} channels, got "
+                f"{width}; use pack.engine=null and another engine"
+            )
+        for name, outputs, inputs in self._products(linears) if formats else ():
+            if outputs % self.multiple or inputs % self.multiple:
+                return (
+                    f"{self.title} multiplies with packed weights whose inputs and outputs are multiples of "
+                    f"{self.multiple}, got {name} with {inputs} inputs and {outputs} outputs; use {DENSE}"
+                )
+        return None
+
+    def _products(self, linears: Mapping[str, torch.Size]) -> Iterator[tuple[str, int, int]]:
+        """The name, the outputs and the inputs of each product of matrices; fused linears are one."""
+        products: dict[str, tuple[int, int]] = {}
+        for name, (outputs, inputs) in linears.items():
+            parent, _, last = name.rpartition(".")
+            whole = next((f"{parent}.{' + '.join(parts)}" for parts in self.fused if last in parts), name)
+            products[whole] = (products.get(whole, (0, 0))[0] + outputs, inputs)
+        return ((name, outputs, inputs) for name, (outputs, inputs) in products.items())
+
+
+@dataclass(frozen=True)
+class LlamaCpp(Engine):
+    """llama.cpp reads what `epmq export` writes, so the checks are those of the export."""
+
+    def format_refusal(self, pack: str, format: NumberFormat) -> str | None:
+        """See Engine."""
+        return _refused(lambda: kind_of(format)) or _refused(lambda: check_blocks("every linear", SUPER, format))
+
+    def model_refusal(
+        self, family: Family, linears: Mapping[str, torch.Size], formats: Sequence[NumberFormat], base: Base
+    ) -> str | None:
+        """See Engine. Also why llama.cpp has no such model or tokenizer."""
+        for format, (name, shape) in product(formats, linears.items()):
+            if (reason := _refused(partial(check_blocks, name, shape[1], format))) is not None:
+                return reason
+        reason, folder = _refused(lambda: architecture_of(base.config)), base.folder
+        if reason is None and folder is not None:
+            reason = _refused(lambda: check_tokenizer(folder))
+        return reason
+
+
+def described(format: NumberFormat) -> str:
+    """A number format in words, such as int4 with zero points in groups of 64."""
+    groups = BY_ROW if format.group_size == ROWS else f"in groups of {format.group_size}"
+    return f"{format.name}{POINTS[format.zero_points]} {groups}"
+
+
+def _head_widths(config: Mapping[str, Any]) -> Iterator[int]:
+    """The widths of attention heads, as far as config.json says them; those of all towers if there are several."""
+    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        if {"hidden_size", "num_attention_heads"} <= part.keys():
+            yield int(part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"])
+
+
+def _refused(check: Callable[[], object]) -> str | None:
+    """The message of a check's ConfigError; None if there is none."""
+    try:
+        check()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,126 @@
+"""The engines that load checkpoints, and what each of them can load.
+
+`ENGINES` is the only place that knows this. `pack.engine=<name>` refuses a run before calibration if the engine cannot
+load the result; the model card lists the engines that load the checkpoint; docs/checkpoint.md has the whole table, and
+a test compares it with this module. `make engines` loads checkpoints in the engines that are `tested`, and shows that
+they fail where this module says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from epmq_cli.checkpoint.engine import ROWS, Base, Engine, Kernel, LlamaCpp
+from epmq_cli.checkpoint.exporter import Exporter
+from epmq_cli.config.instantiate import option_name
+from epmq_cli.errors import ConfigError
+from epmq_cli.families.family import Family
+from epmq_cli.quantize.formats.format import NumberFormat
+
+if TYPE_CHECKING:
+    import torch
+
+WIDTHS = (2, 3, 4, 8)
+INTEGERS = tuple(Kernel(f"int{bits}", ("none", "whole")) for bits in WIDTHS)
+VLLM_GROUPS = (32, 64, 128, ROWS)
+VLLM_FAMILIES = ("causal_lm", "bert", "clip", "open_clip")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+MX = ("mxfp4a16", "mxfp4", "mxfp8a16", "mxfp8")
+SERVE = "vllm serve {folder}{runner}"
+
+ENGINES: Mapping[str, Engine] = {
+    "transformers": Engine(
+        "transformers",
+        {"compressed_tensors": (), "gptq": INTEGERS, "dense": ()},
+        mixes=True,  # but for the families for which pack=compressed_tensors refuses it
+    ),
+    "vllm": Engine(
+        "vLLM on CUDA",
+        {
+            "compressed_tensors": (
+                Kernel("int4", ("none", "whole"), VLLM_GROUPS),
+                Kernel("int8", groups=VLLM_GROUPS),
+                Kernel("fp8", groups=(ROWS,)),
+                *(Kernel(name) for name in ("w8a8", "fp8_dynamic", "nvfp4a16", *MX)),
+            ),
+            "gptq": (Kernel("int4", groups=VLLM_GROUPS), Kernel("int8", groups=VLLM_GROUPS)),
+            "dense": (),
+        },
+        families=VLLM_FAMILIES,
+        fused=FUSED,
+        tested=False,
+        command=SERVE,
+    ),
+    "vllm_cpu": Engine(
+        "vLLM on CPUs",
+        {
+            "compressed_tensors": (Kernel("int4", ("none", "whole")),),
+            "gptq": (Kernel("int4"),),
+            "dense": (),
+        },
+        families=VLLM_FAMILIES,
+        multiple=32,
+        fused=FUSED,
+        heads=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),
+        command=SERVE,
+    ),
+    "gptqmodel": Engine("GPTQModel", {"gptq": INTEGERS}),
+    "llama_cpp": LlamaCpp(
+        "llama.cpp",
+        {"compressed_tensors": (), "gptq": (), "dense": ()},
+        families=("causal_lm",),
+        mixes=True,
+        command="epmq export {folder} model.gguf\nllama-cli -m model.gguf",
+    ),
+}
+"""By the name of pack.engine."""
+
+
+def check_engine(exporter: Exporter, family: Family, formats: Collection[NumberFormat]) -> None:
+    """ConfigError if the engine of `pack.engine` cannot load the result; called before any model is opened."""
+    if exporter.engine is not None:
+        _raise(exporter, ENGINES[exporter.engine].refusal(_pack(exporter), family, _packed(exporter, formats)))
+
+
+def check_engine_model(
+    exporter: Exporter,
+    family: Family,
+    linears: Mapping[str, torch.Size],
+    formats: Collection[NumberFormat],
+    base: Base,
+) -> None:
+    """The same for the shapes of a model, its architecture and tokenizer; called before anything is calibrated."""
+    if exporter.engine is not None:
+        engine = ENGINES[exporter.engine]
+        _raise(exporter, engine.model_refusal(family, linears, _packed(exporter, formats), base))
+
+
+def engines_for(
+    exporter: Exporter,
+    family: Family,
+    linears: Mapping[str, torch.Size],
+    formats: Collection[NumberFormat],
+    base: Base,
+) -> list[Engine]:
+    """The engines that load a checkpoint. `linears` and `formats`: of the weights that are quantized."""
+    pack, packed = _pack(exporter), _packed(exporter, formats)
+    return [
+        engine
+        for engine in ENGINES.values()
+        if engine.refusal(pack, family, packed) is None and engine.model_refusal(family, linears, packed, base) is None
+    ]
+
+
+def _pack(exporter: Exporter) -> str:
+    return option_name("pack", type(exporter))
+
+
+def _packed(exporter: Exporter, formats: Collection[NumberFormat]) -> Sequence[NumberFormat]:
+    """The formats that the checkpoint stores packed."""
+    return [*formats] if exporter.packs else []
+
+
+def _raise(exporter: Exporter, reason: str | None) -> None:
+    if reason is not None:
+        raise ConfigError(f"pack.engine={exporter.engine}: {reason}")
