@@ -75,7 +75,7 @@ def test_an_engine_refuses_what_the_table_says(name: str) -> None:
         ("vllm", [ints(3, 64), ints(4, 64)], "needs one format in all linears, got int3 and int4; use a whole number"),
         ("gptqmodel", [ints(4, 64)], "GPTQModel does not read pack=compressed_tensors; use pack=gptq"),
         ("llama_cpp", [ints(3, 64)], "multiples of 256 inputs at 3 bits, got 64 in every linear; use group_size=256"),
-        ("llama_cpp", [ints(4, 16)], "multiples of 32 inputs, got 16 in every linear; use group_size=32"),
+        ("llama_cpp", [ints(4, 16)], "multiples of 32 inputs at 4 bits, got 16 in every linear; use group_size=32"),
     ],
 )
 def test_refusals_say_what_was_given_and_what_to_do(name: str, formats: Any, sentence: str) -> None:
