@@ -43,7 +43,9 @@ def weight_of(format: NumberFormat, dtype: torch.dtype, size: float = 1.0) -> Qu
 
 def stored(weight: QuantizedWeight, folder: Path) -> SafetensorsFiles:
     """A checkpoint folder with this weight alone."""
-    write_file(folder / "model.safetensors", CompressedTensorsExporter("auto", "5GB", False).entries("it", weight))
+    write_file(
+        folder / "model.safetensors", CompressedTensorsExporter("auto", "5GB", None, False).entries("it", weight)
+    )
     return SafetensorsFiles(folder, "checkpoint")
 
 
@@ -85,12 +87,12 @@ def test_schemes_are_those_that_compressed_tensors_knows_by_this_name(name: str)
 
 @pytest.mark.parametrize("name", FIXED)
 def test_only_this_format_of_checkpoints_stores_the_format_of_activations(name: str) -> None:
-    CompressedTensorsExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+    CompressedTensorsExporter("auto", "5GB", None, False).check(FAMILIES["bert"], [FIXED[name]])
     if FIXED[name].activations == "none":
-        DenseExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+        DenseExporter("auto", "5GB", None, False).check(FAMILIES["bert"], [FIXED[name]])
         return
     with pytest.raises(ConfigError, match=f"pack=dense stores no format of activations, got quant.format={name}; use "):
-        DenseExporter("auto", "5GB", False).check(FAMILIES["bert"], [FIXED[name]])
+        DenseExporter("auto", "5GB", None, False).check(FAMILIES["bert"], [FIXED[name]])
 
 
 def test_a_format_that_compressed_tensors_does_not_know_is_refused() -> None:

@@ -83,7 +83,7 @@ def test_plain_transformers_has_the_outputs_of_the_dequantized_model(
 
 def test_a_mix_that_transformers_cannot_load_is_refused_first() -> None:
     """Oracle: transformers, which cannot initialize T5 if linears have no weight."""
-    exporter, formats = CompressedTensorsExporter("auto", "5GB", False), [ints(4, -1), Fp8Format(-1)]
+    exporter, formats = CompressedTensorsExporter("auto", "5GB", None, False), [ints(4, -1), Fp8Format(-1)]
     exporter.check(FAMILIES["causal_lm"], formats)
     exporter.check(FAMILIES["t5"], formats[:1])
     with pytest.raises(ConfigError, match="cannot load this family with two formats in one checkpoint, got int4 and"):

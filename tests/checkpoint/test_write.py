@@ -54,7 +54,7 @@ def write(folder: Path, hub: Path, found: Walk, shard_bytes: int = 5 * 10**9) ->
 def test_packed_tensors_unpack_to_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     found = rtn(weight, ints(bits, group_size, symmetric), "mse", torch.float16)
-    entries = CompressedTensorsExporter("auto", "5GB", False).entries("linear", found)
+    entries = CompressedTensorsExporter("auto", "5GB", None, False).entries("linear", found)
     tensors = {entry.name.removeprefix("linear."): entry.make() for entry in entries}
     assert all(tuple(entry.make().shape) == entry.shape for entry in entries)
     assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 48))), found.codes)

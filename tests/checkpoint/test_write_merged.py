@@ -92,7 +92,7 @@ def test_experts_of_a_wider_type_are_reported_and_pack_dtype_keeps_it(
     assert written_dtype(source, "auto") == BRAIN
     said = "".join(capsys.readouterr().err.split("\n"))
     assert "experts of x are stored in float32, the result in bfloat16 as the base is; pack.dtype=float32 keeps" in said
-    made = merged_folder(tmp_path / "made", suite, DenseExporter("float32", "5GB", False))
+    made = merged_folder(tmp_path / "made", suite, DenseExporter("float32", "5GB", None, False))
     found, wanted = (load_file(folder / "model.safetensors") for folder in (made, expert))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
     assert settings_of(made)["dtype"] == "float32"

@@ -43,7 +43,7 @@ def test_a_run_scores_on_the_requested_kernel(kernel: str, packed: int, clip_hub
     [
         (("eval.kernel=marlin",), "eval.kernel must be one of auto, int4, dequantize, got 'marlin'"),
         (("group_size=16",), "kernel=int4 cannot take .*: 16 input columns share a scale"),
-        (("group_size=32", "bits=6"), "kernel=int4 cannot take .*: it has 8 bits"),
+        (("group_size=32", "bits=6"), "kernel=int4 cannot take .*: it has 6 bits"),
         (("quant=none",), "kernel=int4 needs quantized linears, but the model has none"),
     ],
 )

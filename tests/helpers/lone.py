@@ -28,7 +28,7 @@ from epmq_cli.models.weights import copy_into
 Copies = Mapping[str, str]
 """Stored copies of tied tensors: copy -> source, by name."""
 CPU = torch.device("cpu")
-PACK = DenseExporter("auto", "5GB", False)
+PACK = DenseExporter("auto", "5GB", None, False)
 
 
 def store(

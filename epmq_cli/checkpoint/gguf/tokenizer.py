@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ConfigError
+from epmq_cli.models.pretrained import from_folder
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +69,7 @@ def added_ends(folder: Path) -> dict[str, bool]:
     """Whether the tokenizer puts its tokens for begin and end around texts; llama.cpp has defaults of its own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = from_folder(AutoTokenizer, folder)
     tokens = tokenizer("a")["input_ids"]
     return {"bos": tokens[0] == tokenizer.bos_token_id, "eos": tokens[-1] == tokenizer.eos_token_id}
 
