@@ -55,7 +55,7 @@ ENGINES: Mapping[str, Engine] = {
     "vllm_cpu": Engine(
         "vLLM on CPUs",
         {
-            "compressed_tensors": (Kernel("int4", ("none", "whole")),),
+            "compressed_tensors": (Kernel("int4", ("none", "whole")), Kernel("w8a8"), Kernel("fp8_dynamic")),
             "gptq": (Kernel("int4"),),
             "dense": (),
         },

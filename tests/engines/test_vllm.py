@@ -31,6 +31,8 @@ TEXTS = ["red photo of a film", "a film"]
 DECODERS = [name for name, kind in KINDS.items() if kind.families == ("causal_lm",)]
 ENCODERS = [(name, family) for name, kind in KINDS.items() for family in kind.families if family in ("bert", "clip")]
 LOADS = [name for name in DECODERS if KINDS[name].refusals(ENGINE) == [None]]
+ROUNDED = [name for name in LOADS if any(format.activations != "none" for format in KINDS[name].formats)]
+"""Kinds whose activations vLLM rounds, which transformers does not."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,7 +72,7 @@ def _asked(name: str, dtype: str) -> bool:
     return KINDS[name].pack != "gptq"
 
 
-@pytest.mark.parametrize("name", [name for name in LOADS if KINDS[name].pack != "gptq"])
+@pytest.mark.parametrize("name", [name for name in LOADS if KINDS[name].pack != "gptq" and name not in ROUNDED])
 def test_vllm_writes_what_transformers_writes(name: str, decoders: Any, answers: Any) -> None:
     answer, wanted = answers[name, "float32"], by_transformers(decoders[name])
     assert "error" not in answer, answer
@@ -83,7 +85,7 @@ def test_vllms_own_operator_agrees_within_bfloat16(name: str, decoders: Any, ans
     answer, wanted = answers[name, "bfloat16"], by_transformers(decoders[name])
     assert "error" not in answer, answer
     assert answer["result"][0][0] == wanted[0][0]
-    assert answer["result"][0][1] == pytest.approx(wanted[0][1], abs=0.1)
+    assert answer["result"][0][1] == pytest.approx(wanted[0][1], abs=0.2 if name in ROUNDED else 0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name not in LOADS])

@@ -90,8 +90,8 @@ def table(engines: Sequence[Engine] = tuple(ENGINES.values())) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-WIDE: dict[str, Any] = {**SIZE, "hidden_size": 128, "intermediate_size": 256}
-"""Sizes with room for groups of 128 inputs and attention heads of 32."""
+WIDE: dict[str, Any] = {**SIZE, "hidden_size": 256, "intermediate_size": 256}
+"""Sizes with room for groups of 256 inputs and attention heads of 64."""
 ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = ["red", "photo", "of", "a", "film", "[CLS]", "[SEP]", "[UNK]", "[PAD]", "[MASK]"]
 """No special token is the first, which vLLM needs as a place for pictures."""
@@ -105,7 +105,9 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
     torch.manual_seed(0)
     made = {"causal_lm": _decoder, "bert": _bert, "clip": _clip}[family](base, model).eval()
     for parameter in made.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1)
+        matrix = parameter.ndim > 1
+        size = 1.6 / parameter[0].numel() ** 0.5 if matrix else 0.1
+        parameter.data = torch.randn_like(parameter) * size + (not matrix)
     made.save_pretrained(base)
     linears = dict(linear_shapes(made, FAMILIES[family]))
     weights = {
