@@ -2,9 +2,9 @@
 
 With U the upper factor of H^-1, quantizing the columns of a group one after the other costs sum_i ((w_i - q_i) /
 U_ii)^2, where w_i includes the errors of the columns before it. This sum is computed for all candidate scales at once,
-first over the whole range and then near the best. Zero points are then searched together with the scales (after NeUQI,
-https://arxiv.org/abs/2505.17595, which minimizes a diagonal approximation instead): all pairs near the best one, then
-nearer. The best pair so far is always among them, so that the loss never rises.
+first over the whole range and then near the best. Zero points are then searched together with the scales, an idea of
+NeUQI (https://arxiv.org/abs/2505.17595): all pairs near the best one, then nearer. The best pair so far is always among
+them, so that the loss never rises.
 """
 
 from __future__ import annotations
