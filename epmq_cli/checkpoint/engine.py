@@ -17,6 +17,7 @@ from epmq_cli.checkpoint.gguf.blocks import SUPER, check_blocks, kind_of
 from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+from epmq_cli.models.model_folder import head_width
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _head_widths(config: Mapping[str, Any]) -> Iterator[int]:
     """The widths of attention heads, as far as config.json says them; those of all towers if there are several."""
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         if {"hidden_size", "num_attention_heads"} <= part.keys():
-            yield int(part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"])
+            yield head_width(part)
 
 
 def _refused(check: Callable[[], object]) -> str | None:

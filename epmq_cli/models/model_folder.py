@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +52,11 @@ __all__ = [
 NAMED = "transformers_weights"  # key in config.json
 DTYPES = dict(zip(FLOATS, ("float64", "float32", "float16", "bfloat16"), strict=True))
 """The names in torch of the floating-point types, by safetensors name."""
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    """The width of an attention head, by a config.json."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.models.model_folder import ModelFolder, Tensors
+from epmq_cli.models.model_folder import ModelFolder, Tensors, head_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +60,7 @@ class Rotated:
         self._tensors = tensors
         self.infos = dict(tensors.infos)
         self.infos.setdefault(HEAD, replace(tensors.infos[TABLE]))
-        heads = int(config["num_attention_heads"])
-        self._head = int(config.get("head_dim") or config["hidden_size"] // heads)
-        self._width = int(config["hidden_size"])
+        self._head, self._width = head_width(config), int(config["hidden_size"])
 
     def tensor(self, name: str) -> Tensor:
         """Returns the tensor of this name."""

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer
 
 import epmq_cli
 from epmq_cli.checkpoint.gguf.write import GgufFile
+from tests.engines.greedy import PROMPT, by_transformers
 from tests.helpers.byte_level import MODELS, write_decoder
 
 PYTHON = os.environ.get("EPMQ_LLAMA_CPP", "")
 """The Python of an environment with xllamacpp."""
-PROMPT, COUNT = [5, 17, 100, 42, 9, 77], 12
+COUNT = 12
 ROUNDING = {"gelu": 3e-3, "silu": 1e-4}
 """The largest difference of a log-probability by the activation; llama.cpp has a table of GELU in float16."""
 TEXT = "the lives of 12 people,  a story é 語!"
@@ -37,16 +38,9 @@ def by_llama_cpp(file: Path, prompt: list[int] | str = PROMPT) -> list[tuple[int
     return [(number, value) for number, value in json.loads(done.stdout.splitlines()[-1])]
 
 
-def by_transformers(checkpoint: Path, prompt: list[int] = PROMPT) -> list[tuple[int, float]]:
-    """The same."""
-    model: Any = epmq_cli.load(checkpoint, kernel="dequantize")
-    end = AutoTokenizer.from_pretrained(checkpoint).eos_token_id
-    tokens, found = [*prompt], []
-    for _ in range(COUNT):
-        values = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-        tokens.append(max((n for n in range(len(values)) if n != end), key=values.__getitem__))
-        found.append((tokens[-1], float(values[tokens[-1]])))
-    return found
+def wanted(checkpoint: Path, prompt: list[int] = PROMPT) -> list[tuple[int, float]]:
+    """The same of transformers; llama.cpp is asked to ignore the end."""
+    return by_transformers(checkpoint, prompt, COUNT, AutoTokenizer.from_pretrained(checkpoint).eos_token_id)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -54,7 +48,7 @@ def test_dense_files_give_the_probabilities_of_transformers(kind: str, tmp_path:
     """Names, order of rows and metadata are right: without quantized blocks, llama.cpp computes in float32."""
     checkpoint = write_decoder(tmp_path, kind, pack="dense")
     GgufFile(checkpoint, "f32").write(tmp_path / "model.gguf")
-    check_equal(by_llama_cpp(tmp_path / "model.gguf"), by_transformers(checkpoint), kind)
+    check_equal(by_llama_cpp(tmp_path / "model.gguf"), wanted(checkpoint), kind)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mistral"])
@@ -63,12 +57,12 @@ def test_texts_become_the_tokens_of_transformers(kind: str, tmp_path: Path) -> N
     checkpoint = write_decoder(tmp_path, kind, pack="dense")
     GgufFile(checkpoint, "f32").write(tmp_path / "model.gguf")
     tokens = AutoTokenizer.from_pretrained(checkpoint)(TEXT)["input_ids"]
-    check_equal(by_llama_cpp(tmp_path / "model.gguf", TEXT), by_transformers(checkpoint, tokens), kind)
+    check_equal(by_llama_cpp(tmp_path / "model.gguf", TEXT), wanted(checkpoint, tokens), kind)
 
 
-def check_equal(found: list[tuple[int, float]], wanted: list[tuple[int, float]], kind: str) -> None:
+def check_equal(found: list[tuple[int, float]], expected: list[tuple[int, float]], kind: str) -> None:
     """llama.cpp's server does not list some tokens that are parts of a character."""
-    left, bound = iter(wanted), ROUNDING["gelu" if kind.startswith("gemma") else "silu"]
+    left, bound = iter(expected), ROUNDING["gelu" if kind.startswith("gemma") else "silu"]
     assert len(found) >= 3
     for number, value in found:
         assert any(number == other and value == pytest.approx(own, abs=bound) for other, own in left)
@@ -86,7 +80,7 @@ def test_quantized_files_load(bits: int, points: Any, group_size: int, tmp_path:
     checkpoint = write_decoder(tmp_path, "qwen2" if group_size == 32 else "wide", bits, points, group_size)
     GgufFile(checkpoint, "f16").write(tmp_path / "model.gguf")
     model: Any = epmq_cli.load(checkpoint, kernel="dequantize")
-    wanted = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    values = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
     number, value = by_llama_cpp(tmp_path / "model.gguf")[0]
-    assert value == pytest.approx(float(wanted[number]), abs=0.2)
-    assert value > float(wanted.max()) - 0.4
+    assert value == pytest.approx(float(values[number]), abs=0.2)
+    assert value > float(values.max()) - 0.4

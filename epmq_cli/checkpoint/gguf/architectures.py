@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epmq_cli.errors import ConfigError
+from epmq_cli.models.model_folder import head_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,11 +110,6 @@ def architecture_of(config: Mapping[str, Any]) -> GgufArchitecture:
     if problem := found.check(config):
         raise ConfigError(f"llama.cpp has no {kind} with {problem}")
     return found
-
-
-def head_width(config: Mapping[str, Any]) -> int:
-    """The width of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def metadata(writer: Any, config: Mapping[str, Any]) -> None:
