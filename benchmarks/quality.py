@@ -72,6 +72,7 @@ ROWS: dict[str, dict[str, str]] = {
     "+ both": {**VIEWS, "refine": "both"},
     "+ heads": {**FEATURE, "guidance.heads": "always"},
     "+ refine + heads": {**VIEWS, "guidance.heads": "always", "refine": "distill"},
+    "+ both + heads": {**VIEWS, "guidance.heads": "always", "refine": "both"},
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
 """The overrides of each row. From E-PMQ on, each row adds to the row before, up to `+ views`. Rows with `refine` add to
@@ -174,8 +175,9 @@ class Session:
     def refinement(self, merge: str, row: str, seed: int) -> RunProgress:
         """Returns the progress that keeps the refined dense model, which rows and bit widths share."""
         own = {name: value for name, value in ROWS[row].items() if name not in LATER}
-        if own.get("refine") != "distill":
+        if own.get("refine") not in ("distill", "both"):
             return RunProgress()
+        own["refine"] = "distill"
         name = " ".join([merge, str(seed), *(f"{key}={value}" for key, value in sorted(own.items()))])
         return Refinements(self.file.with_suffix("") / name)
 
