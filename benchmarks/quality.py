@@ -149,7 +149,7 @@ class Session:
             group = {} if row.endswith("dense") else {"bits": bits, "group_size": "32" if float(bits) < 3 else "64"}
             job = self.job(merge, {**ROWS[row], **group, "seed": str(seed)})
             if not self.loaded:
-                self.load(job)
+                self.load(self.job(merge, {**ROWS[row], **group, "seed": "0"}))  # the same test samples for all seeds
             taught = self.calibration(job)
             copy_into(self.model, self.base_state)
             merged = LazyMerge(self.models.source, job.merge, self.dtype)
