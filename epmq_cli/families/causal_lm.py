@@ -20,7 +20,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.structure import Section, Stack, Table
+from epmq_cli.families.structure import Section, Stack, Table, token_mask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
@@ -123,12 +123,13 @@ class CausalLM(Architecture):
         """The layers, then the last norm; ModelError where the layout of a layer is not known."""
         from epmq_cli.families.readouts import LastNorm  # a module: imports torch
 
-        return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),))]
+        return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),), mask=token_mask)]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The output of the last norm: (tokens, width)."""
+        """The output of the last norm for the real tokens: (tokens, width)."""
         hidden: Tensor = model.get_submodule("model")(**batch, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)
+        mask = token_mask(batch)
+        return hidden.flatten(0, 1) if mask is None else hidden[mask]
 
     def _blocks(self, model: nn.Module) -> list[Section]:
         kind = type(model).__name__

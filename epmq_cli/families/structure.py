@@ -96,6 +96,12 @@ class Section:
         return f"{self.prefix}.{local}" if self.prefix else local
 
 
+def token_mask(batch: Batch) -> Tensor | None:
+    """(samples, tokens) bool, True for real tokens; None for inputs without padding, such as images."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
 def all_real(batch: Batch) -> Tensor | None:
     """The mask of inputs without padding."""
     return None
