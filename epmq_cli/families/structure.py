@@ -37,6 +37,9 @@ class Linears:
     scale: float = 1.0
     """The factor of the outputs before they are added to the stream."""
 
+    parallel: bool = False
+    """Whether another part of the block reads the stream before the outputs are added to it."""
+
     producer: str | None = None
     """The norm or linear whose output channels are the input channels, each times a factor independent of it, and are
     used nowhere else; None if there is none."""

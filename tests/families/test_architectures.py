@@ -236,5 +236,5 @@ def test_blocks_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     ):
         FAMILIES["causal_lm"].blocks(model)
     gpt: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel has no model.layers"):
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has linears of the class Conv1D"):
         FAMILIES["causal_lm"].blocks(gpt)
