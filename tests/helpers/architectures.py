@@ -102,10 +102,7 @@ PICTURES = {**SIZE, "image_size": 16, "patch_size": 8}
 
 ENCODERS: dict[str, Build] = {
     "albert": lambda: t.AlbertModel(t.AlbertConfig(**TEXTS, embedding_size=16)),
-    "deit": lambda: t.DeiTModel(t.DeiTConfig(**PICTURES)),
     "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**PICTURES)),
-    "electra": lambda: t.ElectraModel(t.ElectraConfig(**TEXTS, embedding_size=32)),
-    "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**TEXTS)),
 }
 """Models that no family accepts."""
 
