@@ -60,7 +60,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "a label with a fraction": ("bert", rows("test", "label\ttext\n0.5\tred\n"), D, "labels must be whole numbers"),
     "no label": ("bert", rows("test", "label\ttext\n\tred\n"), D, "row 1: the row has no label"),
     "no column of labels": ("bert", rows("test", "text\tx\nred\t1\n"), D, "has no column label (data.label)"),
-    "no column of texts": ("bert", rows("train", "label\tx\n1\t1\n"), D, "row 1: no value in column text"),
+    "no column of texts": ("bert", rows("train", "label\tx\n1\t1\n"), D, "row 1: has the columns txt"),
     "no UTF-8": ("bert", rows("test", b"label\ttext\n1\t\xff\n"), D, "cannot be read as tsv in UTF-8"),
     "no file": ("bert", file("first_test.tsv", None), D, "first_test.tsv is not a file"),
     "no pictures to calibrate on": (
@@ -96,7 +96,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "tokens, and the text tower of the base reads at most",
     ),
     "a single token": ("llama", file("first_test.jsonl", '{"text": ""}\n'), D, "at least two tokens of text, got 1"),
-    "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "no value in column text"),
+    "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "has the columns txt"),
     "an expert of integers": (
         "clip", tensors("first", lambda t: (100 * t).char()), M, "is of type I8 in the expert and F32 in",
     ),

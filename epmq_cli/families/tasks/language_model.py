@@ -73,13 +73,13 @@ class LanguageModel(TaskAdapter):
         )
         return {"input_ids": start.expand(count, -1), DRAWS: draws}
 
-    @torch.inference_mode()
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
         """The batch with the model's own texts, if it is one of `starts`: each token is sampled from the model's
         probabilities. The end of a text does not stop it; a model of conversations goes on with the answer."""
         if DRAWS not in batch:
             return batch
-        return {"input_ids": torch.cat([_written(model, part) for part in split(batch, samples)])}
+        with torch.inference_mode():
+            return {"input_ids": torch.cat([_written(model, part) for part in split(batch, samples)])}
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         """The logits (samples, tokens, vocabulary) in float32 of the token after each of `ids` (samples, tokens)."""
