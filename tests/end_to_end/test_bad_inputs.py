@@ -60,7 +60,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
     "a label with a fraction": ("bert", rows("test", "label\ttext\n0.5\tred\n"), D, "labels must be whole numbers"),
     "no label": ("bert", rows("test", "label\ttext\n\tred\n"), D, "row 1: the row has no label"),
     "no column of labels": ("bert", rows("test", "text\tx\nred\t1\n"), D, "has no column label (data.label)"),
-    "no column of texts": ("bert", rows("train", "label\tx\n1\t1\n"), D, "row 1: has the columns txt"),
+    "no column of texts": ("bert", rows("train", "label\tx\n1\t1\n"), D, "row 1: no value in column text"),
     "no UTF-8": ("bert", rows("test", b"label\ttext\n1\t\xff\n"), D, "cannot be read as tsv in UTF-8"),
     "no file": ("bert", file("first_test.tsv", None), D, "first_test.tsv is not a file"),
     "no pictures to calibrate on": (
