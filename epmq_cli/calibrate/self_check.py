@@ -177,7 +177,10 @@ class _Check:
         self._check_added(step, number)
 
     def _check_added(self, step: Linears, number: int) -> None:
-        """Checks that the output is added to the residual stream, or is the input of the norm behind it."""
+        """Checks that the output is added to the residual stream, or is the input of the norm behind it. For parallel
+        parts, the fixed point is the check."""
+        if step.parallel:
+            return
         rest, name = self.section.steps[number + 1 :], step.names[0]
         behind = self.plain.inputs[_names(rest[0])[0]] if rest else self.plain.output
         if step.stream is not None:

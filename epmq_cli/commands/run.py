@@ -161,6 +161,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     """Opens models, data, cache and progress. All checks happen here, before anything is computed."""
     from epmq_cli.calibrate.producer_check import check_producers
     from epmq_cli.calibrate.self_check import check_blocks
+    from epmq_cli.data.batching import without
     from epmq_cli.merge.slices import sliced
     from epmq_cli.merge.stacked import stacked
     from epmq_cli.pipeline import steps as steps
@@ -175,12 +176,15 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     slices = sliced(job.merge)
     layers = stacked(models, slices, dtype, job.device) if slices else None
     cache = CachedSteps(opened_cache, job, models, dtype)
-    processors = task_processors(job.family, models, job.suite.members, calibration_samples(job.seed, job.family))
+    processors = task_processors(
+        job.family, models, job.suite.members, calibration_samples(job.seed, job.family, job.calib)
+    )
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
-    check_blocks(model, job.family, drawn)
+    inputs = {task: [without(batch, job.family.tasks.consumed) for batch in group] for task, group in drawn.items()}
+    check_blocks(model, job.family, inputs)
     if transforms(job.quantizer):
-        check_producers(model, job.family, drawn)
+        check_producers(model, job.family, inputs)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
     files = cache.files if distributed.is_main() else {}

@@ -22,6 +22,8 @@ ENGINES = ("transformers", "vllm", "vllm_cpu", "gptqmodel", "llama_cpp")
 """The engines of checkpoint/engines.py."""
 
 
+GENERATE = "generate"
+
 STAGES = ("base", "experts", "merged", "quantized")
 
 
@@ -48,13 +50,15 @@ def cache_bytes(size: object) -> int | None:
 @dataclasses.dataclass(frozen=True)
 class Calib:
     """`calib=<name>`. `samples`: the number of train samples per task. `views`: the number of forms of each sample,
-    itself and changed copies (data/views.py). `batch_size`: samples per batch. `memory`: the budget for samples,
-    moments and activations, such as 8GB; activations that exceed it go to files in the run folder. `student`: whether
-    the model is in `memory` or on `disk`."""
+    itself and changed copies (data/views.py). `batch_size`: samples per batch. `source`: `data`, or `generate` for
+    text that the experts of language models write themselves. `memory`: the budget for samples, moments and
+    activations, such as 8GB; activations that exceed it go to files in the run folder. `student`: whether the model
+    is in `memory` or on `disk`."""
 
     samples: int
     views: int
     batch_size: int
+    source: str
     memory: object
     student: str
 
@@ -62,6 +66,7 @@ class Calib:
         check_range("calib.samples", self.samples, 1, 1 << 30, integer=True)
         check_range("calib.views", self.views, 1, 1000, integer=True)
         check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
+        check_choice("calib.source", self.source, ("data", GENERATE))
         bytes_of("calib.memory", self.memory)
         check_choice("calib.student", self.student, ("memory", "disk"))
 

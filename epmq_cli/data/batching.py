@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,11 @@ Collate = Callable[[list[Any]], Batch]
 def size(batch: Batch) -> int:
     """The number of samples."""
     return len(next(iter(batch.values())))
+
+
+def without(batch: Batch, names: Collection[str]) -> Batch:
+    """The batch without some of its tensors."""
+    return {name: tensor for name, tensor in batch.items() if name not in names}
 
 
 def split(batch: Batch, samples: int) -> list[Batch]:

@@ -41,21 +41,23 @@ class Chat(str):
     """A conversation, which a tokenizer's chat template turns into text. The string itself holds the messages, one per
     line, for code that counts and compares texts.
 
-    `messages`: {role, content, ...}, each content a text. `where`: its row in the source.
+    `messages`: {role, content, ...}, each content a text. `where`: its row in the source. `tools`: descriptions of the
+    tools that it may call, as JSON objects.
     """
 
     messages: tuple[dict[str, Any], ...]
     where: str
+    tools: tuple[Mapping[str, Any], ...]
 
-    def __new__(cls, messages: Sequence[dict[str, Any]], where: str) -> Chat:
+    def __new__(cls, messages: Sequence[dict[str, Any]], where: str, tools: Sequence[Mapping[str, Any]] = ()) -> Chat:
         """Builds the string from the messages."""
         chat = super().__new__(cls, LINES.join(message["content"] for message in messages))
-        chat.messages, chat.where = tuple(messages), where
+        chat.messages, chat.where, chat.tools = tuple(messages), where, tuple(tools)
         return chat
 
-    def __getnewargs__(self) -> tuple[Sequence[dict[str, Any]], str]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[Any, ...]:
         """Makes copies and pickles keep the messages."""
-        return self.messages, self.where
+        return self.messages, self.where, self.tools
 
 
 def stored(value: Any) -> Any:
@@ -86,14 +88,15 @@ def _literal(text: str) -> list[Any] | None:
         return None
 
 
-def chat_of(value: Sequence[Any], column: str, where: str) -> Chat:
-    """The conversation in a list; DataError if the list holds none."""
+def chat_of(value: Sequence[Any], column: str, where: str, tools: Sequence[Mapping[str, Any]] = ()) -> Chat:
+    """The conversation in a list; DataError if the list holds none. `tools`: see Chat."""
     if not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(
             f"{where}: column {column} holds {kind_of(value)}, not text; a list must be a conversation, "
             "whose messages have role and content, or from and value; choose the column that holds the text"
         )
-    return Chat([_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)], where)
+    messages = [_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)]
+    return Chat(messages, where, [_filled(tool) for tool in tools])
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from epmq_cli.data.chats import Chat, chat_of, stored
 from epmq_cli.data.labels import label_numbers, read_labels
+from epmq_cli.data.layouts import Layout, layout_of
 from epmq_cli.data.samples import Split
 from epmq_cli.data.texts import check_text, prompt_value, text_of
 from epmq_cli.errors import ConfigError, DataError
@@ -25,9 +26,10 @@ KINDS = ("", 0, 0.5)
 class Columns:
     """The columns of a sample.
 
-    `inputs`: one column, or two for pairs of texts. `prompt`: a text with {column} placeholders instead. `label`: the
-    column of the label, None if there is none. `labels`: its values in the order of the classes, or None if they are
-    the whole numbers 0, 1, ... `regression`: whether labels are arbitrary numbers.
+    `inputs`: one column, or two for pairs of texts; empty until `of` chooses a layout. `prompt`: a text with {column}
+    placeholders instead. `label`: the column of the label, None if there is none. `labels`: its values in the order of
+    the classes, or None if they are the whole numbers 0, 1, ... `regression`: whether labels are arbitrary numbers.
+    `option`: names the option of the inputs.
     """
 
     inputs: tuple[str, ...]
@@ -35,6 +37,16 @@ class Columns:
     label: str | None
     labels: Sequence[str | int | bool] | None
     regression: bool
+    option: str
+    layout: Layout | None = None
+
+    def of(self, available: Collection[str], where: str) -> Columns:
+        """These columns in a source that has `available`: if the options name no input, the usual columns of text and
+        conversations, or else a DataError."""
+        if self.inputs:
+            return self
+        layout = layout_of(available, where, self.option)
+        return replace(self, inputs=layout.columns, layout=layout)
 
     def required(self, split: Split) -> tuple[str, ...]:
         """The columns that a split must have, the label's last. The train split needs no labels."""
@@ -42,8 +54,8 @@ class Columns:
 
     def read(self, split: Split, available: Collection[str]) -> tuple[str, ...]:
         """The columns to read: the required ones, and the label's if the split has it. `available`: the split's."""
-        optional = [self.label] if self.label is not None and self.label in available else []
-        return tuple(dict.fromkeys([*self.required(split), *optional]))
+        names = [*(self.layout.optional if self.layout else ()), *([] if self.label is None else [self.label])]
+        return tuple(dict.fromkeys([*self.required(split), *(name for name in names if name in available)]))
 
     def texts(self, rows: Iterable[Mapping[str, Any]], where: str) -> list[str | tuple[str, ...]]:
         """The input of each row: a text, a pair of texts, a conversation, or the filled prompt.
@@ -61,6 +73,8 @@ class Columns:
     def _text(self, row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
         if self.prompt is not None:
             return self._prompted(row, where)
+        if self.layout is not None:
+            return self.layout.build(row, where)
         if len(self.inputs) == 1 and isinstance(value := self._stored(row, where), list | tuple):
             return chat_of(value, self.inputs[0], where)
         texts = tuple(text_of(row[name], name, where) for name in self.inputs)
@@ -111,7 +125,7 @@ class Columns:
 
 def columns(
     option: str,
-    inputs: str | Sequence[str],
+    inputs: str | Sequence[str] | None,
     prompt: str | None,
     label: str | None,
     labels: Sequence[str | int | bool] | None,
@@ -119,21 +133,23 @@ def columns(
 ) -> Columns:
     """The columns that the options of a source name; ConfigError if they do not make a sample.
 
-    `option`: the name of the source's option for the input column.
+    `option`: the name of the source's option for the input column. `inputs`: None for the usual columns of text and
+    conversations.
     """
     if regression and labels is not None:
         raise ConfigError(
             "data.labels names classes, and a regression has none; leave out data.labels or data.regression"
         )
-    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs or ())
+    option = f"data.{option}"
     if prompt is None:
-        if len(names) not in (1, 2):
-            raise ConfigError(f"data.{option} must be one column or a list of two, got {inputs}")
-        return Columns(names, None, label, labels, regression)
+        if inputs is not None and len(names) not in (1, 2):
+            raise ConfigError(f"{option} must be one column or a list of two, got {inputs}")
+        return Columns(names, None, label, labels, regression, option)
     places = _places(prompt)
     if not places or not all(name.isidentifier() for name in places):
         raise ConfigError(f"data.prompt must have placeholders that are columns, such as {{sentence}}, got {prompt!r}")
-    return Columns(places, prompt, label, labels, regression)
+    return Columns(places, prompt, label, labels, regression, option)
 
 
 def _places(prompt: str) -> tuple[str, ...]:

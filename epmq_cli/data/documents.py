@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epmq_cli.data.columns import Columns, columns
-from epmq_cli.data.rows import SMALL, decoded, read_first
+from epmq_cli.data.rows import SMALL, Row, decoded, read_first
 from epmq_cli.data.samples import Samples, Split
 from epmq_cli.data.table import KINDS, read_rows
 from epmq_cli.errors import ConfigError, DataError
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class Documents:
     """Local files `train` and `test`: .txt for one document; .jsonl, .json, .parquet, .csv or .tsv for one per row.
 
-    `text`: the column of the document, which is a text or a conversation. A conversation is a list of messages
-    {role, content} or {from, value}; the tokenizer's chat template turns it into text. `prompt`: a text with {column}
-    placeholders, instead of `text`. Documents have no labels.
+    `text`: the column of the document, which is a text or a conversation; null for the usual columns (`layouts.py`). A
+    conversation is a list of messages {role, content} or {from, value}; the tokenizer's chat template turns it into
+    text. `prompt`: a text with {column} placeholders, instead of `text`. Documents have no labels.
     """
 
     train: str
     test: str
-    text: str = "text"
+    text: str | None = None
     prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,17 +50,20 @@ class Documents:
         path = expanded(self.train if split == "train" else self.test)
         if path.suffix.lower() == ".txt":
             return running([_read_text(path)], count, seed)
-        return running(self.columns.texts(read_rows(path, self.columns.inputs), str(path)), count, seed)
+        return running(self._documents(path), count, seed)
 
     def check_first(self, split: Split) -> int:
         """See CheckedSource. Never 0: how much text is too little is known when it is split into tokens."""
         path = expanded(self.train if split == "train" else self.test)
         if path.suffix.lower() != ".txt":
-            rows = read_rows(path, self.columns.inputs, read_first)
-            self.columns.texts(rows, str(path))
+            self._documents(path, read_first)
         elif not path.is_file() or path.stat().st_size <= SMALL:
             _read_text(path)
         return 1
+
+    def _documents(self, path: Path, read: Callable[[Path], list[Row]] | None = None) -> list[Any]:
+        rows = read_rows(path, self.columns, read)
+        return self.columns.of(rows[0], str(path)).texts(rows, str(path)) if rows else []
 
 
 def _read_text(path: Path) -> str:

@@ -82,19 +82,19 @@ class Hub:
     """A data set by its id, or by the folder of a copy.
 
     `name`: its configuration, null if it has only one. `train` and `test`: its splits. `input`: the column of the
-    image, text or conversation (as in `Documents`), or a list of two columns for pairs of texts. `prompt`: a text with
-    {column} placeholders, instead of `input`. `label`: the column of the label, which the train split need not have;
-    null if there is none. `labels`: the values of that column, or the data set's names for them, in the order of the
-    classes; null if the values are the whole numbers 0, 1, ... `regression`: whether labels are numbers instead of
-    classes. `root`: a mirror, searched first, at `<root>/datasets/<id>` and `<root>/<id>`. `background` and
-    `white_level` of images: see `Decoder`.
+    image, text or conversation (as in `Documents`), or a list of two columns for pairs of texts; null for the usual
+    columns of texts and conversations. `prompt`: a text with {column} placeholders, instead of `input`. `label`: the
+    column of the label, which the train split need not have; null if there is none. `labels`: the values of that
+    column, or the data set's names for them, in the order of the classes; null if the values are the whole numbers 0,
+    1, ... `regression`: whether labels are numbers instead of classes. `root`: a mirror, searched first, at
+    `<root>/datasets/<id>` and `<root>/<id>`. `background` and `white_level` of images: see `Decoder`.
     """
 
     path: str
     name: str | None = None
     train: str = "train"
     test: str = "test"
-    input: str | Sequence[str] = "image"
+    input: str | Sequence[str] | None = "image"
     label: str | None = "label"
     labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
@@ -169,7 +169,7 @@ class Hub:
         rows = builder.as_streaming_dataset(split=stored)
         columns = self._columns(split, rows.column_names or list(next(iter(rows), {})))
         _check_folders(self.path, builder, rows)
-        names, pictures = _names(rows, self.label), _has_pictures(library, rows, self.columns.inputs)
+        names, pictures = _names(rows, self.label), _has_pictures(library, rows, columns)
         rows = _undecoded(library, rows.select_columns(list(columns)))
         if seed is not None:
             rows = rows.reshard().shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=SHARDS)
@@ -193,13 +193,14 @@ class Hub:
 
     def _columns(self, split: Split, available: Sequence[str]) -> tuple[str, ...]:
         """The columns to read; DataError if the split lacks one. `available`: the columns of the split."""
-        missing = [column for column in self.columns.required(split) if column not in available]
+        columns = self.columns.of(available, f"data set {self.path}")
+        missing = [column for column in columns.required(split) if column not in available]
         if missing:
             hint = f"; {WITHOUT}" if missing[0] == self.label else ""
             raise DataError(
                 f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(available)}{hint}"
             )
-        return self.columns.read(split, available)
+        return columns.read(split, available)
 
     def _samples(self, values: Values, names: Names, split: Split) -> Samples:
         """The rows as samples; of the test split, only rows with a label."""
@@ -224,12 +225,15 @@ class Hub:
 
     def _inputs(self, values: Values) -> Sequence[Any]:
         """The inputs of the rows: pictures or texts."""
-        first = values[self.columns.inputs[0]]
+        where = f"data set {self.path}"
+        columns = self.columns.of(values, where)
+        first = values[columns.inputs[0]]
         if self.prompt is None and are_images(first):
             return Pictures(first, self.path, Decoder(self.background, self.white_level))
-        texts = [values[name][:] for name in self.columns.inputs]
-        rows = (dict(zip(self.columns.inputs, row, strict=True)) for row in zip(*texts, strict=True))
-        return self.columns.texts(rows, f"data set {self.path}")
+        names = columns.inputs if columns.layout is None else tuple(values)
+        texts = [values[name][:] for name in names]
+        rows = (dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True))
+        return columns.texts(rows, where)
 
 
 def _datasets(path: str) -> ModuleType:

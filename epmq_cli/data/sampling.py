@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.documents import token_blocks
+from epmq_cli.data.mixture import Mixture
 from epmq_cli.data.samples import Samples, Source, Split
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+SHORTEST = 2  # tokens of a document that calibration uses
 
 log = logging.getLogger("epmq")
 
@@ -56,12 +60,30 @@ def task_seed(seed: int, task: str, split: Split = "train") -> int:
     return zlib.crc32(f"{seed} {task}{' test' if split == 'test' else ''}".encode())
 
 
-def sequences(task: Task, tokens_of: Callable[[Sequence[Any]], Tensor], count: int, seed: int) -> Samples:
-    """`count` sequences of the task's `max_length` tokens, cut out of at most `task.documents` training documents.
-    `tokens_of` returns the tokens (tokens,) of documents."""
-    documents = task.data.load("train", task.documents, task_seed(seed, task.name)).inputs
-    blocks = token_blocks(tokens_of(documents), task.max_length, count, task_seed(seed, task.name))
-    return Samples(list(blocks))
+def sequences(task: Task, tokens_of: Callable[[Sequence[Any]], list[Tensor]], count: int, seed: int) -> Samples:
+    """`count` sequences of tokens. With `task.packing`, each has the task's `max_length` tokens, cut out of at most
+    `task.documents` training documents; otherwise each is a document, cut at that length, and short ones come first.
+
+    `tokens_of` returns the tokens (tokens,) of documents: of all that are joined, or of each.
+    """
+    own = task_seed(seed, task.name)
+    if not task.packing:
+        cut = [ids[: task.max_length] for ids in tokens_of(draw(task, count, seed).inputs)]
+        return Samples(sorted((ids for ids in cut if len(ids) >= SHORTEST), key=len))
+    blocks: list[Tensor] = []
+    for source, share in parts_of(task.data, count):
+        documents = source.load("train", task.documents, own).inputs
+        blocks += token_blocks(torch.cat(tokens_of(documents)), task.max_length, share, own)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(own)).tolist()
+    return Samples([blocks[place] for place in order] if isinstance(task.data, Mixture) else blocks)
+
+
+def parts_of(data: Source, count: int) -> list[tuple[Source, int]]:
+    """The sources that give `count` samples, with the number of each."""
+    if not isinstance(data, Mixture):
+        return [(data, count)]
+    shares = zip(data.sources, data.shares(count), strict=True)
+    return [(source, share) for source, share in shares if share]
 
 
 def batches(

@@ -25,11 +25,13 @@ HEADS = ("base", "expert")
 class Task:
     """One task of a suite.
 
-    `expert`: a model folder or hub id. `data`: the source of the samples. `classes`: class names in label order, or the
-    answers of a task that is answered in words. `templates`: prompts with {} for the class name. `max_length`: the
-    maximum length of texts, in tokens. `metric`: one of METRICS. `documents`: the maximum number of documents to read
-    for calibration on running text. `match_labels`: whether labels of the data match classes of the head by `name`, if
-    both have names, or by `position`. `processor` and `heads`: see Suite.
+    `expert`: a model folder or hub id. `data`: the source of the samples. `classes`: class names in label order, or
+    the answers of a task that is answered in words. `templates`: prompts with {} for the class name. `max_length`:
+    the maximum length of texts, in tokens. `metric`: one of METRICS. `documents`: the maximum number of documents to
+    read for calibration on running text. `packing`: whether calibration cuts its sequences out of all documents, one
+    after the other; false: each sequence is one document or conversation, cut at `max_length` and padded.
+    `match_labels`: whether labels of the data match classes of the head by `name`, if both have names, or by
+    `position`. `processor` and `heads`: see Suite.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     match_labels: str = NAME
     processor: str = PROCESSORS[0]
     heads: str = HEADS[0]
+    packing: bool = True
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"

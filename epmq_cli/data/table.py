@@ -50,14 +50,14 @@ class Table:
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Rows of the split's file; the DataError names the file and the row."""
         path = expanded(self.train if split == "train" else self.test)
-        rows = read_rows(path, self.columns.inputs)
+        rows = read_rows(path, self.columns)
         labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
         return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
 
     def check_first(self, split: Split) -> int:
         """See CheckedSource."""
         path = expanded(self.train if split == "train" else self.test)
-        rows = read_rows(path, self.columns.inputs, read_first)
+        rows = read_rows(path, self.columns, read_first)
         if split == "test" and rows:
             self.columns.check_targets(self._label_values(rows, path, split), str(path))
         inputs = self.columns.texts(rows, str(path))
@@ -77,8 +77,8 @@ class Table:
         return {self.label: values}
 
 
-def read_rows(path: Path, columns: Sequence[str], read: Callable[[Path], list[Row]] | None = None) -> list[Row]:
-    """The rows of a file of one of the `KINDS`, which `read` reads; DataError if a row lacks one of these columns."""
+def read_rows(path: Path, columns: Columns, read: Callable[[Path], list[Row]] | None = None) -> list[Row]:
+    """The rows of a file of one of the `KINDS`, which `read` reads; DataError if a row lacks an input."""
     if not path.is_file():
         raise DataError(f"{path} is not a file; relative data paths start from the folder where epmq runs")
     check_permitted(path, DataError)
@@ -87,8 +87,9 @@ def read_rows(path: Path, columns: Sequence[str], read: Callable[[Path], list[Ro
         rows = (read or READERS[kind])(path)
     except (UnicodeDecodeError, ValueError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind[1:]} in UTF-8 ({error})") from error
+    inputs = columns.of(rows[0], str(path)).inputs if rows else ()
     for number, row in enumerate(rows, 1):
-        for column in columns:
+        for column in inputs:
             if row.get(column) is None:
                 names = ", ".join(map(str, row))
                 raise DataError(f"{path}, row {number}: no value in column {column}; the columns are {names}")

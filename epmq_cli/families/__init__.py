@@ -15,9 +15,12 @@ from epmq_cli.families.bert import BERT
 from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.deberta import DEBERTA
+from epmq_cli.families.deit import DEIT
 from epmq_cli.families.distilbert import DISTILBERT
+from epmq_cli.families.electra import ELECTRA
 from epmq_cli.families.family import Family
 from epmq_cli.families.modernbert import MODERNBERT
+from epmq_cli.families.mpnet import MPNET
 from epmq_cli.families.open_clip import OpenClip
 from epmq_cli.families.refusal import MERGES
 from epmq_cli.families.roberta import ROBERTA
@@ -31,7 +34,7 @@ from epmq_cli.models.resolve import locate
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DISTILBERT, MODERNBERT),
+        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
         *(ROBERTA, T5_FAMILY, VIT),
     )

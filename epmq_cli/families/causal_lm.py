@@ -20,7 +20,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.structure import Section, Stack, Table
+from epmq_cli.families.structure import Section, Stack, Table, token_mask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder
@@ -30,14 +30,47 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PREFIX = "model."
-LAYERS = "model.layers"
-FREQUENCIES = "rotary_emb.inv_freq"
-NORM = "model.norm"
-TABLE = "model.embed_tokens"
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+"""The ends of the names of tensors that transformers computes: rotary frequencies, masks of GPT-NeoX and GPT-J."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The names of the parts of a model around its blocks: the list of blocks, the last norm, the embedding tables that
+    are solved, and the norm between them and the blocks."""
+
+    layers: str
+    norm: str
+    tables: tuple[str, ...]
+    first_norm: str | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """All of them."""
+        return {self.layers, self.norm, *self.tables, *([self.first_norm] if self.first_norm else [])}
+
+
+BODIES = (
+    Body("model.layers", "model.norm", ("model.embed_tokens",)),
+    Body("model.layers", "model.final_layernorm", ("model.embed_tokens",)),  # Phi 2, Persimmon
+    Body("model.layers", "model.layer_norm", ("model.embed_tokens",)),  # XGLM
+    Body("gpt_neox.layers", "gpt_neox.final_layer_norm", ("gpt_neox.embed_in",)),
+    Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-Neo, GPT-BigCode
+    Body("transformer.h", "transformer.ln_f", ("transformer.wte",)),  # GPT-J, CodeGen
+    Body(
+        "transformer.h", "transformer.ln_f", ("transformer.word_embeddings",), "transformer.word_embeddings_layernorm"
+    ),  # BLOOM
+    Body("transformer.h", "transformer.ln_f", ("transformer.word_embeddings",)),  # Falcon
+    Body("transformer.blocks", "transformer.norm_f", ("transformer.wte",)),  # MPT
+)
+"""The first whose names a model has counts."""
 SETTINGS = (
     "model_type",
     "num_attention_heads",
     "num_key_value_heads",
+    *("n_head", "num_heads", "n_heads", "num_kv_heads", "multi_query", "new_decoder_architecture", "parallel_attn"),
+    *("use_parallel_residual", "alibi", "rotary_dim", "attention_types", "window_size", "activation_function"),
+    *("layer_norm_epsilon", "do_layer_norm_before", "attn_config"),
     "hidden_act",
     "hidden_activation",
     "rms_norm_eps",
@@ -70,8 +103,13 @@ class CausalLM(Architecture):
         *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense"),
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
+        *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
+        *("persimmon", "phi", "xglm"),
     )
-    unsolved: tuple[str, ...] = (*(rf"model\.layers\.\d+\.{part}" for part in UNSOLVED), r"lm_head\.(weight|bias)")
+    unsolved: tuple[str, ...] = (
+        *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
+        r"lm_head\.(weight|bias)",
+    )
     dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
     def check_type(self, folder: ModelFolder) -> None:
@@ -88,10 +126,9 @@ class CausalLM(Architecture):
                 )
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
-        """All tensors, including stored copies of a tied output layer, except rotary frequencies, which transformers
-        computes."""
+        """All tensors, including stored copies of a tied output layer, except those that transformers computes."""
         self.check_type(folder)
-        return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(FREQUENCIES)}
+        return {name: stored for name, stored in self.all_names(folder).items() if not name.endswith(BUFFERS)}
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
         """All stored tensors; files of the body alone lack its prefix, and old files may have other names."""
@@ -123,20 +160,31 @@ class CausalLM(Architecture):
         """The layers, then the last norm; ModelError where the layout of a layer is not known."""
         from epmq_cli.families.readouts import LastNorm  # a module: imports torch
 
-        return [Stack(self._blocks(model), LastNorm.section(model, NORM), (Table(TABLE),))]
+        body = self._body(model)
+        tables = tuple(map(Table, body.tables))
+        readout = LastNorm.section(model, body.norm)
+        return [Stack(self._blocks(model, body), readout, tables, body.first_norm, mask=token_mask)]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The output of the last norm: (tokens, width)."""
-        hidden: Tensor = model.get_submodule("model")(**batch, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)
+        """The output of the last norm for the real tokens: (tokens, width)."""
+        body = model.get_submodule(str(model.base_model_prefix))
+        hidden: Tensor = body(**batch, use_cache=False).last_hidden_state
+        mask = token_mask(batch)
+        return hidden.flatten(0, 1) if mask is None else hidden[mask]
 
-    def _blocks(self, model: nn.Module) -> list[Section]:
-        kind = type(model).__name__
-        modules = dict(model.named_modules())
-        for name in (LAYERS, NORM, TABLE):
-            if name not in modules:
-                raise refused(self, f"{kind} has no {name}")
-        layers = {f"{LAYERS}.{index}": layer for index, layer in modules[LAYERS].named_children()}
+    def _body(self, model: nn.Module) -> Body:
+        modules = {name for name, _ in model.named_modules()}
+        body = next((body for body in BODIES if body.names <= modules), None)
+        if body is None:
+            raise refused(
+                self,
+                f"{type(model).__name__} has no blocks, last norm and embeddings under names that the family knows",
+            )
+        return body
+
+    def _blocks(self, model: nn.Module, body: Body) -> list[Section]:
+        kind, parent = type(model).__name__, model.get_submodule(body.layers)
+        layers = {f"{body.layers}.{index}": layer for index, layer in parent.named_children()}
         try:
             return [Section(name, layer, block_steps(layer, f"{name} of {kind}")) for name, layer in layers.items()]
         except ModelError as error:

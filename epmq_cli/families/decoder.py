@@ -1,8 +1,8 @@
 """The steps of the blocks of decoders, by the names of their modules.
 
-A block is attention followed by a feed-forward, each with a norm before it, behind it, or both. The names select one of
-the layouts below. Names are not proof: before a run calibrates a block, `self_check` compares the steps with the
-block's own output.
+A block is attention followed by a feed-forward, each with a norm before it, behind it, or both; or attention and a
+feed-forward in parallel, which read the same stream. The names select one of the layouts below. Names are not proof:
+before a run calibrates a block, `self_check` compares the steps with the block's own output.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ Step = Linears | Norm
 class Layout:
     """The norms of a block around attention and the feed-forward; None for a missing norm.
 
-    A norm behind a part normalizes what the part adds to the residual stream.
+    A norm behind a part normalizes what the part adds to the residual stream. `parallel`: whether both parts read the
+    block's input. `first`: whether both norms come in front of both parts.
     """
 
     before_attention: str | None
     behind_attention: str | None
     before_mlp: str | None
     behind_mlp: str | None
+    parallel: bool = False
+    first: bool = False
 
     @property
     def norms(self) -> list[str]:
@@ -51,23 +54,45 @@ LAYOUTS = (
     Layout(
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),  # Gemma 2
+    Layout("self_attn_layer_norm", None, "final_layer_norm", None),  # XGLM
+    Layout("ln_1", None, "ln_2", None),  # GPT-Neo
+    Layout("norm_1", None, "norm_2", None),  # MPT
+    Layout("input_layernorm", None, None, None, parallel=True),  # Cohere, Phi 2, Falcon 7B
+    Layout("ln_1", None, None, None, parallel=True),  # GPT-J
+    Layout("ln_attn", None, "ln_mlp", None, parallel=True, first=True),  # Falcon 40B
     Layout("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
 )
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+    (QKV, "self_attn.o_proj"),
+    (QKV, "self_attn.dense"),  # Phi 2
+    (QKV, "self_attn.out_proj"),  # XGLM
     (("self_attn.qkv_proj",), "self_attn.o_proj"),  # Phi 3
+    (("self_attn.query_key_value",), "self_attn.dense"),  # Persimmon
+    (("self_attention.query_key_value",), "self_attention.dense"),  # Falcon, BLOOM
+    (("attention.query_key_value",), "attention.dense"),  # GPT-NeoX
+    (("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.out_proj"),  # GPT-J
+    (("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"), "attn.attention.out_proj"),  # GPT-Neo
+    (("attn.c_attn",), "attn.c_proj"),  # GPT-BigCode
+    (("attn.qkv_proj",), "attn.out_proj"),  # CodeGen
+    (("attn.Wqkv",), "attn.out_proj"),  # MPT
 )
 FEED_FORWARD = (
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     (("mlp.gate_up_proj",), "mlp.down_proj"),  # Phi 3, GLM
     (("mlp.up_proj",), "mlp.down_proj"),  # Arcee, Nemotron
-    (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2
+    (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2, GPT-Neo
+    (("mlp.fc1",), "mlp.fc2"),  # Phi 2
+    (("fc1",), "fc2"),  # XGLM
+    (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    (("mlp.fc_in",), "mlp.fc_out"),  # GPT-J
+    (("ffn.up_proj",), "ffn.down_proj"),  # MPT
 )
-LINEAR = (ATTENTION[0][0], FEED_FORWARD[0][0])
+LINEAR = (QKV, FEED_FORWARD[0][0])
 """Groups whose last linear, v_proj or up_proj, is the producer of the linear that follows, channel by channel."""
 UNSOLVED = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
-    r"self_attn\.[qk]_layernorm\.norms\.\d+\.(weight|bias)",  # StableLM
+    r"self_attn\.[qk]_layernorm\.(norms\.\d+\.)?(weight|bias)",  # StableLM, Persimmon
     r"mlp\.act_fn\.\w+",  # activations with parameters, such as those of Apertus
 )
 """Patterns of the tensors of a block that no step solves. They act between two steps and stay as merged."""
@@ -84,6 +109,8 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     layout = max(fitting, key=lambda layout: len(layout.norms), default=None)
     attention = next((part for part in ATTENTION if linears.issuperset((*part[0], part[1]))), None)
     mlp = next((part for part in FEED_FORWARD if linears.issuperset((*part[0], part[1]))), None)
+    if any(type(module).__name__ == "Conv1D" for module in block.modules()):
+        raise ModelError(f"{where} has linears of the class Conv1D, which formats of quantized weights do not hold")
     if layout is None or attention is None or mlp is None:
         lacks = "norms" if attention and mlp else "attention" if attention is None else "feed-forward"
         children = ", ".join(name for name, _ in block.named_children()) or "nothing"
@@ -91,17 +118,44 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     scale = float(getattr(block, "residual_multiplier", 1.0))  # Granite
     if scale == 0:
         raise ModelError(f"{where} has a residual_multiplier of 0")
-    steps = (
-        *_part(attention, layout.before_attention, layout.behind_attention, scale),
-        *_part(mlp, layout.before_mlp, layout.behind_mlp, scale),
-    )
+    if layout.parallel or getattr(block, "use_parallel_residual", False):  # GPT-NeoX
+        steps = tuple(_parallel(attention, mlp, layout))
+    else:
+        steps = (
+            *_part(attention, layout.before_attention, layout.behind_attention, scale),
+            *_part(mlp, layout.before_mlp, layout.behind_mlp, scale),
+        )
     modules = [name for step in steps for name in (step.names if isinstance(step, Linears) else (step.name,))]
     if (name := unknown_tensor(block.state_dict(), modules, UNSOLVED)) is not None:
         raise ModelError(f"{where} has {name}, which no step of the family knows")
     return steps
 
 
-def _part(linears: tuple[tuple[str, ...], str], before: str | None, behind: str | None, scale: float) -> Iterator[Step]:
+Part = tuple[tuple[str, ...], str]
+"""The linears of attention or of a feed-forward: those that read its input, and the one that writes its output."""
+
+
+def _parallel(attention: Part, mlp: Part, layout: Layout) -> Iterator[Step]:
+    """The steps of a block whose parts read the same stream. Attention alone corrects the stream's drift."""
+    norms = [Norm(name) for name in layout.norms]
+    own = len(norms) > 1  # each part has its own norm
+    yield norms[0]
+    if layout.first:
+        yield norms[1]
+    yield Linears(attention[0], producer=norms[0].name if own else None)
+    yield Linears(
+        (attention[1],),
+        stream=norms[0].name,
+        producer=attention[0][-1] if attention[0] in LINEAR else None,
+        parallel=True,
+    )
+    if own and not layout.first:
+        yield norms[1]
+    yield Linears(mlp[0], producer=norms[1].name if own else None)
+    yield Linears((mlp[1],), producer=mlp[0][-1] if mlp[0] in LINEAR else None)
+
+
+def _part(linears: Part, before: str | None, behind: str | None, scale: float) -> Iterator[Step]:
     """The steps of attention or of a feed-forward. Linears with a norm behind them write into no stream."""
     reading, writing = linears
     stream = None if behind else before or reading[0]

@@ -16,7 +16,7 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
 from epmq_cli.families.parts import block_settings
-from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled
+from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled, token_mask
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
 
@@ -138,9 +138,3 @@ class Encoder(Architecture):
             features: Tensor = output.pooler_output
             return features
         return pooled(output.last_hidden_state, self.read_token(model), token_mask(batch))
-
-
-def token_mask(batch: Batch) -> Tensor | None:
-    """(samples, tokens) bool, True for real tokens; None for images, which have no padding."""
-    mask = batch.get("attention_mask")
-    return None if mask is None else mask.bool()

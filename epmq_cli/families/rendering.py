@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from epmq_cli.data.chats import Chat
-from epmq_cli.errors import DataError, first_line, lacks_memory
+from epmq_cli.errors import DataError, ModelError, first_line, lacks_memory
 from epmq_cli.families.processors import own_tokenizer, tokens
 from epmq_cli.models.processor_folder import Processor, processor_files
 from epmq_cli.runtime.console import log
@@ -24,6 +26,7 @@ CLOCK = (
     + " }}{% endmacro %}\n"
 )
 AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # the chat template writes special tokens itself
+WORDS = "Lorem ipsum"  # a user's words, to find the place of the first ones in a template
 THOUGHT = "</think>"  # templates drop the text of earlier answers in front of it
 
 
@@ -35,6 +38,25 @@ def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = 
         processor, tokenizer = None, own_tokenizer(folder)
     texts = rendered(tokenizer, processor.folder if processor else folder, chats)
     return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
+
+
+def text_start(folder: Path, processor: Processor | None = None) -> Tensor:
+    """The token ids (tokens,) that come in front of a user's first words by the chat template, or the start token of
+    texts where there is no template; both as for `chat_ids`. ModelError if there is neither."""
+    encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
+    if getattr(tokenizer, "chat_template", None):
+        chat = Chat([{"role": "user", "content": WORDS}], str(folder))
+        before = rendered(tokenizer, processor.folder if processor else folder, [chat])[0].partition(WORDS)[0]
+        ids: Tensor = encode(before, **AS_RENDERED)["input_ids"][0].long()
+        if len(ids):
+            return ids
+    for number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return torch.tensor([number])
+    raise ModelError(
+        f"the tokenizer in {folder} has neither a chat template nor a start token, which calib.source=generate begins "
+        "texts with; calibrate on data with calib.source=data"
+    )
 
 
 def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
@@ -68,7 +90,9 @@ def _text(tokenizer: Any, folder: Path, chat: Chat) -> str:
     try:
         template = tokenizer.get_chat_template()
         template = CLOCK + template if "strftime_now" in template else template
-        text: str = tokenizer.apply_chat_template(list(chat.messages), chat_template=template, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            list(chat.messages), tools=list(chat.tools) or None, chat_template=template, tokenize=False
+        )
     except Exception as error:  # a template may raise anything
         if lacks_memory(error):
             raise

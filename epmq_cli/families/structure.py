@@ -37,6 +37,9 @@ class Linears:
     scale: float = 1.0
     """The factor of the outputs before they are added to the stream."""
 
+    parallel: bool = False
+    """Whether another part of the block reads the stream before the outputs are added to it."""
+
     producer: str | None = None
     """The norm or linear whose output channels are the input channels, each times a factor independent of it, and are
     used nowhere else; None if there is none."""
@@ -94,6 +97,12 @@ class Section:
     def name(self, local: str) -> str:
         """The model's name of a module or tensor of this section."""
         return f"{self.prefix}.{local}" if self.prefix else local
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """(samples, tokens) bool, True for real tokens; None for inputs without padding, such as images."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()
 
 
 def all_real(batch: Batch) -> Tensor | None:

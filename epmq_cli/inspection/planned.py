@@ -16,7 +16,7 @@ from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import instantiate
-from epmq_cli.config.schema import scores_samples
+from epmq_cli.config.schema import GENERATE, scores_samples
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import EpmqError, ModelError
 from epmq_cli.families import AUTO, claiming
@@ -211,8 +211,9 @@ def _draw(plan: Planned, job: Job, remote: bool) -> None:
     """Draws the calibration samples and counts the test samples, or takes the largest ones that are possible."""
     assert plan.base is not None
     base = plan.base.path
-    if remote or not all(_on_disk(task.data) for task in job.suite.members):
-        if not remote:
+    generated = job.calib.source == GENERATE
+    if remote or generated or not all(_on_disk(task.data) for task in job.suite.members):
+        if not remote and not generated:
             plan.notes.append("the data is on the hub and is not read; lengths are the longest that the config allows")
         plan.batches = {task.name: _longest(plan, job, task.max_length) for task in job.suite.members}
         plan.tests = dict.fromkeys(plan.batches, job.evaluation.samples or 0)

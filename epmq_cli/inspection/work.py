@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from epmq_cli.config.schema import Harness
+from epmq_cli.config.schema import GENERATE, Harness
 from epmq_cli.data.batching import Batch
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.structure import Linears, Section
@@ -137,7 +137,7 @@ def _stages(plan: Planned, job: Job, work: Work) -> dict[str, Operations]:
     count = 0 if isinstance(job.evaluation, Harness) else len({"base", "experts"} & {*job.evaluation.stages})
     stages = {"read": Operations(bytes=2 * sum(files))}
     stages["score base and experts"] = times(once, count)
-    teaching = job.family.answers or solves_heads(job)
+    teaching = job.family.answers or job.calib.source == GENERATE or solves_heads(job)
     teach = Operations(single=work.tokens * forward, calls=CALLS * linears * work.batches)
     stages["teach"] = times(teach, int(bool(teaching)))
     stages["merge"] = Operations(single=20.0 * merged * (experts + 1), bytes=2.0 * merged)

@@ -20,8 +20,8 @@ from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.reference_weights import ReferenceWeights
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import Choice, choose
-from epmq_cli.config.schema import bytes_of
-from epmq_cli.data.batching import ALL, Batch, Batches, split
+from epmq_cli.config.schema import GENERATE, bytes_of
+from epmq_cli.data.batching import ALL, Batch, Batches, split, without
 from epmq_cli.data.held_out import check_enough, filled, hold_out
 from epmq_cli.data.views import with_views
 from epmq_cli.evaluate.score import ScoredTask
@@ -82,13 +82,14 @@ def run_teachers(context: RunContext, model: nn.Module, source: MergeSource, dra
     """Runs each expert on the calibration batches of its task. Overwrites the model's merged tensors."""
     job, cache = context.job, context.cache
     batches_by_task, features_by_task = dict(drawn), {}
-    if job.family.answers or solves_heads(job):
+    if job.family.answers or job.calib.source == GENERATE or solves_heads(job):
         for number, (task, batches) in enumerate(drawn.items()):
             make = partial(context.micro.run, partial(_expert_tensors, job, model, source, task, batches))
             if cache is not None:
                 make = partial(cache.teacher_tensors, task, batches, solves_heads(job), make)
             tensors = context.progress.tensors(f"taught-{number}", job.device, make)
-            batches_by_task[task] = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
+            completed = [{**batch, **_of_batch(tensors, index)} for index, batch in enumerate(batches)]
+            batches_by_task[task] = [without(batch, job.family.tasks.consumed) for batch in completed]
             if solves_heads(job):
                 features_by_task[task] = tensors[FEATURES]
     return TeacherOutputs(batches_by_task, features_by_task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epmq_cli.config.schema import scores_samples
+from epmq_cli.config.schema import GENERATE, scores_samples
 from epmq_cli.data.samples import CheckedSource, Source, Split
 from epmq_cli.data.sampling import check_some, scored_source
 from epmq_cli.merge.suite_models import open_member
@@ -23,7 +23,8 @@ def check_inputs(job: Job) -> None:
     model on this machine nor an id of the hub. Nothing is fetched."""
     with silent():
         for task in job.suite.members:
-            check_source(task.name, "train", task.data)
+            if job.calib.source != GENERATE:
+                check_source(task.name, "train", task.data)
             if scores_samples(job.evaluation):
                 check_source(task.name, "test", scored_source(task))
         _check_models(job)

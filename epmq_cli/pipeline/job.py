@@ -21,6 +21,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
 from epmq_cli.pipeline.option_checks import (
     check_block_refinement,
+    check_generation,
     check_gradients,
     check_refinement,
     check_scoring,
@@ -108,6 +109,7 @@ def read_job(cfg: DictConfig) -> Job:
     check_choice("resume", cfg.resume, ("auto", "never"))
     check_transform(cfg.transform, merge)
     calib: schema.Calib = instantiate.build("calib", cfg.calib)
+    check_generation(calib, family)
     instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
     quantizer = build_quantizer(cfg.quant)

@@ -145,7 +145,7 @@ def _bytes(item: Any) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, Chat):
-        return json.dumps(item.messages).encode()
+        return json.dumps([item.messages, item.tools] if item.tools else item.messages).encode()
     if isinstance(item, str) or (isinstance(item, Sequence) and all(isinstance(part, str) for part in item)):
         return json.dumps(item).encode()
     if isinstance(item, Image):

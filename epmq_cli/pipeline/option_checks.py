@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
 from epmq_cli.config.instantiate import option_name
-from epmq_cli.config.schema import Calib, Evaluation, Harness
+from epmq_cli.config.schema import GENERATE, Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
 from epmq_cli.data.suite import Suite, Task
 from epmq_cli.errors import ConfigError
@@ -107,6 +107,15 @@ def check_transform(transform: object, method: MergeMethod) -> None:
         raise ConfigError(
             f"merge={method_name(method)} with merge.slices changes the layers of the model, which "
             f"transform={transform} does not rotate; use transform=none, or merge with epmq merge first"
+        )
+
+
+def check_generation(calib: Calib, family: Family) -> None:
+    """Raises ConfigError if the experts shall write the calibration text and cannot."""
+    if calib.source == GENERATE and not isinstance(family.tasks, LanguageModel):
+        raise ConfigError(
+            f"calib.source={GENERATE} lets language models write text, got models of family {family.name}; use "
+            "calib.source=data"
         )
 
 

@@ -18,8 +18,9 @@ from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
-from epmq_cli.data.batching import Batch, Batches
-from epmq_cli.data.sampling import batches, draw, sequences
+from epmq_cli.config.schema import GENERATE
+from epmq_cli.data.batching import Batch, Batches, split
+from epmq_cli.data.sampling import batches, check_some, draw, sequences, task_seed
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.score import ScoredTask, Scores
@@ -47,6 +48,7 @@ from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names
 from epmq_cli.pipeline.task_processors import Processors
 from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.console import log
 from epmq_cli.runtime.disk_offload import Disk
 from epmq_cli.runtime.progress import track
 
@@ -135,29 +137,58 @@ def prepare_tasks(
 def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
     """Each task's calibration batches on the device, limited to this process's share. `processors`: the result of
     `task_processors`."""
-    drawn = {}
+    warn_of_shared_data(job)
+    size, drawn = job.calib.batch_size, {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
+        if isinstance(job.family.tasks, LanguageModel) and job.calib.source == GENERATE:
+            seed = task_seed(job.seed, task.name)
+            starts = split(job.family.tasks.starts(base, task, job.calib.samples, seed, own), size)
+            own_starts = [starts[number] for number in _own_batches(task.name, len(starts))]
+            drawn[task.name] = [{name: x.to(job.device) for name, x in batch.items()} for batch in own_starts]
+            continue
         if isinstance(job.family.tasks, LanguageModel):
             samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
+            check_some(task.name, "train", len(samples))
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
             check_inputs(job.family, task.name, samples.inputs)
-        size = job.calib.batch_size
-        starts = distributed.rank_slice(range(0, len(samples), size))
-        if not starts:
-            raise DataError(
-                f"task {task.name} has {math.ceil(len(samples) / size)} calibration batches, too few for "
-                f"{distributed.world_size()} processes; lower calib.batch_size or start fewer processes"
-            )
-        drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, starts))
+        places = [size * number for number in _own_batches(task.name, math.ceil(len(samples) / size))]
+        drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, places))
     return drawn
 
 
-def _tokens(family: Family, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]) -> Tensor:
+def warn_of_shared_data(job: Job) -> None:
+    """Warns if all experts of language models calibrate on the same data, on which they hardly differ."""
+    first, *others = job.suite.members
+    own_text = not isinstance(job.family.tasks, LanguageModel) or job.calib.source == GENERATE
+    if not own_text and others and all(task.data == first.data for task in others):
+        log.warning(
+            "all tasks calibrate on the same data, which tells little about what each expert has learned; set "
+            "suite.tasks.%s.data and that of the others to data of their tasks, or calib.source=generate",
+            first.name,
+        )
+
+
+def _own_batches(task: str, count: int) -> Sequence[int]:
+    """The numbers of this process's calibration batches of a task, out of `count`; DataError if it has none."""
+    numbers = distributed.rank_slice(range(count))
+    if not numbers:
+        raise DataError(
+            f"task {task} has {count} calibration batches, too few for {distributed.world_size()} processes; lower "
+            "calib.batch_size or start fewer processes"
+        )
+    return numbers
+
+
+def _tokens(
+    family: Family, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
+) -> list[Tensor]:
     check_inputs(family, task.name, documents)
     assert isinstance(family.tasks, LanguageModel)
-    return family.tasks.tokens(folder, documents, processor)
+    if task.packing:
+        return [family.tasks.tokens(folder, documents, processor)]
+    return family.tasks.each(folder, documents, processor)
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:

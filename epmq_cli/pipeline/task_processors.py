@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from epmq_cli.config.schema import GENERATE, Calib
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.sampling import task_seed
 from epmq_cli.data.suite import Task
@@ -18,6 +19,7 @@ from epmq_cli.errors import CheckpointError, DataError, ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
+from epmq_cli.families.rendering import WORDS
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
@@ -63,10 +65,12 @@ def task_processors(
     return processors
 
 
-def calibration_samples(seed: int, family: Family) -> SamplesOf:
-    """Draws some of the calibration samples or documents of a task."""
+def calibration_samples(seed: int, family: Family, calib: Calib) -> SamplesOf:
+    """Draws some of the calibration samples or documents of a task; without data, a conversation."""
 
     def draw(task: Task) -> Sequence[Any]:
+        if calib.source == GENERATE:
+            return [WORDS]
         most = SAMPLES[family.reads]
         if isinstance(family.tasks, LanguageModel) and task.documents is not None:
             most = min(most, task.documents)
@@ -124,7 +128,11 @@ def variations(samples: Sequence[Any]) -> list[Any]:
 def _apply(form: Callable[[str], str], sample: Any) -> Any:
     """Applies a form to a text, a pair of texts or a conversation."""
     if isinstance(sample, Chat):
-        return Chat([{**message, "content": form(message["content"])} for message in sample.messages], sample.where)
+        return Chat(
+            [{**message, "content": form(message["content"])} for message in sample.messages],
+            sample.where,
+            sample.tools,
+        )
     return tuple(map(form, sample)) if isinstance(sample, tuple) else form(sample[:LONGEST])
 
 

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from epmq_cli.data.columns import Columns, columns
 from epmq_cli.data.documents import Documents
 from epmq_cli.data.table import Table, read_rows
 from epmq_cli.errors import DataError
@@ -26,9 +27,13 @@ LINES = {
 }
 
 
+def named(*names: str) -> Columns:
+    return columns("text", names, None, None, None, False)
+
+
 def read(path: Path, content: str | bytes) -> list[dict[str, Any]]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_rows(path, ("text", "label"))
+    return read_rows(path, named("text", "label"))
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -97,8 +102,8 @@ def test_a_duplicate_column_is_refused_when_it_is_read(name: str, tmp_path: Path
         lines = {"a.jsonl": ['{"text": "one", "text": "two", "label": 0}']}.get(name, ["text,text,label", "one,two,0"])
         path.write_text("\n".join(line if name == "a.jsonl" else line.replace(",", tab) for line in lines))
     with pytest.raises(DataError, match=r"row 1 has the column text twice; rename one of them"):
-        read_rows(path, ("text", "label"))
-    assert int(read_rows(path, ("label",))[0]["label"]) == 0
+        read_rows(path, named("text", "label"))
+    assert int(read_rows(path, named("label"))[0]["label"]) == 0
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[str, Change, type[EpmqError], str]] = {
         "tokens, and the text tower of the base reads at most",
     ),
     "a single token": ("llama", file("first_test.jsonl", '{"text": ""}\n'), D, "at least two tokens of text, got 1"),
-    "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "no value in column text"),
+    "no column of text": ("llama", file("first_test.jsonl", '{"txt": "red"}\n'), D, "has the columns txt"),
     "an expert of integers": (
         "clip", tensors("first", lambda t: (100 * t).char()), M, "is of type I8 in the expert and F32 in",
     ),

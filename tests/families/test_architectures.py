@@ -54,7 +54,7 @@ def test_hidden_states_of_all_stacks_match_transformers(kind: str, hub: Hub) -> 
                 stream.finish(stack.readout.module)
                 pooled = not kind.startswith("t5") and kind not in (*DECODERS, "modernbert")
                 final = wanted[-1][:, 0] if pooled else wanted[-1]
-                if kind == "vit":  # its last hidden state comes before the last norm
+                if kind in ("vit", "deit"):  # its last hidden state comes before the last norm
                     final = scene.family.features(scene.model, batch)
                 torch.testing.assert_close(stream.hidden, final)
             if stack.handed:
@@ -91,7 +91,7 @@ def test_steps_are_all_linears_and_norms_in_the_order_of_a_forward_pass(kind: st
         or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         or name.endswith(".attn_norm")  # the first block of ModernBERT has no such norm
     }
-    left = {"lm_head", str(scene.family.stacks(scene.model)[0].first_norm)}
+    left = {"lm_head", "embeddings_project", str(scene.family.stacks(scene.model)[0].first_norm)}
     left |= {name for name in found if name.endswith(("q_norm", "k_norm")) or name == "encoder.LayerNorm"}
     assert set(wanted) == found - left
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
     guide.copy_into(model, {name: models.source.expert("first", name) for name in names})
     wanted = found.features(model)
     error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
-    assert error < 0.05
+    assert error < (0.08 if kind == "deit" else 0.05)  # its class and distillation tokens stay as merged
 
 
 @pytest.mark.parametrize("kind", first(1, ["t5", "deberta", "gemma3", "llama"]))
@@ -182,7 +182,7 @@ def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
 ) -> None:
     given = [*options.split(), "guidance=feature", "eval.samples=4"]
     checkpoint, scene = run_in(tmp_path / "run", hub(kind), *given), Scene(hub(kind), *given)
-    extra = {"add_pooling_layer": False} if kind in ("roberta", "vit") else {}
+    extra = {"add_pooling_layer": False} if kind in ("roberta", "vit", "deit", "mpnet") else {}
     public = PUBLIC.get(kind, AutoModel).from_pretrained(checkpoint, **extra).eval()
     student = walk(hub(kind), *given).student
     for parameter in student.parameters():
@@ -236,5 +236,5 @@ def test_blocks_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     ):
         FAMILIES["causal_lm"].blocks(model)
     gpt: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel has no model.layers"):
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has linears of the class Conv1D"):
         FAMILIES["causal_lm"].blocks(gpt)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
@@ -19,7 +19,7 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.preflight import check_parts
-from tests.helpers.architectures import GROUPED, REFUSED, TAKEN, built
+from tests.helpers.architectures import FALCON, GROUPED, REFUSED, TAKEN, built
 from tests.helpers.hubs import config, run_in, walk
 from tests.helpers.minihub import decoder_files
 from tests.helpers.tiers import only
@@ -39,7 +39,8 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
     return tuple(float((x - wanted).square().mean()) for x in (far, found.features(found.student)))  # type: ignore[return-value]
 
 
-FAST = ("glm4", "olmo")  # norms on both sides of a part, and only after it
+FAST = ("glm4", "olmo", "gpt_neox")  # norms on both sides of a part, and only after it; parallel parts
+PARALLEL = ("cohere", "falcon", "falcon-40b", "gpt_neox", "gptj", "phi")
 
 
 @pytest.mark.parametrize("kind", only(FAST, TAKEN))
@@ -58,11 +59,23 @@ def test_unknown_parts_of_a_decoder_are_refused_by_name(kind: str) -> None:
         check_parts(build(), FAMILY)
 
 
-def test_parallel_parts_of_a_listed_type_are_refused_before_calibration(tmp_path: Path) -> None:
-    """`auto` accepts StableLM by its type; only its config tells whether a block adds its parts in parallel."""
-    hub = decoder_files(tmp_path, built(REFUSED["stablelm"][0]))
-    with pytest.raises(ModelError, match="no norms that the family knows"):
-        steps.open_models(make_job(config(hub, "suite.family=auto")))
+def test_parallel_parts_read_one_stream_and_attention_corrects_its_drift() -> None:
+    """Oracle: the configs. GPT-NeoX has the same modules with and without parallel parts."""
+    for kind, parallel in (("gpt_neox", True), ("gpt_neox-sequential", False), ("cohere", True), ("stablelm", False)):
+        block = FAMILY.blocks(TAKEN[kind]())[0]
+        writing = [step for step in block.steps if isinstance(step, Linears) and len(step.names) == 1][-3:]
+        corrects = [
+            step.stream for step in writing if step.names[0].endswith(("dense", "o_proj", "4h_to_h", "down_proj"))
+        ]
+        assert corrects == ["input_layernorm", None if parallel else "post_attention_layernorm"], kind
+
+
+def test_a_block_with_other_paths_is_refused(tmp_path: Path) -> None:
+    """BLOOM may add the output of a norm in place of the stream; the names of the modules are the same."""
+    options = {"apply_residual_connection_post_layernorm": True}
+    hub = decoder_files(tmp_path, built(lambda: BloomForCausalLM(BloomConfig(**FALCON, **options))))
+    with pytest.raises(ModelError, match="self_attention.dense is not added to the input of"):
+        run_in(tmp_path / "run", hub, "suite.family=auto", "eval.stages=[]")
 
 
 def test_glm_4_has_norms_before_and_after_its_parts() -> None:
@@ -92,7 +105,7 @@ def test_the_drift_of_a_scaled_stream_is_compensated(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["glm4", "olmo", "olmo2", "starcoder2"])
+@pytest.mark.parametrize("kind", [*("glm4", "olmo", "olmo2", "starcoder2"), *PARALLEL, "bloom", "mpt", "xglm"])
 def test_checkpoints_of_these_blocks_reload_with_equal_outputs(kind: str, tmp_path: Path) -> None:
     """Oracle: the student itself; plain transformers loads the checkpoint."""
     hub = decoder_files(tmp_path / "hub", built(TAKEN[kind]))

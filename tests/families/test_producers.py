@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from epmq_cli.calibrate.fold import foldable
 from epmq_cli.calibrate.student import Student
-from epmq_cli.families.decoder import block_steps
+from epmq_cli.families import FAMILIES
 from epmq_cli.families.structure import Linears
 from tests.helpers.architectures import TAKEN
 from tests.helpers.hubs import Scene
@@ -54,10 +53,7 @@ def test_a_fold_changes_no_output_of_any_decoder(kind: str) -> None:
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     scene = Scene.__new__(Scene)
-    blocks = [
-        _block(f"model.layers.{index}", layer)
-        for index, layer in enumerate(model.get_submodule("model.layers"))  # type: ignore[arg-type]
-    ]
+    blocks = FAMILIES["causal_lm"].blocks(model)
     unused: Any = scene
     student = Student(model, unused, unused, unused, torch.float32)
     ids = torch.arange(1, 17)[None]
@@ -66,12 +62,6 @@ def test_a_fold_changes_no_output_of_any_decoder(kind: str) -> None:
         fold_all(student, blocks)
         after = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
-
-
-def _block(name: str, layer: nn.Module) -> Any:
-    from epmq_cli.families.structure import Section
-
-    return Section(name, layer, block_steps(layer, name))
 
 
 def test_grouped_query_attention_is_not_folded(hub: Hub) -> None:

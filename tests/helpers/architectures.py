@@ -13,6 +13,15 @@ from tests.helpers.minihub import IDS, SIZE
 GROUPED: dict[str, Any] = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
 HEADS = {**GROUPED, "head_dim": 8}
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": IDS["vocab_size"]}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **IDS}
+NEO: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+}
+NEO |= {"vocab_size": IDS["vocab_size"], "window_size": 4}
+OPT = {**FALCON, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
 GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3}
 MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
 
@@ -42,52 +51,48 @@ TAKEN: dict[str, Build] = {
     "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, qk_layernorm=True)),
     "starcoder2": lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**GROUPED)),
     "vaultgemma": lambda: t.VaultGemmaForCausalLM(t.VaultGemmaConfig(**HEADS)),
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **IDS)),
+    "codegen": lambda: t.CodeGenForCausalLM(t.CodeGenConfig(**SMALL, rotary_dim=4)),
+    "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**GROUPED)),
+    "cohere2": lambda: t.Cohere2ForCausalLM(t.Cohere2Config(**GROUPED)),
+    "falcon": lambda: t.FalconForCausalLM(t.FalconConfig(**FALCON)),
+    "falcon-40b": lambda: t.FalconForCausalLM(t.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon-rw": lambda: t.FalconForCausalLM(
+        t.FalconConfig(**FALCON, parallel_attn=False, multi_query=False, alibi=True, bias=True)
+    ),
+    "gpt_bigcode": lambda: t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**SMALL)),
+    "gpt_neo": lambda: t.GPTNeoForCausalLM(t.GPTNeoConfig(**NEO)),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS)),
+    "gpt_neox-sequential": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS, use_parallel_residual=False)),
+    "gptj": lambda: t.GPTJForCausalLM(t.GPTJConfig(**SMALL, rotary_dim=4)),
+    "mpt": lambda: t.MptForCausalLM(t.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=IDS["vocab_size"])),
+    "persimmon": lambda: t.PersimmonForCausalLM(t.PersimmonConfig(**SIZE, **IDS)),
+    "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, **IDS)),
+    "stablelm-parallel": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, use_parallel_residual=True)),
+    "xglm": lambda: t.XGLMForCausalLM(
+        t.XGLMConfig(d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, vocab_size=IDS["vocab_size"])
+    ),
 }
 """By model type."""
 
 REFUSED: dict[str, tuple[Build, str]] = {
-    "bloom": (lambda: t.BloomForCausalLM(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **IDS)), "no model.layers"),
-    "cohere": (lambda: t.CohereForCausalLM(t.CohereConfig(**GROUPED)), "no norms that the family knows"),
     "diffllama": (lambda: t.DiffLlamaForCausalLM(t.DiffLlamaConfig(**GROUPED)), "self_attn.lambda_q1"),
-    "falcon": (
-        lambda: t.FalconForCausalLM(t.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **IDS)),
-        "no model.layers",
-    ),
-    "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)), "no model.layers"),
-    "gpt_neox": (lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS)), "no model.layers"),
-    "lfm2": (lambda: t.Lfm2ForCausalLM(t.Lfm2Config(**GROUPED)), "no model.norm"),
+    "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)), "linears of the class Conv1D"),
+    "lfm2": (lambda: t.Lfm2ForCausalLM(t.Lfm2Config(**GROUPED)), "no blocks, last norm and embeddings under names"),
     "mamba": (
         lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)),
-        "no model.layers",
+        "no blocks, last norm and embeddings under names",
     ),
     "mixtral": (
         lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=2)),
         "no feed-forward that the family knows",
     ),
-    "opt": (
-        lambda: t.OPTForCausalLM(
-            t.OPTConfig(
-                hidden_size=32,
-                ffn_dim=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                word_embed_proj_dim=32,
-                max_position_embeddings=64,
-                **IDS,
-            )
-        ),
-        "no model.layers",
-    ),
-    "phi": (lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, **IDS)), "no model.norm"),
+    "opt": (lambda: t.OPTForCausalLM(t.OPTConfig(**OPT)), "no blocks, last norm and embeddings under names"),
     "qwen3_moe": (
         lambda: t.Qwen3MoeForCausalLM(
             t.Qwen3MoeConfig(**HEADS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
         ),
         "no feed-forward that the family knows",
-    ),
-    "stablelm": (
-        lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, use_parallel_residual=True)),
-        "no norms that the family knows",
     ),
 }
 """With their error messages."""
@@ -97,10 +102,7 @@ PICTURES = {**SIZE, "image_size": 16, "patch_size": 8}
 
 ENCODERS: dict[str, Build] = {
     "albert": lambda: t.AlbertModel(t.AlbertConfig(**TEXTS, embedding_size=16)),
-    "deit": lambda: t.DeiTModel(t.DeiTConfig(**PICTURES)),
     "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**PICTURES)),
-    "electra": lambda: t.ElectraModel(t.ElectraConfig(**TEXTS, embedding_size=32)),
-    "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**TEXTS)),
 }
 """Models that no family accepts."""
 

@@ -78,6 +78,9 @@ def modernbert(pooling: str) -> Any:
     return t.ModernBertForSequenceClassification(t.ModernBertConfig(**sizes, classifier_pooling=pooling))
 
 
+ELECTRA: dict[str, Any] = {**SIZE, **IDS, "num_labels": 3, "max_position_embeddings": 40}
+
+
 def encoder_models(kind: str) -> Any:
     """A text classifier: one of ENCODERS."""
     import transformers as t
@@ -114,8 +117,13 @@ def encoder_models(kind: str) -> Any:
                 max_position_embeddings=40,
             )
         ),
+        "electra": lambda: t.ElectraForSequenceClassification(t.ElectraConfig(**ELECTRA, embedding_size=32)),
+        "electra-small": lambda: t.ElectraForSequenceClassification(t.ElectraConfig(**ELECTRA, embedding_size=16)),
         "modernbert": lambda: modernbert("mean"),
         "modernbert-cls": lambda: modernbert("cls"),
+        "mpnet": lambda: t.MPNetForSequenceClassification(
+            t.MPNetConfig(**SIZE, **IDS, num_labels=3, max_position_embeddings=40)
+        ),
     }
     torch.manual_seed(0)
     return made[kind]().eval()
@@ -129,19 +137,23 @@ def encoder_hub(folder: Path, kind: str) -> Path:
     return folder
 
 
-def vit_hub(folder: Path) -> Path:
-    """Image classifiers."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+def vit_hub(folder: Path, kind: str = "vit") -> Path:
+    """Image classifiers: vit or deit."""
+    import transformers as t
 
     torch.manual_seed(0)
-    base = ViTForImageClassification(ViTConfig(**SIZE, image_size=16, patch_size=8, num_labels=3)).eval()
-    models(folder, base)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
+    sizes = {**SIZE, "image_size": 16, "patch_size": 8, "num_labels": 3}
+    made: dict[str, Callable[[], Any]] = {
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**sizes)),
+        "deit": lambda: t.DeiTForImageClassification(t.DeiTConfig(**sizes)),
+    }
+    models(folder, made[kind]().eval())
+    t.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
     generator, entries = np.random.default_rng(0), {}
     for task in TASKS:
         data = write_pictures(folder / f"{task}.npz", generator, 30, 20)
         entries[task] = {"expert": str(folder / task), "data": data}
-    write_suite(folder, {"family": "vit", "base": str(folder / "base"), "tasks": entries})
+    write_suite(folder, {"family": kind, "base": str(folder / "base"), "tasks": entries})
     return folder
 
 
@@ -208,10 +220,10 @@ def decoder_files(folder: Path, base: Any) -> Path:
     return folder
 
 
-ENCODERS = ("roberta", "deberta", "distilbert", "modernbert", "modernbert-cls")
+ENCODERS = ("roberta", "deberta", "distilbert", "electra", "electra-small", "modernbert", "modernbert-cls", "mpnet")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
-KINDS = (*ENCODERS, "vit", *T5S, *DECODERS)
+KINDS = (*ENCODERS, "vit", "deit", *T5S, *DECODERS)
 TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
 """KINDS for `parametrize`; those that are similar to another kind are slow."""
 Hub = Callable[[str], Path]
@@ -224,8 +236,10 @@ def build(folder: Path, kind: str) -> Path:
         return encoder_hub(folder, kind)
     if kind in DECODERS:
         return decoder_hub(folder, kind)
-    assert kind == "vit" or kind.startswith("t5"), kind
-    return vit_hub(folder) if kind == "vit" else t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
+    if kind in ("vit", "deit"):
+        return vit_hub(folder, kind)
+    assert kind.startswith("t5"), kind
+    return t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
 
 
 def hub_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:

@@ -138,7 +138,7 @@ def expert_score(found: Path, *overrides: str) -> float:
     job = make_job(config(found, *overrides))
     models, model, _ = steps.open_models(job)
     processors = own.task_processors(
-        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family)
+        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family, job.calib)
     )
     task = steps.prepare_tasks(job, model, models, processors)[0]
     copy_into(model, models.source.model("first"))
@@ -149,7 +149,9 @@ def own_processors(found: Path, *overrides: str) -> dict[str, Any]:
     """The tasks that use their expert's own processor."""
     job = make_job(config(found, *overrides))
     models, _, _ = steps.open_models(job)
-    return own.task_processors(job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family))
+    return own.task_processors(
+        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family, job.calib)
+    )
 
 
 @pytest.mark.parametrize("kind", first(1, TEXT_KINDS))
@@ -468,7 +470,7 @@ def chat_tokens(found: Path, *overrides: str) -> list[int]:
     job = make_job(config(found, MESSAGES, *overrides))
     models, model, _ = steps.open_models(job)
     processors = own.task_processors(
-        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family)
+        job.family, models, job.suite.members, own.calibration_samples(job.seed, job.family, job.calib)
     )
     ids: list[int] = steps.prepare_tasks(job, model, models, processors)[0].samples.inputs[0].tolist()
     return ids

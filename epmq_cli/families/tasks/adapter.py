@@ -49,6 +49,9 @@ class TaskAdapter(ABC):
     answers: ClassVar[bool] = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 
+    consumed: ClassVar[tuple[str, ...]] = ()
+    """The tensors of a drawn batch that only `complete` reads."""
+
     sample_types: ClassVar[tuple[type, ...]] = (object,)
     """The types of samples that `collate` takes."""
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epmq_cli.data.batching import Batch, Collate
+from epmq_cli.data.batching import ALL, Batch, Collate, split
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.suite import Task
 from epmq_cli.families.processors import check_not_truncated, tokens
-from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.rendering import chat_ids, text_start
 from epmq_cli.families.tasks.adapter import TaskAdapter
 from epmq_cli.models.processor_folder import Processor
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SEPARATOR = "\n\n"  # between documents, as usual for perplexity on WikiText
+DRAWS = "draws"
+"""Numbers in [0, 1) in a batch of starts, one for each token that the expert writes: (samples, tokens)."""
 
 
 class LanguageModel(TaskAdapter):
@@ -28,12 +31,17 @@ class LanguageModel(TaskAdapter):
     pipeline = "text-generation"
     metrics = ("perplexity",)
     sample_types = (str, Chat)
+    consumed = (DRAWS,)
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
-        """Stacks token sequences of one length."""
+        """Stacks token sequences of one length, or pads them to the longest, with their mask."""
 
         def collate(sequences: list[Any]) -> Batch:
-            return {"input_ids": torch.stack(sequences)}
+            if task.packing:
+                return {"input_ids": torch.stack(sequences)}
+            masks = [torch.ones_like(ids) for ids in sequences]
+            ids, mask = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (sequences, masks))
+            return {"input_ids": ids, "attention_mask": mask}
 
         return collate
 
@@ -41,15 +49,52 @@ class LanguageModel(TaskAdapter):
         """The token ids (tokens,) of all documents, joined by two line breaks, with one start token if the tokenizer
         has one; of conversations the token ids of each as its chat template writes it. `folder` and `processor` as for
         `collate`."""
+        if any(isinstance(document, Chat) for document in documents):
+            return torch.cat(self.each(folder, documents, processor))
+        return self.each(folder, [SEPARATOR.join(documents)], processor)[0]
+
+    def each(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> list[Tensor]:
+        """The token ids (tokens,) of each document or conversation."""
         chats = [document for document in documents if isinstance(document, Chat)]
         if chats:
-            return torch.cat(chat_ids(folder, chats, processor))
+            return chat_ids(folder, chats, processor)
         encode = tokens(folder, processor=processor)
-        ids: Tensor = encode(SEPARATOR.join(documents), verbose=False)["input_ids"][0]
-        check_not_truncated(processor.folder if processor else folder, documents, len(ids))
-        return ids
+        found = [encode(document, verbose=False)["input_ids"][0] for document in documents]
+        for document, ids in zip(documents, found, strict=True):
+            check_not_truncated(processor.folder if processor else folder, [document], len(ids))
+        return found
+
+    def starts(self, folder: Path, task: Task, count: int, seed: int, processor: Processor | None = None) -> Batch:
+        """The starts of `count` texts of `max_length` tokens, which `complete` continues: what the chat template writes
+        in front of a user's words, or the start token. `folder` and `processor` as for `collate`."""
+        start = text_start(folder, processor)[: task.max_length - 1]
+        draws = torch.rand(
+            count, task.max_length - len(start), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        return {"input_ids": start.expand(count, -1), DRAWS: draws}
+
+    def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
+        """The batch with the model's own texts, if it is one of `starts`: each token is sampled from the model's
+        probabilities. The end of a text does not stop it; a model of conversations goes on with the answer."""
+        if DRAWS not in batch:
+            return batch
+        with torch.inference_mode():
+            return {"input_ids": torch.cat([_written(model, part) for part in split(batch, samples)])}
 
     def token_logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         """The logits (samples, tokens, vocabulary) in float32 of the token after each of `ids` (samples, tokens)."""
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits.float()
+
+
+def _written(model: nn.Module, batch: Batch) -> Tensor:
+    """The starts with the tokens that the model writes, (samples, tokens)."""
+    ids, fed, cache = batch["input_ids"], batch["input_ids"], None
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # of 5.23
+    for draw in batch[DRAWS].T:
+        output = model(input_ids=fed, use_cache=True, **{name: cache})
+        chances, cache = output.logits[:, -1].double().softmax(-1).cumsum(-1), getattr(output, name)
+        places = torch.searchsorted(chances, draw[:, None] * chances[:, -1:], right=True)
+        fed = places.clamp(max=chances.shape[1] - 1)
+        ids = torch.cat([ids, fed], 1)
+    return ids
