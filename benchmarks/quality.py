@@ -203,7 +203,7 @@ def average(job: steps.Job, scores: dict[str, float]) -> float:
 
 
 def table(session: Session, arguments: argparse.Namespace) -> None:
-    """Measures missing results, all rows of a column in succession, and prints a Markdown table."""
+    """Measures missing results, column by column, and prints a Markdown table."""
     columns = [(merge, bits) for merge in arguments.merges for bits in arguments.bits]
     found = {
         (row, column, seed): session.measure(row, *column, seed)

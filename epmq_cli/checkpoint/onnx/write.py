@@ -55,7 +55,7 @@ class OnnxFile:
     """A tower of a checkpoint folder as a graph of ONNX.
 
     `tower`: vision or text, None for the model's first. `activations`: the type in which quantized linears multiply,
-    float32 or int8. ConfigError if ONNX Runtime has no operator for the linears, or the model is no encoder.
+    float32 or int8. ConfigError if ONNX Runtime has no operator for the linears, or the model is not an encoder.
     """
 
     def __init__(self, folder: Path, tower: str | None = None, activations: str = "float32") -> None:

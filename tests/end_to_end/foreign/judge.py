@@ -175,7 +175,7 @@ def _stale_copies(kind: Kind, checkpoint: Path) -> list[str]:
     spelled = {name if name.startswith(kind.body) else kind.body + name: tensor for name, tensor in tensors.items()}
     pairs = copies(kind, tensors).items() if kind.has_labels else ()
     return [
-        f"{copy} is no copy of {source}"
+        f"{copy} is not a copy of {source}"
         for copy, source in pairs
         if copy in tensors and source in spelled and not torch.equal(tensors[copy], spelled[source])
     ]
