@@ -31,7 +31,8 @@ class Task:
     read for calibration on running text. `packing`: whether calibration cuts its sequences out of all documents, one
     after the other; false: each sequence is one document or conversation, cut at `max_length` and padded.
     `match_labels`: whether labels of the data match classes of the head by `name`, if both have names, or by
-    `position`. `processor` and `heads`: see Suite.
+    `position`. `processor` and `heads`: see Suite. `stride`: tokens from one window of a perplexity to the next; None
+    for `max_length`, windows without overlap.
     """
 
     name: str
@@ -46,11 +47,14 @@ class Task:
     processor: str = PROCESSORS[0]
     heads: str = HEADS[0]
     packing: bool = True
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
         shortest = 2 if self.metric == "perplexity" else 1  # perplexity predicts each token from those before it
         check_range(f"{where}.max_length", self.max_length, shortest, 1 << 20, integer=True)
+        if self.stride is not None:
+            check_range(f"{where}.stride", self.stride, 1, self.max_length, integer=True)
         if self.documents is not None:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)

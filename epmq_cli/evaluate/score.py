@@ -59,7 +59,7 @@ class ScoredTask:
 
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
-    all documents (tokens,), which are read `length` at a time.
+    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart.
     """
 
     name: str
@@ -69,6 +69,7 @@ class ScoredTask:
     predict: Predict
     metric: str = "accuracy"
     length: int = 0
+    stride: int = 0
     classes: int | None = None
     processor: Path | None = None
     names: tuple[str, ...] | None = None
@@ -80,7 +81,9 @@ class ScoredTask:
     @property
     def steps(self) -> int:
         """The amount of work, in samples or windows of tokens."""
-        return math.ceil(len(self.samples.inputs[0]) / self.length) if self.metric == PERPLEXITY else len(self.samples)
+        if self.metric != PERPLEXITY:
+            return len(self.samples)
+        return 1 + max(0, math.ceil((len(self.samples.inputs[0]) - self.length) / self.stride))
 
 
 def check_labelled(task: str, labels: Tensor) -> None:
@@ -204,7 +207,7 @@ class Scorer:
             return values
 
         ids: Tensor = task.samples.inputs[0]
-        return perplexity(losses_of, ids, task.length, task.length, self.micro.most)
+        return perplexity(losses_of, ids, task.length, task.stride, self.micro.most)
 
     def _predictions(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
         """The predictions for the test samples, and the labels, both (samples,) on the CPU."""

@@ -231,9 +231,10 @@ def _draw(plan: Planned, job: Job, remote: bool) -> None:
         if samples is None:
             continue
         language = job.family.tasks
-        plan.tests[task.name] = (
-            len(language.tokens(base, samples.inputs, None)) if isinstance(language, LanguageModel) else len(samples)
-        )
+        plan.tests[task.name] = len(samples)
+        if isinstance(language, LanguageModel):
+            overlap = task.max_length / (task.stride or task.max_length)
+            plan.tests[task.name] = round(overlap * len(language.tokens(base, samples.inputs, None)))
 
 
 def _on_disk(data: Any) -> bool:

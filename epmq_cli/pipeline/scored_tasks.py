@@ -72,6 +72,7 @@ class EvaluationData:
             predict=family.predict(folder, task, processor),
             metric=task.metric,
             length=task.max_length,
+            stride=task.stride or task.max_length,
             classes=len(task.classes) if task.classes else None,
             processor=processor.folder if processor else None,
             names=names,

@@ -88,6 +88,32 @@ def test_the_same_data_for_all_tasks_is_told(hub: Path, caplog: pytest.LogCaptur
         assert ("all tasks calibrate on the same data" in caplog.text) == told
 
 
+@pytest.mark.parametrize("stride", [3, 12])
+def test_windows_of_a_perplexity_may_overlap(stride: int, hub: Path) -> None:
+    """Oracle: the loss of each token in the first window that has it."""
+    job = make_job(config(hub, f"+suite.each={{stride: {stride}}}", "eval.batch_size=3"))
+    models, model, _ = steps.open_models(job)
+    task = steps.prepare_tasks(job, model, models)[0]
+    ids = task.samples.inputs[0]
+    losses, reached = [], 0
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + 12]
+        with torch.inference_mode():
+            chances = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
+        losses += [-chances[i - 1, window[i]] for i in range(1, len(window)) if start + i >= reached]
+        reached = start + len(window)
+        if reached == len(ids):
+            break
+    found = RunContext.of(job).scorer.score(model, task)
+    assert found.value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+    assert found.samples == len([*range(0, len(ids) - 12, stride)]) + 1 == task.steps
+
+
+def test_a_stride_is_at_most_a_window(hub: Path) -> None:
+    with pytest.raises(ConfigError, match=r"suite.tasks.first.stride must be a whole number in \[1, 12\], got 13"):
+        make_job(config(hub, "+suite.each={stride: 13}"))
+
+
 def test_other_models_write_no_text(bert_hub: Path) -> None:
     with pytest.raises(ConfigError, match="calib.source=generate lets language models write text, got models of fam"):
         make_job(config(bert_hub, "calib.source=generate"))
