@@ -176,9 +176,8 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     slices = sliced(job.merge)
     layers = stacked(models, slices, dtype, job.device) if slices else None
     cache = CachedSteps(opened_cache, job, models, dtype)
-    processors = task_processors(
-        job.family, models, job.suite.members, calibration_samples(job.seed, job.family, job.calib)
-    )
+    own_samples = calibration_samples(job.seed, job.family, job.calib)
+    processors = task_processors(job.family, models, job.suite.members, own_samples)
     tasks = steps.prepare_tasks(job, model, models, processors)
     drawn = steps.calibration_batches(job, models.base.path, processors)
     inputs = {task: [without(batch, job.family.tasks.consumed) for batch in group] for task, group in drawn.items()}
@@ -187,8 +186,8 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
         check_producers(model, job.family, inputs)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
         say(f"base: epmq is not tested with models of type {kind}; this model passes the self-check")
-    files = cache.files if distributed.is_main() else {}
-    progress = opened(folder, run_key(resolved, files, drawn, job.device), job.resume)
+    key = run_key(resolved, cache.files if distributed.is_main() else {}, drawn, job.device)
+    progress = opened(folder, key, job.resume)
     unfinished.refuse_results(folder, progress)
     return _Inputs(models, model, dtype, cache, progress, processors, tasks, drawn, layers)
 
@@ -206,6 +205,7 @@ def _make_checkpoint(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.agreement import Agreement
     from epmq_cli.pipeline.refinement import Refiner
 
     job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
@@ -213,13 +213,13 @@ def _make_checkpoint(
         inputs = _read(resolved, job, context.folder)
         models, model, tasks, cache = inputs.models, inputs.model, inputs.tasks, inputs.cache
         context = context.resumed(inputs.progress, cache)
-    key = cache.scores_key(tasks) if distributed.is_main() else None
-    scored = context.progress.part(distributed.broadcast(key))
+    scored = context.progress.part(distributed.broadcast(cache.scores_key(tasks) if distributed.is_main() else None))
     with stage("score base and experts"):
         scores = restored(scored.value("parts", lambda: steps.score_parts(context, model, models, tasks)))
     checks = check_experts(tasks, scores, model)
     with stage("teach"):
         teachers = guide.run_teachers(context, model, models.source, inputs.drawn)
+        agreement = Agreement.of(context, model, [] if inputs.stacked else tasks, models.source)
     with stage("merge"):
         data = steps.merge_data(context, model, models.source, teachers.batches, tasks)
         inputs, merged = _merged(context, inputs, data)
@@ -227,6 +227,7 @@ def _make_checkpoint(
     with stage("score merged"):
         again = scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
         scores |= restored(again)
+        agreement.measure("merged", tasks)
     with stage("refine"):
         refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
         refined = refiner.dense(merged)
@@ -234,6 +235,7 @@ def _make_checkpoint(
         calibrated = guide.calibrate(refined.context, model, refined.batches, tasks, refined.anchor)
         refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
+        agreement.measure("quantized", tasks)
     context.progress.begin_packing()
     if not distributed.is_main():
         return tasks, scores, {}, None
@@ -249,7 +251,8 @@ def _make_checkpoint(
     measured |= refined.entries | refiner.entries
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
     measured["events"]["batches_halved"] = context.micro.halved
-    measured |= {"expert_checks": {task: asdict(check) for task, check in checks.items()}}
+    expert_checks = {task: asdict(check) for task, check in checks.items()}
+    measured |= {"agreement": agreement.entry, "expert_checks": expert_checks}
     return tasks, scores, measured, card
 
 

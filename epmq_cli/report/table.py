@@ -39,6 +39,24 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     return table
 
 
+def agreement_lines(agreement: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """What the comparison with the experts says, as means over the tasks."""
+    means = {}
+    for part in ("kl", "top1"):
+        for stage in ("merged", "quantized"):
+            values = [stages[stage][part] for stages in agreement.values() if part in stages.get(stage, {})]
+            means[part, stage] = sum(values) / len(values) if values else None
+    before, after = means["kl", "merged"], means["kl", "quantized"]
+    if before is None or after is None:
+        return []
+    shares = [means["top1", stage] for stage in ("merged", "quantized")]
+    same = "" if None in shares else f", same answers {100 * shares[0]:.1f} -> {100 * shares[1]:.1f}%"  # type: ignore[operator]
+    lines = [f"to experts  KL {before:.4g} -> {after:.4g}{same} (merged -> quantized, on test samples without labels)"]
+    if after > before:
+        lines.append("            the quantized model is further from the experts than the merge")
+    return lines
+
+
 TROUBLE = {
     "damping_retried": "needed more damping",
     "target_without_factor": "kept the merged weight as target",
@@ -58,6 +76,9 @@ def show_run(measured: Mapping[str, Any], title: str, folder: Path) -> None:
     if guidance["chosen"]:
         values = ", ".join(f"{name} {guidance[name]:g}" for name in guidance["chosen"])
         _line(f"chosen      {values}, of {len(guidance['trials'])} tried without labels")
+    if measured.get("agreement"):
+        for line in agreement_lines(measured["agreement"]):
+            _line(line)
     ratio = sizes["linears_dense"] / sizes["linears_packed"]
     whole = f"{size(sizes['model_dense'])} -> {size(sizes['model_packed'])}"
     mixed = "" if bits is None or bits == round(bits) else f" at {bits:.2f} bits on average"

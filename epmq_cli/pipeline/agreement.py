@@ -1,0 +1,104 @@
+"""How far the models of a run are from the experts, without labels: KL of their outputs, and how often the most likely
+answer is the expert's. The samples are of the test splits, which calibration does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_cli.data.batching import Batch, size, split
+from epmq_cli.data.sampling import batches
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.families.tasks.language_model import LanguageModel
+from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.context import RunContext
+from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
+from epmq_cli.runtime import distributed
+
+SAMPLES = 64  # of each task, evenly over its test samples
+TOKENS = 1 << 14  # at most, of language models
+TOP = 64  # classes of each token that are kept of the experts of language models
+
+Compared = Mapping[str, Sequence[tuple[Batch, SoftLabels]]]
+"""Batches of each task with its expert's outputs."""
+
+
+@dataclass
+class Agreement:
+    """The outputs of the experts, and the comparisons with them by stage and task. Only the main process compares."""
+
+    context: RunContext
+    model: nn.Module
+    experts: Compared
+    stages: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, context: RunContext, model: nn.Module, tasks: Sequence[ScoredTask], source: MergeSource) -> Agreement:
+        """Runs each expert on samples of its task. Overwrites the model's merged tensors. `tasks`: empty if the experts
+        have other layers than the model."""
+        experts: dict[str, list[tuple[Batch, SoftLabels]]] = {}
+        for task in tasks if context.job.evaluation.stages and distributed.is_main() else ():
+            copy_into(model, source.model(task.name))
+            experts[task.name] = list(_outputs_of(context, model, task))
+        return cls(context, model, experts)
+
+    def measure(self, stage: str, tasks: Sequence[ScoredTask]) -> None:
+        """Compares the model, and the heads of the tasks, with the experts."""
+        self.stages[stage] = {task.name: self._measured(task) for task in tasks if self.experts.get(task.name)}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The entry of metrics.json, by task and stage."""
+        return {task: {stage: found[task] for stage, found in self.stages.items()} for task in self.experts}
+
+    @torch.inference_mode()
+    def _measured(self, task: ScoredTask) -> dict[str, float]:
+        """`kl` in nats, the mean over samples or tokens, and the share `top1`; without the share for numbers."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch, labels in self.experts[task.name]:
+            logits = _logits(self.context, self.model, batch, task)
+            parts = [labels.divergence(logits, 1.0), labels.agreements(logits)]
+            sums += torch.stack([*(part.double().sum().cpu() for part in parts), torch.tensor(float(len(logits)))])
+        kl, same, count = sums.tolist()
+        return {"kl": kl / count} | ({"top1": same / count} if logits.shape[1] > 1 else {})
+
+
+@torch.inference_mode()
+def _outputs_of(context: RunContext, expert: nn.Module, task: ScoredTask) -> Iterator[tuple[Batch, SoftLabels]]:
+    family = context.job.family
+    top = TOP if family.heads == "none" else None
+    for drawn in _batches(context, task):
+        batch = family.complete(expert, drawn)
+        yield batch, SoftLabels.of(Outputs(_logits(context, expert, batch, task), None), 1.0, top)
+
+
+def _logits(context: RunContext, model: nn.Module, batch: Batch, task: ScoredTask) -> Tensor:
+    """The logits (rows, classes) of a batch, some samples at a time."""
+    family = context.job.family
+
+    def run(samples: int) -> Tensor:
+        return torch.cat([outputs(family, model, part, task.head).logits for part in split(batch, samples)])
+
+    return context.scorer.micro.run(run, count=size(batch))
+
+
+def _batches(context: RunContext, task: ScoredTask) -> Iterator[Batch]:
+    """Batches of some of the test samples; of language models windows of `length` tokens, one at a time."""
+    job = context.job
+    if not len(task.samples):
+        return
+    if isinstance(job.family.tasks, LanguageModel):
+        ids: Tensor = task.samples.inputs[0]
+        length = min(task.length, len(ids))
+        count = min(SAMPLES, max(1, TOKENS // length), len(ids) // length)
+        for number in range(count):
+            yield {"input_ids": ids[number * length : (number + 1) * length][None].to(job.device)}
+        return
+    count = min(SAMPLES, len(task.samples))
+    some = task.samples.take([number * len(task.samples) // count for number in range(count)])
+    yield from batches(some, task.collate, job.evaluation.batch_size, job.device)
