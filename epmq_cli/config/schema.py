@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-KERNELS = ("auto", "int4", "dequantize")
+KERNELS = ("auto", "int4", "exact", "dequantize")
 
 
 ENGINES = ("transformers", "vllm", "vllm_cpu", "gptqmodel", "llama_cpp")
