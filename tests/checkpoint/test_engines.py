@@ -150,7 +150,7 @@ def test_the_card_of_a_decoder_has_the_commands(tmp_path: Path) -> None:
     exporter, formats = exporter_of("compressed_tensors"), [ints(4, 32)]
     engines = engines_for(exporter, DECODERS, SHAPES, formats, Base(LLAMA, tmp_path))
     assert [engine.title for engine in engines] == ["transformers", "vLLM on CUDA", "vLLM on CPUs", "llama.cpp"]
-    assert shell_commands(engines, DECODERS) == {
+    assert shell_commands(engines, DECODERS, exporter) == {
         "vLLM on CUDA (by its sources) and vLLM on CPUs": "vllm serve path/of/this/folder",
         "llama.cpp": "epmq export path/of/this/folder model.gguf\nllama-cli -m model.gguf",
     }
