@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
-from epmq_cli.checkpoint.engine import ROWS, Base, Engine, Kernel, LlamaCpp
+from epmq_cli.checkpoint.engine import ROWS, Base, Engine, Kernel, LlamaCpp, Vllm
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.errors import ConfigError
@@ -36,7 +36,7 @@ ENGINES: Mapping[str, Engine] = {
         {"compressed_tensors": (), "gptq": INTEGERS, "dense": ()},
         mixes=True,  # but for the families for which pack=compressed_tensors refuses it
     ),
-    "vllm": Engine(
+    "vllm": Vllm(
         "vLLM on CUDA",
         {
             "compressed_tensors": (
@@ -53,7 +53,7 @@ ENGINES: Mapping[str, Engine] = {
         tested=False,
         command=SERVE,
     ),
-    "vllm_cpu": Engine(
+    "vllm_cpu": Vllm(
         "vLLM on CPUs",
         {
             "compressed_tensors": (Kernel("int4", ("none", "whole")), Kernel("w8a8"), Kernel("fp8_dynamic")),
