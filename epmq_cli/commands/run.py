@@ -279,7 +279,9 @@ def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTas
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.pipeline.task_processors import save_processors
 
-    base = inputs.models.base.path
+    base, entries = inputs.models.base.path, partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype)
+    processors = partial(save_processors, base, inputs.processors, job.family.reads)
+    others = also_open_clip(job.exporter.open_clip, processors, entries)
     return Contents(
         exporter=job.exporter,
         model=inputs.model,
@@ -288,15 +290,7 @@ def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTas
         heads={task.name: task.head for task in tasks},
         base=base,
         texts=texts,
-        save_others=also_gguf(
-            job.exporter.gguf,
-            job.suite.name,
-            also_open_clip(
-                job.exporter.open_clip,
-                partial(save_processors, base, inputs.processors, job.family.reads),
-                partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype),
-            ),
-        ),
+        save_others=also_gguf(job.exporter.gguf, job.suite.name, others),
         dtype=inputs.dtype,
         changes=inputs.models.ties.changes,
     )
