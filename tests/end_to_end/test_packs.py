@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from epmq_cli.checkpoint.gguf.write import GgufFile
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.commands.eval import evaluate
+from epmq_cli.commands.merge import merge
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
 from epmq_cli.pipeline.job import make_job
@@ -22,7 +24,7 @@ from epmq_cli.pipeline.steps import open_models
 from epmq_cli.store.atomic import PARTIAL
 from tests.faults.driver import at_file, attempt, command, files, mini, torchrun
 from tests.helpers.byte_level import SIZE, write_tokenizer
-from tests.helpers.hubs import config, eval_config, run_in
+from tests.helpers.hubs import config, eval_config, merge_config, run_in
 from tests.helpers.minihub import decoder_files
 from tests.helpers.minihub import tokenizer as word_level
 from tests.helpers.packs import PACKS, exporter_of
@@ -85,6 +87,15 @@ def test_gguf_holds_the_tensors_that_export_writes(runs: Path, tmp_path: Path) -
     card = (checkpoint / "README.md").read_text()
     assert "\nllama-cli -m path/of/this/folder/model.gguf\n" in card
     assert "epmq export" not in card
+
+
+def test_a_dense_merge_has_its_gguf_too(runs: Path, tmp_path: Path) -> None:
+    """Oracle: the bytes of the checkpoint's tensors in float16."""
+    merge(merge_config(runs / "hub", "pack=gguf"), tmp_path, [])
+    [stored] = [t for t in GGUFReader(tmp_path / "checkpoint" / "model.gguf").tensors if t.name == "token_embd.weight"]
+    wanted = load(tmp_path / "checkpoint", "cpu", "dequantize").get_parameter("model.embed_tokens.weight")
+    assert torch.equal(torch.tensor(stored.data), wanted.half())
+    verify(tmp_path / "checkpoint", False, "cpu", None)
 
 
 @pytest.mark.parametrize(
