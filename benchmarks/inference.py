@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/inference.py --models b32 --batches 1 16 --repeats 3 --kinds int4 float32
     python benchmarks/inference.py --device cuda
     OMP_NUM_THREADS=1 python benchmarks/inference.py --load 6
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --generate MODEL
 
 Weights are random, of 4 bits in groups of 128. The models are stacks of two blocks of linears and activations;
 attention is left out, because it is the same for all. Times are for one block. In a batch of images, all tokens are
@@ -13,8 +14,10 @@ float32 on the CPU, bfloat16 on a GPU.
 
 Two limits keep the whole benchmark at about ten minutes on one core. Batches of more than 2000 rows run through one
 block only, since cached weights matter only if few rows share them. A batch gets no further turns after 20 seconds. The
-first turn is a warm-up; it counts only if it is the only one, as in batches that take longer. `turns` is the number of
-turns that count.
+first turn is a warm-up, unless it is the only one; `turns` is the number of turns that count.
+
+With `--generate MODEL`, the folder of a decoder, the script rounds it to nearest and measures with each kernel the
+tokens that it writes in a second of processor time, and how far their log-probabilities are from those of one call.
 
 With `--load N`, the script instead measures the peak memory of loading a decoder of N blocks from a float16 checkpoint
 with each kernel, each in its own process.
@@ -34,12 +37,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 import epmq_cli
+from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
 from epmq_cli.checkpoint.int4_linear import Int4Linear
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
@@ -50,6 +55,8 @@ from epmq_cli.report.stage_timer import Stages
 FORMAT = IntFormat(4, 128, "none")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("int4", *DENSE)
+TEXTS = IntFormat(4, 64, "none")
+PROMPT = torch.arange(100, 132)[None]
 LONG = 20.0  # seconds after which a batch gets no further turns
 MANY = 2000  # rows; larger batches run through one block only
 
@@ -171,22 +178,27 @@ def tables(options: argparse.Namespace) -> None:
 
 
 def write_decoder(folder: Path, blocks: int) -> None:
-    """Writes a float16 checkpoint of a decoder; the linears of its blocks are rounded to nearest."""
+    """Writes a float16 checkpoint of a random decoder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = MODELS["1b"]
     sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner, "num_hidden_layers": blocks}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, vocab_size=1024)).half()
+    write(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, vocab_size=1024)).half(), FORMAT, folder)
+
+
+def write(model: Any, format: IntFormat, folder: Path) -> None:
+    """Writes a checkpoint; the linears of the blocks are rounded to nearest."""
     model.config.save_pretrained(folder / "base")
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
     weights = {
-        name: rtn(module.weight.detach().float(), FORMAT, "minmax", torch.float16) for name, module in linears.items()
+        name: rtn(module.weight.detach().float(), format, "minmax", model.dtype) for name, module in linears.items()
     }
-    write_checkpoint(
-        folder / "checkpoint", Contents(model, weights, False, {}, folder / "base", {}, torch.float16), 5 * 10**9
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    exporter = CompressedTensorsExporter(dtype=dtype, shard_size="5GB", engine=None, open_clip=False)
+    contents = Contents(exporter, model, weights, False, {}, folder / "base", {}, model.dtype)
+    write_checkpoint(folder / "checkpoint", contents, 5 * 10**9)
 
 
 def measure(folder: Path, kernel: str, device: torch.device) -> dict[str, int]:
@@ -214,11 +226,47 @@ def peaks(options: argparse.Namespace) -> None:
     head(["kernel", "before, MB", "peak of load, MB", "after, MB", "peak of a call of 16 tokens, MB"])
     with tempfile.TemporaryDirectory() as folder:
         write_decoder(Path(folder), options.load)
-        for kernel in ("int4", "dequantize"):
+        for kernel in ("int4", "exact", "dequantize"):
             own = [sys.executable, __file__, "--measure", f"{folder}/checkpoint", kernel]
             printed = subprocess.run([*own, "--device", str(options.device)], check=True, stdout=subprocess.PIPE).stdout
             found: dict[str, int] = json.loads(printed)
             print(f"| {kernel} | {' | '.join(f'{value / 1e6:.0f}' for value in found.values())} |", flush=True)
+
+
+@torch.inference_mode()
+def written(model: Any, count: int) -> tuple[float, float]:
+    """Generates `count` tokens after a prompt. Returns the tokens in a second, without the prompt, and the mean
+    difference of log-probabilities from one call over all tokens."""
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    starts = list[float]()
+    hook = model.register_forward_pre_hook(lambda module, inputs: starts.append(time.process_time()))
+    found = model.generate(PROMPT, **options, output_logits=True, return_dict_in_generate=True)
+    hook.remove()
+    speed = (count - 1) / (time.process_time() - starts[1])
+    whole = model(found.sequences[:, :-1]).logits[:, PROMPT.shape[1] - 1 :].float().log_softmax(-1)
+    error = torch.stack(found.logits, 1).float().log_softmax(-1) - whole
+    return speed, float(error.abs().mean())
+
+
+def speeds(options: argparse.Namespace) -> None:
+    """Prints the speed of a decoder with each kernel; the kinds take turns."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write(AutoModelForCausalLM.from_pretrained(options.generate, dtype=torch.bfloat16), TEXTS, folder)
+        load = partial(epmq_cli.load, folder / "checkpoint", str(options.device))
+        models = {f"{kernel}, float32": load(kernel) for kernel in ("int4", "exact", "dequantize")}
+        models["dequantize, bfloat16"] = load("dequantize", torch.bfloat16)
+    for _ in range(1 + options.repeats):
+        for name, model in models.items():
+            found.setdefault(name, []).append(written(model, options.tokens))
+    dense = median(speed for speed, _ in found["dequantize, bfloat16"][1:])
+    head(["kernel, activations", "linears, MB", "tokens a second", "to bfloat16", "mean difference"])
+    for name, turns in found.items():
+        speed, size = median(speed for speed, _ in turns[1:]), weight_bytes(models[name].model.layers) / 1e6
+        print(f"| {name} | {size:.0f} | {speed:.1f} | {speed / dense:.2f} | {turns[0][1]:.1e} |")
 
 
 def main() -> None:
@@ -231,6 +279,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--load", type=int, metavar="N")
+    parser.add_argument("--generate", metavar="MODEL")
+    parser.add_argument("--tokens", type=int, default=32, help="that --generate writes")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "KERNEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -240,6 +290,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
     if options.load:
         peaks(options)
+    elif options.generate:
+        speeds(options)
     else:
         tables(options)
 

@@ -5,7 +5,7 @@ A refusal is one sentence: the limit of the engine, what was given, and what to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -18,6 +18,7 @@ from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import head_width
+from epmq_cli.models.pretrained import from_folder
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 DENSE = "pack=dense or pack.engine=null"
 """What to do if an engine has no kernel."""
 ROWS, BY_ROW = -1, "with one scale per row"
+CLIP_WIDTH = 512
+"""The width of CLIP's text tower and projection if config.json does not say it."""
 POINTS = {"none": "", "whole": " with zero points", "real": " with real zero points"}
 
 
@@ -67,8 +70,8 @@ class Engine:
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
     different formats. `multiple`: what inputs and outputs must be multiples of. `fused`: the last names of linears that
     it multiplies with as one. `heads`: the widths of attention heads that it takes, empty for all. `tested`: whether
-    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint `{folder}` in a
-    shell, `{runner}` being an option for encoders; empty if only Python does.
+    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see
+    `shell_commands` in loading_code.py; empty if only Python does.
     """
 
     title: str
@@ -142,6 +145,35 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Vllm(Engine):
+    """vLLM, which puts the features of CLIP's pictures, as wide as the projection, where the prompt has token 0
+    (vllm/model_executor/models/clip.py)."""
+
+    def model_refusal(
+        self, family: Family, linears: Mapping[str, torch.Size], formats: Sequence[NumberFormat], base: Base
+    ) -> str | None:
+        """See Engine."""
+        reason = super().model_refusal(family, linears, formats, base)
+        return self._clip_refusal(base) if reason is None and base.config.get("model_type") == "clip" else reason
+
+    def _clip_refusal(self, base: Base) -> str | None:
+        """Why vLLM does not load a CLIP model; None if it does."""
+        width = (base.config.get("text_config") or {}).get("hidden_size", CLIP_WIDTH)
+        projection = base.config.get("projection_dim", CLIP_WIDTH)
+        if width > projection:
+            return (
+                f"{self.title} takes CLIP models whose text tower is not wider than the projection, got {width} and "
+                f"{projection} channels; use pack.engine=null and another engine"
+            )
+        if base.folder is not None and 0 in _special_tokens(base.folder):
+            return (
+                f"{self.title} takes CLIP models whose token 0 is not special, because pictures take its place, got "
+                f"one that is in {base.folder}; use pack.engine=null and another engine"
+            )
+        return None
+
+
+@dataclass(frozen=True)
 class LlamaCpp(Engine):
     """llama.cpp reads what `epmq export` writes, so the checks are those of the export."""
 
@@ -173,6 +205,14 @@ def _head_widths(config: Mapping[str, Any]) -> Iterator[int]:
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         if {"hidden_size", "num_attention_heads"} <= part.keys():
             yield head_width(part)
+
+
+def _special_tokens(folder: Path) -> Collection[int]:
+    """The numbers of a tokenizer's special tokens."""
+    from transformers import AutoTokenizer
+
+    found: list[int] = from_folder(AutoTokenizer, folder).all_special_ids
+    return found
 
 
 def _refused(check: Callable[[], object]) -> str | None:

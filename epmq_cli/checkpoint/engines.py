@@ -8,10 +8,11 @@ they fail where this module says so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from epmq_cli.checkpoint.engine import ROWS, Base, Engine, Kernel, LlamaCpp
+from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
+from epmq_cli.checkpoint.engine import ROWS, Base, Engine, Kernel, LlamaCpp, Vllm
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.errors import ConfigError
@@ -35,7 +36,7 @@ ENGINES: Mapping[str, Engine] = {
         {"compressed_tensors": (), "gptq": INTEGERS, "dense": ()},
         mixes=True,  # but for the families for which pack=compressed_tensors refuses it
     ),
-    "vllm": Engine(
+    "vllm": Vllm(
         "vLLM on CUDA",
         {
             "compressed_tensors": (
@@ -52,7 +53,7 @@ ENGINES: Mapping[str, Engine] = {
         tested=False,
         command=SERVE,
     ),
-    "vllm_cpu": Engine(
+    "vllm_cpu": Vllm(
         "vLLM on CPUs",
         {
             "compressed_tensors": (Kernel("int4", ("none", "whole")), Kernel("w8a8"), Kernel("fp8_dynamic")),
@@ -71,16 +72,17 @@ ENGINES: Mapping[str, Engine] = {
         {"compressed_tensors": (), "gptq": (), "dense": ()},
         families=("causal_lm",),
         mixes=True,
-        command="epmq export {folder} model.gguf\nllama-cli -m model.gguf",
+        command="{export}llama-cli -m {file}",
     ),
 }
 """By the name of pack.engine."""
 
 
 def check_engine(exporter: Exporter, family: Family, formats: Collection[NumberFormat]) -> None:
-    """ConfigError if the engine of `pack.engine` cannot load the result; called before any model is opened."""
-    if exporter.engine is not None:
-        _raise(exporter, ENGINES[exporter.engine].refusal(_pack(exporter), family, _packed(exporter, formats)))
+    """ConfigError if an engine that the options of `pack` name cannot load the result; called before any model is
+    opened."""
+    for option, engine in _required(exporter):
+        _raise(option, engine.refusal(_pack(exporter), family, _packed(exporter, formats)))
 
 
 def check_engine_model(
@@ -91,9 +93,8 @@ def check_engine_model(
     base: Base,
 ) -> None:
     """The same for the shapes of a model, its architecture and tokenizer; called before anything is calibrated."""
-    if exporter.engine is not None:
-        engine = ENGINES[exporter.engine]
-        _raise(exporter, engine.model_refusal(family, linears, _packed(exporter, formats), base))
+    for option, engine in _required(exporter):
+        _raise(option, engine.model_refusal(family, linears, _packed(exporter, formats), base))
 
 
 def engines_for(
@@ -112,8 +113,17 @@ def engines_for(
     ]
 
 
+def _required(exporter: Exporter) -> Iterator[tuple[str, Engine]]:
+    """The engines that must load the result, by the options that say so."""
+    if exporter.gguf is not None:
+        yield "pack=gguf", ENGINES["llama_cpp"]
+    if exporter.engine is not None:
+        yield f"pack.engine={exporter.engine}", ENGINES[exporter.engine]
+
+
 def _pack(exporter: Exporter) -> str:
-    return option_name("pack", type(exporter))
+    """The option of `pack` whose weights the checkpoint has."""
+    return option_name("pack", type(exporter) if exporter.gguf is None else CompressedTensorsExporter)
 
 
 def _packed(exporter: Exporter, formats: Collection[NumberFormat]) -> Sequence[NumberFormat]:
@@ -121,6 +131,6 @@ def _packed(exporter: Exporter, formats: Collection[NumberFormat]) -> Sequence[N
     return [*formats] if exporter.packs else []
 
 
-def _raise(exporter: Exporter, reason: str | None) -> None:
+def _raise(option: str, reason: str | None) -> None:
     if reason is not None:
-        raise ConfigError(f"pack.engine={exporter.engine}: {reason}")
+        raise ConfigError(f"{option}: {reason}")

@@ -50,6 +50,11 @@ class Exporter(Protocol):
     def open_clip(self) -> bool:
         """Whether CLIP models are written for open_clip as well (open_clip.py)."""
 
+    @property
+    def gguf(self) -> str | None:
+        """How matrices that are not quantized are stored in model.gguf, which is written into the checkpoint as well
+        (gguf/write.py); None if there is no such file."""
+
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """ConfigError if the exporter cannot store these formats, or if loaders do not support the family; called
         before any model is opened. `formats`: the possible formats of a linear, empty for `quant=none`."""

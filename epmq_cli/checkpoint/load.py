@@ -1,4 +1,4 @@
-"""Loads a checkpoint as a model of transformers; linears that the int4 kernel supports stay packed."""
+"""Loads a checkpoint as a model of transformers; its quantized linears can stay packed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epmq_cli.checkpoint.exact_linear import ExactLinear
 from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
 from epmq_cli.checkpoint.layouts import layout_of
@@ -33,10 +34,12 @@ def load(
     """The model of a checkpoint folder that epmq wrote, in evaluation mode.
 
     `device`: auto, cpu, cuda or cuda:<index>. `dtype`: the type of dense weights and of activations; float32 on the CPU
-    and bfloat16 on a GPU by default. `kernel`: `auto` multiplies with packed weights if the int4 kernel
-    supports them, and dequantizes the others, such as FP8; `int4` requires that the kernel supports all quantized
-    linears; `dequantize` makes all weights dense. Tensors are read one by one. Weights that stay packed are never dense
-    in memory. ConfigError if the kernel cannot be used. CheckpointError if epmq did not write the folder.
+    and bfloat16 on a GPU by default. `kernel`: `auto` multiplies with packed weights if the int4 kernel supports them,
+    and dequantizes the others, such as FP8; `int4` requires that the kernel supports all quantized linears; `exact`
+    keeps all of them packed and dequantizes each at every call, which gives the outputs of `dequantize`, where the
+    kernel rounds inputs to bfloat16; `dequantize` makes all weights dense. Tensors are read one by one. Weights that
+    stay packed are never dense in memory, but for one at a time with `exact`. ConfigError if the kernel cannot be used.
+    CheckpointError if epmq did not write the folder.
     """
     from transformers import GenerationConfig
 
@@ -58,8 +61,9 @@ def load(
     dense = {}
     for name, reason in obstacles.items():
         weight = layout.read(files, name, shapes[name], where)
-        if kernel != "dequantize" and reason is None:
-            model.set_submodule(name, Int4Linear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
+        packed = _packed_class(kernel, reason)
+        if packed is not None:
+            model.set_submodule(name, packed(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
     stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
@@ -73,6 +77,13 @@ def load(
     return model.to(where).eval().requires_grad_(False)
 
 
+def _packed_class(kernel: str, obstacle: str | None) -> type[Int4Linear | ExactLinear] | None:
+    """The class of a linear that stays packed; None if it becomes dense. `obstacle`: of the int4 kernel."""
+    if kernel == "exact":
+        return ExactLinear
+    return Int4Linear if kernel != "dequantize" and obstacle is None else None
+
+
 def refuse(obstacles: Mapping[str, str | None]) -> None:
     """ConfigError if no linear is quantized, or if the int4 kernel does not support one of them (`obstacle`)."""
     if not obstacles:
@@ -83,10 +94,11 @@ def refuse(obstacles: Mapping[str, str | None]) -> None:
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """The number of packed linears and of dense ones."""
-    counts = {"int4": 0, "dense": 0}
+    """The number of packed linears of each kind, and of dense ones."""
+    counts = {"int4": 0, "exact": 0, "dense": 0}
     for module in model.modules():
         counts["int4"] += isinstance(module, Int4Linear)
+        counts["exact"] += isinstance(module, ExactLinear)
         counts["dense"] += isinstance(module, torch.nn.Linear)
     return counts
 

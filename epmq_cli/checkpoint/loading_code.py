@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from epmq_cli.checkpoint.engine import Engine
 from epmq_cli.checkpoint.exporter import Exporter
+from epmq_cli.checkpoint.gguf.exporter import NAME as GGUF
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import MEAN
@@ -139,10 +140,21 @@ def other_code(formats: Sequence[NumberFormat], exporter: Exporter) -> dict[str,
     return code
 
 
-def shell_commands(engines: Sequence[Engine], family: Family) -> dict[str, str]:
-    """The commands of engines that load this checkpoint in a shell, by the names of the engines."""
-    runner, names = "" if family.heads == "none" else " --runner pooling", dict[str, list[str]]()
+def shell_commands(engines: Sequence[Engine], family: Family, exporter: Exporter) -> dict[str, str]:
+    """The commands of engines that load this checkpoint in a shell, by the names of the engines.
+
+    In `Engine.command`, `{folder}` is the checkpoint, `{runner}` an option for encoders, `{file}` the GGUF file, and
+    `{export}` the command that writes it, unless the checkpoint has it.
+    """
+    inside = exporter.gguf is not None
+    parts = {
+        "folder": FOLDER,
+        "runner": "" if family.heads == "none" else " --runner pooling",
+        "file": f"{FOLDER}/{GGUF}" if inside else GGUF,
+        "export": "" if inside else f"epmq export {FOLDER} {GGUF}\n",
+    }
+    names: dict[str, list[str]] = {}
     for engine in engines:
         if engine.command:
-            names.setdefault(engine.command.format(folder=FOLDER, runner=runner), []).append(engine.label)
+            names.setdefault(engine.command.format(**parts), []).append(engine.label)
     return {" and ".join(labels): command for command, labels in names.items()}

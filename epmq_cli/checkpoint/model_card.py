@@ -152,7 +152,7 @@ def loading_code(
         ]
     for package, code in other_code(formats, exporter).items():
         parts += [f"With {package}:", _block("python", code)]
-    for names, command in shell_commands(engines, family).items():
+    for names, command in shell_commands(engines, family, exporter).items():
         parts += [f"With {names}:", _block("bash", command)]
     return "\n\n".join(parts)
 

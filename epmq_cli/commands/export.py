@@ -9,6 +9,7 @@ from pathlib import Path
 
 from epmq_cli.commands.hydra_app import quiet_libraries
 from epmq_cli.commands.output_file import check_output
+from epmq_cli.config.schema import GGUF_DENSE
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.runtime.console import console, plain
@@ -23,7 +24,7 @@ PACKAGES = {".gguf": ("gguf",), ".onnx": ("onnx", "onnxscript")}
 OWN = {"dense": ".gguf", "tower": ".onnx", "activations": ".onnx"}
 """The kind of file that each option is for."""
 CHOICES = {
-    "dense": ("f16", "bf16", "f32", "q8_0"),
+    "dense": GGUF_DENSE,
     "tower": ("vision", "text"),
     "activations": ("float32", "int8"),
 }

@@ -39,6 +39,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     with importing():
         import torch
 
+        from epmq_cli.checkpoint.gguf.exporter import also_gguf
         from epmq_cli.checkpoint.open_clip import also_open_clip, check_base, check_family, stored_entries
         from epmq_cli.checkpoint.write_merged import write_dense
         from epmq_cli.families import suite_family
@@ -87,6 +88,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         )
         processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
+        others = also_gguf(exporter.gguf, suite.name, others)
         size = write_dense(checkpoint, written, merged, exporter, files, others)
     measured = {"bytes": {"model_dense": size}, "stages": stages.records}
     content = metrics_json.metrics("merge", overrides, OmegaConf.to_container(cfg, resolve=True), device, measured)

@@ -277,11 +277,14 @@ def _merged(context: RunContext, inputs: _Inputs, data: ExpertMeasurements | Non
 
 def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTask], texts: dict[str, str]) -> Contents:
     """The contents of `checkpoint/`. `texts`: the model card and the record, by file name."""
+    from epmq_cli.checkpoint.gguf.exporter import also_gguf
     from epmq_cli.checkpoint.open_clip import also_open_clip, dequantized_entries
     from epmq_cli.checkpoint.write import Contents
     from epmq_cli.pipeline.task_processors import save_processors
 
-    base = inputs.models.base.path
+    base, entries = inputs.models.base.path, partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype)
+    processors = partial(save_processors, base, inputs.processors, job.family.reads)
+    others = also_open_clip(job.exporter.open_clip, processors, entries)
     return Contents(
         exporter=job.exporter,
         model=inputs.model,
@@ -290,11 +293,7 @@ def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTas
         heads={task.name: task.head for task in tasks},
         base=base,
         texts=texts,
-        save_others=also_open_clip(
-            job.exporter.open_clip,
-            partial(save_processors, base, inputs.processors, job.family.reads),
-            partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype),
-        ),
+        save_others=also_gguf(job.exporter.gguf, job.suite.name, others),
         dtype=inputs.dtype,
         changes=inputs.models.ties.changes,
     )

@@ -15,14 +15,19 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-KERNELS = ("auto", "int4", "dequantize")
+KERNELS = ("auto", "int4", "exact", "dequantize")
 
 
 ENGINES = ("transformers", "vllm", "vllm_cpu", "gptqmodel", "llama_cpp")
 """The engines of checkpoint/engines.py."""
 
 
+GGUF_DENSE = ("f16", "bf16", "f32", "q8_0")
+"""How a GGUF file may store matrices that are not quantized."""
+
+
 GENERATE = "generate"
+
 
 STAGES = ("base", "experts", "merged", "quantized")
 
@@ -86,6 +91,11 @@ class Pack:
         if self.engine is not None:
             check_choice("pack.engine", self.engine, ENGINES)
         bytes_of("pack.shard_size", self.shard_size)
+
+    @property
+    def gguf(self) -> str | None:
+        """See checkpoint/exporter.py."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.steps import open_models
 from tests.checkpoint.conftest import Made
 from tests.helpers.byte_level import write_tokenizer
-from tests.helpers.engine_kinds import KINDS, table
+from tests.helpers.engine_kinds import KINDS, table, write_words
 from tests.helpers.formats import ints
 from tests.helpers.hubs import config
 from tests.helpers.packs import exporter_of
@@ -103,6 +103,30 @@ def test_shapes_that_vllm_does_not_take_are_refused(shapes: Any, change: Any, se
         check_engine_model(exporter, DECODERS, other, formats, Base({**LLAMA, **change}, None))
 
 
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 64,
+    "text_config": {"hidden_size": 64, "num_attention_heads": 2},
+    "vision_config": {"hidden_size": 96, "num_attention_heads": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
+def test_clip_models_that_vllm_does_not_take_are_refused(name: str, tmp_path: Path) -> None:
+    """Oracle: vllm/model_executor/models/clip.py."""
+    exporter, clip = exporter_of("compressed_tensors", engine=name), FAMILIES["clip"]
+    write_words(tmp_path / "good")
+    write_tokenizer(tmp_path / "bad")  # <|end|> is token 0
+    for base in (Base(CLIP, tmp_path / "good"), Base(CLIP, None), Base({"model_type": "clip"}, tmp_path / "good")):
+        check_engine_model(exporter, clip, {}, [], base)
+    with pytest.raises(
+        ConfigError, match=f"^pack.engine={name}: .* wider than the projection, got 64 and 32 channels; use"
+    ):
+        check_engine_model(exporter, clip, {}, [], Base({**CLIP, "projection_dim": 32}, None))
+    with pytest.raises(ConfigError, match=f"^pack.engine={name}: .* whose token 0 is not special, .*; use pack.engine"):
+        check_engine_model(exporter, clip, {}, [], Base(CLIP, tmp_path / "bad"))
+
+
 def test_models_and_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path: Path) -> None:
     exporter, linears, formats = exporter_of("compressed_tensors", engine="llama_cpp"), {**SHAPES}, [ints(4, 32)]
     write_tokenizer(tmp_path / "good")
@@ -150,7 +174,7 @@ def test_the_card_of_a_decoder_has_the_commands(tmp_path: Path) -> None:
     exporter, formats = exporter_of("compressed_tensors"), [ints(4, 32)]
     engines = engines_for(exporter, DECODERS, SHAPES, formats, Base(LLAMA, tmp_path))
     assert [engine.title for engine in engines] == ["transformers", "vLLM on CUDA", "vLLM on CPUs", "llama.cpp"]
-    assert shell_commands(engines, DECODERS) == {
+    assert shell_commands(engines, DECODERS, exporter) == {
         "vLLM on CUDA (by its sources) and vLLM on CPUs": "vllm serve path/of/this/folder",
         "llama.cpp": "epmq export path/of/this/folder model.gguf\nllama-cli -m model.gguf",
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epmq_cli
+from epmq_cli.checkpoint.exact_linear import ExactLinear
 from epmq_cli.checkpoint.int4_linear import Int4Linear
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.errors import CheckpointError, ConfigError
@@ -187,8 +188,40 @@ def test_no_dense_weight_is_ever_created(kernel: str, dense: bool, made: Made) -
     assert bool({(64, 32), (32, 64)} & shapes.seen) == dense
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    first(2, [("clip", ()), ("llama", ("bits=3.5",)), ("t5", ("bits=8",)), ("bert", ("quant.symmetric=false",))]),
+)
+def test_exact_packed_linears_give_the_outputs_of_dense_ones(kind: str, options: tuple[str, ...], made: Made) -> None:
+    """Oracle: the dequantized model, bit for bit."""
+    checkpoint, scene = made(kind, *options)
+    exact, dense = load(checkpoint, "cpu", "exact"), load(checkpoint, "cpu", "dequantize")
+    assert torch.equal(features(scene, exact), features(scene, dense))
+    packed = [module for module in exact.modules() if isinstance(module, ExactLinear)]
+    assert kernels(exact) == {"int4": 0, "exact": len(packed), "dense": kernels(dense)["dense"] - len(packed)}
+    assert packed
+    packed[-1].get_buffer("packed").bitwise_not_()
+    assert not torch.equal(features(scene, exact), features(scene, dense))
+
+
+@pytest.mark.parametrize(("kernel", "bound"), [("exact", 1e-5), ("int4", 0.1)])
+def test_tokens_one_by_one_and_all_at_once(kernel: str, bound: float, made: Made) -> None:
+    """Oracle: one forward pass over all tokens. Generation computes the prompt and then one token at a time."""
+    checkpoint, _ = made("llama")
+    model: Any = load(checkpoint, "cpu", kernel)
+    lengths = list[int]()
+    linear = next(module for module in model.modules() if isinstance(module, Int4Linear | ExactLinear))
+    linear.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    options = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(torch.arange(1, 6)[None], **options, return_dict_in_generate=True, output_logits=True)
+    assert lengths == [5, *[1] * 7]
+    cached = torch.stack(found.logits, 1).log_softmax(-1)
+    whole = model(found.sequences[:, :-1]).logits[:, 4:].log_softmax(-1)
+    torch.testing.assert_close(cached, whole, atol=bound, rtol=0)
+
+
 def test_bad_arguments_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kernel must be one of auto, int4, dequantize, got 'marlin'"):
+    with pytest.raises(ConfigError, match="kernel must be one of auto, int4, exact, dequantize, got 'marlin'"):
         load(tmp_path, "cpu", "marlin")
     with pytest.raises(CheckpointError, match="is not a checkpoint; give the checkpoint folder that epmq run wrote"):
         load(tmp_path, "cpu")

@@ -18,7 +18,9 @@ from tests.helpers.hubs import eval_config, run_in
 from tests.helpers.tiers import only, slow
 
 
-@pytest.mark.parametrize(("kernel", "packed"), [("dequantize", 0), ("int4", 12), slow(("auto", 12))])
+@pytest.mark.parametrize(
+    ("kernel", "packed"), [("dequantize", 0), ("int4", 12), slow(("auto", 12)), slow(("exact", 0))]
+)
 def test_every_kernel_gives_the_scores_of_the_run(kernel: str, packed: int, clip_hub: Path, tmp_path: Path) -> None:
     checkpoint = run_in(tmp_path / "run", clip_hub, "group_size=32")
     (tmp_path / "again").mkdir()
@@ -41,7 +43,7 @@ def test_a_run_scores_on_the_requested_kernel(kernel: str, packed: int, clip_hub
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("eval.kernel=marlin",), "eval.kernel must be one of auto, int4, dequantize, got 'marlin'"),
+        (("eval.kernel=marlin",), "eval.kernel must be one of auto, int4, exact, dequantize, got 'marlin'"),
         (("group_size=16",), "kernel=int4 cannot take .*: 16 input columns share a scale"),
         (("group_size=32", "bits=6"), "kernel=int4 cannot take .*: it has 6 bits"),
         (("quant=none",), "kernel=int4 needs quantized linears, but the model has none"),

@@ -43,6 +43,7 @@ ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],
     "pack/gptq": ["suite=causal_lm"],
+    "pack/gguf": ["suite=causal_lm"],
     "merge/given": ["merge.path=x"],
     "suite/causal_lm": ONE_LM,
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 import epmq_cli
 from epmq_cli.checkpoint.gguf.write import GgufFile
+from epmq_cli.commands.export import main
 from tests.engines.greedy import PROMPT, by_transformers
+from tests.engines.serving import asked, check_greedy, documented, served
 from tests.helpers.byte_level import MODELS, write_decoder
 
 PYTHON = os.environ.get("EPMQ_LLAMA_CPP", "")
@@ -66,6 +68,25 @@ def check_equal(found: list[tuple[int, float]], expected: list[tuple[int, float]
     assert len(found) >= 3
     for number, value in found:
         assert any(number == other and value == pytest.approx(own, abs=bound) for other, own in left)
+
+
+def test_the_server_answers_with_the_commands_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of 4-bit weights, in front of which llama.cpp rounds activations to 8 bits, so that only the first
+    token is compared."""
+    checkpoint = write_decoder(tmp_path, "llama")
+    monkeypatch.chdir(tmp_path)
+    exported = documented("epmq export")[0]
+    main([str(checkpoint) if word == "runs/other/checkpoint" else word for word in exported[2:]])
+    [[program, *options]] = documented("llama-server")
+    assert program == "llama-server"
+    side = Path(__file__).with_name("llama_cpp_serve_side.py")
+    question = {"prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    with served([PYTHON, str(side), *options], tmp_path / "log") as address:
+        answer = asked(f"{address}/v1/completions", question)
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    check_greedy(checkpoint, PROMPT, [first["id"]], [first["logprob"]], 0.2)
 
 
 SMALL = [(4, "none"), (4, "whole"), (5, "none"), (5, "whole"), (8, "none")]

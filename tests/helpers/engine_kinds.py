@@ -130,12 +130,12 @@ def _decoder(folder: Path, model: str) -> Any:
 
 
 def _bert(folder: Path, model: str) -> Any:
-    _write_words(folder)
+    write_words(folder)
     return t.BertModel(t.BertConfig(**ENCODER, vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=8))
 
 
 def _clip(folder: Path, model: str) -> Any:
-    _write_words(folder)
+    write_words(folder)
     t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     ids = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 8}
     text = {**ENCODER, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 16, "projection_dim": 64}
@@ -143,7 +143,7 @@ def _clip(folder: Path, model: str) -> Any:
     return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def _write_words(folder: Path) -> None:
+def write_words(folder: Path) -> None:
     """Writes a tokenizer of whole words; texts start with [CLS] and end with [SEP]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

@@ -16,6 +16,7 @@ PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.S | re.M)
 MARKS = {
     *("needs the hub", "needs the network", "needs a GPU", "needs a cluster", "needs vLLM"),
+    "needs llama.cpp",
     *("needs the extra joblib", "needs an extra", "needs your models", "takes minutes"),
 }
 """The titles of blocks that are not run."""

@@ -81,15 +81,16 @@ class GgufFile:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture.name)
         self._names = gguf.get_tensor_name_map(arch, self._config["num_hidden_layers"])
 
-    def write(self, path: Path) -> Summary:
-        """Writes the file, which gets its name when it is complete."""
+    def write(self, path: Path, title: str | None = None) -> Summary:
+        """Writes the file, which gets its name when it is complete. `title`: of the model; by default the name of the
+        run folder."""
         import gguf
 
         tensors = list(self._tensors())
         try:
             with atomic_file(path) as temporary:
                 writer = gguf.GGUFWriter(temporary, self._architecture.name)
-                writer.add_name(self.folder.resolve().parent.name)
+                writer.add_name(title or self.folder.resolve().parent.name)
                 writer.add_file_type(self._file_type())
                 writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
                 metadata(writer, self._config)
