@@ -49,6 +49,7 @@ ENGINES: Mapping[str, Engine] = {
             "dense": (),
         },
         families=VLLM_FAMILIES,
+        mixes=True,  # its linears that are fused must have one format, as those of a mix that read the same input have
         fused=FUSED,
         tested=False,
         command=SERVE,
@@ -83,6 +84,14 @@ def check_engine(exporter: Exporter, family: Family, formats: Collection[NumberF
     opened."""
     for option, engine in _required(exporter):
         _raise(option, engine.refusal(_pack(exporter), family, _packed(exporter, formats)))
+
+
+def loaded_formats(exporter: Exporter, family: Family, formats: Sequence[NumberFormat]) -> Sequence[NumberFormat]:
+    """The formats that the engine of `pack.engine` loads; all of them if there is none."""
+    if exporter.engine is None:
+        return formats
+    engine, pack = ENGINES[exporter.engine], _pack(exporter)
+    return [format for format in formats if engine.refusal(pack, family, [format]) is None]
 
 
 def check_engine_model(
