@@ -49,7 +49,8 @@ ENGINES: Mapping[str, Engine] = {
             "dense": (),
         },
         families=VLLM_FAMILIES,
-        mixes=True,  # its linears that are fused must have one format, as those of a mix that read the same input have
+        mixes=True,  # vllm_cpu loads int4 in two sizes of groups too, if linears that it fuses have the same
+        unmixed=("bert",),  # it gives their linears other names than the config of a mix does
         fused=FUSED,
         tested=False,
         command=SERVE,

@@ -53,15 +53,15 @@ def sizes_of(mixed: MixedPrecision, job: Job, model: nn.Module, dtype: torch.dty
     """The sizes of the checkpoint of a model in the formats of a mix. `dtype`: of scales and dense tensors."""
     shapes, digits = dict(linear_shapes(model, job.family)), DIGITS if mixed.budget is None else len(str(mixed.budget))
     rest = sum(most_bytes(entry, digits) for entry in dense_entries(model, shapes, dtype))
-    limit = bytes_of("pack.shard_size", job.exporter.shard_size)
-    rest += FILE_BYTES * (1 + 2 * (mixed.budget or 0) // limit)
     groups: dict[str, list[int]] = {}
     for name, group in linear_groups(model, job.family).items():
         known = groups.setdefault(group, [0] * len(mixed.formats))
         for index, format in enumerate(mixed.formats):
             entries = job.exporter.entries(name, _weight(shapes[name], format, dtype))
             known[index] += sum(most_bytes(entry, digits) for entry in entries)
-    return Sizes(rest, {group: tuple(sums) for group, sums in groups.items()})
+    total = rest + sum(map(max, groups.values()))
+    files = 1 + 2 * total // bytes_of("pack.shard_size", job.exporter.shard_size)
+    return Sizes(rest + FILE_BYTES * files, {group: tuple(sums) for group, sums in groups.items()})
 
 
 def _weight(shape: Sequence[int], format: NumberFormat, dtype: torch.dtype) -> QuantizedWeight:

@@ -80,7 +80,7 @@ def test_an_engine_refuses_what_the_table_says(name: str) -> None:
         (
             "vllm_cpu",
             [ints(4, 64), FIXED["w8a8"]],
-            "needs one format in all linears, got int4 and w8a8; use a whole number",
+            "needs one format in all linears of models of family causal_lm, got int4 and w8a8; use a whole number",
         ),
         ("gptqmodel", [ints(4, 64)], "GPTQModel does not read pack=compressed_tensors; use pack=gptq"),
         ("llama_cpp", [ints(3, 64)], "multiples of 256 inputs at 3 bits, got 64 in every linear; use group_size=256"),

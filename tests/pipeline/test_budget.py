@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jsonschema import validate
 
-from epmq_cli.checkpoint.engines import FUSED
+from epmq_cli.checkpoint.engines import FUSED, check_engine
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import linear_groups
@@ -116,6 +116,13 @@ def test_options_that_do_not_go_with_a_budget_are_refused(
 def test_only_formats_that_the_engine_loads_are_candidates(engine: str | None, bits: list[int]) -> None:
     found = loadable(MIXES, exporter_of("compressed_tensors", engine=engine), FAMILIES["causal_lm"])
     assert [format.bits for format in formats_of(found)] == bits
+
+
+def test_vllm_loads_mixes_of_decoders_and_not_of_bert() -> None:
+    exporter, formats = exporter_of("compressed_tensors", engine="vllm"), [ints(4, 32), ints(8, 32)]
+    check_engine(exporter, FAMILIES["causal_lm"], formats)
+    with pytest.raises(ConfigError, match="vLLM on CUDA needs one format in all linears of models of family bert, got"):
+        check_engine(exporter, FAMILIES["bert"], formats)
 
 
 def test_an_engine_that_loads_none_of_the_formats_leaves_them_for_its_refusal() -> None:
