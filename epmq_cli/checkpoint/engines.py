@@ -88,11 +88,9 @@ def check_engine(exporter: Exporter, family: Family, formats: Collection[NumberF
 
 
 def loaded_formats(exporter: Exporter, family: Family, formats: Sequence[NumberFormat]) -> Sequence[NumberFormat]:
-    """The formats that the engine of `pack.engine` loads; all of them if there is none."""
-    if exporter.engine is None:
-        return formats
-    engine, pack = ENGINES[exporter.engine], _pack(exporter)
-    return [format for format in formats if engine.refusal(pack, family, [format]) is None]
+    """The formats that every engine loads that the options of `pack` name."""
+    engines, pack = [engine for _, engine in _required(exporter)], _pack(exporter)
+    return [format for format in formats if all(engine.refusal(pack, family, [format]) is None for engine in engines)]
 
 
 def check_engine_model(

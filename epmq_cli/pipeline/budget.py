@@ -34,7 +34,7 @@ META = "meta"
 
 
 def loadable(quantizer: Quantizer | MixedPrecision, exporter: Exporter, family: Family) -> Quantizer | MixedPrecision:
-    """The quantizer; under a budget only with the formats that the engine of `pack.engine` loads, if it loads any.
+    """The quantizer; under a budget only with the formats that the engines of `pack` load, if they load any.
     ConfigError if the exporter stores weights dense, so that all have the same size."""
     if not isinstance(quantizer, MixedPrecision) or quantizer.budget is None:
         return quantizer

@@ -118,6 +118,11 @@ def test_only_formats_that_the_engine_loads_are_candidates(engine: str | None, b
     assert [format.bits for format in formats_of(found)] == bits
 
 
+def test_the_candidates_of_gguf_are_those_of_llama_cpp() -> None:
+    found = loadable(MIXES, exporter_of("gguf"), FAMILIES["causal_lm"])
+    assert [format.bits for format in formats_of(found)] == [4, 8]
+
+
 def test_vllm_loads_mixes_of_decoders_and_not_of_bert() -> None:
     exporter, formats = exporter_of("compressed_tensors", engine="vllm"), [ints(4, 32), ints(8, 32)]
     check_engine(exporter, FAMILIES["causal_lm"], formats)
