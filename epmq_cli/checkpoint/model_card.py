@@ -237,7 +237,8 @@ def _weights(formats: Sequence[NumberFormat], bits: float | None) -> str:
 def _named(formats: Sequence[NumberFormat], bits: float) -> str:
     """The formats in brackets. Integer formats are named by their bits, and omitted if all weights have the same."""
     integers = all(format.name == f"int{format.bits}" for format in formats)
-    names = " and ".join(str(format.bits) if integers else format.name for format in formats)
+    *names, last = (str(format.bits) if integers else format.name for format in formats)
+    named = " and ".join(filter(None, (", ".join(names), last)))
     if bits in [format.bits for format in formats]:
-        return "" if integers else f" ({names})"
-    return f" on average ({names})"
+        return "" if integers else f" ({named})"
+    return f" on average ({named})"

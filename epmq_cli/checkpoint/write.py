@@ -6,7 +6,7 @@ The folder gets its name in one step, when all of its files are on disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,12 +66,18 @@ class Contents:
 def entries(contents: Contents) -> list[Entry]:
     """All tensors of the model: quantized linears as the exporter stores them, all others in `dtype`."""
     quantized = contents.quantized
-    dense = []
-    for name, tensor in untied(contents.model).items():
-        if name.removesuffix(".weight") not in quantized:
-            dtype = contents.dtype if tensor.is_floating_point() else tensor.dtype
-            dense.append(Entry(name, dtype, tuple(tensor.shape), partial(tensor.to, dtype)))
+    dense = dense_entries(contents.model, quantized, contents.dtype)
     return dense + [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
+
+
+def dense_entries(model: nn.Module, quantized: Collection[str], dtype: torch.dtype) -> list[Entry]:
+    """The model's tensors in `dtype`, without the weights of quantized linears, given by module name."""
+    found = []
+    for name, tensor in untied(model).items():
+        if name.removesuffix(".weight") not in quantized:
+            own = dtype if tensor.is_floating_point() else tensor.dtype
+            found.append(Entry(name, own, tuple(tensor.shape), partial(tensor.to, own)))
+    return found
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:

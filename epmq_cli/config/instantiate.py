@@ -121,11 +121,16 @@ def _options_by_target(group: str) -> dict[str, str]:
     return {str(OmegaConf.load(path)._target_): path.stem for path in sorted((conf_dir() / group).glob("*.yaml"))}
 
 
+def class_of(group: str, node: DictConfig) -> type:
+    """The class that a config group names."""
+    _check_node(group, node)
+    kind: type = _class_of(f"{group}._target_", _with_current_names(node)._target_)
+    return kind
+
+
 def fields_of(group: str, node: DictConfig) -> dict[str, bool]:
     """The fields of the class that a config group names, and whether each is required."""
-    _check_node(group, node)
-    node = _with_current_names(node)
-    kind = _class_of(f"{group}._target_", node._target_)
+    kind = class_of(group, node)
     needed = required(kind)
     return {name: name in needed for name in _names(kind)}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from epmq_cli.config.validate import check_choice, check_range
@@ -33,14 +35,12 @@ STAGES = ("base", "experts", "merged", "quantized")
 
 
 def bytes_of(name: str, text: object) -> int:
-    """The number of bytes in a text such as 5GB. Raises ConfigError, which names the option, for other texts."""
-    number = text[:-2] if isinstance(text, str) else ""
-    unit = UNITS.get(text[-2:]) if isinstance(text, str) else None
-    if unit is None or not number.isdecimal() or int(number) == 0:
-        raise ConfigError(
-            f"{name} must be a whole number with a unit ({', '.join(UNITS)}) such as 5GB, got {literal(text)}"
-        )
-    return int(number) * unit
+    """The number of bytes in a text such as 5GB or 4.2GB. Raises ConfigError, which names the option, for others."""
+    parts = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([A-Z]B)", text) if isinstance(text, str) else None
+    count = int(Decimal(parts[1]) * UNITS.get(parts[2], 0)) if parts else 0
+    if count == 0:
+        raise ConfigError(f"{name} must be a number with a unit ({', '.join(UNITS)}) such as 5GB, got {literal(text)}")
+    return count
 
 
 def cache_bytes(size: object) -> int | None:

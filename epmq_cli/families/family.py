@@ -10,6 +10,7 @@ import torch
 
 from epmq_cli.data.suite import Task
 from epmq_cli.families.architecture import Architecture
+from epmq_cli.families.structure import Linears
 from epmq_cli.families.tasks.adapter import Predict, TaskAdapter
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open import refuse_unread
@@ -99,3 +100,15 @@ def linear_shapes(model: nn.Module, family: Family) -> Iterator[tuple[str, torch
     for block in family.blocks(model):
         for name in block.linears:
             yield block.name(name), block.module.get_parameter(f"{name}.weight").shape
+
+
+def linear_groups(model: nn.Module, family: Family) -> dict[str, str]:
+    """Maps each linear that will be quantized to the first linear of those that read the same input, such as queries,
+    keys and values. Engines multiply with these as one."""
+    return {
+        block.name(name): block.name(step.names[0])
+        for block in family.blocks(model)
+        for step in block.steps
+        if isinstance(step, Linears)
+        for name in step.names
+    }

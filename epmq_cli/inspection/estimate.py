@@ -13,6 +13,7 @@ from epmq_cli.config.schema import bytes_of
 from epmq_cli.inspection.planned import Planned
 from epmq_cli.inspection.throughput import measured_throughput
 from epmq_cli.inspection.work import Work, sequential, step_bytes, work_of
+from epmq_cli.pipeline.budget import sizes_of
 from epmq_cli.pipeline.calibration import reserved_bytes
 from epmq_cli.pipeline.job import Job
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
@@ -36,9 +37,14 @@ def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
     speed = measured_throughput(work.widest, rows, job.device)
     seconds = {name: speed.seconds(operations) for name, operations in work.stages.items()}
     seconds["read"] += spent
+    budget = budget_content(job, model, plan.dtype)
+    disk = disk_content(plan, job, work)
+    if budget:
+        disk["checkpoint"] = min(budget["bytes"], budget["largest"])
     return {
         "memory": memory_content(plan, job, model, work),
-        "disk": disk_content(plan, job, work),
+        "disk": disk,
+        **({"budget": budget} if budget else {}),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 3),
         "measured": {
@@ -51,6 +57,15 @@ def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
         "calibration_tokens": work.tokens,
         "test_tokens": work.tests,
     }
+
+
+def budget_content(job: Job, model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """The budget, and the smallest and largest size of the weight files that it could buy; empty without a budget."""
+    mixed = job.quantizer
+    if not isinstance(mixed, MixedPrecision) or mixed.budget is None:
+        return {}
+    sizes = sizes_of(mixed, job, model, dtype)
+    return {"bytes": mixed.budget, "smallest": sizes.smallest, "largest": sizes.largest}
 
 
 def _import_kernels(job: Job) -> None:
@@ -146,7 +161,7 @@ def _bits(job: Job, width: int, dense: int) -> float:
     formats = formats_of(job.quantizer)
     low = formats[0]
     own = _with_scales(low, width, dense)
-    if not isinstance(job.quantizer, MixedPrecision):
+    if not isinstance(job.quantizer, MixedPrecision) or job.quantizer.bits is None:
         return own
     high = formats[-1]
     share = (job.quantizer.bits - low.bits) / (high.bits - low.bits)

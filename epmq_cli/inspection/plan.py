@@ -18,6 +18,7 @@ def plan_content(cfg: DictConfig) -> dict[str, Any]:
     """The plan of the run of a config. Nothing is calibrated, and no weights are downloaded."""
     plan = planned(cfg)
     content: dict[str, Any] = {"suite": str(cfg.suite.get("name")), "bits": cfg.bits, "device": str(cfg.device)}
+    content |= {} if cfg.budget is None else {"budget": str(cfg.budget)}
     job = plan.job
     if job is not None and plan.base is not None and plan.source is not None and plan.model is not None:
         content |= {"family": job.family.name, "device": str(job.device), **_roles(plan)}
@@ -35,7 +36,8 @@ def _roles(plan: Planned) -> dict[str, Any]:
 
 def show_plan(content: dict[str, Any]) -> None:
     """Prints a plan."""
-    heading(f"plan of {content['suite']} at {content['bits']} bits on {content['device']}; nothing is calibrated")
+    width = f"within {content['budget']}" if "budget" in content else f"at {content['bits']} bits"
+    heading(f"plan of {content['suite']} {width} on {content['device']}; nothing is calibrated")
     if "parts" in content:
         show_parts(content)
     if content.get("estimate"):
@@ -54,6 +56,9 @@ def _estimate(content: dict[str, Any]) -> None:
     total = content["total_seconds"]
     rows += [("time", name, duration(value)) for name, value in seconds.items() if value > total / 50]
     table(("", "part", "about"), [*rows, ("time", "all stages", duration(total))], left=(0, 1))
+    if budget := content.get("budget"):
+        low, high = size(budget["smallest"]), size(budget["largest"])
+        line(f"budget: the weight files can take {low} to {high}; the run chooses by the losses that it measures")
     own = content["measured"]
     rows_, width, outs = own["product"]
     line(

@@ -26,6 +26,7 @@ from epmq_cli.inspection.roles import HeaderTensors
 from epmq_cli.inspection.skeleton import skeleton
 from epmq_cli.merge.given import given_path
 from epmq_cli.merge.named_tensors import NamedTensors
+from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from epmq_cli.models.hub_headers import hub_headers, on_this_machine
@@ -34,6 +35,7 @@ from epmq_cli.models.lora.folder import is_adapter_file
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.budget import check_budget
 from epmq_cli.pipeline.job import Job, make_job
 from epmq_cli.pipeline.preflight import (
     check_described,
@@ -204,6 +206,8 @@ def _check_model(plan: Planned, job: Job, model: nn.Module, remote: bool) -> Non
         base = Base(plan.base.config, None if remote else plan.base.path)
         plan.attempt(lambda: check_engine_model(job.exporter, job.family, linears, formats, base))
     packed = formats if job.exporter.packs else []
+    if not sliced(job.merge):
+        plan.attempt(lambda: check_budget(job, model, plan.dtype))
     plan.attempt(lambda: check_kernel(model, job.family, packed, job.evaluation, job.device))
 
 

@@ -18,6 +18,7 @@ from epmq_cli.inspection.planned import IMAGE, PATCH, Planned
 from epmq_cli.inspection.refinement_work import refinement_work
 from epmq_cli.pipeline.calibration import solves_heads
 from epmq_cli.pipeline.job import Job
+from epmq_cli.quantize.mixed_precision import MixedPrecision
 from epmq_cli.quantize.none import NoQuantizer
 
 SEARCHED = 40
@@ -161,7 +162,7 @@ def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
     for group in [*work.groups, *(work.dense if guidance.readout else [])]:
         _add_group(done, group, work.tokens, experts, guidance.teaches)
     trials = 1 + 3 * len(guidance.open)
-    walks = guidance.sweeps + int(hasattr(job.quantizer, "low")) + (trials if guidance.open else 0)
+    walks = guidance.sweeps + int(isinstance(job.quantizer, MixedPrecision)) + (trials if guidance.open else 0)
     return times(done, walks)
 
 

@@ -28,6 +28,7 @@ from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.budget import with_sizes
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.progress import RunProgress
@@ -136,6 +137,7 @@ def calibrate(
         for task, group in batches.items() if job.blocks.held_out else ():
             check_enough(task, group, "refine=blocks")
     student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype)
+    quantizer = with_sizes(job, model, anchor.dtype)
     share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
     viewed = {
         task: [with_views(batch, job.seed, job.calib.views) for batch in group] for task, group in batches.items()
@@ -155,7 +157,7 @@ def calibrate(
                 choice = tune_guidance(student, divergence, context.progress)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
-            walk = run_passes(guided, viewed, job.quantizer, store, context.progress.of_walk, samples, refiner)
+            walk = run_passes(guided, viewed, quantizer, store, context.progress.of_walk, samples, refiner)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))

@@ -19,6 +19,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
 from epmq_cli.merge.method import MergeMethod, check_method
+from epmq_cli.pipeline.budget import loadable
 from epmq_cli.pipeline.option_checks import (
     check_block_refinement,
     check_generation,
@@ -112,12 +113,14 @@ def read_job(cfg: DictConfig) -> Job:
     check_generation(calib, family)
     instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
-    quantizer = build_quantizer(cfg.quant)
+    budget = None if cfg.budget is None else schema.bytes_of("budget", cfg.budget)
+    quantizer = build_quantizer(cfg.quant, budget)
     check_targets(quantizer, guidance)
     check_refinement(refine, merge, calib, formats_of(quantizer))
     if blocks is not None:
         check_block_refinement(quantizer)
     exporter: Exporter = instantiate.build("pack", cfg.pack)
+    quantizer = loadable(quantizer, exporter, family)
     exporter.check(family, formats_of(quantizer))
     check_engine(exporter, family, formats_of(quantizer))
     if exporter.open_clip:

@@ -18,7 +18,7 @@ from epmq_cli.merge.slices import sliced
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.gptaq import Gptaq
-from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of, transforms
+from epmq_cli.quantize.mixed_precision import MixedPrecision, first_of, formats_of, transforms
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
@@ -61,7 +61,7 @@ def check_refinement(
 
 def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:
     """Raises ConfigError if a quantizer's weights are not integers in the layer's own channels."""
-    name = option_name("quant", type(quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer))
+    name = option_name("quant", type(first_of(quantizer)))
     formats = formats_of(quantizer)
     if not formats:
         raise ConfigError(
@@ -79,8 +79,7 @@ def check_block_refinement(quantizer: Quantizer | MixedPrecision) -> None:
 
 def check_targets(quantizer: Quantizer | MixedPrecision, guidance: Guidance) -> None:
     """Raises ConfigError if a quantizer needs targets that the guidance does not give."""
-    one = quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer
-    if isinstance(one, Gptaq) and guidance.alpha == 0:
+    if isinstance(first_of(quantizer), Gptaq) and guidance.alpha == 0:
         raise ConfigError(
             "quant=gptaq fits layers to a teacher's own activations, got guidance.alpha=0, which does not read them; "
             "use guidance=gptaq, or quant=gptq"

@@ -18,13 +18,13 @@ from epmq_cli.checkpoint.model_card import ModelCard, loading_code
 from epmq_cli.checkpoint.write import Contents, linear_bytes, untied, weight_bytes
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.pipeline.task_processors import PROCESSORS, Processors, place
-from epmq_cli.quantize.formats.format import QuantizedWeight
+from epmq_cli.quantize.formats.format import NumberFormat, QuantizedWeight
 from epmq_cli.quantize.mixed_precision import formats_of
 
 if TYPE_CHECKING:
     from epmq_cli.pipeline.job import Job
 
-RECORDED = ("suite", "merge", "guidance", "refine", "calib", "quant", "pack", "bits", "group_size", "seed")
+RECORDED = ("suite", "merge", "guidance", "refine", "calib", "quant", "pack", "bits", "budget", "group_size", "seed")
 
 
 def average_bits(walk: WalkResult) -> float | None:
@@ -44,7 +44,7 @@ def record_text(
     record = {
         "epmq": __version__,
         "choices": dict(choices),
-        "config": {key: resolved[key] for key in RECORDED},
+        "config": {key: resolved[key] for key in RECORDED if key != "budget" or resolved[key] is not None},
         "classes": {task.name: task.names for task in tasks},
     }
     if processors:
@@ -62,7 +62,7 @@ def card(
 ) -> ModelCard:
     """The model card. `inputs`: the student and the folder of the base."""
     model, base = inputs
-    bits, formats = average_bits(walk), formats_of(job.quantizer)
+    bits, formats = average_bits(walk), _formats(job, walk)
     config = Base(model.config.to_dict(), base)  # type: ignore[operator, union-attr]
     code = loading_code(job.family, model, job.suite, formats if bits is not None else (), job.exporter, config)
     return ModelCard(
@@ -79,11 +79,18 @@ def card(
     )
 
 
+def _formats(job: Job, walk: WalkResult) -> Sequence[NumberFormat]:
+    """The possible formats of a linear, and of a mix those that some linear has."""
+    chosen = {record.chosen for record in walk.sensitivities}
+    return [format for format in formats_of(job.quantizer) if not chosen or format.name in chosen]
+
+
 def measured(walk: WalkResult) -> dict[str, Any]:
     """The entries of metrics.json about the walk."""
     layers = [asdict(record) for record in walk.records]
     blocks = {"blocks": [asdict(record) for record in walk.blocks]} if walk.blocks else {}
-    return {"layers": layers, **blocks, "average_bits": average_bits(walk), "events": events(walk)}
+    mixed = {"sensitivity": [asdict(record) for record in walk.sensitivities]} if walk.sensitivities else {}
+    return {"layers": layers, **blocks, **mixed, "average_bits": average_bits(walk), "events": events(walk)}
 
 
 def events(walk: WalkResult) -> dict[str, int]:

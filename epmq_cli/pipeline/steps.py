@@ -29,11 +29,13 @@ from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.given import given_path
+from epmq_cli.merge.slices import sliced
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.merge.suite_models import SuiteModels, fit_source, written_dtype
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.models.processor_folder import Processor
 from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.budget import check_budget
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.preflight import (
@@ -73,12 +75,16 @@ def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.M
     job.exporter.check_linears(linears, model, formats)
     check_engine_model(job.exporter, job.family, linears, formats, Base(models.base.config, models.base.path))
     check_kernel(model, job.family, formats if job.exporter.packs else [], job.evaluation, job.device)
+    if not sliced(job.merge):
+        check_budget(job, model, dtype)
     return models, model, dtype
 
 
 def stacked_model(job: Job, models: SuiteModels, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
     """The model for a merge that changes the layers, without its weights. `models`: the result of `stacked`."""
-    return _base_model(job, models, dtype, folder, models.base.config)
+    model = _base_model(job, models, dtype, folder, models.base.config)
+    check_budget(job, model, dtype)
+    return model
 
 
 def _base_model(

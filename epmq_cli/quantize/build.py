@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from epmq_cli.config import instantiate
 from epmq_cli.config.field_types import check_types, required
 from epmq_cli.config.validate import check_keys
+from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.names import FormatOptions
 from epmq_cli.quantize.mixed_precision import MixedPrecision
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 OPTIONS = tuple(field.name for field in dataclasses.fields(FormatOptions))
 
 
-def build_quantizer(node: DictConfig) -> Quantizer | MixedPrecision:
-    """The quantizer that the config group describes, or two that are mixed if its options name two formats.
+def build_quantizer(node: DictConfig, budget: int | None = None) -> Quantizer | MixedPrecision:
+    """The quantizer that the config group describes, or several that are mixed if its options name two formats, or if
+    there is a budget, the maximum bytes of the checkpoint's weight files.
 
     A class with a field `format` has the options of FormatOptions in place of that field.
     """
@@ -30,17 +32,25 @@ def build_quantizer(node: DictConfig) -> Quantizer | MixedPrecision:
 
     fields = instantiate.fields_of("quant", node)
     if "format" not in fields:
+        if budget is not None:
+            name = instantiate.option_name("quant", instantiate.class_of("quant", node))
+            raise ConfigError(
+                f"budget needs a quantizer of several formats, got quant={name}; use quant=gptq, rtn, awq or autoround"
+            )
         quantizer: Quantizer = instantiate.build("quant", node)
         return quantizer
     values: Any = OmegaConf.to_container(node, resolve=True)
     check_keys("quant", [key for key in values if key != "_target_"], *_keys(fields))
     options = {key: values.pop(key) for key in OPTIONS if key in values}
     check_types("quant", FormatOptions, options, instantiate.references(node))
-    formats = FormatOptions(**options).formats()
-    quantizers = [
+    own = FormatOptions(**options)
+    formats = own.formats() if budget is None else own.candidates()
+    quantizers = tuple(
         instantiate.build("quant", OmegaConf.create({**values, "format": _node(format)})) for format in formats
-    ]
-    return MixedPrecision(quantizers[0], quantizers[1], options["bits"]) if len(quantizers) > 1 else quantizers[0]
+    )
+    if budget is not None:
+        return MixedPrecision(quantizers, budget=budget)
+    return MixedPrecision(quantizers, options["bits"]) if len(quantizers) > 1 else quantizers[0]
 
 
 def _keys(fields: Mapping[str, bool]) -> tuple[list[str], list[str]]:

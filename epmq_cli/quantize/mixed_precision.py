@@ -1,18 +1,20 @@
-"""Mixed precision: two number formats in one model, under a budget of bits on average.
+"""Mixed precision: several number formats in one model, under a limit of bits on average or of bytes.
 
-Every group of linears that read the same input gets one of the two formats, which kernels that fuse q, k and v require.
+Every group of linears that read the same input gets one of the formats, which kernels that fuse q, k and v require.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.quantize.formats.format import NumberFormat
+from epmq_cli.quantize.knapsack import allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer, Transform
 from epmq_cli.runtime import distributed
@@ -20,102 +22,151 @@ from epmq_cli.runtime import distributed
 if TYPE_CHECKING:
     from torch import Tensor
 
-Group = TypeVar("Group", bound=Hashable)
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of a checkpoint's weight files: `rest` of all but the quantized weights; `groups` of the weights of a
+    group of linears in each format of a mix."""
+
+    rest: int
+    groups: Mapping[str, tuple[int, ...]]
+
+    @property
+    def smallest(self) -> int:
+        """The bytes with the smallest format in every group."""
+        return self.rest + sum(map(min, self.groups.values()))
+
+    @property
+    def largest(self) -> int:
+        """The bytes with the largest format in every group."""
+        return self.rest + sum(map(max, self.groups.values()))
 
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """A quantizer in two formats: `low`, and `high` with more bits, which differ only in their format.
+    """Quantizers that differ only in their formats, in ascending order of bits.
 
-    `bits`: the maximum average over all weights. A first walk measures the loss of each group in each format (`Trial`);
-    the last walk quantizes each group in the format that the trial chooses.
+    One of two limits: `bits`, the maximum average over all weights, or `budget`, the maximum bytes of the weight files,
+    of which `sizes` has the parts once the model is known. A first walk measures the loss of each group in each format
+    (`Trial`); the last walk quantizes each group in the format that the trial chooses.
     """
 
-    low: Quantizer
-    high: Quantizer
-    bits: float
+    quantizers: tuple[Quantizer, ...]
+    bits: float | None = None
+    budget: int | None = None
+    sizes: Sizes | None = None
 
     def __post_init__(self) -> None:
-        low, high = (quantizer.format for quantizer in (self.low, self.high))
-        if low is None or high is None or not low.bits < self.bits < high.bits:
-            raise ConfigError(f"mixed precision needs bits between those of its two formats, got {literal(self.bits)}")
+        low, high = self.formats[0].bits, self.formats[-1].bits
+        if self.bits is not None and not low < self.bits < high:
+            raise ConfigError(f"mixed precision needs bits between those of its formats, got {literal(self.bits)}")
 
     @property
-    def quantizers(self) -> dict[int, Quantizer]:
-        """The two quantizers by the bits of their formats."""
-        return {quantizer.format.bits: quantizer for quantizer in (self.low, self.high) if quantizer.format is not None}
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """The formats of the quantizers."""
+        return tuple(one.format for one in self.quantizers if one.format is not None)
 
 
 def formats_of(quantizer: Quantizer | MixedPrecision) -> tuple[NumberFormat, ...]:
     """The possible formats of a linear, in ascending order of bits; empty if weights stay dense."""
-    own = (quantizer.low, quantizer.high) if isinstance(quantizer, MixedPrecision) else (quantizer,)
-    return tuple(one.format for one in own if one.format is not None)
+    if isinstance(quantizer, MixedPrecision):
+        return quantizer.formats
+    return () if quantizer.format is None else (quantizer.format,)
+
+
+def first_of(quantizer: Quantizer | MixedPrecision) -> Quantizer:
+    """The quantizer itself, or the first of a mix, from which the others differ only in their formats."""
+    return quantizer.quantizers[0] if isinstance(quantizer, MixedPrecision) else quantizer
 
 
 def transforms(quantizer: Quantizer | MixedPrecision) -> bool:
     """Whether the quantizer scales input channels."""
-    return isinstance(quantizer.low if isinstance(quantizer, MixedPrecision) else quantizer, Transform)
+    return isinstance(first_of(quantizer), Transform)
 
 
-def allocate(
-    losses: Mapping[Group, Mapping[int, float]], sizes: Mapping[Group, int], budget: float
-) -> dict[Group, int]:
-    """The bits of each group, so that the mean over all weights is at most `budget`.
+@dataclass(frozen=True)
+class Candidate:
+    """A format that a group could have, the loss of the group in it (see `Trial`) and its bytes, if they are known."""
 
-    `losses`: the loss of each group at each of two widths; `sizes`: its weights. Groups get the larger width in the
-    order of their gain per weight, as long as it fits (the greedy rule of the knapsack problem).
-    """
-    low, high = sorted(next(iter(losses.values())))
-    left = (budget - low) * sum(sizes.values())
-    widths = dict.fromkeys(losses, low)
-    for group in sorted(losses, key=lambda group: (losses[group][high] - losses[group][low]) / sizes[group]):
-        cost = (high - low) * sizes[group]
-        if losses[group][high] < losses[group][low] and cost <= left + 1e-9:
-            widths[group], left = high, left - cost
-    return widths
+    format: str
+    loss: float
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The entry in metrics.json of a group of linears that share a format: their names and number of weights, the
+    formats that it could have, and the one that it has."""
+
+    linears: list[str]
+    weights: int
+    chosen: str
+    candidates: list[Candidate]
 
 
 @dataclass
 class Trial:
-    """Measures the losses of the groups in either format; weights stay dense.
+    """Measures the losses of the groups in every format; weights stay dense.
 
-    `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group and bits; `sizes`: weights by group.
+    `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group, in the order of the quantizers; `weights`: their
+    number by group.
     """
 
     mixed: MixedPrecision
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     def state(self) -> Any:
-        """The losses and sizes so far, as JSON."""
-        return {"losses": {group: list(losses.items()) for group, losses in self.losses.items()}, "sizes": self.sizes}
+        """The losses and numbers of weights so far, as JSON."""
+        return {"losses": self.losses, "weights": self.weights}
 
     def restore(self, state: Any) -> None:
-        """Replaces losses and sizes by those of `state`."""
-        self.losses = {group: dict(losses) for group, losses in state["losses"].items()}
-        self.sizes = dict(state["sizes"])
+        """Replaces losses and numbers of weights by those of `state`."""
+        self.losses = {group: list(losses) for group, losses in state["losses"].items()}
+        self.weights = dict(state["weights"])
 
     def of(self, group: str) -> Quantizer:
         """A quantizer for linears of this group that measures and returns the weight itself."""
         return _Measuring(self, group)
 
-    def choose(self) -> dict[str, Quantizer]:
-        """The quantizer of each group, by the losses so far."""
-        widths, quantizers = allocate(self.losses, self.sizes, self.mixed.bits), self.mixed.quantizers
-        return {group: quantizers[width] for group, width in widths.items()}
+    def choose(self) -> dict[str, int]:
+        """The index of each group's quantizer, by the losses so far."""
+        mixed = self.mixed
+        if mixed.budget is not None and mixed.sizes is not None:
+            return allocate(self.losses, mixed.sizes.groups, mixed.budget - mixed.sizes.rest)
+        assert mixed.bits is not None
+        costs = {group: [format.bits * count for format in mixed.formats] for group, count in self.weights.items()}
+        return allocate(self.losses, costs, math.floor(mixed.bits * sum(self.weights.values()) + 1e-6))
+
+    def sensitivities(self, chosen: Mapping[str, int], group_of: Mapping[str, str]) -> list[Sensitivity]:
+        """The table of the groups. `group_of`: the group of each linear."""
+        names, sizes = [format.name for format in self.mixed.formats], self.mixed.sizes
+        return [
+            Sensitivity(
+                [name for name, own in group_of.items() if own == group],
+                self.weights[group],
+                names[chosen[group]],
+                [
+                    Candidate(name, loss, None if sizes is None else sizes.groups[group][index])
+                    for index, (name, loss) in enumerate(zip(names, losses, strict=True))
+                ],
+            )
+            for group, losses in self.losses.items()
+        ]
 
     def measure(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
-        """Quantizes a layer in either format and adds the losses, summed over all ranks' rows, to the group's."""
-        target, hessian, quantizers = layer.weight.double(), layer.measured(), self.mixed.quantizers
+        """Quantizes a layer in every format and adds the losses, summed over all ranks' rows, to the group's."""
+        target, hessian = layer.weight.double(), layer.measured()
         sums = [float(target.numel()), float(((target @ hessian) * target).sum())]
-        for quantizer in quantizers.values():
+        for quantizer in self.mixed.quantizers:
             error = quantizer.quantize(layer, prepared).weight.dequantize().double() - target
             sums.append(float(((error @ hessian) * error).sum()))
-        size, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
-        losses = self.losses.setdefault(group, dict.fromkeys(quantizers, 0.0))
-        self.sizes[group] = self.sizes.get(group, 0) + int(size)
-        for bits, error in zip(quantizers, errors, strict=True):
-            losses[bits] += error / energy if energy > 0 else 0.0
+        count, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+        known = self.losses.get(group, [0.0] * len(errors))
+        self.losses[group] = [
+            loss + (error / energy if energy > 0 else 0.0) for loss, error in zip(known, errors, strict=True)
+        ]
+        self.weights[group] = self.weights.get(group, 0) + int(count)
 
 
 @dataclass(frozen=True)
@@ -129,8 +180,8 @@ class _Measuring:
         return frozenset({"inputs"})
 
     def prepare(self, hessian: Tensor) -> Prepared:
-        """The part that both formats share, because only the format differs."""
-        return self.trial.mixed.low.prepare(hessian)
+        """The part that all formats share, because only the format differs."""
+        return first_of(self.trial.mixed).prepare(hessian)
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         self.trial.measure(self.group, layer, prepared)

@@ -67,6 +67,17 @@ def of(name: str, tensor: Tensor) -> Entry:
     return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
+FILE_BYTES = 64
+"""The most bytes of a file without tensors: the length of its header, the metadata and the padding."""
+
+
+def most_bytes(entry: Entry, digits: int) -> int:
+    """The most bytes that an entry takes in a file of at most 10^digits bytes: those of its data and of its part of the
+    header."""
+    own = {"dtype": NAMES[str(entry.dtype)], "shape": list(entry.shape), "data_offsets": [10**digits - 1] * 2}
+    return entry.size + len(json.dumps({entry.name: own}, separators=(",", ":")).encode())
+
+
 def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int) -> dict[str, Content]:
     """Writes model.safetensors, or shards of at most `shard_bytes` (or of one larger tensor) and their index.
 

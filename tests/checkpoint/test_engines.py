@@ -17,6 +17,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families import FAMILIES
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.steps import open_models
+from epmq_cli.quantize.formats.names import FIXED
 from tests.checkpoint.conftest import Made
 from tests.helpers.byte_level import write_tokenizer
 from tests.helpers.engine_kinds import KINDS, table, write_words
@@ -76,7 +77,11 @@ def test_an_engine_refuses_what_the_table_says(name: str) -> None:
             "vLLM on CUDA has kernels for int4 with or without zero points in groups of 32, 64 or 128 or with one "
             "scale per row, got int4 in groups of 16; use one of these, pack=dense or pack.engine=null",
         ),
-        ("vllm", [ints(3, 64), ints(4, 64)], "needs one format in all linears, got int3 and int4; use a whole number"),
+        (
+            "vllm_cpu",
+            [ints(4, 64), FIXED["w8a8"]],
+            "needs one format in all linears of models of family causal_lm, got int4 and w8a8; use a whole number",
+        ),
         ("gptqmodel", [ints(4, 64)], "GPTQModel does not read pack=compressed_tensors; use pack=gptq"),
         ("llama_cpp", [ints(3, 64)], "multiples of 256 inputs at 3 bits, got 64 in every linear; use group_size=256"),
         ("llama_cpp", [ints(4, 16)], "multiples of 32 inputs at 4 bits, got 16 in every linear; use group_size=32"),

@@ -88,6 +88,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "quant.lp_norm": ("fraction",),
     "quant.beta": ("fraction",),
     "quant.iterations": ("zero",),
+    "budget": ("null",),
     "cache": ("null",),
     "data_root": TEXT_OR_NULL,
     **dict.fromkeys(("suite.name", "suite.base", "suite.tasks.*.expert", "suite.experts.*"), ("text",)),
@@ -116,6 +117,7 @@ SUITES = ("tiny", "causal_lm", "seq_cls", "flan_t5_base_glue")  # together they 
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "suite" or path.stem in SUITES]
 TOP = (
     "bits",
+    "budget",
     "group_size",
     "seed",
     "transform",

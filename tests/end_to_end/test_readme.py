@@ -167,7 +167,7 @@ def test_lists_of_pages_have_every_option_and_value() -> None:
         f"{group}={option}" for group in hooks.GROUPS for option in found[group] if f'"{group}={option}:' not in made
     ] == []
     assert {*found} - {*hooks.GROUPS} == set()
-    for value in ("bits", "group_size", "transform", "seed", "device", "cache", "data_root", "resume", "out"):
+    for value in ("bits", "budget", "group_size", "transform", "seed", "device", "cache", "data_root", "resume", "out"):
         assert f"| `{value}` |" in made
     table = hooks.with_lists(PAGES["docs/merge-methods.md"].text)
     assert all(f"\n| `{option}` |" in table for option in found["merge"])

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "refined blocks": ("bert", ("guidance=feature", "refine=blocks", "refine.iterations=4", "refine.every=2")),
     "sweeps and widths": ("bert", ("guidance=feature", "guidance.sweeps=2", "bits=3.5")),
     "widths": ("bert", ("guidance=feature", "bits=3.5")),
+    "budget": ("bert", ("guidance=feature", "budget=40KB")),
     "auto": ("bert", ("guidance=feature", "guidance.rho=auto", "guidance.lam=auto")),
     "no quantizer": ("bert", ("guidance=feature", "quant=none")),
     "merged, files": ("bert", ("guidance=merged", "calib.memory=1KB", "calib.student=disk", "merge=ties")),

@@ -15,7 +15,7 @@ from epmq_cli.checkpoint.engine import Engine
 from epmq_cli.checkpoint.engines import ENGINES
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.families import FAMILIES
-from epmq_cli.families.family import linear_shapes
+from epmq_cli.families.family import linear_groups, linear_shapes
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.names import FIXED
@@ -110,9 +110,11 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
         parameter.data = torch.randn_like(parameter) * size + (not matrix)
     made.save_pretrained(base)
     linears = dict(linear_shapes(made, FAMILIES[family]))
+    groups = linear_groups(made, FAMILIES[family])  # linears that read the same input share a format
+    format_of = dict(zip(dict.fromkeys(groups.values()), cycle(kind.formats), strict=False))
     weights = {
-        linear: quantized(made.get_submodule(linear).weight.detach(), format, dtype)
-        for linear, format in zip(linears, cycle(kind.formats), strict=False)
+        linear: quantized(made.get_submodule(linear).weight.detach(), format_of[groups[linear]], dtype)
+        for linear in linears
     }
     eager = FAMILIES[family].dequantize_on_load
     zeros = kind.pack == "gptq" and kind.formats[0].zero_points != "none"

@@ -60,6 +60,15 @@ def test_the_disk_that_is_planned_is_that_of_the_checkpoint(clip_hub: Path, tmp_
     assert plan(clip_hub)["estimate"]["disk"]["checkpoint"] == pytest.approx(written, rel=0.1)
 
 
+@pytest.mark.slow
+def test_a_plan_has_the_sizes_that_a_budget_can_buy(bert_hub: Path) -> None:
+    sizes = plan(bert_hub, "budget=1MB")["estimate"]["budget"]
+    assert 0 < sizes["smallest"] < sizes["largest"] < sizes["bytes"] == 1_000_000
+    middle = (sizes["smallest"] + sizes["largest"]) // 2000
+    assert plan(bert_hub, f"budget={middle}KB")["estimate"]["disk"]["checkpoint"] == 1000 * middle
+    assert "is too small: the weight files of this model take" in plan(bert_hub, "budget=10KB")["refused"][0]
+
+
 def test_a_plan_of_models_that_are_not_here_says_so(epmq_inside: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = ("suite=causal_lm", "suite.base=nobody/nothing", "suite.experts={a: nobody/a}")

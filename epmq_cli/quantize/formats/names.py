@@ -32,6 +32,8 @@ FIXED: dict[str, NumberFormat] = {
 NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
 """The formats that a mix may name. transformers cannot load a mix with the others: it dequantizes them to bfloat16,
 whatever the type of the model, or rounds activations."""
+WIDTHS = ("int2", "int3", "int4", "int8")
+"""The formats among which `budget` chooses with quant.format=int."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ class FormatOptions:
         if not self.symmetric:
             raise ConfigError("quant.symmetric=false takes one format; a mix of formats needs quant.symmetric=true")
         return tuple(formats)
+
+    def candidates(self) -> tuple[NumberFormat, ...]:
+        """The formats among which `budget` chooses, in ascending order of bits; ConfigError if the options are invalid.
+        `bits` must be whole, and has no effect."""
+        if self.bits not in BITS:
+            raise ConfigError(f"bits={literal(self.bits)} and budget both limit the size; leave out one of them")
+        if self.symmetric is not True:
+            raise ConfigError("budget mixes formats, which needs quant.symmetric=true, got quant.symmetric=false")
+        names = WIDTHS if self.format == "int" else self.format
+        if isinstance(names, str) or len(names) < 2 or len({*names}) < len(names):
+            raise ConfigError(
+                "budget chooses among formats, so quant.format must be int, or a list of different formats such as "
+                f"[int3, int4, fp8], got {literal(self.format)}"
+            )
+        for name in names:
+            check_choice("quant.format", name, NAMES)
+        return tuple(sorted((self._named(name) for name in names), key=lambda format: format.bits))
 
     def _named(self, name: str) -> NumberFormat:
         """The format of one of `NAMES` and `FIXED`."""

@@ -50,4 +50,5 @@ def bits_section(content: Mapping[str, Any]) -> dict[str, Any] | None:
         "counts": counts,
         "average": content.get("average_bits"),
         "layers": layers,
+        "groups": content.get("sensitivity", []),
     }

@@ -77,6 +77,15 @@ def test_blocks_that_were_refined_have_a_section() -> None:
     assert "No block changed: no iteration lowered the error" in page.run_page(kept)
 
 
+def test_the_losses_that_chose_the_bits_have_a_table() -> None:
+    candidates = [{"format": name, "loss": loss, "bytes": 9} for name, loss in (("int3", 0.25), ("int4", 0.0625))]
+    group = {"linears": ["a.0.q", "a.0.k"], "weights": 8, "chosen": "int4", "candidates": candidates}
+    found = content({"a": (0, 0.5, 0.6, 1)}, sensitivity=[group])
+    found["layers"] = [layer("a.0.q", 0.1, 4), layer("a.0.k", 0.1, 4), layer("a.0.o", 0.1, 3)]
+    numbers = "".join(f'<td class="number">{value}</td>' for value in (8, 0.25, 0.0625))
+    assert f'<th scope="row">a.0.q and 1 more</th>{numbers}<td>int4</td></tr>' in page.run_page(found)
+
+
 def test_the_noise_of_the_average_is_told() -> None:
     """Of two tasks with 3 % each it is 2.1 %."""
     scores = {"a": (0.1, 0.5, 0.8, 0.9), "b": (0.1, 0.5, 0.8, 0.9)}
