@@ -242,17 +242,15 @@ def _make_checkpoint(
     with stage("pack"):
         places, processors = (model, models.base.path), inputs.processors
         card = record.card(job, places, choices, overrides, calibrated.walk, processors)
-        own = record.record_text(job, resolved, choices, tasks, processors)
-        texts = {RECORD: own, CARD: card.text()}
+        texts = {RECORD: record.record_text(job, resolved, choices, tasks, processors), CARD: card.text()}
         contents = _contents(job, inputs, calibrated.walk, tasks, texts)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
-    measured |= refined.entries | refiner.entries
     measured |= {"bytes": record.sizes(contents, checkpoint), "resumed": context.progress.starts, "cache": cache.use}
     measured["events"]["batches_halved"] = context.micro.halved
     expert_checks = {task: asdict(check) for task, check in checks.items()}
-    measured |= {"agreement": agreement.entry, "expert_checks": expert_checks}
+    measured |= {"agreement": agreement.entry, "expert_checks": expert_checks, **refined.entries, **refiner.entries}
     return tasks, scores, measured, card
 
 
