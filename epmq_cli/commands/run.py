@@ -167,14 +167,14 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.keys import run_key
+    from epmq_cli.pipeline.kv_cache import check_cache
     from epmq_cli.pipeline.progress import opened
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
 
     opened_cache = open_cache(resolved["cache"])
     models, model, dtype = steps.open_models(job, folder)
-    slices = sliced(job.merge)
-    layers = stacked(models, slices, dtype, job.device) if slices else None
+    layers = stacked(models, slices, dtype, job.device) if (slices := sliced(job.merge)) else None
     cache = CachedSteps(opened_cache, job, models, dtype)
     processors = task_processors(
         job.family, models, job.suite.members, calibration_samples(job.seed, job.family, job.calib)
@@ -183,6 +183,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     drawn = steps.calibration_batches(job, models.base.path, processors)
     inputs = {task: [without(batch, job.family.tasks.consumed) for batch in group] for task, group in drawn.items()}
     check_blocks(model, job.family, inputs)
+    check_cache(job, model, inputs)
     if transforms(job.quantizer):
         check_producers(model, job.family, inputs)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
@@ -206,6 +207,7 @@ def _make_checkpoint(
     from epmq_cli.pipeline import calibration as guide
     from epmq_cli.pipeline import record
     from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline.kv_cache import measured_cache
     from epmq_cli.pipeline.refinement import Refiner
 
     job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
@@ -234,6 +236,7 @@ def _make_checkpoint(
         calibrated = guide.calibrate(refined.context, model, refined.batches, tasks, refined.anchor)
         refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
+        cached = measured_cache(context, model, teachers.batches)
     context.progress.begin_packing()
     if not distributed.is_main():
         return tasks, scores, {}, None
@@ -242,7 +245,7 @@ def _make_checkpoint(
         card = record.card(job, places, choices, overrides, calibrated.walk, processors)
         own = record.record_text(job, resolved, choices, tasks, processors)
         texts = {RECORD: own, CARD: card.text()}
-        contents = _contents(job, inputs, calibrated.walk, tasks, texts)
+        contents = replace(_contents(job, inputs, calibrated.walk, tasks, texts), cache=cached)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}
