@@ -23,10 +23,12 @@ def cache_ranges(model: nn.Module, family: Family, batches: Sequence[Batch], sam
 
     `samples`: how many samples run through the model at a time. ModelError if an attention caches nothing.
     """
-    names = cached_attentions(model)
+    names, mask_of = cached_attentions(model), family.stacks(model)[0].mask
     with recorded(model, names) as recorders:
         for batch in batches:
             for part in split(batch, samples):
+                for recorder in recorders.values():
+                    recorder.mask = mask_of(part)
                 family.features(model, part)
     seen = {name: recorder.seen for name, recorder in recorders.items()}
     if None in seen.values() or not names:

@@ -15,21 +15,24 @@ CACHES = ("cache", "past_key_values")
 
 
 def cached_attentions(model: nn.Module) -> list[str]:
-    """The names of the innermost modules that take a cache of keys and values, in the order of the model."""
+    """The names of the attentions that take a cache of keys and values, in the order of the model: the innermost such
+    modules; blocks that hand a cache on are none."""
     names = [name for name, module in model.named_modules() if name and _argument(module) is not None]
-    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    inner = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    return [name for name in inner if "att" in name.rpartition(".")[2]]
 
 
 class Recorder:
     """Takes the place of a cache. Keeps the largest magnitudes of keys and of values that were added, and nothing else;
-    `seen` is None until some are."""
+    `seen` is None until some are. `mask` (samples, tokens): the real tokens of the next pass; None if all are."""
 
     def __init__(self) -> None:
         self.seen: tuple[float, float] | None = None
+        self.mask: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values themselves, as of an empty cache."""
-        own, before = tuple(_largest(part) for part in (keys, values)), self.seen or (0.0, 0.0)
+        """The keys and values (samples, heads, tokens, width) themselves, as of an empty cache."""
+        own, before = tuple(_largest(part, self.mask) for part in (keys, values)), self.seen or (0.0, 0.0)
         self.seen = max(own[0], before[0]), max(own[1], before[1])
         return keys, values
 
@@ -60,6 +63,6 @@ def _argument(module: nn.Module) -> str | None:
     return next((name for name in CACHES if name in parameters), None)
 
 
-def _largest(tensor: Tensor) -> float:
-    low, high = tensor.aminmax()
+def _largest(tensor: Tensor, mask: Tensor | None) -> float:
+    low, high = (tensor if mask is None else tensor.transpose(1, 2)[mask]).aminmax()
     return max(-float(low), float(high))

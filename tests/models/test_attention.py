@@ -34,5 +34,18 @@ def test_the_ranges_are_those_of_what_transformers_caches() -> None:
             torch.testing.assert_close(found, torch.stack(own), rtol=1e-5, atol=0)
 
 
+def test_padding_does_not_count() -> None:
+    """Oracle: the same tokens without the padded sample."""
+    model = MODELS["llama"]().eval()
+    names, found = cached_attentions(model), []
+    for tokens, mask in ((TOKENS[:1], None), (TOKENS, torch.tensor([[True], [False]]).expand(2, 12))):
+        with torch.inference_mode(), recorded(model, names) as recorders:
+            for recorder in recorders.values():
+                recorder.mask = mask
+            model(tokens, use_cache=False)
+        found.append(torch.tensor([recorder.seen for recorder in recorders.values()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
 def test_models_without_a_cache_have_no_such_attention() -> None:
     assert cached_attentions(torch.nn.Sequential(torch.nn.Linear(2, 2))) == []
