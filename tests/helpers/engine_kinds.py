@@ -106,9 +106,9 @@ WORDS = ["red", "photo", "of", "a", "film", "[CLS]", "[SEP]", "[UNK]", "[PAD]", 
 """No special token is the first, which vLLM needs as a place for pictures."""
 
 
-def write_kind(folder: Path, name: str, family: str, model: str = "llama", cached: bool = False) -> Path:
-    """Writes a checkpoint of a kind: a random model, rounded to nearest. `model`: of decoders. `cached`: with scales of
-    cached keys and values. Returns its folder."""
+def write_kind(folder: Path, name: str, family: str, model: str = "llama", cached: float | None = None) -> Path:
+    """Writes a checkpoint of a kind: a random model, rounded to nearest. `model`: of decoders. `cached`: the range
+    of cached keys and values, whose scales it gets; None for no scales. Returns its folder."""
     kind, base = KINDS[name], folder / "base"
     # in float32 the product of a code and a scale is exact, as in an engine that computes in float32
     dtype = torch.float16 if kind.pack == "gptq" else torch.float32
@@ -129,7 +129,7 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama", cache
     exporter = exporter_of(
         kind.pack, dtype=str(dtype).removeprefix("torch."), **({"format": "gptq_v2"} if zeros else {})
     )
-    scales = cache_scales(dict.fromkeys(cached_attentions(made), (RANGE, RANGE))) if cached else {}
+    scales = {} if cached is None else cache_scales(dict.fromkeys(cached_attentions(made), (cached, cached)))
     contents = Contents(exporter, made, weights, eager, {}, base, {}, dtype, cache=scales)
     write_checkpoint(folder / "checkpoint", contents, 10**9)
     return folder / "checkpoint"
