@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
-from epmq_cli.quantize.quantizer import LayerProblem, QuantizationResult, Quantizer, nothing
+from epmq_cli.quantize.quantizer import LayerProblem, Prepared, QuantizationResult, Quantizer, nothing
 from epmq_cli.runtime import distributed
 
 
@@ -23,6 +23,15 @@ class SolvedLinear:
     weight: QuantizedWeight | DenseWeight
     bias: Tensor | None
     target: Tensor
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """The inputs of a linear in calibration, over all tasks and processes: `tokens`, their number, and `largest`, their
+    largest magnitude."""
+
+    tokens: int
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def solve(
     problem: QuadraticProblem,
     names: Sequence[str],
     outs: list[int],
-    tokens: int,
+    inputs: InputRange,
     quantizer: Quantizer,
     dtype: torch.dtype,
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
@@ -64,21 +73,32 @@ def solve(
     """
     (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
     best = target[problem.rows]
-    anchor = problem.anchor.weight[problem.rows].float()
-    largest = float(target.abs().max())
-    result = quantizer.quantize(LayerProblem(tuple(names), best.float(), anchor, problem.H, dtype, largest), prepared)
-    own = result.weight.dequantize()
+    layer = LayerProblem(
+        tuple(names),
+        target.float(),
+        problem.anchor.weight.float(),
+        problem.H,
+        dtype,
+        float(target.abs().max()),
+        inputs.largest,
+    )
+    weights, own, result = _quantized(quantizer, layer, outs, prepared)
     losses_of = partial(problem.loss, target=target, solved=solved)
     columns = [problem.anchor_loss(), losses_of(best), losses_of(own), problem.energy()]
     bias = problem.bias(own)
     gathered = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
-    weights, rows = _split(result.weight, outs), torch.split(gathered, outs)
+    rows = torch.split(gathered, outs)
     records = []
     for index, name in enumerate(names):
         record = _record(name, weights[index], result)
         loss_merged, loss_target, loss = _relative(rows[index])
         record = replace(
-            record, tokens=tokens, loss_merged=loss_merged, loss_target=loss_target, loss=loss, target_damping=None
+            record,
+            tokens=inputs.tokens,
+            loss_merged=loss_merged,
+            loss_target=loss_target,
+            loss=loss,
+            target_damping=None,
         )
         if solved is not None:
             retries = result.retries + solved.retries
@@ -92,13 +112,35 @@ def quantize_anchor(
     anchor: Affine, names: Sequence[str], outs: list[int], quantizer: Quantizer, dtype: torch.dtype
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian."""
-    own = anchor.weight[distributed.row_range(sum(outs))].float()
-    largest = float(anchor.weight.abs().max())
-    result = quantizer.quantize(LayerProblem(tuple(names), own, own, None, dtype, largest), nothing())
-    weights = _split(result.weight, outs)
+    weight = anchor.weight.float()
+    layer = LayerProblem(tuple(names), weight, weight, None, dtype, float(weight.abs().max()))
+    weights, _, result = _quantized(quantizer, layer, outs, nothing())
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
     targets = torch.split(anchor.weight, outs)
     return [SolvedLinear(weight, None, target) for weight, target in zip(weights, targets, strict=True)], records
+
+
+def _quantized(
+    quantizer: Quantizer, layer: LayerProblem, outs: list[int], prepared: Prepared
+) -> tuple[Sequence[QuantizedWeight | DenseWeight], Tensor, QuantizationResult]:
+    """The weight of each linear of a layer, with `outs` rows each; this process's rows of all, dequantized; and a
+    result with the facts about them.
+
+    Processes split the rows. Where rows share scales, each process quantizes all, linear by linear, so that blocks of
+    rows begin with each linear.
+    """
+    rows = distributed.row_range(sum(outs))
+    if quantizer.format is None or quantizer.format.row_block == 1:
+        own = replace(layer, weight=layer.weight[rows], anchor=layer.anchor[rows])
+        result = quantizer.quantize(own, prepared)
+        return _split(result.weight, outs), result.weight.dequantize(), result
+    parts = zip(layer.names, torch.split(layer.weight, outs), torch.split(layer.anchor, outs), strict=True)
+    results = [
+        quantizer.quantize(replace(layer, names=(name,), weight=weight, anchor=anchor), prepared)
+        for name, weight, anchor in parts
+    ]
+    weights = [result.weight for result in results]
+    return weights, torch.cat([weight.dequantize() for weight in weights])[rows], results[0]
 
 
 def _record(name: str, weight: QuantizedWeight | DenseWeight, result: QuantizationResult) -> LayerRecord:

@@ -12,6 +12,7 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import Measure, Moments, task_weight
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.quadratic import Affine
+from epmq_cli.calibrate.solve_layer import InputRange
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import ModelError
 from epmq_cli.runtime import distributed
@@ -19,35 +20,35 @@ from epmq_cli.runtime import distributed
 
 def measure_objective(
     student: Student, names: Sequence[str], tasks: Iterable[tuple[str, Iterator[LayerInputs]]], scale: float | None
-) -> tuple[Objective, int]:
-    """The objective of linears that read the same input, stacked, and its tokens over all processes.
+) -> tuple[Objective, InputRange]:
+    """The objective of linears that read the same input, stacked, and the range of that input.
 
     `tasks`: their inputs, batch by batch. `scale`: see `measured`. ModelError if the inputs are not finite.
     """
-    guidance, total = student.guidance, 0
+    guidance, ranges = student.guidance, []
     objective = Objective(student.stacked_anchor(names), float(guidance.lam), guidance.intercepts, distributed)
     for task, batches in tasks:
         expert = Affine.stacked([student.affine_expert(task, name) for name in names])
-        moments, tokens = measured(batches, expert.weight, scale, guidance)
+        moments, inputs = measured(batches, expert.weight, scale, guidance)
         if not math.isfinite(moments.norm):
             raise ModelError(
                 f"the inputs of {names[0]} hold NaN or infinity on task {task}; check the experts and the merge"
             )
         s = task_weight(moments.norm, moments.tokens, guidance.task_weight)
         objective.add(moments, expert, s * guidance.factor(task))
-        total += tokens
-    return objective, sum(distributed.all_gather(total))
+        ranges.append(inputs)
+    return objective, _over_all([_over_all(own) for own in distributed.all_gather(ranges)])
 
 
 def measured(
     batches: Iterable[LayerInputs], expert: Tensor, scale: float | None, guidance: Guidance
-) -> tuple[Moments, int]:
-    """The moments of one task, and the tokens of this process.
+) -> tuple[Moments, InputRange]:
+    """The moments of one task, and the range of the inputs of this process.
 
     `expert`: the weights (out, in) of all linears of the group. `scale`: the factor of their outputs if these are
     added to the residual stream, so that their targets also compensate the drift of the stream; None otherwise.
     """
-    measure, tokens, (out, width) = Measure(distributed), 0, expert.shape
+    measure, tokens, largest, (out, width) = Measure(distributed), 0, 0.0, expert.shape
     # multiplications per token: 2 out width with the part, 3 / 2 width^2 with the drift
     by_drift = guidance.teaches and scale is None and 4 * out > 3 * width
     for rows in batches:
@@ -56,7 +57,14 @@ def measured(
         else:
             measure.add(rows.student[0], _part(rows, expert, scale, guidance), rows.weights)
         tokens += len(rows.student[0])
-    return measure.moments(expert if by_drift else None), tokens
+        low, high = rows.student[0].aminmax()
+        largest = max(largest, -float(low), float(high))
+    return measure.moments(expert if by_drift else None), InputRange(tokens, largest)
+
+
+def _over_all(ranges: Sequence[InputRange]) -> InputRange:
+    """The range of all inputs together."""
+    return InputRange(sum(own.tokens for own in ranges), max(own.largest for own in ranges))
 
 
 def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:

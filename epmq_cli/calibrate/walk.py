@@ -255,8 +255,8 @@ class Walk:
             refinement.keep_anchors(section, local)
         if self.measures:
             rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
-            objective, tokens = measure_objective(self.student, names, rows, scale)
-            solutions, records = solve(objective.closed(), names, outs, tokens, quantizer, dtype)
+            objective, inputs_seen = measure_objective(self.student, names, rows, scale)
+            solutions, records = solve(objective.closed(), names, outs, inputs_seen, quantizer, dtype)
         else:
             solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
         if refinement is not None:

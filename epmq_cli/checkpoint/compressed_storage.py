@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -137,21 +137,24 @@ class PackedFloats:
 
 
 class StoredScales:
-    """Scales in the type of the checkpoint."""
+    """Scales in the type of the checkpoint; of rows that share them, the first row's."""
 
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
         """See Scales."""
-        scale = weight.grid.scale
+        scale = weight.grid.scale[:: weight.format.row_block]
         return [Entry(f"{name}.weight_scale", weight.dtype, tuple(scale.shape), lambda: scale.to(weight.dtype))]
 
     def expected(self, name: str, shape: torch.Size, format: NumberFormat, signed: bool) -> dict[str, ExpectedTensor]:
         """See Scales."""
-        return {f"{name}.weight_scale": ExpectedTensor(tuple(shape), check=scale_check(format, signed))}
+        blocks = -(-shape[0] // format.row_block)
+        return {f"{name}.weight_scale": ExpectedTensor((blocks, shape[1]), check=scale_check(format, signed))}
 
     def read(self, files: Tensors, name: str, format: NumberFormat) -> tuple[Tensor, NumberFormat, torch.dtype]:
         """See Scales."""
-        stored = files.tensor(f"{name}.weight_scale")
-        return stored.float(), format, dtype_of(files.infos[f"{name}.weight_scale"].dtype)
+        stored = files.tensor(f"{name}.weight_scale").float()
+        if format.row_block > 1:
+            stored = stored.repeat_interleave(format.row_block, 0)[: files.infos[f"{name}.weight"].shape[0]]
+        return stored, format, dtype_of(files.infos[f"{name}.weight_scale"].dtype)
 
 
 class PowersOfTwo:
@@ -205,7 +208,9 @@ class TwoLevels:
     def read(self, files: Tensors, name: str, format: NumberFormat) -> tuple[Tensor, NumberFormat, torch.dtype]:
         """See Scales."""
         own = float(files.tensor(f"{name}.weight_global_scale"))
-        return files.tensor(f"{name}.weight_scale").float() / own, Nvfp4Format(own), torch.bfloat16
+        assert isinstance(format, Nvfp4Format)
+        scale = files.tensor(f"{name}.weight_scale").float() / own
+        return scale, replace(format, global_scale=own), torch.bfloat16
 
 
 def exponent(tensor: Tensor) -> str | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from epmq_cli.checkpoint.calibrated_scales import CACHE, expected_inputs, input_entries, with_input_scale
 from epmq_cli.checkpoint.compressed_schemes import described, scheme_of, storage_name
 from epmq_cli.checkpoint.compressed_storage import storage_of
 from epmq_cli.checkpoint.exporter import (
@@ -43,6 +44,7 @@ class CompressedTensorsExporter(OpenClipPack):
     packs: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
     requires: ClassVar[tuple[str, ...]] = ()
+    cache_config: ClassVar[Mapping[str, Any]] = CACHE
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
@@ -68,7 +70,8 @@ class CompressedTensorsExporter(OpenClipPack):
     def entries(self, name: str, weight: QuantizedWeight) -> list[Entry]:
         """See exporter.py."""
         storage = storage_of(weight.format)
-        return [*storage.codes.entries(name, weight), *storage.scales.entries(name, weight)]
+        own = [*storage.codes.entries(name, weight), *storage.scales.entries(name, weight)]
+        return own + input_entries(name, weight.format)
 
     def config(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dequantize: bool) -> dict[str, Any]:
         """See exporter.py. One group if all linears have the same format, else one for each.
@@ -78,7 +81,7 @@ class CompressedTensorsExporter(OpenClipPack):
         not draw in FP8; and it does not round activations of models that it dequantizes, as epmq scores them. With
         several formats it must stay off, because transformers would use the first one for all.
         """
-        formats = {name: weight.format.for_range(0) for name, weight in weights.items()}
+        formats = {name: weight.format.for_range(0).for_inputs(0) for name, weight in weights.items()}
         if not formats:
             return {}
         linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -99,7 +102,8 @@ class CompressedTensorsExporter(OpenClipPack):
             "ignore": [name for name in linears if name not in formats],
             "config_groups": groups,
         }
-        lazy = names == ["pack-quantized"] and kinds[0].zero_points == "none" and not dequantize
+        plain = kinds[0].zero_points == "none" and kinds[0].activations == "none"
+        lazy = names == ["pack-quantized"] and plain and not dequantize
         return config if lazy or len(kinds) > 1 else {**config, "dequantize": True}
 
     def files(self, config: Mapping[str, Any]) -> dict[str, str]:
@@ -131,7 +135,8 @@ class CompressedTensorsLayout:
         """See exporter.py."""
         format, (rows, columns) = self._format(name), shape
         storage, groups = storage_of(format), torch.Size([rows, ceil(columns / group_columns(format, columns))])
-        return {**storage.codes.expected(name, shape, format), **storage.scales.expected(name, groups, format, signed)}
+        own = {**storage.codes.expected(name, shape, format), **storage.scales.expected(name, groups, format, signed)}
+        return own | expected_inputs(name, format)
 
     def read(self, files: Tensors, name: str, shape: torch.Size, device: torch.device) -> QuantizedWeight:
         """See exporter.py."""
@@ -139,6 +144,7 @@ class CompressedTensorsLayout:
         storage = storage_of(format)
         try:
             scale, own, dtype = storage.scales.read(files, name, format)
+            own = with_input_scale(files, name, own)
             codes, zero = storage.codes.read(files, name, shape, format)
             fits = codes.shape == shape and scale.shape == (shape[0], shape[1] // group_columns(format, shape[1]))
             fits = fits and codes.dtype == format.storage and (zero is None or zero.shape == scale.shape)

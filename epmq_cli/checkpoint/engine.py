@@ -128,21 +128,27 @@ class Engine:
                 f"{self.title} takes attention heads of {_listed([str(each) for each in self.heads])} channels, got "
                 f"{width}; use pack.engine=null and another engine"
             )
+        block = max((format.row_block for format in formats), default=1)
         for name, outputs, inputs in self._products(linears) if formats else ():
-            if outputs % self.multiple or inputs % self.multiple:
+            if sum(outputs) % self.multiple or inputs % self.multiple:
                 return (
                     f"{self.title} multiplies with packed weights whose inputs and outputs are multiples of "
-                    f"{self.multiple}, got {name} with {inputs} inputs and {outputs} outputs; use {DENSE}"
+                    f"{self.multiple}, got {name} with {inputs} inputs and {sum(outputs)} outputs; use {DENSE}"
+                )
+            if any(size % block for size in outputs[:-1]):
+                return (
+                    f"{self.title} multiplies with {name} as one matrix, whose parts must have multiples of {block} "
+                    f"outputs if {block} rows share a scale, got {', '.join(map(str, outputs))}; use {DENSE}"
                 )
         return None
 
-    def _products(self, linears: Mapping[str, torch.Size]) -> Iterator[tuple[str, int, int]]:
-        """The name, the outputs and the inputs of each product of matrices; fused linears are one."""
-        products: dict[str, tuple[int, int]] = {}
+    def _products(self, linears: Mapping[str, torch.Size]) -> Iterator[tuple[str, list[int], int]]:
+        """The name, the outputs of each part and the inputs of each product of matrices; fused linears are one."""
+        products: dict[str, tuple[list[int], int]] = {}
         for name, (outputs, inputs) in linears.items():
             parent, _, last = name.rpartition(".")
             whole = next((f"{parent}.{' + '.join(parts)}" for parts in self.fused if last in parts), name)
-            products[whole] = (products.get(whole, (0, 0))[0] + outputs, inputs)
+            products.setdefault(whole, ([], inputs))[0].append(outputs)
         return ((name, outputs, inputs) for name, (outputs, inputs) in products.items())
 
 

@@ -27,6 +27,7 @@ INTEGERS = tuple(Kernel(f"int{bits}", ("none", "whole")) for bits in WIDTHS)
 VLLM_GROUPS = (32, 64, 128, ROWS)
 VLLM_FAMILIES = ("causal_lm", "bert", "clip", "open_clip")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+FP8 = ("fp8_dynamic", "fp8_static", "fp8_block")
 MX = ("mxfp4a16", "mxfp4", "mxfp8a16", "mxfp8")
 SERVE = "vllm serve {folder}{runner}"
 
@@ -43,7 +44,8 @@ ENGINES: Mapping[str, Engine] = {
                 Kernel("int4", ("none", "whole"), VLLM_GROUPS),
                 Kernel("int8", groups=VLLM_GROUPS),
                 Kernel("fp8", groups=(ROWS,)),
-                *(Kernel(name) for name in ("w8a8", "fp8_dynamic", "nvfp4a16", *MX)),
+                Kernel("w4a8", groups=VLLM_GROUPS),
+                *(Kernel(name) for name in ("w8a8", *FP8, "nvfp4a16", "nvfp4", *MX)),
             ),
             "gptq": (Kernel("int4", groups=VLLM_GROUPS), Kernel("int8", groups=VLLM_GROUPS)),
             "dense": (),
@@ -58,7 +60,10 @@ ENGINES: Mapping[str, Engine] = {
     "vllm_cpu": Vllm(
         "vLLM on CPUs",
         {
-            "compressed_tensors": (Kernel("int4", ("none", "whole")), Kernel("w8a8"), Kernel("fp8_dynamic")),
+            "compressed_tensors": (
+                Kernel("int4", ("none", "whole")),
+                *(Kernel(name) for name in ("w4a8", "w8a8", "fp8_dynamic")),
+            ),
             "gptq": (Kernel("int4"),),
             "dense": (),
         },

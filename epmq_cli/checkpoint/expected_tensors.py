@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from epmq_cli.checkpoint.calibrated_scales import expected_cache
 from epmq_cli.checkpoint.exporter import ExpectedTensor
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import blank_model, model_config
@@ -109,4 +110,4 @@ def expected_tensors(folder: Path, model: nn.Module, signed: bool) -> dict[str, 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and layout.format_of(name) is not None:
             expected |= layout.expected(name, torch.Size(expected.pop(f"{name}.weight").shape), signed)
-    return expected
+    return expected | expected_cache(folder, model)

@@ -34,6 +34,9 @@ class Exporter(Protocol):
     requires: ClassVar[tuple[str, ...]]
     """Packages that transformers needs to load the checkpoint, beside those that epmq itself needs."""
 
+    cache_config: ClassVar[Mapping[str, Any]]
+    """The entries of `config` that tell engines of the scales of cached keys and values; empty if it stores none."""
+
     @property
     def dtype(self) -> str:
         """The type of scales and of unquantized tensors; `auto`: the type of most of the base's elements."""

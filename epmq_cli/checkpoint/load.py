@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epmq_cli.checkpoint.calibrated_scales import expected_cache
 from epmq_cli.checkpoint.exact_linear import ExactLinear
 from epmq_cli.checkpoint.exporter import Layout
 from epmq_cli.checkpoint.int4_linear import Int4Linear, obstacle
@@ -67,6 +68,7 @@ def load(
         else:
             dense[f"{name}.weight"] = weight.dequantize().to(dtype)
     stored = {part for name, shape in shapes.items() for part in layout.expected(name, shape, signed=True)}
+    stored |= expected_cache(folder, model).keys()
     for name in files.infos:
         if name not in stored:
             tensor = files.tensor(name)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
 from epmq_cli.checkpoint.exporter import Exporter
@@ -22,10 +23,9 @@ from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import atomic_folder
 from epmq_cli.store.hashing import Content
 from epmq_cli.store.manifest import files_within, write_manifest
-from epmq_cli.store.safetensors_writer import Entry, check_finite, write_model
+from epmq_cli.store.safetensors_writer import Entry, check_finite, of, write_model
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 HEADS = "heads/heads.safetensors"
@@ -43,7 +43,8 @@ class Contents:
     its blocks' linears by module name, quantized or dense. `dequantize`: see Exporter.config. `heads`: the tensors of
     each task's head. `base`: the folder whose config and processor files are copied. `texts`: further files by name.
     `dtype`: the type of unquantized tensors. `changes`: the entries of config.json that differ from the base's.
-    `save_others`: writes further files and folders into the checkpoint folder.
+    `save_others`: writes further files and folders into the checkpoint folder. `cache`: the scales of cached keys and
+    values, by the names of their tensors.
     """
 
     exporter: Exporter
@@ -56,6 +57,7 @@ class Contents:
     dtype: torch.dtype
     changes: Mapping[str, Any] = field(default_factory=dict)
     save_others: Callable[[Path], None] = lambda folder: None
+    cache: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, QuantizedWeight]:
@@ -67,7 +69,8 @@ def entries(contents: Contents) -> list[Entry]:
     """All tensors of the model: quantized linears as the exporter stores them, all others in `dtype`."""
     quantized = contents.quantized
     dense = dense_entries(contents.model, quantized, contents.dtype)
-    return dense + [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
+    dense += [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
+    return dense + [of(name, torch.tensor([scale])) for name, scale in contents.cache.items()]
 
 
 def dense_entries(model: nn.Module, quantized: Collection[str], dtype: torch.dtype) -> list[Entry]:
@@ -133,7 +136,10 @@ def _write_others(folder: Path, contents: Contents) -> None:
         config["vocab_size"] = own.vocab_size
     texts = dict(contents.texts)
     if contents.quantized:
-        quantization = contents.exporter.config(contents.model, contents.quantized, contents.dequantize)
+        # transformers rounds cached keys and values unless it dequantizes
+        dequantize = contents.dequantize or bool(contents.cache)
+        quantization = contents.exporter.config(contents.model, contents.quantized, dequantize)
+        quantization |= contents.exporter.cache_config if contents.cache else {}
         config |= {"quantization_config": quantization} if quantization else {}
         texts |= contents.exporter.files(quantization)
     for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():

@@ -167,14 +167,14 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     from epmq_cli.pipeline import steps as steps
     from epmq_cli.pipeline.cached_steps import CachedSteps, open_cache
     from epmq_cli.pipeline.keys import run_key
+    from epmq_cli.pipeline.kv_cache import check_cache
     from epmq_cli.pipeline.progress import opened
     from epmq_cli.pipeline.task_processors import calibration_samples, task_processors
     from epmq_cli.quantize.mixed_precision import transforms
 
     opened_cache = open_cache(resolved["cache"])
     models, model, dtype = steps.open_models(job, folder)
-    slices = sliced(job.merge)
-    layers = stacked(models, slices, dtype, job.device) if slices else None
+    layers = stacked(models, slices, dtype, job.device) if (slices := sliced(job.merge)) else None
     cache = CachedSteps(opened_cache, job, models, dtype)
     own_samples = calibration_samples(job.seed, job.family, job.calib)
     processors = task_processors(job.family, models, job.suite.members, own_samples)
@@ -182,6 +182,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     drawn = steps.calibration_batches(job, models.base.path, processors)
     inputs = {task: [without(batch, job.family.tasks.consumed) for batch in group] for task, group in drawn.items()}
     check_blocks(model, job.family, inputs)
+    check_cache(job, model, inputs)
     if transforms(job.quantizer):
         check_producers(model, job.family, inputs)
     if (kind := models.base.config.get("model_type")) not in job.family.model_types:
@@ -203,9 +204,9 @@ def _make_checkpoint(
     from epmq_cli.evaluate.chance import check_experts
     from epmq_cli.evaluate.score import restored
     from epmq_cli.pipeline import calibration as guide
-    from epmq_cli.pipeline import record
-    from epmq_cli.pipeline import steps as steps
+    from epmq_cli.pipeline import record, steps
     from epmq_cli.pipeline.agreement import Agreement
+    from epmq_cli.pipeline.kv_cache import measured_cache
     from epmq_cli.pipeline.refinement import Refiner
 
     job, checkpoint, stage = context.job, context.folder / CHECKPOINT, context.stages.stage
@@ -223,10 +224,9 @@ def _make_checkpoint(
     with stage("merge"):
         data = steps.merge_data(context, model, models.source, teachers.batches, tasks)
         inputs, merged = _merged(context, inputs, data)
-        models, model = inputs.models, inputs.model
+        models, model, base = inputs.models, inputs.model, inputs.models.base.path
     with stage("score merged"):
-        again = scored.value("merged", lambda: steps.score(context, model, tasks, "merged", models.base.path))
-        scores |= restored(again)
+        scores |= restored(scored.value("merged", lambda: steps.score(context, model, tasks, "merged", base)))
         agreement.measure("merged", tasks)
     with stage("refine"):
         refiner = Refiner(context, model, teachers.batches, tasks, merged.source)
@@ -236,14 +236,15 @@ def _make_checkpoint(
         refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
         agreement.measure("quantized", tasks)
+        cached = measured_cache(context, model, teachers.batches)
     context.progress.begin_packing()
     if not distributed.is_main():
         return tasks, scores, {}, None
     with stage("pack"):
-        places, processors = (model, models.base.path), inputs.processors
-        card = record.card(job, places, choices, overrides, calibrated.walk, processors)
+        processors = inputs.processors
+        card = record.card(job, (model, base), choices, overrides, calibrated.walk, processors)
         texts = {RECORD: record.record_text(job, resolved, choices, tasks, processors), CARD: card.text()}
-        contents = _contents(job, inputs, calibrated.walk, tasks, texts)
+        contents = replace(_contents(job, inputs, calibrated.walk, tasks, texts), cache=cached)
         if not checkpoint.exists():
             write_checkpoint(checkpoint, contents, schema.bytes_of("pack.shard_size", job.exporter.shard_size))
     measured = {"seed": job.seed, **record.measured(calibrated.walk), "guidance": guide.summary(job, calibrated)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any, ClassVar
 
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.errors import ConfigError, literal
@@ -85,6 +86,10 @@ class Pack:
     dtype: str
     shard_size: object
     engine: str | None
+
+    cache_config: ClassVar[Mapping[str, Any]] = {}
+    """The entries of quantization_config that tell engines of the scales of cached keys and values; empty if the option
+    stores none."""
 
     def __post_init__(self) -> None:
         check_choice("pack.dtype", self.dtype, DTYPES)

@@ -51,6 +51,9 @@ class Architecture(ABC):
     mixes_formats: bool = True
     """Whether transformers loads its checkpoints with several number formats, which it cannot dequantize on load."""
 
+    caches: bool = False
+    """Whether its models generate text with a cache of keys and values."""
+
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (if `base` is None), or an expert of that base, in any form that epmq reads."""
         if base is None:

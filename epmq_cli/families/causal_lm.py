@@ -112,6 +112,8 @@ class CausalLM(Architecture):
     )
     dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
+    caches: bool = True
+
     def check_type(self, folder: ModelFolder) -> None:
         """Raises ModelError if another family takes models of this type. Accepts types that no family lists:
         `epmq run` checks their parts before it calibrates them."""

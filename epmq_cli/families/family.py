@@ -35,6 +35,7 @@ class Family:
         self.repeated = architecture.repeated
         self.dequantize_on_load = architecture.dequantize_on_load
         self.mixes_formats = architecture.mixes_formats
+        self.caches = architecture.caches
         self.positions = architecture.positions
         self.tensor_names = architecture.tensor_names
         self.all_names = architecture.all_names

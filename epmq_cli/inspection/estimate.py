@@ -169,5 +169,5 @@ def _bits(job: Job, width: int, dense: int) -> float:
 
 
 def _with_scales(format: NumberFormat, width: int, dense: int) -> float:
-    zero = format.bits if format.zero_points != "none" else 0
-    return float(format.bits + ((format.scale_bits or 8 * dense) + zero) / group_columns(format, width))
+    zero, sharing = format.bits if format.zero_points != "none" else 0, group_columns(format, width) * format.row_block
+    return float(format.bits + ((format.scale_bits or 8 * dense) + zero) / sharing)

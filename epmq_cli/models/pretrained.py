@@ -14,6 +14,9 @@ from epmq_cli.errors import ModelError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
+BESIDE = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+"""The ends of the names of scales of activations, which checkpoints hold for engines, and models do not."""
+
 
 def from_folder(kind: Any, folder: Path, weights: bool = True, **options: Any) -> Any:
     """Loads a folder with a transformers class. Raises ModelError if that fails or needs code from the folder.
@@ -97,8 +100,8 @@ def _check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collectio
     """Raises ModelError if a folder's tensors do not match the model that its config.json describes.
 
     transformers initializes missing tensors with random numbers. The files may contain tensors of modules that the
-    model does not have, such as a head, and may omit copies of tied tensors. `info`: the loading info that
-    from_pretrained returns with `output_loading_info`.
+    model does not have, such as a head, and scales of activations (`BESIDE`). They may omit copies of tied tensors.
+    `info`: the loading info that from_pretrained returns with `output_loading_info`.
     """
     where = f"{folder / 'config.json'} describes a model"
     missing = sorted(info["missing_keys"])
@@ -107,7 +110,7 @@ def _check_complete(folder: Path, model: nn.Module, info: Mapping[str, Collectio
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     parts = {name for name, _ in model.named_children()}
     for name in sorted(info["unexpected_keys"]):
-        if name.removeprefix(prefix).partition(".")[0] in parts:
+        if name.removeprefix(prefix).partition(".")[0] in parts and not name.endswith(BESIDE):
             raise ModelError(f"{where} without {name}, which its files have; fetch or save the model again")
     for name in sorted(map(str, info["mismatched_keys"])):
         raise ModelError(f"{where} with another shape of {name} than its files have; fetch or save the model again")

@@ -24,13 +24,14 @@ from epmq_cli.pipeline.option_checks import (
     check_block_refinement,
     check_generation,
     check_gradients,
+    check_kv_cache,
     check_refinement,
     check_scoring,
     check_slices,
     check_targets,
     check_transform,
 )
-from epmq_cli.quantize.build import build_quantizer
+from epmq_cli.quantize.build import build_quantizer, kv_cache_of
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.blocks import Blocks
@@ -53,6 +54,8 @@ class Job:
     """The refinement of the quantized blocks."""
     calib: schema.Calib
     quantizer: Quantizer | MixedPrecision
+    kv_cache: str | None
+    """The format of cached keys and values whose scales the checkpoint stores; None for no scales."""
     exporter: Exporter
     evaluation: schema.Evaluation
     transform: str
@@ -123,6 +126,7 @@ def read_job(cfg: DictConfig) -> Job:
     quantizer = loadable(quantizer, exporter, family)
     exporter.check(family, formats_of(quantizer))
     check_engine(exporter, family, formats_of(quantizer))
+    check_kv_cache(kv_cache_of(cfg.quant), family, exporter, formats_of(quantizer))
     if exporter.open_clip:
         check_family(family, suite.family)
     return Job(
@@ -134,6 +138,7 @@ def read_job(cfg: DictConfig) -> Job:
         blocks=blocks,
         calib=calib,
         quantizer=quantizer,
+        kv_cache=kv_cache_of(cfg.quant),
         exporter=exporter,
         evaluation=evaluation,
         transform=cfg.transform,

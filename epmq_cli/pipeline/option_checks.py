@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from epmq_cli.calibrate.guidance import AUTO, Guidance
+from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.config.schema import GENERATE, Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
@@ -45,17 +46,37 @@ def check_refinement(
         raise ConfigError(
             "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"
         )
-    coarse = [format.name for format in formats if format.scale_bits is not None]
+    coarse = [format.name for format in formats if format.scale_bits is not None or format.row_block > 1]
     if refinement.packed_epochs and coarse:
         raise ConfigError(
-            f"refine.packed_epochs trains integers or scales, and quant.format={coarse[0]} has coarse scales; use "
-            "refine.packed_epochs=0, or quant.format=int or fp8"
+            f"refine.packed_epochs trains integers or scales, but quant.format={coarse[0]} has coarse or shared scales"
+            "; use refine.packed_epochs=0, or quant.format=int or fp8"
         )
     other = [format.name for format in formats if not isinstance(format, IntFormat)]
     if refinement.packed_epochs and refinement.packed == "codes" and other:
         raise ConfigError(
             f"refine.packed=codes trains integers, got quant.format={other[0]}; use quant.format=int, or "
             "refine.packed=scales"
+        )
+
+
+def check_kv_cache(kv_cache: str | None, family: Family, exporter: Exporter, formats: Sequence[NumberFormat]) -> None:
+    """Raises ConfigError if scales of cached keys and values are asked for and cannot be measured or stored."""
+    if kv_cache is None:
+        return
+    if not family.caches:
+        raise ConfigError(
+            f"quant.kv_cache={kv_cache} is for decoders, got models of family {family.name}; use quant.kv_cache=null"
+        )
+    if not exporter.cache_config:
+        raise ConfigError(
+            f"pack={option_name('pack', type(exporter))} stores no scales of cached keys and values, got "
+            f"quant.kv_cache={kv_cache}; use pack=compressed_tensors, or quant.kv_cache=null"
+        )
+    if len(formats) > 1:
+        raise ConfigError(
+            f"quant.kv_cache={kv_cache} takes one number format, because transformers rounds cached keys and values of "
+            f"checkpoints with several, got {' and '.join(format.name for format in formats)}; use quant.kv_cache=null"
         )
 
 

@@ -53,6 +53,12 @@ def build_quantizer(node: DictConfig, budget: int | None = None) -> Quantizer | 
     return MixedPrecision(quantizers, options["bits"]) if len(quantizers) > 1 else quantizers[0]
 
 
+def kv_cache_of(node: DictConfig) -> str | None:
+    """The option `kv_cache` of a config group that `build_quantizer` has checked; None if it has none."""
+    chosen: str | None = node.get("kv_cache")
+    return chosen
+
+
 def _keys(fields: Mapping[str, bool]) -> tuple[list[str], list[str]]:
     """The options of a class with these fields, and the required ones."""
     rest = [name for name in fields if name != "format"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
-from epmq_cli.quantize.formats.format import DenseWeight, NumberFormat, QuantizedWeight
+from epmq_cli.quantize.formats.format import CALIBRATED, DenseWeight, NumberFormat, QuantizedWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,8 @@ class LayerProblem:
     `names`: the linears. `weight`: the target, float32 (out, in). `anchor`: the merged weight, float32 (out, in).
     `hessian`: H of the objective tr (Q - W) H (Q - W)', float64 (in, in); None if the inputs were not measured,
     because neither the guidance nor the quantizer needs them. `dtype`: the type that scales are stored in. `largest`:
-    the largest magnitude in the target, over the rows of all processes; None if these are all rows.
+    the largest magnitude in the target, over the rows of all processes; None if these are all rows. `inputs`: the
+    largest magnitude of the inputs; None if they were not measured.
     """
 
     names: tuple[str, ...]
@@ -32,10 +33,16 @@ class LayerProblem:
     hessian: Tensor | None
     dtype: torch.dtype
     largest: float | None = None
+    inputs: float | None = None
 
     def in_range(self, format: NumberFormat) -> NumberFormat:
-        """The format for the range of this target (`NumberFormat.for_range`)."""
-        return format.for_range(float(self.weight.abs().max()) if self.largest is None else self.largest)
+        """The format for the range of this target and of these inputs (`NumberFormat.for_range`, `for_inputs`)."""
+        own = format.for_range(float(self.weight.abs().max()) if self.largest is None else self.largest)
+        if self.inputs is None:
+            if format.activations in CALIBRATED:
+                raise RuntimeError(f"the inputs of {self.names[0]} were not measured; its quantizer must need inputs")
+            return own
+        return own.for_inputs(self.inputs)
 
     def measured(self) -> Tensor:
         """The Hessian of a layer whose inputs were measured."""

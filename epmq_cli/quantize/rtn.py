@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from epmq_cli.config.validate import check_choice
-from epmq_cli.quantize.formats.format import SEARCHES, NumberFormat, QuantizedWeight, by_group
-from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Prepared, QuantizationResult
+from epmq_cli.quantize.formats.format import CALIBRATED, SEARCHES, NumberFormat, QuantizedWeight, by_group
+from epmq_cli.quantize.quantizer import DataFree, LayerProblem, Need, Prepared, QuantizationResult
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,11 @@ class Rtn(DataFree):
 
     def __post_init__(self) -> None:
         check_choice("quant.grid", self.grid, SEARCHES)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The inputs, if the format stores a scale of them."""
+        return frozenset({"inputs"} if self.format.activations in CALIBRATED else ())
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from epmq_cli.quantize.formats.format import Grid, NumberFormat, range_of, stored_scale
+from epmq_cli.quantize.formats.format import Grid, NumberFormat, over_row_blocks, range_of, stored_scale
 from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.kernels.select import ColumnKernel
 
@@ -36,7 +36,8 @@ def hessian_grid(weight: Tensor, U: Tensor, format: NumberFormat, dtype: torch.d
     A scale may be negative if the lowest code has no positive counterpart, as for integers without zero points. Then
     the grid fits rows whose largest weight is positive as well as rows whose largest weight is negative.
     """
-    rows = max(1, CHUNK // (MOST * weight.shape[1]))
+    blocks = max(1, CHUNK // (MOST * weight.shape[1] * format.row_block))
+    rows = blocks * format.row_block
     return Grid.cat([_search(part, U, format, dtype, columns) for part in torch.split(weight, rows)], 0)
 
 
@@ -81,7 +82,8 @@ def _best(
     """The best candidate of each row, out of (candidates, out): its shrink and sign (out,), and its grid (out, 1)."""
     grid = format.span(shrinks * low, shrinks * high, dtype)
     grid = Grid(grid.scale * signs, grid.zero)
-    chosen = columns.loss(weight, U, grid, format).argmin(0, keepdim=True)
+    loss = over_row_blocks(columns.loss(weight, U, grid, format).T, format, torch.sum).T
+    chosen = loss.argmin(0, keepdim=True)
     shrink, sign, scale = (part.gather(0, chosen)[0] for part in (shrinks, signs, grid.scale))
     zero = None if grid.zero is None else grid.zero.gather(0, chosen)[0][:, None]
     return (shrink, sign), Grid(scale[:, None], zero)

@@ -13,7 +13,7 @@ from torch import Tensor, multiprocessing
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.quadratic import Affine
-from epmq_cli.calibrate.solve_layer import solve
+from epmq_cli.calibrate.solve_layer import InputRange, solve
 from epmq_cli.quantize.gptq import Gptq
 from epmq_cli.runtime import distributed
 from tests.helpers.formats import ints
@@ -47,7 +47,7 @@ def solve_part(by_drift: bool) -> dict[str, Tensor]:
     problem = objective.closed()
     target, (found, records) = (
         problem.solution(distributed),
-        solve(problem, ("q", "k"), list(OUTS), 30, GPTQ, torch.float32),
+        solve(problem, ("q", "k"), list(OUTS), InputRange(30, 4.0), GPTQ, torch.float32),
     )
     assert target.bias is not None
     weights = torch.cat([solution.weight.dequantize() for solution in found])

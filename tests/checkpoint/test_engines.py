@@ -69,7 +69,7 @@ def test_an_engine_refuses_what_the_table_says(name: str) -> None:
         (
             "vllm_cpu",
             [ints(3, 64)],
-            "vLLM on CPUs has no kernel for int3, only for int4, w8a8 or fp8_dynamic; use int4",
+            "vLLM on CPUs has no kernel for int3, only for int4, w4a8, w8a8 or fp8_dynamic; use int4",
         ),
         (
             "vllm",
@@ -130,6 +130,18 @@ def test_clip_models_that_vllm_does_not_take_are_refused(name: str, tmp_path: Pa
         check_engine_model(exporter, clip, {}, [], Base({**CLIP, "projection_dim": 32}, None))
     with pytest.raises(ConfigError, match=f"^pack.engine={name}: .* whose token 0 is not special, .*; use pack.engine"):
         check_engine_model(exporter, clip, {}, [], Base(CLIP, tmp_path / "bad"))
+
+
+def test_blocks_of_rows_must_fit_the_parts_of_a_fused_matrix() -> None:
+    exporter, formats = exporter_of("compressed_tensors", engine="vllm"), [FIXED["fp8_block"]]
+    whole = {name: torch.Size((128, 128)) for name in SHAPES}
+    check_engine_model(
+        exporter, DECODERS, {**whole, "layers.0.v_proj": torch.Size((64, 128))}, formats, Base(LLAMA, None)
+    )
+    with pytest.raises(
+        ConfigError, match=r"q_proj \+ k_proj \+ v_proj .*multiples of 128 outputs .*, got 128, 16, 16; use"
+    ):
+        check_engine_model(exporter, DECODERS, SHAPES, formats, Base(LLAMA, None))
 
 
 def test_models_and_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path: Path) -> None:

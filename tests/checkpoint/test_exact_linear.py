@@ -35,10 +35,10 @@ def inputs(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("format", [*INTEGERS, *OTHERS], ids=lambda format: f"{format}")
 def test_outputs_are_those_of_the_dequantized_weight(format: NumberFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_linear, "AT_ONCE", 3 * 96)  # three rows at once, one at the end
+    monkeypatch.setattr(exact_linear, "AT_ONCE", 3 * 128)  # three rows at once, one at the end
     for dtype in DTYPES:
-        packed, dense = made(format, dtype)
-        for x in (inputs(96), inputs(2, 3, 96)):
+        packed, dense = made(format, dtype, 128)
+        for x in (inputs(128), inputs(2, 3, 128)):
             assert torch.equal(packed(x), dense(x))
 
 

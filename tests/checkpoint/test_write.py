@@ -75,13 +75,15 @@ FAST = {
     "bits=5 quant=rtn quant.format=[int2,fp8] pack.dtype=bfloat16": "clip",
     "bits=4 group_size=16 quant.format=nvfp4a16 pack.dtype=float16": "clip",
     "bits=6 group_size=32 quant.format=mxfp6a8 quant=rtn": "bert",
+    "bits=8 group_size=-1 quant.format=fp8_static quant=rtn": "bert",
 }
 """The default tier: options and the model that is written with them."""
 OPTIONS = [
     *FAST,
     *(f"bits={bits} group_size=16 quant.symmetric={way}" for bits in BITS for way in ("true", "false")),
     "bits=7.5 quant=rtn",
-    *(f"bits={one.bits} group_size={one.group_size} quant.format={name}" for name, one in FIXED.items()),
+    *(f"bits={o.bits} group_size={o.group_size} quant.format={n}" for n, o in FIXED.items() if o.group_size < 64),
+    "group_size=16 quant.format=w4a8",
     "bits=4 group_size=16 quant.format=nvfp4a16 quant=awq",
     "bits=4 group_size=-1",
     "bits=2 group_size=16 quant.grid=mse",

@@ -56,6 +56,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("quant.damping", "guidance.readout_weight"), ("fraction",)),
     **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
     "guidance.weights": ("null", "empty mapping"),
+    "quant.kv_cache": ("null",),
     **dict.fromkeys(("refine.features", "refine.anchor", "refine.warmup"), NUMBERS),
     **dict.fromkeys(("refine.temperature", "refine.lr", "refine.packed_lr"), ("fraction",)),
     **dict.fromkeys(("refine.epochs", "refine.packed_epochs"), ("zero",)),

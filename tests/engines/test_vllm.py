@@ -15,18 +15,24 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from epmq_cli.checkpoint.engines import ENGINES
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
+from epmq_cli.models import attention
+from epmq_cli.models.attention import Recorder
+from epmq_cli.quantize.formats.fp8 import LARGEST
 from tests.engines.greedy import COUNT, PROMPT, by_transformers
 from tests.helpers.engine_kinds import KINDS, write_kind
 
 PYTHON = os.environ.get("EPMQ_VLLM", "")
 """The Python of an environment with vLLM for CPUs."""
 ENGINE = ENGINES["vllm_cpu"]
+CLIP = 0.5
+"""The range of cached keys and values in a test."""
 TEXTS = ["red photo of a film", "a film"]
 DECODERS = [name for name, kind in KINDS.items() if kind.families == ("causal_lm",)]
 ENCODERS = [(name, family) for name, kind in KINDS.items() for family in kind.families if family in ("bert", "clip")]
@@ -93,6 +99,33 @@ def test_vllm_does_not_load_what_we_refuse(name: str, answers: Any) -> None:
     """The limits in ENGINES are those of vLLM."""
     [answer] = [answer for (each, _), answer in answers.items() if each == name]
     assert "error" in answer
+
+
+class Rounded(Recorder):
+    """A cache that rounds keys and values to FP8."""
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The rounded keys and values."""
+        scale = CLIP / LARGEST
+        codes = [(x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn) for x in (keys, values)]
+        return codes[0].float() * scale, codes[1].float() * scale
+
+
+def test_vllm_caches_keys_and_values_in_fp8_by_the_stored_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: transformers with the same rounding. The range is so small that it cuts most values off, so that other
+    scales give other tokens."""
+    folder = write_kind(tmp_path, "int4-64", "causal_lm", cached=CLIP)
+    [answer] = asked([{"folder": str(folder), "dtype": "float32", "tokens": PROMPT, "count": COUNT}])
+    model, tokens = load_model(FAMILIES["causal_lm"], folder, torch.device("cpu")), list(PROMPT)
+    monkeypatch.setattr(attention, "Recorder", Rounded)
+    with torch.inference_mode(), attention.recorded(model, attention.cached_attentions(model)):
+        for token, value in answer["result"]:
+            scores = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+            assert int(scores.argmax()) == token
+            assert float(scores[token]) == pytest.approx(value, abs=0.15)  # vLLM multiplies rounded keys in bfloat16
+            tokens.append(token)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 import transformers as t
 
+from epmq_cli.checkpoint.calibrated_scales import cache_scales
 from epmq_cli.checkpoint.engine import Engine
 from epmq_cli.checkpoint.engines import ENGINES
 from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import linear_groups, linear_shapes
+from epmq_cli.models.attention import cached_attentions
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.int import IntFormat
 from epmq_cli.quantize.formats.names import FIXED
 from tests.helpers.byte_level import SIZE, quantized, write_tokenizer
 from tests.helpers.formats import ints
@@ -66,7 +69,11 @@ KINDS: dict[str, Kind] = {
     "k-quants": Kind("2, 3 or 6 bits, groups of 256", (ints(2, 256), ints(3, 256), ints(6, 256))),
     "w8a8": Kind("`w8a8`", (FIXED["w8a8"],)),
     "fp8-dynamic": Kind("`fp8_dynamic`", (FIXED["fp8_dynamic"],)),
+    "fp8-static": Kind("`fp8_static`", (FIXED["fp8_static"],)),
+    "fp8-block": Kind("`fp8_block`", (FIXED["fp8_block"],)),
+    "w4a8": Kind("`w4a8`, groups of 64", (IntFormat(4, 64, "none", "int8"),)),
     "nvfp4": Kind("`nvfp4a16`", (FIXED["nvfp4a16"],)),
+    "nvfp4-a4": Kind("`nvfp4`", (FIXED["nvfp4"],)),
     "mxfp4": Kind("`mxfp4a16`, `mxfp4`", (FIXED["mxfp4a16"],)),
     "mxfp8": Kind("`mxfp8a16`, `mxfp8`", (FIXED["mxfp8a16"],)),
     "mxfp6": Kind("`mxfp6a16`, `mxfp6a8`", (FIXED["mxfp6a16"],)),
@@ -92,13 +99,16 @@ def table(engines: Sequence[Engine] = tuple(ENGINES.values())) -> str:
 
 WIDE: dict[str, Any] = {**SIZE, "hidden_size": 256, "intermediate_size": 256}
 """Sizes with room for groups of 256 inputs and attention heads of 64."""
+RANGE = 16.0
+"""No input of a linear is larger, so that static scales cut nothing off."""
 ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = ["red", "photo", "of", "a", "film", "[CLS]", "[SEP]", "[UNK]", "[PAD]", "[MASK]"]
 """No special token is the first, which vLLM needs as a place for pictures."""
 
 
-def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Path:
-    """Writes a checkpoint of a kind: a random model, rounded to nearest. `model`: of decoders. Returns its folder."""
+def write_kind(folder: Path, name: str, family: str, model: str = "llama", cached: float | None = None) -> Path:
+    """Writes a checkpoint of a kind: a random model, rounded to nearest. `model`: of decoders. `cached`: the range
+    of cached keys and values, whose scales it gets; None for no scales. Returns its folder."""
     kind, base = KINDS[name], folder / "base"
     # in float32 the product of a code and a scale is exact, as in an engine that computes in float32
     dtype = torch.float16 if kind.pack == "gptq" else torch.float32
@@ -113,7 +123,9 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
     groups = linear_groups(made, FAMILIES[family])  # linears that read the same input share a format
     format_of = dict(zip(dict.fromkeys(groups.values()), cycle(kind.formats), strict=False))
     weights = {
-        linear: quantized(made.get_submodule(linear).weight.detach(), format_of[groups[linear]], dtype)
+        linear: quantized(
+            made.get_submodule(linear).weight.detach(), format_of[groups[linear]].for_inputs(RANGE), dtype
+        )
         for linear in linears
     }
     eager = FAMILIES[family].dequantize_on_load
@@ -121,7 +133,8 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama") -> Pa
     exporter = exporter_of(
         kind.pack, dtype=str(dtype).removeprefix("torch."), **({"format": "gptq_v2"} if zeros else {})
     )
-    contents = Contents(exporter, made, weights, eager, {}, base, {}, dtype)
+    scales = {} if cached is None else cache_scales(dict.fromkeys(cached_attentions(made), (cached, cached)))
+    contents = Contents(exporter, made, weights, eager, {}, base, {}, dtype, cache=scales)
     write_checkpoint(folder / "checkpoint", contents, 10**9)
     return folder / "checkpoint"
 

@@ -16,6 +16,7 @@ def ints(bits: int, group_size: int, symmetric: bool = True) -> IntFormat:
 def every_format() -> dict[str, NumberFormat]:
     """All formats that `quant.format` and `bits` name, with groups and with one scale per row, by a name."""
     free: list[NumberFormat] = [Fp8Format(size) for size in (-1, 32)]
+    free += [IntFormat(4, size, "none", "int8") for size in (-1, 32)]
     free += [IntFormat(bits, size, points) for bits in BITS for size in (-1, 32) for points in ("none", "whole")]
     named = {f"{one.name}-{one.group_size}-{one.zero_points}": one for one in free}
     return {**named, **FIXED}

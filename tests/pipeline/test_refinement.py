@@ -151,7 +151,9 @@ def test_codes_of_the_packed_model_can_be_trained(
 
 
 def test_only_codes_that_are_integers_are_trained(bert_hub: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quant.format=nvfp4a16 has coarse scales; use refine.packed_epochs=0, or"):
+    with pytest.raises(
+        ConfigError, match=r"quant.format=nvfp4a16 has coarse or shared scales; use refine.packed_epochs=0, or"
+    ):
         make_job(config(bert_hub, *PACKED, "bits=4", "group_size=16", "quant.format=nvfp4a16"))
     with pytest.raises(ConfigError, match=r"trains integers, got quant.format=fp8; use quant.format=int, or refine.p"):
         make_job(config(bert_hub, *PACKED, "bits=8", "quant.format=fp8"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from epmq_cli.checkpoint.calibrated_scales import expected_cache
 from epmq_cli.checkpoint.expected_tensors import described_model
 from epmq_cli.checkpoint.gguf import blocks
 from epmq_cli.checkpoint.gguf.architectures import (
@@ -73,6 +74,7 @@ class GgufFile:
         self._files = SafetensorsFiles(folder, "checkpoint")
         self._layout, self._rounding = layout_of(folder), 0.0
         model = described_model(folder, self._files)
+        self._beside = expected_cache(folder, model)  # llama.cpp has no place for them
         formats = quantized_linears(folder, model, self._files, self._layout)
         self._shapes = {name: model.get_parameter(f"{name}.weight").shape for name in formats}
         for name, format in formats.items():
@@ -118,7 +120,7 @@ class GgufFile:
             for name, shape in self._shapes.items()
             for part in self._layout.expected(name, shape, signed=True)
         }
-        done = set[str]()
+        done = {*self._beside}
         for stored in self._files.infos:
             name = parts.get(stored, stored)
             if name in done:

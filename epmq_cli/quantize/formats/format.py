@@ -9,7 +9,7 @@ To add a format, write a module with a frozen dataclass that implements `NumberF
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ZeroPoints = Literal["none", "whole", "real"]
-Activations = Literal["none", "int8", "fp8", "mxfp4", "mxfp8"]
-"""The formats that engines round a linear's inputs to at run time: none; int8 and fp8 with a scale a token; or MX."""
+Activations = Literal["none", "int8", "fp8", "fp8_static", "fp8_group", "nvfp4", "mxfp4", "mxfp8"]
+"""The formats that engines round a linear's inputs to at run time: none; int8 and fp8 with a scale a token; fp8_static
+with one calibrated scale; fp8_group with a scale for 128 inputs of a token; nvfp4 with a calibrated global scale; or
+MX."""
+CALIBRATED: tuple[Activations, ...] = ("fp8_static", "nvfp4")
+"""Those whose scale is measured on the inputs of each linear."""
 SEARCHES = ("minmax", "mse")
 SHRINKS = 80  # candidates of the mse search: the full range times 1.00, 0.99, ... 0.21
 
@@ -95,9 +99,18 @@ class NumberFormat(Protocol):
     def scale_bits(self) -> int | None:
         """The bits of a stored scale; None if scales are stored in the type of the checkpoint."""
 
+    @property
+    def row_block(self) -> int:
+        """The number of output rows that share a scale; 1 in most formats. The first block starts at the first row of a
+        linear; the last one may be smaller."""
+
     def for_range(self, largest: float) -> NumberFormat:
         """The format of one tensor whose largest magnitude is `largest`. It differs only in formats with a scale of the
         whole tensor."""
+
+    def for_inputs(self, largest: float) -> NumberFormat:
+        """The format of one linear whose inputs have the largest magnitude `largest`; the same unless its activations
+        are `CALIBRATED`."""
 
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
         """The grid (...) of groups (..., columns); `dtype` is the type that scales are stored in.
@@ -128,8 +141,17 @@ class PlainScales:
         """None: the type of the checkpoint."""
         return None
 
+    @property
+    def row_block(self) -> int:
+        """1: rows have scales of their own."""
+        return 1
+
     def for_range(self, largest: float) -> Self:
         """The format itself: no scale covers the whole tensor."""
+        return self
+
+    def for_inputs(self, largest: float) -> Self:
+        """The format itself: no scale of the inputs is stored."""
         return self
 
 
@@ -161,11 +183,11 @@ def fit_grid(groups: Tensor, format: NumberFormat, search: str, dtype: torch.dty
     best = format.span(low, high, dtype)
     if search == "minmax":
         return best
-    least = _squared_error(groups, best, format)
+    least = over_row_blocks(_squared_error(groups, best, format), format, torch.sum)
     for step in range(1, SHRINKS):
         shrink = 1 - step / 100
         grid = format.span(shrink * low, shrink * high, dtype)
-        error = _squared_error(groups, grid, format)
+        error = over_row_blocks(_squared_error(groups, grid, format), format, torch.sum)
         better = error < least
         least, best = torch.where(better, error, least), grid.where(better, best)
     return best
@@ -173,18 +195,34 @@ def fit_grid(groups: Tensor, format: NumberFormat, search: str, dtype: torch.dty
 
 def range_of(groups: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
     """The smallest and largest weight of each group (..., columns), zero included; (-high, high) without zero
-    points."""
+    points, over all rows of a row block."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if format.zero_points != "none":
         return low, high
-    high = torch.maximum(-low, high)
+    high = over_row_blocks(torch.maximum(-low, high), format, torch.amax)
     return -high, high
+
+
+def over_row_blocks(values: Tensor, format: NumberFormat, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Non-negative values (out, ...), each replaced by the sum or maximum (`reduce`) over the rows that share its
+    scale."""
+    size, rows = format.row_block, len(values)
+    if size == 1:
+        return values
+    padded = torch.cat([values, values.new_zeros(-rows % size, *values.shape[1:])])
+    reduced = reduce(padded.reshape(-1, size, *values.shape[1:]), 1)
+    return reduced.repeat_interleave(size, 0)[:rows]
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to the type that they are stored in, at least its smallest normal number; 1 instead of 0."""
     normal = scale.clamp(min=torch.finfo(dtype).tiny)
     return torch.where(scale == 0, 1.0, normal).to(dtype).to(scale.dtype)
+
+
+def in_single(number: float) -> float:
+    """A number rounded to float32, as files store it; the largest one instead of infinity."""
+    return min(float(torch.tensor(number, dtype=torch.float32)), torch.finfo(torch.float32).max)
 
 
 def _squared_error(groups: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
@@ -194,7 +232,8 @@ def _squared_error(groups: Tensor, grid: Grid, format: NumberFormat) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight in a number format: `codes` (out, in) in `format.storage`; `grid` (out, groups) in float32.
+    """A weight in a number format: `codes` (out, in) in `format.storage`; `grid` (out, groups) in float32, also where
+    rows share scales.
 
     `dtype`: the type that the checkpoint stores scales in, and that its readers dequantize in.
     """

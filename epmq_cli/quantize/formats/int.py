@@ -32,7 +32,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class IntFormat(PlainScales):
-    """`quant.format=int`, or `w8a8` with activations; see NumberFormat."""
+    """`quant.format=int`, or `w8a8` and `w4a8` with activations; see NumberFormat."""
 
     bits: int
     group_size: int
@@ -47,7 +47,7 @@ class IntFormat(PlainScales):
 
     @property
     def name(self) -> str:
-        """int4, and so on; w8a8 with activations."""
+        """int4, and so on; w4a8 and w8a8 with activations."""
         return f"int{self.bits}" if self.activations == "none" else f"w{self.bits}a8"
 
     @property

@@ -17,13 +17,13 @@ by the largest number. E4M3 scales are as precise at half their size, and a powe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
 from epmq_cli.config.validate import check_choice
-from epmq_cli.quantize.formats.format import Activations, Grid, ZeroPoints, fit_grid
+from epmq_cli.quantize.formats.format import Activations, Grid, ZeroPoints, fit_grid, in_single
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,11 @@ class _Microscaling:
         """8."""
         return 8
 
+    @property
+    def row_block(self) -> int:
+        """1: rows have scales of their own."""
+        return 1
+
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """See NumberFormat."""
         return codes.to(grid.scale.dtype) * grid.scale
@@ -108,6 +113,10 @@ class MxFormat(_Microscaling):
         """See NumberFormat."""
         return self
 
+    def for_inputs(self, largest: float) -> Self:
+        """See NumberFormat."""
+        return self
+
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
         """See NumberFormat."""
         return fit_grid(groups, self, search, dtype)
@@ -122,14 +131,19 @@ class MxFormat(_Microscaling):
 
 @dataclass(frozen=True)
 class Nvfp4Format(_Microscaling):
-    """`quant.format=nvfp4a16`; see NumberFormat. `global_scale`: of one tensor, the power of two that the scales of its
-    groups are divided by; see `for_range`."""
+    """`quant.format=nvfp4a16`, or `nvfp4` with activations; see NumberFormat. `global_scale`: of one tensor, the power
+    of two that the scales of its groups are divided by; see `for_range`. `input_global_scale`: the same of a linear's
+    inputs, see `for_inputs`."""
 
     global_scale: float = 1.0
+    activations: Activations = "none"
+    input_global_scale: float = 1.0
 
     bits: ClassVar[int] = 4
     group_size: ClassVar[int] = 16
-    activations: ClassVar[Activations] = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("activations", self.activations, ("none", "nvfp4"))
 
     def encode(self, x: Tensor, grid: Grid) -> Tensor:
         """See NumberFormat. Ties round to the code with the even mantissa."""
@@ -137,14 +151,21 @@ class Nvfp4Format(_Microscaling):
 
     @property
     def name(self) -> str:
-        """nvfp4a16."""
-        return "nvfp4a16"
+        """nvfp4a16, or nvfp4 with activations."""
+        return "nvfp4a16" if self.activations == "none" else "nvfp4"
 
     def for_range(self, largest: float) -> Nvfp4Format:
         """See NumberFormat. The largest scale of a group is at most half of the largest E4M3 number."""
         if not 0 < largest < math.inf:
-            return Nvfp4Format()
-        return Nvfp4Format(2.0 ** max(-100, min(30, math.floor(math.log2(HALF * LARGEST[4] / largest)))))
+            return replace(self, global_scale=1.0)
+        exponent = math.floor(math.log2(HALF * LARGEST[4] / largest))
+        return replace(self, global_scale=2.0 ** max(-100, min(30, exponent)))
+
+    def for_inputs(self, largest: float) -> Nvfp4Format:
+        """See NumberFormat. The largest input gets the largest scale and the largest code, as in compressed-tensors."""
+        if self.activations == "none":
+            return self
+        return replace(self, input_global_scale=in_single(LARGEST[8] * LARGEST[4] / largest) if largest > 0 else 1.0)
 
     def fit(self, groups: Tensor, search: str, dtype: torch.dtype) -> Grid:
         """See NumberFormat."""

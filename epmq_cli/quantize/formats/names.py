@@ -9,18 +9,21 @@ from typing import Any
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.quantize.formats.format import NumberFormat
-from epmq_cli.quantize.formats.fp8 import Fp8Format
+from epmq_cli.quantize.formats.fp8 import BLOCK, Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.formats.microscaling import MxFormat, Nvfp4Format
 
 KINDS: dict[str, type[Any]] = {"int": IntFormat, "fp8": Fp8Format, "mx": MxFormat, "nvfp4": Nvfp4Format}
 """The classes of formats by their name in JSON."""
-FREE = ("int", "fp8")
+FREE = ("int", "fp8", "w4a8")
 """The names of quant.format that take any group size."""
 FIXED: dict[str, NumberFormat] = {
     "fp8_dynamic": Fp8Format(-1, "fp8"),
+    "fp8_static": Fp8Format(-1, "fp8_static"),
+    "fp8_block": Fp8Format(BLOCK, "fp8_group", BLOCK),
     "w8a8": IntFormat(8, -1, "none", "int8"),
     "nvfp4a16": Nvfp4Format(),
+    "nvfp4": Nvfp4Format(activations="nvfp4"),
     "mxfp4a16": MxFormat(4),
     "mxfp4": MxFormat(4, "mxfp4"),
     "mxfp6a16": MxFormat(6),
@@ -28,7 +31,8 @@ FIXED: dict[str, NumberFormat] = {
     "mxfp8a16": MxFormat(8),
     "mxfp8": MxFormat(8, "mxfp8"),
 }
-"""The other names of quant.format, which determine bits and group size: names of compressed-tensors' schemes."""
+"""The other names of quant.format, which determine bits and group size: names of compressed-tensors' schemes, but for
+fp8_static, whose scales of weights are by row instead of by tensor."""
 NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
 """The formats that a mix may name. transformers cannot load a mix with the others: it dequantizes them to bfloat16,
 whatever the type of the model, or rounds activations."""
@@ -41,16 +45,19 @@ class FormatOptions:
     """The options of a quantizer that describe its number formats.
 
     `bits`: of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`: one
-    of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have `bits` on average.
+    of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have `bits` on average. `kv_cache`: the
+    format in which engines cache keys and values, `fp8`; None for that of the model.
     """
 
     bits: float
     group_size: int
     symmetric: bool
     format: str | Sequence[str] = "int"
+    kv_cache: str | None = None
 
     def formats(self) -> tuple[NumberFormat, ...]:
         """One format, or two in ascending order of bits; ConfigError if the options are invalid."""
+        check_choice("quant.kv_cache", self.kv_cache, (None, "fp8"))
         check_choice("quant.symmetric", self.symmetric, (True, False))
         if not isinstance(self.format, str):
             return self._mixed(self.format)
@@ -107,6 +114,8 @@ class FormatOptions:
             return IntFormat(int(name.removeprefix("int")), self.group_size, "none" if self.symmetric else "whole")
         if not self.symmetric:
             raise ConfigError(f"{name} has no zero points; use quant.symmetric=true")
+        if name == "w4a8":
+            return IntFormat(4, self.group_size, "none", "int8")
         return FIXED.get(name) or Fp8Format(self.group_size)
 
 

@@ -9,8 +9,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from epmq_cli.errors import ConfigError
-from epmq_cli.quantize.formats.format import Grid, by_group
+from epmq_cli.quantize.formats.format import Grid, QuantizedWeight, by_group
 from epmq_cli.quantize.formats.fp8 import LARGEST, Fp8Format
+from epmq_cli.quantize.gptq import gptq
 
 ONE = Grid(torch.ones(1), None)
 
@@ -103,6 +104,38 @@ def test_rows_of_zeros_or_of_tiny_weights_stay_finite() -> None:
     assert grid.scale[0] == 1
     assert grid.scale[1] == torch.finfo(torch.float16).tiny
     assert not format.decode(format.encode(by_group(tiny, format), grid.over_columns()), grid.over_columns()).any()
+
+
+def test_rows_of_a_block_share_the_scale_of_the_largest_weight_among_them() -> None:
+    format, W = Fp8Format(128, "fp8_group", 128), weight(300, 256)
+    found = format.fit(by_group(W, format), "minmax", torch.float32).scale
+    for rows in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        for group in range(2):
+            wanted = W[rows, 128 * group : 128 * (group + 1)].abs().max() / LARGEST
+            torch.testing.assert_close(found[rows, group], wanted.expand(len(W[rows])))
+
+
+@pytest.mark.parametrize("search", ["mse", "hessian"])
+def test_searched_scales_are_those_with_the_least_error_of_a_whole_block(search: str) -> None:
+    """Rows of very different sizes: what is best for one row is not what is best for the block."""
+    format, W = Fp8Format(128, "fp8_group", 128), weight(200, 128) * torch.logspace(-2, 0, 200)[:, None]
+    H = torch.eye(128, dtype=torch.float64)
+    found = gptq(W, H, format, search, torch.float32, 0.01, 128, False).weight
+    assert isinstance(found, QuantizedWeight)
+    for rows in (slice(0, 128), slice(128, 200)):
+        assert len(found.grid.scale[rows].unique()) == 1
+        least = (found.dequantize()[rows] - W[rows]).square().sum()
+        for factor in (1.0, 0.9, 0.8):
+            scale = (W[rows].abs().max() * factor / LARGEST).expand(len(W[rows]), 1)
+            grid = Grid(scale[..., None], None)
+            other = format.decode(format.encode(by_group(W[rows], format), grid), grid)
+            assert least <= (other[:, 0] - W[rows]).square().sum() * 1.0001
+
+
+def test_the_scale_of_static_inputs_is_that_of_the_largest_input() -> None:
+    assert Fp8Format(-1, "fp8_static").for_inputs(896.0) == Fp8Format(-1, "fp8_static", 1, 2.0)
+    assert Fp8Format(-1, "fp8_static", 1, 2.0).for_inputs(0.0) == Fp8Format(-1, "fp8_static")
+    assert Fp8Format(-1, "fp8").for_inputs(896.0) == Fp8Format(-1, "fp8")
 
 
 @pytest.mark.parametrize("group_size", [0, -2, 1.5, True, "64"])

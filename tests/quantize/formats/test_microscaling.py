@@ -27,7 +27,7 @@ SMALL = {
 }
 
 
-def weight(rows: int = 6, columns: int = 64, seed: int = 0) -> Tensor:
+def weight(rows: int = 6, columns: int = 128, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
@@ -106,7 +106,7 @@ def test_products_of_codes_and_scales_are_exact_in_the_stored_type(format: Numbe
 def test_gptq_ends_with_less_loss_than_rounding_to_nearest(name: str, search: str) -> None:
     """Under its own objective tr (Q - W) H (Q - W)'."""
     W = weight(24)
-    format, X = EVERY[name].for_range(float(W.abs().max())), weight(256, seed=1) @ weight(64, seed=2)
+    format, X = EVERY[name].for_range(float(W.abs().max())), weight(256, seed=1) @ weight(128, seed=2)
     H = (X.T @ X).double()
     errors = [
         found.dequantize().double() - W

@@ -35,6 +35,7 @@ def test_other_bits_are_refused(bits: object) -> None:
     ("bits", "symmetric", "format", "formats"),
     [
         (4, False, "int", (IntFormat(4, 64, "whole"),)),
+        (4, True, "w4a8", (IntFormat(4, 64, "none", "int8"),)),
         (8, True, "fp8", (Fp8Format(64),)),
         (5, True, ["int4", "fp8"], (IntFormat(4, 64, "none"), Fp8Format(64))),
         (5, True, ["fp8", "int4"], (IntFormat(4, 64, "none"), Fp8Format(64))),
@@ -53,6 +54,9 @@ def test_options_name_formats(
         (3.5, False, "int", "bits must be one of 2, 3, 4, 5, 6, 7, 8 with quant.symmetric=false, got 3.5"),
         (4, "yes", "int", "quant.symmetric must be one of true, false, got 'yes'"),
         (4, True, "fp8", "quant.format=fp8 needs bits=8, got bits=4"),
+        (8, True, "fp8_block", "quant.format=fp8_block needs group_size=128, got group_size=64"),
+        (8, True, "w4a8", "quant.format=w4a8 needs bits=4, got bits=8"),
+        (4, False, "w4a8", "w4a8 has no zero points; use quant.symmetric=true"),
         (4, True, "nvfp4a16", "quant.format=nvfp4a16 needs group_size=16, got group_size=64"),
         (4, True, "w8a8", "quant.format=w8a8 needs bits=8 group_size=-1, got bits=4 group_size=64"),
         (4, False, "mxfp4", "mxfp4 has no zero points; use quant.symmetric=true"),
@@ -62,7 +66,7 @@ def test_options_name_formats(
             4,
             True,
             "fp4",
-            "quant.format must be one of int, fp8, fp8_dynamic, w8a8, nvfp4a16, mxfp4a16, mxfp4, .* got 'fp4'",
+            "quant.format must be one of int, fp8, w4a8, fp8_dynamic, fp8_static, fp8_block, w8a8, .* got 'fp4'",
         ),
         (4, True, "int4", "quant.format must be one of int, fp8, .* got 'int4'"),
         (5, True, ["int4", "int9"], "quant.format must be one of int2, int3, .* int8, fp8, got 'int9'"),
@@ -87,6 +91,7 @@ def test_names_determine_bits_and_group_size(name: str) -> None:
 
 
 EVERY: list[NumberFormat] = [Fp8Format(-1), Fp8Format(64), Nvfp4Format(8.0), *FIXED.values()]
+EVERY += [IntFormat(4, 64, "none", "int8"), Fp8Format(-1, "fp8_static", 1, 0.25), Nvfp4Format(8.0, "nvfp4", 3.0)]
 EVERY += [IntFormat(bits, size, zero) for bits in BITS for size in (-1, 64) for zero in ("none", "whole", "real")]
 
 
