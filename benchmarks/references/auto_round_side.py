@@ -24,4 +24,5 @@ grid = {"bits": int(bits), "group_size": int(group), "sym": True}
 sizes = {"nsamples": len(rows), "seqlen": len(rows[0])}
 tokenizer = AutoTokenizer.from_pretrained(source)
 peer = AutoRound(model, tokenizer, dataset=data, device_map="cpu", amp=False, **grid, **sizes, **steps)
-peer.quantize_and_save(out, format="fake")
+rounded, _ = peer.quantize()
+rounded.save_pretrained(out)
