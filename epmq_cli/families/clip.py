@@ -15,7 +15,7 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.data.suite import Task
 from epmq_cli.families.architecture import Architecture, Experts
 from epmq_cli.families.family import Family
-from epmq_cli.families.parts import block_settings
+from epmq_cli.families.parts import block_settings, value_heads
 from epmq_cli.families.structure import Linears, Norm, Patches, Section, Stack
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.text_tower import PARTS, PROJECTION, drifts, tell
@@ -25,7 +25,10 @@ from epmq_cli.models.pretrained import from_folder
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from epmq_cli.models.rotation import ValueHeads
+
 PREFIX = "vision_model."
+LAYERS = PREFIX + "encoder.layers"
 STEPS = (
     Norm("layer_norm1", mixing=True),
     Linears(
@@ -87,6 +90,11 @@ class Clip(Architecture):
         """The settings of the vision tower."""
         return block_settings(folder, "vision_config")
 
+    def value_heads(self, folder: ModelFolder) -> ValueHeads | None:
+        """The values of the vision tower."""
+        heads = self.settings(folder)["num_attention_heads"]
+        return value_heads(LAYERS, STEPS, self.tensor_names(folder), heads)
+
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """A CLIPModel."""
         from transformers import CLIPModel
@@ -98,8 +106,8 @@ class Clip(Architecture):
         """The layers of the vision encoder, then the last norm and the projection of the class token."""
         from epmq_cli.families.readouts import ProjectedToken  # a module: imports torch
 
-        layers = model.get_submodule(PREFIX + "encoder.layers")
-        blocks = [Section(f"{PREFIX}encoder.layers.{index}", layer, STEPS) for index, layer in layers.named_children()]
+        layers = model.get_submodule(LAYERS)
+        blocks = [Section(f"{LAYERS}.{index}", layer, STEPS) for index, layer in layers.named_children()]
         readout = Section("", ProjectedToken(model, PREFIX), READOUT)
         return [Stack(blocks, readout, STEM, PREFIX + "pre_layrnorm", read_token=0)]
 

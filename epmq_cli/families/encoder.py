@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.parts import block_settings
+from epmq_cli.families.parts import block_settings, value_heads
 from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled, token_mask
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from epmq_cli.models.rotation import ValueHeads
 
 GAMMA_AND_BETA = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 """The names of layer norms in old checkpoints, and today's."""
@@ -98,6 +100,12 @@ class Encoder(Architecture):
                     f"{folder.role}: {folder.path} has {name} {value}, family {self.name} takes {usual} only"
                 )
         return block_settings(folder, names=self.shared)
+
+    def value_heads(self, folder: ModelFolder) -> ValueHeads | None:
+        """The values of all blocks."""
+        settings = self.settings(folder)
+        heads = settings.get("num_attention_heads") or settings.get("n_heads") or 1
+        return value_heads(self.layers, self.steps, self.all_names(folder), heads)
 
     def positions(self, folder: Path) -> int | None:
         """The rows of the position table that tokens can use; None for image encoders."""

@@ -42,6 +42,7 @@ class Family:
         self.spelling = architecture.spelling
         self.trained_beside = architecture.trained_beside
         self.settings = architecture.settings
+        self.value_heads = architecture.value_heads
         self.load = architecture.load
         self.stacks = architecture.stacks
         self.blocks = architecture.blocks

@@ -65,8 +65,8 @@ class SuiteModels:
         if given is not None:
             self.experts[GIVEN] = _fitted(family, open_member(family, given, "given merge", root, self.base), base)
         if transform != "none":
-            self.base = rotated(self.base)
-            self.experts = {task: rotated(expert) for task, expert in self.experts.items()}
+            self.base = rotated(self.base, family.value_heads(self.base))
+            self.experts = {name: rotated(own, family.value_heads(own)) for name, own in self.experts.items()}
             base = _member(family, self.base)
         experts = {task: _member(family, expert) for task, expert in self.experts.items()}
         if not whole and (further := family.trained_beside(self.base, self.experts, suite.members)):
@@ -75,7 +75,7 @@ class SuiteModels:
             for member in (base, *experts.values()):
                 member.merged |= {name: name for name in further}
         self.ties = _resolve(family, base, experts, whole)
-        if transform != "none":
+        if transform != "none" and self.base.config.get(TIE) is False:
             self.ties = replace(self.ties, changes={**self.ties.changes, TIE: False})
         if whole:
             _check_complete(base)

@@ -1,4 +1,4 @@
-"""`transform=hadamard`: decoders whose residual stream is rotated, which compute the same and quantize better.
+"""`transform=hadamard`: models that are rotated, which compute the same and quantize better.
 
 A rotation R of the residual stream spreads its few large channels over all of them (QuaRot,
 https://arxiv.org/abs/2404.00456, whose rotations within blocks need code in engines and are left out). What writes into
@@ -8,13 +8,17 @@ more. Values are rotated within each head, and the output of attention takes tha
 
 R is a Hadamard matrix times random signs; a width that is no power of two has a random orthogonal factor as well. R is
 the same for all models of one width, so that rotated models can be merged.
+
+Of encoders only the values are rotated. Each has a LayerNorm whose gain is written to the stream itself (CLIP's first
+one, those behind each part of BERT), and a gain is no gain any more in rotated axes.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +45,28 @@ VALUES = re.compile(rf"{BLOCK}self_attn\.v_proj\.(?:weight|bias)")
 OUTPUT = re.compile(rf"{BLOCK}self_attn\.o_proj\.weight")
 
 
-def rotated(folder: ModelFolder) -> ModelFolder:
-    """The rotated model. ConfigError if its architecture cannot be rotated."""
+@dataclass(frozen=True)
+class ValueHeads:
+    """The linears that make the values of attention and those that read them, of an encoder."""
+
+    values: Collection[str]
+    """Stored names of weights (heads * width, in) and biases."""
+
+    outputs: Collection[str]
+    """Stored names of weights (out, heads * width)."""
+
+    heads: int
+
+
+def rotated(folder: ModelFolder, encoder: ValueHeads | None) -> ModelFolder:
+    """The rotated model. `encoder`: the parts of an encoder. ConfigError if the architecture cannot be rotated."""
+    if encoder is not None:
+        return ModelFolder(folder.path, folder.role, folder.config, RotatedValues(folder.source, encoder))
     kind = folder.config.get("model_type")
     if kind not in MODEL_TYPES or TABLE not in folder.infos:
         raise ConfigError(
-            f"transform=hadamard rotates decoders of the types {', '.join(MODEL_TYPES)}, got {kind} in {folder.role}; "
-            "use transform=none"
+            f"transform=hadamard rotates decoders of the types {', '.join(MODEL_TYPES)} and the values of CLIP, ViT, "
+            f"BERT, RoBERTa, DistilBERT and DeBERTa, got {kind} in {folder.role}; use transform=none"
         )
     config = {**folder.config, "tie_word_embeddings": False}
     return ModelFolder(folder.path, folder.role, config, Rotated(folder.source, config))
@@ -81,6 +100,27 @@ class Rotated:
         elif OUTPUT.fullmatch(name) and len(H) > 1 and name.replace("o_proj", "v_proj") in self.infos:
             weight = (weight.reshape(len(weight), -1, self._head) @ H.T).reshape(weight.shape)
         return weight.to(stored.dtype).contiguous()
+
+
+class RotatedValues:
+    """The tensors of an encoder with rotated values, in their stored types."""
+
+    def __init__(self, tensors: Tensors, encoder: ValueHeads) -> None:
+        self._tensors, self._encoder = tensors, encoder
+        self.infos = tensors.infos
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the tensor of this name."""
+        stored = self._tensors.tensor(name)
+        if name in self._encoder.values:
+            heads = stored.float().reshape(self._encoder.heads, -1, *stored.shape[1:])
+            turned = torch.einsum("ji,hj...->hi...", rotation(heads.shape[1]), heads)
+        elif name in self._encoder.outputs:
+            heads = stored.float().reshape(len(stored), self._encoder.heads, -1)
+            turned = heads @ rotation(heads.shape[2])
+        else:
+            return stored
+        return turned.reshape(stored.shape).to(stored.dtype)
 
 
 def norm_before(name: str) -> str | None:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
+from epmq_cli.families import FAMILIES
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.rotation import MODEL_TYPES, hadamard, rotated, rotation
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import TASKS
 from tests.helpers.byte_level import MODELS
+from tests.helpers.encoders import MODELS as ENCODERS
 from tests.helpers.hubs import config, run_in
-from tests.helpers.minihub import decoder_hub
+from tests.helpers.minihub import decoder_hub, hub_of
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -40,7 +42,7 @@ def written(folder: Path, kind: str) -> Any:
 def test_a_rotated_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     """Heads are tied in llama3, and have biases in qwen2."""
     model = written(tmp_path, kind)
-    found = rotated(ModelFolder(tmp_path, "base"))
+    found = rotated(ModelFolder(tmp_path, "base"), None)
     own = copy.deepcopy(model.config)
     own.tie_word_embeddings = False
     other = type(model)(own).eval()
@@ -50,6 +52,35 @@ def test_a_rotated_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     moved = found.tensor("model.layers.1.mlp.down_proj.weight") - model.model.layers[1].mlp.down_proj.weight
     assert float(moved.abs().max()) > 0.1
     assert torch.equal(found.tensor("model.norm.weight"), torch.ones(64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "vit", "bert", "roberta", "distilbert", "deberta"])
+def test_an_encoder_with_rotated_values_computes_the_same(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, family = ENCODERS[kind]().eval(), FAMILIES[kind]
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    model.save_pretrained(tmp_path)
+    folder = ModelFolder(tmp_path, "base")
+    heads = family.value_heads(folder)
+    assert heads is not None and len(heads.values) == 2 * len(heads.outputs) == 2
+    found, batch = rotated(folder, heads), {"input_ids": TOKENS}
+    if kind in ("clip", "vit"):
+        batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    wanted = family.features(model, batch)
+    own = {name: found.tensor(stored) for name, stored in family.all_names(folder).items() if stored in folder.infos}
+    changed = {name for name, tensor in own.items() if not torch.equal(tensor, model.get_parameter(name))}
+    model.load_state_dict(own, strict=False)
+    assert len(changed) == 3
+    torch.testing.assert_close(family.features(model, batch), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
+def test_encoders_without_separate_values_are_refused(tmp_path: Path) -> None:
+    ENCODERS["modernbert"]().save_pretrained(tmp_path)
+    folder = ModelFolder(tmp_path, "base")
+    with pytest.raises(ConfigError, match="the values of CLIP, .*, got modernbert in base; use transform=none"):
+        rotated(folder, FAMILIES["modernbert"].value_heads(folder))
 
 
 @pytest.mark.parametrize("width", [1, 12, 48, 64, 576])
@@ -65,7 +96,7 @@ def test_rotations_are_orthogonal_and_spread_every_channel(width: int) -> None:
 def test_models_that_no_rotation_keeps_are_refused(tmp_path: Path, llama: Path) -> None:
     written(tmp_path, "gemma2")
     with pytest.raises(ConfigError, match="rotates decoders of the types llama, .*, got gemma2 in base"):
-        rotated(ModelFolder(tmp_path, "base"))
+        rotated(ModelFolder(tmp_path, "base"), None)
     with pytest.raises(ConfigError, match=re.escape("transform must be one of none, hadamard, got 'fourier'")):
         make_job(config(llama, "transform=fourier"))
     slices = f"merge.slices=[{{expert: {TASKS[0]}, layers: null}}]"
@@ -89,3 +120,10 @@ def test_a_run_writes_a_rotated_model_that_transformers_loads(llama: Path, tmp_p
     one, other = (model(TOKENS).logits for model in models)
     torch.testing.assert_close(one, other, atol=2e-4 * float(other.abs().max()), rtol=0)
     verify(run_in(tmp_path / "feature", llama, *options, "bits=4"), True, "cpu", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "bert", "deberta", "vit"])
+def test_a_run_writes_an_encoder_with_rotated_values(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    hub = hub_of(kind, request, tmp_path / "hub")
+    verify(run_in(tmp_path / "run", hub, "transform=hadamard", "guidance=feature", "eval.samples=4"), True, "cpu", None)
