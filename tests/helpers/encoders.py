@@ -43,6 +43,9 @@ MODELS = {
     "roberta": lambda: t.RobertaModel(t.RobertaConfig(**TEXTS, type_vocab_size=1), add_pooling_layer=False),
     "distilbert": lambda: t.DistilBertModel(t.DistilBertConfig(**DISTIL)),
     "deberta": lambda: t.DebertaV2Model(t.DebertaV2Config(**TEXTS, **BY_DISTANCE)),
+    "electra": lambda: t.ElectraModel(t.ElectraConfig(**TEXTS, embedding_size=64)),
+    "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**TEXTS), add_pooling_layer=False),
+    "deit": lambda: t.DeiTModel(t.DeiTConfig(**IMAGES), add_pooling_layer=False),
     "modernbert": lambda: t.ModernBertModel(t.ModernBertConfig(**TEXTS, **MODERN, local_attention=8)),
 }
 

@@ -55,7 +55,7 @@ def test_a_rotated_model_computes_the_same(kind: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["clip", "vit", "bert", "roberta", "distilbert", "deberta"])
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "modernbert"])
 def test_an_encoder_with_rotated_values_computes_the_same(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, family = ENCODERS[kind]().eval(), FAMILIES[kind]
@@ -66,7 +66,7 @@ def test_an_encoder_with_rotated_values_computes_the_same(kind: str, tmp_path: P
     heads = family.value_heads(folder)
     assert heads is not None and len(heads.values) == 2 * len(heads.outputs) == 2
     found, batch = rotated(folder, heads), {"input_ids": TOKENS}
-    if kind in ("clip", "vit"):
+    if kind in ("clip", "vit", "deit"):
         batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
     wanted = family.features(model, batch)
     own = {name: found.tensor(stored) for name, stored in family.all_names(folder).items() if stored in folder.infos}

@@ -77,11 +77,12 @@ class Tower:
     pixels: bool
 
 
+TEXT_TYPES = "bert roberta xlm-roberta camembert distilbert deberta-v2 electra modernbert mpnet".split()
 TEXTS, IMAGES = Tower(Encoder, False), Tower(Encoder, True)
 TOWERS: Mapping[str, Mapping[str, Tower]] = {
     "clip": {"vision": Tower(ClipImages, True), "text": Tower(ClipTexts, False)},
-    "vit": {"vision": IMAGES},
-    **{kind: {"text": TEXTS} for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "deberta-v2", "modernbert")},
+    **{kind: {"vision": IMAGES} for kind in ("vit", "deit")},
+    **{kind: {"text": TEXTS} for kind in TEXT_TYPES},
 }
 """By `model_type` of config.json; the first one is the default."""
 
