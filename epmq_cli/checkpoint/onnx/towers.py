@@ -77,7 +77,17 @@ class Tower:
     pixels: bool
 
 
-TEXT_TYPES = "bert roberta xlm-roberta camembert distilbert deberta-v2 electra modernbert mpnet".split()
+TEXT_TYPES = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "distilbert",
+    "deberta-v2",
+    "electra",
+    "modernbert",
+    "mpnet",
+]
 TEXTS, IMAGES = Tower(Encoder, False), Tower(Encoder, True)
 TOWERS: Mapping[str, Mapping[str, Tower]] = {
     "clip": {"vision": Tower(ClipImages, True), "text": Tower(ClipTexts, False)},
