@@ -40,7 +40,6 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
 
 
 FAST = ("glm4", "olmo", "gpt_neox")  # norms on both sides of a part, and only after it; parallel parts
-PARALLEL = ("cohere", "falcon", "falcon-40b", "gpt_neox", "gptj", "phi")
 
 
 @pytest.mark.parametrize("kind", only(FAST, TAKEN))
@@ -105,7 +104,7 @@ def test_the_drift_of_a_scaled_stream_is_compensated(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*("glm4", "olmo", "olmo2", "starcoder2"), *PARALLEL, "bloom", "mpt", "xglm"])
+@pytest.mark.parametrize("kind", TAKEN)
 def test_checkpoints_of_these_blocks_reload_with_equal_outputs(kind: str, tmp_path: Path) -> None:
     """Oracle: the student itself; plain transformers loads the checkpoint."""
     hub = decoder_files(tmp_path / "hub", built(TAKEN[kind]))
