@@ -56,7 +56,7 @@ class Exporter(Protocol):
     @property
     def gguf(self) -> str | None:
         """How matrices that are not quantized are stored in model.gguf, which is written into the checkpoint as well
-        (gguf/write.py); None if there is no such file."""
+        (gguf/write.py); None for other formats."""
 
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """ConfigError if the exporter cannot store these formats, or if loaders do not support the family; called

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from epmq_cli.data.texts import check_text, kind_of
+from epmq_cli.data.texts import check_text, kind_of, text_of
 from epmq_cli.errors import DataError, literal
 
 ROLES = {
@@ -75,6 +75,23 @@ def stored(value: Any) -> Any:
         isinstance(each, dict) and ({"role", "content"} <= each.keys() or "from" in each) for each in messages
     )
     return messages if is_chat else value
+
+
+def text_or_chat(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text in a column of a row, or the conversation in it; DataError if it holds neither."""
+    value = stored_value(row, column, where)
+    return chat_of(value, column, where) if isinstance(value, list | tuple) else text_of(value, column, where)
+
+
+def stored_value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """See `stored`; DataError instead of ValueError."""
+    try:
+        return stored(row[column])
+    except ValueError as error:
+        raise DataError(
+            f"{where}: column {column} holds a text that cannot be read ({error}); store it as JSON lines, or choose "
+            "the column that holds the text"
+        ) from error
 
 
 def _literal(text: str) -> list[Any] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from epmq_cli.data.chats import Chat, chat_of, stored
+from epmq_cli.data.chats import Chat, text_or_chat
 from epmq_cli.data.labels import label_numbers, read_labels
 from epmq_cli.data.layouts import Layout, layout_of
 from epmq_cli.data.samples import Split
@@ -75,19 +75,9 @@ class Columns:
             return self._prompted(row, where)
         if self.layout is not None:
             return self.layout.build(row, where)
-        if len(self.inputs) == 1 and isinstance(value := self._stored(row, where), list | tuple):
-            return chat_of(value, self.inputs[0], where)
-        texts = tuple(text_of(row[name], name, where) for name in self.inputs)
-        return texts[0] if len(texts) == 1 else texts
-
-    def _stored(self, row: Mapping[str, Any], where: str) -> Any:
-        try:
-            return stored(row[self.inputs[0]])
-        except ValueError as error:
-            raise DataError(
-                f"{where}: column {self.inputs[0]} holds a text that cannot be read ({error}); store it as JSON lines, "
-                "or choose the column that holds the text"
-            ) from error
+        if len(self.inputs) == 1:
+            return text_or_chat(row, self.inputs[0], where)
+        return tuple(text_of(row[name], name, where) for name in self.inputs)
 
     def _prompted(self, row: Mapping[str, Any], where: str) -> str:
         values = {name: prompt_value(row[name], name, where) for name in self.inputs}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from epmq_cli.data.chats import Chat, chat_of, stored
+from epmq_cli.data.chats import Chat, chat_of, stored_value, text_or_chat
 from epmq_cli.data.texts import kind_of, text_of
 from epmq_cli.errors import DataError
 
@@ -33,13 +33,12 @@ class Layout:
 
 
 def _text(row: Row, where: str) -> str:
-    value = _stored(row, "text", where)
-    return chat_of(value, "text", where) if isinstance(value, list | tuple) else text_of(value, "text", where)
+    return text_or_chat(row, "text", where)
 
 
 def _conversation(column: str) -> Callable[[Row, str], str]:
     def build(row: Row, where: str) -> str:
-        value = _stored(row, column, where)
+        value = stored_value(row, column, where)
         if not isinstance(value, list | tuple):
             raise DataError(
                 f"{where}: column {column} holds {kind_of(value)}, not a list of messages; set data.text to the "
@@ -53,7 +52,7 @@ def _conversation(column: str) -> Callable[[Row, str], str]:
 
 def _completion(row: Row, where: str) -> str:
     """Two texts are joined; two lists of messages make a conversation."""
-    prompt, completion = (_stored(row, name, where) for name in ("prompt", "completion"))
+    prompt, completion = (stored_value(row, name, where) for name in ("prompt", "completion"))
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
         return chat_of([*prompt, *completion], "prompt", where, _tools(row, where))
     return text_of(prompt, "prompt", where) + text_of(completion, "completion", where)
@@ -76,7 +75,7 @@ LAYOUTS = (
     Layout(("instruction", "output"), ("input", "system"), _instruction("output", "input")),
     Layout(("instruction", "response"), ("context", "system"), _instruction("response", "context")),
 )
-"""The layouts, of which the first that fits counts."""
+"""The first layout that fits counts."""
 
 
 def layout_of(available: Collection[str], where: str, option: str) -> Layout:
@@ -89,16 +88,6 @@ def layout_of(available: Collection[str], where: str, option: str) -> Layout:
         f"{where} has the columns {', '.join(map(str, available)) or 'none'}, and epmq knows {known}; set {option} to "
         "the column of the text or the conversation, or data.prompt to a text with {column} placeholders"
     )
-
-
-def _stored(row: Row, column: str, where: str) -> Any:
-    try:
-        return stored(row[column])
-    except ValueError as error:
-        raise DataError(
-            f"{where}: column {column} holds a text that cannot be read ({error}); store it as JSON lines, or choose "
-            "the column that holds the text"
-        ) from error
 
 
 def _tools(row: Row, where: str) -> list[Any]:

@@ -17,7 +17,7 @@ CACHES = ("cache", "past_key_values")
 def cached_attentions(model: nn.Module) -> list[str]:
     """The names of the attentions that take a cache of keys and values, in the order of the model: the innermost such
     modules; blocks that hand a cache on are none."""
-    names = [name for name, module in model.named_modules() if name and _argument(module) is not None]
+    names = [name for name, module in model.named_modules() if name and cache_argument(module) is not None]
     inner = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     return [name for name in inner if "att" in name.rpartition(".")[2]]
 
@@ -44,7 +44,7 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Recor
     recorders = {name: Recorder() for name in names}
 
     def hook(recorder: Recorder) -> Any:
-        return lambda module, args, options: (args, {**options, _argument(module): recorder})
+        return lambda module, args, options: (args, {**options, cache_argument(module): recorder})
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(hook(recorder), with_kwargs=True)
@@ -57,7 +57,7 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Recor
             handle.remove()
 
 
-def _argument(module: nn.Module) -> str | None:
+def cache_argument(module: nn.Module) -> str | None:
     """The argument of a module that takes the cache; None if it has none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in CACHES if name in parameters), None)

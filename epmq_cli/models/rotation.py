@@ -10,7 +10,7 @@ R is a Hadamard matrix times random signs; a width that is no power of two has a
 the same for all models of one width, so that rotated models can be merged.
 
 Of encoders only the values are rotated. Each has a LayerNorm whose gain is written to the stream itself (CLIP's first
-one, those behind each part of BERT), and a gain is no gain any more in rotated axes.
+one, those behind each part of BERT), and in rotated axes a gain does not scale channels.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def rotated(folder: ModelFolder, encoder: ValueHeads | None) -> ModelFolder:
     if kind not in MODEL_TYPES or TABLE not in folder.infos:
         raise ConfigError(
             f"transform=hadamard rotates decoders of the types {', '.join(MODEL_TYPES)} and the values of CLIP, ViT, "
-            f"BERT, RoBERTa, DistilBERT and DeBERTa, got {kind} in {folder.role}; use transform=none"
+            f"DeiT, BERT, RoBERTa, DistilBERT, DeBERTa, ELECTRA and MPNet, got {kind} in {folder.role}; use "
+            "transform=none"
         )
     config = {**folder.config, "tie_word_embeddings": False}
     return ModelFolder(folder.path, folder.role, config, Rotated(folder.source, config))

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.data.batching import Batch, size, split
+from epmq_cli.data.batching import Batch
 from epmq_cli.data.sampling import batches
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline.calibration import TOP
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed
 
 SAMPLES = 64  # of each task, evenly over its test samples
 TOKENS = 1 << 14  # at most, of language models
-TOP = 64  # classes of each token that are kept of the experts of language models
 
 Compared = Mapping[str, Sequence[tuple[Batch, SoftLabels]]]
 """Batches of each task with its expert's outputs."""
@@ -80,11 +80,7 @@ def _outputs_of(context: RunContext, expert: nn.Module, task: ScoredTask) -> Ite
 def _logits(context: RunContext, model: nn.Module, batch: Batch, task: ScoredTask) -> Tensor:
     """The logits (rows, classes) of a batch, some samples at a time."""
     family = context.job.family
-
-    def run(samples: int) -> Tensor:
-        return torch.cat([outputs(family, model, part, task.head).logits for part in split(batch, samples)])
-
-    return context.scorer.micro.run(run, count=size(batch))
+    return context.scorer.micro.rows(lambda part: outputs(family, model, part, task.head).logits, batch)
 
 
 def _batches(context: RunContext, task: ScoredTask) -> Iterator[Batch]:

@@ -47,7 +47,7 @@ class MixedPrecision:
     """Quantizers that differ only in their formats, in ascending order of bits.
 
     One of two limits: `bits`, the maximum average over all weights, or `budget`, the maximum bytes of the weight files,
-    of which `sizes` has the parts once the model is known. A first walk measures the loss of each group in each format
+    whose parts are in `sizes` once the model is known. A first walk measures the loss of each group in each format
     (`Trial`); the last walk quantizes each group in the format that the trial chooses.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from epmq_cli.data.suite import Task
 from epmq_cli.families.processors import check_not_truncated, tokens
 from epmq_cli.families.rendering import chat_ids, text_start
 from epmq_cli.families.tasks.adapter import TaskAdapter
+from epmq_cli.models.attention import cache_argument
 from epmq_cli.models.processor_folder import Processor
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class LanguageModel(TaskAdapter):
 def _written(model: nn.Module, batch: Batch) -> Tensor:
     """The starts with the tokens that the model writes, (samples, tokens)."""
     ids, fed, cache = batch["input_ids"], batch["input_ids"], None
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # of 5.23
+    name = str(cache_argument(model))
     for draw in batch[DRAWS].T:
         output = model(input_ids=fed, use_cache=True, **{name: cache})
         chances, cache = output.logits[:, -1].double().softmax(-1).cumsum(-1), getattr(output, name)
