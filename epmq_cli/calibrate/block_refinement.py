@@ -84,17 +84,28 @@ class Chunks:
     """Calibration batches in chunks of at most `most` samples, which go through a model in parts of at most `samples`
     samples.
 
-    `whole`: the batches. `counts`: by task, the number of parts of each batch.
+    `whole`: the batches. `counts`: by task, the number of parts of each batch. `views`: the number of views of each
+    sample, see `with_views`, which are held out together.
     """
 
-    def __init__(self, batches: Batches, samples: int = ALL, most: int = ALL) -> None:
-        self.whole = batches
+    def __init__(self, batches: Batches, samples: int = ALL, most: int = ALL, views: int = 1) -> None:
+        self.whole, self._samples, self._views = batches, samples, views
         self._chunks = {
             task: [[split(chunk, samples) for chunk in split(batch, most)] for batch in group]
             for task, group in batches.items()
         }
-        self._sizes = {task: [size(batch) for batch in group] for task, group in batches.items()}
         self.counts = {task: [sum(map(len, batch)) for batch in group] for task, group in self._chunks.items()}
+
+    def at_most(self, most: int) -> Chunks:
+        """The same batches in smaller chunks."""
+        return Chunks(self.whole, self._samples, most, self._views)
+
+    def held(self, task: str) -> list[Tensor]:
+        """Which samples (samples,) of each part of a task are held out."""
+        masks = members("held", [size(batch) // self._views for batch in self.whole[task]])
+        every = torch.cat([mask.repeat(self._views) for mask in masks if mask is not None])
+        parts = [part for batch in self._chunks[task] for chunk in batch for part in chunk]
+        return list(torch.split(every, [size(part) for part in parts]))
 
     def parts(self) -> dict[str, Sequence[Batch]]:
         """The parts of each task, one after the other."""
@@ -111,8 +122,6 @@ class Chunks:
         }
 
     def _paired(self, task: str, states: Iterator[tuple[HiddenState, HiddenState]]) -> Iterator[list[list[BlockPart]]]:
-        masks = members("held", self._sizes[task])
-        for batch, mask in zip(self._chunks[task], masks, strict=True):
-            assert mask is not None
-            held = iter(torch.split(mask, [size(part) for chunk in batch for part in chunk]))
+        held = iter(self.held(task))
+        for batch in self._chunks[task]:
             yield [[BlockPart(*next(states), next(held)) for _ in chunk] for chunk in batch]

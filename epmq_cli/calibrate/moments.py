@@ -113,7 +113,7 @@ class Measure:
             drift, xp = self._dd.square_rows().to(W.dtype), (xp.to(W.dtype) @ W.T).double()
             p = (W @ p.to(W.dtype)).double()
             pp = shared.all_reduce(((W @ drift.T) * W[:, own]).sum(1).double())
-        norm = float(shared.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), len(self._x)).norm())
+        norm = frobenius(xx, shared)
         tokens = float(shared.all_reduce(torch.tensor(self.tokens, dtype=torch.float64)))
         return Moments(xx, norm, shared.all_reduce(self._x), tokens, xp, p, pp)
 
@@ -128,6 +128,11 @@ class Measure:
     def _add_part(self, weighted: Tensor, part: Tensor, weights: Tensor | None) -> None:
         self._xp.add(weighted, part)
         self._p = self._p + (part.sum(0) if weights is None else weights @ part).double()
+
+
+def frobenius(xx: Tensor, sharing: Sharing = ALONE) -> float:
+    """||sum w x x'||_F from this process's rows of the sum."""
+    return float(sharing.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), xx.shape[1]).norm())
 
 
 def task_weight(norm: float, tokens: float, kind: str) -> float:

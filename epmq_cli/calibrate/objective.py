@@ -20,6 +20,7 @@ Processes can split the work: each accumulates its own rows of H, columns of S a
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -46,6 +47,14 @@ class Objective:
         self._H, self._S, self._h = zeros((columns, width)), zeros((out, columns)), zeros((width,))
         self._H[:, self._columns].fill_diagonal_(lam)
         self._u, self._constant, self._beyond = zeros((out,)), zeros((out,)), zeros((out,))
+
+    def plus(self, other: Objective) -> Objective:
+        """The sum of two objectives with the same anchor, one of them with lam 0."""
+        total = copy.copy(self)
+        total._N, total._lam = self._N + other._N, self._lam + other._lam
+        for name in ("_H", "_S", "_h", "_u", "_constant", "_beyond"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
 
     def add(self, moments: Moments, expert: Affine, s: float) -> None:
         """Adds a task with weight s_t: its moments, and the expert."""

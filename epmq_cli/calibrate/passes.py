@@ -10,7 +10,6 @@ from epmq_cli.calibrate.block_refinement import BlockRefiner, Chunks
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import QuantizerOf, Walk
-from epmq_cli.data.batching import ALL, Batches
 from epmq_cli.families.family import linear_groups
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Trial
 from epmq_cli.quantize.none import NoQuantizer
@@ -30,18 +29,16 @@ def no_progress(name: str, account: Account | None = None) -> WalkProgress:
 
 def run_passes(
     student: Student,
-    batches: Batches,
+    chunks: Chunks,
     quantizer: Quantizer | MixedPrecision,
     store: ActivationStore | None = None,
     progress_for: ProgressFor = no_progress,
-    samples: int = ALL,
     refiner: BlockRefiner | None = None,
 ) -> WalkResult:
     """Runs `guidance.sweeps` walks. Only the last one quantizes. Each is anchored at the result of the one before.
 
     Mixed precision measures the losses of its formats in the first walk. If that is the only walk, it runs twice.
-    `progress_for`: opens the progress of each walk. `store`: see Walk. `samples`: how many samples of a batch
-    run through the model at a time. `refiner`: of the last walk.
+    `progress_for`: opens the progress of each walk. `chunks`, `store`: see Walk. `refiner`: of the last walk.
     """
     groups = linear_groups(student.model, student.family)
     trial, single = (Trial(quantizer), NoQuantizer()) if isinstance(quantizer, MixedPrecision) else (None, quantizer)
@@ -51,8 +48,8 @@ def run_passes(
     def run_walk(name: str, quantizer_of: QuantizerOf, account: Account | None = None) -> WalkResult:
         walker = replace(student, guidance=guidance)  # without the scales that an earlier walk has folded
         own = refiner if name == LAST else None
-        chunks = Chunks(batches, samples, ALL if own is None else own.batch_size)
-        return Walk(walker, chunks, quantizer_of, store, progress_for(name, account), own).run()
+        parts = chunks if own is None else chunks.at_most(own.batch_size)
+        return Walk(walker, parts, quantizer_of, store, progress_for(name, account), own).run()
 
     if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from epmq_cli.calibrate.held_out_step import Step
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.quantizer import LayerProblem, Prepared, QuantizationResult, Quantizer, nothing
@@ -43,6 +44,7 @@ class LayerRecord:
     relative to its mean diagonal; `damping_retries`: the number of times that one of them was raised. The losses of the
     anchor, of the unquantized target and of the result are relative to the energy of the outputs of the experts'
     weights; None if the inputs were not measured. `fallback`: the method that replaced the quantizer, if any.
+    `step`: the share of the way from the merged weight to the unquantized optimum, None without `guidance.safe`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerRecord:
     loss_target: float | None
     loss: float | None
     fallback: str | None
+    step: float | None = None
 
 
 def solve(
@@ -65,13 +68,16 @@ def solve(
     inputs: InputRange,
     quantizer: Quantizer,
     dtype: torch.dtype,
+    step: Step | None = None,
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
     """Targets and quantized weights of the linears of one group.
 
     The linears are stacked in the problem, with `outs` rows each, and quantized together because they share H. One
-    process solves for the target while another prepares the quantizer; then each process does its own rows.
+    process solves for the target while another prepares the quantizer; then each process does its own rows. `step`:
+    towards the solution, if the target is not the solution itself.
     """
-    (target, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
+    (optimum, solved), prepared = distributed.split_jobs([problem.solve, partial(quantizer.prepare, problem.H)])
+    target = optimum if step is None else step.towards(optimum)
     best = target[problem.rows]
     layer = LayerProblem(
         tuple(names),
@@ -83,7 +89,7 @@ def solve(
         inputs.largest,
     )
     weights, own, result = _quantized(quantizer, layer, outs, prepared)
-    losses_of = partial(problem.loss, target=target, solved=solved)
+    losses_of = partial(problem.loss, target=optimum, solved=solved)
     columns = [problem.anchor_loss(), losses_of(best), losses_of(own), problem.energy()]
     bias = problem.bias(own)
     gathered = distributed.all_gather_rows(torch.stack(columns if bias is None else [*columns, bias], 1), sum(outs))
@@ -99,6 +105,7 @@ def solve(
             loss_target=loss_target,
             loss=loss,
             target_damping=None,
+            step=None if step is None else step.share,
         )
         if solved is not None:
             retries = result.retries + solved.retries

@@ -72,8 +72,7 @@ class Walk:
         self.stacks = self.family.stacks(student.model)
         self.measures = self.guidance.needs_inputs or self._quantizers_need_inputs()
         self.taught = self.guidance.teaches or refiner is not None
-        self.chunks = chunks
-        self.refinement = None if refiner is None else BlockRefinement(refiner, student, chunks)
+        self.chunks, self.refinement = chunks, BlockRefinement(refiner, student, chunks) if refiner else None
         self.own = self.others = chunks.parts()  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
         self.teacher_streams: dict[str, list[HiddenState]] = {}
@@ -232,18 +231,20 @@ class Walk:
     ) -> Iterator[LayerInputs]:
         """The inputs of a step for each part of a batch. Without a teacher, its rows are the student's."""
         teachers, scales = self.teacher_streams.get(task), self.student.read_scales(section.name(spec.names[0]))
+        held = iter(self.chunks.held(task)) if self.guidance.safe else None
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
                 own = spec.rows(stream, section.module)
                 weights = stream.weights(spec.token, self.guidance.readout_weight)
+                apart = None if held is None else spec.tokens_of(next(held), stream, len(own[0]))
                 if teachers is None or teacher is None:
-                    yield LayerInputs(own, own, weights)
+                    yield LayerInputs(own, own, weights, apart)
                 else:
                     with teachers[index].loaded():
                         others = spec.rows(teachers[index], teacher)
                         if scales is not None:
                             others[0] = others[0] / scales
-                        yield LayerInputs(own, others, weights)
+                        yield LayerInputs(own, others, weights, apart)
 
     def _linears(self, section: Section, teacher: nn.Module, local: Sequence[str], spec: CaptureSpec) -> None:
         """Solves and quantizes linears that read the same input."""
@@ -255,8 +256,8 @@ class Walk:
             refinement.keep_anchors(section, local)
         if self.measures:
             rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
-            objective, inputs_seen = measure_objective(self.student, names, rows, scale)
-            solutions, records = solve(objective.closed(), names, outs, inputs_seen, quantizer, dtype)
+            problem, step, inputs_seen = measure_objective(self.student, names, rows, scale)
+            solutions, records = solve(problem, names, outs, inputs_seen, quantizer, dtype, step)
         else:
             solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
         if refinement is not None:

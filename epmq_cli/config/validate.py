@@ -65,7 +65,7 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     options = list(allowed)
     names = ", ".join(option if isinstance(option, str) else literal(option) for option in options)
     _note(name, "true or false" if options == [True, False] else f"one of {names}")
-    if value not in options or isinstance(value, bool) != isinstance(options[0], bool):
+    if not any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in options):
         raise ConfigError(f"{name} must be one of {names}, got {literal(value)}")
 
 

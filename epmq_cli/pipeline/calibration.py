@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.guidance import LIMITS, Guidance
 from epmq_cli.calibrate.heads import solved_head
 from epmq_cli.calibrate.passes import ProgressFor, no_progress, run_passes
@@ -37,6 +38,7 @@ from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed, memory
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
+HELD_OUT = 4  # as many more with guidance.safe: moments and H of held-out tokens, H of all, a second factor
 
 REFINED = 40  # bytes for each weight of a block: start, offset, best, target, anchor, value, gradient and its sum
 
@@ -157,7 +159,8 @@ def calibrate(
                 choice = tune_guidance(student, divergence, context.progress)
                 guidance = choice.guidance
             guided = replace(student, guidance=guidance)
-            walk = run_passes(guided, viewed, quantizer, store, context.progress.of_walk, samples, refiner)
+            chunks = Chunks(viewed, samples, views=job.calib.views)
+            walk = run_passes(guided, chunks, quantizer, store, context.progress.of_walk, refiner)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))
@@ -170,7 +173,8 @@ def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
     largest = max(sum(p.numel() for p in block.module.parameters()) for block in job.family.blocks(model))
     refined = 0 if job.blocks is None else REFINED * largest
-    return sum(tensor.nbytes for tensor in samples) + MATRICES * 8 * width**2 + refined
+    matrices = MATRICES + HELD_OUT if job.guidance.safe else MATRICES
+    return sum(tensor.nbytes for tensor in samples) + matrices * 8 * width**2 + refined
 
 
 def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:
@@ -212,7 +216,7 @@ class HeldOutDivergence:
         """The divergence after an unquantized walk with this guidance. `progress_for`: see `run_passes`."""
         student, total = replace(self._student, guidance=guidance), 0.0
         student.reference.restore(student.model)
-        run_passes(student, self._fitted, NoQuantizer(), self._store, progress_for, self._samples)
+        run_passes(student, Chunks(self._fitted, self._samples), NoQuantizer(), self._store, progress_for)
         for task in self._tasks:
             sums = torch.zeros(2, dtype=torch.float64)
             for out, labels in zip(self._outputs(task), self._labels[task.name], strict=True):

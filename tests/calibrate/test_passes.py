@@ -34,7 +34,7 @@ def test_each_pass_is_anchored_at_the_one_before_and_only_the_last_is_quantized(
     copy_into(model, start)
     student = Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
     with torch.inference_mode():
-        found = run_passes(student, batches, job.quantizer)
+        found = run_passes(student, Chunks(batches), job.quantizer)
         swept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         copy_into(model, start)
         results = []

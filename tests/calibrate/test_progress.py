@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.progress import WalkProgress, WalkResult
 from epmq_cli.calibrate.student import Student
@@ -40,7 +41,7 @@ def run_walk(hub: Path, progress: RunProgress, *options: str) -> tuple[WalkResul
     merged = LazyMerge(models.source, job.merge, dtype)
     copy_into(model, merged)
     student = Student(model, job.family, guide.references(job, model, merged), job.guidance, dtype)
-    result = run_passes(student, batches, job.quantizer, progress_for=progress.of_walk)
+    result = run_passes(student, Chunks(batches), job.quantizer, progress_for=progress.of_walk)
     return result, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

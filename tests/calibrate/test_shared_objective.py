@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, multiprocessing
 
-from epmq_cli.calibrate.moments import Measure, task_weight
+from epmq_cli.calibrate.held_out_step import best_step
+from epmq_cli.calibrate.moments import Measure, frobenius, task_weight
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.quadratic import Affine
 from epmq_cli.calibrate.solve_layer import InputRange, solve
@@ -33,21 +34,25 @@ def affine(seed: int) -> Affine:
 def solve_part(by_drift: bool) -> dict[str, Tensor]:
     """The results of this process for its part of the batches."""
     anchor = affine(100)
-    objective = Objective(anchor, 0.05, True, distributed)
+    objectives = [Objective(anchor, lam, True, distributed) for lam in (0.05, 0.0)]
     for task in range(TASKS):
-        expert, measure = affine(200 + 10 * task), Measure(distributed)
+        expert, measures = affine(200 + 10 * task), [Measure(distributed) for _ in objectives]
         for batch in distributed.rank_slice(range(BATCHES)):
             X, drift = (rand(5, IN, seed=1000 * task + 10 * batch + other) for other in range(2))
-            if by_drift:
-                measure.add_drift(X, drift, None)
-            else:
-                measure.add(X, drift @ expert.weight.T, None)
-        moments = measure.moments(expert.weight if by_drift else None)
-        objective.add(moments, expert, task_weight(moments.norm, moments.tokens, "frobenius"))
-    problem = objective.closed()
+            for measure, own in zip(measures, (slice(4), slice(4, None)), strict=True):
+                if by_drift:
+                    measure.add_drift(X[own], drift[own], None)
+                else:
+                    measure.add(X[own], drift[own] @ expert.weight.T, None)
+        moments = [measure.moments(expert.weight if by_drift else None) for measure in measures]
+        norm = frobenius(moments[0].xx + moments[1].xx, distributed)
+        for objective, part in zip(objectives, moments, strict=True):
+            objective.add(part, expert, task_weight(norm, 30.0, "frobenius"))
+    problem = objectives[0].plus(objectives[1]).closed()
+    step = best_step(objectives[0].closed(), objectives[1].closed(), anchor.weight)
     target, (found, records) = (
         problem.solution(distributed),
-        solve(problem, ("q", "k"), list(OUTS), InputRange(30, 4.0), GPTQ, torch.float32),
+        solve(problem, ("q", "k"), list(OUTS), InputRange(30, 4.0), GPTQ, torch.float32, step),
     )
     assert target.bias is not None
     weights = torch.cat([solution.weight.dequantize() for solution in found])

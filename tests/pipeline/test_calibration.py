@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel, CLIPModel, CLIPVisionModel
 
+from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.passes import run_passes
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.tune import GRID
@@ -143,7 +144,7 @@ def test_auto_minimises_the_hold_out_error_and_keeps_the_model(
     for task in tasks:
         with swapped_weights(model, {part: reference.expert(task.name, part) for part in models.source.names}):
             expected[task.name] = logits(task)
-    run_passes(replace(student, guidance=choice.guidance), fitted, NoQuantizer())
+    run_passes(replace(student, guidance=choice.guidance), Chunks(fitted), NoQuantizer())
     divergences = []
     for task in tasks:
         own, wanted = ((rows.double() / 2).log_softmax(-1) for rows in (logits(task), expected[task.name]))

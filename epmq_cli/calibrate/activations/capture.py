@@ -18,12 +18,14 @@ class LayerInputs:
     """The inputs of a step in one batch.
 
     `student` and `teacher`: rows (tokens, width) of the step's input and, if captured, of the residual stream.
-    `weights`: the weights of the tokens; None if all are 1.
+    `weights`: the weights of the tokens; None if all are 1. `held`: which tokens are of samples that are held out; None
+    if nothing is.
     """
 
     student: list[Tensor]
     teacher: list[Tensor]
     weights: Tensor | None
+    held: Tensor | None = None
 
     def copied(self) -> LayerInputs:
         """Copies of the rows. They stay valid when the forward passes continue."""
@@ -38,8 +40,20 @@ class LayerInputs:
         own = [joined(rows) for rows in zip(*(part.student for part in parts), strict=True)]
         same = parts[0].teacher is parts[0].student
         other = own if same else [joined(rows) for rows in zip(*(part.teacher for part in parts), strict=True)]
-        weights = [part.weights for part in parts if part.weights is not None]
-        return cls(own, other, joined(weights) if weights else None)
+        weights, held = (
+            [one for one in each if one is not None]
+            for each in ([part.weights for part in parts], [part.held for part in parts])
+        )
+        return cls(own, other, joined(weights) if weights else None, joined(held) if held else None)
+
+    def parts(self) -> list[LayerInputs]:
+        """The rows of the tokens that are not held out and of those that are; all rows if nothing is held out."""
+        return [self] if self.held is None else [self._of(~self.held), self._of(self.held)]
+
+    def _of(self, tokens: Tensor) -> LayerInputs:
+        own = [rows[tokens] for rows in self.student]
+        other = own if self.teacher is self.student else [rows[tokens] for rows in self.teacher]
+        return LayerInputs(own, other, None if self.weights is None else self.weights[tokens])
 
 
 @dataclass(frozen=True)
@@ -73,3 +87,10 @@ class CaptureSpec:
             captured.append(stream.captured(self.stream))
         mask = stream.memory if self.memory else stream.mask
         return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in captured]
+
+    def tokens_of(self, samples: Tensor, stream: HiddenState, count: int) -> Tensor:
+        """The mask (tokens,) of the tokens of some samples among `count` rows; `samples`: a mask (samples,)."""
+        mask, samples = stream.memory if self.memory else stream.mask, samples.to(stream.hidden.device)
+        if mask is None or count == len(samples):
+            return samples.repeat_interleave(count // len(samples))
+        return samples[:, None].expand(mask.shape)[mask]
