@@ -35,7 +35,8 @@ class Guidance:
     `always`, `never` or `own` (if each task has its own head). `sweeps`: the number of walks through the model, each
     anchored at the result of the one before. `task_weight`: s_t, see moments.py. `weights`: factors on s_t by task,
     null for 1. `safe`: whether a fifth of the samples is held out and decides how far each group of linears moves from
-    its merged weights towards its target (`decoders`: only for decoders).
+    its merged weights towards its target (`decoders`: only for decoders). `prompt_weight`: the weight in (0, 1] of the
+    tokens of conversations that are not the assistant's.
     """
 
     targets: str
@@ -53,6 +54,7 @@ class Guidance:
     task_weight: str
     weights: Mapping[str, float] | None
     safe: bool | Literal["decoders"] = False
+    prompt_weight: float = 1
 
     def __post_init__(self) -> None:
         check_choice("guidance.targets", self.targets, TARGETS)
@@ -64,6 +66,7 @@ class Guidance:
         check_range("guidance.readout_weight", self.readout_weight, 0, 1, open_low=True)
         check_choice("guidance.safe", self.safe, (True, False, DECODERS))
         check_choice("guidance.heads", self.heads, ("always", "never", "own"))
+        check_range("guidance.prompt_weight", self.prompt_weight, 0, 1, open_low=True)
         check_range("guidance.sweeps", self.sweeps, 1, 10, integer=True)
         check_choice("guidance.task_weight", self.task_weight, TASK_WEIGHTS)
         for task, weight in (self.weights or {}).items():

@@ -235,7 +235,7 @@ class Walk:
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
                 own = spec.rows(stream, section.module)
-                weights = stream.weights(spec.token, self.guidance.readout_weight)
+                weights = stream.weights(spec.token, self.guidance)
                 apart = None if held is None else spec.tokens_of(next(held), stream, len(own[0]))
                 if teachers is None or teacher is None:
                     yield LayerInputs(own, own, weights, apart)

@@ -18,6 +18,8 @@ Batches = Mapping[str, Sequence[Batch]]
 """The batches of each task."""
 
 ALL = sys.maxsize  # as a number of samples: no limit
+ANSWERS = "answers"
+"""The tensor of a batch that is 1 for the tokens of the assistant's words and 0 for others: (samples, tokens)."""
 
 
 Collate = Callable[[list[Any]], Batch]

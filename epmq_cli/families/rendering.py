@@ -27,17 +27,47 @@ CLOCK = (
 )
 AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # the chat template writes special tokens itself
 WORDS = "Lorem ipsum"  # a user's words, to find the place of the first ones in a template
+ASSISTANT = "assistant"
 THOUGHT = "</think>"  # templates drop the text of earlier answers in front of it
 
 
-def chat_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
+def chat_ids(
+    folder: Path, chats: Sequence[Chat], processor: Processor | None = None, answers: bool = False
+) -> list[Tensor]:
     """The token ids (tokens,) of each conversation by the chat template of `processor`, or of `folder` if that has
-    none; both as for TaskAdapter.collate."""
+    none; both as for TaskAdapter.collate. `answers`: (tokens, 2), with 1 beside the tokens of the assistant's words and
+    the token behind them, which ends an answer, and 0 beside others."""
     encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
     if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
         processor, tokenizer = None, own_tokenizer(folder)
     texts = rendered(tokenizer, processor.folder if processor else folder, chats)
-    return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
+    if not answers:
+        return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
+    found = []
+    for chat, text in zip(chats, texts, strict=True):
+        encoding = encode(text, return_offsets_mapping=True, **AS_RENDERED)
+        marks = _answered(text, chat, encoding["offset_mapping"][0])
+        found.append(torch.stack([encoding["input_ids"][0], marks.long()], 1))
+    return found
+
+
+def _answered(text: str, chat: Chat, offsets: Tensor) -> Tensor:
+    """Which tokens (tokens,) are the assistant's. `offsets`: their first characters in the text and those behind them,
+    (tokens, 2)."""
+    marks, place = torch.zeros(len(offsets), dtype=torch.bool), 0
+    starts, ends = offsets.T
+    for message in chat.messages:
+        words = message["content"].rpartition(THOUGHT)[2].strip()
+        start = text.find(words, place)
+        if start < 0:
+            continue
+        place = start + len(words)
+        if message["role"] == ASSISTANT and words:
+            own = (starts < place) & (ends > start)
+            marks |= own
+            if own.any() and (behind := int(own.nonzero()[-1]) + 1) < len(marks):
+                marks[behind] = True
+    return marks
 
 
 def text_start(folder: Path, processor: Processor | None = None) -> Tensor:

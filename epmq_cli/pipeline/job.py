@@ -26,6 +26,7 @@ from epmq_cli.pipeline.option_checks import (
     check_generation,
     check_gradients,
     check_kv_cache,
+    check_prompts,
     check_refinement,
     check_scoring,
     check_slices,
@@ -116,6 +117,7 @@ def read_job(cfg: DictConfig) -> Job:
     check_transform(cfg.transform, merge)
     calib: schema.Calib = instantiate.build("calib", cfg.calib)
     check_generation(calib, family)
+    check_prompts(guidance, calib, family)
     instantiate.check_device(cfg.device)
     refine, blocks = _refinements(instantiate.build("refine", cfg.refine))
     budget = None if cfg.budget is None else schema.bytes_of("budget", cfg.budget)

@@ -139,6 +139,15 @@ def check_generation(calib: Calib, family: Family) -> None:
         )
 
 
+def check_prompts(guidance: Guidance, calib: Calib, family: Family) -> None:
+    """Raises ConfigError if prompts shall weigh less than answers and there are none."""
+    if guidance.prompt_weight != 1 and (calib.source == GENERATE or not isinstance(family.tasks, LanguageModel)):
+        raise ConfigError(
+            f"guidance.prompt_weight={guidance.prompt_weight:g} needs language models and data with conversations, got "
+            f"models of family {family.name} and calib.source={calib.source}; leave it at 1"
+        )
+
+
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
     """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
     scored on their test samples."""

@@ -154,14 +154,25 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
             drawn[task.name] = [{name: x.to(job.device) for name, x in batch.items()} for batch in own_starts]
             continue
         if isinstance(job.family.tasks, LanguageModel):
-            samples = sequences(task, partial(_tokens, job.family, base, task, own), job.calib.samples, job.seed)
+            samples = sequences(task, partial(_tokens, job, base, task, own), job.calib.samples, job.seed)
             check_some(task.name, "train", len(samples))
+            check_answers(task.name, samples.inputs)
         else:
             samples = draw(task, job.calib.samples, job.seed).by_length()
             check_inputs(job.family, task.name, samples.inputs)
         places = [size * number for number in _own_batches(task.name, math.ceil(len(samples) / size))]
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, places))
     return drawn
+
+
+def check_answers(task: str, samples: Sequence[Tensor]) -> None:
+    """DataError if answers of a task shall weigh more than prompts, and it has no prompts or no answers."""
+    if samples[0].ndim == 2 and len(marks := {mark for own in samples for mark in own[:, 1].tolist()}) < 2:
+        kind = "texts, not conversations" if 1 in marks else "conversations without an answer of the assistant"
+        raise DataError(
+            f"task {task} has {kind}, so guidance.prompt_weight has nothing to weigh; leave it at 1, or set "
+            f"suite.tasks.{task}.data to conversations"
+        )
 
 
 def warn_of_shared_data(job: Job) -> None:
@@ -187,14 +198,13 @@ def _own_batches(task: str, count: int) -> Sequence[int]:
     return numbers
 
 
-def _tokens(
-    family: Family, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]
-) -> list[Tensor]:
-    check_inputs(family, task.name, documents)
-    assert isinstance(family.tasks, LanguageModel)
+def _tokens(job: Job, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]) -> list[Tensor]:
+    check_inputs(job.family, task.name, documents)
+    language, answers = job.family.tasks, job.guidance.prompt_weight != 1
+    assert isinstance(language, LanguageModel)
     if task.packing:
-        return [family.tasks.tokens(folder, documents, processor)]
-    return family.tasks.each(folder, documents, processor)
+        return [language.tokens(folder, documents, processor, answers)]
+    return language.each(folder, documents, processor, answers)
 
 
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:

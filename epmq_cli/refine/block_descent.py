@@ -126,12 +126,12 @@ class _Rows:
     held: Tensor
 
     @classmethod
-    def of(cls, part: BlockPart, token: int | None, others: float, held_out: bool) -> _Rows:
+    def of(cls, part: BlockPart, token: int | None, guidance: Guidance, held_out: bool) -> _Rows:
         with part.student.loaded():
             hidden, mask = part.student.hidden, part.student.mask
             outside = (part.held & held_out).to(hidden.device).view(-1, *[1] * (hidden.ndim - 1))
             held = real_tokens(outside.expand(*hidden.shape[:-1], 1), mask)[:, 0]
-            weights = part.student.weights(token, others)
+            weights = part.student.weights(token, guidance)
             own = torch.ones_like(held, dtype=hidden.dtype) if weights is None else weights
             return cls(part, None if mask is None else mask.clone(), own, held)
 
@@ -158,7 +158,7 @@ class BlockErrors:
         self._module, guidance = problem.block.module, problem.student.guidance
         self._chunks = {
             task: [
-                [_Rows.of(part, problem.token, guidance.readout_weight, held_out) for part in chunk]
+                [_Rows.of(part, problem.token, guidance, held_out) for part in chunk]
                 for batch in group
                 for chunk in batch
             ]

@@ -3,13 +3,18 @@ probabilities."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from epmq_cli.errors import ConfigError
+from epmq_cli.calibrate.activations.hidden_state import enter
+from epmq_cli.calibrate.activations.store import ActivationStore
+from epmq_cli.data.batching import ANSWERS
+from epmq_cli.errors import ConfigError, DataError
 from epmq_cli.families.processors import tokens
 from epmq_cli.families.tasks.language_model import DRAWS
 from epmq_cli.models.weights import copy_into
@@ -19,6 +24,7 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.hubs import config, walk
 from tests.helpers.minihub import decoder_hub
+from tests.helpers.tiers import slow
 
 APART = "+suite.each={packing: false}"
 
@@ -117,3 +123,48 @@ def test_a_stride_is_at_most_a_window(hub: Path) -> None:
 def test_other_models_write_no_text(bert_hub: Path) -> None:
     with pytest.raises(ConfigError, match="calib.source=generate lets language models write text, got models of fam"):
         make_job(config(bert_hub, "calib.source=generate"))
+
+
+def talking(folder: Path, role: str = "assistant") -> Path:
+    """A hub with conversations as its texts. `role`: who answers."""
+    decoder_hub(folder, "llama")
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ eos_token }}{% endfor %}"
+    (folder / "base" / "chat_template.jinja").write_text(template)
+    for path in folder.glob("*.jsonl"):
+        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        talks = [[{"role": "user", "content": a}, {"role": role, "content": b}] for a, b in itertools.pairwise(texts)]
+        path.write_text("".join(json.dumps({"text": talk}) + "\n" for talk in talks))
+    return folder
+
+
+@pytest.mark.parametrize("apart", [(), slow(((APART,),))])
+def test_prompts_weigh_less_than_answers(apart: tuple[str, ...], tmp_path: Path) -> None:
+    options = (*apart, "guidance=expert", "guidance.safe=false", "quant=none", "calib.samples=12", "calib.batch_size=5")
+    folder = talking(tmp_path / "hub")
+    job = make_job(config(folder, *options, "guidance.prompt_weight=0.25"))
+    batches = steps.calibration_batches(job, folder / "base")["first"]
+    model = steps.open_models(job)[1]
+    states = enter(model, job.family, job.family.stacks(model)[0], batches, ActivationStore(math.inf))
+    assert {mark for batch in batches for mark in batch[ANSWERS].flatten().tolist()} == {0, 1}
+    for state, batch in zip(states, batches, strict=True):
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        wanted = torch.where(batch[ANSWERS][real] == 1, 1.0, 0.25)
+        weights = state.weights(None, job.guidance)
+        assert weights is not None
+        assert torch.equal(weights, wanted)
+    alike, less = (
+        walk(folder, *options, f"guidance.prompt_weight={weight}").walked.records for weight in ("1", "0.25")
+    )
+    assert [record.tokens for record in alike] == [record.tokens for record in less]
+    assert all(one.loss_merged != other.loss_merged for one, other in zip(alike, less, strict=True))
+
+
+def test_prompts_need_conversations_with_answers(hub: Path, bert_hub: Path, tmp_path: Path) -> None:
+    option = "guidance.prompt_weight=0.5"
+    with pytest.raises(ConfigError, match=r"prompt_weight=0.5 needs language models and data with conversations"):
+        make_job(config(bert_hub, option))
+    with pytest.raises(DataError, match=r"task first has texts, not conversations"):
+        steps.calibration_batches(make_job(config(hub, option)), hub / "base")
+    silent = talking(tmp_path / "silent", role="user")
+    with pytest.raises(DataError, match=r"task first has conversations without an answer"):
+        steps.calibration_batches(make_job(config(silent, option)), silent / "base")

@@ -118,3 +118,25 @@ def test_inputs_of_another_kind_than_the_familys_are_refused(family: str, inputs
         check_inputs(FAMILIES[family], "t", inputs)
     check_inputs(FAMILIES["causal_lm"], "t", CHATS)
     check_inputs(FAMILIES[family], "t", [])
+
+
+def test_the_answers_are_the_words_of_the_assistant_and_the_token_behind_them(tmp_path: Path) -> None:
+    said = [
+        ("system", "film"),
+        ("user", "good red"),
+        ("assistant", "good"),
+        ("user", "blue"),
+        ("assistant", "red film"),
+    ]
+    chat = Chat([{"role": role, "content": content} for role, content in said], "row 3")
+    own = AutoTokenizer.from_pretrained(folder(tmp_path, TEMPLATE))
+    found = LanguageModel().each(tmp_path, [chat, *CHATS], answers=True)
+    assert [len(ids) for ids in found] == [len(ids) for ids in LanguageModel().each(tmp_path, [chat, *CHATS])]
+    answers = [own.convert_ids_to_tokens(ids[ids[:, 1] == 1, 0].tolist()) for ids in found]
+    end = own.eos_token
+    assert answers == [["good", end, "red", "film", end], ["good", end], []]
+
+
+def test_plain_texts_are_answers(tmp_path: Path) -> None:
+    ids = LanguageModel().tokens(folder(tmp_path, TEMPLATE), ["red", "blue"], answers=True)
+    assert ids[:, 1].tolist() == [1] * len(LanguageModel().tokens(tmp_path, ["red", "blue"]))

@@ -11,8 +11,9 @@ import torch
 
 from epmq_cli.calibrate.activations.pausable_forward import PausableForward, tensors_in
 from epmq_cli.calibrate.activations.store import ActivationStore, OffloadHandle
+from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens
-from epmq_cli.data.batching import Batch
+from epmq_cli.data.batching import ANSWERS, Batch
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Stack
 
@@ -37,7 +38,8 @@ class HiddenState:
 
     `hidden`: the first argument of the next section. `calls`: the other arguments of the remaining blocks. `mask`: the
     real tokens of the hidden state. `memory`: the real tokens of the input of cross-attention. Both are None if all
-    tokens are real. `output`: the output values of the last block.
+    tokens are real. `answers`: which tokens are the assistant's in conversations; None if all tokens count alike.
+    `output`: the output values of the last block.
     """
 
     hidden: Tensor
@@ -45,6 +47,7 @@ class HiddenState:
     mask: Tensor | None
     store: ActivationStore
     memory: Tensor | None = None
+    answers: Tensor | None = None
     output: tuple[Any, ...] = ()
     forward_pass: PausableForward | None = None
     handle: OffloadHandle | None = None
@@ -70,12 +73,16 @@ class HiddenState:
             self.handle = None
         return self.hidden
 
-    def weights(self, token: int | None, others: float) -> Tensor | None:
-        """Token weights (tokens,): 1 for `token` of each sample, `others` for the rest. None if `token` is None."""
-        if token is None:
+    def weights(self, token: int | None, guidance: Guidance) -> Tensor | None:
+        """Token weights (tokens,): 1 for `token` of each sample and the `readout_weight` of the rest, or 1 for answers
+        and the `prompt_weight` of the rest. None if all tokens count alike."""
+        weights = torch.ones_like(self.hidden[..., :1])
+        if token is not None:
+            weights.fill_(guidance.readout_weight)[:, token] = 1
+        elif self.answers is not None:
+            weights[~self.answers] = guidance.prompt_weight
+        else:
             return None
-        weights = torch.full_like(self.hidden[..., :1], others)
-        weights[:, token] = 1
         return real_tokens(weights, self.mask)[:, 0]
 
     def run_until(self, module: nn.Module, names: Sequence[str], capture: Collection[str] = ()) -> Tensor:
@@ -139,7 +146,8 @@ def enter(
     for batch in batches:
         arguments = _arguments(blocks, lambda batch=batch: family.features(model, batch), counts)  # type: ignore[misc]
         calls = [(args[1:], options) for args, options in arguments]
-        streams.append(HiddenState(arguments[0][0][0], calls, stack.mask(batch), store, stack.memory(batch)))
+        answers = batch[ANSWERS].bool() if ANSWERS in batch else None
+        streams.append(HiddenState(arguments[0][0][0], calls, stack.mask(batch), store, stack.memory(batch), answers))
         streams[-1].offload()
     return streams
 

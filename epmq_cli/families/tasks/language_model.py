@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epmq_cli.data.batching import ALL, Batch, Collate, split
+from epmq_cli.data.batching import ALL, ANSWERS, Batch, Collate, split
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.suite import Task
 from epmq_cli.families.processors import check_not_truncated, tokens
@@ -34,35 +34,42 @@ class LanguageModel(TaskAdapter):
     consumed = (DRAWS,)
 
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
-        """Stacks token sequences of one length, or pads them to the longest, with their mask."""
+        """Stacks token sequences of one length, or pads them to the longest, with their mask. Sequences (tokens, 2)
+        also say which tokens are `ANSWERS`."""
 
         def collate(sequences: list[Any]) -> Batch:
-            if task.packing:
-                return {"input_ids": torch.stack(sequences)}
-            masks = [torch.ones_like(ids) for ids in sequences]
-            ids, mask = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (sequences, masks))
-            return {"input_ids": ids, "attention_mask": mask}
+            marked = sequences[0].ndim == 2
+            parts = {"input_ids": [own[:, 0] if marked else own for own in sequences]}
+            if not task.packing:
+                parts["attention_mask"] = [torch.ones_like(ids) for ids in parts["input_ids"]]
+            if marked:
+                parts[ANSWERS] = [own[:, 1] for own in sequences]
+            return {name: torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for name, each in parts.items()}
 
         return collate
 
-    def tokens(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
+    def tokens(
+        self, folder: Path, documents: Sequence[str], processor: Processor | None = None, answers: bool = False
+    ) -> Tensor:
         """The token ids (tokens,) of all documents, joined by two line breaks, with one start token if the tokenizer
         has one; of conversations the token ids of each as its chat template writes it. `folder` and `processor` as for
-        `collate`."""
+        `collate`, `answers` as for `chat_ids`; all tokens of other texts count as answers."""
         if any(isinstance(document, Chat) for document in documents):
-            return torch.cat(self.each(folder, documents, processor))
-        return self.each(folder, [SEPARATOR.join(documents)], processor)[0]
+            return torch.cat(self.each(folder, documents, processor, answers))
+        return self.each(folder, [SEPARATOR.join(documents)], processor, answers)[0]
 
-    def each(self, folder: Path, documents: Sequence[str], processor: Processor | None = None) -> list[Tensor]:
-        """The token ids (tokens,) of each document or conversation."""
+    def each(
+        self, folder: Path, documents: Sequence[str], processor: Processor | None = None, answers: bool = False
+    ) -> list[Tensor]:
+        """The token ids (tokens,) of each document or conversation, see `tokens`."""
         chats = [document for document in documents if isinstance(document, Chat)]
         if chats:
-            return chat_ids(folder, chats, processor)
+            return chat_ids(folder, chats, processor, answers)
         encode = tokens(folder, processor=processor)
         found = [encode(document, verbose=False)["input_ids"][0] for document in documents]
         for document, ids in zip(documents, found, strict=True):
             check_not_truncated(processor.folder if processor else folder, [document], len(ids))
-        return found
+        return [torch.stack([ids, torch.ones_like(ids)], 1) for ids in found] if answers else found
 
     def starts(self, folder: Path, task: Task, count: int, seed: int, processor: Processor | None = None) -> Batch:
         """The starts of `count` texts of `max_length` tokens, which `complete` continues: what the chat template writes
