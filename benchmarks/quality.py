@@ -64,7 +64,8 @@ ROWS: dict[str, dict[str, str]] = {
     "+ norms": NORMS,
     "+ beta 1": BETA,
     "+ embeddings": EMBEDDINGS,
-    "+ readout = feature": FEATURE,
+    "+ readout": {**FEATURE, "guidance.safe": "false"},
+    "+ safe = feature": FEATURE,
     "+ views": VIEWS,
     "+ refine": {**VIEWS, "refine": "distill"},
     "+ refine, packed too": {**VIEWS, "refine": "distill", "refine.packed_epochs": "20"},
@@ -76,7 +77,7 @@ ROWS: dict[str, dict[str, str]] = {
     "+ auto": {**FEATURE, **{f"guidance.{name}": "auto" for name in ("lam", "alpha", "beta", "rho")}},
 }
 """The overrides of each row. From E-PMQ on, each row adds to the row before, up to `+ views`. Rows with `refine` add to
-`+ views`, `+ heads` and `+ auto` to `+ readout = feature`."""
+`+ views`, `+ heads` and `+ auto` to `+ safe = feature`."""
 
 
 LATER = ("refine.packed_epochs", "guidance.heads")

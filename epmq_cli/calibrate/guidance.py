@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from epmq_cli.config.validate import check_choice, check_range
@@ -11,7 +11,6 @@ from epmq_cli.config.validate import check_choice, check_range
 TARGETS = ("merged", "expert")
 TASK_WEIGHTS = ("frobenius", "tokens")
 AUTO = "auto"
-DECODERS = "decoders"
 Auto = Literal["auto"]
 MOST = 10**9
 """The largest weight. Terms of smaller weight are negligible beside it, and float32 sums do not overflow."""
@@ -35,7 +34,7 @@ class Guidance:
     `always`, `never` or `own` (if each task has its own head). `sweeps`: the number of walks through the model, each
     anchored at the result of the one before. `task_weight`: s_t, see moments.py. `weights`: factors on s_t by task,
     null for 1. `safe`: whether a fifth of the samples is held out and decides how far each group of linears moves from
-    its merged weights towards its target (`decoders`: only for decoders). `prompt_weight`: the weight in (0, 1] of the
+    its merged weights towards its target. `prompt_weight`: the weight in (0, 1] of the
     tokens of conversations that are not the assistant's.
     """
 
@@ -53,7 +52,7 @@ class Guidance:
     sweeps: int
     task_weight: str
     weights: Mapping[str, float] | None
-    safe: bool | Literal["decoders"] = False
+    safe: bool = False
     prompt_weight: float = 1
 
     def __post_init__(self) -> None:
@@ -61,10 +60,9 @@ class Guidance:
         for name, limit in LIMITS.items():
             if getattr(self, name) != AUTO:
                 check_range(f"guidance.{name}", getattr(self, name), 0, limit)
-        for name in ("intercepts", "norms", "embeddings", "readout"):
+        for name in ("intercepts", "norms", "embeddings", "readout", "safe"):
             check_choice(f"guidance.{name}", getattr(self, name), (True, False))
         check_range("guidance.readout_weight", self.readout_weight, 0, 1, open_low=True)
-        check_choice("guidance.safe", self.safe, (True, False, DECODERS))
         check_choice("guidance.heads", self.heads, ("always", "never", "own"))
         check_range("guidance.prompt_weight", self.prompt_weight, 0, 1, open_low=True)
         check_range("guidance.sweeps", self.sweeps, 1, 10, integer=True)
@@ -87,11 +85,6 @@ class Guidance:
         """Whether calibration must measure inputs. If not, the target of every part is its merged value."""
         solved = self.intercepts or self.norms or self.embeddings or self.readout
         return self.targets != "merged" or self.rho != 1 or self.teaches or solved
-
-    def of_family(self, decodes: bool) -> Guidance:
-        """The guidance with `safe` decided. `decodes`: whether the models are decoders."""
-        safe = decodes if self.safe == DECODERS else bool(self.safe)
-        return replace(self, safe=safe and self.needs_inputs)
 
     def factor(self, task: str) -> float:
         """The factor on the task's s_t."""

@@ -133,12 +133,14 @@ class Evaluation:
 @dataclasses.dataclass(frozen=True)
 class Harness(Evaluation):
     """`eval=lm_eval`. `tasks`: tasks of lm-evaluation-harness that replace the suite's. `shots`: few-shot examples,
-    null for each task's default. `include_path`: a folder of the user's task files. Harness tasks do not belong to
+    null for each task's default. `chat_template`: whether the tokenizer's chat template writes the prompts, with
+    examples as earlier turns. `include_path`: a folder of the user's task files. Harness tasks do not belong to
     experts, so the stage `experts` is not scored."""
 
     tasks: Sequence[str]
     shots: int | None
     include_path: str | None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +148,7 @@ class Harness(Evaluation):
             check_choice("eval.stages", stage, [other for other in STAGES if other != "experts"])
         if not self.tasks or not isinstance(self.tasks, list | tuple):
             raise ConfigError(f"eval.tasks must be a list such as [arc_easy], got {literal(self.tasks)}")
+        check_choice("eval.chat_template", self.chat_template, (True, False))
         if self.shots is not None:
             check_range("eval.shots", self.shots, 0, 1000, integer=True)
         if self.include_path is not None and not Path(self.include_path).is_dir():

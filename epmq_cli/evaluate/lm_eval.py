@@ -55,7 +55,11 @@ def harness_scores(
             f"eval.tasks names {unknown[0]}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists its "
             "tasks, and eval.include_path names a folder of your own"
         )
-    tokenizer = from_folder(AutoTokenizer, folder)
+    tokenizer, chats = from_folder(AutoTokenizer, folder), evaluation.chat_template
+    if chats and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"eval.chat_template=true needs a tokenizer with a chat template, and that in {folder} has none"
+        )
 
     def evaluate(name: str, samples: int) -> Any:
         return simple_evaluate(
@@ -63,6 +67,8 @@ def harness_scores(
             tasks=[name],
             task_manager=manager,
             num_fewshot=evaluation.shots,
+            apply_chat_template=chats,
+            fewshot_as_multiturn=chats,
             limit=evaluation.samples,
             batch_size=samples,
             bootstrap_iters=0,

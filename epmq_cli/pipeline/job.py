@@ -18,7 +18,6 @@ from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError
 from epmq_cli.families import suite_family
 from epmq_cli.families.family import Family
-from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.method import MergeMethod, check_method
 from epmq_cli.pipeline.budget import loadable
 from epmq_cli.pipeline.option_checks import (
@@ -100,7 +99,6 @@ def read_job(cfg: DictConfig) -> Job:
     names = [task.name for task in suite.members]
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
-    guidance = guidance.of_family(decodes=isinstance(family.tasks, LanguageModel))
     check_scoring(suite, family, evaluation, schema.scores_samples(evaluation))
     merge: MergeMethod = instantiate.build("merge", cfg.merge)
     check_method(merge, names)

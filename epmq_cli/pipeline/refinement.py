@@ -238,4 +238,10 @@ def _asymmetric(guidance: Guidance) -> Guidance:
     node = OmegaConf.load(instantiate.conf_dir() / "guidance" / "asymmetric.yaml")
     assert isinstance(node, DictConfig)
     asymmetric: Guidance = instantiate.build("guidance", node)
-    return replace(asymmetric, heads=guidance.heads, weights=guidance.weights, task_weight=guidance.task_weight)
+    return replace(
+        asymmetric,
+        heads=guidance.heads,
+        weights=guidance.weights,
+        task_weight=guidance.task_weight,
+        prompt_weight=guidance.prompt_weight,
+    )

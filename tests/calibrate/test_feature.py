@@ -22,7 +22,7 @@ from epmq_cli.quantize.none import NoQuantizer
 from tests.helpers.hubs import Walk, config, walk
 from tests.helpers.tiers import first
 
-FEATURE = ("guidance=feature", "guidance.heads=never", "quant=none")
+FEATURE = ("guidance=feature", "guidance.heads=never", "guidance.safe=false", "quant=none")
 
 
 def hub_of(name: str, request: pytest.FixtureRequest) -> Path:

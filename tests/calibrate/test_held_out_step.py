@@ -10,8 +10,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.block_refinement import Chunks
 from epmq_cli.calibrate.held_out_step import best_step
-from epmq_cli.pipeline.job import make_job
-from tests.helpers.hubs import config, walk
+from tests.helpers.hubs import walk
 from tests.helpers.minihub import hub_of
 from tests.helpers.objectives import Given, given_problem, rand
 from tests.helpers.tiers import first, slow
@@ -67,13 +66,6 @@ SAFE = ("guidance.safe=true", "quant=none")
 @pytest.fixture(scope="module")
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub_of("llama", request, tmp_path_factory.mktemp("llama") / "hub")
-
-
-def test_decoders_hold_samples_out_by_default(bert_hub: Path, llama: Path) -> None:
-    assert not make_job(config(bert_hub)).guidance.safe
-    assert make_job(config(bert_hub, "guidance.safe=true")).guidance.safe
-    assert make_job(config(llama)).guidance.safe
-    assert not make_job(config(llama, "guidance=merged", "guidance.safe=true")).guidance.safe
 
 
 @pytest.mark.parametrize("kind", first(1, ("bert", "clip", "t5", "vit", "modernbert", "deberta", "llama")))

@@ -27,6 +27,7 @@ FACTORS = {"first": 1.0, "second": 3.0}
 GUIDANCE = (
     "guidance=feature",
     "guidance.heads=never",
+    "guidance.safe=false",
     f"guidance.alpha={ALPHA}",
     f"guidance.beta={BETA}",
     f"guidance.lam={LAM}",

@@ -53,8 +53,10 @@ GIVEN = {
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho"), NUMBERS),
-    **dict.fromkeys(("quant.damping", "guidance.readout_weight"), ("fraction",)),
-    **dict.fromkeys((f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout")), ("true",)),
+    **dict.fromkeys(("quant.damping", "guidance.readout_weight", "guidance.prompt_weight"), ("fraction",)),
+    **dict.fromkeys(
+        (f"guidance.{name}" for name in ("intercepts", "norms", "embeddings", "readout", "safe")), ("true",)
+    ),
     "guidance.weights": ("null", "empty mapping"),
     "quant.kv_cache": ("null",),
     **dict.fromkeys(("refine.features", "refine.anchor", "refine.warmup"), NUMBERS),
@@ -74,6 +76,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "eval.samples": ("null",),
     "eval.stages": ("empty list",),
     "eval.shots": ("null", "zero"),
+    "eval.chat_template": ("true",),
     "eval.include_path": ("null",),
     "group_size": ("minus", "huge"),
     "seed": ("zero",),

@@ -47,10 +47,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores(model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None) -> dict[str, Score]:
+def scores(
+    model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None, chats: bool = False
+) -> dict[str, Score]:
     """The harness's scores on tasks of the hub."""
     options = {"stages": (), "kernel": "dequantize", "shots": None, "include_path": str(hub / "tasks")}
-    evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, **options)
+    evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, chat_template=chats, **options)
     return harness_scores(model, hub / "base", CPU, evaluation, MicroBatcher(4, "scoring", "lower eval.batch_size"))
 
 
@@ -69,6 +71,27 @@ def test_the_score_of_a_task_is_the_share_of_the_likelier_choices(hub: Path, mon
         right += int(logits[choices].argmax()) == row["label"]
     share = right / 6
     assert found == {"mini/acc": (pytest.approx(share), pytest.approx(math.sqrt(share * (1 - share) / 6)), 6)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_the_chat_template_writes_the_prompts(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness puts what the template writes in front of both choices."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    model, seen = AutoModelForCausalLM.from_pretrained(hub / "base").eval(), list[str]()
+    with pytest.raises(ConfigError, match="needs a tokenizer with a chat template"):
+        scores(model, hub, ["mini"], chats=True)
+    (hub / "base" / "chat_template.jinja").write_text("{% for m in messages %}good {{ m['content'] }} bad {% endfor %}")
+    tokenizer = AutoTokenizer.from_pretrained(hub / "base")
+    model.register_forward_pre_hook(
+        lambda _, args, options: seen.extend(map(tokenizer.decode, args[0] if args else options["input_ids"])),
+        with_kwargs=True,
+    )
+    try:
+        assert scores(model, hub, ["mini"], 6, chats=True)["mini/acc"].samples == 6
+    finally:
+        (hub / "base" / "chat_template.jinja").unlink()
+    assert any("good a photo of bad" in text for text in seen)
 
 
 @pytest.mark.filterwarnings("ignore")
