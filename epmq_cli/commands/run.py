@@ -179,7 +179,7 @@ def _read(resolved: dict[str, Any], job: Job, folder: Path) -> _Inputs:
     own_samples = calibration_samples(job.seed, job.family, job.calib)
     processors = task_processors(job.family, models, job.suite.members, own_samples)
     tasks = steps.prepare_tasks(job, model, models, processors)
-    drawn = steps.calibration_batches(job, models.base.path, processors)
+    drawn = steps.calibration_batches(job, models.base.path, processors, tasks)
     inputs = {task: [without(batch, job.family.tasks.consumed) for batch in group] for task, group in drawn.items()}
     check_blocks(model, job.family, inputs)
     check_cache(job, model, inputs)

@@ -60,6 +60,11 @@ class Chat(str):
         return self.messages, self.where, self.tools
 
 
+def has_chats(documents: Iterable[object]) -> bool:
+    """Whether any document is a conversation."""
+    return any(isinstance(document, Chat) for document in documents)
+
+
 def stored(value: Any) -> Any:
     """The list of messages if a text holds one, as JSON or as a Python list in a csv; any other value unchanged.
     ValueError if the text looks like such a list but cannot be read."""

@@ -59,7 +59,8 @@ class ScoredTask:
 
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
-    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart.
+    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart; `talks`: whether
+    any of them is a conversation.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ScoredTask:
     classes: int | None = None
     processor: Path | None = None
     names: tuple[str, ...] | None = None
+    talks: bool | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not UNSCORED:

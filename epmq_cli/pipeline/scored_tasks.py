@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from epmq_cli.data.chats import has_chats
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import scored_source, task_seed
 from epmq_cli.data.suite import Task
@@ -54,7 +55,9 @@ class EvaluationData:
         family, folder = self.family, self.folder
         samples = UNSCORED if self.count == 0 else evaluation_samples(task, self.count, self.seed)
         check_inputs(family, task.name, samples.inputs)
+        talks = None
         if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
+            talks = has_chats(samples.inputs)
             samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
         if samples.labels is not None and not samples.labels.is_floating_point():
             check_labelled(task.name, samples.labels)
@@ -76,6 +79,7 @@ class EvaluationData:
             classes=len(task.classes) if task.classes else None,
             processor=processor.folder if processor else None,
             names=names,
+            talks=talks,
         )
 
 

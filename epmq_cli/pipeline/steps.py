@@ -20,6 +20,8 @@ from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
 from epmq_cli.config.schema import GENERATE
 from epmq_cli.data.batching import Batch, Batches, split
+from epmq_cli.data.chats import has_chats
+from epmq_cli.data.mixture import Mixture
 from epmq_cli.data.sampling import batches, check_some, draw, sequences, task_seed
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
@@ -140,10 +142,13 @@ def prepare_tasks(
     return prepared
 
 
-def calibration_batches(job: Job, base: Path, processors: Processors | None = None) -> dict[str, list[Batch]]:
+def calibration_batches(
+    job: Job, base: Path, processors: Processors | None = None, scored: Sequence[ScoredTask] = ()
+) -> dict[str, list[Batch]]:
     """Each task's calibration batches on the device, limited to this process's share. `processors`: the result of
-    `task_processors`."""
+    `task_processors`. `scored`: the tasks with their test samples; epmq warns if these are of another kind."""
     warn_of_shared_data(job)
+    talks = {task.name: task.talks for task in scored}
     size, drawn = job.calib.batch_size, {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
@@ -154,7 +159,8 @@ def calibration_batches(job: Job, base: Path, processors: Processors | None = No
             drawn[task.name] = [{name: x.to(job.device) for name, x in batch.items()} for batch in own_starts]
             continue
         if isinstance(job.family.tasks, LanguageModel):
-            samples = sequences(task, partial(_tokens, job, base, task, own), job.calib.samples, job.seed)
+            tokens_of = partial(_tokens, job, base, task, own, talks.get(task.name))
+            samples = sequences(task, tokens_of, job.calib.samples, job.seed)
             check_some(task.name, "train", len(samples))
             check_answers(task.name, samples.inputs)
         else:
@@ -198,8 +204,19 @@ def _own_batches(task: str, count: int) -> Sequence[int]:
     return numbers
 
 
-def _tokens(job: Job, folder: Path, task: Task, processor: Processor | None, documents: Sequence[Any]) -> list[Tensor]:
+def _tokens(
+    job: Job, folder: Path, task: Task, processor: Processor | None, talks: bool | None, documents: Sequence[Any]
+) -> list[Tensor]:
+    """The tokens of documents. Warns if they are not conversations and those that are scored are (`talks`), or the
+    reverse."""
     check_inputs(job.family, task.name, documents)
+    if talks is not None and talks != has_chats(documents) and not isinstance(task.data, Mixture):
+        own, scored = ("texts", "conversations") if talks else ("conversations", "texts")
+        log.warning(
+            "task %s calibrates on %s and is scored on %s, so calibration fits other inputs than those of the score; "
+            "give splits of one kind in suite.tasks.%s.data",
+            *(task.name, own, scored, task.name),
+        )
     language, answers = job.family.tasks, job.guidance.prompt_weight != 1
     assert isinstance(language, LanguageModel)
     if task.packing:

@@ -159,6 +159,19 @@ def test_prompts_weigh_less_than_answers(apart: tuple[str, ...], tmp_path: Path)
     assert all(one.loss_merged != other.loss_merged for one, other in zip(alike, less, strict=True))
 
 
+def test_scored_data_of_another_kind_is_told(hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = talking(tmp_path / "hub")
+    mixed = f"suite.tasks.first.data.test='{hub / 'first_test.jsonl'}'"
+    for overrides, told in (((), False), ((mixed,), True)):
+        caplog.clear()
+        job = make_job(config(folder, *overrides))
+        models, model, _ = steps.open_models(job)
+        steps.calibration_batches(job, models.base.path, None, steps.prepare_tasks(job, model, models))
+        found = "task first calibrates on conversations and is scored on texts" in caplog.text
+        assert found == told
+        assert "task second calibrates" not in caplog.text
+
+
 def test_prompts_need_conversations_with_answers(hub: Path, bert_hub: Path, tmp_path: Path) -> None:
     option = "guidance.prompt_weight=0.5"
     with pytest.raises(ConfigError, match=r"prompt_weight=0.5 needs language models and data with conversations"):

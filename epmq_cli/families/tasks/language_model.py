@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epmq_cli.data.batching import ALL, ANSWERS, Batch, Collate, split
-from epmq_cli.data.chats import Chat
+from epmq_cli.data.chats import Chat, has_chats
 from epmq_cli.data.suite import Task
 from epmq_cli.families.processors import check_not_truncated, tokens
 from epmq_cli.families.rendering import chat_ids, text_start
@@ -54,7 +54,7 @@ class LanguageModel(TaskAdapter):
         """The token ids (tokens,) of all documents, joined by two line breaks, with one start token if the tokenizer
         has one; of conversations the token ids of each as its chat template writes it. `folder` and `processor` as for
         `collate`, `answers` as for `chat_ids`; all tokens of other texts count as answers."""
-        if any(isinstance(document, Chat) for document in documents):
+        if has_chats(documents):
             return torch.cat(self.each(folder, documents, processor, answers))
         return self.each(folder, [SEPARATOR.join(documents)], processor, answers)[0]
 
