@@ -26,7 +26,7 @@ ROWS = {
     "GPTQ": "GPTQ of the merge",
     "E-PMQ": "E-PMQ",
     "FeatCal, dense": "FeatCal, 16 bits",
-    "+ readout = feature": "feature",
+    "+ safe = feature": "feature",
     "+ refine": "feature + refine",
 }
 """The names in the figure of the rows of quality.py."""
