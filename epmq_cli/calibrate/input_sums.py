@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from epmq_cli.calibrate.moments import Products, real_tokens
+from epmq_cli.calibrate.moments import Products, real_tokens, tokens_of
+from epmq_cli.data.batching import size
 from epmq_cli.data.microbatch import joined
 from epmq_cli.families.structure import Linears, Section
 from epmq_cli.merge.method import Group
@@ -55,13 +56,15 @@ class InputSums(Generic[Part]):
         seen = dict.fromkeys(self._masks, 0)  # samples
 
         def take(name: str, inputs: Tensor) -> None:
-            mask = self._masks[name](parts[len(rows[name])]) if inputs.ndim > 2 else None
+            part = parts[len(rows[name])]
+            mask = self._masks[name](part)
             own = real_tokens(inputs, mask)
             self._tokens[name] += len(own)
             if chosen is not None:
-                members = chosen[seen[name] : seen[name] + len(inputs)].to(inputs.device)
-                own = real_tokens(inputs[members], None if mask is None else mask[members])
-                seen[name] += len(inputs)
+                count = size(part) if isinstance(part, dict) else len(part.hidden)  # type: ignore[attr-defined]
+                members = chosen[seen[name] : seen[name] + count].to(inputs.device)
+                own = own[tokens_of(members, mask, len(own))]
+                seen[name] += count
             rows[name].append(own if len(parts) == 1 else own.clone())  # a hidden state may be offloaded meanwhile
             if len(rows[name]) == len(parts):
                 self._products[name].add_square(joined(rows.pop(name)))

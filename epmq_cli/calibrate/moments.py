@@ -16,9 +16,18 @@ PANEL = 512  # columns of a symmetric product computed at a time, from the diago
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows (tokens, width) of an activation (samples, tokens, width) or (samples, width); `mask` (samples, tokens)
-    drops padding."""
-    return inputs.flatten(0, -2) if mask is None else inputs[mask]
+    """The rows (tokens, width) of an activation (samples, tokens, width), flattened (samples tokens, width), or
+    (samples, width); `mask` (samples, tokens) drops padding, of which the last has none."""
+    if mask is None or inputs[..., 0].numel() != mask.numel():
+        return inputs.flatten(0, -2)
+    return inputs.reshape(*mask.shape, -1)[mask]
+
+
+def tokens_of(samples: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """Which of `count` rows of `real_tokens` are of some samples, (tokens,); `samples`: a mask (samples,)."""
+    if mask is None or count == len(samples):
+        return samples.repeat_interleave(count // len(samples))
+    return samples[:, None].expand(mask.shape)[mask]
 
 
 class Products:

@@ -64,7 +64,7 @@ def _folds(block: Section, stream: HiddenState, step: Linears, plain: Trace) -> 
 
 def _pass(block: Section, stream: HiddenState, change: Change | None) -> Trace:
     fresh = replace(stream, forward_pass=None, handle=None)
-    with traced(block, change) as trace:
+    with traced(block, change, stream.hidden) as trace:
         fresh.finish(block.module)
     trace.output = fresh.hidden
     return trace

@@ -139,7 +139,7 @@ class _Check:
     def _pass(self, hidden: Tensor, change: Change | None = None) -> Trace:
         """Runs the section on this input. `change` replaces outputs of its modules."""
         fresh = replace(self.stream, hidden=hidden, forward_pass=None, handle=None)
-        with traced(self.section, change) as trace:
+        with traced(self.section, change, hidden) as trace:
             fresh.finish(self.section.module)
         trace.output = fresh.hidden
         return trace
@@ -282,7 +282,7 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
         rows = family.features(model, batch)
     else:
         mask = stack.mask(batch)
-        rows = pooled(own, MEAN, mask) if stack.read_token == MEAN else real_tokens(own, mask if own.ndim > 2 else None)
+        rows = pooled(own, MEAN, mask) if stack.read_token == MEAN else real_tokens(own, mask)
     if rows.shape != features.shape or not _close(features, rows):
         raise _MismatchError(f"the model does not read its last block only through {', '.join(_readout_names(stack))}")
     return batch

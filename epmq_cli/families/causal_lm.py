@@ -54,6 +54,7 @@ BODIES = (
     Body("model.layers", "model.norm", ("model.embed_tokens",)),
     Body("model.layers", "model.final_layernorm", ("model.embed_tokens",)),  # Phi 2, Persimmon
     Body("model.layers", "model.layer_norm", ("model.embed_tokens",)),  # XGLM
+    Body("model.decoder.layers", "model.decoder.final_layer_norm", ("model.decoder.embed_tokens",)),  # OPT
     Body("gpt_neox.layers", "gpt_neox.final_layer_norm", ("gpt_neox.embed_in",)),
     Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-Neo, GPT-BigCode
     Body("transformer.h", "transformer.ln_f", ("transformer.wte",)),  # GPT-J, CodeGen
@@ -104,11 +105,12 @@ class CausalLM(Architecture):
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
         *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
-        *("persimmon", "phi", "xglm"),
+        *("opt", "persimmon", "phi", "xglm"),
     )
     unsolved: tuple[str, ...] = (
         *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
         r"lm_head\.(weight|bias)",
+        r"model\.decoder\.embed_positions\.weight",  # OPT, whose module takes a mask for ids
     )
     dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 

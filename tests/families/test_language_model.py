@@ -22,8 +22,9 @@ from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.calibration import run_teachers
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import make_job
+from tests.helpers.architectures import TAKEN, built
 from tests.helpers.hubs import config, walk
-from tests.helpers.minihub import decoder_hub
+from tests.helpers.minihub import decoder_files, decoder_hub
 from tests.helpers.tiers import slow
 
 APART = "+suite.each={packing: false}"
@@ -45,8 +46,11 @@ def test_without_packing_each_sequence_is_a_document(hub: Path) -> None:
     assert any(not batch["attention_mask"].all() for batch in batches)
 
 
-def test_padding_is_not_calibrated_on(hub: Path) -> None:
-    """One sample at a time needs no padding."""
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_padding_is_not_calibrated_on(kind: str, hub: Path, tmp_path: Path) -> None:
+    """One sample at a time needs no padding. OPT flattens samples and tokens."""
+    if kind == "opt":
+        hub = decoder_files(tmp_path, built(TAKEN["opt"]))
     options = (APART, "calib.samples=12", "guidance=feature", "quant=none")
     padded, alone = (walk(hub, *options, f"calib.batch_size={size}").student.state_dict() for size in (12, 1))
     torch.testing.assert_close(padded, alone, rtol=1e-3, atol=1e-4)

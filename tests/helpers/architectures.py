@@ -46,6 +46,7 @@ TAKEN: dict[str, Build] = {
     "nemotron": lambda: t.NemotronForCausalLM(t.NemotronConfig(**GROUPED)),
     "olmo": lambda: t.OlmoForCausalLM(t.OlmoConfig(**GROUPED)),
     "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**GROUPED)),
+    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**OPT)),
     "olmo3": lambda: t.Olmo3ForCausalLM(t.Olmo3Config(**GROUPED)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)),
     "seed_oss": lambda: t.SeedOssForCausalLM(t.SeedOssConfig(**HEADS)),
@@ -89,7 +90,6 @@ REFUSED: dict[str, tuple[Build, str]] = {
         lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=2)),
         "no feed-forward that the family knows",
     ),
-    "opt": (lambda: t.OPTForCausalLM(t.OPTConfig(**OPT)), "no blocks, last norm and embeddings under names"),
     "qwen3_moe": (
         lambda: t.Qwen3MoeForCausalLM(
             t.Qwen3MoeConfig(**HEADS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
-from epmq_cli.calibrate.moments import real_tokens
+from epmq_cli.calibrate.moments import real_tokens, tokens_of
 from epmq_cli.data.microbatch import joined
 from epmq_cli.families.structure import Linears, Norm
 
@@ -86,11 +86,9 @@ class CaptureSpec:
         if self.stream is not None:
             captured.append(stream.captured(self.stream))
         mask = stream.memory if self.memory else stream.mask
-        return [real_tokens(rows, mask if rows.ndim > 2 else None) for rows in captured]
+        return [real_tokens(rows, mask) for rows in captured]
 
     def tokens_of(self, samples: Tensor, stream: HiddenState, count: int) -> Tensor:
-        """The mask (tokens,) of the tokens of some samples among `count` rows; `samples`: a mask (samples,)."""
-        mask, samples = stream.memory if self.memory else stream.mask, samples.to(stream.hidden.device)
-        if mask is None or count == len(samples):
-            return samples.repeat_interleave(count // len(samples))
-        return samples[:, None].expand(mask.shape)[mask]
+        """Which of `count` rows are of some samples, (tokens,); `samples`: a mask (samples,)."""
+        mask = stream.memory if self.memory else stream.mask
+        return tokens_of(samples.to(stream.hidden.device), mask, count)

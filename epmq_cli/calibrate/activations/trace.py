@@ -29,20 +29,25 @@ Change = Callable[[str, Tensor, Trace], Tensor]
 
 
 @contextmanager
-def traced(section: Section, change: Change | None) -> Iterator[Trace]:
-    """Inside the context, records the calls of the section's modules. `change` replaces their first outputs."""
+def traced(section: Section, change: Change | None, hidden: Tensor) -> Iterator[Trace]:
+    """Inside the context, records the calls of the section's modules. `change` replaces their first outputs. `hidden`:
+    the section's input; activations whose tokens are flattened are recorded with its samples and tokens."""
     trace, handles = Trace(), []
+
+    def apart(activation: Tensor) -> Tensor:
+        flattened = activation.ndim == 2 < hidden.ndim and len(activation) == hidden[..., 0].numel()
+        return activation.reshape(*hidden.shape[:-1], -1) if flattened else activation
 
     def watch(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
             trace.calls.append(name)
-            trace.inputs.setdefault(name, args[0].clone())
+            trace.inputs.setdefault(name, apart(args[0]).clone())
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if name in trace.outputs:
                 return None
-            replacement = output if change is None else change(name, output, trace)
-            trace.outputs[name] = replacement.clone()
+            replacement = output if change is None else change(name, apart(output), trace).reshape(output.shape)
+            trace.outputs[name] = apart(replacement).clone()
             return replacement
 
         handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
