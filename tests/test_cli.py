@@ -51,13 +51,14 @@ def base() -> DictConfig:
 
 @pytest.mark.parametrize("option", BUILT, ids=str)
 def test_every_config_composes_and_can_be_instantiated(option: Path) -> None:
-    """With the overrides of its own first line, if values are required.
+    """With the overrides of its own first line, if values are required, or with its bits.
 
     Of `merge`, which has the most options, the composed file replaces the default in a composed run.
     """
     group = option.parent.name
     command = shlex.split((conf_dir() / option).with_suffix(".yaml").read_text().splitlines()[0])
-    given = [part for part in command if part.startswith(f"{group}.")]
+    bits = ("bits=", "group_size=") if group == "quant" else ()
+    given = [part for part in command if part.startswith((f"{group}.", *bits))]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         if group == "merge":
             cfg = base().copy()

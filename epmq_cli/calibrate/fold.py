@@ -74,15 +74,22 @@ def _fits(module: nn.Module, reader: str, producer: str) -> bool:
 def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
     """The statistics of the student's inputs over all tasks, weighted as in the objective, and over all processes."""
     hessian, magnitude, total, width = torch.zeros(()), torch.zeros(()), 0.0, 0
+    largest = torch.zeros(())
     for task, batches in tasks:
         measure, absolute = Measure(distributed), torch.zeros((), dtype=torch.float64)
         for rows in batches:
             x, weights = rows.student[0], rows.weights
             measure.add(x, None, weights)
-            absolute = absolute + (x.abs().sum(0) if weights is None else weights @ x.abs()).double()
+            size = x.abs()
+            absolute = absolute + (size.sum(0) if weights is None else weights @ size).double()
+            largest = torch.maximum(largest.to(size), size.amax(0))
             width = x.shape[1]
         moments = measure.moments()
         s = task_weight(moments.norm, moments.tokens, guidance.task_weight) * guidance.factor(task)
         hessian, magnitude = hessian + s * moments.xx, magnitude + s * distributed.all_reduce(absolute)
         total += s * moments.tokens
-    return InputStatistics(distributed.all_gather_rows(hessian, width), magnitude / total if total > 0 else magnitude)
+    return InputStatistics(
+        distributed.all_gather_rows(hessian, width),
+        magnitude / total if total > 0 else magnitude,
+        torch.stack(distributed.all_gather(largest.cpu())).amax(0).to(largest.device),
+    )

@@ -39,7 +39,7 @@ def check_producers(model: nn.Module, family: Family, batches: Mapping[str, Sequ
             for step in foldable(block):
                 if not _folds(block, stream, step, plain):
                     raise ConfigError(
-                        f"the scales of quant=awq cannot be folded into {block.name(step.producer or '')} of "
+                        f"the scales of input channels cannot be folded into {block.name(step.producer or '')} of "
                         f"{type(model).__name__}; use quant=gptq or quant=rtn"
                     )
             stream.finish(block.module)

@@ -6,7 +6,9 @@ outputs, tr (Q(W s) / s - W) H (Q(W s) / s - W)', where Q rounds to nearest over
 paper. The caller folds 1 / s into the producer of the layer. The weights are then quantized by `rounding`.
 
 Clipping, as in the paper's code, shrinks the range of each group to minimize the error of its part of the outputs, with
-H approximated as block diagonal.
+H approximated as block diagonal. Scaling without it gains little or loses: scaled channels widen the ranges of their
+groups. `grid=mse` is no substitute, because it counts the errors of all scaled channels alike and cuts off the weights
+that were scaled up.
 """
 
 from __future__ import annotations
@@ -17,15 +19,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from epmq_cli.config.validate import check_choice, check_range
+from epmq_cli.quantize.channel_scaling import SMALLEST, ScaledRounding, around_one
 from epmq_cli.quantize.formats.format import NumberFormat, by_group
-from epmq_cli.quantize.gptq import Gptq
-from epmq_cli.quantize.quantizer import InputStatistics, LayerProblem, Need, Prepared, QuantizationResult, Quantizer
-from epmq_cli.quantize.rtn import Rtn, rtn
+from epmq_cli.quantize.quantizer import InputStatistics, LayerProblem, Need, Prepared, QuantizationResult
+from epmq_cli.quantize.rtn import rtn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST = 1e-4  # of the largest magnitude; smaller channels, including dead ones, get its scale
 CLIPS = tuple(1 - step / 20 for step in range(11))  # of the largest weight of a group, as in the paper's code
 
 
@@ -35,7 +36,7 @@ def channel_scales(magnitude: Tensor, alpha: float) -> Tensor:
     if floor == 0:
         return torch.ones_like(magnitude)
     scales = magnitude.clamp(min=floor).pow(alpha)
-    return scales / (scales.max() * scales.min()).sqrt()
+    return around_one(scales)
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
@@ -78,39 +79,23 @@ def clipped(weight: Tensor, hessian: Tensor, format: NumberFormat, dtype: torch.
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(ScaledRounding):
     """`quant=awq`, a Quantizer and a Transform.
 
-    `format`: see FormatOptions. `rounding`: `rtn` or `gptq`; `grid`, `damping`, `block_size` and `act_order` are its
-    options. `alpha`: one for all layers in [0, 1], or `auto` for the best of `candidates` in each. `clip`: whether
-    groups are clipped.
+    `alpha`: one for all layers in [0, 1], or `auto` for the best of `candidates` in each. `clip`: whether groups are
+    clipped. The other options: see ScaledRounding.
     """
 
-    format: NumberFormat
-    rounding: str
-    grid: str
     alpha: float | Literal["auto"]
     candidates: int
     clip: bool
-    damping: float
-    block_size: int
-    act_order: bool
 
     def __post_init__(self) -> None:
-        check_choice("quant.rounding", self.rounding, ("rtn", "gptq"))
+        super().__post_init__()
         if self.alpha != "auto":
             check_range("quant.alpha", self.alpha, 0, 1)
         check_range("quant.candidates", self.candidates, 1, 1000, integer=True)
         check_choice("quant.clip", self.clip, (True, False))
-        Gptq(self.format, "mse", self.damping, self.block_size, self.act_order)  # checks its options
-        _ = self.rounder
-
-    @property
-    def rounder(self) -> Quantizer:
-        """The quantizer of the scaled weights."""
-        if self.rounding == "rtn":
-            return Rtn(self.format, self.grid)
-        return Gptq(self.format, self.grid, self.damping, self.block_size, self.act_order)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -124,14 +109,10 @@ class Awq:
             alpha = search_alpha(weight, inputs, self.format, dtype, self.candidates)
         return None if alpha == 0 else channel_scales(inputs.magnitude, float(alpha)).to(weight.dtype)
 
-    def prepare(self, hessian: Tensor) -> Prepared:
-        """See Quantizer."""
-        return self.rounder.prepare(hessian)
-
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer; the layer's channels are already scaled."""
         if self.clip:
             layer = replace(
                 layer, weight=clipped(layer.weight, layer.measured(), layer.in_range(self.format), layer.dtype)
             )
-        return self.rounder.quantize(layer, prepared)
+        return super().quantize(layer, prepared)

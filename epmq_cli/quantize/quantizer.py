@@ -108,10 +108,11 @@ class DataFree:
 @dataclass(frozen=True)
 class InputStatistics:
     """Statistics of a layer's inputs x (in,) for transforms, weighted sums over tokens in float64: `hessian` sum x x'
-    (in, in), and `magnitude`, the mean of |x| (in,)."""
+    (in, in), and `magnitude`, the mean of |x| (in,). `largest`: the largest |x| (in,), unweighted."""
 
     hessian: Tensor
     magnitude: Tensor
+    largest: Tensor
 
 
 @runtime_checkable

@@ -42,6 +42,7 @@ QUICK = ["minus"]
 ONE_LM = ["suite.base=shipped:none", "suite.experts={a: shipped:none}"]
 GIVEN = {
     "eval/lm_eval": ["suite=causal_lm", "eval.tasks=[x]"],
+    "quant/smoothquant": ["quant.bits=8", "quant.group_size=-1"],
     "pack/gptq": ["suite=causal_lm"],
     "pack/gguf": ["suite=causal_lm"],
     "merge/given": ["merge.path=x"],
@@ -49,7 +50,7 @@ GIVEN = {
     "suite/seq_cls": [*ONE_LM, "suite.family=bert", "suite.tasks={a: {data: {name: cola, input: sentence}}}"],
     "suite/open_clip_vit_b32": ["suite.experts='{task}.pt'"],
 }
-"""The overrides that configs with ??? need, by group and name."""
+"""The overrides that configs with ??? or a format of fixed bits need, by group and name."""
 NUMBERS, TEXT_OR_NULL = ("zero", "fraction"), ("text", "null")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("guidance.lam", "guidance.alpha", "guidance.beta", "guidance.rho"), NUMBERS),

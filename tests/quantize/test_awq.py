@@ -48,7 +48,7 @@ def weights(rows: int = 24, width: int = 16, seed: int = 1) -> Tensor:
 
 
 def statistics(X: Tensor) -> InputStatistics:
-    return InputStatistics(X.T @ X, X.abs().mean(0))
+    return InputStatistics(X.T @ X, X.abs().mean(0), X.abs().amax(0))
 
 
 def layer(W: Tensor, H: Tensor) -> LayerProblem:
