@@ -10,6 +10,10 @@ The model is SmolLM2-135M, without experts. All calibrate on the first `--length
 in float32, with symmetric grids and a dense output layer. KL is the divergence from the dense model to the quantized
 one in nats a token, perplexity that of the texts, both on test texts. Processor seconds and peak memory are those of
 the whole process, with loading and writing, on one thread. Models that exist in `--out` are not made again.
+
+    python benchmarks/peers.py --bits 8 --group -1 --ours w8a8 w8a8-smooth
+
+These round the inputs of linears to 8 bits as well, unless `--weights-alone` is given.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from epmq_cli.checkpoint.rounded_inputs import input_formats, round_inputs
+from epmq_cli.checkpoint.write import RECORD
+
 OURS = {
     "rtn": ["guidance=merged", "quant=rtn"],
     "gptq": ["guidance=merged", "quant=gptq"],
@@ -36,6 +43,9 @@ OURS = {
     "hqq": ["guidance=merged", "quant=hqq", "pack=dense"],
     "autoround": ["guidance=merged", "quant=autoround"],
     "gptq-rotated": ["guidance=merged", "quant=gptq", "transform=hadamard"],
+    "w8a8": ["guidance=merged", "quant=rtn", "quant.format=w8a8"],
+    "w8a8-gptq": ["guidance=merged", "quant=gptq", "quant.format=w8a8"],
+    "w8a8-smooth": ["guidance=merged", "quant=smoothquant"],
     "gptq-range": ["guidance=merged", "quant=gptq", "quant.grid=minmax", "quant.damping=0.01", "quant.act_order=true"],
 }
 PEERS = {
@@ -99,9 +109,12 @@ def made(command: Sequence[str], folder: Path, record: Path) -> dict[str, float]
     return loaded
 
 
-def logits_of(folder: Path, tokens: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities (texts, length, vocabulary) in float32."""
+def logits_of(folder: Path, tokens: list[list[int]], inputs: bool = False) -> torch.Tensor:
+    """Log-probabilities (texts, length, vocabulary) in float32. `inputs`: whether a checkpoint of epmq rounds the
+    inputs of its linears where engines do."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if inputs and (folder / RECORD).is_file():
+        round_inputs(model, input_formats(folder))
     with torch.inference_mode():
         return torch.cat([model(torch.tensor([row])).logits.log_softmax(-1) for row in tokens])
 
@@ -142,12 +155,14 @@ def main() -> None:
     for peer in PEERS:
         parser.add_argument(f"--{peer}", type=Path, help=f"the Python of an environment with {peer}")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
+    usual = [name for name in OURS if not name.startswith("w8a8")]
+    parser.add_argument("--ours", nargs="*", choices=OURS, default=usual)
     methods = list(dict.fromkeys(name for names in PEERS.values() for name in names))
     parser.add_argument("--peers", nargs="*", choices=methods, default=methods)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--weights-alone", action="store_true", help="do not round inputs of linears")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokens = write_texts(options, AutoTokenizer.from_pretrained(options.model))
@@ -162,7 +177,8 @@ def main() -> None:
         print(f"\n| {bits} bits | KL | perplexity | processor, s | peak, GB |\n|---|---|---|---|---|")
         print(row("dense", {}, dense, dense, ids), flush=True)
         for name, (_, folder) in each.items():
-            print(row(name, values[bits, name], logits_of(folder, tokens), dense, ids), flush=True)
+            found = logits_of(folder, tokens, not options.weights_alone)
+            print(row(name, values[bits, name], found, dense, ids), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def input_entries(name: str, format: NumberFormat) -> list[Entry]:
     """The tensor that stores the scale of a linear's inputs; none if the format has no such scale."""
     if format.activations not in SUFFIXES:
         return []
-    return [of(f"{name}.{SUFFIXES[format.activations]}", torch.tensor([_input_scale(format)]))]
+    return [of(f"{name}.{SUFFIXES[format.activations]}", torch.tensor([input_scale(format)]))]
 
 
 def expected_inputs(name: str, format: NumberFormat) -> dict[str, ExpectedTensor]:
@@ -75,7 +75,8 @@ def expected_cache(folder: Path, model: nn.Module) -> dict[str, ExpectedTensor]:
     return dict.fromkeys(names, ExpectedTensor((1,), "F32", positive_scale))
 
 
-def _input_scale(format: NumberFormat) -> float:
+def input_scale(format: NumberFormat) -> float:
+    """The scale of a linear's inputs, of a format that stores one."""
     if isinstance(format, Fp8Format):
         return format.input_scale
     assert isinstance(format, Nvfp4Format)

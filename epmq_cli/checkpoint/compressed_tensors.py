@@ -78,8 +78,8 @@ class CompressedTensorsExporter(OpenClipPack):
 
         `dequantize` makes transformers dequantize while it loads. All but integers without zero points always need it:
         transformers fills tensors that the files lack, such as those of a pooler, with random numbers, which torch does
-        not draw in FP8; and it does not round activations of models that it dequantizes, as epmq scores them. With
-        several formats it must stay off, because transformers would use the first one for all.
+        not draw in FP8; and it does not round activations of models that it dequantizes. With several
+        formats it must stay off, because transformers would use the first one for all.
         """
         formats = {name: weight.format.for_range(0).for_inputs(0) for name, weight in weights.items()}
         if not formats:

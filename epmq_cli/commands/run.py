@@ -123,7 +123,7 @@ def _run(cfg: DictConfig, job: Job, folder: Path, overrides: list[str], choices:
     memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
     with context.stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
-            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation.kernel)
+            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation)
             scores |= steps.score(context, model, tasks, "quantized", checkpoint)
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved
@@ -235,7 +235,7 @@ def _make_checkpoint(
         calibrated = guide.calibrate(refined.context, model, refined.batches, tasks, refined.anchor)
         refiner.packed(calibrated.walk, inputs.dtype)
         tasks = guide.solve_heads(context, model, teachers, tasks, calibrated.guidance)
-        agreement.measure("quantized", tasks)
+        agreement.measure("quantized", tasks, calibrated.walk.weights)
         cached = measured_cache(context, model, teachers.batches)
     context.progress.begin_packing()
     if not distributed.is_main():

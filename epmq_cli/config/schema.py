@@ -114,12 +114,14 @@ class OpenClipPack(Pack):
 class Evaluation:
     """`eval=<name>`. `batch_size`: samples per batch. `samples`: the maximum number of samples of each test split, null
     for all. `stages`: the stages that are scored. `kernel`: runs the packed linears of a checkpoint
-    (checkpoint/load.py)."""
+    (checkpoint/load.py). `round_inputs`: whether linears round their inputs where engines do
+    (checkpoint/rounded_inputs.py)."""
 
     batch_size: int
     samples: int | None
     stages: tuple[str, ...]
     kernel: str
+    round_inputs: bool
 
     def __post_init__(self) -> None:
         check_range("eval.batch_size", self.batch_size, 1, 1 << 20, integer=True)
@@ -128,6 +130,7 @@ class Evaluation:
         for stage in self.stages:
             check_choice("eval.stages", stage, STAGES)
         check_choice("eval.kernel", self.kernel, KERNELS)
+        check_choice("eval.round_inputs", self.round_inputs, (True, False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.checkpoint.rounded_inputs import rounded_inputs
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.sampling import batches
 from epmq_cli.evaluate.score import ScoredTask
@@ -18,6 +19,7 @@ from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.calibration import TOP
 from epmq_cli.pipeline.context import RunContext
+from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed
 
@@ -47,9 +49,20 @@ class Agreement:
             experts[task.name] = list(_outputs_of(context, model, task))
         return cls(context, model, experts)
 
-    def measure(self, stage: str, tasks: Sequence[ScoredTask]) -> None:
-        """Compares the model, and the heads of the tasks, with the experts."""
-        self.stages[stage] = {task.name: self._measured(task) for task in tasks if self.experts.get(task.name)}
+    def measure(
+        self,
+        stage: str,
+        tasks: Sequence[ScoredTask],
+        weights: Mapping[str, QuantizedWeight | DenseWeight] | None = None,
+    ) -> None:
+        """Compares the model, and the heads of the tasks, with the experts. `weights`: of linears that round their
+        inputs as in a score of the checkpoint."""
+        job = self.context.job
+        packed = (weights or {}) if job.exporter.packs and job.evaluation.round_inputs else {}
+        formats = {name: weight.format for name, weight in packed.items() if isinstance(weight, QuantizedWeight)}
+        rounded = {name: format for name, format in formats.items() if format.activations != "none"}
+        with rounded_inputs(self.model, rounded):
+            self.stages[stage] = {task.name: self._measured(task) for task in tasks if self.experts.get(task.name)}
 
     @property
     def entry(self) -> dict[str, Any]:

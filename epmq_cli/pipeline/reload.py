@@ -111,7 +111,7 @@ def ready(
         head = heads[task.name]
         names = recorded_classes(record, task, family, head)
         tasks.append(data.scored_task(task, head, names, processors.get(task.name)))
-    return family, steps.open_checkpoint(family, checkpoint, device, evaluation.kernel), tasks
+    return family, steps.open_checkpoint(family, checkpoint, device, evaluation), tasks
 
 
 def recorded_seed(record: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import load
 from epmq_cli.checkpoint.open_clip import check_base
+from epmq_cli.checkpoint.rounded_inputs import input_formats, round_inputs
 from epmq_cli.config import schema
 from epmq_cli.config.schema import GENERATE
 from epmq_cli.data.batching import Batch, Batches, split
@@ -224,12 +225,17 @@ def _tokens(
     return language.each(folder, documents, processor, answers)
 
 
-def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
-    """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed."""
+def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, evaluation: schema.Evaluation) -> nn.Module:
+    """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed. They
+    round their inputs if engines do and `eval.round_inputs` is set."""
     with distributed.single_process():
-        if kernel == "dequantize" and layout_of(checkpoint).plain:
-            return load_model(family, checkpoint, device)
-        return load(checkpoint, str(device), kernel, torch.float32)
+        if evaluation.kernel == "dequantize" and layout_of(checkpoint).plain:
+            model = load_model(family, checkpoint, device)
+        else:
+            model = load(checkpoint, str(device), evaluation.kernel, torch.float32)
+    if evaluation.round_inputs:
+        round_inputs(model, input_formats(checkpoint))
+    return model
 
 
 def score(context: RunContext, model: nn.Module, tasks: list[ScoredTask], stage: str, folder: Path) -> Scores:

@@ -79,6 +79,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "eval.shots": ("null", "zero"),
     "eval.chat_template": ("true",),
     "eval.include_path": ("null",),
+    "eval.round_inputs": ("true",),
     "group_size": ("minus", "huge"),
     "seed": ("zero",),
     "pack.open_clip": ("true",),

@@ -54,7 +54,7 @@ def reading_inputs(family: Family) -> Family:
 
 
 def scorer(family: Family, batch_size: int) -> Scorer:
-    evaluation = Evaluation(batch_size, None, (), "dequantize")
+    evaluation = Evaluation(batch_size, None, (), "dequantize", True)
     return Scorer(evaluation, reading_inputs(family), torch.device("cpu"))
 
 

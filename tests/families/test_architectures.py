@@ -173,6 +173,10 @@ PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.f
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")
 CASES = only((("deberta", "bits=4"), ("t5", "bits=4")), ((kind, "bits=4") for kind in KINDS))
 CASES += [slow((kind, options)) for kind in ("deberta", "t5", "llama") for options in OTHERS]
+CASES += [
+    slow((kind, "bits=8 group_size=-1 quant.format=w8a8 quant=rtn")) for kind in KINDS
+]  # scored with rounded inputs
+CASES += [slow((kind, "bits=8 group_size=-1 quant=smoothquant")) for kind in ("deberta", "t5", "llama", "vit")]
 CASES += [("llama", "quant=awq pack.dtype=bfloat16"), slow(("llama", "quant=hqq")), slow(("vit", "quant=awq"))]
 
 
