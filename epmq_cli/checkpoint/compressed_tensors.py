@@ -29,6 +29,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
+from epmq_cli.quantize.formats.names import by_size, labels
 from epmq_cli.store.safetensors_writer import Entry
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class CompressedTensorsExporter(OpenClipPack):
     def check(self, family: Family, formats: Collection[NumberFormat]) -> None:
         """See exporter.py."""
         if len(formats) > 1 and not family.mixes_formats:
-            names = " and ".join(format.name for format in formats)
+            names = " and ".join(labels(formats))
             raise ConfigError(
                 f"transformers cannot load this family with two formats in one checkpoint, got {names}; use one "
                 "format, such as bits=4, or pack=dense"
@@ -85,7 +86,7 @@ class CompressedTensorsExporter(OpenClipPack):
         if not formats:
             return {}
         linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        kinds = sorted(set(formats.values()), key=lambda format: format.bits)
+        kinds = sorted(set(formats.values()), key=lambda format: (*by_size(format), format.name))
         names = list(dict.fromkeys(storage_name(format) for format in kinds))
         groups = {
             f"group_{index}": {

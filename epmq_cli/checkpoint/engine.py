@@ -20,6 +20,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import head_width
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
+from epmq_cli.quantize.formats.names import in_groups, labels
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ class Engine:
                 "pack.engine=null and another engine"
             )
         if len(formats) > 1 and (not self.mixes or family.name in self.unmixed):
-            names = " and ".join(format.name for format in formats)
+            names = " and ".join(labels(formats))
             one = f"{self.title} needs one format in all linears of models of family {family.name}, got {names}"
             return f"{one}; use a whole number of bits without budget, {DENSE}"
         return next(filter(None, (self.format_refusal(pack, format) for format in formats)), None)
@@ -204,8 +205,7 @@ class LlamaCpp(Engine):
 
 def described(format: NumberFormat) -> str:
     """A number format in words, such as int4 with zero points in groups of 64."""
-    groups = BY_ROW if format.group_size == ROWS else f"in groups of {format.group_size}"
-    return f"{format.name}{POINTS[format.zero_points]} {groups}"
+    return f"{format.name}{POINTS[format.zero_points]} {in_groups(format)}"
 
 
 def _head_widths(config: Mapping[str, Any]) -> Iterator[int]:

@@ -37,6 +37,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.models.model_folder import Tensors, dtype_of
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.formats.names import labels
 from epmq_cli.store.safetensors_writer import Entry
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class GptqExporter(Pack):
         if family.reads != "texts":
             raise ConfigError(f"pack=gptq is loaded for text models only, this family reads {family.reads}; {OTHER}")
         if len(formats) > 1:
-            names = " and ".join(format.name for format in formats)
+            names = " and ".join(labels(formats))
             raise ConfigError(f"pack=gptq stores one format for all linears, got {names}; {OTHER}, or one format")
         for format in formats:
             if not isinstance(format, IntFormat) or format.activations != "none":

@@ -230,15 +230,20 @@ def _weights(formats: Sequence[NumberFormat], bits: float | None) -> str:
         return "dense"
     shared = formats[0]
     symmetric = "symmetric" if shared.zero_points == "none" else "asymmetric"
-    groups = "one scale a row" if shared.group_size == -1 else f"groups of {shared.group_size}"
+    sizes = sorted({format.group_size for format in formats} - {-1})
+    words = [*map(str, sizes), *(["whole rows"] if shared.group_size == -1 else [])]
+    groups = f"groups of {_listed(words)}" if sizes else "one scale a row"
     return f"{bits:.4g} bits{_named(formats, bits)}, {symmetric}, {groups}"
 
 
 def _named(formats: Sequence[NumberFormat], bits: float) -> str:
     """The formats in brackets. Integer formats are named by their bits, and omitted if all weights have the same."""
     integers = all(format.name == f"int{format.bits}" for format in formats)
-    *names, last = (str(format.bits) if integers else format.name for format in formats)
-    named = " and ".join(filter(None, (", ".join(names), last)))
+    named = _listed(list(dict.fromkeys(str(format.bits) if integers else format.name for format in formats)))
     if bits in [format.bits for format in formats]:
         return "" if integers else f" ({named})"
     return f" on average ({named})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

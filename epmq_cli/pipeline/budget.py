@@ -17,6 +17,7 @@ from epmq_cli.config.schema import bytes_of
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family, linear_groups, linear_shapes
 from epmq_cli.quantize.formats.format import Grid, NumberFormat, QuantizedWeight, group_columns
+from epmq_cli.quantize.formats.names import labels
 from epmq_cli.quantize.mixed_precision import MixedPrecision, Sizes
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.runtime import distributed
@@ -84,7 +85,7 @@ def check_budget(job: Job, model: nn.Module, dtype: torch.dtype) -> None:
     if not isinstance(mixed, MixedPrecision) or mixed.budget is None:
         return
     sizes, budget = sizes_of(mixed, job, model, dtype), _option(mixed.budget)
-    low, high = mixed.formats[0].name, mixed.formats[-1].name
+    low, *_, high = labels(mixed.formats)
     span = f"{_option(sizes.smallest)} (all linears {low}) to {_option(sizes.largest)} (all {high})"
     if mixed.budget < sizes.smallest:
         raise ConfigError(

@@ -18,6 +18,7 @@ from epmq_cli.merge.method import MergeMethod, method_name
 from epmq_cli.merge.slices import sliced
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.int import IntFormat
+from epmq_cli.quantize.formats.names import labels
 from epmq_cli.quantize.gptaq import Gptaq
 from epmq_cli.quantize.mixed_precision import MixedPrecision, first_of, formats_of, transforms
 from epmq_cli.quantize.quantizer import Quantizer
@@ -76,7 +77,7 @@ def check_kv_cache(kv_cache: str | None, family: Family, exporter: Exporter, for
     if len(formats) > 1:
         raise ConfigError(
             f"quant.kv_cache={kv_cache} takes one number format, because transformers rounds cached keys and values of "
-            f"checkpoints with several, got {' and '.join(format.name for format in formats)}; use quant.kv_cache=null"
+            f"checkpoints with several, got {' and '.join(labels(formats))}; use quant.kv_cache=null"
         )
 
 

@@ -81,8 +81,8 @@ def card(
 
 def _formats(job: Job, walk: WalkResult) -> Sequence[NumberFormat]:
     """The possible formats of a linear, and of a mix those that some linear has."""
-    chosen = {record.chosen for record in walk.sensitivities}
-    return [format for format in formats_of(job.quantizer) if not chosen or format.name in chosen]
+    chosen = {(record.chosen, record.group_size) for record in walk.sensitivities}
+    return [format for format in formats_of(job.quantizer) if not chosen or (format.name, format.group_size) in chosen]
 
 
 def measured(walk: WalkResult) -> dict[str, Any]:

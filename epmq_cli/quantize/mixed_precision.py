@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """Quantizers that differ only in their formats, in ascending order of bits.
+    """Quantizers that differ only in their formats, in ascending order of bits (`by_size`).
 
     One of two limits: `bits`, the maximum average over all weights, or `budget`, the maximum bytes of the weight files,
     whose parts are in `sizes` once the model is known. A first walk measures the loss of each group in each format
@@ -86,9 +86,11 @@ def transforms(quantizer: Quantizer | MixedPrecision) -> bool:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A format that a group could have, the loss of the group in it (see `Trial`) and its bytes, if they are known."""
+    """A format that a group could have, by its name and group size; the loss of the group in it (see `Trial`), and its
+    bytes, if they are known."""
 
     format: str
+    group_size: int
     loss: float
     bytes: int | None
 
@@ -96,11 +98,12 @@ class Candidate:
 @dataclass(frozen=True)
 class Sensitivity:
     """The entry in metrics.json of a group of linears that share a format: their names and number of weights, the
-    formats that it could have, and the one that it has."""
+    formats that it could have, and name and group size of the one that it has."""
 
     linears: list[str]
     weights: int
     chosen: str
+    group_size: int
     candidates: list[Candidate]
 
 
@@ -140,28 +143,37 @@ class Trial:
 
     def sensitivities(self, chosen: Mapping[str, int], group_of: Mapping[str, str]) -> list[Sensitivity]:
         """The table of the groups. `group_of`: the group of each linear."""
-        names, sizes = [format.name for format in self.mixed.formats], self.mixed.sizes
+        formats, sizes = self.mixed.formats, self.mixed.sizes
         return [
             Sensitivity(
                 [name for name, own in group_of.items() if own == group],
                 self.weights[group],
-                names[chosen[group]],
+                formats[chosen[group]].name,
+                formats[chosen[group]].group_size,
                 [
-                    Candidate(name, loss, None if sizes is None else sizes.groups[group][index])
-                    for index, (name, loss) in enumerate(zip(names, losses, strict=True))
+                    Candidate(
+                        format.name, format.group_size, loss, None if sizes is None else sizes.groups[group][index]
+                    )
+                    for index, (format, loss) in enumerate(zip(formats, losses, strict=True))
                 ],
             )
             for group, losses in self.losses.items()
         ]
 
     def measure(self, group: str, layer: LayerProblem, prepared: Prepared) -> None:
-        """Quantizes a layer in every format and adds the losses, summed over all ranks' rows, to the group's."""
+        """Quantizes a layer in every format and adds the losses, summed over all ranks' rows, to the group's.
+        `prepared`: by the first quantizer."""
         target, hessian = layer.weight.double(), layer.measured()
-        sums = [float(target.numel()), float(((target @ hessian) * target).sum())]
-        for quantizer in self.mixed.quantizers:
-            error = quantizer.quantize(layer, prepared).weight.dequantize().double() - target
-            sums.append(float(((error @ hessian) * error).sum()))
-        count, energy, *errors = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+        quantizers, formats = self.mixed.quantizers, self.mixed.formats
+        sums = torch.zeros(2 + len(quantizers), dtype=torch.float64)
+        sums[0], sums[1] = target.numel(), ((target @ hessian) * target).sum()
+        for size in dict.fromkeys(format.group_size for format in formats):
+            same = [index for index, format in enumerate(formats) if format.group_size == size]
+            own = prepared if 0 in same else quantizers[same[0]].prepare(hessian)
+            for index in same:
+                error = quantizers[index].quantize(layer, own).weight.dequantize().double() - target
+                sums[2 + index] = ((error @ hessian) * error).sum()
+        count, energy, *errors = distributed.all_reduce(sums).tolist()
         known = self.losses.get(group, [0.0] * len(errors))
         self.losses[group] = [
             loss + (error / energy if energy > 0 else 0.0) for loss, error in zip(known, errors, strict=True)
@@ -180,7 +192,7 @@ class _Measuring:
         return frozenset({"inputs"})
 
     def prepare(self, hessian: Tensor) -> Prepared:
-        """The part that all formats share, because only the format differs."""
+        """The part that the first format shares with all formats of its group size."""
         return first_of(self.trial.mixed).prepare(hessian)
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:

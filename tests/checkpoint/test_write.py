@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from epmq_cli.checkpoint import write as written
 from epmq_cli.checkpoint.compressed_tensors import CompressedTensorsExporter
+from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.errors import CheckpointError
 from epmq_cli.families.family import load_model
 from epmq_cli.families.structure import Linears
@@ -217,6 +218,24 @@ def test_mixed_widths_keep_the_budget_and_are_equal_for_fused_linears(
 def test_a_mixed_checkpoint_runs_in_plain_transformers(bert_hub: Path, tmp_path: Path) -> None:
     found = walk(bert_hub, "bits=2.5")
     plain = AutoModel.from_pretrained(write(tmp_path / "checkpoint", bert_hub, found)).eval()
+    assert torch.equal(found.features(plain), found.features(found.student))
+
+
+@pytest.mark.parametrize("hub_name", first(1, ["bert", "clip"]))
+def test_groups_of_several_sizes_run_in_plain_transformers(
+    hub_name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub: Path = request.getfixturevalue(f"{hub_name}_hub")
+    budget = {"bert": "36KB", "clip": "146KB"}[hub_name]
+    found = walk(hub, f"budget={budget}", "group_size=[8,16,32]", "quant.act_order=true")
+    formats = {name: w.format for name, w in found.walked.weights.items() if isinstance(w, QuantizedWeight)}
+    assert len({format.group_size for format in formats.values()}) > 1
+    assert len({format.bits for format in formats.values()}) < len({*formats.values()})
+    folder = write(tmp_path / "checkpoint", hub, found)
+    own, plain = load_model(found.job.family, folder, torch.device("cpu")), AutoModel.from_pretrained(folder).eval()
+    assert torch.equal(found.features(own), found.features(found.student))
+    assert all(layout_of(folder).format_of(name) == format for name, format in formats.items())
+    plain.hf_quantizer.compressor.decompress_model(plain)
     assert torch.equal(found.features(plain), found.features(found.student))
 
 

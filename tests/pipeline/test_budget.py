@@ -66,7 +66,9 @@ def test_the_checkpoint_fits_the_budget_and_fills_it(kind: str, request: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("quant.format=[int4,fp8]",), ("pack.shard_size=20KB",)])
+@pytest.mark.parametrize(
+    "options", [("quant.format=[int4,fp8]",), ("pack.shard_size=20KB",), ("group_size=[8,16,32]",)]
+)
 def test_sizes_hold_for_other_formats_and_for_shards(options: tuple[str, ...], bert_hub: Path, tmp_path: Path) -> None:
     known, _ = sizes(bert_hub, *options)
     budget = (known.smallest + known.largest) // 2
@@ -101,6 +103,8 @@ def test_a_budget_below_the_smallest_checkpoint_is_refused_with_the_sizes(bert_h
         (("quant.format=fp8",), "budget chooses among formats, so quant.format must be int, or a list"),
         (("quant.format=[int4,int4]",), "quant.format must be int, or a list of different formats"),
         (("quant.format=[int4,mxfp4]",), "quant.format must be one of int2, int3"),
+        (("group_size=[16,0]",), "group_size must be a whole number of input columns above 0, or -1"),
+        (("group_size=[16,x]",), "group_size must be a whole number or a list of whole numbers, got [16, 'x']"),
     ],
 )
 def test_options_that_do_not_go_with_a_budget_are_refused(
@@ -121,6 +125,22 @@ def test_only_formats_that_the_engine_loads_are_candidates(engine: str | None, b
 def test_the_candidates_of_gguf_are_those_of_llama_cpp() -> None:
     found = loadable(MIXES, exporter_of("gguf"), FAMILIES["causal_lm"])
     assert [format.bits for format in formats_of(found)] == [4, 8]
+
+
+def test_gguf_mixes_blocks_of_k_quants_with_others() -> None:
+    several = tuple(Rtn(ints(bits, size), "mse") for bits in (2, 3, 4, 8) for size in (256, 32))
+    found = formats_of(loadable(MixedPrecision(several, budget=1), exporter_of("gguf"), FAMILIES["causal_lm"]))
+    assert found == tuple(ints(*kind) for kind in ((2, 256), (3, 256), (4, 256), (4, 32), (8, 256), (8, 32)))
+
+
+def test_an_engine_of_one_format_names_the_group_sizes() -> None:
+    formats = [ints(4, 64), ints(4, 32)]
+    with pytest.raises(
+        ConfigError, match="vLLM on CPUs needs one .* got int4 in groups of 64 and int4 in groups of 32;"
+    ):
+        check_engine(exporter_of("compressed_tensors", engine="vllm_cpu"), FAMILIES["causal_lm"], formats)
+    with pytest.raises(ConfigError, match="stores one format for all linears, got int4 in groups of 64 and int4 in gr"):
+        exporter_of("gptq").check(FAMILIES["causal_lm"], formats)
 
 
 def test_vllm_loads_mixes_of_decoders_and_not_of_bert() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.fp8 import Fp8Format
-from epmq_cli.quantize.mixed_precision import MixedPrecision, Sizes, Trial, formats_of
+from epmq_cli.quantize.gptq import Gptq
+from epmq_cli.quantize.mixed_precision import Candidate, MixedPrecision, Sizes, Trial, formats_of
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import LayerProblem, nothing
 from epmq_cli.quantize.rtn import Rtn
@@ -57,7 +58,7 @@ def test_a_budget_limits_the_bytes() -> None:
         (["a", "k"], 8, "int4"),
         (["b"], 8, "int3"),
     ]
-    assert [(one.format, one.loss, one.bytes) for one in table[0].candidates] == [("int3", 9.0, 10), ("int4", 1.0, 20)]
+    assert table[0].candidates == [Candidate("int3", 4, 9.0, 10), Candidate("int4", 4, 1.0, 20)]
 
 
 def test_a_trial_records_the_losses_of_each_width_and_changes_nothing() -> None:
@@ -78,6 +79,24 @@ def test_a_trial_records_the_losses_of_each_width_and_changes_nothing() -> None:
     trial.of("q").quantize(layer, nothing())
     assert trial.weights == {"q": 96}
     assert trial.choose() == {"q": 0}
+
+
+def test_the_losses_of_several_group_sizes_are_those_of_each_quantizer_alone() -> None:
+    """With act-order what GPTQ prepares depends on the group size."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 16, generator=generator)
+    inputs = torch.randn(40, 16, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 16)
+    H = inputs.T @ inputs
+    quantizers = tuple(Gptq(ints(bits, size), "mse", 0.01, 128, True) for bits in (3, 4) for size in (16, 4, 8))
+    trial = Trial(MixedPrecision(quantizers, budget=100))
+    layer = LayerProblem(("q",), weight, weight, H, torch.float32)
+    trial.of("q").quantize(layer, trial.of("q").prepare(H))
+    energy = (inputs @ weight.double().T).square().sum()
+    for quantizer, loss in zip(quantizers, trial.losses["q"], strict=True):
+        rounded = quantizer.quantize(layer, quantizer.prepare(H)).weight.dequantize()
+        assert loss == pytest.approx(float((inputs @ (rounded - weight).double().T).square().sum() / energy), rel=1e-9)
+    chosen = trial.sensitivities({"q": 4}, {"q": "q"})[0]
+    assert (chosen.chosen, chosen.group_size) == ("int4", 4)
 
 
 def test_formats_are_all_possible_formats_of_a_linear() -> None:

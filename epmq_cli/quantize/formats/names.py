@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,13 +45,13 @@ WIDTHS = ("int2", "int3", "int4", "int8")
 class FormatOptions:
     """The options of a quantizer that describe its number formats.
 
-    `bits`: of the codes. `group_size`: see NumberFormat. `symmetric`: whether there are no zero points. `format`: one
-    of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have `bits` on average. `kv_cache`: the
-    format in which engines cache keys and values, `fp8`; None for that of the model.
+    `bits`: of the codes. `group_size`: see NumberFormat; or several, among which `budget` chooses. `symmetric`: whether
+    there are no zero points. `format`: one of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have
+    `bits` on average. `kv_cache`: the format in which engines cache keys and values, `fp8`; None for that of the model.
     """
 
     bits: float
-    group_size: int
+    group_size: int | Sequence[int]
     symmetric: bool
     format: str | Sequence[str] = "int"
     kv_cache: str | None = None
@@ -59,12 +60,17 @@ class FormatOptions:
         """One format, or two in ascending order of bits; ConfigError if the options are invalid."""
         check_choice("quant.kv_cache", self.kv_cache, (None, "fp8"))
         check_choice("quant.symmetric", self.symmetric, (True, False))
+        if not isinstance(self.group_size, int):
+            raise ConfigError(
+                f"group_size must be one number without budget, because bits do not count scales, got "
+                f"{literal(self.group_size)}; give one number, or a budget such as budget=310MB"
+            )
         if not isinstance(self.format, str):
-            return self._mixed(self.format)
+            return self._mixed(self.format, self.group_size)
         check_choice("quant.format", self.format, (*FREE, *FIXED))
         if self.format == "int":
-            return tuple(self._named(f"int{bits}") for bits in widths_of(self.bits, self.symmetric))
-        format = self._named(self.format)
+            return tuple(self._named(f"int{bits}", self.group_size) for bits in widths_of(self.bits, self.symmetric))
+        format = self._named(self.format, self.group_size)
         needed = {"bits": format.bits, "group_size": format.group_size}
         other = {option: getattr(self, option) for option, value in needed.items() if getattr(self, option) != value}
         if other:
@@ -73,10 +79,10 @@ class FormatOptions:
             raise ConfigError(f"quant.format={self.format} needs {wanted}, got {got}")
         return (format,)
 
-    def _mixed(self, names: Sequence[str]) -> tuple[NumberFormat, ...]:
+    def _mixed(self, names: Sequence[str], size: int) -> tuple[NumberFormat, ...]:
         for name in names:
             check_choice("quant.format", name, NAMES)
-        formats = sorted((self._named(name) for name in names), key=lambda format: format.bits)
+        formats = sorted((self._named(name, size) for name in names), key=lambda format: format.bits)
         if len(formats) != 2 or formats[0].bits == formats[1].bits:
             raise ConfigError(
                 f"quant.format must be one format, or a list of two formats with different bits such as [int4, fp8], "
@@ -99,24 +105,48 @@ class FormatOptions:
         if self.symmetric is not True:
             raise ConfigError("budget mixes formats, which needs quant.symmetric=true, got quant.symmetric=false")
         names = WIDTHS if self.format == "int" else self.format
-        if isinstance(names, str) or len(names) < 2 or len({*names}) < len(names):
+        sizes = (self.group_size,) if isinstance(self.group_size, int) else self.group_size
+        if not sizes or len({*sizes}) < len(sizes):
+            raise ConfigError(
+                "group_size must be a number, or a list of different ones such as [32, 64, 128], got "
+                f"{literal(self.group_size)}"
+            )
+        if isinstance(names, str) or len({*names}) < len(names) or len(names) * len(sizes) < 2:
             raise ConfigError(
                 "budget chooses among formats, so quant.format must be int, or a list of different formats such as "
                 f"[int3, int4, fp8], got {literal(self.format)}"
             )
         for name in names:
             check_choice("quant.format", name, NAMES)
-        return tuple(sorted((self._named(name) for name in names), key=lambda format: format.bits))
+        return tuple(sorted((self._named(name, size) for name in names for size in sizes), key=by_size))
 
-    def _named(self, name: str) -> NumberFormat:
-        """The format of one of `NAMES` and `FIXED`."""
+    def _named(self, name: str, size: int) -> NumberFormat:
+        """The format of one of `NAMES` and `FIXED`, in groups of `size` if its name leaves them open."""
         if name.startswith("int"):
-            return IntFormat(int(name.removeprefix("int")), self.group_size, "none" if self.symmetric else "whole")
+            return IntFormat(int(name.removeprefix("int")), size, "none" if self.symmetric else "whole")
         if not self.symmetric:
             raise ConfigError(f"{name} has no zero points; use quant.symmetric=true")
         if name == "w4a8":
-            return IntFormat(4, self.group_size, "none", "int8")
-        return FIXED.get(name) or Fp8Format(self.group_size)
+            return IntFormat(4, size, "none", "int8")
+        return FIXED.get(name) or Fp8Format(size)
+
+
+def by_size(format: NumberFormat) -> tuple[int, float]:
+    """The order of the formats of a mix: by bits, then by the number of scales, rows before groups."""
+    return format.bits, -math.inf if format.group_size == -1 else -format.group_size
+
+
+def in_groups(format: NumberFormat) -> str:
+    """How weights share scales, in words."""
+    return "with one scale per row" if format.group_size == -1 else f"in groups of {format.group_size}"
+
+
+def labels(formats: Collection[NumberFormat]) -> list[str]:
+    """The names of formats for messages, with their groups if some have the same name."""
+    names = [format.name for format in formats]
+    if len({*names}) == len(names):
+        return names
+    return [f"{format.name} {in_groups(format)}" for format in formats]
 
 
 def widths_of(bits: object, symmetric: bool) -> tuple[int, ...]:

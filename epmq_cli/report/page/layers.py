@@ -34,12 +34,13 @@ def section(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def bits_section(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The map of bits; None if all linears have the same."""
+    """The map of bits, and the losses that chose them; None if all linears have the same and nothing was chosen."""
     layers = [layer for layer in content.get("layers", []) if layer["bits"] is not None]
     widths = sorted({layer["bits"] for layer in layers})
-    if len(widths) < 2:
+    groups = content.get("sensitivity", [])
+    if len(widths) < 2 and not groups:
         return None
-    steps = {width: round(1 + 6 * index / (len(widths) - 1)) for index, width in enumerate(widths)}
+    steps = {width: round(1 + 6 * index / max(len(widths) - 1, 1)) for index, width in enumerate(widths)}
     counts = [(width, sum(layer["bits"] == width for layer in layers), f"heat-{steps[width]}") for width in widths]
     stacks = by_stack(layers, lambda layer: Cell(layer["bits"], str(layer["bits"])))
     said = ", ".join(f"{count} linears with {width} bits" for width, count, _ in counts)
@@ -50,5 +51,6 @@ def bits_section(content: Mapping[str, Any]) -> dict[str, Any] | None:
         "counts": counts,
         "average": content.get("average_bits"),
         "layers": layers,
-        "groups": content.get("sensitivity", []),
+        "groups": groups,
+        "sizes": {one.get("group_size") for group in groups for one in group["candidates"]},
     }

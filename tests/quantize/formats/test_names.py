@@ -12,7 +12,7 @@ from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import BITS, IntFormat
 from epmq_cli.quantize.formats.microscaling import Nvfp4Format
-from epmq_cli.quantize.formats.names import FIXED, FormatOptions, as_json, from_json, widths_of
+from epmq_cli.quantize.formats.names import FIXED, FormatOptions, as_json, from_json, labels, widths_of
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,28 @@ def test_options_that_name_no_format_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         FormatOptions(bits, 64, symmetric, format).formats()
+
+
+def test_a_budget_chooses_among_widths_and_group_sizes() -> None:
+    assert FormatOptions(4, [32, -1, 64], True, ["int4"]).candidates() == tuple(
+        IntFormat(4, size, "none") for size in (-1, 64, 32)
+    )
+    several = FormatOptions(4, [64, 128], True).candidates()
+    assert several == tuple(IntFormat(bits, size, "none") for bits in (2, 3, 4, 8) for size in (128, 64))
+    assert labels(several[:2]) == ["int2 in groups of 128", "int2 in groups of 64"]
+    assert labels(several[::2]) == ["int2", "int3", "int4", "int8"]
+
+
+@pytest.mark.parametrize("sizes", [[], [32, 32]])
+def test_lists_of_group_sizes_have_different_ones(sizes: list[int]) -> None:
+    with pytest.raises(ConfigError, match="group_size must be a number, or a list of different ones such as"):
+        FormatOptions(4, sizes, True).candidates()
+
+
+@pytest.mark.parametrize("bits", [4, 3.5])
+def test_several_group_sizes_need_a_budget(bits: float) -> None:
+    with pytest.raises(ConfigError, match=r"group_size must be one number without budget, .* got \[32, 64\]; give"):
+        FormatOptions(bits, [32, 64], True).formats()
 
 
 @pytest.mark.parametrize("name", FIXED)

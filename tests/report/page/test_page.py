@@ -84,6 +84,14 @@ def test_the_losses_that_chose_the_bits_have_a_table() -> None:
     found["layers"] = [layer("a.0.q", 0.1, 4), layer("a.0.k", 0.1, 4), layer("a.0.o", 0.1, 3)]
     numbers = "".join(f'<td class="number">{value}</td>' for value in (8, 0.25, 0.0625))
     assert f'<th scope="row">a.0.q and 1 more</th>{numbers}<td>int4</td></tr>' in page.run_page(found)
+    group |= {
+        "group_size": 64,
+        "candidates": [{**one, "group_size": 64 // (1 + i)} for i, one in enumerate(candidates)],
+    }
+    found["layers"] = [layer("a.0.q", 0.1, 4), layer("a.0.k", 0.1, 4)]
+    text = page.run_page(found)
+    assert f"{numbers}<td>int4, groups of 64</td></tr>" in text
+    assert '<th scope="col" class="number">int4, groups of 32</th>' in text
 
 
 def test_the_noise_of_the_average_is_told() -> None:
