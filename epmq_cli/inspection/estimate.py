@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from epmq_cli.checkpoint.gguf.size import header_bytes, tensor_bytes
 from epmq_cli.config.schema import bytes_of
+from epmq_cli.families.family import linear_shapes
 from epmq_cli.inspection.planned import Planned
 from epmq_cli.inspection.throughput import measured_throughput
 from epmq_cli.inspection.work import Work, sequential, step_bytes, work_of
@@ -41,6 +44,8 @@ def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
     disk = disk_content(plan, job, work)
     if budget:
         disk["checkpoint"] = min(budget["bytes"], budget["largest"])
+    if job.exporter.gguf is not None and not plan.refused:
+        disk["model.gguf"] = gguf_bytes(plan, job, model, budget)
     return {
         "memory": memory_content(plan, job, model, work),
         "disk": disk,
@@ -156,6 +161,31 @@ def disk_content(plan: Planned, job: Job, work: Work) -> dict[str, int]:
     }
 
 
+def gguf_bytes(plan: Planned, job: Job, model: nn.Module, budget: Mapping[str, int]) -> int:
+    """The bytes of model.gguf. Of a mix between those of its first and last format in all linears; without the tokens
+    of models that are not on this machine. `budget`: see `budget_content`."""
+    assert plan.base is not None and job.exporter.gguf is not None
+    config, linears = plan.base.config, dict(linear_shapes(model, job.family)) if sequential(job) else {}
+    formats = formats_of(job.quantizer) or (None,)
+    low, high = (
+        tensor_bytes(model, config, linears, format, job.exporter.gguf) for format in (formats[0], formats[-1])
+    )
+    share = 0.0
+    if budget:
+        span = budget["largest"] - budget["smallest"]
+        share = (min(budget["bytes"], budget["largest"]) - budget["smallest"]) / span if span else 0.0
+    elif isinstance(job.quantizer, MixedPrecision):
+        share = _share(job.quantizer)
+    tokens = header_bytes(model, config, plan.base.path) if plan.base.path.is_dir() else 0
+    return tokens + int(low + max(share, 0.0) * (high - low))
+
+
+def _share(mixed: MixedPrecision) -> float:
+    """The share of the weights that have the last format of two."""
+    low, *_, high = mixed.formats
+    return 0.0 if mixed.bits is None else (mixed.bits - low.bits) / (high.bits - low.bits)
+
+
 def _bits(job: Job, width: int, dense: int) -> float:
     """The bits of a weight with its share of scales and zero points."""
     formats = formats_of(job.quantizer)
@@ -163,9 +193,7 @@ def _bits(job: Job, width: int, dense: int) -> float:
     own = _with_scales(low, width, dense)
     if not isinstance(job.quantizer, MixedPrecision) or job.quantizer.bits is None:
         return own
-    high = formats[-1]
-    share = (job.quantizer.bits - low.bits) / (high.bits - low.bits)
-    return own + share * (_with_scales(high, width, dense) - own)
+    return own + _share(job.quantizer) * (_with_scales(formats[-1], width, dense) - own)
 
 
 def _with_scales(format: NumberFormat, width: int, dense: int) -> float:

@@ -19,6 +19,7 @@ from epmq_cli.commands.eval import evaluate
 from epmq_cli.commands.merge import merge
 from epmq_cli.commands.verify import verify
 from epmq_cli.errors import ConfigError
+from epmq_cli.inspection.plan import plan_content
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.steps import open_models
 from epmq_cli.store.atomic import PARTIAL
@@ -87,6 +88,22 @@ def test_gguf_holds_the_tensors_that_export_writes(runs: Path, tmp_path: Path) -
     card = (checkpoint / "README.md").read_text()
     assert "\nllama-cli -m path/of/this/folder/model.gguf\n" in card
     assert "epmq export" not in card
+
+
+def test_a_plan_has_the_size_of_the_gguf(runs: Path) -> None:
+    cfg = config(runs / "hub", "pack=gguf", "quant.symmetric=false", "group_size=32", *OPTIONS)
+    planned = plan_content(cfg)["estimate"]["disk"]["model.gguf"]
+    written = (runs / "gguf" / "checkpoint" / "model.gguf").stat().st_size
+    assert planned == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [("bits=4.5",), ("budget=155KB",), ("quant=none",)])
+def test_a_plan_has_about_the_size_of_the_gguf_of_a_mix(limit: tuple[str, ...], runs: Path, tmp_path: Path) -> None:
+    options = ("pack=gguf", "group_size=32", *OPTIONS, *limit)
+    planned = plan_content(config(runs / "hub", *options))["estimate"]["disk"]["model.gguf"]
+    written = (run_in(tmp_path, runs / "hub", *options) / "model.gguf").stat().st_size
+    assert planned == pytest.approx(written, rel=0.03)
 
 
 def test_a_dense_merge_has_its_gguf_too(runs: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,24 +86,12 @@ class GgufFile:
     def write(self, path: Path, title: str | None = None) -> Summary:
         """Writes the file, which gets its name when it is complete. `title`: of the model; by default the name of the
         run folder."""
-        import gguf
-
         tensors = list(self._tensors())
         try:
             with atomic_file(path) as temporary:
-                writer = gguf.GGUFWriter(temporary, self._architecture.name)
-                writer.add_name(title or self.folder.resolve().parent.name)
-                writer.add_file_type(self._file_type())
-                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-                metadata(writer, self._config)
-                write_tokenizer(writer, self.folder, self._config["vocab_size"])
-                for tensor in tensors:
-                    kind = gguf.GGMLQuantizationType[tensor.kind]
-                    size = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
-                    writer.add_tensor_info(tensor.name, size, BYTES, math.prod(size), kind)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
+                own = title or self.folder.resolve().parent.name
+                about = self._config, self.folder
+                writer = header(temporary, self._architecture.name, tensors, own, self._file_type(), about)
                 for tensor in track(tensors, "write GGUF"):
                     writer.write_tensor_data(tensor.values())
                 writer.close()
@@ -131,7 +119,7 @@ class GgufFile:
                 yield Stored(own, self._kinds[name], shape, partial(self._blocks, name))
             else:
                 shape = self._files.infos[name].shape
-                kind = self._kind(shape)
+                kind = dense_kind(shape, self._dense)
                 yield Stored(self._name(name), kind, shape, partial(self._dense_tensor, name, kind))
         if (factors := rotary_factors(self._config)) is not None:
             yield Stored("rope_freqs.weight", "F32", tuple(factors.shape), lambda: quantized(factors, "F32"))
@@ -161,12 +149,6 @@ class GgufFile:
     def _heads(self, name: str) -> int:
         return heads_of(name, self._config) if self._architecture.interleaved else 0
 
-    def _kind(self, shape: tuple[int, ...]) -> str:
-        """GGML's type of a dense tensor; float16 where a row does not fill its blocks."""
-        if len(shape) < 2:
-            return "F32"
-        return "F16" if self._dense == "Q8_0" and shape[-1] % blocks.BLOCK else self._dense
-
     def _name(self, name: str) -> str:
         """llama.cpp's name of a tensor."""
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -182,3 +164,45 @@ class GgufFile:
         most = max(sorted(set(kinds)), key=kinds.count) if kinds else self._dense
         name = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}.get(most, f"MOSTLY_{most}")
         return int(LlamaFileType[name])
+
+
+def header(
+    path: Path,
+    architecture: str,
+    tensors: Sequence[Stored],
+    title: str,
+    file_type: int,
+    about: tuple[Mapping[str, Any], Path],
+) -> Any:
+    """The package gguf's writer of a file that holds all but the tensors' values. `file_type`: GGML's, of most tensors;
+    `about`: the content of config.json, and the folder of the tokenizer."""
+    import gguf
+
+    config, folder = about
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(title)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    metadata(writer, config)
+    write_tokenizer(writer, folder, config["vocab_size"])
+    for tensor in tensors:
+        size, kind = byte_shape(tensor), gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, size, BYTES, math.prod(size), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def byte_shape(tensor: Stored) -> tuple[int, ...]:
+    """The shape (out, bytes) of a stored tensor."""
+    import gguf
+
+    return tuple(gguf.quants.quant_shape_to_byte_shape(tensor.shape, gguf.GGMLQuantizationType[tensor.kind]))
+
+
+def dense_kind(shape: tuple[int, ...], dense: str) -> str:
+    """GGML's type of a tensor that is not quantized; float16 where a row does not fill the blocks of `dense`."""
+    if len(shape) < 2:
+        return "F32"
+    return "F16" if dense == "Q8_0" and shape[-1] % blocks.BLOCK else dense
