@@ -3,10 +3,13 @@
     python benchmarks/sweep.py                      # merge=ties,average bits=3,4 quant.grid=mse,hessian
     python benchmarks/sweep.py --overrides calib.samples=32
     python benchmarks/sweep.py --teachers           # why the cache does not keep teachers' activations
+    python benchmarks/sweep.py --recipes            # score and seconds of recipe=fast, balanced and best
 
 Each sweep is `epmq run -m` as a user starts it, one job after the other. Each round runs it with `cache=false` and with
 an empty cache, then the first job alone without the cache and with the full cache. The scores and checkpoints of both
-sweeps are compared. `--teachers` always uses the CPU.
+sweeps are compared. `--teachers` always uses the CPU. `--recipes` runs each recipe with the seeds 0, 1, 2 and so on
+(--repeats), without the cache: medians of the scores and of the processor seconds of whole runs, which score the result
+alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +32,7 @@ import numpy as np
 
 SWEEP = ("merge=ties,average", "bits=3,4", "quant.grid=mse,hessian")
 SHARED = ("score base and experts", "teach", "merge", "score merged")
+RECIPES = ("fast", "balanced", "best")
 
 
 def run(out: Path, cache: Path | None, arguments: argparse.Namespace, *options: str) -> float:
@@ -97,6 +102,24 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"\nThe cache has {size / 1e6:.2f} MB; whole seconds of each round: {json.dumps(wholes)}")
 
 
+def recipes(arguments: argparse.Namespace) -> None:
+    """Runs each recipe and prints the table."""
+    out, found = arguments.out.resolve(), dict[str, list[tuple[float, float]]]()
+    for seed in range(arguments.repeats):
+        for name in RECIPES:
+            start = resource.getrusage(resource.RUSAGE_CHILDREN)
+            run(out / name, None, arguments, f"recipe={name}", f"seed={seed}", "eval.stages=[quantized]")
+            end = resource.getrusage(resource.RUSAGE_CHILDREN)
+            score = json.loads((out / name / "metrics.json").read_text())["scores"]["average"]["quantized"]
+            found.setdefault(name, []).append((score, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime))
+            print(f"{name}, seed {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    print(f"{' '.join(arguments.overrides)}: {arguments.threads} threads, medians of {arguments.repeats} seeds\n")
+    print("| recipe | score | processor seconds | times balanced |\n|---|---|---|---|")
+    for name, (score, seconds) in medians.items():
+        print(f"| {name} | {score:.4g} | {seconds:.0f} | {seconds / medians['balanced'][1]:.2f} |")
+
+
 def teachers(folder: Path, threads: int) -> None:
     """Prints the time to compute the activations that the walk needs from a teacher's block and to read them from disk.
 
@@ -146,10 +169,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--teachers", action="store_true")
+    parser.add_argument("--recipes", action="store_true")
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of every job")
     arguments = parser.parse_args()
     if arguments.teachers:
         teachers(arguments.out, arguments.threads)
+    elif arguments.recipes:
+        recipes(arguments)
     else:
         compare(arguments)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.block_refinement import BlockRefiner, Chunks
 from epmq_cli.calibrate.progress import Account, WalkProgress, WalkResult
+from epmq_cli.calibrate.sensitivity import divergences
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.walk import QuantizerOf, Walk
 from epmq_cli.families.family import linear_groups
@@ -49,7 +50,10 @@ def run_passes(
         walker = replace(student, guidance=guidance)  # without the scales that an earlier walk has folded
         own = refiner if name == LAST else None
         parts = chunks if own is None else chunks.at_most(own.batch_size)
-        return Walk(walker, parts, quantizer_of, store, progress_for(name, account), own).run()
+        result = Walk(walker, parts, quantizer_of, store, progress_for(name, account), own).run()
+        if account is not None and trial is not None and trial.mixed.divergence is not None:
+            trial.weigh(divergences(student, groups, trial.mixed.formats[0], trial.mixed.divergence))
+        return result
 
     if trial is not None and guidance.sweeps == 1:
         run_walk("widths", first, trial)

@@ -24,3 +24,8 @@ class Operations:
 def times(operations: Operations, factor: float) -> Operations:
     """The operations, so many times."""
     return Operations(*(factor * value for value in astuple(operations)))
+
+
+def plus(one: Operations, other: Operations) -> Operations:
+    """The operations of both."""
+    return Operations(*map(sum, zip(astuple(one), astuple(other), strict=True)))

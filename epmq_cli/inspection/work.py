@@ -11,9 +11,10 @@ from torch import nn
 
 from epmq_cli.config.schema import GENERATE, Harness
 from epmq_cli.data.batching import Batch
+from epmq_cli.data.held_out import HOLD
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.structure import Linears, Section
-from epmq_cli.inspection.operations import CALLS, Operations, times
+from epmq_cli.inspection.operations import CALLS, Operations, plus, times
 from epmq_cli.inspection.planned import IMAGE, PATCH, Planned
 from epmq_cli.inspection.refinement_work import refinement_work
 from epmq_cli.pipeline.calibration import solves_heads
@@ -163,7 +164,16 @@ def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
         _add_group(done, group, work.tokens, experts, guidance.teaches)
     trials = 1 + 3 * len(guidance.open)
     walks = guidance.sweeps + int(isinstance(job.quantizer, MixedPrecision)) + (trials if guidance.open else 0)
-    return times(done, walks)
+    return plus(times(done, walks), _sensitivity(job, work, linears))
+
+
+def _sensitivity(job: Job, work: Work, linears: int) -> Operations:
+    """The forward passes with one group of linears after the other rounded."""
+    if not isinstance(job.quantizer, MixedPrecision) or job.quantizer.sensitivity == "objective":
+        return Operations()
+    passes, share = 1 + len(work.groups), 1 / (HOLD * job.calib.views)
+    single = share * work.tokens * work.forward
+    return times(Operations(single=single, calls=CALLS * linears * share * work.batches), passes)
 
 
 def _add_group(done: Operations, group: Group, tokens: int, experts: int, teaches: bool) -> None:

@@ -17,8 +17,8 @@ from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.weights import copy_into
-from epmq_cli.pipeline.calibration import TOP
 from epmq_cli.pipeline.context import RunContext
+from epmq_cli.pipeline.output_divergence import TOP
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed

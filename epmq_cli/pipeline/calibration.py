@@ -32,7 +32,9 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.budget import with_sizes
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
+from epmq_cli.pipeline.output_divergence import TOP, with_divergence
 from epmq_cli.pipeline.progress import RunProgress
+from epmq_cli.quantize.mixed_precision import MixedPrecision
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed, memory
@@ -45,7 +47,6 @@ REFINED = 40  # bytes for each weight of a block: start, offset, best, target, a
 FEATURES = "features"
 
 TEMPERATURE = 2.0  # of the held-out divergence
-TOP = 64  # classes of each token that it keeps of the experts of language models
 
 
 class Anchor(Protocol):
@@ -158,9 +159,11 @@ def calibrate(
                 divergence = HeldOutDivergence(student, batches, tasks, store, samples)
                 choice = tune_guidance(student, divergence, context.progress)
                 guidance = choice.guidance
-            guided = replace(student, guidance=guidance)
+            guided, chosen = replace(student, guidance=guidance), quantizer
+            if isinstance(quantizer, MixedPrecision):
+                chosen = with_divergence(quantizer, job.family, model, batches, tasks, samples)
             chunks = Chunks(viewed, samples, views=job.calib.views)
-            walk = run_passes(guided, chunks, quantizer, store, context.progress.of_walk, refiner)
+            walk = run_passes(guided, chunks, chosen, store, context.progress.of_walk, refiner)
             return CalibrationResult(walk, guidance, choice)
 
     return micro.run(walks, lambda: student.reference.restore(model))

@@ -12,7 +12,7 @@ from epmq_cli.config.field_types import check_types, required
 from epmq_cli.config.validate import check_keys
 from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.formats.format import NumberFormat
-from epmq_cli.quantize.formats.names import FormatOptions
+from epmq_cli.quantize.formats.names import SENSITIVITIES, FormatOptions
 from epmq_cli.quantize.mixed_precision import MixedPrecision
 from epmq_cli.quantize.quantizer import Quantizer
 
@@ -45,12 +45,18 @@ def build_quantizer(node: DictConfig, budget: int | None = None) -> Quantizer | 
     check_types("quant", FormatOptions, options, instantiate.references(node))
     own = FormatOptions(**options)
     formats = own.formats() if budget is None else own.candidates()
-    quantizers = tuple(
+    quantizers: tuple[Quantizer, ...] = tuple(
         instantiate.build("quant", OmegaConf.create({**values, "format": _node(format)})) for format in formats
     )
-    if budget is not None:
-        return MixedPrecision(quantizers, budget=budget)
-    return MixedPrecision(quantizers, options["bits"]) if len(quantizers) > 1 else quantizers[0]
+    if budget is None and len(quantizers) == 1:
+        if own.sensitivity != SENSITIVITIES[0]:
+            raise ConfigError(
+                f"quant.sensitivity={own.sensitivity} chooses formats, got one format for all linears; use an average "
+                f"such as bits=2.5, a budget, or quant.sensitivity={SENSITIVITIES[0]}"
+            )
+        return quantizers[0]
+    limit = {"bits": options["bits"]} if budget is None else {"budget": budget}
+    return MixedPrecision(quantizers, sensitivity=own.sensitivity, **limit)
 
 
 def kv_cache_of(node: DictConfig) -> str | None:

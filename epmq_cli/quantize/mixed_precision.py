@@ -6,7 +6,7 @@ Every group of linears that read the same input gets one of the formats, which k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.knapsack import allocate
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, Quantizer, Transform
+from epmq_cli.quantize.rtn import rtn
 from epmq_cli.runtime import distributed
 
 if TYPE_CHECKING:
@@ -49,12 +50,17 @@ class MixedPrecision:
     One of two limits: `bits`, the maximum average over all weights, or `budget`, the maximum bytes of the weight files,
     whose parts are in `sizes` once the model is known. A first walk measures the loss of each group in each format
     (`Trial`); the last walk quantizes each group in the format that the trial chooses.
+
+    `sensitivity`: see FormatOptions. `divergence`: keeps the outputs of the model as it is, and returns a function that
+    measures how far later outputs are from them; None if `sensitivity` does not need it, or the model is not known.
     """
 
     quantizers: tuple[Quantizer, ...]
     bits: float | None = None
     budget: int | None = None
+    sensitivity: str = "objective"
     sizes: Sizes | None = None
+    divergence: Callable[[], Callable[[], float]] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.formats[0].bits, self.formats[-1].bits
@@ -112,21 +118,29 @@ class Trial:
     """Measures the losses of the groups in every format; weights stay dense.
 
     `losses`: tr (Q - W) H (Q - W)' relative to tr W H W', by group, in the order of the quantizers; `weights`: their
-    number by group.
+    number by group. `probes`: the loss of rounding to nearest in the first format, which `weigh` needs.
     """
 
     mixed: MixedPrecision
     losses: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    probes: dict[str, float] = field(default_factory=dict)
 
     def state(self) -> Any:
         """The losses and numbers of weights so far, as JSON."""
-        return {"losses": self.losses, "weights": self.weights}
+        return {"losses": self.losses, "weights": self.weights, "probes": self.probes}
 
     def restore(self, state: Any) -> None:
         """Replaces losses and numbers of weights by those of `state`."""
         self.losses = {group: list(losses) for group, losses in state["losses"].items()}
-        self.weights = dict(state["weights"])
+        self.weights, self.probes = dict(state["weights"]), dict(state["probes"])
+
+    def weigh(self, divergences: Mapping[str, float]) -> None:
+        """Multiplies the losses of each group by the divergence of the outputs for each loss. `divergences`: with the
+        group alone rounded to nearest in the first format."""
+        for group, probe in self.probes.items():
+            factor = divergences[group] / probe if probe > 0 else 0.0
+            self.losses[group] = [factor * loss for loss in self.losses[group]]
 
     def of(self, group: str) -> Quantizer:
         """A quantizer for linears of this group that measures and returns the weight itself."""
@@ -165,19 +179,22 @@ class Trial:
         `prepared`: by the first quantizer."""
         target, hessian = layer.weight.double(), layer.measured()
         quantizers, formats = self.mixed.quantizers, self.mixed.formats
-        sums = torch.zeros(2 + len(quantizers), dtype=torch.float64)
+        sums = torch.zeros(3 + len(quantizers), dtype=torch.float64)
         sums[0], sums[1] = target.numel(), ((target @ hessian) * target).sum()
+        if self.mixed.divergence is not None:
+            error = rtn(layer.weight, formats[0], "mse", layer.dtype).dequantize().double() - target
+            sums[2] = ((error @ hessian) * error).sum()
         for size in dict.fromkeys(format.group_size for format in formats):
             same = [index for index, format in enumerate(formats) if format.group_size == size]
             own = prepared if 0 in same else quantizers[same[0]].prepare(hessian)
             for index in same:
                 error = quantizers[index].quantize(layer, own).weight.dequantize().double() - target
-                sums[2 + index] = ((error @ hessian) * error).sum()
+                sums[3 + index] = ((error @ hessian) * error).sum()
         count, energy, *errors = distributed.all_reduce(sums).tolist()
-        known = self.losses.get(group, [0.0] * len(errors))
-        self.losses[group] = [
+        known = [self.probes.get(group, 0.0), *self.losses.get(group, [0.0] * len(quantizers))]
+        self.probes[group], *self.losses[group] = (
             loss + (error / energy if energy > 0 else 0.0) for loss, error in zip(known, errors, strict=True)
-        ]
+        )
         self.weights[group] = self.weights.get(group, 0) + int(count)
 
 

@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sweeps and widths": ("bert", ("guidance=feature", "guidance.sweeps=2", "bits=3.5")),
     "widths": ("bert", ("guidance=feature", "bits=3.5")),
     "budget": ("bert", ("guidance=feature", "budget=40KB")),
+    "sensitivity": ("bert", ("guidance=feature", "bits=2.5", "quant.sensitivity=divergence")),
     "auto": ("bert", ("guidance=feature", "guidance.rho=auto", "guidance.lam=auto")),
     "no quantizer": ("bert", ("guidance=feature", "quant=none")),
     "merged, files": ("bert", ("guidance=merged", "calib.memory=1KB", "calib.student=disk", "merge=ties")),

@@ -99,6 +99,28 @@ def test_the_losses_of_several_group_sizes_are_those_of_each_quantizer_alone() -
     assert (chosen.chosen, chosen.group_size) == ("int4", 4)
 
 
+def test_losses_are_weighed_by_the_divergence_for_each_loss() -> None:
+    """`a` has the larger losses, but an error of 0.5 in it changes the outputs by 0.1, in `b` by 4."""
+    losses, weights = {"a": [9.0, 1.0], "b": [5.0, 1.0], "c": [0.0, 0.0]}, dict.fromkeys("abc", 10)
+    trial = Trial(MixedPrecision(THREE_FOUR, 3.4), losses, weights, {"a": 0.5, "b": 0.5, "c": 0.0})
+    assert trial.choose() == {"a": 1, "b": 0, "c": 0}
+    trial.weigh({"a": 0.1, "b": 4.0, "c": 0.0})
+    assert trial.losses == {"a": pytest.approx([1.8, 0.2]), "b": pytest.approx([40.0, 8.0]), "c": [0.0, 0.0]}
+    assert trial.choose() == {"a": 0, "b": 1, "c": 0}
+
+
+def test_the_probe_is_the_loss_of_the_first_format_rounded_to_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator).double()
+    trial = Trial(MixedPrecision(THREE_FOUR, 3.5, divergence=lambda: lambda: 0.0))
+    layer = LayerProblem(("q",), weight, weight, inputs.T @ inputs, torch.float32)
+    trial.of("q").quantize(layer, nothing())
+    assert trial.probes["q"] == pytest.approx(trial.losses["q"][0], rel=1e-12)
+    other = Trial(trial.mixed)
+    other.restore(trial.state())
+    assert other == trial
+
+
 def test_formats_are_all_possible_formats_of_a_linear() -> None:
     one, other = Rtn(ints(4, 64), "mse"), Rtn(Fp8Format(64), "mse")
     assert formats_of(MixedPrecision((one, other), 5)) == (ints(4, 64), Fp8Format(64))

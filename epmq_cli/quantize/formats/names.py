@@ -37,6 +37,8 @@ fp8_static, whose scales of weights are by row instead of by tensor."""
 NAMES = (*(f"int{bits}" for bits in BITS), "fp8")
 """The formats that a mix may name. transformers cannot load a mix with the others: it dequantizes them to bfloat16,
 whatever the type of the model, or rounds activations."""
+SENSITIVITIES = ("objective", "divergence")
+"""By what a mix chooses: the losses of the groups, or these times their effect on the model's outputs."""
 WIDTHS = ("int2", "int3", "int4", "int8")
 """The formats among which `budget` chooses with quant.format=int."""
 
@@ -48,6 +50,7 @@ class FormatOptions:
     `bits`: of the codes. `group_size`: see NumberFormat; or several, among which `budget` chooses. `symmetric`: whether
     there are no zero points. `format`: one of `FREE` and `FIXED`, or two of `NAMES`, which are mixed so that codes have
     `bits` on average. `kv_cache`: the format in which engines cache keys and values, `fp8`; None for that of the model.
+    `sensitivity`: by what a mix chooses, one of `SENSITIVITIES`.
     """
 
     bits: float
@@ -55,10 +58,12 @@ class FormatOptions:
     symmetric: bool
     format: str | Sequence[str] = "int"
     kv_cache: str | None = None
+    sensitivity: str = SENSITIVITIES[0]
 
     def formats(self) -> tuple[NumberFormat, ...]:
         """One format, or two in ascending order of bits; ConfigError if the options are invalid."""
         check_choice("quant.kv_cache", self.kv_cache, (None, "fp8"))
+        check_choice("quant.sensitivity", self.sensitivity, SENSITIVITIES)
         check_choice("quant.symmetric", self.symmetric, (True, False))
         if not isinstance(self.group_size, int):
             raise ConfigError(
@@ -100,6 +105,7 @@ class FormatOptions:
     def candidates(self) -> tuple[NumberFormat, ...]:
         """The formats among which `budget` chooses, in ascending order of bits; ConfigError if the options are invalid.
         `bits` must be whole, and has no effect."""
+        check_choice("quant.sensitivity", self.sensitivity, SENSITIVITIES)
         if self.bits not in BITS:
             raise ConfigError(f"bits={literal(self.bits)} and budget both limit the size; leave out one of them")
         if self.symmetric is not True:
