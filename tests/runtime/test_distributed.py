@@ -18,6 +18,7 @@ from epmq_cli.pipeline.progress import opened
 from epmq_cli.runtime import distributed
 from tests.conftest import Run
 from tests.faults.driver import command, files, mini, torchrun
+from tests.helpers.tiers import slow
 
 SMALL = ("device=cpu", "calib.samples=32", "calib.batch_size=8", "eval.stages=[]")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -28,8 +29,9 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_two_processes_write_the_checkpoint_of_one(clip_hub: Path, tmp_path: Path) -> None:
-    options = mini(clip_hub, "guidance=feature", "bits=3.5")
+@pytest.mark.parametrize("mix", ["bits=3.5", slow("bits=2.5 quant.sensitivity=divergence")])
+def test_two_processes_write_the_checkpoint_of_one(mix: str, clip_hub: Path, tmp_path: Path) -> None:
+    options = mini(clip_hub, "guidance=feature", *mix.split())
     two = torchrun(tmp_path, *options, "out=two")
     assert [process.returncode for process in two] == [0, 0], two[0].stderr
     check_same(tmp_path, *options)
