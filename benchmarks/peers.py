@@ -39,7 +39,7 @@ OURS = {
     "rtn": ["guidance=merged", "quant=rtn"],
     "gptq": ["guidance=merged", "quant=gptq"],
     "asymmetric": ["guidance=asymmetric", "quant=gptq"],
-    "asymmetric-safe": ["guidance=asymmetric", "guidance.safe=true", "quant=gptq"],
+    "asymmetric-whole": ["guidance=asymmetric", "guidance.safe=false", "quant=gptq"],
     "awq": ["guidance=merged", "quant=awq"],
     "hqq": ["guidance=merged", "quant=hqq", "pack=dense"],
     "autoround": ["guidance=merged", "quant=autoround"],
