@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.config.schema import GENERATE, Harness
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.held_out import HOLD
@@ -161,7 +162,7 @@ def _walk(job: Job, work: Work, experts: int, linears: int) -> Operations:
     done.single += models * work.tokens * work.forward
     done.calls += 2 * models * CALLS * linears * work.batches
     for group in [*work.groups, *(work.dense if guidance.readout else [])]:
-        _add_group(done, group, work.tokens, experts, guidance.teaches)
+        _add_group(done, group, work.tokens, experts, guidance)
     trials = 1 + 3 * len(guidance.open)
     walks = guidance.sweeps + int(isinstance(job.quantizer, MixedPrecision)) + (trials if guidance.open else 0)
     return plus(times(done, walks), _sensitivity(job, work, linears))
@@ -176,19 +177,23 @@ def _sensitivity(job: Job, work: Work, linears: int) -> Operations:
     return times(Operations(single=single, calls=CALLS * linears * share * work.batches), passes)
 
 
-def _add_group(done: Operations, group: Group, tokens: int, experts: int, teaches: bool) -> None:
-    """Moments, the objective, two factors of H, the solution, GPTQ and the losses, as in calibrate/ and quantize/."""
-    width, outs = group.width, group.outs
+def _add_group(done: Operations, group: Group, tokens: int, experts: int, guidance: Guidance) -> None:
+    """Moments, the objective, two factors of H, the solution, GPTQ and the losses, as in calibrate/ and quantize/. With
+    held-out samples two objectives, and a third factor and another solution for the step."""
+    width, outs, teaches = group.width, group.outs, guidance.teaches
+    objectives = experts * (2 if guidance.safe else 1)
     square, product = float(width * width), float(width * outs)
     done.single += tokens * square
     by_drift = teaches and not group.stream and 4 * outs > 3 * width
     if by_drift:
-        done.single += tokens * 3 * square + experts * 4 * square * outs
+        done.single += tokens * 3 * square + objectives * 4 * square * outs
     elif teaches:
         done.single += tokens * 4 * product
-    done.single += experts * 2 * square * outs
+    done.single += objectives * 2 * square * outs
     done.single += 7 * square * outs + SEARCHED * product * GROUP
     done.double += square * width + 2 * square * outs
+    if guidance.safe:
+        done.double += square * width / 2 + 4 * square * outs
 
 
 def sequential(job: Job) -> bool:
