@@ -15,7 +15,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.layouts import layout_of
-from epmq_cli.checkpoint.load import load
+from epmq_cli.checkpoint.load import holds_mixture, load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.config import schema
 from epmq_cli.config.schema import GENERATE
@@ -227,7 +227,7 @@ def _tokens(
 def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, kernel: str) -> nn.Module:
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed."""
     with distributed.single_process():
-        if kernel == "dequantize" and layout_of(checkpoint).plain:
+        if kernel == "dequantize" and layout_of(checkpoint).plain and not holds_mixture(checkpoint):
             return load_model(family, checkpoint, device)
         return load(checkpoint, str(device), kernel, torch.float32)
 
