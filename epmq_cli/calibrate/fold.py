@@ -48,7 +48,8 @@ def fold_block(
         names = [block.name(name) for name in step.names]
         transform = quantizer_of(names)
         if isinstance(transform, Transform):
-            spec = CaptureSpec(step.names, None, frozenset(), None if step.mixing else token, step.memory)
+            lone = None if step.mixing else token
+            spec = CaptureSpec(step.names, None, frozenset(), lone, step.memory, route=step.route)
             inputs, measured = measure_inputs(rows_of(spec), student.guidance), True
             weight = torch.cat([student.own(f"{name}.weight") for name in names])
             folds.append((step, names, transform.scales(weight, inputs, student.dtype)))

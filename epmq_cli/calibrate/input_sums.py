@@ -11,6 +11,7 @@ import torch
 from epmq_cli.calibrate.moments import Products, real_tokens, tokens_of
 from epmq_cli.data.batching import size
 from epmq_cli.data.microbatch import joined
+from epmq_cli.errors import ModelError
 from epmq_cli.families.structure import Linears, Section
 from epmq_cli.merge.method import Group
 from epmq_cli.runtime import distributed
@@ -27,6 +28,11 @@ def merged_groups(section: Section, merged: Collection[str]) -> Iterator[tuple[G
     `merged`: the names of the merged tensors."""
     for step in section.steps:
         if isinstance(step, Linears):
+            if step.route is not None:
+                raise ModelError(
+                    f"base: {section.name(step.names[0])} is in a mixture of experts, whose inputs merge methods do "
+                    "not measure; use a merge method that needs no inputs of linears, such as merge=ties"
+                )
             names = (section.name(name) for name in step.names)
             if group := tuple(name for name in names if f"{name}.weight" in merged):
                 yield group, step

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState, calls, enter
+from epmq_cli.calibrate.activations.routing import Router
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.activations.trace import Change, Trace, bypassed, traced
 from epmq_cli.calibrate.moments import real_tokens
@@ -119,6 +120,7 @@ class _Check:
         self.section, self.stream, self.stack, self.repeated = section, stream, stack, repeated
         self.is_block = section is not stack.readout
         self.hidden = stream.hidden
+        self.router = Router()
         self.plain = self._pass(self.hidden)
 
     def run(self) -> None:
@@ -138,7 +140,8 @@ class _Check:
 
     def _pass(self, hidden: Tensor, change: Change | None = None) -> Trace:
         """Runs the section on this input. `change` replaces outputs of its modules."""
-        fresh = replace(self.stream, hidden=hidden, forward_pass=None, handle=None)
+        router = self.router if change is None else Router(self.router)
+        fresh = replace(self.stream, hidden=hidden, forward_pass=None, handle=None, router=router)
         with traced(self.section, change, hidden) as trace:
             fresh.finish(self.section.module)
         trace.output = fresh.hidden
@@ -172,14 +175,14 @@ class _Check:
         tokens = inputs[first].shape[:-1]
         mask = self.stream.memory if step.memory else self.stream.mask
         expected = mask.shape if mask is not None else tokens if step.memory else self.hidden.shape[:-1]
-        if self.is_block and tokens != expected:
+        if self.is_block and step.route is None and tokens != expected:
             raise _MismatchError(f"{self._name(first)} reads (samples, tokens) {list(tokens)}, not {list(expected)}")
         self._check_added(step, number)
 
     def _check_added(self, step: Linears, number: int) -> None:
         """Checks that the output is added to the residual stream, or is the input of the norm behind it. For parallel
-        parts, the fixed point is the check."""
-        if step.parallel:
+        parts and mixtures of experts, the fixed point is the check."""
+        if step.parallel or step.route is not None:
             return
         rest, name = self.section.steps[number + 1 :], step.names[0]
         behind = self.plain.inputs[_names(rest[0])[0]] if rest else self.plain.output
@@ -224,7 +227,11 @@ class _Check:
         step = next(step for step in self.section.steps if name in _names(step))
         target = self.plain.outputs[name]
         if isinstance(step, Linears) and step.stream is not None:
-            target = target + (self.plain.inputs[step.stream] - trace.inputs[step.stream]) / step.scale
+            drift = (self.plain.inputs[step.stream] - trace.inputs[step.stream]) / step.scale
+            if step.route is not None:
+                tokens, _ = self.router[step.route.router].tokens(step.route.expert, None)
+                drift = drift.flatten(0, -2)[tokens].reshape(target.shape)
+            target = target + drift
         return target
 
     def _check_mixing(self, step: Linears | Norm, token: int) -> None:

@@ -13,6 +13,7 @@ from epmq_cli.calibrate.held_out_step import Step
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.quantizer import LayerProblem, Prepared, QuantizationResult, Quantizer, nothing
+from epmq_cli.quantize.rtn import Rtn
 from epmq_cli.runtime import distributed
 
 
@@ -118,10 +119,16 @@ def solve(
 def quantize_anchor(
     anchor: Affine, names: Sequence[str], outs: list[int], quantizer: Quantizer, dtype: torch.dtype
 ) -> tuple[list[SolvedLinear], list[LayerRecord]]:
-    """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian."""
-    weight = anchor.weight.float()
+    """`solve` without inputs: the anchor is the target, and the quantizer needs no Hessian.
+
+    A quantizer that needs one rounds to nearest: these are experts of a mixture that no token reached.
+    """
+    weight, unrouted = anchor.weight.float(), "inputs" in quantizer.needs
     layer = LayerProblem(tuple(names), weight, weight, None, dtype, float(weight.abs().max()))
+    if unrouted and quantizer.format is not None:
+        quantizer, layer = Rtn(quantizer.format, "mse"), replace(layer, inputs=0.0)
     weights, _, result = _quantized(quantizer, layer, outs, nothing())
+    result = replace(result, fallback="rtn") if unrouted else result
     records = [_record(name, weight, result) for name, weight in zip(names, weights, strict=True)]
     targets = torch.split(anchor.weight, outs)
     return [SolvedLinear(weight, None, target) for weight, target in zip(weights, targets, strict=True)], records

@@ -72,8 +72,9 @@ def measured(
             else:
                 measure.add(rows.student[0], _part(rows, expert, scale, guidance), rows.weights)
         tokens += len(whole.student[0])
-        low, high = whole.student[0].aminmax()
-        largest = max(largest, -float(low), float(high))
+        if len(whole.student[0]):  # an expert of a mixture may read no token
+            low, high = whole.student[0].aminmax()
+            largest = max(largest, -float(low), float(high))
     return [measure.moments(expert if by_drift else None) for measure in measures], InputRange(tokens, largest)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -33,11 +33,12 @@ from epmq_cli.calibrate.solve_layer import quantize_anchor, solve
 from epmq_cli.calibrate.solve_norm import solve_norm
 from epmq_cli.calibrate.student import Student
 from epmq_cli.calibrate.task_moments import measure_objective
+from epmq_cli.calibrate.teacher_blocks import TeacherBlocks
 from epmq_cli.calibrate.walk_parts import walk_parts
 from epmq_cli.calibrate.weight_sink import WeightSink
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
-from epmq_cli.models.weights import copy_into, swapped_weights
+from epmq_cli.models.weights import swapped_weights
 from epmq_cli.quantize.kernels.select import load_kernels
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
@@ -76,8 +77,7 @@ class Walk:
         self.own = self.others = chunks.parts()  # the inputs of the present stack, for the student and for the teachers
         self.streams: dict[str, list[HiddenState]] = {}
         self.teacher_streams: dict[str, list[HiddenState]] = {}
-        self.blocks: dict[str, dict[str, Tensor]] = {}
-        """The experts' tensors of the present section, for as many tasks as fit into memory."""
+        self.blocks = TeacherBlocks(student.reference, self.store)
 
     def run(self) -> WalkResult:
         """Solves every section in order. Finished sections are restored, and batches run through them unsolved."""
@@ -120,6 +120,8 @@ class Walk:
             if self.taught:
                 with swapped_weights(model, self._stem(task)):
                     self.teacher_streams[task] = enter(model, self.family, stack, self.others[task], self.store, values)
+                for own, teacher in zip(self.streams[task], self.teacher_streams[task], strict=True):
+                    teacher.router.leader = own.router
 
     def _solve_stem(self, stack: Stack) -> None:
         """Solves the stem of a stack: the tables, kernels and norm in front of its first block."""
@@ -161,10 +163,10 @@ class Walk:
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
             for module in {id(m): m for m in (section.module, teacher)}.values():
-                hooks.enter_context(pause_hooks(module, section.modules))
+                hooks.enter_context(pause_hooks(module, section.modules, section.routers))
             self._fold(section, token)
             for index, step in enumerate(section.steps):
-                spec = CaptureSpec.of(section.steps[index:], token)
+                spec = CaptureSpec.of(section.steps[index:], token, section.steps[index - 1] if index else None)
                 if isinstance(step, Norm):
                     if self.guidance.norms and has_gain(section.module.get_submodule(step.name)):
                         solve_norm(self.student, section.name(step.name), self._rows(section, teacher, spec))
@@ -176,15 +178,21 @@ class Walk:
                 else:
                     self._linears(section, teacher, step.names, spec)
                 self.advance(1)
+            if not section.steps:
+                self._finish_students(section)  # first: teachers are routed as they are
             for task in self.teacher_streams:
-                self._load(section, teacher, task)
+                self.blocks.load(section, teacher, task)
                 _finish(self.teacher_streams[task], teacher)
             if self.refinement is not None and section.steps and self._in_block(section):
                 self.refinement.run(section, token, self.streams, self.teacher_streams, self.result)
-            for streams in self.streams.values():
-                _finish(streams, section.module)
-        self.store.release(sum(map(_bytes, self.blocks.values())))
-        self.blocks.clear()
+            if section.steps:
+                self._finish_students(section)
+        self.blocks.release()
+
+    def _finish_students(self, section: Section) -> None:
+        """Runs the student's hidden states through the rest of a section."""
+        for streams in self.streams.values():
+            _finish(streams, section.module)
 
     def _fold(self, section: Section, token: int | None) -> None:
         """Folds the scales of transforms, such as AWQ, into the section, see fold.py."""
@@ -194,25 +202,13 @@ class Walk:
                 for stream in streams:
                     stream.rewind()
 
-    def _load(self, section: Section, teacher: nn.Module, task: str) -> None:
-        """Copies the expert's section into the teacher. It is read once for all steps if it fits into memory."""
-        if not self.taught:
-            return
-        tensors = self.blocks.get(task)
-        if tensors is None:
-            own, expert = teacher.state_dict(), self.student.reference.expert
-            tensors = {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
-            if self.store.hold(_bytes(tensors)):
-                self.blocks[task] = tensors
-        copy_into(teacher, tensors)
-
     def _rows(
         self, section: Section, teacher: nn.Module, spec: CaptureSpec
     ) -> Iterator[tuple[str, Iterator[LayerInputs]]]:
         """The inputs of a step, task by task and batch by batch."""
         for task in self.streams:
             if self.guidance.teaches:
-                self._load(section, teacher, task)
+                self.blocks.load(section, teacher, task, spec.ran)
             yield task, self._task_rows(section, teacher if self.guidance.teaches else None, task, spec)
 
     def _task_rows(
@@ -235,7 +231,7 @@ class Walk:
         for index, stream in enumerate(self.streams[task]):
             with stream.loaded():
                 own = spec.rows(stream, section.module)
-                weights = stream.weights(spec.token, self.guidance)
+                weights = spec.weights(stream, self.guidance)
                 apart = None if held is None else spec.tokens_of(next(held), stream, len(own[0]))
                 if teachers is None or teacher is None:
                     yield LayerInputs(own, own, weights, apart)
@@ -257,6 +253,8 @@ class Walk:
         if self.measures:
             rows, scale = self._rows(section, teacher, spec), spec.scale if spec.stream else None
             problem, step, inputs_seen = measure_objective(self.student, names, rows, scale)
+        measuring = quantizer.format is None and "inputs" in quantizer.needs  # the formats of a mix
+        if self.measures and (inputs_seen.tokens or measuring):
             solutions, records = solve(problem, names, outs, inputs_seen, quantizer, dtype, step)
         else:
             solutions, records = quantize_anchor(self.student.stacked_anchor(names), names, outs, quantizer, dtype)
@@ -282,10 +280,6 @@ class Walk:
             if any("inputs" in self.quantizer_of([*map(block.name, names)]).needs for names in groups):
                 return True
         return False
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _finish(streams: Sequence[HiddenState], module: nn.Module) -> None:

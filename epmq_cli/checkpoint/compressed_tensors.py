@@ -82,6 +82,8 @@ class CompressedTensorsExporter(OpenClipPack):
         not draw in FP8; and it does not round activations of models that it dequantizes. With several
         formats it must stay off, because transformers would use the first one for all.
         """
+        from epmq_cli.models.routed_experts import routers  # modules: imports torch
+
         formats = {name: weight.format.for_range(0).for_inputs(0) for name, weight in weights.items()}
         if not formats:
             return {}
@@ -100,7 +102,7 @@ class CompressedTensorsExporter(OpenClipPack):
             "quant_method": METHOD,
             "format": "mixed-precision" if len(names) > 1 else names[0],
             "quantization_status": "compressed",
-            "ignore": [name for name in linears if name not in formats],
+            "ignore": [name for name in [*linears, *dict(routers(model))] if name not in formats],
             "config_groups": groups,
         }
         plain = kinds[0].zero_points == "none" and kinds[0].activations == "none"

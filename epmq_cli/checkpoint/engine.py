@@ -17,6 +17,7 @@ from epmq_cli.checkpoint.gguf.blocks import SUPER, check_blocks, kind_of
 from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import head_width
 from epmq_cli.models.pretrained import from_folder
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
@@ -71,7 +72,8 @@ class Engine:
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
     different formats, but for the families `unmixed`. `multiple`: what inputs and outputs must be multiples of.
     `fused`: the last names of linears that it multiplies with as one. `heads`: the widths of attention heads that it
-    takes, empty for all. `tested`: whether `make engines` proves this, or we know it from the engine's sources.
+    takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `tested`: whether `make
+    engines` proves this, or we know it from the engine's sources.
     `command`: loads the checkpoint in a shell, see `shell_commands` in loading_code.py; empty if only Python does.
     """
 
@@ -83,6 +85,7 @@ class Engine:
     multiple: int = 1
     fused: tuple[tuple[str, ...], ...] = ()
     heads: tuple[int, ...] = ()
+    experts: tuple[Kernel, ...] = ()
     tested: bool = True
     command: str = ""
 
@@ -129,6 +132,8 @@ class Engine:
                 f"{self.title} takes attention heads of {_listed([str(each) for each in self.heads])} channels, got "
                 f"{width}; use pack.engine=null and another engine"
             )
+        if formats and base.config.get("model_type") in MIXTURES:
+            return self._experts_refusal(formats)
         block = max((format.row_block for format in formats), default=1)
         for name, outputs, inputs in self._products(linears) if formats else ():
             if sum(outputs) % self.multiple or inputs % self.multiple:
@@ -142,6 +147,17 @@ class Engine:
                     f"outputs if {block} rows share a scale, got {', '.join(map(str, outputs))}; use {DENSE}"
                 )
         return None
+
+    def _experts_refusal(self, formats: Sequence[NumberFormat]) -> str | None:
+        """Why the engine does not load a mixture of experts with packed weights of these formats; None if it does."""
+        if len(formats) == 1 and any(kernel.takes(formats[0]) for kernel in self.experts):
+            return None
+        given = " and ".join(map(described, formats))
+        if not self.experts:
+            return f"{self.title} takes mixtures of experts with dense weights only, got {given}; use {DENSE}"
+        names = _listed([str(kernel).replace(" without zero points", "") for kernel in self.experts])
+        known = f"{self.title} takes mixtures of experts with one format without zero points, {names}, got {given}"
+        return f"{known}; use one of these, {DENSE}"
 
     def _products(self, linears: Mapping[str, torch.Size]) -> Iterator[tuple[str, list[int], int]]:
         """The name, the outputs of each part and the inputs of each product of matrices; fused linears are one."""

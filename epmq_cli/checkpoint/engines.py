@@ -36,6 +36,11 @@ ENGINES: Mapping[str, Engine] = {
         "transformers",
         {"compressed_tensors": (), "gptq": INTEGERS, "dense": ()},
         mixes=True,  # but for the families for which pack=compressed_tensors refuses it
+        experts=(
+            *(Kernel(f"int{bits}") for bits in range(2, 9)),
+            *(Kernel(name) for name in ("w4a8", "fp8_dynamic", "fp8_static", *MX[:2], "mxfp6a16", "mxfp6a8")),
+            Kernel("fp8", groups=(ROWS,)),
+        ),
     ),
     "vllm": Vllm(
         "vLLM on CUDA",
@@ -54,6 +59,7 @@ ENGINES: Mapping[str, Engine] = {
         mixes=True,  # vllm_cpu loads int4 in two sizes of groups too, if linears that it fuses have the same
         unmixed=("bert",),  # it gives their linears other names than the config of a mix does
         fused=FUSED,
+        experts=tuple(Kernel(f"int{bits}", groups=VLLM_GROUPS) for bits in (4, 8)),
         tested=False,
         command=SERVE,
     ),

@@ -96,6 +96,10 @@ class GptqExporter(Pack):
         self, linears: Mapping[str, torch.Size], model: nn.Module, formats: Collection[NumberFormat]
     ) -> None:
         """See exporter.py."""
+        from epmq_cli.models.routed_experts import routers  # modules: imports torch
+
+        if any(routers(model)):
+            raise ConfigError(f"pack=gptq stores no mixtures of experts, got a {type(model).__name__}; {OTHER}")
         prefixes = blocks_of(linears)
         if len(prefixes) != 1:
             raise ConfigError(

@@ -19,8 +19,10 @@ from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
 from epmq_cli.models.pretrained import from_folder
+from epmq_cli.models.routed_experts import unpacked
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -79,6 +81,11 @@ def load(
     return model.to(where).eval().requires_grad_(False)
 
 
+def holds_mixture(folder: Path) -> bool:
+    """Whether a checkpoint's model is a mixture of experts, whose experts transformers does not load in all formats."""
+    return read_json(folder, "config.json", "checkpoint").get("model_type") in MIXTURES
+
+
 def _packed_class(kernel: str, obstacle: str | None) -> type[Int4Linear | ExactLinear] | None:
     """The class of a linear that stays packed; None if it becomes dense. `obstacle`: of the int4 kernel."""
     if kernel == "exact":
@@ -128,7 +135,7 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
     poolerless = "add_pooling_layer" in inspect.signature(cls).parameters and not any(
         name.startswith("pooler.") for name in files.infos
     )
-    model: nn.Module = cls(config, add_pooling_layer=False) if poolerless else cls(config)
+    model: nn.Module = unpacked(cls(config, add_pooling_layer=False) if poolerless else cls(config))
     return model
 
 

@@ -3,7 +3,7 @@
 Base and experts: models of one architecture that `AutoModelForCausalLM` loads, with a block layout of decoder.py. Model
 types that are not listed here are taken too if the checks before calibration find nothing unknown. The model's own
 blocks run with its own masks and positions, so rotary embeddings, grouped queries and sliding windows work as they are.
-Embeddings and the output layer stay dense.
+Embeddings, the output layer and the routers of mixtures of experts stay dense.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.decoder import UNSOLVED, block_steps
+from epmq_cli.families.decoder import UNSOLVED, block_steps, routers_of
 from epmq_cli.families.family import Family
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.positions import decoder_positions
@@ -91,6 +91,7 @@ SETTINGS = (
     "logits_scaling",
     "query_pre_attn_scalar",
     "residual_multiplier",
+    *("num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
 )
 
 
@@ -106,6 +107,7 @@ class CausalLM(Architecture):
         *("starcoder2", "vaultgemma"),
         *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
         *("opt", "persimmon", "phi", "xglm"),
+        *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     )
     unsolved: tuple[str, ...] = (
         *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
@@ -153,7 +155,11 @@ class CausalLM(Architecture):
         """The model with its output layer."""
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = from_folder(AutoModelForCausalLM, folder, **options)
+        from epmq_cli.models.routed_experts import unpacked  # modules: imports torch
+
+        loaded = from_folder(AutoModelForCausalLM, folder, **options)
+        unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model: nn.Module = loaded
         return model
 
     def positions(self, folder: Path) -> int | None:
@@ -190,7 +196,8 @@ class CausalLM(Architecture):
         kind, parent = type(model).__name__, model.get_submodule(body.layers)
         layers = {f"{body.layers}.{index}": layer for index, layer in parent.named_children()}
         try:
-            return [Section(name, layer, block_steps(layer, f"{name} of {kind}")) for name, layer in layers.items()]
+            steps = {name: block_steps(layer, f"{name} of {kind}") for name, layer in layers.items()}
+            return [Section(name, layer, steps[name], routers_of(steps[name])) for name, layer in layers.items()]
         except ModelError as error:
             raise refused(self, str(error)) from None
 

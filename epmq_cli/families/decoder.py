@@ -7,7 +7,7 @@ before a run calibrates a block, `self_check` compares the steps with the block'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ import torch
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families.refusal import unknown_tensor
-from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm, Route
+from epmq_cli.models.mixtures import router_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,12 +89,15 @@ FEED_FORWARD = (
     (("mlp.fc_in",), "mlp.fc_out"),  # GPT-J
     (("ffn.up_proj",), "ffn.down_proj"),  # MPT
 )
+SHARED = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), "mlp.shared_expert.down_proj")
+"""The expert of Qwen 2 MoE that reads all tokens."""
 LINEAR = (QKV, FEED_FORWARD[0][0])
 """Groups whose last linear, v_proj or up_proj, is the producer of the linear that follows, channel by channel."""
 UNSOLVED = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
     r"self_attn\.[qk]_layernorm\.(norms\.\d+\.)?(weight|bias)",  # StableLM, Persimmon
     r"mlp\.act_fn\.\w+",  # activations with parameters, such as those of Apertus
+    r"(mlp|block_sparse_moe)\.(gate|shared_expert_gate)\.weight",  # routers
 )
 """Patterns of the tensors of a block that no step solves. They act between two steps and stay as merged."""
 
@@ -111,14 +115,20 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     mlp = next((part for part in FEED_FORWARD if linears.issuperset((*part[0], part[1]))), None)
     if any(type(module).__name__ == "Conv1D" for module in block.modules()):
         raise ModelError(f"{where} has linears of the class Conv1D, which formats of quantized weights do not hold")
-    if layout is None or attention is None or mlp is None:
+    experts = tuple(_experts(block))
+    if layout is None or attention is None or not (mlp or experts):
         lacks = "norms" if attention and mlp else "attention" if attention is None else "feed-forward"
         children = ", ".join(name for name, _ in block.named_children()) or "nothing"
         raise ModelError(f"{where} (which has {children}) has no {lacks} that the family knows")
     scale = float(getattr(block, "residual_multiplier", 1.0))  # Granite
     if scale == 0:
         raise ModelError(f"{where} has a residual_multiplier of 0")
-    if layout.parallel or getattr(block, "use_parallel_residual", False):  # GPT-NeoX
+    if mlp is None:
+        steps = (
+            *_part(attention, layout.before_attention, layout.behind_attention, scale),
+            *_mixture(block, experts, layout.before_mlp),
+        )
+    elif layout.parallel or getattr(block, "use_parallel_residual", False):  # GPT-NeoX
         steps = tuple(_parallel(attention, mlp, layout))
     else:
         steps = (
@@ -129,6 +139,12 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     if (name := unknown_tensor(block.state_dict(), modules, UNSOLVED)) is not None:
         raise ModelError(f"{where} has {name}, which no step of the family knows")
     return steps
+
+
+def routers_of(steps: Sequence[Step]) -> tuple[str, ...]:
+    """The routers of the experts among these steps."""
+    routes = (step.route for step in steps if isinstance(step, Linears) and step.route is not None)
+    return tuple(dict.fromkeys(route.router for route in routes))
 
 
 Part = tuple[tuple[str, ...], str]
@@ -165,3 +181,30 @@ def _part(linears: Part, before: str | None, behind: str | None, scale: float) -
     yield Linears((writing,), stream=stream, scale=scale, producer=reading[-1] if reading in LINEAR else None)
     if behind:
         yield Norm(behind)
+
+
+def _experts(block: nn.Module) -> Iterator[tuple[Part, Route]]:
+    """The linears of each routed expert of a block, and the tokens that reach it."""
+    from epmq_cli.models.routed_experts import RoutedExperts  # a module: imports torch
+
+    for name, module in block.named_modules():
+        if isinstance(module, RoutedExperts):
+            for number in range(len(module)):
+                gate, up, down = (f"{name}.{number}.{part}" for part in module.linears)
+                yield ((gate, up), down), Route(router_of(name), number)
+
+
+def _mixture(block: nn.Module, experts: Sequence[tuple[Part, Route]], norm: str | None) -> Iterator[Step]:
+    """The steps of a mixture of experts. A shared expert comes first, it reads all tokens.
+
+    The routed experts correct the stream's drift if the factors of a token add up to 1. Otherwise attention alone does.
+    """
+    if norm is not None:
+        yield Norm(norm)
+    if SHARED[1] in {name for name, _ in block.named_modules()}:
+        yield Linears(SHARED[0])
+        yield Linears((SHARED[1],), producer=SHARED[0][-1])
+    for (reading, writing), route in experts:
+        stream = norm if getattr(block.get_submodule(route.router), "norm_topk_prob", True) else None
+        yield Linears(reading, route=route)
+        yield Linears((writing,), stream=stream, producer=reading[-1], route=route)

@@ -20,6 +20,15 @@ ReadToken = int | Literal["mean"] | None
 
 
 @dataclass(frozen=True)
+class Route:
+    """The tokens that reach an expert of a mixture: those that a router, a module of the block, sends to the expert of
+    this number."""
+
+    router: str
+    expert: int
+
+
+@dataclass(frozen=True)
 class Linears:
     """Linears that read the same input."""
 
@@ -43,6 +52,10 @@ class Linears:
     producer: str | None = None
     """The norm or linear whose output channels are the input channels, each times a factor independent of it, and are
     used nowhere else; None if there is none."""
+
+    route: Route | None = None
+    """The tokens that they read; None for all. The outputs of all experts of a router together are added to the stream,
+    each times a factor; the factors of a token add up to 1 if there is a stream."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,14 @@ class Table:
 class Section:
     """A part of the model that is calibrated in one pass, with its steps in the order of the forward pass.
 
-    Names in `steps` are the module's own; with `prefix` in front they are the model's.
+    Names in `steps` and `routers`, which send tokens to experts, are the module's own; with `prefix` in front they are
+    the model's.
     """
 
     prefix: str
     module: nn.Module
     steps: tuple[Linears | Norm, ...]
+    routers: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[str]:

@@ -164,12 +164,14 @@ def _classes(config: dict[str, Any]) -> Iterator[ModelClass]:
 
 def _described(cls: Any, config: dict[str, Any]) -> ModelClass | None:
     """Describes a class; None if it does not accept the config."""
+    from epmq_cli.models.routed_experts import unpacked  # modules: imports torch
+
     settings = config_object(config)
     if settings is None:
         return None
     try:
         with torch.device("meta"):
-            model = cls(settings)
+            model = unpacked(cls(settings))
     except Exception:  # a config can contain anything, and the class may expect another config
         return None
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})

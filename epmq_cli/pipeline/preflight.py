@@ -17,6 +17,7 @@ from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.families.refusal import refused, unknown_tensor
 from epmq_cli.families.structure import Table
 from epmq_cli.merge.suite_models import SuiteModels
+from epmq_cli.models.mixtures import STACKED
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.linalg import is_finite
 
@@ -43,6 +44,11 @@ def check_described(model: nn.Module, family: Family, models: SuiteModels) -> No
     own, merged = model.state_dict(), set(models.source.names)
     where = f"base: {models.base.path / 'config.json'} describes"
     for name in models.source.names:
+        if name not in own and name.endswith(STACKED):
+            raise ModelError(
+                f"base: {models.base.path} has the experts of a mixture in one tensor, {name}, epmq reads one for "
+                "each; save base and experts with save_pretrained, without save_original_format=False"
+            )
         if name not in own:
             raise ModelError(f"{where} a model without {name}, but its weight files contain it; fetch it again")
     for section in (block for stack in family.stacks(model) for block in stack.blocks):

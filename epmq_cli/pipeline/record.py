@@ -94,13 +94,14 @@ def measured(walk: WalkResult) -> dict[str, Any]:
 
 
 def events(walk: WalkResult) -> dict[str, int]:
-    """Counts the calibrated linears, and those that needed more damping or a fallback."""
-    records = walk.records
+    """Counts the calibrated linears, and those that needed more damping or a fallback, or that no token reached."""
+    records, tokens = walk.records, [record.tokens for record in walk.records]
     return {
         "linears": len(records),
         "damping_retried": sum(record.damping_retries > 0 for record in records),
         "target_without_factor": sum(record.target_damping is None for record in records),
         "fallbacks": sum(record.fallback is not None for record in records),
+        "unrouted": tokens.count(0) if any(tokens) else 0,  # without any, no inputs were measured
     }
 
 

@@ -15,7 +15,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.layouts import layout_of
-from epmq_cli.checkpoint.load import load
+from epmq_cli.checkpoint.load import holds_mixture, load
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.checkpoint.rounded_inputs import input_formats, round_inputs
 from epmq_cli.config import schema
@@ -229,7 +229,8 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, eval
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed. They
     round their inputs if engines do and `eval.round_inputs` is set."""
     with distributed.single_process():
-        if evaluation.kernel == "dequantize" and layout_of(checkpoint).plain:
+        whole = layout_of(checkpoint).plain and not holds_mixture(checkpoint)
+        if evaluation.kernel == "dequantize" and whole:
             model = load_model(family, checkpoint, device)
         else:
             model = load(checkpoint, str(device), evaluation.kernel, torch.float32)

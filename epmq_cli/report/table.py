@@ -61,6 +61,7 @@ TROUBLE = {
     "damping_retried": "needed more damping",
     "target_without_factor": "kept the merged weight as target",
     "fallbacks": "were rounded to nearest",
+    "unrouted": "got no calibration token",
 }
 """Texts for the events in metrics.json."""
 HALVED = {"batches_halved": "calibration", "eval_batches_halved": "scoring"}

@@ -45,7 +45,7 @@ def test_parquet_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_harness_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    evaluation = Harness(1, 1, (), "dequantize", ["x"], None, None)
+    evaluation = Harness(1, 1, (), "dequantize", True, ["x"], None, None)
     micro = MicroBatcher(1, "scoring", "lower eval.batch_size")
     with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness; install it with pip install 'epmq-cli\[lm_e"):
         harness_scores(torch.nn.Linear(1, 1), tmp_path, torch.device("cpu"), evaluation, micro)

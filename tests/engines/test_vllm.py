@@ -24,6 +24,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
 from epmq_cli.models import attention
 from epmq_cli.models.attention import Recorder
+from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.quantize.formats.fp8 import LARGEST
 from tests.engines.greedy import COUNT, PROMPT, by_transformers
 from tests.helpers.engine_kinds import KINDS, write_kind
@@ -99,6 +100,21 @@ def test_vllm_does_not_load_what_we_refuse(name: str, answers: Any) -> None:
     """The limits in ENGINES are those of vLLM."""
     [answer] = [answer for (each, _), answer in answers.items() if each == name]
     assert "error" in answer
+
+
+def test_vllm_reads_mixtures_of_experts(tmp_path: Path) -> None:
+    """Dense ones as they are, packed ones with a reference in place of a kernel that CPUs lack."""
+    cases = [("mixtral", "dense"), *((model, "int4-64") for model in MIXTURES)]
+    folders = {case: write_kind(tmp_path / "-".join(case), case[1], "causal_lm", case[0]) for case in cases}
+    common = {"dtype": "float32", "tokens": PROMPT, "count": COUNT}
+    jobs = [{"folder": str(folder), **common} for folder in folders.values()]
+    [refused] = asked([jobs[1]])
+    assert "No WNA16 MoE backend supports the deployment configuration" in refused["error"]
+    for folder, answer in zip(folders.values(), asked([{**job, "mixture": True} for job in jobs]), strict=True):
+        assert "error" not in answer, answer
+        wanted = by_transformers(folder)
+        assert [token for token, _ in answer["result"]] == [token for token, _ in wanted]
+        assert [value for _, value in answer["result"]] == pytest.approx([value for _, value in wanted], abs=1e-4)
 
 
 class Rounded(Recorder):

@@ -3,8 +3,9 @@
 usage: vllm_side.py < JOBS
 
 JOBS is JSON: a list of {"folder", "dtype"} with either "tokens" and "count" (greedy decoding), or "texts" or "pictures"
-(embeddings; a picture is a file). The last line of the output is JSON: for each job its "error", or its "result" and
-the "operator" that multiplied with packed weights.
+(embeddings; a picture is a file); "mixture": whether a reference multiplies with packed experts, for which vLLM has
+kernels on GPUs and on processors with AMX only. The last line of the output is JSON: for each job its "error", or its
+"result" and the "operator" that multiplied with packed weights.
 """
 
 from __future__ import annotations
@@ -60,6 +61,25 @@ def reference(
     return (result if bias is None else result + bias).to(input.dtype)
 
 
+def experts(self: Any, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, **options: Any) -> None:
+    """The experts of a mixture in plain arithmetic, after vLLM has dequantized them: hidden_states (tokens, in), w1
+    (experts, 2 inner, in), w2 (experts, in, inner)."""
+    output.zero_()
+    for row, (chosen, factors) in enumerate(zip(options["topk_ids"], options["topk_weights"], strict=True)):
+        for expert, factor in zip(chosen.tolist(), factors, strict=True):
+            gate, up = (w1[expert].float() @ hidden_states[row].float()).chunk(2)
+            output[row] += (factor * (w2[expert].float() @ (torch.nn.functional.silu(gate) * up))).to(output.dtype)
+
+
+def choose_experts() -> None:
+    """Puts this reference in the place of a kernel of GPUs that multiplies with dequantized experts."""
+    oracle = importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.int_wna16")
+    kernel = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe")
+    oracle._get_priority_backends = lambda: [oracle.WNA16MoEBackend.EMULATION]
+    kernel.Int4EmulationTritonExperts._supports_current_device = staticmethod(lambda: True)
+    kernel.Int4EmulationTritonExperts.apply = experts
+
+
 OWN = importlib.import_module("vllm._custom_ops").cpu_gemm_wna16
 
 
@@ -108,6 +128,8 @@ def main() -> None:
     for job in json.load(sys.stdin):
         try:
             operator = choose_operator(job["dtype"])
+            if job.get("mixture"):
+                choose_experts()
             answers.append({"result": answer(job), "operator": operator})
         except Exception as error:
             traceback.print_exc()

@@ -230,13 +230,13 @@ def test_the_error_for_an_unknown_model_names_its_type_and_how_to_add_a_family()
 
 
 def test_blocks_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import PhimoeConfig, PhimoeForCausalLM
 
     from tests.helpers.minihub import IDS, SIZE
 
-    model = MixtralForCausalLM(MixtralConfig(**SIZE, **IDS, num_key_value_heads=2, num_local_experts=2))
+    model = PhimoeForCausalLM(PhimoeConfig(**SIZE, **IDS, num_key_value_heads=2, num_local_experts=2))
     with pytest.raises(
-        ModelError, match=r"model.layers.0 of MixtralForCausalLM .* has no feed-forward that the family knows"
+        ModelError, match=r"model.layers.0 of PhimoeForCausalLM .* has no feed-forward that the family knows"
     ):
         FAMILIES["causal_lm"].blocks(model)
     gpt: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))

@@ -15,6 +15,7 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.decoder import block_steps
 from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
@@ -42,9 +43,10 @@ def distances(folder: Path, *options: str) -> tuple[float, float]:
 FAST = ("glm4", "olmo", "gpt_neox")  # norms on both sides of a part, and only after it; parallel parts
 
 
-@pytest.mark.parametrize("kind", only(FAST, TAKEN))
+@pytest.mark.parametrize("kind", only(FAST, [kind for kind in TAKEN if kind not in MIXTURES]))
 def test_a_lone_expert_is_reproduced_with_family_auto(kind: str, tmp_path: Path) -> None:
-    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
+    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert. Mixtures of
+    experts keep the merged routers, see tests/calibrate/test_mixtures.py."""
     hub = decoder_files(tmp_path, built(TAKEN[kind]))
     base, student = distances(hub, "suite.family=auto")
     assert student < 0.05 * base
@@ -113,7 +115,8 @@ def test_checkpoints_of_these_blocks_reload_with_equal_outputs(kind: str, tmp_pa
     student: Any = walk(hub, *options).student
     ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     with torch.inference_mode():
-        assert torch.equal(public(ids).logits, student(ids).logits)
+        rounding = 1e-6 if kind in MIXTURES else 0.0  # transformers multiplies with gate and up at once
+        torch.testing.assert_close(public(ids).logits, student(ids).logits, rtol=0, atol=rounding)
 
 
 def test_an_explicit_family_refuses_types_of_other_families(tmp_path: Path) -> None:

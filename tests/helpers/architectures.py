@@ -22,6 +22,7 @@ NEO: dict[str, Any] = {
 }
 NEO |= {"vocab_size": IDS["vocab_size"], "window_size": 4}
 OPT = {**FALCON, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3}
 MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
 
@@ -72,6 +73,14 @@ TAKEN: dict[str, Build] = {
     "persimmon": lambda: t.PersimmonForCausalLM(t.PersimmonConfig(**SIZE, **IDS)),
     "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, **IDS)),
     "stablelm-parallel": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, use_parallel_residual=True)),
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**GROUPED, **FEW)),
+    "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
+        t.Qwen2MoeConfig(**GROUPED, **FEW, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    ),
+    "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
+        t.Qwen3MoeConfig(**HEADS, **FEW, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1])
+    ),
     "xglm": lambda: t.XGLMForCausalLM(
         t.XGLMConfig(d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, vocab_size=IDS["vocab_size"])
     ),
@@ -86,14 +95,8 @@ REFUSED: dict[str, tuple[Build, str]] = {
         lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)),
         "no blocks, last norm and embeddings under names",
     ),
-    "mixtral": (
-        lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=2)),
-        "no feed-forward that the family knows",
-    ),
-    "qwen3_moe": (
-        lambda: t.Qwen3MoeForCausalLM(
-            t.Qwen3MoeConfig(**HEADS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
-        ),
+    "phimoe": (
+        lambda: t.PhimoeForCausalLM(t.PhimoeConfig(**GROUPED, num_local_experts=2)),
         "no feed-forward that the family knows",
     ),
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 from epmq_cli.merge.mergekit_options import setting
 from epmq_cli.merge.settings import LAYER, TensorSetting, layer_depths
+from epmq_cli.models.routed_experts import unpacked
 from tests.helpers.architectures import ENCODERS, REFUSED, TAKEN, Build, built
 from tests.helpers.minihub import encoder_models, t5_models
 
@@ -64,7 +65,7 @@ def shared(one: str, other: str) -> int:
 @torch.inference_mode()
 def test_tensors_outside_the_layers_have_the_depth_of_their_place(kind: str) -> None:
     """And mergekit's gradients their first value there."""
-    places = run_order(built(BUILDS[kind]))
+    places = run_order(unpacked(built(BUILDS[kind])))
     depths = layer_depths(places)
     assert {name: None if LAYER.match(name) else depths[name] for name in places} == places
     made = TensorSetting(setting("weight", [[0.25, 0.5, 1.0]], 1.0), 1.0, depths)

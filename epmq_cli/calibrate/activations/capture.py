@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.hidden_state import HiddenState
+from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens, tokens_of
 from epmq_cli.data.microbatch import joined
-from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.families.structure import Linears, Norm, Route
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class CaptureSpec:
 
     `stream`: an earlier module whose input is also captured. `capture`: modules whose inputs this or a later step
     needs. `token`: the token whose rows have weight 1; None if all have weight 1. `memory`: whether the step reads the
-    output of another stack. `scale`: see Linears.
+    output of another stack. `scale` and `route`: see Linears.
+    `ran`: the only modules with weights behind the pause of the step before, if that is known; experts have many steps.
     """
 
     names: tuple[str, ...]
@@ -71,14 +73,20 @@ class CaptureSpec:
     token: int | None
     memory: bool
     scale: float = 1.0
+    route: Route | None = None
+    ran: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, steps: Sequence[Linears | Norm], token: int | None) -> CaptureSpec:
-        """The spec of the first of `steps`, which are followed by the others. `token`: the token that is read out."""
+    def of(
+        cls, steps: Sequence[Linears | Norm], token: int | None, before: Linears | Norm | None = None
+    ) -> CaptureSpec:
+        """The spec of the first of `steps`, which are followed by the others. `token`: the token that is read out.
+        `before`: the step in front of them."""
         step, capture = steps[0], frozenset(s.stream for s in steps if isinstance(s, Linears) and s.stream)
         if isinstance(step, Norm):
             return cls((step.name,), None, capture, None if step.mixing else token, False)
-        return cls(step.names, step.stream, capture, token, step.memory, step.scale)
+        ran = before.names if step.route and isinstance(before, Linears) and before.route else None
+        return cls(step.names, step.stream, capture, token, step.memory, step.scale, step.route, ran)
 
     def rows(self, stream: HiddenState, module: nn.Module) -> list[Tensor]:
         """Runs the pass of a hidden state up to the step. Returns rows of real tokens (tokens, width)."""
@@ -86,9 +94,29 @@ class CaptureSpec:
         if self.stream is not None:
             captured.append(stream.captured(self.stream))
         mask = stream.memory if self.memory else stream.mask
+        if self.route is not None:
+            tokens, real = stream.router[self.route.router].tokens(self.route.expert, mask)
+            captured[1:] = [rows.flatten(0, -2)[tokens] for rows in captured[1:]]
+            return captured if real is None else [rows[real] for rows in captured]
         return [real_tokens(rows, mask) for rows in captured]
 
     def tokens_of(self, samples: Tensor, stream: HiddenState, count: int) -> Tensor:
         """Which of `count` rows are of some samples, (tokens,); `samples`: a mask (samples,)."""
-        mask = stream.memory if self.memory else stream.mask
-        return tokens_of(samples.to(stream.hidden.device), mask, count)
+        mask, samples = stream.memory if self.memory else stream.mask, samples.to(stream.hidden.device)
+        routed = self._routed(stream)
+        if routed is None:
+            return tokens_of(samples, mask, count)
+        every = stream.hidden[..., 0].numel() if mask is None else int(mask.sum())
+        return tokens_of(samples, mask, every)[routed]
+
+    def weights(self, stream: HiddenState, guidance: Guidance) -> Tensor | None:
+        """The weights of the rows (tokens,); None if all are 1."""
+        weights, routed = stream.weights(self.token, guidance), self._routed(stream)
+        return weights if weights is None or routed is None else weights[routed]
+
+    def _routed(self, stream: HiddenState) -> Tensor | None:
+        """The real tokens that an expert reads, by their number among all real ones (rows,); None for all."""
+        if self.route is None:
+            return None
+        tokens, real = stream.router[self.route.router].tokens(self.route.expert, stream.mask)
+        return tokens if stream.mask is None else (stream.mask.flatten().cumsum(0) - 1)[tokens[real]]

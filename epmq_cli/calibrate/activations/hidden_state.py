@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from epmq_cli.calibrate.activations.pausable_forward import PausableForward, tensors_in
+from epmq_cli.calibrate.activations.routing import Router
 from epmq_cli.calibrate.activations.store import ActivationStore, OffloadHandle
 from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.calibrate.moments import real_tokens
@@ -39,7 +40,7 @@ class HiddenState:
     `hidden`: the first argument of the next section. `calls`: the other arguments of the remaining blocks. `mask`: the
     real tokens of the hidden state. `memory`: the real tokens of the input of cross-attention. Both are None if all
     tokens are real. `answers`: which tokens are the assistant's in conversations; None if all tokens count alike.
-    `output`: the output values of the last block.
+    `output`: the output values of the last block. `router`: the tokens that experts of the present section read.
     """
 
     hidden: Tensor
@@ -51,6 +52,7 @@ class HiddenState:
     output: tuple[Any, ...] = ()
     forward_pass: PausableForward | None = None
     handle: OffloadHandle | None = None
+    router: Router = field(default_factory=Router)
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -120,7 +122,7 @@ class HiddenState:
     def _forward_pass(self, module: nn.Module) -> PausableForward:
         if self.forward_pass is None:
             args, named = self.call()
-            self.forward_pass = PausableForward(lambda: module(*args, **named))
+            self.forward_pass = PausableForward(lambda: module(*args, **named), self.router)
         return self.forward_pass
 
     def _resolved(self, value: Any) -> Any:

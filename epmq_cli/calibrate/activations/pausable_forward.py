@@ -42,17 +42,20 @@ from typing import Any
 import greenlet
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.activations.routing import Router
+
 DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, which may hold another container
 
 
 class PausableForward:
     """One forward pass through modules with hooks (`pause_hooks`).
 
-    `capture`: the modules whose inputs the pass captures; `captured`: these inputs.
+    `capture`: the modules whose inputs the pass captures; `captured`: these inputs. `router`: see HiddenState.
     """
 
-    def __init__(self, forward: Callable[[], Any]) -> None:
+    def __init__(self, forward: Callable[[], Any], router: Router | None = None) -> None:
         self._stack = _Stack(forward, self)
+        self.router = router or Router()
         self._until: Collection[str] = ()
         self._here: tuple[str, Tensor] | None = None
         self._seen: set[str] = set()
@@ -124,15 +127,21 @@ def tensors_in(values: Iterable[Any], depth: int = DEPTH) -> Iterator[Tensor]:
             yield from tensors_in(value.values(), depth - 1)
 
 
-def _waits(name: str, tensor: Tensor) -> bool:
+def _present() -> PausableForward | None:
+    """The pass whose stack runs."""
     stack = greenlet.getcurrent()
-    forward_pass = stack.forward_pass() if isinstance(stack, _Stack) else None
+    return stack.forward_pass() if isinstance(stack, _Stack) else None
+
+
+def _waits(name: str, tensor: Tensor) -> bool:
+    forward_pass = _present()
     return forward_pass is not None and forward_pass.pause_before(name, tensor)
 
 
 @contextmanager
-def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Inside the block, passes through the module can pause in front of these of its modules."""
+def pause_hooks(module: nn.Module, names: Collection[str], routers: Collection[str] = ()) -> Iterator[None]:
+    """Inside the block, passes through the module can pause in front of these of its modules, and record or repeat what
+    its routers decide."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def pause(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -142,8 +151,19 @@ def pause_hooks(module: nn.Module, names: Collection[str]) -> Iterator[None]:
         return pause
 
     handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles += [module.get_submodule(name).register_forward_hook(routing_hook(name)) for name in routers]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def routing_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    """A forward hook of the router of this name, for `HiddenState.router`."""
+
+    def route(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        forward_pass = _present()
+        return output if forward_pass is None else forward_pass.router.route(name, output)
+
+    return route

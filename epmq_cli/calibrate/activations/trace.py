@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_cli.calibrate.activations.pausable_forward import routing_hook
 from epmq_cli.families.structure import Section
 
 
@@ -31,7 +32,8 @@ Change = Callable[[str, Tensor, Trace], Tensor]
 @contextmanager
 def traced(section: Section, change: Change | None, hidden: Tensor) -> Iterator[Trace]:
     """Inside the context, records the calls of the section's modules. `change` replaces their first outputs. `hidden`:
-    the section's input; activations whose tokens are flattened are recorded with its samples and tokens."""
+    the section's input; activations whose tokens are flattened are recorded with its samples and tokens. Hidden states
+    record or repeat what routers decide."""
     trace, handles = Trace(), []
 
     def apart(activation: Tensor) -> Tensor:
@@ -54,6 +56,8 @@ def traced(section: Section, change: Change | None, hidden: Tensor) -> Iterator[
 
     for name in section.modules:
         watch(name, section.module.get_submodule(name))
+    for name in section.routers:
+        handles.append(section.module.get_submodule(name).register_forward_hook(routing_hook(name)))
     try:
         yield trace
     finally:
