@@ -64,6 +64,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("refine.temperature", "refine.lr", "refine.packed_lr"), ("fraction",)),
     **dict.fromkeys(("refine.epochs", "refine.packed_epochs"), ("zero",)),
     "refine.checkpointing": ("true",),
+    "refine.hidden": NUMBERS,
+    "refine.hidden_blocks": ("null",),
     **dict.fromkeys((f"refine.{name}_lr" for name in ("rounding", "scale", "norm", "bias")), NUMBERS),
     "refine.lam": NUMBERS,
     "refine.reach": ("fraction",),
@@ -110,9 +112,13 @@ TAKES: dict[str, tuple[str, ...]] = {
     "data.name": TEXT_OR_NULL,
     "data.prompt": ("null",),
     "data.root": TEXT_OR_NULL,
-    **dict.fromkeys(("data.path", "data.input", "data.train", "data.test"), ("text",)),
+    **dict.fromkeys(("data.path", "data.train", "data.test"), ("text",)),
+    "data.input": TEXT_OR_NULL,
+    "suite.each.packing": ("true",),
     "suite.each.documents": ("null",),
 }
+JOINT = ("guidance.prompt_weight", "pack.open_clip", "quant.iterations", "quant.group_size", "refine.distill.epochs")
+"""Keys whose accepted values other options of some configs forbid."""
 OTHERS = ("mergekit", "slices")  # merges that no run takes
 FILES = [
     path
@@ -287,7 +293,7 @@ def test_every_key_refuses_invalid_values(
         OmegaConf.update(cfg, key, value, merge=False)
         found, takes = refusal(cfg, tmp_path), accepted(group, key, cfg)
         if kind in takes:
-            assert found is None or group == "suite", kind  # a suite may require other fields
+            assert found is None or group == "suite" or key in JOINT, kind  # a suite may require other fields
             continue
         assert found is not None, f"{key}={value} is taken"
         TRIED[BAD] += 1
