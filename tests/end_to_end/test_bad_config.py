@@ -65,7 +65,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("refine.epochs", "refine.packed_epochs"), ("zero",)),
     "refine.checkpointing": ("true",),
     "refine.hidden": NUMBERS,
-    "refine.hidden_blocks": ("null", "list"),
+    "refine.hidden_blocks": ("null", "list", "empty list"),
     **dict.fromkeys((f"refine.{name}_lr" for name in ("rounding", "scale", "norm", "bias")), NUMBERS),
     "refine.lam": NUMBERS,
     "refine.reach": ("fraction",),
