@@ -85,7 +85,7 @@ def test_the_same_samples_are_held_out_in_batches_of_any_size(
 @pytest.mark.parametrize("guidance", ["feature", slow("expert"), slow("asymmetric")])
 def test_too_few_samples_to_hold_out_take_the_whole_step(guidance: str, llama: Path) -> None:
     options = (f"guidance={guidance}", "calib.samples=4", "quant=none")
-    found, plain = walk(llama, *options), walk(llama, *options, "guidance.safe=false")
+    found, plain = (walk(llama, *options, f"guidance.safe={safe}") for safe in ("true", "false"))
     assert {record.step for record in found.walked.records} == {1.0}
     assert {record.step for record in plain.walked.records} == {None}
     for name, tensor in found.student.state_dict().items():
