@@ -44,6 +44,7 @@ OURS = {
     "hqq": ["guidance=merged", "quant=hqq", "pack=dense"],
     "autoround": ["guidance=merged", "quant=autoround"],
     "gptq-ordered": ["guidance=merged", "quant=gptq", "quant.act_order=true"],
+    "asymmetric-ordered": ["guidance=asymmetric", "quant=gptq", "quant.act_order=true"],
     "gptq-rotated": ["guidance=merged", "quant=gptq", "transform=hadamard"],
     "w8a8": ["guidance=merged", "quant=rtn", "quant.format=w8a8"],
     "w8a8-gptq": ["guidance=merged", "quant=gptq", "quant.format=w8a8"],
