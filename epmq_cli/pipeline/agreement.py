@@ -58,7 +58,8 @@ class Agreement:
         """Compares the model, and the heads of the tasks, with the experts. `weights`: of linears that round their
         inputs as in a score of the checkpoint."""
         job = self.context.job
-        packed = (weights or {}) if job.exporter.packs and job.evaluation.round_inputs else {}
+        rounds = self.experts and job.exporter.packs and job.evaluation.round_inputs
+        packed = (weights or {}) if rounds else {}  # other processes may be ahead of the files that the main one writes
         formats = {name: weight.format for name, weight in packed.items() if isinstance(weight, QuantizedWeight)}
         rounded = {name: format for name, format in formats.items() if format.activations != "none"}
         with rounded_inputs(self.model, rounded):
