@@ -17,7 +17,7 @@ PANEL = 512  # columns of a symmetric product computed at a time, from the diago
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
     """The rows (tokens, width) of an activation (samples, tokens, width), flattened (samples tokens, width), or
-    (samples, width); `mask` (samples, tokens) drops padding, of which the last has none."""
+    (samples, width); `mask` (samples, tokens) drops padding, which the last does not have."""
     if mask is None or inputs[..., 0].numel() != mask.numel():
         return inputs.flatten(0, -2)
     return inputs.reshape(*mask.shape, -1)[mask]

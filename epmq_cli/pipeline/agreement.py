@@ -20,6 +20,7 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.output_divergence import TOP
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
+from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
 from epmq_cli.runtime import distributed
 
@@ -58,8 +59,10 @@ class Agreement:
         """Compares the model, and the heads of the tasks, with the experts. `weights`: of linears that round their
         inputs as in a score of the checkpoint."""
         job = self.context.job
-        rounds = self.experts and job.exporter.packs and job.evaluation.round_inputs
-        packed = (weights or {}) if rounds else {}  # other processes may be ahead of the files that the main one writes
+        rounds = any(format.activations != "none" for format in formats_of(job.quantizer))
+        rounds = rounds and job.exporter.packs and job.evaluation.round_inputs
+        # the weights are in files, and other processes may be ahead of the main one, which writes them
+        packed = (weights or {}) if rounds and self.experts else {}
         formats = {name: weight.format for name, weight in packed.items() if isinstance(weight, QuantizedWeight)}
         rounded = {name: format for name, format in formats.items() if format.activations != "none"}
         with rounded_inputs(self.model, rounded):

@@ -32,11 +32,11 @@ from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.budget import with_sizes
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
-from epmq_cli.pipeline.output_divergence import TOP, with_divergence
+from epmq_cli.pipeline.output_divergence import mean_divergence, outputs_of, soft_labels, with_divergence
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.quantize.mixed_precision import MixedPrecision
 from epmq_cli.quantize.none import NoQuantizer
-from epmq_cli.refine.soft_labels import Outputs, SoftLabels, outputs
+from epmq_cli.refine.soft_labels import Outputs, SoftLabels
 from epmq_cli.runtime import distributed, memory
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
@@ -208,11 +208,10 @@ class HeldOutDivergence:
         self._student, self._tasks, self._store, self._samples = student, tasks, store, samples
         self._fitted, self._held = map(filled, hold_out(batches))
         self._labels, reference = dict[str, list[SoftLabels]](), student.reference
-        top = TOP if student.family.heads == "none" else None
         for task in tasks:
             expert = ((name, reference.expert(task.name, name)) for name in reference.names())
             copy_into(student.model, expert)
-            self._labels[task.name] = [SoftLabels.of(out, TEMPERATURE, top) for out in self._outputs(task)]
+            self._labels[task.name] = soft_labels(student.family, self._outputs(task), TEMPERATURE)
         reference.restore(student.model)
 
     def __call__(self, guidance: Guidance, progress_for: ProgressFor = no_progress) -> float:
@@ -221,20 +220,13 @@ class HeldOutDivergence:
         student.reference.restore(student.model)
         run_passes(student, Chunks(self._fitted, self._samples), NoQuantizer(), self._store, progress_for)
         for task in self._tasks:
-            sums = torch.zeros(2, dtype=torch.float64)
-            for out, labels in zip(self._outputs(task), self._labels[task.name], strict=True):
-                rows = labels.divergence(out.logits, TEMPERATURE)
-                sums += torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)
-            divergence, rows_of_all = distributed.all_reduce(sums).tolist()
-            total += guidance.factor(task.name) * divergence / rows_of_all
+            divergence = mean_divergence(self._outputs(task), self._labels[task.name], TEMPERATURE)
+            total += guidance.factor(task.name) * divergence
         return total / sum(guidance.factor(task.name) for task in self._tasks)
 
     def _outputs(self, task: ScoredTask) -> Iterator[Outputs]:
-        """The logits of the held-out samples in float64, some samples at a time."""
-        student = self._student
-        for batch in self._held[task.name]:
-            for part in split(batch, self._samples):
-                yield Outputs(outputs(student.family, student.model, part, task.head).logits.double(), None)
+        """The logits of the held-out samples."""
+        return outputs_of(self._student.family, self._student.model, task, self._held[task.name], self._samples)
 
 
 def tune_guidance(student: Student, divergence: HeldOutDivergence, progress: RunProgress | None = None) -> Choice:

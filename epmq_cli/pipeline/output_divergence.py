@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from epmq_cli.data.batching import Batches, split
+from epmq_cli.data.batching import Batch, Batches, split
 from epmq_cli.data.held_out import check_enough, filled, hold_out
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.family import Family
@@ -37,24 +37,34 @@ def keep_outputs(
 ) -> Callable[[], float]:
     """Keeps the model's outputs on a fifth of the batches. Returns a function that measures the KL divergence of its
     later outputs from them, the mean of the tasks. `samples`: how many run through the model at a time."""
-    held, top = filled(hold_out(batches)[1]), TOP if family.heads == "none" else None
+    held = filled(hold_out(batches)[1])
 
     def own(task: ScoredTask) -> Iterator[Outputs]:
-        for batch in held[task.name]:
-            for part in split(batch, samples):
-                yield Outputs(outputs(family, model, part, task.head).logits.double(), None)
+        return outputs_of(family, model, task, held[task.name], samples)
 
-    kept = {task.name: [SoftLabels.of(out, 1.0, top) for out in own(task)] for task in tasks}
+    kept = {task.name: soft_labels(family, own(task), 1.0) for task in tasks}
+    return lambda: sum(mean_divergence(own(task), kept[task.name], 1.0) for task in tasks) / len(tasks)
 
-    def divergence() -> float:
-        total = 0.0
-        for task in tasks:
-            sums = torch.zeros(2, dtype=torch.float64)
-            for out, labels in zip(own(task), kept[task.name], strict=True):
-                rows = labels.divergence(out.logits, 1.0)
-                sums += torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)
-            divergence, rows_of_all = distributed.all_reduce(sums).tolist()
-            total += divergence / rows_of_all
-        return total / len(tasks)
 
-    return divergence
+def outputs_of(
+    family: Family, model: nn.Module, task: ScoredTask, batches: Sequence[Batch], samples: int
+) -> Iterator[Outputs]:
+    """The logits of batches in float64, `samples` samples at a time."""
+    for batch in batches:
+        for part in split(batch, samples):
+            yield Outputs(outputs(family, model, part, task.head).logits.double(), None)
+
+
+def soft_labels(family: Family, found: Iterator[Outputs], temperature: float) -> list[SoftLabels]:
+    """The outputs as soft labels; of language models the largest classes of each token."""
+    return [SoftLabels.of(out, temperature, TOP if family.heads == "none" else None) for out in found]
+
+
+def mean_divergence(found: Iterator[Outputs], kept: Sequence[SoftLabels], temperature: float) -> float:
+    """The mean divergence of outputs from soft labels over the rows of all processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for out, labels in zip(found, kept, strict=True):
+        rows = labels.divergence(out.logits, temperature)
+        sums += torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)
+    divergence, count = distributed.all_reduce(sums).tolist()
+    return float(divergence / count)

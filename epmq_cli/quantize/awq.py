@@ -7,7 +7,7 @@ paper. The caller folds 1 / s into the producer of the layer. The weights are th
 
 Clipping, as in the paper's code, shrinks the range of each group to minimize the error of its part of the outputs, with
 H approximated as block diagonal. Scaling without it gains little or loses: scaled channels widen the ranges of their
-groups. `grid=mse` is no substitute, because it counts the errors of all scaled channels alike and cuts off the weights
+groups. `grid=mse` does not replace it, as it counts the errors of all scaled channels alike and cuts off the weights
 that were scaled up.
 """
 

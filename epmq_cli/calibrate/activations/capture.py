@@ -41,10 +41,8 @@ class LayerInputs:
         own = [joined(rows) for rows in zip(*(part.student for part in parts), strict=True)]
         same = parts[0].teacher is parts[0].student
         other = own if same else [joined(rows) for rows in zip(*(part.teacher for part in parts), strict=True)]
-        weights, held = (
-            [one for one in each if one is not None]
-            for each in ([part.weights for part in parts], [part.held for part in parts])
-        )
+        weights = [part.weights for part in parts if part.weights is not None]
+        held = [part.held for part in parts if part.held is not None]
         return cls(own, other, joined(weights) if weights else None, joined(held) if held else None)
 
     def parts(self) -> list[LayerInputs]:
