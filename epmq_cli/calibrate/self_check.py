@@ -9,8 +9,7 @@ branch or a factor outside of the steps breaks it. With r_X = r_E all targets ar
 that equals the expert stays unchanged.
 
 The check does not change the model or draw random numbers. It compares sums of a few float32 numbers, whose errors are
-a few units of 2^-24 relative to the numbers. `RELATIVE` is over a thousand times larger, and an unknown path changes
-the first digits.
+a few units of 2^-24 relative to them. `RELATIVE` is over a thousand times larger; unknown paths change first digits.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.structure import MEAN, Linears, Norm, Section, Stack, Table, pooled
 from epmq_cli.quantize.linalg import is_finite
+from epmq_cli.runtime.block_offload import on_device
 
 SAMPLES = 2  # samples that the check runs
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # rounding tolerances, relative to each number and to the root mean square
@@ -86,9 +86,10 @@ def _check_stack(model: nn.Module, family: Family, stack: Stack, batch: Batch) -
     kinds = [_kind(block, call) for block, call in zip(stack.blocks, stream.calls, strict=True)]
     last = max(map(kinds.index, kinds))
     for index, block in enumerate(stack.blocks[: last + 1]):
-        if kinds.index(kinds[index]) == index:
-            _Check(block, stream, stack, family.repeated).run()
-        stream.finish(block.module)
+        with on_device(block.module):
+            if kinds.index(kinds[index]) == index:
+                _Check(block, stream, stack, family.repeated).run()
+            stream.finish(block.module)
     stream.calls = []
     _Check(stack.readout, stream, stack).run()
     if not values:  # `enter` leaves them out for a single block

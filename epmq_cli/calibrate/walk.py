@@ -42,6 +42,7 @@ from epmq_cli.models.weights import swapped_weights
 from epmq_cli.quantize.kernels.select import load_kernels
 from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.quantize.quantizer import Quantizer
+from epmq_cli.runtime.block_offload import on_device
 from epmq_cli.runtime.progress import bar
 
 QuantizerOf = Callable[[Sequence[str]], Quantizer]
@@ -159,9 +160,10 @@ class Walk:
 
     def _section(self, stack: Stack, section: Section) -> None:
         """Solves every step of a section. The forward pass of each batch pauses in front of each step."""
-        teacher = copy.deepcopy(section.module) if self.taught else section.module
         token = stack.lone_token if section is stack.blocks[-1] and self.guidance.readout_weight < 1 else None
         with ExitStack() as hooks:
+            hooks.enter_context(on_device(section.module))
+            teacher = copy.deepcopy(section.module) if self.taught else section.module
             for module in {id(m): m for m in (section.module, teacher)}.values():
                 hooks.enter_context(pause_hooks(module, section.modules, section.routers))
             self._fold(section, token)

@@ -85,7 +85,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], choices: dict[str, 
                 f"the device does not have enough memory for calib.batch_size={cfg.calib.batch_size}; lower it, "
                 "because a run of several processes does not halve its batches, or use device=cpu"
                 if distributed.world_size() > 1
-                else "the device does not have enough memory for the model; use one with more memory, or device=cpu"
+                else "the device does not have enough memory for the model; use calib.student=cpu or a larger device"
             ) from error
 
 

@@ -58,8 +58,8 @@ class Calib:
     """`calib=<name>`. `samples`: the number of train samples per task. `views`: the number of forms of each sample,
     itself and changed copies (data/views.py). `batch_size`: samples per batch. `source`: `data`, or `generate` for
     text that the experts of language models write themselves. `memory`: the budget for samples, moments and
-    activations, such as 8GB; activations that exceed it go to files in the run folder. `student`: whether the model
-    is in `memory` or on `disk`."""
+    activations, such as 8GB; activations that exceed it go to files in the run folder. `student`: where the
+    model is: in the device's `memory`, or its blocks in that of the `cpu` or in files (`disk`)."""
 
     samples: int
     views: int
@@ -74,7 +74,7 @@ class Calib:
         check_range("calib.batch_size", self.batch_size, 1, 1 << 20, integer=True)
         check_choice("calib.source", self.source, ("data", GENERATE))
         bytes_of("calib.memory", self.memory)
-        check_choice("calib.student", self.student, ("memory", "disk"))
+        check_choice("calib.student", self.student, ("memory", "cpu", "disk"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,13 +85,13 @@ def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dic
     `files`: the pages of mapped weight files, which the system can take back at any time.
     """
     folders = [folder for folder in (plan.base, *plan.experts.values()) if folder is not None]
-    student = 0 if job.calib.student == "disk" else 4 * work.parameters
+    on_gpu, place = job.device.type == "cuda", job.calib.student
+    student = 0 if place == "disk" else 4 * work.parameters
     merged = plan.dtype.itemsize * sum(model.numel() for model in _merged(plan, model))
     calibration = calibration_bytes(plan, job, model, work)
     scoring = _scoring_bytes(job, work)
     training = TRAINED * work.parameters if isinstance(job.refine, Distill) else 0
     working = max(calibration, scoring, training)
-    on_gpu = job.device.type == "cuda"
     content = {
         "process": status("VmRSS") or 0,
         "student": student,
@@ -100,7 +100,10 @@ def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dic
         "scoring": scoring,
         "training": training,
     }
-    content["host"] = content["process"] + content["files"] + (0 if on_gpu else student + working)
+    host = student if place == "cpu" else 0
+    if on_gpu and place != "memory":
+        student = 4 * (work.parameters - work.quantized + work.largest_block)
+    content["host"] = content["process"] + content["files"] + (host if on_gpu else student + working)
     content["device"] = student + working if on_gpu else 0
     return content
 

@@ -57,7 +57,6 @@ def _calibration_batcher(job: Job) -> MicroBatcher:
     return MicroBatcher(
         min(job.calib.batch_size, job.calib.samples),
         "calibration",
-        "lower max_length of the suite's tasks or calib.memory, use a device with more memory, or device=cpu with "
-        "calib.student=disk",
+        "lower max_length of the suite's tasks or calib.memory, use a device with more memory, or calib.student=disk",
         retries=distributed.world_size() == 1,
     )

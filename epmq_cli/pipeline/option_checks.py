@@ -41,8 +41,10 @@ def check_refinement(
     """Raises ConfigError if a refinement does not fit the rest of the config."""
     if isinstance(refinement, NoRefinement):
         return
-    if calib.student == "disk":
-        raise ConfigError("refine=distill trains the model in memory, got calib.student=disk; use calib.student=memory")
+    if calib.student != "memory":
+        raise ConfigError(
+            f"refine=distill trains the model in memory, got calib.student={calib.student}; use calib.student=memory"
+        )
     if sliced(merge):
         raise ConfigError(
             "refine=distill needs experts with the layers of the result, which merge.slices changes; use refine=none"

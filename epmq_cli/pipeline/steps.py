@@ -53,6 +53,7 @@ from epmq_cli.pipeline.scored_tasks import EvaluationData, head_names
 from epmq_cli.pipeline.task_processors import Processors
 from epmq_cli.quantize.mixed_precision import formats_of
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.block_offload import offload_blocks
 from epmq_cli.runtime.console import log
 from epmq_cli.runtime.disk_offload import Disk
 from epmq_cli.runtime.progress import track
@@ -61,7 +62,7 @@ from epmq_cli.runtime.progress import track
 def open_models(job: Job, folder: Path | None = None) -> tuple[SuiteModels, nn.Module, torch.dtype]:
     """Opens the suite and the base model. Also returns the type of the scales and of the tensors that stay dense.
 
-    The model is on the device or, with `calib.student=disk`, in files in the folder. It computes in float32 with
+    The model is where `calib.student` says; its files are in the folder. It computes in float32 with
     weights rounded to that type. Buffers that are not stored, such as rotary frequencies, are not rounded.
     """
     models = SuiteModels(job.suite, job.family, given=given_path(job.merge), transform=job.transform)
@@ -97,11 +98,14 @@ def _base_model(
     folder: Path | None,
     described: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The base in the shape of the result, on the device or in files in the folder. `described`: see `load_model`."""
-    place = Disk(folder) if job.calib.student == "disk" else job.device
+    """The base in the shape of the result, where `calib.student` says. `described`: see `load_model`."""
+    student = job.calib.student
+    place = Disk(folder) if student == "disk" else torch.device("cpu") if student == "cpu" else job.device
     # float32 unless the files have this type: the config may name a narrower one
     opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
     model = fit_source(load_model(job.family, models.base.path, place, opened_dtype, described), models)
+    if place != job.device and job.device.type != "cpu":
+        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device)
     check_parts(model, job.family)
     check_described(model, job.family, models)
     if job.transform != "none":

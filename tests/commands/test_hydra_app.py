@@ -63,7 +63,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
             (
                 torch.OutOfMemoryError("CUDA out of memory. Tried"),
                 1,
-                "epmq: the device does not have enough memory for the model; use one with more memory, or device=cpu",
+                "epmq: the device does not have enough memory for the model; use calib.student=cpu or a larger device",
             )
         ),
         slow(

@@ -24,7 +24,6 @@ from epmq_cli.checkpoint.int4_linear import CAPABILITY
 from epmq_cli.checkpoint.load import kernels, load
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.commands.verify import verify
-from epmq_cli.errors import ConfigError
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.kernels.select import kernel_for
 from tests.checkpoint.test_load import dequantized, features, relative_distance
@@ -228,9 +227,18 @@ def test_cached_results_do_not_change_the_bytes(
     assert measured(tmp_path / "2")["cache"]["found"] > 0
 
 
-def test_a_student_in_files_is_refused(hubs: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="calib.student=disk works with device=cpu only, got device=cuda"):
-        run_in(tmp_path / "run", hubs("bert"), *OPTIONS, OWN, "calib.student=disk")
+@pytest.mark.parametrize("student", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_blocks_outside_the_gpu_give_the_same_checkpoint(
+    kind: str, student: str, runs: Runs, hubs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run_in(tmp_path, hubs(kind), *OPTIONS, OWN, f"calib.student={student}")
+    whole = runs(kind, OWN)
+    assert tensors(tmp_path) == tensors(whole)
+    found, wanted = measured(tmp_path), measured(whole)
+    assert found["scores"] == wanted["scores"]
+    peaks = [run["stages"]["calibrate and quantize"]["peak_device_bytes"] for run in (found, wanted)]
+    assert peaks[0] < peaks[1]
 
 
 def features_on(scene: Scene, model: nn.Module, dtype: torch.dtype, device: str) -> Tensor:

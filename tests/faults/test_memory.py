@@ -105,7 +105,7 @@ def test_a_run_that_fits_no_sample_ends_in_a_sentence_and_can_continue(
         run_in(run, bert_hub, *OPTIONS)
     assert str(raised.value) == (
         "there is not enough memory for calibration, even with one sample at a time; lower max_length of the suite's "
-        "tasks or calib.memory, use a device with more memory, or device=cpu with calib.student=disk"
+        "tasks or calib.memory, use a device with more memory, or calib.student=disk"
     )
     assert not (run / "checkpoint").exists()
     with (

@@ -71,5 +71,5 @@ def test_a_run_writes_the_same_weights_wherever_the_student_is(
 def test_the_option_is_checked(clip_hub: Path) -> None:
     from epmq_cli.pipeline import steps as steps
 
-    with pytest.raises(ConfigError, match="calib.student must be one of memory, disk, got 'tape'"):
+    with pytest.raises(ConfigError, match="calib.student must be one of memory, cpu, disk, got 'tape'"):
         make_job(config(clip_hub, "calib.student=tape"))

@@ -43,6 +43,7 @@ import greenlet
 from torch import Tensor, nn
 
 from epmq_cli.calibrate.activations.routing import Router
+from epmq_cli.runtime.block_offload import on_device
 
 DEPTH = 2  # levels of containers that are searched: the arguments are a tuple, which may hold another container
 
@@ -153,7 +154,8 @@ def pause_hooks(module: nn.Module, names: Collection[str], routers: Collection[s
     handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     handles += [module.get_submodule(name).register_forward_hook(routing_hook(name)) for name in routers]
     try:
-        yield
+        with on_device(module):  # a pass may pause inside the module, so no pass may move its parameters
+            yield
     finally:
         for handle in handles:
             handle.remove()
