@@ -137,16 +137,20 @@ class Evaluation:
 class Harness(Evaluation):
     """`eval=lm_eval`. `tasks`: tasks of lm-evaluation-harness that replace the suite's. `shots`: few-shot examples,
     null for each task's default. `chat_template`: whether the tokenizer's chat template writes the prompts, with
-    examples as earlier turns. `include_path`: a folder of the user's task files. Harness tasks do not belong to
-    experts, so the stage `experts` is not scored."""
+    examples as earlier turns. `include_path`: a folder of the user's task files. `server`: the address of a server of
+    the checkpoint, whose answers `epmq eval` scores. Harness tasks do not belong to experts, so the stage `experts` is
+    not scored."""
 
     tasks: Sequence[str]
     shots: int | None
     include_path: str | None
     chat_template: bool = False
+    server: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.server is not None and not re.fullmatch(r"https?://\S+[^\s/]", str(self.server)):
+            raise ConfigError(f"eval.server must be an address such as http://localhost:8000, got {self.server!r}")
         for stage in self.stages:
             check_choice("eval.stages", stage, [other for other in STAGES if other != "experts"])
         if not self.tasks or not isinstance(self.tasks, list | tuple):

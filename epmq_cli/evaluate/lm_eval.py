@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 from epmq_cli.config.schema import Harness
 from epmq_cli.data.microbatch import MicroBatcher
@@ -35,7 +37,8 @@ def harness_scores(
     """The score of each task or group of `eval.tasks`, named `<task>/<metric>`.
 
     Patterns (arc_*), tags (ai2_arc) and groups without a score of their own stand for their tasks. `folder`: contains
-    the tokenizer. Needs the extra `lm_eval`; raises ConfigError if it is not installed or does not know a task.
+    the tokenizer. `model`: unused with `eval.server`. Needs the extra `lm_eval`; raises ConfigError if it is not
+    installed or does not know a task, or if the server does not answer.
     """
     try:
         from lm_eval import simple_evaluate
@@ -61,9 +64,14 @@ def harness_scores(
             f"eval.chat_template=true needs a tokenizer with a chat template, and that in {folder} has none"
         )
 
+    def opened(samples: int) -> Any:
+        if evaluation.server is not None:
+            return _served(evaluation.server, folder, tokenizer, samples)
+        return HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=samples)
+
     def evaluate(name: str, samples: int) -> Any:
         return simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=samples),
+            model=opened(samples),
             tasks=[name],
             task_manager=manager,
             num_fewshot=evaluation.shots,
@@ -84,6 +92,31 @@ def harness_scores(
         counts = {task: counted["effective"] for task, counted in output["n-samples"].items()}
         scores |= chosen(names, results, counts)
     return scores
+
+
+def _served(server: str, folder: Path, tokenizer: Any, samples: int) -> Any:
+    """The model of a server with the API of OpenAI, by the harness's client. ConfigError if it does not answer."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from transformers import AutoConfig
+
+    try:
+        with urlopen(f"{server}/v1/models", timeout=10) as answer:
+            served = json.load(answer)["data"][0]
+            name, longest = served["id"], served.get("max_model_len")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"eval.server={server} does not answer with a model ({error}); start a server of the checkpoint, such as "
+            f"vllm serve {folder}, and give its address"
+        ) from error
+    return LocalCompletionsAPI(
+        base_url=f"{server}/v1/completions",
+        model=name,
+        tokenizer=str(folder),
+        tokenizer_backend="huggingface",
+        add_bos_token=tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1],
+        max_length=longest or from_folder(AutoConfig, folder).max_position_embeddings,
+        batch_size=samples,
+    )
 
 
 @lru_cache(maxsize=1)

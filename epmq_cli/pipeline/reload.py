@@ -95,7 +95,8 @@ def _with_root(node: Any, root: str) -> Any:
 def ready(
     checkpoint: Path, suite: Suite, evaluation: schema.Evaluation, device: torch.device
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
-    """The family, the model and the tasks of a checkpoint, ready to be scored."""
+    """The family, the model and the tasks of a checkpoint, ready to be scored. With `eval.server`, an empty module
+    stands for the model."""
     exact()
     ModelFolder(checkpoint, "checkpoint")  # rejects links and paths that leave the folder, which transformers follows
     check_described(checkpoint)
@@ -111,7 +112,9 @@ def ready(
         head = heads[task.name]
         names = recorded_classes(record, task, family, head)
         tasks.append(data.scored_task(task, head, names, processors.get(task.name)))
-    return family, steps.open_checkpoint(family, checkpoint, device, evaluation), tasks
+    served = isinstance(evaluation, schema.Harness) and evaluation.server is not None
+    model = nn.Module() if served else steps.open_checkpoint(family, checkpoint, device, evaluation)
+    return family, model, tasks
 
 
 def recorded_seed(record: Mapping[str, Any]) -> int:

@@ -80,6 +80,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "eval.stages": ("empty list",),
     "eval.shots": ("null", "zero"),
     "eval.chat_template": ("true",),
+    "eval.server": ("null",),
     "eval.include_path": ("null",),
     "eval.round_inputs": ("true",),
     "group_size": ("minus", "huge"),

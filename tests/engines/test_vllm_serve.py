@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
@@ -20,6 +21,7 @@ from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import load_model
 from tests.engines.greedy import COUNT, PROMPT
 from tests.engines.serving import asked, check_greedy, documented, served
+from tests.evaluate.test_lm_eval import scores, write_tasks
 from tests.helpers.engine_kinds import write_kind
 
 PYTHON = os.environ.get("EPMQ_VLLM", "")
@@ -56,6 +58,17 @@ def test_completions_are_those_of_transformers(tmp_path: Path) -> None:
     [choice] = answer["choices"]
     assert len(choice["token_ids"]) == COUNT
     check_greedy(folder, PROMPT, choice["token_ids"], choice["logprobs"]["token_logprobs"], 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # created by the harness
+def test_lm_evaluation_harness_scores_what_the_server_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM computes in bfloat16, which may change the answer to one of the seven questions."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = write_tasks(write_kind(tmp_path, "int4-64" if PACKED else "dense", "causal_lm"))
+    with served(command_of(0, folder), tmp_path / "log") as address:
+        found = scores(nn.Module(), folder, ["mini"], server=address)["mini/acc"]
+    wanted = scores(load_model(FAMILIES["causal_lm"], folder, torch.device("cpu")), folder, ["mini"])["mini/acc"]
+    assert (found.samples, found.value) == (7, pytest.approx(wanted.value, abs=1.5 / 7))
 
 
 def test_embeddings_are_those_of_transformers(tmp_path: Path) -> None:

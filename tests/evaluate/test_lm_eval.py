@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,8 @@ from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.lm_eval import chosen, harness_scores
 from epmq_cli.evaluate.metrics import Score
+from epmq_cli.pipeline.job import make_job
+from tests.helpers.hubs import config
 from tests.helpers.minihub import decoder_hub
 
 TASK = """task: mini
@@ -35,7 +42,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = decoder_hub(tmp_path_factory.mktemp("llama"), "llama")
+    return write_tasks(decoder_hub(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+def write_tasks(folder: Path) -> Path:
+    """Writes tasks of the harness, with their rows, into a folder, and returns it."""
     texts = ["a photo of", "it is", "good film not", "very bad", "the", "is it", "of a film"]
     rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -48,12 +59,24 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(
-    model: nn.Module, hub: Path, tasks: list[str], samples: int | None = None, chats: bool = False
+    model: nn.Module,
+    hub: Path,
+    tasks: list[str],
+    samples: int | None = None,
+    chats: bool = False,
+    server: str | None = None,
 ) -> dict[str, Score]:
     """The harness's scores on tasks of the hub."""
-    options = {"stages": (), "kernel": "dequantize", "shots": None, "include_path": str(hub / "tasks")}
-    evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, chat_template=chats, **options)
-    return harness_scores(model, hub / "base", CPU, evaluation, MicroBatcher(4, "scoring", "lower eval.batch_size"))
+    options = {
+        "stages": (),
+        "kernel": "dequantize",
+        "round_inputs": True,
+        "shots": None,
+        "include_path": str(hub / "tasks"),
+    }
+    evaluation = Harness(batch_size=4, samples=samples, tasks=tasks, chat_template=chats, server=server, **options)
+    folder = hub / "base" if (hub / "base").is_dir() else hub
+    return harness_scores(model, folder, CPU, evaluation, MicroBatcher(4, "scoring", "lower eval.batch_size"))
 
 
 @pytest.mark.filterwarnings("ignore")  # created by the harness
@@ -92,6 +115,65 @@ def test_the_chat_template_writes_the_prompts(hub: Path, monkeypatch: pytest.Mon
     finally:
         (hub / "base" / "chat_template.jinja").unlink()
     assert any("good a photo of bad" in text for text in seen)
+
+
+@contextmanager
+def served(model: Any) -> Iterator[tuple[str, list[list[int]]]]:
+    """The address of a server that gives the log-probabilities of prompts, as that of vLLM does, and its prompts."""
+    prompts: list[list[int]] = []
+
+    def choice(index: int, ids: list[int]) -> dict[str, Any]:
+        found = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        own = [float(row[token]) for row, token in zip(found, ids[1:], strict=False)]
+        top = [{"best": float(row.max())} for row in found]
+        values = {"token_logprobs": [None, *own, 0.0], "top_logprobs": [None, *top]}
+        return {"index": index, "logprobs": values, "text": ""}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply({"data": [{"id": "mine", "max_model_len": 32}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert (asked["model"], asked["echo"], self.path) == ("mine", True, "/v1/completions")
+            prompts.extend(asked["prompt"])
+            self.reply({"choices": [choice(*pair) for pair in enumerate(asked["prompt"])]})
+
+        def reply(self, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *ignored: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", prompts
+        server.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_a_server_of_the_model_gives_its_scores(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(hub / "base").eval()
+    with served(model) as (address, prompts):
+        assert scores(nn.Module(), hub, ["mini"], server=address) == scores(model, hub, ["mini"])
+        assert len(prompts) == 14
+    with pytest.raises(ConfigError, match=f"eval.server={address} does not answer with a model .*; start a server"):
+        scores(nn.Module(), hub, ["mini"], server=address)
+
+
+def test_a_run_has_no_server_to_ask(hub: Path) -> None:
+    options = ("eval=lm_eval", "eval.tasks=[mini]")
+    with pytest.raises(ConfigError, match="eval.server is an option of epmq eval"):
+        make_job(config(hub, *options, "eval.server=http://localhost:8000"))
+    with pytest.raises(ConfigError, match="eval.server must be an address such as http://localhost:8000, got 'host'"):
+        make_job(config(hub, *options, "eval.server=host"))
 
 
 @pytest.mark.filterwarnings("ignore")
