@@ -42,6 +42,7 @@ def measure_objective(
         s = task_weight(norm, sum(moments.tokens for moments in parts), guidance.task_weight)
         for objective, moments in zip(objectives, parts, strict=True):
             objective.add(moments, expert, s * guidance.factor(task))
+        del parts, moments  # before others of their size are made
         ranges.append(inputs)
     over_all = _over_all([_over_all(own) for own in distributed.all_gather(ranges)])
     if not guidance.safe:

@@ -40,7 +40,7 @@ from epmq_cli.refine.soft_labels import Outputs, SoftLabels
 from epmq_cli.runtime import distributed, memory
 
 MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
-HELD_OUT = 4  # as many more with guidance.safe: moments and H of held-out tokens, H of all, a second factor
+HELD_OUT = 2  # as many more with guidance.safe: H of held-out tokens, and H of all
 
 REFINED = 40  # bytes for each weight of a block: start, offset, best, target, anchor, value, gradient and its sum
 

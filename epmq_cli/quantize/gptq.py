@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float, int] | None:
+def inverse_factor(H: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float, int] | None:
     """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping, and the number of times
-    that it was raised; None if H has no factor.
+    that it was raised; None if H has no factor. `order` (n,): of H's rows and columns; as they are by default.
 
     In reversed order L L' = H; L reversed is an upper M with M M' = H, so U = M^-1 is L^-1 reversed.
     """
-    factor = damped_cholesky(H, damping, backwards=True)
+    order = torch.arange(len(H), device=H.device) if order is None else order
+    factor = damped_cholesky(H, damping, order.flip(0))
     if factor is None:
         return None
     return triangular_inverse(factor.lower).flip(0, 1), factor.damping, factor.retries
@@ -111,8 +112,7 @@ def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -
     A Hessian of zeros is replaced by the identity.
     """
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
-    order = column_order(hessian, group_size, act_order)
-    factor = inverse_factor(H[order][:, order] if act_order else H, damping)
+    factor = inverse_factor(H, damping, column_order(hessian, group_size, act_order))
     return nothing() if factor is None else (factor[0], factor[1:])
 
 

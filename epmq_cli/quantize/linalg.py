@@ -32,15 +32,15 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
-def damped_cholesky(H: Tensor, damping: float, backwards: bool = False) -> Factor | None:
+def damped_cholesky(H: Tensor, damping: float, order: Tensor | None = None) -> Factor | None:
     """The Cholesky factor of a symmetric matrix, with more damping if it is not positive definite.
 
-    `damping` is relative to the mean of the diagonal; `backwards`: factors H with its rows and columns in reversed
-    order. None if no try succeeds, because H holds NaN or is not a moment matrix.
+    `damping` is relative to the mean of the diagonal; `order` (n,): of the rows and columns of H that is factored. None
+    if no try succeeds, because H holds NaN or is not a moment matrix.
     """
     diagonal_mean, used = H.diagonal().mean(), damping
     for retries in range(RETRIES + 1):
-        damped = H.flip(0, 1) if backwards else H.clone()
+        damped = H.clone() if order is None else H[order[:, None], order]
         damped.diagonal().add_(used * diagonal_mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and torch.isfinite(lower).all():
