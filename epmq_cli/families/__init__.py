@@ -11,6 +11,7 @@ from typing import Any
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families.bart import BART
 from epmq_cli.families.bert import BERT
 from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
@@ -34,7 +35,7 @@ from epmq_cli.models.resolve import locate
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
+        *(BART, BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
         *(ROBERTA, T5_FAMILY, VIT),
     )
