@@ -17,7 +17,7 @@ from epmq_cli.pipeline import steps
 from tests.helpers.encoder_decoders import FORMS, encoder_decoder
 from tests.helpers.hubs import Scene, run_in, walk
 from tests.helpers.minihub import Hub
-from tests.helpers.tiers import only
+from tests.helpers.tiers import only, slow
 
 FAST = ("bart",)
 ANSWER: dict[str, Any] = {"max_length": 10, "do_sample": False, "num_beams": 1}
@@ -37,8 +37,13 @@ def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
     assert error < 0.05
 
 
-@pytest.mark.parametrize("kind", only(FAST, FORMS))
-@pytest.mark.parametrize("options", ["guidance=feature", "bits=8 group_size=-1 quant.format=w8a8 quant=rtn"])
+ROUNDED = "bits=8 group_size=-1 quant.format=w8a8 quant=rtn"  # scored with rounded inputs
+RELOADED = [*only([("bart", "guidance=feature")], ((kind, "guidance=feature") for kind in FORMS))]
+RELOADED += [slow((kind, options)) for kind in ("bart", "marian", "umt5") for options in (ROUNDED, "quant=awq")]
+RELOADED += [slow((kind, "bits=3.5 pack.dtype=bfloat16")) for kind in ("bart", "mbart")]
+
+
+@pytest.mark.parametrize(("kind", "options"), RELOADED)
 def test_checkpoints_reload_with_equal_outputs_and_answers(kind: str, options: str, hub: Hub, tmp_path: Path) -> None:
     given = [*options.split(), "eval.samples=4"]
     checkpoint, scene = run_in(tmp_path / "run", hub(kind), *given), Scene(hub(kind), *given)
