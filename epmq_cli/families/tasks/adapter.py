@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 Features = Callable[["nn.Module", Batch], "Tensor"]
 Head = Mapping[str, "Tensor"]
 Predict = Callable[["nn.Module", Batch, Head], "Tensor"]
-"""The prediction for each sample of a batch: a class or a number, (samples,)."""
+"""The prediction for each sample of a batch: a class or a number, (samples,), or the tokens of a text, (samples,
+tokens)."""
+Decode = Callable[["Tensor"], list[str]]
+"""The texts of predictions that are tokens."""
 
 
 class TaskAdapter(ABC):
@@ -101,3 +104,7 @@ class TaskAdapter(ABC):
             return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
         return predict
+
+    def decode(self, folder: Path, task: Task, processor: Processor | None = None) -> Decode | None:
+        """Returns the function that turns predictions into texts; None where they are classes or numbers."""
+        return None
