@@ -26,13 +26,16 @@ from epmq_cli.families.structure import Mask, Patches, Stack, Table
 from epmq_cli.runtime import distributed
 
 
-def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Solves every module of the first hidden state of a stack."""
+def solve_stem(
+    student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]], parts: Mapping[str, Sequence[Batch]]
+) -> None:
+    """Solves every module of the first hidden state of a stack. `parts`: the same samples as they run through the
+    model; numbers of look-ups do not depend on the split."""
     for part in stack.stem:
         if isinstance(part, Patches):
             solve_patches(student, batches, part)
         else:
-            solve_table(student, batches, part, stack.mask)
+            solve_table(student, parts, part, stack.mask)
 
 
 def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:

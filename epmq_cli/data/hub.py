@@ -198,17 +198,16 @@ class Hub:
         columns = self.columns.of(available, f"data set {self.path}")
         missing = [column for column in columns.required(split) if column not in available]
         if missing:
-            hint = f"; {WITHOUT}" if missing[0] == self.columns.label else ""
-            raise DataError(
-                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(available)}{hint}"
-            )
+            hint = f"; {WITHOUT}" if missing[0] == columns.label else ""
+            names = ", ".join(available)
+            raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {names}{hint}")
         return columns.read(split, available)
 
     def _samples(self, values: Values, names: Names, split: Split) -> Samples:
         """The rows as samples; of the test split, only rows with a label."""
-        where = f"data set {self.path}"
-        labels, classes = self.columns.targets(values, where, split, names)
-        samples = Samples(self._inputs(values), labels, classes, self.columns.references(values, where, split))
+        columns, where = self.columns, f"data set {self.path}"
+        labels, classes = columns.targets(values, where, split, names)
+        samples = Samples(self._inputs(values), labels, classes, columns.references(values, where, split))
         return self._labelled(samples) if split == "test" and labels is not None and names is not None else samples
 
     def _labelled(self, samples: Samples) -> Samples:
@@ -234,8 +233,7 @@ class Hub:
         if self.prompt is None and are_images(first):
             return Pictures(first, self.path, Decoder(self.background, self.white_level))
         names = columns.inputs if columns.layout is None else tuple(values)
-        texts = [values[name][:] for name in names]
-        rows = (dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True))
+        rows = (dict(zip(names, row, strict=True)) for row in zip(*(values[name][:] for name in names), strict=True))
         return columns.texts(rows, where)
 
 

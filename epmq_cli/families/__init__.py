@@ -28,6 +28,7 @@ from epmq_cli.families.roberta import ROBERTA
 from epmq_cli.families.t5 import T5_FAMILY
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.vit import VIT
+from epmq_cli.families.whisper import WHISPER
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open_clip.config import SCHEME
 from epmq_cli.models.resolve import locate
@@ -37,7 +38,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(BART, BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
-        *(ROBERTA, T5_FAMILY, VIT),
+        *(ROBERTA, T5_FAMILY, VIT, WHISPER),
     )
 }
 AUTO = "auto"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.encoder_decoder_steps import UNSOLVED, block_steps
+from epmq_cli.families.encoder_decoder_steps import UNSOLVED as IN_BLOCKS
+from epmq_cli.families.encoder_decoder_steps import block_steps
 from epmq_cli.families.parts import block_settings
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.structure import Section, Stack, Table
@@ -33,6 +34,13 @@ LAST_NORMS = ("final_layer_norm", "layer_norm")
 FIRST_NORM, SHARED, TOKENS, POSITIONS = "layernorm_embedding", "shared", "embed_tokens", "embed_positions"
 INPUTS = ("input_ids", "input_features", "attention_mask")
 """The inputs of encoders in a batch."""
+UNSOLVED = (
+    *(rf"[\w.]+\.\d+\.{part}" for part in IN_BLOCKS),
+    rf"(model\.)?(encoder|decoder)\.({TOKENS}|{POSITIONS})\.weight",  # copies of a table; computed positions
+    r"(lm_head|proj_out)\.weight",
+    r"final_logits_bias",
+)
+"""Patterns of the tensors that no step solves."""
 ANSWERS = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
 """The settings of the tokens that answers start and end with."""
 
@@ -47,12 +55,7 @@ class EncoderDecoder(Architecture):
     shared: tuple[str, ...]
     """The settings that base and experts must share, besides the tokens that answers start and end with."""
 
-    unsolved: tuple[str, ...] = (
-        *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
-        rf"(model\.)?(encoder|decoder)\.({TOKENS}|{POSITIONS})\.weight",  # copies of `shared`; computed positions
-        r"(lm_head|proj_out)\.weight",
-        r"final_logits_bias",
-    )
+    unsolved: tuple[str, ...] = UNSOLVED
     dequantize_on_load: bool = True  # encoder and decoder are called one after the other
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
@@ -68,9 +71,10 @@ class EncoderDecoder(Architecture):
         return settings
 
     def positions(self, folder: Path) -> int | None:
-        """The tokens that the encoder can read; None with relative positions."""
-        most: int | None = getattr(config_of(folder), "max_position_embeddings", None)
-        return most
+        """The tokens that a stack can read; None with relative positions."""
+        config = config_of(folder)
+        places = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+        return next((most for most in places if most is not None), None)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The model with its output layer."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from epmq_cli.calibrate.activations.hidden_state import enter
 from epmq_cli.calibrate.activations.store import ActivationStore
@@ -91,7 +91,7 @@ def test_steps_are_all_linears_and_norms_in_the_order_of_a_forward_pass(kind: st
         or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         or name.endswith(".attn_norm")  # the first block of ModernBERT has no such norm
     }
-    left = {"lm_head", "embeddings_project", str(scene.family.stacks(scene.model)[0].first_norm)}
+    left = {"lm_head", "proj_out", "embeddings_project", str(scene.family.stacks(scene.model)[0].first_norm)}
     left |= {name for name in found if name.endswith(("q_norm", "k_norm")) or name == "encoder.LayerNorm"}
     assert set(wanted) == found - left
     with torch.inference_mode():
@@ -168,6 +168,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 PUBLIC: dict[str, Any] = dict.fromkeys(ANSWERING, AutoModelForSeq2SeqLM) | dict.fromkeys(DECODERS, AutoModelForCausalLM)
+PUBLIC["whisper"] = AutoModelForSpeechSeq2Seq
 
 
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")

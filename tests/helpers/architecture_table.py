@@ -73,6 +73,7 @@ TAKEN_TYPES = {
     "umt5": "umT5",
     "vaultgemma": "VaultGemma",
     "vit": "ViT",
+    "whisper": "Whisper",
     "xglm": "XGLM",
     "xlm-roberta": "XLM-RoBERTa",
 }
@@ -98,7 +99,6 @@ REFUSED_TYPES = {
     "qwen2_5_vl": ("Qwen 2.5 VL", IMAGES),
     "siglip": ("SigLIP", "pooling by attention, no family yet"),
     "swin": ("Swin", "blocks of several widths"),
-    "whisper": ("Whisper", "no family yet"),
 }
 """With the reasons."""
 

@@ -52,3 +52,27 @@ def encoder_decoder(kind: str, vocabulary: int) -> Any:
     if hasattr(made, "final_logits_bias"):
         made.final_logits_bias.copy_(torch.randn(made.final_logits_bias.shape))
     return build()
+
+
+WHISPER: dict[str, Any] = {name: value for name, value in BART.items() if name != "max_position_embeddings"}
+WHISPER |= {"num_mel_bins": 8, "max_source_positions": 25, "max_target_positions": 130}
+"""One second of sound, with the frames of `extractor`."""
+
+
+def whisper(vocabulary: int) -> Any:
+    """A Whisper whose tokens 0, 1 and 2 are those of padding, start and end."""
+    import transformers as t
+
+    ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ids |= {"decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    config = t.WhisperConfig(**WHISPER, **ids)
+    config.suppress_tokens = config.begin_suppress_tokens = None
+    return t.WhisperForConditionalGeneration(config).eval()
+
+
+def extractor() -> Any:
+    """The feature extractor of that Whisper."""
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=320)

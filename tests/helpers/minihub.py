@@ -235,7 +235,7 @@ def decoder_files(folder: Path, base: Any) -> Path:
 ENCODERS = ("roberta", "deberta", "distilbert", "electra", "electra-small", "modernbert", "modernbert-cls", "mpnet")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
-ANSWERING = (*T5S, "bart", "mbart", "marian")
+ANSWERING = (*T5S, "bart", "mbart", "marian", "whisper")
 """Encoder-decoders; their other model types are in tests/families/test_encoder_decoder.py."""
 KINDS = (*ENCODERS, "vit", "deit", *ANSWERING, *DECODERS)
 TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
@@ -245,7 +245,7 @@ Hub = Callable[[str], Path]
 
 
 def build(folder: Path, kind: str) -> Path:
-    """Writes the miniature hub of one of KINDS, or of FORMS."""
+    """Writes the miniature hub of one of KINDS, of FORMS, or of Whisper."""
     if kind in ENCODERS:
         return encoder_hub(folder, kind)
     if kind in DECODERS:
@@ -254,6 +254,10 @@ def build(folder: Path, kind: str) -> Path:
         return vit_hub(folder, kind)
     if kind in FORMS:
         return encoder_decoder_hub(folder, kind)
+    if kind == "whisper":
+        from tests.helpers.spoken import whisper_hub  # which imports this module
+
+        return whisper_hub(folder)
     assert kind.startswith("t5"), kind
     return t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
 

@@ -31,8 +31,9 @@ class TaskAdapter(ABC):
     """Tasks of one kind, for any architecture that gives the features they need. The defaults suit tasks without
     heads."""
 
-    reads: ClassVar[Literal["texts", "pictures"]] = "texts"
-    """The kind of the samples: a tokenizer turns texts into batches, an image processor turns pictures."""
+    reads: ClassVar[Literal["texts", "pictures", "sounds"]] = "texts"
+    """The kind of the samples: a tokenizer turns texts into batches, an image processor pictures, a feature extractor
+    sounds."""
 
     pipeline: ClassVar[str | None] = None
     """The kind of task in the words of the hub (`pipeline_tag`), if it has a word for it."""

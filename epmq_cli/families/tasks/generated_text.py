@@ -7,7 +7,7 @@ answers that the task's expert generates, so no labels are used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -29,7 +29,7 @@ class GeneratedText(TaskAdapter):
     """Classification, regression, or writing by generated text."""
 
     answers = True
-    sample_types = (str, tuple)
+    sample_types: ClassVar[tuple[type, ...]] = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman", *TEXT_METRICS)
     consumed = (ROOM,)
 
@@ -77,7 +77,7 @@ class GeneratedText(TaskAdapter):
         metrics of texts predicts the tokens of the answer (samples, `answer_length`)."""
         if task.metric in TEXT_METRICS:
             return lambda model, batch, head: _padded(model, self.written(model, batch), task.written)
-        tokenizer = own_tokenizer(folder, processor)
+        tokenizer = self.tokenizer(folder, processor)
         classes = {name: index for index, name in enumerate(task.classes or ())}
 
         def predict(model: nn.Module, batch: Batch, head: Head) -> Tensor:
@@ -92,12 +92,30 @@ class GeneratedText(TaskAdapter):
         """Returns the function that turns tokens into texts, for metrics of texts."""
         if task.metric not in TEXT_METRICS:
             return None
-        tokenizer = own_tokenizer(folder, processor)
+        tokenizer = self.tokenizer(folder, processor)
         return lambda tokens: list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def written(self, model: Any, batch: Batch) -> Tensor:
         """The generated tokens (samples, tokens), the decoder's start token first."""
-        return _answers(model, without(batch, self.consumed), batch[ROOM].shape[1] if ROOM in batch else ANSWER)
+        _check_answering(model)
+        try:
+            return self.generate(
+                model, without(batch, self.consumed), batch[ROOM].shape[1] if ROOM in batch else ANSWER
+            )
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may hold anything
+            raise ModelError(
+                "the base cannot generate answers by its generation_config.json or config.json "
+                f"({first_line(error)}); fetch it again"
+            ) from error
+
+    def generate(self, model: Any, batch: Batch, length: int) -> Tensor:
+        """Answers of at most `length` tokens, the most likely token each time."""
+        answers: Tensor = model.generate(**batch, max_length=length, do_sample=False, num_beams=1)
+        return answers
+
+    def tokenizer(self, folder: Path, processor: Processor | None) -> Any:
+        """The tokenizer of answers."""
+        return own_tokenizer(folder, processor)
 
 
 def room(task: Task, samples: int) -> Batch:
@@ -110,19 +128,6 @@ def _padded(model: Any, answers: Tensor, length: int) -> Tensor:
     added = length - answers.shape[1]
     padded: Tensor = torch.nn.functional.pad(answers, (0, added), value=model.generation_config.pad_token_id)
     return padded
-
-
-def _answers(model: Any, batch: Batch, length: int) -> Tensor:
-    """Answers of at most `length` tokens, the most likely token each time."""
-    _check_answering(model)
-    try:
-        answers: Tensor = model.generate(**batch, max_length=length, do_sample=False, num_beams=1)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # its settings may hold anything
-        reason = first_line(error)
-        raise ModelError(
-            f"the base cannot generate answers by its generation_config.json or config.json ({reason}); fetch it again"
-        ) from error
-    return answers
 
 
 def _check_answering(model: Any) -> None:
