@@ -87,11 +87,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def drifted(model: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
-    """A copy of the model with noise on every parameter, in place of fine-tuning."""
+    """A copy of the model with noise on every parameter, in place of fine-tuning; but on those that only it freezes."""
     generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(model)
+    trained = [parameter for parameter in copied.parameters() if parameter.requires_grad] or copied.parameters()
     with torch.no_grad():
-        for parameter in copied.parameters():
+        for parameter in trained:
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return copied
 

@@ -9,9 +9,11 @@ value for any rho, so rows that no calibration sample looks up stay as merged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import unfold
 
 from epmq_cli.calibrate.activations.hidden_state import calls
@@ -24,13 +26,16 @@ from epmq_cli.families.structure import Mask, Patches, Stack, Table
 from epmq_cli.runtime import distributed
 
 
-def solve_stem(student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Solves every module of the first hidden state of a stack."""
+def solve_stem(
+    student: Student, stack: Stack, batches: Mapping[str, Sequence[Batch]], parts: Mapping[str, Sequence[Batch]]
+) -> None:
+    """Solves every module of the first hidden state of a stack. `parts`: the same samples as they run through the
+    model; numbers of look-ups do not depend on the split."""
     for part in stack.stem:
         if isinstance(part, Patches):
             solve_patches(student, batches, part)
         else:
-            solve_table(student, batches, part, stack.mask)
+            solve_table(student, parts, part, stack.mask)
 
 
 def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
@@ -49,24 +54,32 @@ def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table:
     """Solves a table."""
     name = f"{table.name}.weight"
     anchor = student.own(name)
-    counts = [_lookups(student, group, table.reader or table.name, len(anchor), real) for group in batches.values()]
+    counts = [_lookups(student, group, table, len(anchor), real) for group in batches.values()]
     counts = [student.guidance.factor(task) * c / c.sum() for task, c in zip(batches, counts, strict=True)]
     experts = [student.expert(task, name) for task in batches]
     lam = float(student.guidance.lam) / len(anchor)
     student.put({name: solved_table(anchor, experts, counts, lam)})
 
 
-def _lookups(student: Student, batches: Sequence[Batch], name: str, rows: int, real: Mask) -> Tensor:
+def _lookups(student: Student, batches: Sequence[Batch], table: Table, rows: int, real: Mask) -> Tensor:
     """The number of look-ups of each row of a table for real tokens: (rows,) in float64."""
-    table, total = student.model.get_submodule(name), None
+    module, total = student.model.get_submodule(table.reader or table.name), None
     for batch in batches:
-        ids = calls([table], lambda batch=batch: student.family.features(student.model, batch))[0][0][0]  # type: ignore[misc]
+        args, options = calls([module], lambda batch=batch: student.family.features(student.model, batch))[0]  # type: ignore[misc]
+        ids = _numbers(module, rows, args, options) if table.numbered else args[0]
         mask = real(batch)
         ids = ids if mask is None else ids.expand(mask.shape)[mask]
         counts = torch.bincount(ids.flatten(), minlength=rows).double()
         total = counts if total is None else total + counts
     assert total is not None
     return distributed.all_reduce(total)
+
+
+def _numbers(module: nn.Module, rows: int, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """The numbers of the rows that a table looks up in a call: it returns them if each row holds its number."""
+    own = torch.arange(rows, dtype=torch.float64, device=next(module.parameters()).device)[:, None]
+    found: Tensor = functional_call(module, {"weight": own}, args, options)
+    return found[..., 0].long()
 
 
 def solve_patches(student: Student, batches: Mapping[str, Sequence[Batch]], patches: Patches) -> None:

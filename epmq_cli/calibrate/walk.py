@@ -128,7 +128,7 @@ class Walk:
         """Solves the stem of a stack: the tables, kernels and norm in front of its first block."""
         norm = stack.first_norm
         if self.guidance.embeddings:
-            solve_stem(self.student, stack, self.chunks.whole)
+            solve_stem(self.student, stack, self.chunks.whole, self.own)
         if self.guidance.norms and norm is not None and has_gain(self.student.model.get_submodule(norm)):
             solve_norm(self.student, norm, [(task, self._first_rows(stack, task, norm)) for task in self.own])
 

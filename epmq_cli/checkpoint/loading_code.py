@@ -28,6 +28,8 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
     """Loads the model and its tokenizer or image processor, and reads one sample; a model without heads of tasks writes
     a text."""
     name, pictures = type(model).__name__, family.reads == "pictures"
+    if family.reads == "sounds":
+        return _transcribing_code(name, exporter)
     options = family.architecture.options if isinstance(family.architecture, Encoder) else {}
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     reader = "AutoImageProcessor" if pictures else "AutoTokenizer"
@@ -54,6 +56,25 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
         ]
     if family.heads == "none":
         lines += ["tokens = model.generate(inputs.input_ids, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
+    return "\n".join(lines)
+
+
+def _transcribing_code(name: str, exporter: Exporter) -> str:
+    """Loads a model that writes what it hears, and its two processors, and transcribes a sound."""
+    packages = f"  # needs: pip install {' '.join(exporter.requires)}" if exporter.requires else ""
+    lines = [
+        "import numpy",
+        f"from transformers import AutoFeatureExtractor, AutoTokenizer, {name}{packages}",
+        "",
+        f'folder = "{FOLDER}"  # or huggingface_hub.snapshot_download("owner/name")',
+        f"model = {name}.from_pretrained(folder)",
+        "extractor = AutoFeatureExtractor.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'sound = numpy.zeros(extractor.sampling_rate, "float32")  # one second of silence; give it yours, mono',
+        'inputs = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")',
+        "tokens = model.generate(inputs.input_features.to(model.dtype))",
+        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+    ]
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ class Columns:
     `inputs`: one column, or two for pairs of texts; empty until `of` chooses a layout. `prompt`: a text with {column}
     placeholders instead. `label`: the column of the label, None if there is none. `labels`: its values in the order of
     the classes, or None if they are the whole numbers 0, 1, ... `regression`: whether labels are arbitrary numbers.
-    `option`: names the option of the inputs.
+    `option`: names the option of the inputs. `written`: whether the label is a text, which answers are compared with.
     """
 
     inputs: tuple[str, ...]
@@ -39,6 +39,7 @@ class Columns:
     regression: bool
     option: str
     layout: Layout | None = None
+    written: bool = False
 
     def of(self, available: Collection[str], where: str) -> Columns:
         """These columns in a source that has `available`: if the options name no input, the usual columns of text and
@@ -98,7 +99,7 @@ class Columns:
         `values`: the values of the rows by column. `names`: the source's own names of the labels 0, 1, ... The train
         split needs no labels; its unreadable labels are ignored.
         """
-        if self.label is None or (split == "train" and self.label not in values):
+        if self.label is None or self.written or (split == "train" and self.label not in values):
             return None, None
         try:
             return read_labels(values[self.label][:], self.labels, names, self.regression, where)
@@ -107,9 +108,18 @@ class Columns:
                 raise
             return None, None
 
+    def references(self, values: Mapping[str, Sequence[Any]], where: str, split: Split) -> list[str] | None:
+        """The texts that the answers to the rows of the test split are compared with; None if labels are not texts."""
+        if self.label is None or not self.written or split == "train":
+            return None
+        column = enumerate(values[self.label][:], 1)
+        return [text_of(value, self.label, f"{where}, row {number}") for number, value in column]
+
     def check_targets(self, values: Mapping[str, Sequence[Any]], where: str) -> None:
-        """Raises DataError if `targets` would for the test split."""
-        if self.label is not None:
+        """Raises DataError if `targets` or `references` would for the test split."""
+        if self.written:
+            self.references(values, where, "test")
+        elif self.label is not None:
             label_numbers(values[self.label], self.labels, None, self.regression, where)
 
 
@@ -120,8 +130,10 @@ def columns(
     label: str | None,
     labels: Sequence[str | int | bool] | None,
     regression: bool,
+    answer: str | None = None,
 ) -> Columns:
-    """The columns that the options of a source name; ConfigError if they do not make a sample.
+    """The columns that the options of a source name; ConfigError if they do not make a sample. `answer`: the column of
+    a text, in place of a label.
 
     `option`: the name of the source's option for the input column. `inputs`: None for the usual columns of text and
     conversations.
@@ -130,16 +142,22 @@ def columns(
         raise ConfigError(
             "data.labels names classes, and a regression has none; leave out data.labels or data.regression"
         )
+    if answer is not None and (labels is not None or regression):
+        raise ConfigError(
+            f"data.answer is the column of a text, got {answer}, and data.labels and data.regression are for labels; "
+            "leave out the one or the others"
+        )
+    label, written = answer or label, answer is not None
     names = (inputs,) if isinstance(inputs, str) else tuple(inputs or ())
     option = f"data.{option}"
     if prompt is None:
         if inputs is not None and len(names) not in (1, 2):
             raise ConfigError(f"{option} must be one column or a list of two, got {inputs}")
-        return Columns(names, None, label, labels, regression, option)
+        return Columns(names, None, label, labels, regression, option, written=written)
     places = _places(prompt)
     if not places or not all(name.isidentifier() for name in places):
         raise ConfigError(f"data.prompt must have placeholders that are columns, such as {{sentence}}, got {prompt!r}")
-    return Columns(places, prompt, label, labels, regression, option)
+    return Columns(places, prompt, label, labels, regression, option, written=written)
 
 
 def _places(prompt: str) -> tuple[str, ...]:

@@ -86,8 +86,9 @@ class Hub:
     columns of texts and conversations. `prompt`: a text with {column} placeholders, instead of `input`. `label`: the
     column of the label, which the train split need not have; null if there is none. `labels`: the values of that
     column, or the data set's names for them, in the order of the classes; null if the values are the whole numbers 0,
-    1, ... `regression`: whether labels are numbers instead of classes. `root`: a mirror, searched first, at
-    `<root>/datasets/<id>` and `<root>/<id>`. `background` and `white_level` of images: see `Decoder`.
+    1, ... `regression`: whether labels are numbers instead of classes. `answer`: the column of the text that answers
+    are compared with, instead of `label`. `root`: a mirror, searched first, at `<root>/datasets/<id>` and
+    `<root>/<id>`. `background` and `white_level` of images: see `Decoder`.
     """
 
     path: str
@@ -99,6 +100,7 @@ class Hub:
     labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
+    answer: str | None = None
     root: str | None = None
     background: str | None = "white"
     white_level: float | None = None
@@ -115,7 +117,7 @@ class Hub:
     @property
     def columns(self) -> Columns:
         """The columns of a sample; ConfigError if they do not make one."""
-        return columns("input", self.input, self.prompt, self.label, self.labels, self.regression)
+        return columns("input", self.input, self.prompt, self.label, self.labels, self.regression, self.answer)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Samples of the split, whose images are decoded on access.
@@ -196,17 +198,17 @@ class Hub:
         columns = self.columns.of(available, f"data set {self.path}")
         missing = [column for column in columns.required(split) if column not in available]
         if missing:
-            hint = f"; {WITHOUT}" if missing[0] == self.label else ""
-            raise DataError(
-                f"data set {self.path} has no column {missing[0]}; its columns are {', '.join(available)}{hint}"
-            )
+            hint = f"; {WITHOUT}" if missing[0] == columns.label else ""
+            names = ", ".join(available)
+            raise DataError(f"data set {self.path} has no column {missing[0]}; its columns are {names}{hint}")
         return columns.read(split, available)
 
     def _samples(self, values: Values, names: Names, split: Split) -> Samples:
         """The rows as samples; of the test split, only rows with a label."""
-        labels, classes = self.columns.targets(values, f"data set {self.path}", split, names)
-        samples = Samples(self._inputs(values), labels, classes)
-        return self._labelled(samples) if split == "test" and names is not None else samples
+        columns, where = self.columns, f"data set {self.path}"
+        labels, classes = columns.targets(values, where, split, names)
+        samples = Samples(self._inputs(values), labels, classes, columns.references(values, where, split))
+        return self._labelled(samples) if split == "test" and labels is not None and names is not None else samples
 
     def _labelled(self, samples: Samples) -> Samples:
         """The samples with a label; all samples if none has one, which scoring reports."""
@@ -231,8 +233,7 @@ class Hub:
         if self.prompt is None and are_images(first):
             return Pictures(first, self.path, Decoder(self.background, self.white_level))
         names = columns.inputs if columns.layout is None else tuple(values)
-        texts = [values[name][:] for name in names]
-        rows = (dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True))
+        rows = (dict(zip(names, row, strict=True)) for row in zip(*(values[name][:] for name in names), strict=True))
         return columns.texts(rows, where)
 
 

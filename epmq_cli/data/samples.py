@@ -48,12 +48,13 @@ class Samples:
     `inputs`: images as PIL images, texts as str, pairs of texts as (str, str). `labels`: (len(inputs),), int64 indices
     of the task's classes, or float32 for a regression; None if the source has none, which suffices for calibration and
     perplexity. `classes`: the source's names of the labels 0, 1, ..., such as those of class folders; None if it has
-    none.
+    none. `references`: the texts that generated ones are compared with, in place of labels.
     """
 
     inputs: Sequence[Any]
     labels: Tensor | None = None
     classes: tuple[str, ...] | None = None
+    references: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -61,7 +62,8 @@ class Samples:
     def take(self, indices: list[int]) -> Samples:
         """The samples at these positions, in this order; images are read on access."""
         labels = None if self.labels is None else self.labels[indices]
-        return Samples(View(self.inputs, indices), labels, self.classes)
+        references = None if self.references is None else [self.references[index] for index in indices]
+        return Samples(View(self.inputs, indices), labels, self.classes, references)
 
     def some(self, count: int | None, seed: int | None) -> Samples:
         """The first `count` samples, or with a seed `count` in random order; all without a count or if there are fewer.

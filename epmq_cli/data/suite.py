@@ -14,7 +14,11 @@ from epmq_cli.data.tokenizer_option import TokenizerOption, tokenizer_option
 from epmq_cli.errors import ConfigError, literal, placed
 
 MAX_LENGTH = 128
-METRICS = ("accuracy", "matthews", "spearman", "perplexity")
+METRICS = ("accuracy", "matthews", "spearman", "perplexity", "exact_match", "wer")
+TEXT_METRICS = METRICS[4:]
+"""Metrics of texts that a model writes, given other texts."""
+ANSWER = 10  # maximum tokens of an answer that names a class, including the start token, as in the published protocol
+WRITTEN = 128  # maximum tokens of other answers
 VOCABULARIES = ("same", "pad")
 NAME, POSITION = "name", "position"
 PROCESSORS = ("expert", "base", "same")
@@ -31,8 +35,9 @@ class Task:
     read for calibration on running text. `packing`: whether calibration cuts its sequences out of all documents, one
     after the other; false: each sequence is one document or conversation, cut at `max_length` and padded.
     `match_labels`: whether labels of the data match classes of the head by `name`, if both have names, or by
-    `position`. `processor` and `heads`: see Suite. `stride`: tokens from one window of a perplexity to the next; None
-    for `max_length`, windows without overlap.
+    `position`. `answer_length`: the maximum tokens of a generated answer, including the start token; None for ANSWER,
+    or for WRITTEN if it is compared with a text. `processor` and `heads`: see Suite. `stride`: tokens from one window
+    of a perplexity to the next; None for `max_length`, windows without overlap.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Task:
     heads: str = HEADS[0]
     packing: bool = True
     stride: int | None = None
+    answer_length: int | None = None
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"
@@ -55,6 +61,8 @@ class Task:
         check_range(f"{where}.max_length", self.max_length, shortest, 1 << 20, integer=True)
         if self.stride is not None:
             check_range(f"{where}.stride", self.stride, 1, self.max_length, integer=True)
+        if self.answer_length is not None:
+            check_range(f"{where}.answer_length", self.answer_length, 2, 1 << 16, integer=True)
         if self.documents is not None:
             check_range(f"{where}.documents", self.documents, 1, 1 << 30, integer=True)
         check_choice(f"{where}.metric", self.metric, METRICS)
@@ -66,6 +74,11 @@ class Task:
         for template in self.templates or ():
             if template.count("{}") != 1:
                 raise ConfigError(f"{where}.templates must each have one {{}} for the class name, got {template!r}")
+
+    @property
+    def written(self) -> int:
+        """The maximum tokens of a generated answer."""
+        return self.answer_length or (WRITTEN if self.metric in TEXT_METRICS else ANSWER)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Table:
     `text`: the column of the text, or a list of two columns for pairs. `prompt`: a text with {column} placeholders,
     instead of `text`. `label`: the column of the label, which the train file need not have; null if there is none.
     `labels`: the values of that column in the order of the classes; null if they are the whole numbers 0, 1, ...
-    `regression`: whether labels are numbers instead of classes.
+    `regression`: whether labels are numbers instead of classes. `answer`: the column of the text that answers are
+    compared with, instead of `label`.
     """
 
     train: str
@@ -35,6 +36,7 @@ class Table:
     labels: Sequence[str | int | bool] | None = None
     prompt: str | None = None
     regression: bool = False
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         for path in (self.train, self.test):
@@ -45,14 +47,16 @@ class Table:
     @property
     def columns(self) -> Columns:
         """The columns of a sample; ConfigError if they do not make one."""
-        return columns("text", self.text, self.prompt, self.label, self.labels, self.regression)
+        return columns("text", self.text, self.prompt, self.label, self.labels, self.regression, self.answer)
 
     def load(self, split: Split, count: int | None = None, seed: int | None = None) -> Samples:
         """Rows of the split's file; the DataError names the file and the row."""
         path = expanded(self.train if split == "train" else self.test)
         rows = read_rows(path, self.columns)
-        labels, classes = self.columns.targets(self._label_values(rows, path, split), str(path), split)
-        return Samples(self.columns.texts(rows, str(path)), labels, classes).some(count, seed)
+        values = self._label_values(rows, path, split)
+        labels, classes = self.columns.targets(values, str(path), split)
+        references = self.columns.references(values, str(path), split)
+        return Samples(self.columns.texts(rows, str(path)), labels, classes, references).some(count, seed)
 
     def check_first(self, split: Split) -> int:
         """See CheckedSource."""
@@ -65,16 +69,17 @@ class Table:
 
     def _label_values(self, rows: Sequence[Mapping[str, Any]], path: Path, split: Split) -> dict[str, list[Any]]:
         """The values of the label's column, by its name; DataError if the test file lacks the column."""
-        if self.label is None or (rows and not any(self.label in row for row in rows)):
-            if self.label is not None and split == "test":
+        label, option = self.columns.label, "data.answer" if self.answer else "data.label"
+        if label is None or (rows and not any(label in row for row in rows)):
+            if label is not None and split == "test":
                 names = ", ".join(str(column) for column in rows[0] if column is not None)
-                raise DataError(f"{path} has no column {self.label} (data.label); its columns are {names}; {WITHOUT}")
+                raise DataError(f"{path} has no column {label} ({option}); its columns are {names}; {WITHOUT}")
             return {}
-        values = [row.get(self.label) for row in rows]
+        values = [row.get(label) for row in rows]
         for number, value in enumerate(values, 1):
             if split == "test" and isinstance(value, Repeated):
-                raise DataError(f"{path}, row {number} has the column {self.label} twice; rename one of them")
-        return {self.label: values}
+                raise DataError(f"{path}, row {number} has the column {label} twice; rename one of them")
+        return {label: values}
 
 
 def read_rows(path: Path, columns: Columns, read: Callable[[Path], list[Row]] | None = None) -> list[Row]:

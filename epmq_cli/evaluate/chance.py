@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmq_cli.data.suite import TEXT_METRICS
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.evaluate.score import ScoredTask, Scores
 
@@ -31,7 +32,8 @@ class Check:
     """An expert's score, and the expected score of guessing on the same samples.
 
     `at_chance`: whether the score is not significantly above chance; for perplexity, whether it is no better than a
-    uniform guess among all tokens, or more than `WORSE` times the base's.
+    uniform guess among all tokens, or more than `WORSE` times the base's; for written texts, whether it is no better
+    than that of empty ones.
     """
 
     score: float
@@ -63,6 +65,8 @@ def check(task: ScoredTask, score: float, base: float | None, tokens: int) -> Ch
     if task.metric == PERPLEXITY:
         chance = float(tokens)
         return Check(score, chance, score >= chance or (base is not None and score > WORSE * base))
+    if task.metric in TEXT_METRICS:
+        return Check(score, 1.0, score >= 1) if task.metric == "wer" else Check(score, 0.0, score <= 0)
     chance, error = expected(task)
     return Check(score, chance, score <= chance + ERRORS * error)
 
@@ -86,6 +90,12 @@ def warning(task: ScoredTask, result: Check, base: float | None) -> str:
         other = f"a uniform guess has {result.chance:.4g}" if result.score >= result.chance else other
         return (
             f"task {task.name}: the expert's perplexity is {result.score:.4g}, and {other}; check {CAUSES[PERPLEXITY]}"
+        )
+    if task.metric in TEXT_METRICS:
+        return (
+            f"task {task.name}: the expert scores {100 * result.score:.1f} ({task.metric} in %) on {len(task.samples)} "
+            f"test samples, no better than with empty answers; check the tokenizer, the columns of the text, and "
+            f"suite.tasks.{task.name}.answer_length"
         )
     kind = "texts" if isinstance(task.samples.inputs[0], (str, tuple)) else "images"
     return (

@@ -17,13 +17,15 @@ from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import batches, check_some
+from epmq_cli.data.suite import TEXT_METRICS
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
 from epmq_cli.evaluate.metrics import PERPLEXITY, Score
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
 from epmq_cli.evaluate.standard_errors import measured
+from epmq_cli.evaluate.written import WRITTEN
 from epmq_cli.families.family import Family
-from epmq_cli.families.tasks.adapter import Head, Predict
+from epmq_cli.families.tasks.adapter import Decode, Head, Predict
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import bar
@@ -60,7 +62,7 @@ class ScoredTask:
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
     all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart; `talks`: whether
-    any of them is a conversation.
+    any of them is a conversation. `decode`: turns predictions into texts, for metrics of texts.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ScoredTask:
     processor: Path | None = None
     names: tuple[str, ...] | None = None
     talks: bool | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not UNSCORED:
@@ -102,6 +105,12 @@ def check_samples(task: ScoredTask) -> None:
     labels, where = task.samples.labels, f"task {task.name}"
     check_some(task.name, "test", len(task.samples))
     if task.metric == PERPLEXITY:
+        return
+    if task.metric in TEXT_METRICS:
+        if task.samples.references is None:
+            raise DataError(
+                f"{where} has no texts to compare answers with; name their column in data.answer; {WITHOUT}"
+            )
         return
     if labels is None:
         raise DataError(f"{where} has no labels to score its test samples by; {WITHOUT}")
@@ -198,7 +207,13 @@ class Scorer:
         """The value of the task's metric. `advance`: called with the number of finished samples, or of windows."""
         language = self.family.tasks
         if not isinstance(language, LanguageModel):
-            return measured(task.metric, *self._predictions(model, task, advance))
+            samples = task.samples.by_length()
+            predictions = self._predictions(model, task, samples, advance)
+            if task.decode is not None:
+                assert samples.references is not None
+                return WRITTEN[task.metric](task.decode(predictions), samples.references)
+            assert samples.labels is not None
+            return measured(task.metric, predictions, samples.labels)
 
         def losses(batch: Batch) -> Tensor:
             return window_losses(lambda ids: language.token_logits(model, ids.to(self.device)), batch["ids"])
@@ -211,11 +226,12 @@ class Scorer:
         ids: Tensor = task.samples.inputs[0]
         return perplexity(losses_of, ids, task.length, task.stride, self.micro.most)
 
-    def _predictions(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        """The predictions for the test samples, and the labels, both (samples,) on the CPU."""
-        samples, predictions = task.samples.by_length(), []
+    def _predictions(
+        self, model: nn.Module, task: ScoredTask, samples: Samples, advance: Callable[[int], None]
+    ) -> Tensor:
+        """The predictions for samples of a task, on the CPU."""
+        predictions = []
         for batch in batches(samples, task.collate, self.micro.most, self.device):
             predictions.append(self.micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
             advance(len(predictions[-1]))
-        assert samples.labels is not None
-        return torch.cat(predictions), samples.labels
+        return torch.cat(predictions)

@@ -11,6 +11,7 @@ from typing import Any
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families.bart import BART
 from epmq_cli.families.bert import BERT
 from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
@@ -27,6 +28,7 @@ from epmq_cli.families.roberta import ROBERTA
 from epmq_cli.families.t5 import T5_FAMILY
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.vit import VIT
+from epmq_cli.families.whisper import WHISPER
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open_clip.config import SCHEME
 from epmq_cli.models.resolve import locate
@@ -34,9 +36,9 @@ from epmq_cli.models.resolve import locate
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
+        *(BART, BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
-        *(ROBERTA, T5_FAMILY, VIT),
+        *(ROBERTA, T5_FAMILY, VIT, WHISPER),
     )
 }
 AUTO = "auto"

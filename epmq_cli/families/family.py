@@ -64,6 +64,7 @@ class Family:
         self.class_names = tasks.class_names
         self.head_inputs = tasks.head_inputs
         self.logits = tasks.logits
+        self.decode = tasks.decode
 
     def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
         """Opens a base (if `base` is None), or an expert of that base, in any form that epmq reads."""

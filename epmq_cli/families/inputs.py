@@ -8,10 +8,11 @@ from typing import Any
 from PIL import Image
 
 from epmq_cli.data.chats import Chat
+from epmq_cli.data.sounds import Sound
 from epmq_cli.errors import DataError
 from epmq_cli.families.family import Family
 
-KINDS = {Chat: "conversations", str: "texts", tuple: "pairs of texts", Image.Image: "images"}
+KINDS = {Chat: "conversations", str: "texts", tuple: "pairs of texts", Image.Image: "images", Sound: "sounds"}
 
 
 def _reads(family: Family, first: Any) -> bool:

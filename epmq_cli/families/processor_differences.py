@@ -1,9 +1,9 @@
-"""Compares two tokenizers or two image processors by their outputs for the same samples."""
+"""Compares two tokenizers, image processors or feature extractors by their outputs for the same samples."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from epmq_cli.errors import DataError, ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.families.processors import image_file, own_images, tokens
 from epmq_cli.families.rendering import chat_ids
+from epmq_cli.families.sound_features import own_extractor
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.processor_folder import Processor
 
 TOLERANCE = 0.005
-"""The mean difference of pixels, in standard deviations, up to which two image processors count as equal. Pillow and
+"""The mean difference of values, in standard deviations, up to which two processors count as equal. Pillow and
 torchvision differ by 0.0001, bicubic and bilinear resampling by 0.02."""
 CHUNK = 16  # samples at a time
 LONGEST = 4000  # characters of a document
@@ -35,6 +36,9 @@ ASIDE = (
     "_valid_processor_keys",
 )
 """Settings of image processors that are named first, and those that do not affect the output."""
+VALUES = {"pictures": "pixel_values", "sounds": "input_features"}
+SETTINGS_OF = {"pictures": own_images, "sounds": own_extractor}
+"""The values of a batch, and the function that loads the processor, by what a family reads."""
 
 
 def difference(
@@ -53,8 +57,8 @@ def difference(
         except (ModelError, DataError) as error:
             return f"reads the task's samples, which the base's does not ({error})"
         if not _same(family, batch, base_batch):
-            if family.reads == "pictures":
-                return _settings(base, expert, own)
+            if family.reads in SETTINGS_OF:
+                return _settings(SETTINGS_OF[family.reads], base, expert, own)
             return _first_text(theirs, bases, chunk)
     return None
 
@@ -75,8 +79,8 @@ def _read(family: Family, folder: Path, task: Task, processor: Processor | None)
 
 
 def _same(family: Family, one: Batch, other: Batch) -> bool:
-    if family.reads == "pictures":
-        return pixels_agree(one["pixel_values"], other["pixel_values"])
+    if (name := VALUES.get(family.reads)) is not None:
+        return values_agree(one[name], other[name])
     one, other = _filled(one), _filled(other)
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -87,8 +91,8 @@ def _filled(batch: Batch) -> Batch:
     return batch if ids is None else {"token_type_ids": torch.zeros_like(ids), **batch}
 
 
-def pixels_agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two batches of pixels are equal up to the rounding of resampling."""
+def values_agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two batches of pixels, or of features of sounds, are equal up to the rounding of resampling."""
     if one.shape != other.shape:
         return False
     return float((one - other).abs().mean()) <= TOLERANCE * float(other.std())
@@ -126,9 +130,9 @@ def _ids(tensor: Tensor | None) -> str:
     return f"[{', '.join(map(str, ids[:SHOWN_IDS]))}{', ...' if len(ids) > SHOWN_IDS else ''}]"
 
 
-def _settings(base: Path, expert: Processor, own: Processor | None) -> str:
-    """The settings in which two image processors differ, with both values."""
-    one, other = (_plain(own_images(base, processor).to_dict()) for processor in (expert, own))
+def _settings(load: Callable[..., Any], base: Path, expert: Processor, own: Processor | None) -> str:
+    """The settings in which two image processors or feature extractors differ, with both values."""
+    one, other = (_plain(load(base, processor).to_dict()) for processor in (expert, own))
     file = image_file(expert.folder).name
     names = [name for name in dict.fromkeys([*FIRST, *sorted({*one, *other})]) if name not in ASIDE]
     differences = [name for name in names if one.get(name) != other.get(name)]
@@ -136,8 +140,8 @@ def _settings(base: Path, expert: Processor, own: Processor | None) -> str:
         f"{name} {one.get(name)} where the base's has {other.get(name)}" for name in differences[:SHOWN_SETTINGS]
     ]
     if not phrases:
-        kinds = [type(own_images(base, processor)).__name__ for processor in (expert, own)]
-        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which return other pixels for the task's images"
+        kinds = [type(load(base, processor)).__name__ for processor in (expert, own)]
+        return f"is a {kinds[0]}, and the base's a {kinds[1]}, which return other values for the task's samples"
     more = f" and {len(differences) - SHOWN_SETTINGS} more" if len(differences) > SHOWN_SETTINGS else ""
     return f"({file}) has {', '.join(phrases)}{more}"
 

@@ -15,6 +15,14 @@ class FirstToken(nn.Module):
         return hidden[:, 0]
 
 
+class AllTokens(nn.Module):
+    """The readout of what reads all tokens of the last block's output as they are."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The same (samples, tokens, width)."""
+        return hidden
+
+
 class LastNorm(nn.Module):
     """The readout that norms one token, or all, under the norm's own name."""
 

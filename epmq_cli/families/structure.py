@@ -80,10 +80,14 @@ class Patches:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of embeddings, and the module that looks it up where that is another one with the same weight."""
+    """A table of embeddings, and the module that looks it up where that is another one with the same weight.
+
+    `numbered`: whether the module makes the numbers of the rows itself, as for positions; otherwise its input has them.
+    """
 
     name: str
     reader: str | None = None
+    numbered: bool = False
 
 
 @dataclass(frozen=True)

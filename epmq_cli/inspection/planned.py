@@ -21,6 +21,7 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.errors import EpmqError, ModelError
 from epmq_cli.families import AUTO, claiming
 from epmq_cli.families.family import linear_shapes
+from epmq_cli.families.sound_features import STRIDE
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.inspection.roles import HeaderTensors
 from epmq_cli.inspection.skeleton import skeleton
@@ -258,4 +259,7 @@ def _longest(plan: Planned, job: Job, length: int) -> list[Batch]:
         own = plan.base.config.get("vision_config") or plan.base.config
         side = own.get("image_size", IMAGE) if isinstance(own, dict) else IMAGE
         return [{"pixel_values": torch.empty(n, 3, side, side, device=META)} for n in sizes]
+    if job.family.reads == "sounds":
+        bins, places = (int(plan.base.config.get(name) or 0) for name in ("num_mel_bins", "max_source_positions"))
+        return [{"input_features": torch.empty(n, bins, STRIDE * places, device=META)} for n in sizes]
     return [{"input_ids": torch.empty(n, length, dtype=torch.int64, device=META)} for n in sizes]

@@ -96,7 +96,7 @@ class SuiteModels:
         self.source = MergeSource(
             NamedTensors(self.base, base.merged), named, suite.vocabulary, self.ties.written, misfits, rows
         )
-        if family.reads == "texts" and self.tokenizer is None:
+        if family.reads != "pictures" and self.tokenizer is None:
             processors = {task.name: task.processor for task in suite.members}
             check_tokens(self.base, {task: self.experts[task] for task in processors}, processors)
         for expert in self.experts.values():

@@ -10,6 +10,8 @@ from epmq_cli.models.processor_files import TEMPLATES, TOKENIZER, matches, own_f
 
 PIXELS = "preprocessor_config.json"
 WHOLE = "processor_config.json"  # of a multimodal processor; contains the image processor
+PARTS = {"pictures": "image_processor", "sounds": "feature_extractor"}
+"""The part of a multimodal processor that reads samples of a kind."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "dict.txt")
 """Tokenizer settings; these files alone are not a tokenizer."""
 
@@ -28,14 +30,14 @@ class Processor:
 def processor_files(path: Path, reads: str) -> dict[str, Path]:
     """The files of a folder's own tokenizer or image processor, by name.
 
-    `reads`: "pictures" selects the image processor, any other value the tokenizer. The result is empty if the folder
-    has none, such as a state dict or an adapter.
+    `reads`: "pictures" selects the image processor, "sounds" the feature extractor, any other value the tokenizer. The
+    result is empty if the folder has none, such as a state dict or an adapter.
     """
     if not path.is_dir():
         return {}
     files = {name: path / name for name in own_files(path)}
-    if reads == "pictures":
-        return {name: file for name, file in files.items() if name == PIXELS or (name == WHOLE and _sees(file))}
+    if (part := PARTS.get(reads)) is not None:
+        return {name: file for name, file in files.items() if name == PIXELS or (name == WHOLE and _has(file, part))}
     texts = {name: file for name, file in files.items() if name in SETTINGS or matches(name, (*TOKENIZER, *TEMPLATES))}
     return texts if any(name not in SETTINGS and not matches(name, TEMPLATES) for name in texts) else {}
 
@@ -47,9 +49,10 @@ def same_files(one: dict[str, Path], other: dict[str, Path]) -> bool:
     )
 
 
-def _sees(file: Path) -> bool:
-    """Whether a processor_config.json contains an image processor, as transformers 5 writes it."""
+def _has(file: Path, part: str) -> bool:
+    """Whether a processor_config.json contains an image processor or a feature extractor, as transformers 5 writes
+    it."""
     try:
-        return "image_processor" in json.loads(file.read_text(encoding="utf-8"))
+        return part in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -124,6 +124,8 @@ def hash_samples(samples: Samples) -> str | None:
 
     def parts() -> Iterator[bytes]:
         yield hash_tensors({} if samples.labels is None else {"labels": samples.labels}).encode()
+        if samples.references is not None:
+            yield json.dumps([*samples.references]).encode()
         for position in range(len(samples.inputs)):
             yield _bytes(raw(samples.inputs, position))
 

@@ -9,7 +9,7 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.config.schema import GENERATE, Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
-from epmq_cli.data.suite import Suite, Task
+from epmq_cli.data.suite import TEXT_METRICS, Suite, Task
 from epmq_cli.errors import ConfigError
 from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.family import Family
@@ -154,6 +154,11 @@ def check_prompts(guidance: Guidance, calib: Calib, family: Family) -> None:
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
     """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
     scored on their test samples."""
+    if "wer" in (kinds := set(suite.metrics.values())) and len(kinds) > 1:
+        raise ConfigError(
+            "suite.tasks must all have the metric wer if one has, because smaller is better and averages are over all "
+            f"tasks, got {', '.join(sorted(kinds))}; use exact_match beside others, or wer for all"
+        )
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
@@ -174,6 +179,18 @@ def check_metric(task: Task, scored: bool) -> None:
     where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
     if task.metric == PERPLEXITY:
         return
+    written, answer = task.metric in TEXT_METRICS, getattr(task.data, "answer", ...)
+    if written and scored and answer is None:
+        raise ConfigError(
+            f"{where}.metric is {task.metric}, which compares answers with texts; name their column in data.answer"
+        )
+    if written:
+        return
+    if isinstance(answer, str):
+        raise ConfigError(
+            f"{where}.data.answer is {answer}, a column of texts, and {task.metric} compares classes or numbers; use "
+            f"metric: {' or '.join(TEXT_METRICS)}, or leave out data.answer"
+        )
     if regression is True and task.metric != "spearman":
         raise ConfigError(
             f"{where}.metric must be spearman if data.regression is true, got {task.metric}, which compares "

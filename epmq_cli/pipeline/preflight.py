@@ -29,14 +29,16 @@ SMALLEST_GROUP = 8  # the smallest group size that a message suggests
 
 
 def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
-    """Raises ConfigError if a task's max_length exceeds the positions of the model in the folder."""
+    """Raises ConfigError if the lengths of a task's texts exceed the positions of the model in the folder."""
     most = family.positions(folder)
     for task in suite.members:
-        if most is not None and task.max_length > most:
-            raise ConfigError(
-                f"suite.tasks.{task.name}.max_length must be at most {most}, the positions of the model in {folder}, "
-                f"got {task.max_length}"
-            )
+        lengths = {"max_length": task.max_length, **({"answer_length": task.written} if family.answers else {})}
+        for name, length in lengths.items():
+            if most is not None and length > most:
+                raise ConfigError(
+                    f"suite.tasks.{task.name}.{name} must be at most {most}, the positions of the model in {folder}, "
+                    f"got {length}"
+                )
 
 
 def check_described(model: nn.Module, family: Family, models: SuiteModels) -> None:

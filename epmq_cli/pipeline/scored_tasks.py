@@ -80,6 +80,7 @@ class EvaluationData:
             processor=processor.folder if processor else None,
             names=names,
             talks=talks,
+            decode=family.decode(folder, task, processor),
         )
 
 

@@ -14,12 +14,14 @@ from PIL import Image
 from epmq_cli.config.schema import GENERATE, Calib
 from epmq_cli.data.chats import Chat
 from epmq_cli.data.sampling import task_seed
+from epmq_cli.data.sounds import Sound
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import CheckpointError, DataError, ModelError
 from epmq_cli.families.family import Family
 from epmq_cli.families.processor_differences import LONGEST, difference
 from epmq_cli.families.processors import own_images, own_tokenizer
 from epmq_cli.families.rendering import WORDS
+from epmq_cli.families.sound_features import own_extractor
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.model_folder import ModelFolder, refuse_links
@@ -31,7 +33,7 @@ from epmq_cli.runtime.console import say
 
 PROCESSORS = "processors"
 """The folder of a checkpoint with the tasks' own processors."""
-SAMPLES = {"texts": 256, "pictures": 32}
+SAMPLES = {"texts": 256, "pictures": 32, "sounds": 32}
 """The largest number of calibration samples of a task on which processors are compared."""
 VARIED = 32  # samples that are also compared in other forms
 SIZES = ((320, 320), (480, 320), (300, 400))
@@ -118,8 +120,10 @@ def _varied(family: Family, base: Path, task: Task, own: Processor, samples: Seq
 
 def variations(samples: Sequence[Any]) -> list[Any]:
     """Variations of some of the samples: texts in other cases, with accents, doubled spaces and other scripts, or
-    pictures of other sizes."""
+    pictures of other sizes. None of sounds."""
     some = [samples[index] for index in range(min(VARIED, len(samples)))]
+    if some and isinstance(some[0], Sound):
+        return []
     if some and isinstance(some[0], Image.Image):
         return [picture.convert("RGB").resize(size) for picture, size in zip(some, SIZES, strict=False)]
     return [_apply(form, sample) for sample in some for form in FORMS]
@@ -164,7 +168,8 @@ def _without_base(base: ModelFolder, expert: ModelFolder, task: Task, own: Proce
     return own
 
 
-KINDS = {"texts": "tokenizer", "pictures": "image processor"}
+KINDS = {"texts": "tokenizer", "pictures": "image processor", "sounds": "feature extractor"}
+LOADERS = {"texts": own_tokenizer, "pictures": own_images, "sounds": own_extractor}
 
 
 def place(task: str) -> str:
@@ -174,10 +179,10 @@ def place(task: str) -> str:
 
 
 def save_processors(base: Path, processors: Processors, reads: str, checkpoint: Path) -> None:
-    """Writes the tokenizers or image processors of tasks into a checkpoint with `save_pretrained`. `base`: the folder
-    whose config gives the class of processors that do not name their class."""
+    """Writes the tokenizers, image processors or feature extractors of tasks into a checkpoint with `save_pretrained`.
+    `base`: the folder whose config gives the class of processors that do not name their class."""
     for task, processor in processors.items():
-        loaded = (own_images if reads == "pictures" else own_tokenizer)(base, processor)
+        loaded = LOADERS[reads](base, processor)
         loaded.save_pretrained(checkpoint / place(task))
 
 
@@ -203,7 +208,8 @@ def probes(family: Family, models: SuiteModels) -> SamplesOf:
 
     def synthetic(task: Task) -> Sequence[Any]:
         if not samples:
-            samples.append(_pictures() if family.reads == "pictures" else list(_texts(models.base.path)))
+            made = {"pictures": _pictures, "sounds": _sounds}.get(family.reads)
+            samples.append(made() if made else list(_texts(models.base.path)))
         return samples[0]
 
     return synthetic
@@ -227,3 +233,12 @@ def _pictures() -> list[Any]:
     generator = np.random.default_rng(0)
     coarse = [Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)) for _ in range(3)]
     return [picture.resize(size) for picture, size in zip(coarse, SIZES, strict=True)]
+
+
+def _sounds() -> list[Any]:
+    """A second of noise in two rates."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    rates = (16000, 8000)
+    return [Sound(generator.normal(0, 0.1, rate).astype(np.float32), rate, "noise") for rate in rates]

@@ -11,6 +11,7 @@ from torch.nn.functional import conv2d, unfold
 
 from epmq_cli.calibrate.embeddings import _joined, _lookups, _patch_rows, solve_stem, solved_table
 from epmq_cli.calibrate.student import Student
+from epmq_cli.families.structure import Table
 from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.models.weights import swapped_weights
 from epmq_cli.pipeline import calibration as guide
@@ -56,11 +57,13 @@ def test_lookups_of_padding_do_not_count(bert_hub: Path) -> None:
     student, batches = student_of(bert_hub)
     group = batches["first"]
     rows = student.model.get_parameter("embeddings.word_embeddings.weight").shape[0]
-    words = _lookups(student, group, "embeddings.word_embeddings", rows, student.family.stacks(student.model)[0].mask)
+    words = _lookups(
+        student, group, Table("embeddings.word_embeddings"), rows, student.family.stacks(student.model)[0].mask
+    )
     real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in group])
     assert torch.equal(words, torch.bincount(real, minlength=rows).double())
     places = _lookups(
-        student, group, "embeddings.position_embeddings", 32, student.family.stacks(student.model)[0].mask
+        student, group, Table("embeddings.position_embeddings"), 32, student.family.stacks(student.model)[0].mask
     )
     assert places[0] == sum(len(batch["input_ids"]) for batch in group)
     assert places.sum() == words.sum()
@@ -83,7 +86,7 @@ def test_the_stem_of_a_lone_expert_is_reproduced(name: str, request: pytest.Fixt
         request.getfixturevalue(f"{name}_hub"), "guidance.lam=1e-9", "~suite.tasks.second", "calib.samples=40"
     )
     with torch.inference_mode():
-        solve_stem(student, student.family.stacks(student.model)[0], batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches, batches)
     if name == "clip":
         tower = student.model.vision_model.embeddings
         pixels = batches["first"][0]["pixel_values"]
@@ -121,7 +124,7 @@ def test_patches_and_positions_minimise_the_written_out_objective(clip_hub: Path
     options = ("guidance.lam=0.03", "+guidance.weights.second=3")
     (anchored, batches), (student, _) = student_of(clip_hub, *options), student_of(clip_hub, *options)
     with torch.inference_mode():
-        solve_stem(student, student.family.stacks(student.model)[0], batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches, batches)
     names = [f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position")]
     slopes = []
     for owner in (student, anchored):
@@ -136,7 +139,7 @@ def test_the_class_token_is_the_mean_of_the_experts_and_the_anchor(clip_hub: Pat
     name = "vision_model.embeddings.class_embedding"
     own, first, second = student.own(name), student.expert("first", name), student.expert("second", name)
     with torch.inference_mode():
-        solve_stem(student, student.family.stacks(student.model)[0], batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches, batches)
     torch.testing.assert_close(student.own(name), (0.5 * own + first + 3 * second) / 4.5)
 
 
@@ -145,7 +148,7 @@ def test_tables_minimise_the_written_out_objective(bert_hub: Path) -> None:
     name = "embeddings.word_embeddings.weight"
     anchor = student.own(name).double()
     with torch.inference_mode():
-        solve_stem(student, student.family.stacks(student.model)[0], batches)
+        solve_stem(student, student.family.stacks(student.model)[0], batches, batches)
     slopes = []
     for at in (student.own(name).double(), anchor):
         table = at.clone().requires_grad_()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from epmq_cli.calibrate.activations.hidden_state import enter
 from epmq_cli.calibrate.activations.store import ActivationStore
@@ -24,13 +24,13 @@ from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.hubs import Scene, config, run_in, walk
-from tests.helpers.minihub import DECODERS, KINDS, T5S, TIERED, Hub
+from tests.helpers.minihub import ANSWERING, DECODERS, KINDS, TIERED, Hub
 from tests.helpers.tiers import first, only, slow
 
 
 def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """The hidden states of each stack in transformers."""
-    if kind.startswith("t5"):
+    if kind in ANSWERING:
         found = model(**batch, output_hidden_states=True)
         return [found.encoder_hidden_states, found.decoder_hidden_states]
     return [model(**batch, output_hidden_states=True).hidden_states]
@@ -52,7 +52,7 @@ def test_hidden_states_of_all_stacks_match_transformers(kind: str, hub: Hub) -> 
                     torch.testing.assert_close(stream.hidden, state)
                 stream.finish(stack.blocks[-1].module)
                 stream.finish(stack.readout.module)
-                pooled = not kind.startswith("t5") and kind not in (*DECODERS, "modernbert")
+                pooled = kind not in (*ANSWERING, *DECODERS, "modernbert")
                 final = wanted[-1][:, 0] if pooled else wanted[-1]
                 if kind in ("vit", "deit"):  # its last hidden state comes before the last norm
                     final = scene.family.features(scene.model, batch)
@@ -91,7 +91,7 @@ def test_steps_are_all_linears_and_norms_in_the_order_of_a_forward_pass(kind: st
         or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         or name.endswith(".attn_norm")  # the first block of ModernBERT has no such norm
     }
-    left = {"lm_head", "embeddings_project", str(scene.family.stacks(scene.model)[0].first_norm)}
+    left = {"lm_head", "proj_out", "embeddings_project", str(scene.family.stacks(scene.model)[0].first_norm)}
     left |= {name for name in found if name.endswith(("q_norm", "k_norm")) or name == "encoder.LayerNorm"}
     assert set(wanted) == found - left
     with torch.inference_mode():
@@ -167,7 +167,8 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return made
 
 
-PUBLIC: dict[str, Any] = dict.fromkeys(T5S, T5ForConditionalGeneration) | dict.fromkeys(DECODERS, AutoModelForCausalLM)
+PUBLIC: dict[str, Any] = dict.fromkeys(ANSWERING, AutoModelForSeq2SeqLM) | dict.fromkeys(DECODERS, AutoModelForCausalLM)
+PUBLIC["whisper"] = AutoModelForSpeechSeq2Seq
 
 
 OTHERS = ("bits=3 quant.symmetric=false", "bits=4 pack.dtype=bfloat16")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from epmq_cli.commands.eval import evaluate
 from epmq_cli.errors import ConfigError, ModelError
@@ -18,6 +18,7 @@ from epmq_cli.pipeline.job import make_job
 from tests.helpers.edited import copied
 from tests.helpers.hubs import Scene, config, eval_config, run_in
 from tests.helpers.minihub import Hub
+from tests.helpers.tiers import first
 
 
 @pytest.mark.slow
@@ -59,6 +60,64 @@ def test_answers_match_those_of_the_expert_up_to_their_end(hub: Hub) -> None:
             end = row.index(2) if 2 in row else len(row)
             assert real == [place < end for place in range(len(row))]
             assert real[0]
+
+
+EMPTY = "nothing"
+"""The reference of an empty answer, which no source may have."""
+
+
+def with_references(hub: Path, folder: Path) -> tuple[Path, list[list[str]]]:
+    """The hub with test tables whose column `wanted` is what each task's expert writes in transformers, or EMPTY; and
+    these columns."""
+    made, columns = copied(hub, folder), []
+    tokenizer = AutoTokenizer.from_pretrained(hub / "base")
+    for task in ("first", "second"):
+        expert: Any = T5ForConditionalGeneration.from_pretrained(hub / task).eval()
+        path = made / f"{task}_test.tsv"
+        texts = [line.partition("\t")[2] for line in path.read_text().splitlines()[1:]]
+        given = expert.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_length=6, do_sample=False)
+        columns.append([text or EMPTY for text in tokenizer.batch_decode(given, skip_special_tokens=True)])
+        rows = [f"{answer}\t{text}" for answer, text in zip(columns[-1], texts, strict=True)]
+        path.write_text("\n".join(["wanted\ttext", *rows]) + "\n")
+    return made, columns
+
+
+@pytest.mark.parametrize("metric", first(1, ["wer", "exact_match"]))
+def test_written_answers_are_compared_with_a_column(metric: str, hub: Hub, tmp_path: Path) -> None:
+    source, columns = with_references(hub("t5"), tmp_path / "hub")
+    fields = {"classes": "null", "answer_length": "6", "data.answer": "wanted", "metric": metric}
+    options = [f"++suite.tasks.{task}.{name}={value}" for task in ("first", "second") for name, value in fields.items()]
+    run_in(tmp_path / "run", source, *options, "eval.stages=[experts]", "quant=rtn", "guidance=merged")
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]
+    for task, column in zip(("first", "second"), columns, strict=True):
+        empty, all_words = column.count(EMPTY), sum(len(text.split()) for text in column)
+        right = empty / all_words if metric == "wer" else 1 - empty / len(column)
+        assert scores["tasks"][task]["experts"] == pytest.approx(right)
+    batch = Scene(source, *options).batches[0]
+    assert "room" not in batch
+    assert batch["decoder_input_ids"].shape[1] == 5
+
+
+WRONG = {
+    "no texts": (
+        ("metric=exact_match", "classes=null"),
+        "metric is exact_match, which compares answers with texts; name",
+    ),
+    "texts and classes": (
+        ("metric=exact_match", "data.answer=text"),
+        "classes are for answers that name classes, got the metr",
+    ),
+    "texts as labels": (("data.answer=text",), "data.answer is text, a column of texts, and accuracy compares classes"),
+    "one of two": (("metric=wer", "classes=null", "data.answer=text"), "must all have the metric wer if one has"),
+    "too short": (("answer_length=1",), "answer_length must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_metrics_and_data_must_fit(case: str, hub: Hub, tmp_path: Path) -> None:
+    options, said = WRONG[case]
+    with pytest.raises(ConfigError, match=said):
+        run_in(tmp_path, hub("t5"), *(f"++suite.tasks.first.{option}" for option in options))
 
 
 @pytest.mark.parametrize(("text", "number"), [("1.0", 1.0), ("positive", 0.0)])

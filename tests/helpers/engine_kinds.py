@@ -49,7 +49,7 @@ class Kind:
         return "no" if refused[0] else "yes" if engine.tested else "by its sources"
 
 
-OTHERS = ("roberta", "deberta", "distilbert", "modernbert", "vit", "t5")
+OTHERS = ("roberta", "deberta", "distilbert", "modernbert", "vit", "t5", "bart", "whisper")
 ENCODERS = ("bert", "clip")
 KINDS: dict[str, Kind] = {
     "int4-32": Kind("4 bits, groups of 32", (ints(4, 32),)),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.conftest import TASKS, WORDS, drifted, write_pictures, write_suite
+from tests.helpers.encoder_decoders import FORMS, encoder_decoder, family_of
 from tests.helpers.tiers import only
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -177,10 +178,21 @@ def t5_hub(folder: Path, tied: bool = False, gated: bool = True) -> Path:
     for name in ("base", *TASKS):  # as in the files of FLAN-T5; transformers 5 writes true
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
+    return answering_hub(folder, "t5")
+
+
+def answering_hub(folder: Path, family: str) -> Path:
+    """A tokenizer, texts and answers beside the models of a folder."""
     tokenizer(folder / "base", end=True)
     entries = texts(folder, classes=["acceptable", "unacceptable", "positive"])
-    write_suite(folder, {"family": "t5", "base": str(folder / "base"), "tasks": entries})
+    write_suite(folder, {"family": family, "base": str(folder / "base"), "tasks": entries})
     return folder
+
+
+def encoder_decoder_hub(folder: Path, kind: str) -> Path:
+    """Encoder-decoders other than T5: one of FORMS."""
+    models(folder, encoder_decoder(kind, len(VOCABULARY)))
+    return answering_hub(folder, family_of(kind))
 
 
 def decoder_hub(folder: Path, kind: str) -> Path:
@@ -223,7 +235,9 @@ def decoder_files(folder: Path, base: Any) -> Path:
 ENCODERS = ("roberta", "deberta", "distilbert", "electra", "electra-small", "modernbert", "modernbert-cls", "mpnet")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
-KINDS = (*ENCODERS, "vit", "deit", *T5S, *DECODERS)
+ANSWERING = (*T5S, "bart", "mbart", "marian", "whisper")
+"""Encoder-decoders; their other model types are in tests/families/test_encoder_decoder.py."""
+KINDS = (*ENCODERS, "vit", "deit", *ANSWERING, *DECODERS)
 TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
 """KINDS for `parametrize`; those that are similar to another kind are slow."""
 Hub = Callable[[str], Path]
@@ -231,13 +245,19 @@ Hub = Callable[[str], Path]
 
 
 def build(folder: Path, kind: str) -> Path:
-    """Writes the miniature hub of one of KINDS."""
+    """Writes the miniature hub of one of KINDS, of FORMS, or of Whisper."""
     if kind in ENCODERS:
         return encoder_hub(folder, kind)
     if kind in DECODERS:
         return decoder_hub(folder, kind)
     if kind in ("vit", "deit"):
         return vit_hub(folder, kind)
+    if kind in FORMS:
+        return encoder_decoder_hub(folder, kind)
+    if kind == "whisper":
+        from tests.helpers.spoken import whisper_hub  # which imports this module
+
+        return whisper_hub(folder)
     assert kind.startswith("t5"), kind
     return t5_hub(folder, tied="tied" in kind, gated="relu" not in kind)
 

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 Features = Callable[["nn.Module", Batch], "Tensor"]
 Head = Mapping[str, "Tensor"]
 Predict = Callable[["nn.Module", Batch, Head], "Tensor"]
-"""The prediction for each sample of a batch: a class or a number, (samples,)."""
+"""The prediction for each sample of a batch: a class or a number, (samples,), or the tokens of a text, (samples,
+tokens)."""
+Decode = Callable[["Tensor"], list[str]]
+"""The texts of predictions that are tokens."""
 
 
 class TaskAdapter(ABC):
     """Tasks of one kind, for any architecture that gives the features they need. The defaults suit tasks without
     heads."""
 
-    reads: ClassVar[Literal["texts", "pictures"]] = "texts"
-    """The kind of the samples: a tokenizer turns texts into batches, an image processor turns pictures."""
+    reads: ClassVar[Literal["texts", "pictures", "sounds"]] = "texts"
+    """The kind of the samples: a tokenizer turns texts into batches, an image processor pictures, a feature extractor
+    sounds."""
 
     pipeline: ClassVar[str | None] = None
     """The kind of task in the words of the hub (`pipeline_tag`), if it has a word for it."""
@@ -101,3 +105,7 @@ class TaskAdapter(ABC):
             return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
         return predict
+
+    def decode(self, folder: Path, task: Task, processor: Processor | None = None) -> Decode | None:
+        """Returns the function that turns predictions into texts; None where they are classes or numbers."""
+        return None
