@@ -13,6 +13,7 @@ from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import MEAN
 from epmq_cli.families.tasks.classifier import Classifier
+from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 FOLDER = "path/of/this/folder"
 """The folder in all code."""
+SENTENCES_CODE = f"""from sentence_transformers import SentenceTransformer
+
+folder = "{FOLDER}"  # or huggingface_hub.snapshot_download("owner/name")
+model = SentenceTransformer(folder)
+embeddings = model.encode(["a text", "another text"])
+print(model.similarity(embeddings, embeddings))"""
 INT4 = (2, 3, 4)
 """The bits of integers that stay packed in `epmq_cli.load`."""
 
@@ -27,6 +34,8 @@ INT4 = (2, 3, 4)
 def transformers_code(family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter) -> str:
     """Loads the model and its tokenizer or image processor, and reads one sample; a model without heads of tasks writes
     a text."""
+    if isinstance(family.tasks, Embedding):
+        return SENTENCES_CODE
     name, pictures = type(model).__name__, family.reads == "pictures"
     options = family.architecture.options if isinstance(family.architecture, Encoder) else {}
     given = "".join(f", {key}={value!r}" for key, value in options.items())
@@ -52,7 +61,7 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             'inputs = tokenizer("a text", return_tensors="pt")',
         ]
-    if family.heads == "none":
+    if family.vocabulary:
         lines += ["tokens = model.generate(inputs.input_ids, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
     return "\n".join(lines)
 
@@ -149,7 +158,7 @@ def shell_commands(engines: Sequence[Engine], family: Family, exporter: Exporter
     inside = exporter.gguf is not None
     parts = {
         "folder": FOLDER,
-        "runner": "" if family.heads == "none" else " --runner pooling",
+        "runner": "" if family.vocabulary else " --runner pooling",
         "file": f"{FOLDER}/{GGUF}" if inside else GGUF,
         "export": "" if inside else f"epmq export {FOLDER} {GGUF}\n",
     }

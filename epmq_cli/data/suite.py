@@ -9,12 +9,13 @@ from typing import Any
 
 from epmq_cli.config.field_types import check_types
 from epmq_cli.config.validate import check_choice, check_keys, check_range
+from epmq_cli.data.ranking import RANKINGS
 from epmq_cli.data.samples import Source
 from epmq_cli.data.tokenizer_option import TokenizerOption, tokenizer_option
 from epmq_cli.errors import ConfigError, literal, placed
 
 MAX_LENGTH = 128
-METRICS = ("accuracy", "matthews", "spearman", "perplexity")
+METRICS = ("accuracy", "matthews", "spearman", "pearson", "perplexity", *RANKINGS)
 VOCABULARIES = ("same", "pad")
 NAME, POSITION = "name", "position"
 PROCESSORS = ("expert", "base", "same")

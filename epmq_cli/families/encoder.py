@@ -133,11 +133,11 @@ class Encoder(Architecture):
     def _readout(self, model: nn.Module, token: ReadToken) -> Section:
         if self.pooler is not None:
             return Section(self.pooler, model.get_submodule(self.pooler), (Linears(("dense",)),))
-        from epmq_cli.families.readouts import FirstToken, LastNorm  # modules: import torch
+        from epmq_cli.families.readouts import AllTokens, FirstToken, LastNorm  # modules: import torch
 
         if self.last_norm is not None:
-            return LastNorm.section(model, self.last_norm, None if token == MEAN else token)
-        return Section("", FirstToken(), ())
+            return LastNorm.section(model, self.last_norm, token if isinstance(token, int) else None)
+        return Section("", FirstToken() if isinstance(token, int) else AllTokens(), ())
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The output of the pooler, or else of `read_token`: (samples, width)."""

@@ -15,6 +15,14 @@ class FirstToken(nn.Module):
         return hidden[:, 0]
 
 
+class AllTokens(nn.Module):
+    """The readout of heads that pool the tokens of the last block's output."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, tokens, width), unchanged."""
+        return hidden
+
+
 class LastNorm(nn.Module):
     """The readout that norms one token, or all, under the norm's own name."""
 

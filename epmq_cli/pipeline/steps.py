@@ -165,8 +165,9 @@ def calibration_batches(
             check_some(task.name, "train", len(samples))
             check_answers(task.name, samples.inputs)
         else:
-            samples = draw(task, job.calib.samples, job.seed).by_length()
+            samples = draw(task, job.calib.samples, job.seed)
             check_inputs(job.family, task.name, samples.inputs)
+            samples = job.family.tasks.calibrating(task, samples, job.calib.samples).by_length()
         places = [size * number for number in _own_batches(task.name, math.ceil(len(samples) / size))]
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, places))
     return drawn

@@ -173,12 +173,14 @@ def place(task: str) -> str:
     return f"{PROCESSORS}/{f'%2E{name[1:]}' if name.startswith('.') else name}"
 
 
-def save_processors(base: Path, processors: Processors, reads: str, checkpoint: Path) -> None:
-    """Writes the tokenizers or image processors of tasks into a checkpoint with `save_pretrained`. `base`: the folder
-    whose config gives the class of processors that do not name their class."""
+def save_processors(family: Family, base: Path, processors: Processors, checkpoint: Path) -> None:
+    """Writes the tokenizers or image processors of tasks into a checkpoint with `save_pretrained`, and what folders of
+    the family have beside them. `base`: the folder whose config gives the class of processors that do not name their
+    class."""
     for task, processor in processors.items():
-        loaded = (own_images if reads == "pictures" else own_tokenizer)(base, processor)
+        loaded = (own_images if family.reads == "pictures" else own_tokenizer)(base, processor)
         loaded.save_pretrained(checkpoint / place(task))
+    family.save_beside(checkpoint)
 
 
 def saved_processors(checkpoint: Path, record: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Processor]:

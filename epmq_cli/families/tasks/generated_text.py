@@ -28,6 +28,7 @@ class GeneratedText(TaskAdapter):
     """Classification, or regression, by generated text."""
 
     answers = True
+    vocabulary = True
     sample_types = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman")
 
