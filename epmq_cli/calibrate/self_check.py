@@ -289,7 +289,7 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
         rows = family.features(model, batch)
     else:
         mask = stack.mask(batch)
-        rows = pooled(own, stack.read_token, mask) if isinstance(stack.read_token, str) else real_tokens(own, mask)
+        rows = pooled(own, stack.read_token, mask) if stack.pools else real_tokens(own, mask)
     if rows.shape != features.shape or not _close(features, rows):
         raise _MismatchError(f"the model does not read its last block only through {', '.join(_readout_names(stack))}")
     return batch

@@ -11,7 +11,7 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.gguf.exporter import NAME as GGUF
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import MEAN
+from epmq_cli.families.structure import MEAN, FirstAndMean
 from epmq_cli.families.tasks.classifier import Classifier
 from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.quantize.formats.format import NumberFormat
@@ -31,9 +31,11 @@ INT4 = (2, 3, 4)
 """The bits of integers that stay packed in `epmq_cli.load`."""
 
 
-def transformers_code(family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter) -> str:
+def transformers_code(
+    family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter, own: bool = False
+) -> str:
     """Loads the model and its tokenizer or image processor, and reads one sample; a model without heads of tasks writes
-    a text."""
+    a text. `own`: whether epmq loads the model, not transformers."""
     if isinstance(family.tasks, Embedding):
         return SENTENCES_CODE
     name, pictures = type(model).__name__, family.reads == "pictures"
@@ -43,12 +45,13 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
     packages = f"  # needs: pip install {' '.join(exporter.requires)}" if exporter.requires else ""
     lines = [
         *(["from PIL import Image"] if pictures else []),
-        f"from transformers import {', '.join(sorted((reader, name)))}{packages}",
+        *(["import epmq_cli"] if own else []),
+        f"from transformers import {reader if own else ', '.join(sorted((reader, name)))}{packages}",
         "",
         f'folder = "{FOLDER}"  # or huggingface_hub.snapshot_download("owner/name")',
-        f"model = {name}.from_pretrained(folder{given})",
+        "model = epmq_cli.load(folder)" if own else f"model = {name}.from_pretrained(folder{given})",
     ]
-    if name == "CLIPModel" and len(formats) > 1 and exporter.packs:
+    if name in ("CLIPModel", "SiglipModel") and len(formats) > 1 and exporter.packs:
         lines.append("model.hf_quantizer.compressor.decompress_model(model)")
     if pictures:
         lines += [
@@ -69,13 +72,15 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
 def head_code(family: Family, model: nn.Module, task: str) -> str:
     """Attaches the head of a task to the outputs of the model in `transformers_code`: logits (samples, classes)."""
     activation = ["from transformers.activations import ACT2FN"] if _named_activation(family) else []
+    features = list(_features(family, model))
     lines = [
+        *(["import torch"] if any("torch." in line for line in features) else []),
         "from safetensors.torch import load_file",
         "from torch.nn import functional as F",
         *activation,
         "",
         'heads = load_file(f"{folder}/heads/heads.safetensors")',
-        *_features(family, model),
+        *features,
         *_logits(family, task),
     ]
     return "\n".join(lines)
@@ -88,11 +93,14 @@ def _features(family: Family, model: nn.Module) -> Iterator[str]:
         yield "features = model.get_image_features(**inputs).pooler_output.float()"
         return
     token = architecture.read_token(model)
-    if architecture.pooler is not None:
+    if architecture.reads_pooler:
         yield "features = model(**inputs).pooler_output.float()"
     elif token == MEAN:
         yield 'mask = inputs["attention_mask"][..., None]'
         yield "features = (model(**inputs).last_hidden_state.float() * mask).sum(1) / mask.sum(1)"
+    elif isinstance(token, FirstAndMean):
+        yield "hidden = model(**inputs).last_hidden_state.float()"
+        yield f"features = torch.cat([hidden[:, 0], hidden[:, {token.start}:].mean(1)], -1)"
     else:
         yield f"features = model(**inputs).last_hidden_state[:, {token}].float()"
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from epmq_cli.data.suite import Suite
 from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families.beit import BEIT
 from epmq_cli.families.bert import BERT
 from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.deberta import DEBERTA
 from epmq_cli.families.deit import DEIT
+from epmq_cli.families.dinov2 import DINOV2
 from epmq_cli.families.distilbert import DISTILBERT
 from epmq_cli.families.electra import ELECTRA
 from epmq_cli.families.family import Family
@@ -25,6 +27,7 @@ from epmq_cli.families.open_clip import OpenClip
 from epmq_cli.families.refusal import MERGES
 from epmq_cli.families.roberta import ROBERTA
 from epmq_cli.families.sentence import NAME, sentence_family
+from epmq_cli.families.siglip import SIGLIP
 from epmq_cli.families.t5 import T5_FAMILY
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.vit import VIT
@@ -36,9 +39,9 @@ from epmq_cli.models.sentence_folder import LIST, is_sentence_folder, read_sente
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
+        *(BEIT, BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DINOV2, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
-        *(ROBERTA, T5_FAMILY, VIT),
+        *(ROBERTA, SIGLIP, T5_FAMILY, VIT),
     )
 }
 AUTO, SENTENCES = "auto", NAME

@@ -45,6 +45,8 @@ class Family:
         self.value_heads = architecture.value_heads
         self.further_files = architecture.further_files
         self.save_beside = architecture.save_beside
+        self.folded = architecture.folded
+        self.is_folded = architecture.is_folded
         self.load = architecture.load
         self.stacks = architecture.stacks
         self.blocks = architecture.blocks
@@ -57,6 +59,7 @@ class Family:
         self.head_parts = tasks.head_parts
         self.head_linear = tasks.head_linear
         self.head_width = tasks.head_width
+        self.head_widths = tasks.head_widths
         self.answers = tasks.answers
         self.sample_types = tasks.sample_types
         self.metrics = tasks.metrics

@@ -21,7 +21,16 @@ MEAN: Literal["mean"] = "mean"
 Pooling = Literal["mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 """How all tokens become one, in the words of sentence-transformers: their mean, largest values, sum over the root of
 their number, mean weighted by their place, or the last one."""
-ReadToken = int | Pooling | None
+
+
+@dataclass(frozen=True)
+class FirstAndMean:
+    """The first token beside the mean of the tokens from this place on: twice the width."""
+
+    start: int
+
+
+ReadToken = int | Pooling | FirstAndMean | None
 """The tokens that heads read behind the last block: the one at this position, all pooled to one, or all (None)."""
 
 
@@ -168,14 +177,22 @@ class Stack:
         """The only token that heads read; None if all count alike."""
         return self.read_token if isinstance(self.read_token, int) else None
 
+    @property
+    def pools(self) -> bool:
+        """Whether pooling over tokens comes after the readout."""
+        return self.read_token is not None and self.lone_token is None
+
 
 def pooled(hidden: Tensor, token: ReadToken, mask: Tensor | None) -> Tensor:
     """The part of hidden states (samples, tokens, width) that heads read: (samples, width), or all of it if they
-    read all tokens. `mask` (samples, tokens): the real tokens, which come first; None if all are."""
+    read all tokens. `FirstAndMean` is for inputs without padding. `mask` (samples, tokens): the real tokens, which come
+    first; None if all are."""
     if token is None:
         return hidden
     if isinstance(token, int):
         return hidden[:, token]
+    if isinstance(token, FirstAndMean):
+        return torch.cat([hidden[:, 0], hidden[:, token.start :].mean(1)], -1)
     if token == MEAN and mask is None:
         return hidden.mean(1)
     real = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)

@@ -53,6 +53,9 @@ class TaskAdapter(ABC):
     head_width: ClassVar[str] = "hidden_size"
     """The setting of the config that gives the number of features."""
 
+    head_widths: int = 1
+    """How many times that width the features have."""
+
     answers: ClassVar[bool] = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
 
