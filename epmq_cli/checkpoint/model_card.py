@@ -140,10 +140,9 @@ def loading_code(
     `formats`: of the quantized linears."""
     heads, first = family.heads != "none", suite.members[0].name
     engines = engines_for(exporter, family, dict(linear_shapes(model, family)), formats, base)
-    parts = [
-        f"Loaded by {', '.join(engine.label for engine in engines)}. With transformers:",
-        _block("python", transformers_code(family, model, formats, exporter)),
-    ]
+    named = ", ".join(engine.label for engine in engines)
+    first_line = f"Loaded by {named}. With transformers:" if named else "Loaded by epmq alone, as weights are packed:"
+    parts = [first_line, _block("python", transformers_code(family, model, formats, exporter, own=not named))]
     if heads:
         parts += [
             f"The heads of the tasks are in `heads/heads.safetensors`. The logits of {_plain(first)}, behind the code "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def head_problems(
     infos: Mapping[str, TensorInfo], tasks: Collection[str], family: Family, config: Any
 ) -> Iterator[str]:
     """A phrase for each tensor of the heads that does not fit the tasks, or a model with this config."""
-    width = int(getattr(config, family.head_width, 0))
+    width = family.head_widths * int(_setting(config, family.head_width))
     for task in tasks:
         yield from (f"{task}.{part} is missing" for part in family.head_parts if _needed(infos, f"{task}.{part}"))
     for name, info in infos.items():
@@ -75,6 +76,11 @@ def head_problems(
         elif not info.shape or info.shape != (expected := _shape(infos, task, part, width, info)):
             implied = list(expected) if info.shape else "another shape"
             yield f"{name} is {list(info.shape)}, config.json implies {implied}"
+
+
+def _setting(config: Any, path: str) -> Any:
+    """The setting at this path of configs; 0 if there is none."""
+    return reduce(lambda part, name: getattr(part, name, 0), path.split("."), config)
 
 
 def _needed(infos: Mapping[str, TensorInfo], name: str) -> bool:

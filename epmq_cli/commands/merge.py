@@ -86,7 +86,7 @@ def merge(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             if slices
             else (models, LazyMerge(models.source, method, torch.float32, device=device))
         )
-        processors_of_tasks = partial(save_processors, models.base.path, processors, family.reads)
+        processors_of_tasks = partial(save_processors, family, models.base.path, processors)
         others = also_open_clip(exporter.open_clip, processors_of_tasks, stored_entries)
         others = also_gguf(exporter.gguf, suite.name, others)
         size = write_dense(checkpoint, written, merged, exporter, files, others)

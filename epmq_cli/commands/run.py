@@ -282,7 +282,7 @@ def _contents(job: Job, inputs: _Inputs, walk: WalkResult, tasks: list[ScoredTas
     from epmq_cli.pipeline.task_processors import save_processors
 
     base, entries = inputs.models.base.path, partial(dequantized_entries, inputs.model, walk.weights, inputs.dtype)
-    processors = partial(save_processors, base, inputs.processors, job.family.reads)
+    processors = partial(save_processors, job.family, base, inputs.processors)
     others = also_open_clip(job.exporter.open_clip, processors, entries)
     return Contents(
         exporter=job.exporter,

@@ -91,9 +91,16 @@ class Samples:
 
     def by_length(self) -> Samples:
         """Texts sorted from short to long, which reduces padding; images unchanged."""
-        if len(self) == 0 or not isinstance(self.inputs[0], (str, tuple)):
-            return self
-        return self.take(sorted(range(len(self)), key=lambda i: sum(map(len, self.inputs[i]))))
+        return self.take(self.order_by_length()) if self._texts else self
+
+    def order_by_length(self) -> list[int]:
+        """The positions of texts from short to long; of images in their order."""
+        places = list(range(len(self)))
+        return sorted(places, key=lambda i: sum(map(len, self.inputs[i]))) if self._texts else places
+
+    @property
+    def _texts(self) -> bool:
+        return len(self) > 0 and isinstance(self.inputs[0], (str, tuple))
 
 
 def quantiles(labels: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 
 from epmq_cli.config.field_types import check_types
 from epmq_cli.config.validate import check_choice, check_keys, check_range
+from epmq_cli.data.ranking import RANKINGS
 from epmq_cli.data.samples import Source
 from epmq_cli.data.tokenizer_option import TokenizerOption, tokenizer_option
 from epmq_cli.errors import ConfigError, literal, placed
 
 MAX_LENGTH = 128
-METRICS = ("accuracy", "matthews", "spearman", "perplexity", "exact_match", "wer")
-TEXT_METRICS = METRICS[4:]
+TEXT_METRICS = ("exact_match", "wer")
 """Metrics of texts that a model writes, given other texts."""
+METRICS = ("accuracy", "matthews", "spearman", "pearson", "perplexity", *TEXT_METRICS, *RANKINGS)
 ANSWER = 10  # maximum tokens of an answer that names a class, including the start token, as in the published protocol
 WRITTEN = 128  # maximum tokens of other answers
 VOCABULARIES = ("same", "pad")

@@ -73,8 +73,13 @@ def check(task: ScoredTask, score: float, base: float | None, tokens: int) -> Ch
 
 def expected(task: ScoredTask) -> tuple[float, float]:
     """The expected score of guessing on a task's samples, and its standard error. For accuracy, this is the share of
-    the largest class or one over the number of classes, whichever is larger; for correlations, it is 0."""
+    the largest class or one over the number of classes, whichever is larger; for correlations, it is 0; for rankings
+    the share of the documents that the metric looks at."""
     count, labels = len(task.samples), task.samples.labels
+    if task.ranking is not None:  # the first of the documents in any order
+        count, found = len(task.ranking.queries), int(task.metric.partition("@")[2])
+        chance = min(1.0, found / len(task.ranking.documents))
+        return chance, math.sqrt(chance * (1 - chance) / count)
     if task.metric != "accuracy" or labels is None:
         return 0.0, 1 / math.sqrt(count)
     classes = len(task.head["weight"]) if "weight" in task.head else task.classes

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PERPLEXITY = "perplexity"
+CORRELATIONS = ("spearman", "pearson")
+"""The metrics of numbers."""
 
 
 class Score(NamedTuple):
@@ -46,10 +48,20 @@ def spearman(predictions: Tensor, labels: Tensor) -> float:
     return float(spearmanr(predictions.double().numpy(), labels.double().numpy()).statistic)
 
 
+def pearson(predictions: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation of numbers, in [-1, 1]; 0 if one of the two is constant."""
+    if len(set(predictions.tolist())) < 2 or len(set(labels.tolist())) < 2:
+        return 0.0
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(predictions.double().numpy(), labels.double().numpy()).statistic)
+
+
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "matthews": matthews,
     "spearman": spearman,
+    "pearson": pearson,
 }
 
 

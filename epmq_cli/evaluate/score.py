@@ -15,17 +15,20 @@ from epmq_cli.config import schema
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.labels import UNLABELLED, WITHOUT
 from epmq_cli.data.microbatch import MicroBatcher
+from epmq_cli.data.ranking import Ranking
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import batches, check_some
 from epmq_cli.data.suite import TEXT_METRICS
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.lm_eval import harness_scores
-from epmq_cli.evaluate.metrics import PERPLEXITY, Score
+from epmq_cli.evaluate.metrics import CORRELATIONS, PERPLEXITY, Score
 from epmq_cli.evaluate.perplexity import perplexity, window_losses
+from epmq_cli.evaluate.ranking import ranked_score
 from epmq_cli.evaluate.standard_errors import measured
 from epmq_cli.evaluate.written import WRITTEN
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Decode, Head, Predict
+from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import bar
@@ -62,7 +65,8 @@ class ScoredTask:
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
     all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart; `talks`: whether
-    any of them is a conversation. `decode`: turns predictions into texts, for metrics of texts.
+    any of them is a conversation. `decode`: turns predictions into texts, for metrics of texts. `ranking`: the queries
+    and documents of the samples, if the metric is of their order.
     """
 
     name: str
@@ -78,6 +82,7 @@ class ScoredTask:
     names: tuple[str, ...] | None = None
     talks: bool | None = None
     decode: Decode | None = None
+    ranking: Ranking | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not UNSCORED:
@@ -86,6 +91,8 @@ class ScoredTask:
     @property
     def steps(self) -> int:
         """The amount of work, in samples or windows of tokens."""
+        if self.ranking is not None:
+            return len(self.ranking.queries) + len(self.ranking.documents)
         if self.metric != PERPLEXITY:
             return len(self.samples)
         return 1 + max(0, math.ceil((len(self.samples.inputs[0]) - self.length) / self.stride))
@@ -112,6 +119,10 @@ def check_samples(task: ScoredTask) -> None:
                 f"{where} has no texts to compare answers with; name their column in data.answer; {WITHOUT}"
             )
         return
+    if task.ranking is not None:
+        if not task.ranking.queries:
+            raise DataError(f"{where} has no query with a relevant document among its test samples; check data.test")
+        return
     if labels is None:
         raise DataError(f"{where} has no labels to score its test samples by; {WITHOUT}")
     check_labelled(task.name, labels)
@@ -120,10 +131,10 @@ def check_samples(task: ScoredTask) -> None:
     if labels.is_floating_point():
         _check_numbers(where, task.metric, outputs)
         return
-    if task.metric == "spearman":
+    if task.metric in CORRELATIONS:
         raise DataError(
-            f"{where}: spearman ranks numbers, and the labels of the data are classes; set data.regression: true where "
-            "the source has that option, or metric: accuracy"
+            f"{where}: {task.metric} compares numbers, and the labels of the data are classes; set data.regression: "
+            "true where the source has that option, or metric: accuracy"
         )
     if outputs == 1:
         raise DataError(
@@ -151,7 +162,7 @@ def _check_varied(where: str, metric: str, labels: Tensor) -> None:
 
 def _check_numbers(where: str, metric: str, outputs: int | None) -> None:
     """Raises DataError if labels are numbers and the metric or the head is for classes."""
-    if metric != "spearman":
+    if metric not in CORRELATIONS:
         raise DataError(f"{where}: {metric} compares classes, and the labels of the data are numbers; use spearman")
     if outputs not in (None, 1):
         raise DataError(
@@ -206,14 +217,17 @@ class Scorer:
     def score(self, model: nn.Module, task: ScoredTask, advance: Callable[[int], None] = lambda count: None) -> Score:
         """The value of the task's metric. `advance`: called with the number of finished samples, or of windows."""
         language = self.family.tasks
+        if task.ranking is not None and isinstance(language, Embedding):
+            texts = (task.ranking.queries, task.ranking.documents)
+            queries, documents = (self._predictions(model, task, Samples(own), advance) for own in texts)
+            return ranked_score(task.metric, task.ranking, lambda some: language.similarities(queries[some], documents))
         if not isinstance(language, LanguageModel):
-            samples = task.samples.by_length()
-            predictions = self._predictions(model, task, samples, advance)
+            predictions = self._predictions(model, task, task.samples, advance)
             if task.decode is not None:
-                assert samples.references is not None
-                return WRITTEN[task.metric](task.decode(predictions), samples.references)
-            assert samples.labels is not None
-            return measured(task.metric, predictions, samples.labels)
+                assert task.samples.references is not None
+                return WRITTEN[task.metric](task.decode(predictions), task.samples.references)
+            assert task.samples.labels is not None
+            return measured(task.metric, predictions, task.samples.labels)
 
         def losses(batch: Batch) -> Tensor:
             return window_losses(lambda ids: language.token_logits(model, ids.to(self.device)), batch["ids"])
@@ -229,9 +243,9 @@ class Scorer:
     def _predictions(
         self, model: nn.Module, task: ScoredTask, samples: Samples, advance: Callable[[int], None]
     ) -> Tensor:
-        """The predictions for samples of a task, on the CPU."""
-        predictions = []
-        for batch in batches(samples, task.collate, self.micro.most, self.device):
+        """The predictions for samples, in their order, on the CPU."""
+        order, predictions = samples.order_by_length(), []
+        for batch in batches(samples.take(order), task.collate, self.micro.most, self.device):
             predictions.append(self.micro.rows(lambda part: task.predict(model, part, task.head).cpu(), batch))
             advance(len(predictions[-1]))
-        return torch.cat(predictions)
+        return torch.cat(predictions)[torch.tensor(order).argsort()]

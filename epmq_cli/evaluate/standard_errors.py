@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from epmq_cli.evaluate.metrics import MEASURES, Score, accuracy, spearman
+from epmq_cli.evaluate.metrics import MEASURES, Score, accuracy, pearson, spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,13 @@ def spearman_error(predictions: Tensor, labels: Tensor) -> float | None:
     return (1 - squared) * math.sqrt((1 + squared / 2) / (len(labels) - 3))
 
 
+def pearson_error(predictions: Tensor, labels: Tensor) -> float | None:
+    """That of Pearson's correlation r, (1 - r^2) / sqrt(n - 3), by Fisher's transform."""
+    if len(labels) < 4:
+        return None
+    return (1 - pearson(predictions, labels) ** 2) / math.sqrt(len(labels) - 3)
+
+
 def perplexity_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """That of exp(sum of losses / number of tokens), by the delta method. `sums`, `counts`: of the losses of each
     window. Windows of one text are alike, which this ignores."""
@@ -70,7 +77,12 @@ def perplexity_error(sums: Sequence[float], counts: Sequence[int]) -> float | No
     return float(error)
 
 
-ERRORS: dict[str, Error] = {"accuracy": accuracy_error, "matthews": matthews_error, "spearman": spearman_error}
+ERRORS: dict[str, Error] = {
+    "accuracy": accuracy_error,
+    "matthews": matthews_error,
+    "spearman": spearman_error,
+    "pearson": pearson_error,
+}
 """By metric."""
 
 

@@ -102,6 +102,21 @@ class Architecture(ABC):
         """What transform=hadamard rotates of an encoder; None for other models."""
         return None
 
+    def further_files(self, path: Path) -> Mapping[str, Path]:
+        """The files that the outputs of a model in this folder depend on, beside its own, by name."""
+        return {}
+
+    def save_beside(self, checkpoint: Path) -> None:  # noqa: B027 - most architectures need nothing
+        """Writes what the folders of its models have beside the model and its processor into a checkpoint."""
+
+    def folded(self, folder: ModelFolder) -> ModelFolder:
+        """The model in the form that its steps describe: with the same outputs, and other tensors if need be."""
+        return folder
+
+    def is_folded(self, name: str) -> bool:
+        """Whether a tensor is a factor that `folded` sets to 1."""
+        return False
+
     @abstractmethod
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The whole model as transformers loads it, or what its from_pretrained returns under `options`."""

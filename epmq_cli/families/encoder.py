@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,19 @@ from epmq_cli.data.batching import Batch
 from epmq_cli.errors import ModelError
 from epmq_cli.families.architecture import Architecture
 from epmq_cli.families.parts import block_settings, value_heads
-from epmq_cli.families.structure import MEAN, Linears, Norm, ReadToken, Section, Stack, Table, pooled, token_mask
+from epmq_cli.families.structure import (
+    MEAN,
+    FirstAndMean,
+    Linears,
+    Norm,
+    ReadToken,
+    Section,
+    Stack,
+    Table,
+    pooled,
+    token_mask,
+)
+from epmq_cli.models.folded_factors import Folded
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.pretrained import config_of, from_folder
 
@@ -57,8 +70,15 @@ class Encoder(Architecture):
     """A module with a linear `dense` that reads the first token, if heads read its output."""
 
     pooling: str | None = None
-    """The setting of the config that says whether heads read the first token (`cls`) or the mean of all (`mean`).
-    Without it they read the first."""
+    """The setting of the config that says whether heads read the first token (`cls`) or the mean of all (`mean`)."""
+
+    reads: ReadToken = 0
+    """The token that heads read, if no setting says it. Means are of the tokens behind the registers, if there are
+    any."""
+
+    factors: tuple[tuple[str, str], ...] = ()
+    """Patterns of factors of the output channels of linears, and the names of these linears. Factors are folded into
+    the linears where models are read, and are 1 afterwards."""
 
     shared: tuple[str, ...] = ("num_attention_heads", "hidden_act", "layer_norm_eps")
     """The settings that base and experts must share."""
@@ -107,6 +127,26 @@ class Encoder(Architecture):
         heads = settings.get("num_attention_heads") or settings.get("n_heads") or 1
         return value_heads(self.layers, self.steps, self.all_names(folder), heads)
 
+    def folded(self, folder: ModelFolder) -> ModelFolder:
+        """The model with its `factors` folded into linears."""
+        names, factors = self.all_names(folder), dict[str, str]()
+        for name, (pattern, linear) in product(names, self.factors):
+            if match := re.fullmatch(pattern, name):
+                linears = [f"{match.expand(linear)}.{part}" for part in ("weight", "bias")]
+                factors |= {names[own]: names[name] for own in linears if own in names}
+        return (
+            ModelFolder(folder.path, folder.role, folder.config, Folded(folder.source, factors)) if factors else folder
+        )
+
+    def is_folded(self, name: str) -> bool:
+        """Whether a tensor is one of `factors`."""
+        return any(re.fullmatch(pattern, name) for pattern, _ in self.factors)
+
+    @property
+    def reads_pooler(self) -> bool:
+        """Whether heads read what the model's own pooler returns."""
+        return self.pooler is not None
+
     def positions(self, folder: Path) -> int | None:
         """The rows of the position table that tokens can use; None for image encoders."""
         rows: int | None = getattr(config_of(folder), "max_position_embeddings", None)
@@ -128,21 +168,23 @@ class Encoder(Architecture):
     def read_token(self, model: nn.Module) -> ReadToken:
         """The token of the last block's output that heads read."""
         config: Any = model.config
-        return 0 if self.pooling is None else POOLING[getattr(config, self.pooling)]
+        if isinstance(self.reads, FirstAndMean):
+            return FirstAndMean(self.reads.start + getattr(config, "num_register_tokens", 0))
+        return self.reads if self.pooling is None else POOLING[getattr(config, self.pooling)]
 
     def _readout(self, model: nn.Module, token: ReadToken) -> Section:
         if self.pooler is not None:
             return Section(self.pooler, model.get_submodule(self.pooler), (Linears(("dense",)),))
-        from epmq_cli.families.readouts import FirstToken, LastNorm  # modules: import torch
+        from epmq_cli.families.readouts import AllTokens, FirstToken, LastNorm  # modules: import torch
 
         if self.last_norm is not None:
-            return LastNorm.section(model, self.last_norm, None if token == MEAN else token)
-        return Section("", FirstToken(), ())
+            return LastNorm.section(model, self.last_norm, token if isinstance(token, int) else None)
+        return Section("", FirstToken() if isinstance(token, int) else AllTokens(), ())
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The output of the pooler, or else of `read_token`: (samples, width)."""
         output = model(**batch)
-        if self.pooler is not None:
+        if self.reads_pooler:
             features: Tensor = output.pooler_output
             return features
         return pooled(output.last_hidden_state, self.read_token(model), token_mask(batch))

@@ -43,6 +43,10 @@ class Family:
         self.trained_beside = architecture.trained_beside
         self.settings = architecture.settings
         self.value_heads = architecture.value_heads
+        self.further_files = architecture.further_files
+        self.save_beside = architecture.save_beside
+        self.folded = architecture.folded
+        self.is_folded = architecture.is_folded
         self.load = architecture.load
         self.stacks = architecture.stacks
         self.blocks = architecture.blocks
@@ -50,9 +54,12 @@ class Family:
         self.features = architecture.features
         self.reads = tasks.reads
         self.heads = tasks.heads
+        self.vocabulary = tasks.vocabulary
+        self.numbers = tasks.numbers
         self.head_parts = tasks.head_parts
         self.head_linear = tasks.head_linear
         self.head_width = tasks.head_width
+        self.head_widths = tasks.head_widths
         self.answers = tasks.answers
         self.sample_types = tasks.sample_types
         self.metrics = tasks.metrics
@@ -71,7 +78,7 @@ class Family:
         opened = self.architecture.open(path, role, base)
         if base is not None:
             names = merged_names(opened, self.tensor_names).values()  # empty if a wrapper changed the expert's names
-            refuse_unread(opened, base, names, self.in_head, tied=self.heads == "none")
+            refuse_unread(opened, base, names, self.in_head, tied=self.vocabulary)
         return opened
 
     def predict(self, folder: Path, task: Task, processor: Processor | None = None) -> Predict:

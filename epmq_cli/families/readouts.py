@@ -16,10 +16,10 @@ class FirstToken(nn.Module):
 
 
 class AllTokens(nn.Module):
-    """The readout of what reads all tokens of the last block's output as they are."""
+    """The readout of heads that pool the tokens of the last block's output."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The same (samples, tokens, width)."""
+        """(samples, tokens, width), unchanged."""
         return hidden
 
 
@@ -42,6 +42,35 @@ class LastNorm(nn.Module):
         """The readout with the norm at this path."""
         prefix, _, name = path.rpartition(".")
         return Section(prefix, cls(model.get_submodule(prefix), name, token), (Norm(name),))
+
+
+class NormedMean(nn.Module):
+    """The readout that norms the mean of the tokens from a place on, under the norm's own name."""
+
+    def __init__(self, norm: nn.Module, name: str, start: int) -> None:
+        super().__init__()
+        self._name, self._start = name, start
+        self.add_module(name, norm)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, width) from (samples, tokens, width)."""
+        normed: Tensor = self.get_submodule(self._name)(hidden[:, self._start :].mean(1))
+        return normed
+
+
+class AttentionPooling(nn.Module):
+    """The last norm of SigLIP's vision tower, and its head: a probe that attends to all tokens, and a feed-forward."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.post_layernorm, self.head = tower.get_submodule("post_layernorm"), tower.get_submodule("head")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Image embeddings (samples, 1, width) from (samples, tokens, width)."""
+        normed, head = self.post_layernorm(hidden), self.head
+        read: Tensor = head.attention(head.probe.repeat(len(hidden), 1, 1), normed, normed)[0]  # type: ignore[operator]
+        embeddings: Tensor = read + head.mlp(head.layernorm(read))  # type: ignore[operator]
+        return embeddings
 
 
 class ProjectedToken(nn.Module):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from epmq_cli.data.batching import Batch
 
@@ -15,8 +18,20 @@ Mask = Callable[[Batch], "Tensor | None"]
 """(samples, tokens) bool of a batch, True for real tokens; None if all are."""
 
 MEAN: Literal["mean"] = "mean"
-ReadToken = int | Literal["mean"] | None
-"""The tokens that heads read behind the last block: the one at this position, the mean of all, or all (None)."""
+Pooling = Literal["mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+"""How all tokens become one, in the words of sentence-transformers: their mean, largest values, sum over the root of
+their number, mean weighted by their place, or the last one."""
+
+
+@dataclass(frozen=True)
+class FirstAndMean:
+    """The first token beside the mean of the tokens from this place on: twice the width."""
+
+    start: int
+
+
+ReadToken = int | Pooling | FirstAndMean | None
+"""The tokens that heads read behind the last block: the one at this position, all pooled to one, or all (None)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ class Stack:
 
     readout: Section
     """A separate module that shares its tensors with the model. It turns the last block's output (samples, tokens,
-    width) into what the heads, or the next stack, read; the mean over tokens comes after it."""
+    width) into what the heads, or the next stack, read; pooling over tokens comes after it."""
 
     stem: tuple[Patches | Table, ...] = ()
     """The modules whose outputs are summed to the first stream."""
@@ -166,14 +181,30 @@ class Stack:
         """The only token that heads read; None if all count alike."""
         return self.read_token if isinstance(self.read_token, int) else None
 
+    @property
+    def pools(self) -> bool:
+        """Whether pooling over tokens comes after the readout."""
+        return self.read_token is not None and self.lone_token is None
+
 
 def pooled(hidden: Tensor, token: ReadToken, mask: Tensor | None) -> Tensor:
     """The part of hidden states (samples, tokens, width) that heads read: (samples, width), or all of it if they
-    read all tokens. `mask` (samples, tokens): the real tokens; None if all are."""
+    read all tokens. `FirstAndMean` is for inputs without padding. `mask` (samples, tokens): the real tokens, which come
+    first; None if all are."""
     if token is None:
         return hidden
-    if token != MEAN:
+    if isinstance(token, int):
         return hidden[:, token]
-    if mask is None:
+    if isinstance(token, FirstAndMean):
+        return torch.cat([hidden[:, 0], hidden[:, token.start :].mean(1)], -1)
+    if token == MEAN and mask is None:
         return hidden.mean(1)
-    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    real = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
+    if token == "max":
+        return hidden.masked_fill(real[..., None] == 0, -math.inf).amax(1)
+    if token == "lasttoken":
+        return hidden[torch.arange(len(hidden)), real.sum(1).long() - 1]
+    if token == "weightedmean":
+        real = real * torch.arange(1, 1 + real.shape[1], device=real.device)
+    total, count = (hidden * real[..., None]).sum(1), real.sum(1, keepdim=True)
+    return total / (count.sqrt() if token == "mean_sqrt_len_tokens" else count)

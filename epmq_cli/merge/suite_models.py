@@ -46,7 +46,7 @@ class SuiteModels:
 
     `whole`: merges all tensors that base and experts share, as `epmq merge` does, not only those that the family
     names. `given`: the folder of a merge that exists already. `transform`: hadamard rotates all models.
-    `ties`: the tied tensors that stay tied.
+    `ties`: the tied tensors that stay tied. `rewritten`: whether tensors of the base differ from those in its files.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class SuiteModels:
         }
         if given is not None:
             self.experts[GIVEN] = _fitted(family, open_member(family, given, "given merge", root, self.base), base)
+        folded = {name: family.folded(own) for name, own in self.experts.items()}
+        own_base, self.base, self.experts = self.base, family.folded(self.base), folded
+        self.rewritten = transform != "none" or self.base is not own_base
+        if self.rewritten:
+            base = _member(family, self.base)
         if transform != "none":
             self.base = rotated(self.base, family.value_heads(self.base))
             self.experts = {name: rotated(own, family.value_heads(own)) for name, own in self.experts.items()}

@@ -108,7 +108,7 @@ def resolve_ties(family: Family, base: Member, experts: Mapping[str, Member]) ->
     members = [base, *experts.values()]
     spelled = {name: own for member in reversed(members) for name, own in member.spelled.items()}
     pairs = {copy: source for member in members for copy, source in member.tieable.items()}
-    for member in members if family.heads == "none" else ():  # models of other families have no output layer
+    for member in members if family.vocabulary else ():  # models of other families have no output layer
         for copy, source in member.tieable.items():
             _check_there(member, copy, source)
     copies = {copy for copy in pairs if any(copy in member.merged for member in members)}

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 BESIDE = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 """The ends of the names of scales of activations, which checkpoints hold for engines, and models do not."""
 
+DENSE_ONLY = ("dinov2", "dinov2_with_registers")
+"""The model types of which transformers 5.24 loads dense weights only: it splits their feed-forwards as it reads them,
+and does not know how to split packed weights, also where there is nothing to split."""
+
 
 def from_folder(kind: Any, folder: Path, weights: bool = True, **options: Any) -> Any:
     """Loads a folder with a transformers class. Raises ModelError if that fails or needs code from the folder.

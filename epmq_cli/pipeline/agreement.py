@@ -1,5 +1,6 @@
 """How far the models of a run are from the experts, without labels: KL of their outputs, and how often the most likely
-answer is the expert's. The samples are of the test splits, which calibration does not see."""
+answer is the expert's; of embeddings their cosine. The samples are of the test splits, which calibration does not
+see."""
 
 from __future__ import annotations
 
@@ -75,23 +76,27 @@ class Agreement:
 
     @torch.inference_mode()
     def _measured(self, task: ScoredTask) -> dict[str, float]:
-        """`kl` in nats, the mean over samples or tokens, and the share `top1`; without the share for numbers."""
+        """`kl` in nats, the mean over samples or tokens, and the share `top1`; without the share for numbers. Of
+        embeddings the mean `cosine`."""
         sums = torch.zeros(3, dtype=torch.float64)
         for batch, labels in self.experts[task.name]:
             logits = _logits(self.context, self.model, batch, task)
             parts = [labels.divergence(logits, 1.0), labels.agreements(logits)]
             sums += torch.stack([*(part.double().sum().cpu() for part in parts), torch.tensor(float(len(logits)))])
         kl, same, count = sums.tolist()
+        if self.context.job.family.numbers:
+            return {"cosine": 1 - kl / count}
         return {"kl": kl / count} | ({"top1": same / count} if logits.shape[1] > 1 else {})
 
 
 @torch.inference_mode()
 def _outputs_of(context: RunContext, expert: nn.Module, task: ScoredTask) -> Iterator[tuple[Batch, SoftLabels]]:
     family = context.job.family
-    top = TOP if family.heads == "none" else None
+    top = TOP if family.vocabulary else None
     for drawn in _batches(context, task):
         batch = family.complete(expert, drawn)
-        yield batch, SoftLabels.of(Outputs(_logits(context, expert, batch, task), None), 1.0, top)
+        found = Outputs(_logits(context, expert, batch, task), None, numbers=family.numbers)
+        yield batch, SoftLabels.of(found, 1.0, top)
 
 
 def _logits(context: RunContext, model: nn.Module, batch: Batch, task: ScoredTask) -> Tensor:

@@ -172,8 +172,10 @@ class CachedSteps:
 
     def _read(self) -> dict[str, dict[str, str]]:
         experts = {f"expert of {task}" if task else "given merge": e for task, e in self._models.experts.items()}
+        further = self._job.family.further_files
         return {
-            role: hash_model(model.path, self._hashes) for role, model in {"base": self._models.base, **experts}.items()
+            role: hash_model(model.path, self._hashes) | self._hashes.files(further(model.path))
+            for role, model in {"base": self._models.base, **experts}.items()
         }
 
     def _fields(self, name: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.config.schema import GENERATE, Calib, Evaluation, Harness
 from epmq_cli.config.validate import check_choice
+from epmq_cli.data.ranking import RANKINGS
 from epmq_cli.data.suite import TEXT_METRICS, Suite, Task
 from epmq_cli.errors import ConfigError
-from epmq_cli.evaluate.metrics import PERPLEXITY
+from epmq_cli.evaluate.metrics import CORRELATIONS, PERPLEXITY
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.method import MergeMethod, method_name
@@ -177,7 +178,7 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
 def check_metric(task: Task, scored: bool) -> None:
     """Raises ConfigError if a task's metric does not suit the labels that its data declares."""
     where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
-    if task.metric == PERPLEXITY:
+    if task.metric in (PERPLEXITY, *RANKINGS):
         return
     written, answer = task.metric in TEXT_METRICS, getattr(task.data, "answer", ...)
     if written and scored and answer is None:
@@ -191,15 +192,15 @@ def check_metric(task: Task, scored: bool) -> None:
             f"{where}.data.answer is {answer}, a column of texts, and {task.metric} compares classes or numbers; use "
             f"metric: {' or '.join(TEXT_METRICS)}, or leave out data.answer"
         )
-    if regression is True and task.metric != "spearman":
+    if regression is True and task.metric not in CORRELATIONS:
         raise ConfigError(
-            f"{where}.metric must be spearman if data.regression is true, got {task.metric}, which compares "
+            f"{where}.metric must be spearman or pearson if data.regression is true, got {task.metric}, which compares "
             "classes; if the labels are classes, set data.regression: false"
         )
-    if regression is False and task.metric == "spearman":
+    if regression is False and task.metric in CORRELATIONS:
         raise ConfigError(
-            f"{where}.metric is spearman, which ranks numbers, but the labels are classes because data.regression is "
-            "false; set data.regression: true or metric: accuracy"
+            f"{where}.metric is {task.metric}, which compares numbers, but the labels are classes because "
+            "data.regression is false; set data.regression: true or metric: accuracy"
         )
     if scored and getattr(task.data, "label", "") is None:
         raise ConfigError(

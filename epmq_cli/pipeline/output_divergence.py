@@ -52,12 +52,13 @@ def outputs_of(
     """The logits of batches in float64, `samples` samples at a time."""
     for batch in batches:
         for part in split(batch, samples):
-            yield Outputs(outputs(family, model, part, task.head).logits.double(), None)
+            logits = outputs(family, model, part, task.head).logits
+            yield Outputs(logits.double(), None, numbers=family.numbers)
 
 
 def soft_labels(family: Family, found: Iterator[Outputs], temperature: float) -> list[SoftLabels]:
     """The outputs as soft labels; of language models the largest classes of each token."""
-    return [SoftLabels.of(out, temperature, TOP if family.heads == "none" else None) for out in found]
+    return [SoftLabels.of(out, temperature, TOP if family.vocabulary else None) for out in found]
 
 
 def mean_divergence(found: Iterator[Outputs], kept: Sequence[SoftLabels], temperature: float) -> float:

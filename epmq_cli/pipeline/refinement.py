@@ -81,6 +81,11 @@ class Refiner:
                 check_enough(task, group, "refine=distill")
 
     @property
+    def _trainable(self) -> list[str]:
+        """The merged tensors but for factors, whose steps take them to be 1."""
+        return [name for name in self._source.names if not self._context.job.family.is_folded(name)]
+
+    @property
     def entries(self) -> dict[str, Any]:
         """The entries of metrics.json."""
         return {"refine": self._entry} if self._entry else {}
@@ -106,7 +111,7 @@ class Refiner:
             fitted, _ = self._parts
             dense = replace(context, job=replace(job, quantizer=NoQuantizer()), progress=progress)
             trained = distill.updates(model, job.family, job.seed)
-            student = self._student(distill.names(model, self._source.names), trained)
+            student = self._student(distill.names(model, self._trainable), trained)
             copy_into(model, before)
             calibrated = calibrate(dense, model, filled(fitted), self._tasks, merged)
             start = self._copy()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epmq_cli.data.chats import has_chats
+from epmq_cli.data.ranking import RANKINGS, Ranking, some_queries
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import scored_source, task_seed
 from epmq_cli.data.suite import Task
@@ -55,11 +56,15 @@ class EvaluationData:
         family, folder = self.family, self.folder
         samples = UNSCORED if self.count == 0 else evaluation_samples(task, self.count, self.seed)
         check_inputs(family, task.name, samples.inputs)
-        talks = None
+        talks = ranking = None
+        if samples is not UNSCORED:
+            samples = family.tasks.worded(task, samples)
+        if samples is not UNSCORED and task.metric in RANKINGS:
+            ranking = Ranking.of(samples)
         if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
             talks = has_chats(samples.inputs)
             samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
-        if samples.labels is not None and not samples.labels.is_floating_point():
+        if ranking is None and samples.labels is not None and not samples.labels.is_floating_point():
             check_labelled(task.name, samples.labels)
             outputs = len(head["weight"]) if "weight" in head else None
             heading = Heading(task.name, names, outputs, family.heads == "own")
@@ -81,6 +86,7 @@ class EvaluationData:
             names=names,
             talks=talks,
             decode=family.decode(folder, task, processor),
+            ranking=ranking,
         )
 
 
@@ -91,6 +97,8 @@ def evaluation_samples(task: Task, count: int | None, seed: int) -> Samples:
     samples: Samples
     if count is None or not getattr(data, "streams", False):
         samples = data.load("test")
+        if task.metric in RANKINGS:
+            return some_queries(samples, count, task_seed(seed, task.name, "test"))
         return samples if count is None else samples.stratified(count, task_seed(seed, task.name, "test"))
     samples = data.load("test", count, task_seed(seed, task.name, "test"))
     return samples

@@ -15,7 +15,7 @@ from epmq_cli.calibrate.merge_data import ExpertMeasurements
 from epmq_cli.checkpoint.engine import Base
 from epmq_cli.checkpoint.engines import check_engine_model
 from epmq_cli.checkpoint.layouts import layout_of
-from epmq_cli.checkpoint.load import holds_mixture, load
+from epmq_cli.checkpoint.load import load, needs_own_loader
 from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.checkpoint.rounded_inputs import input_formats, round_inputs
 from epmq_cli.config import schema
@@ -108,7 +108,7 @@ def _base_model(
         offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device)
     check_parts(model, job.family)
     check_described(model, job.family, models)
-    if job.transform != "none":
+    if models.rewritten:
         copy_into(model, ((name, models.source.base(name)) for name in models.source.names))
     own = model.state_dict().items()
     copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
@@ -169,8 +169,9 @@ def calibration_batches(
             check_some(task.name, "train", len(samples))
             check_answers(task.name, samples.inputs)
         else:
-            samples = draw(task, job.calib.samples, job.seed).by_length()
+            samples = draw(task, job.calib.samples, job.seed)
             check_inputs(job.family, task.name, samples.inputs)
+            samples = job.family.tasks.calibrating(task, samples, job.calib.samples).by_length()
         places = [size * number for number in _own_batches(task.name, math.ceil(len(samples) / size))]
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, places))
     return drawn
@@ -233,7 +234,7 @@ def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, eval
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed. They
     round their inputs if engines do and `eval.round_inputs` is set."""
     with distributed.single_process():
-        whole = layout_of(checkpoint).plain and not holds_mixture(checkpoint)
+        whole = layout_of(checkpoint).plain and not needs_own_loader(checkpoint)
         if evaluation.kernel == "dequantize" and whole:
             model = load_model(family, checkpoint, device)
         else:

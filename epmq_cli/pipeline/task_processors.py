@@ -178,12 +178,14 @@ def place(task: str) -> str:
     return f"{PROCESSORS}/{f'%2E{name[1:]}' if name.startswith('.') else name}"
 
 
-def save_processors(base: Path, processors: Processors, reads: str, checkpoint: Path) -> None:
-    """Writes the tokenizers, image processors or feature extractors of tasks into a checkpoint with `save_pretrained`.
-    `base`: the folder whose config gives the class of processors that do not name their class."""
+def save_processors(family: Family, base: Path, processors: Processors, checkpoint: Path) -> None:
+    """Writes the tokenizers, image processors or feature extractors of tasks into a checkpoint with `save_pretrained`,
+    and what folders of the family have beside them. `base`: the folder whose config gives the class of processors that
+    do not name their class."""
     for task, processor in processors.items():
-        loaded = LOADERS[reads](base, processor)
+        loaded = LOADERS[family.reads](base, processor)
         loaded.save_pretrained(checkpoint / place(task))
+    family.save_beside(checkpoint)
 
 
 def saved_processors(checkpoint: Path, record: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Processor]:

@@ -26,7 +26,7 @@ from epmq_cli.checkpoint.write import RECORD, heads_file
 from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import Scorer
-from epmq_cli.families import AUTO, claiming, family_of
+from epmq_cli.families import recorded_family
 from epmq_cli.models.model_folder import SafetensorsFiles, read_json
 from epmq_cli.pipeline.reload import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 from epmq_cli.runtime.paths import read_regular
@@ -65,7 +65,7 @@ def _head_problems(folder: Path, config: Any) -> list[str]:
     where = path.relative_to(folder).as_posix()
     if (folder / RECORD).is_file():
         name, tasks = recorded_tasks(folder)
-        family = claiming(read_json(folder, "config.json", ROLE)) if name == AUTO else family_of(name)
+        family = recorded_family(name, folder, ROLE)
         if not path.is_file():
             return [] if family.heads == "none" else [f"{where} is missing"]
         problems += head_problems(SafetensorsFiles(path, ROLE).infos, tasks, family, config)

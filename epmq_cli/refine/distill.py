@@ -159,7 +159,7 @@ class Distill:
 
     def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
         """The outputs of a model, some samples at a time."""
-        top, blocks = self.top if family.heads == "none" else None, self.blocks(model, family)
+        top, blocks = self.top if family.vocabulary else None, self.blocks(model, family)
         with torch.no_grad():
             found = [
                 SoftLabels.of(outputs(family, model, part, head, blocks), self.temperature, top)

@@ -22,7 +22,8 @@ SMALLEST = 1e-9  # probability of the classes that are not kept
 @dataclass(frozen=True)
 class Outputs:
     """The outputs of a model for a batch: `logits` (rows, classes), and `features` (rows, width) where there are heads.
-    `hidden`: the hidden states (tokens, width) behind some blocks.
+    `hidden`: the hidden states (tokens, width) behind some blocks. `numbers`: whether `logits` are numbers, such as
+    embeddings, and not of classes.
 
     Rows are samples, or the real tokens of families without heads, whose classes are the vocabulary.
     """
@@ -30,14 +31,16 @@ class Outputs:
     logits: Tensor
     features: Tensor | None
     hidden: tuple[Tensor, ...] = ()
+    numbers: bool = False
 
 
 def outputs(family: Family, model: nn.Module, batch: Batch, head: Head, blocks: Sequence[int] = ()) -> Outputs:
     """The model's outputs, with the head of the batch's task. `blocks`: whose hidden states are kept, by number."""
     with captured(family, model, batch, blocks) as hidden:
-        if family.heads != "none":
+        if not family.vocabulary:
             features = family.features(model, batch)
-            return Outputs(family.logits(model, features, head), features, tuple(hidden[number] for number in blocks))
+            kept = tuple(hidden[number] for number in blocks)
+            return Outputs(family.logits(model, features, head), features, kept, family.numbers)
         logits: Tensor = model(**batch, use_cache=False).logits.float()
     mask = family.stacks(model)[-1].mask(batch)
     rows = logits.flatten(0, 1) if mask is None else logits[mask]
@@ -49,20 +52,21 @@ class SoftLabels:
     """An expert's outputs for a batch.
 
     `kept`: its log-probabilities (rows, kept) at the temperature, the largest ones. `classes`: their classes
-    (rows, kept); None if all classes are kept in order. `logits` (rows, 1) of heads with one output. `features`,
-    `hidden`: as in `Outputs`.
+    (rows, kept); None if all classes are kept in order. `numbers`: `kept` are numbers instead, of heads with one output
+    and of embeddings. `features`, `hidden`: as in `Outputs`.
     """
 
     kept: Tensor
     classes: Tensor | None
     features: Tensor | None
     hidden: tuple[Tensor, ...] = ()
+    numbers: bool = False
 
     @classmethod
     def of(cls, expert: Outputs, temperature: float, top: int | None) -> SoftLabels:
         """Keeps the `top` largest log-probabilities of each row; None for all."""
-        if expert.logits.shape[1] == 1:
-            return cls(expert.logits, None, expert.features, expert.hidden)
+        if expert.numbers or expert.logits.shape[1] == 1:
+            return cls(expert.logits, None, expert.features, expert.hidden, True)
         chances = (expert.logits / temperature).log_softmax(-1)
         if top is None or top >= chances.shape[1]:
             return cls(chances, None, expert.features, expert.hidden)
@@ -74,19 +78,21 @@ class SoftLabels:
         """The labels of the parts of a batch, one after the other."""
         kept, classes, features = zip(*((part.kept, part.classes, part.features) for part in parts), strict=True)
         hidden = zip(*(part.hidden for part in parts), strict=True)
-        return cls(torch.cat(kept), _joined(classes), _joined(features), tuple(map(torch.cat, hidden)))
+        numbers = parts[0].numbers
+        return cls(torch.cat(kept), _joined(classes), _joined(features), tuple(map(torch.cat, hidden)), numbers)
 
     def rows(self, rows: slice) -> SoftLabels:
         """The labels of some rows, without hidden states."""
-        return SoftLabels(*(None if part is None else part[rows] for part in (self.kept, self.classes, self.features)))  # type: ignore[arg-type]
+        classes, features = (None if part is None else part[rows] for part in (self.classes, self.features))
+        return SoftLabels(self.kept[rows], classes, features, numbers=self.numbers)
 
     def divergence(self, logits: Tensor, temperature: float) -> Tensor:
         """T^2 KL(expert || student) of each row, (rows,), for the student's logits (rows, classes).
 
-        Classes that are not kept count as one class. A single logit is the mean of a Gaussian of variance 1: half the
-        squared difference.
+        Classes that are not kept count as one class. Numbers are means of Gaussians of variance 1: half the squared
+        difference, which of embeddings of length 1 is one minus their cosine.
         """
-        if logits.shape[1] == 1:
+        if self.numbers:
             return (logits - self.kept).square().sum(-1) / 2
         own = (logits / temperature).log_softmax(-1)
         if self.classes is None:
@@ -97,7 +103,10 @@ class SoftLabels:
         return temperature**2 * (inside + rest.exp() * (rest - own_rest))
 
     def agreements(self, logits: Tensor) -> Tensor:
-        """Whether the expert's most likely class is that of the student's logits (rows, classes), for each row."""
+        """Whether the expert's most likely class is that of the student's logits (rows, classes), for each row; numbers
+        always agree."""
+        if self.numbers:
+            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         own, wanted = logits.argmax(-1, keepdim=True), self.kept.argmax(-1, keepdim=True)
         return (own == (wanted if self.classes is None else self.classes.gather(1, wanted)))[:, 0]
 

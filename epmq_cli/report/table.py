@@ -39,19 +39,25 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     return table
 
 
+COMPARED = "merged -> quantized, on test samples without labels"
+
+
 def agreement_lines(agreement: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """What the comparison with the experts says, as means over the tasks."""
     means = {}
-    for part in ("kl", "top1"):
+    for part in ("kl", "top1", "cosine"):
         for stage in ("merged", "quantized"):
             values = [stages[stage][part] for stages in agreement.values() if part in stages.get(stage, {})]
             means[part, stage] = sum(values) / len(values) if values else None
+    cosines = means["cosine", "merged"], means["cosine", "quantized"]
+    if None not in cosines:
+        return [f"to experts  cosine {cosines[0]:.4f} -> {cosines[1]:.4f} ({COMPARED})"]
     before, after = means["kl", "merged"], means["kl", "quantized"]
     if before is None or after is None:
         return []
     shares = [means["top1", stage] for stage in ("merged", "quantized")]
     same = "" if None in shares else f", same answers {100 * shares[0]:.1f} -> {100 * shares[1]:.1f}%"  # type: ignore[operator]
-    lines = [f"to experts  KL {before:.4g} -> {after:.4g}{same} (merged -> quantized, on test samples without labels)"]
+    lines = [f"to experts  KL {before:.4g} -> {after:.4g}{same} ({COMPARED})"]
     if after > before:
         lines.append("            the quantized model is further from the experts than the merge")
     return lines

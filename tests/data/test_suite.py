@@ -32,10 +32,7 @@ def test_lists_are_converted_to_text() -> None:
     ("task", "message"),
     [
         ({"data": {}}, "suite.tasks.t.data needs a _target_ such as"),
-        (
-            {"metric": "f1"},
-            "suite.tasks.t.metric must be one of accuracy, matthews, spearman, perplexity, exact_match, wer, got 'f1'",
-        ),
+        ({"metric": "f1"}, "suite.tasks.t.metric must be one of accuracy, matthews, spearman, pearson, .*, got 'f1'"),
         ({"max_length": 0}, "suite.tasks.t.max_length must be a whole number"),
         (
             {"templates": ["{} and {}"]},

@@ -130,9 +130,9 @@ def test_experts_whose_labels_do_not_match_are_refused_first(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["data.labels=null", "data.regression=true"], "metric must be spearman if data.regression is true"),
+        (["data.labels=null", "data.regression=true"], "metric must be spearman or pearson if data.regression is true"),
         (["data.regression=true", "metric=matthews", "data.labels=null"], "got matthews, which compares classes"),
-        (["metric=spearman"], "metric is spearman, which ranks numbers, but the labels are classes"),
+        (["metric=spearman"], "metric is spearman, which compares numbers, but the labels are classes"),
         (["data.label=null"], r"data.label is null, but accuracy needs labels; .*eval.stages=\[\]"),
         (["match_labels=names"], "match_labels must be one of name, position, got 'names'"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_cli.evaluate.metrics import MEASURES, matthews
+from epmq_cli.evaluate.metrics import CORRELATIONS, MEASURES, matthews
 from epmq_cli.evaluate.standard_errors import ERRORS, binomial, matthews_error, measured, perplexity_error
 
 DRAWS, COUNT = 300, 200
@@ -17,7 +17,7 @@ DRAWS, COUNT = 300, 200
 
 def drawn(metric: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Predictions and labels that agree in part."""
-    if metric == "spearman":
+    if metric in CORRELATIONS:
         labels = torch.randn(COUNT, generator=generator)
         return labels + torch.randn(COUNT, generator=generator), labels
     labels = torch.randint(0, 3, (COUNT,), generator=generator)

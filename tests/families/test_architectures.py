@@ -16,15 +16,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from epmq_cli.calibrate.activations.hidden_state import enter
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.norms import normalised, unit
+from epmq_cli.checkpoint.load import load
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.structure import Linears, Norm
+from epmq_cli.families.structure import pooled as of_tokens
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.helpers.hubs import Scene, config, run_in, walk
-from tests.helpers.minihub import ANSWERING, DECODERS, KINDS, TIERED, Hub
+from tests.helpers.minihub import ANSWERING, DECODERS, IMAGES, KINDS, TIERED, Hub
 from tests.helpers.tiers import first, only, slow
 
 
@@ -54,9 +56,11 @@ def test_hidden_states_of_all_stacks_match_transformers(kind: str, hub: Hub) -> 
                 stream.finish(stack.readout.module)
                 pooled = kind not in (*ANSWERING, *DECODERS, "modernbert")
                 final = wanted[-1][:, 0] if pooled else wanted[-1]
-                if kind in ("vit", "deit"):  # its last hidden state comes before the last norm
+                found = stream.hidden
+                if kind in IMAGES:  # their last hidden state comes before the last norm
                     final = scene.family.features(scene.model, batch)
-                torch.testing.assert_close(stream.hidden, final)
+                    found = of_tokens(found, stack.read_token, None) if stack.pools else found
+                torch.testing.assert_close(found, final)
             if stack.handed:
                 handed[stack.handed] = stream.hidden
 
@@ -178,6 +182,7 @@ CASES += [
     slow((kind, "bits=8 group_size=-1 quant.format=w8a8 quant=rtn")) for kind in KINDS
 ]  # scored with rounded inputs
 CASES += [slow((kind, "bits=8 group_size=-1 quant=smoothquant")) for kind in ("deberta", "t5", "llama", "vit")]
+CASES += [("dinov2", "bits=4 pack=dense"), slow(("dinov2-registers", "bits=4 pack=dense"))]
 CASES += [("llama", "quant=awq pack.dtype=bfloat16"), slow(("llama", "quant=hqq")), slow(("vit", "quant=awq"))]
 
 
@@ -188,7 +193,10 @@ def test_checkpoints_reload_in_plain_transformers_with_equal_outputs(
     given = [*options.split(), "guidance=feature", "eval.samples=4"]
     checkpoint, scene = run_in(tmp_path / "run", hub(kind), *given), Scene(hub(kind), *given)
     extra = {"add_pooling_layer": False} if kind in ("roberta", "vit", "deit", "mpnet") else {}
-    public = PUBLIC.get(kind, AutoModel).from_pretrained(checkpoint, **extra).eval()
+    if kind.startswith("dinov2") and "pack=dense" not in given:  # transformers loads dense weights only
+        public = load(checkpoint, device="cpu", kernel="dequantize", dtype=torch.float32)
+    else:
+        public = PUBLIC.get(kind, AutoModel).from_pretrained(checkpoint, **extra).eval()
     student = walk(hub(kind), *given).student
     for parameter in student.parameters():
         parameter.data = parameter.data.to(public.dtype)

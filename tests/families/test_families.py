@@ -40,7 +40,7 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor], model_type: str) -> M
 
 def test_unknown_families_name_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match="suite.family must be one of auto, bart, bert, causal_lm, clip, .*, got 'gpt'"
+        ConfigError, match="suite.family must be one of auto, bart, beit, bert, causal_lm, clip, .*, got 'gpt'"
     ):
         family_of("gpt")
 

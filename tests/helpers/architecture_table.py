@@ -6,6 +6,7 @@ TAKEN_TYPES = {
     "apertus": "Apertus",
     "arcee": "Arcee AFM",
     "bart": "BART",
+    "beit": "BEiT",
     "bert": "BERT, MiniLM",
     "blenderbot": "Blenderbot 400M to 9B",
     "blenderbot-small": "Blenderbot 90M",
@@ -19,6 +20,8 @@ TAKEN_TYPES = {
     "cwm": "Code World Model",
     "deberta-v2": "DeBERTa 2 and 3",
     "deit": "DeiT",
+    "dinov2": "DINOv2, but for giant",
+    "dinov2_with_registers": "DINOv2 with registers, but for giant",
     "distilbert": "DistilBERT",
     "electra": "ELECTRA",
     "ernie4_5": "ERNIE 4.5, dense",
@@ -66,6 +69,8 @@ TAKEN_TYPES = {
     "qwen3_moe": "Qwen 3 MoE, mixture of experts",
     "roberta": "RoBERTa",
     "seed_oss": "Seed-OSS",
+    "siglip": "SigLIP, SigLIP 2 of a fixed resolution",
+    "siglip_vision_model": "vision towers of SigLIP",
     "smollm3": "SmolLM 3",
     "stablelm": "StableLM",
     "starcoder2": "StarCoder 2",
@@ -83,10 +88,8 @@ IMAGES = "text and images in one model"
 RECURRENT = "blocks without attention"
 REFUSED_TYPES = {
     "albert": ("ALBERT", "its blocks share one set of weights"),
-    "beit": ("BEiT", "factors of single channels behind attention and feed-forward"),
     "deepseek_v3": ("DeepSeek V3, R1", EXPERTS),
     "diffllama": ("DiffLlama", "attention with parameters that no step describes"),
-    "dinov2": ("DINOv2", "factors of single channels behind attention and feed-forward"),
     "gemma3": ("Gemma 3 with images", IMAGES),
     "gpt2": ("GPT-2, DistilGPT-2", "linears of the class Conv1D, which formats of quantized weights do not hold"),
     "gpt_oss": ("gpt-oss", EXPERTS),
@@ -97,7 +100,6 @@ REFUSED_TYPES = {
     "mllama": ("Llama 3.2 with images", IMAGES),
     "phimoe": ("Phi 3.5 MoE", EXPERTS),
     "qwen2_5_vl": ("Qwen 2.5 VL", IMAGES),
-    "siglip": ("SigLIP", "pooling by attention, no family yet"),
     "swin": ("Swin", "blocks of several widths"),
 }
 """With the reasons."""

@@ -107,7 +107,7 @@ PICTURES = {**SIZE, "image_size": 16, "patch_size": 8}
 
 ENCODERS: dict[str, Build] = {
     "albert": lambda: t.AlbertModel(t.AlbertConfig(**TEXTS, embedding_size=16)),
-    "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**PICTURES)),
+    "ijepa": lambda: t.IJepaModel(t.IJepaConfig(**PICTURES)),
 }
 """Models that no family accepts."""
 

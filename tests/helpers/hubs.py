@@ -134,3 +134,5 @@ class Scene:
             "first"
         ]
         self.model = load_model(self.family, self.models.base.path, torch.device("cpu"))
+        if self.models.rewritten:
+            copy_into(self.model, {name: self.models.source.base(name) for name in self.models.source.names})

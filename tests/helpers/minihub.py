@@ -139,7 +139,7 @@ def encoder_hub(folder: Path, kind: str) -> Path:
 
 
 def vit_hub(folder: Path, kind: str = "vit") -> Path:
-    """Image classifiers: vit or deit."""
+    """Image classifiers: one of IMAGES. Layer scales are far from 1, and differ between experts."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -147,15 +147,46 @@ def vit_hub(folder: Path, kind: str = "vit") -> Path:
     made: dict[str, Callable[[], Any]] = {
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**sizes)),
         "deit": lambda: t.DeiTForImageClassification(t.DeiTConfig(**sizes)),
+        "dinov2": lambda: t.Dinov2ForImageClassification(t.Dinov2Config(**{**sizes, "mlp_ratio": 2})),
+        "dinov2-registers": lambda: t.Dinov2WithRegistersForImageClassification(
+            t.Dinov2WithRegistersConfig(**{**sizes, "mlp_ratio": 2, "num_register_tokens": 2})
+        ),
+        "beit": lambda: t.BeitForImageClassification(t.BeitConfig(**sizes, use_relative_position_bias=True)),
+        "beit-cls": lambda: t.BeitForImageClassification(
+            t.BeitConfig(
+                **sizes,
+                use_mean_pooling=False,
+                use_shared_relative_position_bias=True,
+                use_absolute_position_embeddings=True,
+            )
+        ),
     }
-    models(folder, made[kind]().eval())
+    base = made[kind]().eval()
+    for name, tensor in base.named_parameters():
+        if "lambda" in name:
+            tensor.data = torch.rand(tensor.shape) + 0.5
+    models(folder, base)
+    if kind not in ("vit", "deit"):
+        _share_stem(folder)
     t.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
     generator, entries = np.random.default_rng(0), {}
     for task in TASKS:
         data = write_pictures(folder / f"{task}.npz", generator, 30, 20)
         entries[task] = {"expert": str(folder / task), "data": data}
-    write_suite(folder, {"family": kind, "base": str(folder / "base"), "tasks": entries})
+    write_suite(folder, {"family": kind.partition("-")[0], "base": str(folder / "base"), "tasks": entries})
     return folder
+
+
+def _share_stem(folder: Path) -> None:
+    """Gives the experts the base's tensors in front of the blocks and its biases of positions, which no step solves."""
+    from safetensors.torch import load_file, save_file
+
+    base = load_file(folder / "base" / "model.safetensors")
+    for task in TASKS:
+        path = folder / task / "model.safetensors"
+        own = load_file(path)
+        shared = {name for name in own if "embeddings" in name or "relative_position" in name}
+        save_file({name: base[name] if name in shared else own[name] for name in own}, path, {"format": "pt"})
 
 
 def t5_models(tied: bool = False, gated: bool = True) -> Any:
@@ -235,10 +266,11 @@ def decoder_files(folder: Path, base: Any) -> Path:
 ENCODERS = ("roberta", "deberta", "distilbert", "electra", "electra-small", "modernbert", "modernbert-cls", "mpnet")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
+IMAGES = ("vit", "deit", "dinov2", "dinov2-registers", "beit", "beit-cls")
 ANSWERING = (*T5S, "bart", "mbart", "marian", "whisper")
 """Encoder-decoders; their other model types are in tests/families/test_encoder_decoder.py."""
-KINDS = (*ENCODERS, "vit", "deit", *ANSWERING, *DECODERS)
-TIERED = only(("deberta", "vit", "t5", "llama"), KINDS)
+KINDS = (*ENCODERS, *IMAGES, *ANSWERING, *DECODERS)
+TIERED = only(("deberta", "vit", "dinov2", "t5", "llama"), KINDS)
 """KINDS for `parametrize`; those that are similar to another kind are slow."""
 Hub = Callable[[str], Path]
 """The miniature hub of a kind of model."""
@@ -250,7 +282,7 @@ def build(folder: Path, kind: str) -> Path:
         return encoder_hub(folder, kind)
     if kind in DECODERS:
         return decoder_hub(folder, kind)
-    if kind in ("vit", "deit"):
+    if kind in IMAGES:
         return vit_hub(folder, kind)
     if kind in FORMS:
         return encoder_decoder_hub(folder, kind)

@@ -51,6 +51,8 @@ def sections(model: nn.Module) -> list[Section]:
 
 FAMILY: Any = SimpleNamespace(
     heads="own",
+    vocabulary=False,
+    numbers=False,
     features=lambda model, batch: model(batch["x"]),
     logits=lambda model, features, head: logits(features, head),
     blocks=sections,

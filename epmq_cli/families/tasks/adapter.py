@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from epmq_cli.data.batching import ALL, Batch, Collate
+from epmq_cli.data.samples import Samples
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import ModelError
 from epmq_cli.models.model_folder import ModelFolder
@@ -41,6 +42,12 @@ class TaskAdapter(ABC):
     heads: ClassVar[Literal["own", "made", "none"]] = "none"
     """Whether each task has a head trained with its expert, one that the base makes, or none."""
 
+    vocabulary: ClassVar[bool] = False
+    """Whether models end in logits of the tokens of their vocabulary."""
+
+    numbers: ClassVar[bool] = False
+    """Whether outputs are numbers, such as embeddings, and not logits of classes."""
+
     head_parts: tuple[str, ...] = ()
     """The tensors of a head; biases are optional."""
 
@@ -49,6 +56,9 @@ class TaskAdapter(ABC):
 
     head_width: ClassVar[str] = "hidden_size"
     """The setting of the config that gives the number of features."""
+
+    head_widths: int = 1
+    """How many times that width the features have."""
 
     answers: ClassVar[bool] = False
     """Whether experts add to the calibration batches of their tasks (`complete`)."""
@@ -73,6 +83,14 @@ class TaskAdapter(ABC):
     def collate(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
         """Returns the function that makes a batch of samples. `folder` has the model's config and, unless `processor`
         gives another place, the tokenizer or image processor."""
+
+    def worded(self, task: Task, samples: Samples) -> Samples:
+        """Test samples as the model reads them, such as with prompts."""
+        return samples
+
+    def calibrating(self, task: Task, samples: Samples, count: int) -> Samples:
+        """At most `count` samples that calibration reads, from as many drawn ones."""
+        return samples
 
     def complete(self, model: nn.Module, batch: Batch, samples: int = ALL) -> Batch:
         """A calibration batch with the answers of the task's expert, `model`, run on `samples` samples at a time."""

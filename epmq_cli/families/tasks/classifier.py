@@ -27,8 +27,8 @@ class Classifier(TaskAdapter):
     heads = "own"
     metrics = ("accuracy", "matthews", "spearman")
 
-    def __init__(self, modules: ClassifierHead) -> None:
-        self.modules = modules
+    def __init__(self, modules: ClassifierHead, head_widths: int = 1) -> None:
+        self.modules, self.head_widths = modules, head_widths
         self.head_parts, self.head_linear = modules.parts, modules.linear
         self.in_head = modules.contains  # type: ignore[method-assign]
 
@@ -36,7 +36,8 @@ class Classifier(TaskAdapter):
         """`weight` (classes, width) and `bias` (classes,) of the expert's classifier, and the tensors of the layers in
         front of it."""
         config: Any = model.config
-        return {name: tensor.to(device) for name, tensor in self.modules.read(expert, config.hidden_size).items()}
+        width = self.head_widths * config.hidden_size
+        return {name: tensor.to(device) for name, tensor in self.modules.read(expert, width).items()}
 
     def class_names(self, task: Task, expert: ModelFolder, base: ModelFolder, head: Head) -> tuple[str, ...] | None:
         """The names in the expert's config. None for a LoRA adapter, which has the base's config."""

@@ -29,6 +29,7 @@ class GeneratedText(TaskAdapter):
     """Classification, regression, or writing by generated text."""
 
     answers = True
+    vocabulary = True
     sample_types: ClassVar[tuple[type, ...]] = (str, tuple)
     metrics = ("accuracy", "matthews", "spearman", *TEXT_METRICS)
     consumed = (ROOM,)

@@ -29,6 +29,7 @@ class LanguageModel(TaskAdapter):
     """Language modeling."""
 
     pipeline = "text-generation"
+    vocabulary = True
     metrics = ("perplexity",)
     sample_types = (str, Chat)
     consumed = (DRAWS,)

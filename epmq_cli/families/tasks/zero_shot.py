@@ -55,7 +55,6 @@ class ZeroShot(TaskAdapter):
         or, with `heads: expert`, of the expert."""
         classes, templates = task.classes or (), task.templates or ()
         settings: Any = model.config
-        end = settings.text_config.eos_token_id
         longest = settings.text_config.max_position_embeddings
         own = own_text_tower(expert, model.state_dict()) if task.heads == "expert" else {}
         reader = Processor(expert.path) if own and processor_files(expert.path, "texts") else None
@@ -63,17 +62,22 @@ class ZeroShot(TaskAdapter):
 
         def embed(texts: list[str]) -> Tensor:
             _check_fits(tokenizer(texts, padding=True, verbose=False), texts, longest, task.name)
-            encoding = tokenizer(texts, padding=True, truncation=True)
-            if not _ends(encoding["input_ids"], end):
-                raise ModelError(
-                    f"{base / 'config.json'} has a text_config.eos_token_id of {literal(end)}, the token at which text "
-                    "embeddings are read, and the tokenizer beside it does not end texts with it; fetch both again"
-                )
+            encoding = self.encoded(tokenizer, texts, settings.text_config, base)
             embedding: Tensor = model.get_text_features(**encoding.to(device)).pooler_output  # type: ignore[operator]
             return embedding
 
         with swapped_weights(model, own):
             return {"weight": zero_shot.class_embeddings(embed, classes, templates)}
+
+    def encoded(self, tokenizer: Any, texts: list[str], config: Any, base: Path) -> Any:
+        """The inputs of the text tower for texts that fit; `config`: of the tower, in the folder `base`."""
+        encoding, end = tokenizer(texts, padding=True, truncation=True), config.eos_token_id
+        if not _ends(encoding["input_ids"], end):
+            raise ModelError(
+                f"{base / 'config.json'} has a text_config.eos_token_id of {literal(end)}, the token at which text "
+                "embeddings are read, and the tokenizer beside it does not end texts with it; fetch both again"
+            )
+        return encoding
 
     def head_inputs(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
         """The features, normalized to length 1."""
@@ -82,6 +86,21 @@ class ZeroShot(TaskAdapter):
     def logits(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
         """100 x cosine; the rows of a head that was solved again need not have length 1."""
         return zero_shot.logits(features, head["weight"])
+
+
+class PaddedZeroShot(ZeroShot):
+    """The same for SigLIP, whose text tower reads texts that are padded to all of its positions, without a mask. Its
+    sigmoid and its bias do not change which class is the most likely one."""
+
+    head_width = "vision_config.hidden_size"
+
+    def encoded(self, tokenizer: Any, texts: list[str], config: Any, base: Path) -> Any:
+        """The inputs of the text tower."""
+        longest = config.max_position_embeddings
+        encoding = tokenizer(texts, padding="max_length", max_length=longest, truncation=True)
+        for name in {*encoding} - {"input_ids"}:
+            del encoding[name]
+        return encoding
 
 
 def _check_fits(encoding: Any, texts: list[str], longest: int, task: str) -> None:
