@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from epmq_cli.data.samples import Samples
+if TYPE_CHECKING:
+    from epmq_cli.data.samples import Samples
 
 RANKINGS = ("ndcg@10", "recall@1", "recall@10", "recall@100")
 """The metrics of the order of documents."""
@@ -42,6 +42,8 @@ def some_queries(samples: Samples, count: int | None, seed: int) -> Samples:
     queries = [*dict.fromkeys(query for query, _ in samples.inputs if query)]
     if count is None or count >= len(queries):
         return samples
+    import torch
+
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     drawn = {queries[place] for place in order}
     return replace(samples, inputs=[(query if query in drawn else "", document) for query, document in samples.inputs])

@@ -81,7 +81,7 @@ BAD = [
     ("seed=???", ConfigError, "seed must be given, for instance seed=..."),
     ("bits=???", ConfigError, "the config cannot be resolved: .*Missing mandatory value: bits"),
     ("merge._target_=os.system", ConfigError, "merge._target_ must name one of epmq's classes, got 'os.system'"),
-    ("suite.family=gpt", ConfigError, "suite.family must be one of auto, bert, .*, got 'gpt'"),
+    ("suite.family=gpt", ConfigError, "suite.family must be one of auto, bart, beit, bert, .*, got 'gpt'"),
     (
         "+suite.tasks.first.clases=[a]",
         ConfigError,

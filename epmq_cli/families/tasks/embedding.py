@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear, normalize
 
 from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.ranking import RANKINGS
@@ -80,7 +79,7 @@ class Embedding(TaskAdapter):
 
     def logits(self, model: nn.Module, features: Tensor, head: Head) -> Tensor:
         """The embeddings (texts, width), of length 1."""
-        return normalize(self.embeddings(features), dim=-1)
+        return torch.nn.functional.normalize(self.embeddings(features), dim=-1)
 
     def embeddings(self, features: Tensor) -> Tensor:
         """The embeddings (texts, width) as the layers behind the pooling make them."""
@@ -88,9 +87,11 @@ class Embedding(TaskAdapter):
             if layer.kind == DENSE:
                 weights, activation = self._dense[number]
                 own = {name: tensor.to(features.device) for name, tensor in weights.items()}
-                features = activation(linear(features, own["linear.weight"], own.get("linear.bias")))
+                features = activation(
+                    torch.nn.functional.linear(features, own["linear.weight"], own.get("linear.bias"))
+                )
             else:
-                features = normalize(features, dim=-1)
+                features = torch.nn.functional.normalize(features, dim=-1)
         return features
 
     def predict(self, features: Features, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
@@ -113,7 +114,7 @@ class Embedding(TaskAdapter):
         """The similarities (rows, others) of embeddings (rows, width) and (others, width) by the model's function."""
         kind = self.sentences.similarity
         if kind == "cosine":
-            return normalize(one, dim=-1) @ normalize(other, dim=-1).T
+            return torch.nn.functional.normalize(one, dim=-1) @ torch.nn.functional.normalize(other, dim=-1).T
         return one @ other.T if kind == "dot" else -torch.cdist(one, other, 2 if kind == "euclidean" else 1)
 
     @cached_property
