@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
+from epmq_cli.models.conv1d import as_stored
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import atomic_folder
@@ -70,7 +71,9 @@ def entries(contents: Contents) -> list[Entry]:
     quantized = contents.quantized
     dense = dense_entries(contents.model, quantized, contents.dtype)
     dense += [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
-    return dense + [of(name, torch.tensor([scale])) for name, scale in contents.cache.items()]
+    dense += [of(name, torch.tensor([scale])) for name, scale in contents.cache.items()]
+    own: Any = contents.model
+    return as_stored(own.config.model_type, dense)
 
 
 def dense_entries(model: nn.Module, quantized: Collection[str], dtype: torch.dtype) -> list[Entry]:

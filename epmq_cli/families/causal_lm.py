@@ -56,7 +56,7 @@ BODIES = (
     Body("model.layers", "model.layer_norm", ("model.embed_tokens",)),  # XGLM
     Body("model.decoder.layers", "model.decoder.final_layer_norm", ("model.decoder.embed_tokens",)),  # OPT
     Body("gpt_neox.layers", "gpt_neox.final_layer_norm", ("gpt_neox.embed_in",)),
-    Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-Neo, GPT-BigCode
+    Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-2, GPT-Neo, GPT-BigCode
     Body("transformer.h", "transformer.ln_f", ("transformer.wte",)),  # GPT-J, CodeGen
     Body(
         "transformer.h", "transformer.ln_f", ("transformer.word_embeddings",), "transformer.word_embeddings_layernorm"
@@ -71,7 +71,8 @@ SETTINGS = (
     "num_key_value_heads",
     *("n_head", "num_heads", "n_heads", "num_kv_heads", "multi_query", "new_decoder_architecture", "parallel_attn"),
     *("use_parallel_residual", "alibi", "rotary_dim", "attention_types", "window_size", "activation_function"),
-    *("layer_norm_epsilon", "do_layer_norm_before", "attn_config"),
+    *("layer_norm_epsilon", "do_layer_norm_before", "attn_config", "scale_attn_weights"),
+    *("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
     "hidden_act",
     "hidden_activation",
     "rms_norm_eps",
@@ -106,6 +107,7 @@ class CausalLM(Architecture):
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
         *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
+        "gpt2",
         *("opt", "persimmon", "phi", "xglm"),
         *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     )
@@ -155,10 +157,10 @@ class CausalLM(Architecture):
         """The model with its output layer."""
         from transformers import AutoModelForCausalLM
 
-        from epmq_cli.models.routed_experts import unpacked  # modules: imports torch
+        from epmq_cli.models.linears import in_linears  # modules: imports torch
 
         loaded = from_folder(AutoModelForCausalLM, folder, **options)
-        unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)
+        in_linears(loaded[0] if isinstance(loaded, tuple) else loaded)
         model: nn.Module = loaded
         return model
 

@@ -64,6 +64,7 @@ TAKEN: dict[str, Build] = {
     "falcon-rw": lambda: t.FalconForCausalLM(
         t.FalconConfig(**FALCON, parallel_attn=False, multi_query=False, alibi=True, bias=True)
     ),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)),
     "gpt_bigcode": lambda: t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**SMALL)),
     "gpt_neo": lambda: t.GPTNeoForCausalLM(t.GPTNeoConfig(**NEO)),
     "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS)),
@@ -89,7 +90,6 @@ TAKEN: dict[str, Build] = {
 
 REFUSED: dict[str, tuple[Build, str]] = {
     "diffllama": (lambda: t.DiffLlamaForCausalLM(t.DiffLlamaConfig(**GROUPED)), "self_attn.lambda_q1"),
-    "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)), "linears of the class Conv1D"),
     "lfm2": (lambda: t.Lfm2ForCausalLM(t.Lfm2Config(**GROUPED)), "no blocks, last norm and embeddings under names"),
     "mamba": (
         lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)),
