@@ -81,7 +81,7 @@ ENGINES: Mapping[str, Engine] = {
         heads=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),
         command=SERVE,
     ),
-    "gptqmodel": Engine("GPTQModel", {"gptq": INTEGERS}, conv1d=False),
+    "gptqmodel": Engine("GPTQModel", {"gptq": INTEGERS}),
     "llama_cpp": LlamaCpp(
         "llama.cpp",
         {"compressed_tensors": (), "gptq": (), "dense": ()},
