@@ -61,7 +61,7 @@ def test_a_state_dict_in_one_file_is_read_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["c_fc"]}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["c_fc"]}], ids=str)
 def test_adapters_match_peft(options: dict[str, Any], tmp_path: Path) -> None:
     model = built(TAKEN["gpt2"])
     model.save_pretrained(tmp_path / "base")
