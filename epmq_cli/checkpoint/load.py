@@ -83,8 +83,8 @@ def load(
 
 
 def needs_own_loader(folder: Path) -> bool:
-    """Whether transformers may not load a checkpoint's packed weights: those of `DENSE_ONLY` and of GPT-2, and experts of mixtures,
-    which it does not load in all formats."""
+    """Whether transformers may not load a checkpoint's packed weights: those of `DENSE_ONLY` and of GPT-2, and experts
+    of mixtures, which it does not load in all formats."""
     return read_json(folder, "config.json", "checkpoint").get("model_type") in (*MIXTURES, *DENSE_ONLY, *TURNED)
 
 
