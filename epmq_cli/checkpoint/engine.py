@@ -17,6 +17,7 @@ from epmq_cli.checkpoint.gguf.blocks import SUPER, check_blocks, kind_of
 from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+from epmq_cli.models.conv1d import is_turned
 from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import head_width
 from epmq_cli.models.pretrained import DENSE_ONLY, from_folder
@@ -72,8 +73,8 @@ class Engine:
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
     different formats, but for the families `unmixed`. `multiple`: what inputs and outputs must be multiples of.
     `fused`: the last names of linears that it multiplies with as one. `heads`: the widths of attention heads that it
-    takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `tested`: whether `make
-    engines` proves this, or we know it from the engine's sources.
+    takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `conv1d`: whether it takes
+    packed weights of GPT-2. `tested`: whether `make engines` proves this, or we know it from the engine's sources.
     `command`: loads the checkpoint in a shell, see `shell_commands` in loading_code.py; empty if only Python does.
     """
 
@@ -86,6 +87,7 @@ class Engine:
     fused: tuple[tuple[str, ...], ...] = ()
     heads: tuple[int, ...] = ()
     experts: tuple[Kernel, ...] = ()
+    conv1d: bool = True
     tested: bool = True
     command: str = ""
 
@@ -136,6 +138,11 @@ class Engine:
             return f"{self.title} takes models of type {kind} with dense weights only; use {DENSE}"
         if formats and base.config.get("model_type") in MIXTURES:
             return self._experts_refusal(formats)
+        if formats and is_turned(base.config) and not self.conv1d:
+            return (
+                f"{self.title} loads models of type {base.config['model_type']} with dense weights only, because their "
+                "linears are of the class Conv1D; use pack=dense, or another engine, such as pack.engine=vllm"
+            )
         block = max((format.row_block for format in formats), default=1)
         for name, outputs, inputs in self._products(linears) if formats else ():
             if sum(outputs) % self.multiple or inputs % self.multiple:

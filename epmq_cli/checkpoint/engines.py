@@ -17,6 +17,7 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+from epmq_cli.models.conv1d import is_turned
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ ENGINES: Mapping[str, Engine] = {
             *(Kernel(name) for name in ("w4a8", "fp8_dynamic", "fp8_static", *MX[:2], "mxfp6a16", "mxfp6a8")),
             Kernel("fp8", groups=(ROWS,)),
         ),
+        conv1d=False,
     ),
     "vllm": Vllm(
         "vLLM on CUDA",
@@ -111,9 +113,15 @@ def check_engine_model(
     formats: Collection[NumberFormat],
     base: Base,
 ) -> None:
-    """The same for the shapes of a model, its architecture and tokenizer; called before anything is calibrated."""
-    for option, engine in _required(exporter):
-        _raise(option, engine.model_refusal(family, linears, _packed(exporter, formats), base))
+    """The same for the shapes of a model, its architecture and tokenizer; called before anything is calibrated.
+
+    If no option names an engine, transformers must load packed weights of GPT-2, because it would put random numbers in
+    the place of those that it does not know."""
+    required, packed = dict(_required(exporter)), _packed(exporter, formats)
+    if not required and is_turned(base.config):
+        required = {f"pack={_pack(exporter)}": ENGINES["transformers"]}
+    for option, engine in required.items():
+        _raise(option, engine.model_refusal(family, linears, packed, base))
 
 
 def engines_for(

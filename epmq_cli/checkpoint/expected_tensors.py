@@ -14,7 +14,7 @@ from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import blank_model, model_config
 from epmq_cli.errors import CheckpointError, first_line
 from epmq_cli.models.model_class import ModelClass, equal, model_class, untied_config
-from epmq_cli.models.model_folder import SafetensorsFiles, TensorInfo, read_json
+from epmq_cli.models.model_folder import TensorInfo, Tensors, model_files, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ ROLE = "checkpoint"
 def check_described(folder: Path) -> None:
     """CheckpointError if the tensors of a checkpoint of `epmq run` have other names, shapes or types than its
     config.json implies; reads no values."""
-    files = SafetensorsFiles(folder, ROLE)
+    files = model_files(folder, ROLE)
     model = described_model(folder, files)
     expected = expected_tensors(folder, model, signed=False)
     problems = name_problems(model, files, expected)
@@ -37,14 +37,14 @@ def check_described(folder: Path) -> None:
         )
 
 
-def name_problems(model: nn.Module, files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -> list[str]:
+def name_problems(model: nn.Module, files: Tensors, expected: Mapping[str, ExpectedTensor]) -> list[str]:
     """A phrase for each tensor that is missing and not tied, and for each that the model does not have."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = [f"{name} is missing" for name in expected if name not in files.infos and name not in tied]
     return missing + [f"{name} is not a tensor of the model" for name in files.infos if name not in expected]
 
 
-def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
+def tie_problems(folder: Path, files: Tensors) -> list[str]:
     """A phrase for each tensor whose ties differ from config.json.
 
     A stored copy that config.json ties must have the values of its source. This does not hold for output layers that no
@@ -66,13 +66,13 @@ def tie_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
     return problems
 
 
-def lacking_problems(folder: Path, files: SafetensorsFiles) -> list[str]:
+def lacking_problems(folder: Path, files: Tensors) -> list[str]:
     """A phrase for each tensor that the model class of a dense merge has and its files do not."""
     cls = model_class(read_json(folder, "config.json", ROLE), files.infos)
     return [f"{name} is missing" for name in cls.lacking(files.infos)] if cls is not None else []
 
 
-def _stored(name: str, cls: ModelClass, files: SafetensorsFiles) -> str | None:
+def _stored(name: str, cls: ModelClass, files: Tensors) -> str | None:
     """The stored name of a tensor of the class, which may lack the prefix of its body or be an older name."""
     names = {cls.own_name(stored): stored for stored in files.infos}
     return next((names[own] for own in (name, name.removeprefix(f"{cls.prefix}.")) if own in names), None)
@@ -88,7 +88,7 @@ def layout_problem(name: str, info: TensorInfo, expected: Mapping[str, ExpectedT
     return None
 
 
-def described_model(folder: Path, files: SafetensorsFiles) -> nn.Module:
+def described_model(folder: Path, files: Tensors) -> nn.Module:
     """The model that config.json describes, on the meta device."""
     settings = model_config(folder, files)
     try:

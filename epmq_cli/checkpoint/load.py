@@ -19,10 +19,11 @@ from epmq_cli.config.instantiate import device_of
 from epmq_cli.config.schema import KERNELS
 from epmq_cli.config.validate import check_choice
 from epmq_cli.errors import CheckpointError, ConfigError
+from epmq_cli.models.conv1d import TURNED
+from epmq_cli.models.linears import in_linears
 from epmq_cli.models.mixtures import MIXTURES
-from epmq_cli.models.model_folder import SafetensorsFiles, check_counts, read_json
+from epmq_cli.models.model_folder import Tensors, check_counts, model_files, read_json
 from epmq_cli.models.pretrained import DENSE_ONLY, from_folder
-from epmq_cli.models.routed_experts import unpacked
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load(
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint; give the checkpoint folder that epmq run wrote")
-    files = SafetensorsFiles(folder, "checkpoint")
+    files = model_files(folder, "checkpoint")
     config = model_config(folder, files)
     with torch.nn.modules.module.register_module_parameter_registration_hook(_without_memory):  # type: ignore[arg-type]  # it may return one
         model = blank_model(folder, config, files)
@@ -82,9 +83,9 @@ def load(
 
 
 def needs_own_loader(folder: Path) -> bool:
-    """Whether transformers may not load a checkpoint's packed weights: those of `DENSE_ONLY`, and experts of mixtures,
-    which it does not load in all formats."""
-    return read_json(folder, "config.json", "checkpoint").get("model_type") in (*MIXTURES, *DENSE_ONLY)
+    """Whether transformers may not load a checkpoint's packed weights: those of `DENSE_ONLY` and of GPT-2, and experts
+    of mixtures, which it does not load in all formats."""
+    return read_json(folder, "config.json", "checkpoint").get("model_type") in (*MIXTURES, *DENSE_ONLY, *TURNED)
 
 
 def _packed_class(kernel: str, obstacle: str | None) -> type[Int4Linear | ExactLinear] | None:
@@ -113,7 +114,7 @@ def kernels(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def model_config(folder: Path, files: SafetensorsFiles) -> Any:
+def model_config(folder: Path, files: Tensors) -> Any:
     """The model config of a checkpoint, without its quantization_config."""
     from transformers import AutoConfig
 
@@ -124,7 +125,7 @@ def model_config(folder: Path, files: SafetensorsFiles) -> Any:
     return config
 
 
-def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module:
+def blank_model(folder: Path, config: Any, files: Tensors) -> nn.Module:
     """The model that config.json names, with its initial weights; without a pooler if the checkpoint has none."""
     from transformers import PreTrainedModel
 
@@ -136,7 +137,7 @@ def blank_model(folder: Path, config: Any, files: SafetensorsFiles) -> nn.Module
     poolerless = "add_pooling_layer" in inspect.signature(cls).parameters and not any(
         name.startswith("pooler.") for name in files.infos
     )
-    model: nn.Module = unpacked(cls(config, add_pooling_layer=False) if poolerless else cls(config))
+    model: nn.Module = in_linears(cls(config, add_pooling_layer=False) if poolerless else cls(config))
     return model
 
 
@@ -149,9 +150,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def quantized_linears(
-    folder: Path, model: nn.Module, files: SafetensorsFiles, layout: Layout
-) -> dict[str, NumberFormat]:
+def quantized_linears(folder: Path, model: nn.Module, files: Tensors, layout: Layout) -> dict[str, NumberFormat]:
     """The number format of each quantized linear."""
     formats = {}
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from epmq_cli import __version__
 from epmq_cli.checkpoint.card_metadata import front_matter, metadata, model_index
 from epmq_cli.checkpoint.engine import Base
-from epmq_cli.checkpoint.engines import engines_for
+from epmq_cli.checkpoint.engines import ENGINES, engines_for
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.checkpoint.loading_code import head_code, other_code, shell_commands, transformers_code
 from epmq_cli.config.files import own_folder
@@ -143,6 +143,8 @@ def loading_code(
     named = ", ".join(engine.label for engine in engines)
     first_line = f"Loaded by {named}. With transformers:" if named else "Loaded by epmq alone, as weights are packed:"
     parts = [first_line, _block("python", transformers_code(family, model, formats, exporter, own=not named))]
+    if named and ENGINES["transformers"] not in engines:
+        parts = [f"Loaded by {named}, not by transformers."]
     if heads:
         parts += [
             f"The heads of the tasks are in `heads/heads.safetensors`. The logits of {_plain(first)}, behind the code "
@@ -151,8 +153,8 @@ def loading_code(
         ]
     for package, code in other_code(formats, exporter).items():
         parts += [f"With {package}:", _block("python", code)]
-    for names, command in shell_commands(engines, family, exporter).items():
-        parts += [f"With {names}:", _block("bash", command)]
+    for labels, command in shell_commands(engines, family, exporter).items():
+        parts += [f"With {labels}:", _block("bash", command)]
     return "\n\n".join(parts)
 
 

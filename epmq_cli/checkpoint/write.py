@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
+from epmq_cli.merge.vocabulary import vocabulary_of, with_vocabulary
+from epmq_cli.models.conv1d import as_stored
 from epmq_cli.models.processor_files import ProcessorFiles
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import atomic_folder
@@ -70,7 +72,9 @@ def entries(contents: Contents) -> list[Entry]:
     quantized = contents.quantized
     dense = dense_entries(contents.model, quantized, contents.dtype)
     dense += [entry for name, weight in quantized.items() for entry in contents.exporter.entries(name, weight)]
-    return dense + [of(name, torch.tensor([scale])) for name, scale in contents.cache.items()]
+    dense += [of(name, torch.tensor([scale])) for name, scale in contents.cache.items()]
+    own: Any = contents.model
+    return as_stored(own.config.model_type, dense)
 
 
 def dense_entries(model: nn.Module, quantized: Collection[str], dtype: torch.dtype) -> list[Entry]:
@@ -131,9 +135,8 @@ def _write_others(folder: Path, contents: Contents) -> None:
     config |= contents.changes
     config |= {"architectures": [type(contents.model).__name__], "dtype": str(contents.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    if "vocab_size" in config:  # larger than the base's if vocabularies are padded
-        own: Any = contents.model.config
-        config["vocab_size"] = own.vocab_size
+    if vocabulary_of(config) is not None:  # larger than the base's if vocabularies are padded
+        config = with_vocabulary(config, _vocabulary(contents.model))
     texts = dict(contents.texts)
     if contents.quantized:
         # transformers rounds cached keys and values unless it dequantizes
@@ -149,6 +152,12 @@ def _write_others(folder: Path, contents: Contents) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in files_within(folder).values():  # safetensors writes files that nobody else may read
         path.chmod(mode)
+
+
+def _vocabulary(model: Any) -> int:
+    """The size of a model's vocabulary, or that of its language model."""
+    size: int = getattr(model.config, "vocab_size", None) or model.config.get_text_config().vocab_size
+    return size
 
 
 def heads_file(folder: Path) -> Path:

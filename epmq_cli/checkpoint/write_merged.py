@@ -18,6 +18,7 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
+from epmq_cli.models.conv1d import as_stored
 from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
@@ -82,7 +83,7 @@ def _entries(base: ModelFolder, merged: LazyMerge, ties: Ties, option: str) -> l
         elif stored not in ties.dropped:
             dtype = _type(base, stored, option)
             entries.append(Entry(stored, dtype, base.infos[stored].shape, partial(_unmerged, base, stored, dtype)))
-    return entries
+    return as_stored(base.config.get("model_type"), entries)
 
 
 def _type(base: ModelFolder, stored: str, option: str) -> torch.dtype:

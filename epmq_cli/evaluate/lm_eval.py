@@ -67,7 +67,7 @@ def harness_scores(
     def opened(samples: int) -> Any:
         if evaluation.server is not None:
             return _served(evaluation.server, folder, tokenizer, samples)
-        return HFLM(pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=samples)
+        return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, device=str(device), batch_size=samples)
 
     def evaluate(name: str, samples: int) -> Any:
         return simple_evaluate(

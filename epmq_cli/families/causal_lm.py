@@ -3,7 +3,8 @@
 Base and experts: models of one architecture that `AutoModelForCausalLM` loads, with a block layout of decoder.py. Model
 types that are not listed here are taken too if the checks before calibration find nothing unknown. The model's own
 blocks run with its own masks and positions, so rotary embeddings, grouped queries and sliding windows work as they are.
-Embeddings, the output layer and the routers of mixtures of experts stay dense.
+Embeddings, the output layer and the routers of mixtures of experts stay dense. Of models that read pictures too, the
+language model is calibrated on texts; the rest is merged.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from epmq_cli.families.refusal import refused
 from epmq_cli.families.structure import Section, Stack, Table, token_mask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.models.model_class import model_class
-from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.models.model_folder import ModelFolder, read_json
+from epmq_cli.models.open import open_expert
 from epmq_cli.models.pretrained import config_of, from_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PREFIX = "model."
+TEXT, PICTURES = "text_config", "vision_config"
+"""The parts of the config.json of models that read texts and pictures."""
+VISION = r"model\.(vision_tower|vision_model|visual|multi_modal_projector|connector)\.[\w.]+"
+"""The names of their tensors that texts do not reach."""
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors that transformers computes: rotary frequencies, masks of GPT-NeoX and GPT-J."""
 
@@ -52,11 +58,13 @@ class Body:
 
 BODIES = (
     Body("model.layers", "model.norm", ("model.embed_tokens",)),
+    Body("model.language_model.layers", "model.language_model.norm", ("model.language_model.embed_tokens",)),  # Gemma 3
+    Body("model.text_model.layers", "model.text_model.norm", ("model.text_model.embed_tokens",)),  # SmolVLM
     Body("model.layers", "model.final_layernorm", ("model.embed_tokens",)),  # Phi 2, Persimmon
     Body("model.layers", "model.layer_norm", ("model.embed_tokens",)),  # XGLM
     Body("model.decoder.layers", "model.decoder.final_layer_norm", ("model.decoder.embed_tokens",)),  # OPT
     Body("gpt_neox.layers", "gpt_neox.final_layer_norm", ("gpt_neox.embed_in",)),
-    Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-Neo, GPT-BigCode
+    Body("transformer.h", "transformer.ln_f", ("transformer.wte", "transformer.wpe")),  # GPT-2, GPT-Neo, GPT-BigCode
     Body("transformer.h", "transformer.ln_f", ("transformer.wte",)),  # GPT-J, CodeGen
     Body(
         "transformer.h", "transformer.ln_f", ("transformer.word_embeddings",), "transformer.word_embeddings_layernorm"
@@ -71,7 +79,8 @@ SETTINGS = (
     "num_key_value_heads",
     *("n_head", "num_heads", "n_heads", "num_kv_heads", "multi_query", "new_decoder_architecture", "parallel_attn"),
     *("use_parallel_residual", "alibi", "rotary_dim", "attention_types", "window_size", "activation_function"),
-    *("layer_norm_epsilon", "do_layer_norm_before", "attn_config"),
+    *("layer_norm_epsilon", "do_layer_norm_before", "attn_config", "scale_attn_weights"),
+    *("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
     "hidden_act",
     "hidden_activation",
     "rms_norm_eps",
@@ -106,17 +115,27 @@ class CausalLM(Architecture):
         *("jais2", "ministral", "ministral3", "nemotron", "olmo", "olmo2", "olmo3", "seed_oss", "stablelm"),
         *("starcoder2", "vaultgemma"),
         *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
+        "gpt2",
+        *("gemma3", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
         *("opt", "persimmon", "phi", "xglm"),
         *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     )
     unsolved: tuple[str, ...] = (
         *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
         r"lm_head\.(weight|bias)",
+        VISION,
         r"model\.decoder\.embed_positions\.weight",  # OPT, whose module takes a mask for ids
     )
     dequantize_on_load: bool = True  # the ONNX exporter reads linears before the first call
 
     caches: bool = True
+
+    def open(self, path: Path, role: str, base: ModelFolder | None) -> ModelFolder:
+        """See Architecture. Adapters of models that read pictures have the models' names, not those of their files."""
+        if base is None or PICTURES not in base.config:
+            return super().open(path, role, base)
+        own = {stored: name for name, stored in self.all_names(base).items()}
+        return open_expert(path, role, base, self.tensor_names(base).values(), lambda name: own.get(name, name))
 
     def check_type(self, folder: ModelFolder) -> None:
         """Raises ModelError if another family takes models of this type. Accepts types that no family lists:
@@ -138,7 +157,7 @@ class CausalLM(Architecture):
 
     def all_names(self, folder: ModelFolder) -> dict[str, str]:
         """All stored tensors; files of the body alone lack its prefix, and old files may have other names."""
-        if any(name.startswith(PREFIX) for name in folder.infos):
+        if any(name.startswith(PREFIX) for name in folder.infos) and PICTURES not in folder.config:
             return {name: name for name in folder.infos}
         cls = model_class(folder.config, folder.infos)
         prefix = f"{cls.prefix}." if cls else PREFIX
@@ -149,16 +168,18 @@ class CausalLM(Architecture):
 
     def settings(self, folder: ModelFolder) -> dict[str, Any]:
         """The settings of the blocks, their positions and masks."""
-        return block_settings(folder, names=SETTINGS)
+        return block_settings(folder, TEXT, SETTINGS)
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         """The model with its output layer."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        from epmq_cli.models.routed_experts import unpacked  # modules: imports torch
+        from epmq_cli.models.linears import in_linears  # modules: imports torch
 
-        loaded = from_folder(AutoModelForCausalLM, folder, **options)
-        unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)
+        pictures = PICTURES in read_json(folder, "config.json", "model")
+        kind = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+        loaded = from_folder(kind, folder, **options)
+        in_linears(loaded[0] if isinstance(loaded, tuple) else loaded)
         model: nn.Module = loaded
         return model
 

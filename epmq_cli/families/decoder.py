@@ -56,7 +56,7 @@ LAYOUTS = (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),  # Gemma 2
     Layout("self_attn_layer_norm", None, "final_layer_norm", None),  # XGLM
-    Layout("ln_1", None, "ln_2", None),  # GPT-Neo
+    Layout("ln_1", None, "ln_2", None),  # GPT-2, GPT-Neo
     Layout("norm_1", None, "norm_2", None),  # MPT
     Layout("input_layernorm", None, None, None, parallel=True),  # Cohere, Phi 2, Falcon 7B
     Layout("ln_1", None, None, None, parallel=True),  # GPT-J
@@ -74,7 +74,7 @@ ATTENTION = (
     (("attention.query_key_value",), "attention.dense"),  # GPT-NeoX
     (("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.out_proj"),  # GPT-J
     (("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"), "attn.attention.out_proj"),  # GPT-Neo
-    (("attn.c_attn",), "attn.c_proj"),  # GPT-BigCode
+    (("attn.c_attn",), "attn.c_proj"),  # GPT-2, GPT-BigCode
     (("attn.qkv_proj",), "attn.out_proj"),  # CodeGen
     (("attn.Wqkv",), "attn.out_proj"),  # MPT
 )
@@ -82,7 +82,7 @@ FEED_FORWARD = (
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     (("mlp.gate_up_proj",), "mlp.down_proj"),  # Phi 3, GLM
     (("mlp.up_proj",), "mlp.down_proj"),  # Arcee, Nemotron
-    (("mlp.c_fc",), "mlp.c_proj"),  # StarCoder 2, GPT-Neo
+    (("mlp.c_fc",), "mlp.c_proj"),  # GPT-2, GPT-Neo, StarCoder 2
     (("mlp.fc1",), "mlp.fc2"),  # Phi 2
     (("fc1",), "fc2"),  # XGLM
     (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
@@ -113,8 +113,6 @@ def block_steps(block: nn.Module, where: str) -> tuple[Step, ...]:
     layout = max(fitting, key=lambda layout: len(layout.norms), default=None)
     attention = next((part for part in ATTENTION if linears.issuperset((*part[0], part[1]))), None)
     mlp = next((part for part in FEED_FORWARD if linears.issuperset((*part[0], part[1]))), None)
-    if any(type(module).__name__ == "Conv1D" for module in block.modules()):
-        raise ModelError(f"{where} has linears of the class Conv1D, which formats of quantized weights do not hold")
     experts = tuple(_experts(block))
     if layout is None or attention is None or not (mlp or experts):
         lacks = "norms" if attention and mlp else "attention" if attention is None else "feed-forward"

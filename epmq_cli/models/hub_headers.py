@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ModelError, first_line
+from epmq_cli.models.conv1d import upright_infos
 from epmq_cli.models.headers import READ, TensorInfo
 from epmq_cli.models.resolve import local_path
 
@@ -55,8 +56,9 @@ def hub_headers(repo: str, revision: str | None, role: str) -> tuple[dict[str, A
             f"{role}: {repo} is not on this machine, and its headers cannot be read from the hub ({reason}); check the "
             "name and the network, or give a local folder"
         ) from error
-    return config, {
+    infos = {
         name: TensorInfo(tuple(tensor.shape), str(tensor.dtype))
         for file in files.values()
         for name, tensor in file.tensors.items()
     }
+    return config, upright_infos(config, infos)

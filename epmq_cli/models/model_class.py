@@ -41,10 +41,14 @@ class ModelClass:
     renamings: Callable[[], tuple[Any, ...]] = tuple
 
     def own_name(self, stored: str) -> str:
-        """The class's name for a stored tensor if transformers renames it, otherwise the stored name."""
+        """The class's name for a stored tensor if transformers renames it, by one rule or by all in turn, otherwise the
+        stored name."""
         if stored in self.tensors:
             return stored
-        names = (str(renaming.rename_source_key(stored)[0]) for renaming in self.renamings())
+        name, renamings = stored, self.renamings()
+        for renaming in renamings:
+            name = str(renaming.rename_source_key(name)[0])
+        names = [*(str(renaming.rename_source_key(stored)[0]) for renaming in renamings), name]
         return next((name for name in names if name in self.tensors), stored)
 
     def ignores(self, name: str) -> bool:
@@ -151,7 +155,7 @@ def _classes(config: dict[str, Any]) -> Iterator[ModelClass]:
 
     kind, named = config.get("model_type"), config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    for group in ("PRETRAINING", "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
+    for group in ("PRETRAINING", "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"):
         standard = getattr(auto, f"MODEL_FOR_{group}_MAPPING_NAMES", {}).get(kind)
         names += [standard] if isinstance(standard, str) else []
     for name in dict.fromkeys(names):
@@ -204,9 +208,9 @@ def _described(cls: Any, config: dict[str, Any]) -> ModelClass | None:
 def _renamings(model: Any) -> Iterator[Any]:
     """Yields the conversion rules that only rename tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
 
-    yield from (rule for rule in get_model_conversion_mapping(model) if type(rule) is WeightRenaming)
+    yield from (rule for rule in get_model_conversion_mapping(model) if type(rule) in (PrefixChange, WeightRenaming))
 
 
 def _names(model: Any) -> Iterator[str]:

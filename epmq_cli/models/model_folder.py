@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from epmq_cli.errors import ModelError
+from epmq_cli.models.conv1d import upright
 from epmq_cli.models.headers import (
     CODE,
     FLOATS,
@@ -96,13 +97,18 @@ class SafetensorsFiles(SafetensorsHeaders):
             ) from error
 
 
+def model_files(folder: Path, role: str) -> Tensors:
+    """The tensors of a folder's safetensors files, see conv1d.py."""
+    return upright(read_json(folder, "config.json", role), SafetensorsFiles(folder, role))
+
+
 class ModelFolder:
     """The tensors and config of a model. Opening it reads headers only; `tensor` reads one tensor.
 
     `path`: the folder, or the file that a suite names. `role`: the name of the model in error messages. `config`:
     defaults to the folder's config.json; a source without its own config shares the base's config object. `tensors`:
-    defaults to the folder's safetensors files. Raises ModelError if config.json or the safetensors files are missing
-    or corrupted.
+    defaults to the folder's safetensors files, see conv1d.py. Raises ModelError if config.json or the safetensors files
+    are missing or corrupted.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class ModelFolder:
                 f"{role}: {path / 'config.json'} sets {NAMED}, which epmq does not support; rename the weights to "
                 f"{SINGLE} or {INDEX} and remove {NAMED}"
             )
-        self._tensors = SafetensorsFiles(path, role) if tensors is None else tensors
+        self._tensors: Tensors = upright(self.config, SafetensorsFiles(path, role)) if tensors is None else tensors
         self.infos = self._tensors.infos
         if config is None:
             check_counts(path / "config.json", role, self.config, len(self.infos))

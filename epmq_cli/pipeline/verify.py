@@ -27,7 +27,7 @@ from epmq_cli.config import instantiate, schema
 from epmq_cli.errors import CheckpointError
 from epmq_cli.evaluate.score import Scorer
 from epmq_cli.families import recorded_family
-from epmq_cli.models.model_folder import SafetensorsFiles, read_json
+from epmq_cli.models.model_folder import SafetensorsFiles, Tensors, model_files, read_json
 from epmq_cli.pipeline.reload import check_own, checkpoint_suite, read_record, ready, recorded_tasks
 from epmq_cli.runtime.paths import read_regular
 
@@ -42,7 +42,7 @@ def tensor_problems(folder: Path) -> list[str]:
     A dense merge stores the base's tensors under the base's names. The model may lack some of them; for these, only the
     values are checked.
     """
-    files = SafetensorsFiles(folder, ROLE)
+    files = model_files(folder, ROLE)
     model = described_model(folder, files)
     expected = expected_tensors(folder, model, _signed(folder))
     if (folder / RECORD).is_file():
@@ -80,7 +80,7 @@ def _signed(folder: Path) -> bool:
     return bool(read_record(folder)["config"]["quant"].get("grid") == "hessian")
 
 
-def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, prefix: str) -> dict[str, ExpectedTensor]:
+def _renamed(expected: Mapping[str, ExpectedTensor], files: Tensors, prefix: str) -> dict[str, ExpectedTensor]:
     """The expected tensors by stored name. A stored name may have the prefix of the model's body or lack it."""
     renamed: dict[str, ExpectedTensor] = {}
     for stored in files.infos:
@@ -91,7 +91,7 @@ def _renamed(expected: Mapping[str, ExpectedTensor], files: SafetensorsFiles, pr
     return renamed
 
 
-def _problems(files: SafetensorsFiles, expected: Mapping[str, ExpectedTensor]) -> Iterator[str]:
+def _problems(files: Tensors, expected: Mapping[str, ExpectedTensor]) -> Iterator[str]:
     """The first problem of each tensor. Only one tensor is in memory at a time."""
     for name, info in files.infos.items():
         check = expected[name].check if name in expected else finite

@@ -20,7 +20,7 @@ from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.clip import CLIP
 from epmq_cli.families.family import Family
 from epmq_cli.families.structure import Linears, Norm, Section
-from epmq_cli.models.routed_experts import unpacked
+from epmq_cli.models.linears import in_linears
 from tests.helpers.architectures import GROUPED, TAKEN, built
 from tests.helpers.hubs import Scene, run_in
 from tests.helpers.minihub import KINDS, build, decoder_files
@@ -77,7 +77,7 @@ def test_bert_and_clip_pass(name: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_every_decoder_that_auto_accepts_passes(kind: str) -> None:
-    check(unpacked(built(TAKEN[kind])))
+    check(in_linears(built(TAKEN[kind])))
 
 
 CLAIMS: dict[str, tuple[Family, str]] = {

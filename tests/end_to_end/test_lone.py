@@ -84,7 +84,6 @@ KINDS = {
         lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **IDS)),
         WORDS,
         {HEAD: "transformer.wte.weight"},
-        MERGE,
     ),
     "t5 tied": Kind("t5", lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), ANSWERS, SHARED),
     "bert": Kind("bert", lambda: t.BertForPreTraining(t.BertConfig(**ENCODER)), WORDS, BERT, MERGE),

@@ -117,6 +117,17 @@ def test_vllm_reads_mixtures_of_experts(tmp_path: Path) -> None:
         assert [value for _, value in answer["result"]] == pytest.approx([value for _, value in wanted], abs=1e-4)
 
 
+def test_vllm_reads_packed_and_dense_linears_of_gpt_2(tmp_path: Path) -> None:
+    """Its files hold weights of linears as (in, out), packed ones as (out, in)."""
+    folders = [write_kind(tmp_path / kind, kind, "causal_lm", "gpt2") for kind in ("int4-64", "int4-zeros", "dense")]
+    jobs = [{"folder": str(folder), "dtype": "float32", "tokens": PROMPT, "count": COUNT} for folder in folders]
+    for folder, answer in zip(folders, asked(jobs), strict=True):
+        assert "error" not in answer, answer
+        wanted = by_transformers(folder)
+        assert [token for token, _ in answer["result"]] == [token for token, _ in wanted]
+        assert [value for _, value in answer["result"]] == pytest.approx([value for _, value in wanted], abs=1e-4)
+
+
 class Rounded(Recorder):
     """A cache that rounds keys and values to FP8."""
 

@@ -12,7 +12,7 @@ from epmq_cli.calibrate.fold import foldable
 from epmq_cli.calibrate.student import Student
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.structure import Linears
-from epmq_cli.models.routed_experts import unpacked
+from epmq_cli.models.linears import in_linears
 from tests.helpers.architectures import TAKEN
 from tests.helpers.hubs import Scene
 from tests.helpers.minihub import KINDS, Hub
@@ -50,7 +50,7 @@ def test_a_fold_changes_no_output(kind: str, hub: Hub) -> None:
 @pytest.mark.parametrize("kind", TAKEN)
 def test_a_fold_changes_no_output_of_any_decoder(kind: str) -> None:
     torch.manual_seed(0)
-    model = unpacked(TAKEN[kind]().eval().requires_grad_(False))
+    model = in_linears(TAKEN[kind]().eval().requires_grad_(False))
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     scene = Scene.__new__(Scene)

@@ -26,6 +26,17 @@ FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3}
 MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
 
+EYE: dict[str, Any] = {**SIZE, "image_size": 16, "patch_size": 8}
+TURNED: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN_VL: dict[str, Any] = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+QWEN_EYE: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8}
+WIDE_EYE: dict[str, Any] = {**QWEN_EYE, "intermediate_size": 64, "out_hidden_size": 32}
+
 Build = Callable[[], Any]
 
 TAKEN: dict[str, Build] = {
@@ -64,6 +75,7 @@ TAKEN: dict[str, Build] = {
     "falcon-rw": lambda: t.FalconForCausalLM(
         t.FalconConfig(**FALCON, parallel_attn=False, multi_query=False, alibi=True, bias=True)
     ),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)),
     "gpt_bigcode": lambda: t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**SMALL)),
     "gpt_neo": lambda: t.GPTNeoForCausalLM(t.GPTNeoConfig(**NEO)),
     "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZE, **IDS)),
@@ -87,9 +99,66 @@ TAKEN: dict[str, Build] = {
 }
 """By model type."""
 
+SEEING: dict[str, Build] = {
+    "gemma3": lambda: t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(
+            text_config={**HEADS, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+            vision_config=EYE,
+            mm_tokens_per_image=1,
+            **{"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7},
+        )
+    ),
+    "internvl": lambda: t.InternVLForConditionalGeneration(
+        t.InternVLConfig(
+            text_config={"model_type": "qwen2", **GROUPED},
+            vision_config={**EYE, "image_size": [16, 16], "patch_size": [8, 8]},
+            image_token_id=5,
+        )
+    ),
+    "llava": lambda: t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            text_config={"model_type": "llama", **GROUPED},
+            vision_config={"model_type": "clip_vision_model", **EYE},
+            image_token_index=5,
+            vision_feature_layer=-1,
+        )
+    ),
+    "mistral3": lambda: t.Mistral3ForConditionalGeneration(
+        t.Mistral3Config(
+            text_config={"model_type": "mistral", **HEADS},
+            vision_config={"model_type": "pixtral", **EYE},
+            image_token_index=5,
+        )
+    ),
+    "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
+        t.Qwen2VLConfig(
+            text_config={**GROUPED, "rope_parameters": TURNED}, vision_config={**QWEN_EYE, "embed_dim": 32}, **QWEN_VL
+        )
+    ),
+    "qwen2_5_vl": lambda: t.Qwen2_5_VLForConditionalGeneration(
+        t.Qwen2_5_VLConfig(
+            text_config={**GROUPED, "rope_parameters": TURNED},
+            vision_config={**WIDE_EYE, "fullatt_block_indexes": [1], "window_size": 16},
+            **QWEN_VL,
+        )
+    ),
+    "qwen3_vl": lambda: t.Qwen3VLForConditionalGeneration(
+        t.Qwen3VLConfig(
+            text_config={**HEADS, "rope_parameters": TURNED},
+            vision_config={**WIDE_EYE, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **QWEN_VL,
+        )
+    ),
+    "smolvlm": lambda: t.SmolVLMForConditionalGeneration(
+        t.SmolVLMConfig(
+            text_config={"model_type": "llama", **GROUPED}, vision_config=EYE, image_token_id=5, scale_factor=2
+        )
+    ),
+}
+"""Models that read texts and pictures, by model type."""
+
 REFUSED: dict[str, tuple[Build, str]] = {
     "diffllama": (lambda: t.DiffLlamaForCausalLM(t.DiffLlamaConfig(**GROUPED)), "self_attn.lambda_q1"),
-    "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL)), "linears of the class Conv1D"),
     "lfm2": (lambda: t.Lfm2ForCausalLM(t.Lfm2Config(**GROUPED)), "no blocks, last norm and embeddings under names"),
     "mamba": (
         lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **IDS)),

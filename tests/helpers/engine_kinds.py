@@ -18,7 +18,7 @@ from epmq_cli.checkpoint.write import Contents, write_checkpoint
 from epmq_cli.families import FAMILIES
 from epmq_cli.families.family import linear_groups, linear_shapes
 from epmq_cli.models.attention import cached_attentions
-from epmq_cli.models.routed_experts import unpacked
+from epmq_cli.models.linears import in_linears
 from epmq_cli.quantize.formats.format import NumberFormat
 from epmq_cli.quantize.formats.fp8 import Fp8Format
 from epmq_cli.quantize.formats.int import IntFormat
@@ -120,7 +120,7 @@ def write_kind(folder: Path, name: str, family: str, model: str = "llama", cache
         size = 1.6 / parameter[0].numel() ** 0.5 if matrix else 0.1
         parameter.data = torch.randn_like(parameter) * size + (not matrix)
     made.save_pretrained(base)
-    unpacked(made)
+    in_linears(made)
     linears = dict(linear_shapes(made, FAMILIES[family]))
     groups = linear_groups(made, FAMILIES[family])  # linears that read the same input share a format
     format_of = dict(zip(dict.fromkeys(groups.values()), cycle(kind.formats), strict=False))
@@ -150,6 +150,9 @@ MIXTURE: dict[str, Any] = {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**WIDE)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**WIDE)),
+    "gpt2": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(n_embd=256, n_layer=2, n_head=4, n_inner=256, n_positions=64, vocab_size=SIZE["vocab_size"])
+    ),
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**WIDE, num_local_experts=4)),
     "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**MIXTURE)),
     "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**MIXTURE, shared_expert_intermediate_size=256)),

@@ -13,7 +13,7 @@ from epmq_cli.families.family import linear_shapes
 from epmq_cli.inspection.opened import open_headers
 from epmq_cli.inspection.roles import HEAD, LEFT, QUANTIZED, roles_of
 from epmq_cli.models.model_folder import ModelFolder
-from tests.helpers.architectures import TAKEN
+from tests.helpers.architectures import SEEING, TAKEN
 from tests.helpers.tiers import first
 
 
@@ -30,9 +30,9 @@ def check_against_run(path: Path) -> None:
     assert {own for own, (_, kind) in roles.items() if kind not in (HEAD, LEFT)} == {*stored.values()}
 
 
-@pytest.mark.parametrize("kind", first(1, sorted(TAKEN)))
+@pytest.mark.parametrize("kind", first(1, sorted(TAKEN | SEEING)))
 def test_roles_of_decoders_are_those_of_a_run(kind: str, tmp_path: Path) -> None:
-    TAKEN[kind]().save_pretrained(tmp_path)
+    (TAKEN | SEEING)[kind]().save_pretrained(tmp_path)
     check_against_run(tmp_path)
 
 
@@ -64,12 +64,12 @@ def test_the_patches_of_a_vit_are_embeddings(tmp_path: Path) -> None:
 
 
 def test_a_model_of_no_family_is_refused_as_by_a_run(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    config = transformers.MambaConfig(hidden_size=8, num_hidden_layers=1, state_size=2, vocab_size=10)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     opened = open_headers(str(tmp_path))
     with pytest.raises(ModelError) as refused:
         roles_of(opened.config, opened.infos, tmp_path)
     with pytest.raises(ModelError) as wanted:
         claiming(opened.config)
     assert str(refused.value) == str(wanted.value)
-    assert "gpt2" not in {kind for family in FAMILIES.values() for kind in family.model_types}
+    assert "mamba" not in {kind for family in FAMILIES.values() for kind in family.model_types}

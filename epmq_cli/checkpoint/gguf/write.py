@@ -27,7 +27,7 @@ from epmq_cli.checkpoint.gguf.tokenizer import write_tokenizer
 from epmq_cli.checkpoint.layouts import layout_of
 from epmq_cli.checkpoint.load import quantized_linears
 from epmq_cli.errors import CheckpointError, ConfigError
-from epmq_cli.models.model_folder import SafetensorsFiles, read_json
+from epmq_cli.models.model_folder import model_files, read_json
 from epmq_cli.quantize.formats.format import Grid, QuantizedWeight
 from epmq_cli.runtime.progress import track
 from epmq_cli.store.atomic import atomic_file
@@ -71,7 +71,7 @@ class GgufFile:
         self.folder, self._dense = folder, dense.upper()
         self._config = read_json(folder, "config.json", "checkpoint")
         self._architecture = architecture_of(self._config)
-        self._files = SafetensorsFiles(folder, "checkpoint")
+        self._files = model_files(folder, "checkpoint")
         self._layout, self._rounding = layout_of(folder), 0.0
         model = described_model(folder, self._files)
         self._beside = expected_cache(folder, model)  # llama.cpp has no place for them

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmq_cli.errors import ModelError, first_line
+from epmq_cli.models.conv1d import is_turned, upright
 from epmq_cli.models.lora.config import REMEDY, read_config
 from epmq_cli.models.lora.delta import product, residual, with_lengths
 from epmq_cli.models.lora.files import AdapterFile, sorted_file
@@ -47,7 +48,7 @@ class Adapted:
     ) -> None:
         self.path, self._role, self.base = (path.parent if path.is_file() else path), role, base
         self.config = read_config(self.path, role)
-        self._file = _open(path, role)
+        self._file = upright(base.config, _open(path, role))
         files = sorted_file(self.path, role, self._file.infos)
         self._ties = Ties(base, self.config, files)
         places = self._places(files, merged, spelling)
@@ -219,7 +220,7 @@ class Adapted:
 
     def _low_rank(self, parts: Mapping[str, str]) -> LowRank:
         shapes = {part: self._file.infos[stored].shape for part, stored in parts.items()}
-        return LowRank(shapes, self.config.is_set("fan_in_fan_out"))
+        return LowRank(shapes, self.config.is_set("fan_in_fan_out") and not is_turned(self.base.config))
 
     def _with_lora(self, name: str, weight: Tensor) -> Tensor:
         """Adds the LoRA of a module to its weight in float32."""
@@ -238,6 +239,8 @@ class Adapted:
     def _residual(self, name: str, weight: Tensor, scale: float, turned: bool) -> Tensor:
         _, stored = self._parts[name]
         try:
+            if self.config.init == "olora" and is_turned(self.base.config):
+                raise ValueError("PEFT decomposes its transposed weight")
             return residual(weight, str(self.config.init), self._low_rank(stored).rank, scale, turned)
         except (ValueError, RuntimeError) as error:  # torch's error if a decomposition fails
             raise ModelError(

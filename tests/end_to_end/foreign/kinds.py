@@ -187,7 +187,7 @@ KINDS = {
         ),
     )
 }
-"""By name; gpt2 is one of the decoders that `epmq merge` accepts and `epmq run` refuses."""
+"""By name; gpt2 is a decoder whose files hold weights of linears as (in, out)."""
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""Models that read texts and pictures. Oracles: transformers, the expert itself, the files of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, MllamaConfig, MllamaForConditionalGeneration
+
+import epmq_cli
+from epmq_cli.errors import ConfigError, ModelError
+from epmq_cli.families import FAMILIES
+from epmq_cli.merge.average import Average
+from epmq_cli.models.model_folder import ModelFolder
+from epmq_cli.pipeline import steps as steps
+from epmq_cli.pipeline.job import make_job
+from epmq_cli.pipeline.preflight import check_parts
+from tests.conftest import drifted
+from tests.families.test_decoder import distances
+from tests.helpers.architectures import EYE, GROUPED, SEEING, built
+from tests.helpers.hubs import config, run_in, walk
+from tests.helpers.lone import merged_folder, suite_of
+from tests.helpers.minihub import decoder_files
+from tests.helpers.tiers import only
+from tests.models.lora.test_adapter import adapter
+
+FAMILY = FAMILIES["causal_lm"]
+IDS = torch.tensor([[1, 9, 10, 11, 12, 13]])
+OPTIONS = ("suite.family=auto", "guidance=feature", "bits=4", "eval.samples=4")
+
+
+@pytest.mark.parametrize("kind", only(("gemma3",), SEEING))
+def test_checkpoints_reload_with_equal_outputs_and_pictures_stay_dense(kind: str, tmp_path: Path) -> None:
+    hub = decoder_files(tmp_path / "hub", built(SEEING[kind]))
+    checkpoint = run_in(tmp_path / "run", hub, *OPTIONS)
+    public, info = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info.values())
+    student: Any = walk(hub, *OPTIONS).student
+    with torch.inference_mode():
+        assert torch.equal(public.eval()(IDS).logits, student(IDS).logits)
+        assert torch.equal(epmq_cli.load(checkpoint, "cpu", "dequantize")(IDS).logits, student(IDS).logits)
+    ignored = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["ignore"]
+    names = {name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)}
+    blocks = {block.name(name) for block in FAMILY.blocks(student) for name in block.linears}
+    assert {*ignored} == names - blocks
+    assert any(".vi" in name for name in ignored)
+    stored = ModelFolder(checkpoint, "checkpoint")
+    for name, tensor in student.state_dict().items():
+        if ".vi" in name:
+            assert torch.equal(stored.tensor(name), tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEEING)
+def test_a_lone_expert_is_reproduced(kind: str, tmp_path: Path) -> None:
+    """What texts reach ends as the expert, what they do not reach is the expert's."""
+    hub = decoder_files(tmp_path, built(SEEING[kind]))
+    base, student = distances(hub, "suite.family=auto")
+    assert student < 0.05 * base
+    suite = suite_of("causal_lm", hub / "base", {"first": hub / "first"})
+    merged = AutoModelForImageTextToText.from_pretrained(merged_folder(tmp_path / "merged", suite, method=Average()))
+    wanted = AutoModelForImageTextToText.from_pretrained(hub / "first")
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+
+
+def older(folder: Path) -> None:
+    """Writes the names of the hub's first files in place of those of transformers 5."""
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_files_with_older_names_are_read_under_the_models_own(tmp_path: Path) -> None:
+    model = built(SEEING["gemma3"])
+    model.save_pretrained(tmp_path)
+    older(tmp_path)
+    folder = ModelFolder(tmp_path, "base")
+    names = FAMILY.tensor_names(folder)
+    assert {*names} == {*model.state_dict()} - {"lm_head.weight"}
+    assert {*names.values()} == {*folder.infos}
+    for name, stored in names.items():
+        assert torch.equal(folder.tensor(stored), model.state_dict()[name])
+
+
+@pytest.mark.slow
+def test_a_flat_config_of_qwen_2_5_vl_is_read(tmp_path: Path) -> None:
+    """As on the hub: the settings of the language model stand beside vision_config."""
+    hub = decoder_files(tmp_path / "hub", built(SEEING["qwen2_5_vl"]))
+    for path in hub.glob("*/config.json"):
+        content = json.loads(path.read_text())
+        text = content.pop("text_config")
+        path.write_text(json.dumps({**text, **content}))
+    checkpoint = run_in(tmp_path / "run", hub, *OPTIONS)
+    public = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    student: Any = walk(hub, *OPTIONS).student
+    with torch.inference_mode():
+        assert torch.equal(public(IDS).logits, student(IDS).logits)
+
+
+@pytest.mark.slow
+def test_experts_with_more_tokens_make_the_vocabulary_larger(tmp_path: Path) -> None:
+    base = built(SEEING["gemma3"])
+    hub = decoder_files(tmp_path / "hub", base)
+    larger = drifted(base, 0)
+    larger.resize_token_embeddings(GROUPED["vocab_size"] + 3, mean_resizing=False)
+    larger.save_pretrained(hub / "first")
+    checkpoint = run_in(tmp_path / "run", hub, *OPTIONS, "+suite.vocabulary=pad")
+    assert json.loads((checkpoint / "config.json").read_text())["text_config"]["vocab_size"] == 27
+    assert AutoModelForImageTextToText.from_pretrained(checkpoint)(IDS).logits.shape[-1] == 27
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_an_adapter_of_text_and_vision_matches_peft(kind: str, tmp_path: Path) -> None:
+    model = built(SEEING[kind])
+    model.save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "v_proj", "qkv", "down_proj"]
+    wanted = adapter(model, tmp_path / "adapter", target_modules=targets, r=4)
+    base = FAMILY.open(tmp_path / "base", "base", None)
+    expert = FAMILY.open(tmp_path / "adapter", "expert", base)
+    changed = set()
+    for name, stored in FAMILY.tensor_names(base).items():
+        torch.testing.assert_close(expert.tensor(stored), wanted[name], rtol=0, atol=1e-6)
+        changed |= set() if torch.equal(expert.tensor(stored), base.tensor(stored)) else {name}
+    assert any(".language_model." in name for name in changed)
+    assert any(".vi" in name for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("transform=hadamard", "rotates decoders of the types .*, got gemma3 in base; use transform=none"),
+        ("pack=gguf", "GGUF is written for .*, got the model type gemma3"),
+    ],
+)
+def test_what_is_not_made_of_them_is_refused(option: str, sentence: str, tmp_path: Path) -> None:
+    hub = decoder_files(tmp_path, built(SEEING["gemma3"]))
+    with pytest.raises(ConfigError, match=sentence):
+        steps.open_models(make_job(config(hub, "suite.family=auto", "group_size=32", option)))
+
+
+def test_blocks_that_attend_to_pictures_are_refused() -> None:
+    eye = {**{key: value for key, value in EYE.items() if key != "num_attention_heads"}, "attention_heads": 4}
+    text = {**GROUPED, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    eye |= {"num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+    model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=eye, image_token_index=5))
+    with pytest.raises(ModelError, match=r"^base: model.language_model.layers.1 of Mllama.* has no attention that"):
+        check_parts(model, FAMILY)
