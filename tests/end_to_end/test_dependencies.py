@@ -38,7 +38,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     known, swapped_weights = (
-        declared("tables", "hub", "gguf", "onnx", "lm_eval", "mlflow", "trackio", "wandb"),
+        declared("tables", "sound", "hub", "gguf", "onnx", "lm_eval", "mlflow", "trackio", "wandb"),
         packages_distributions(),
     )
     undeclared = {}
