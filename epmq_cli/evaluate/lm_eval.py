@@ -51,13 +51,6 @@ def harness_scores(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(evaluation.include_path)
-    matched = {task: manager.match_tasks([task]) for task in evaluation.tasks}  # simple_evaluate takes no patterns
-    unknown = [task for task, names in matched.items() if not names]
-    if unknown:
-        raise ConfigError(
-            f"eval.tasks names {unknown[0]}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists its "
-            "tasks, and eval.include_path names a folder of your own"
-        )
     tokenizer, chats = from_folder(AutoTokenizer, folder), evaluation.chat_template
     if chats and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
@@ -84,14 +77,26 @@ def harness_scores(
         )
 
     scores: dict[str, Score] = {}
-    unique = dict.fromkeys(name for names in matched.values() for name in names)
-    for name in unique:  # one by one, because the results do not name the tasks of a tag
+    for name in _matched(manager, evaluation.tasks):  # one by one, because the results do not name the tasks of a tag
         output = micro.run(partial(evaluate, name))
         results = {**output["results"], **output.get("groups", {})}
         names = [name] if numbers(results.get(name, {})) else list(output["configs"])
         counts = {task: counted["effective"] for task, counted in output["n-samples"].items()}
         scores |= chosen(names, results, counts)
     return scores
+
+
+def _matched(manager: Any, tasks: Sequence[str]) -> list[str]:
+    """The tasks that patterns, tags and names stand for; simple_evaluate takes no patterns. ConfigError if one stands
+    for none."""
+    matched = {task: manager.match_tasks([task]) for task in tasks}
+    unknown = [task for task, names in matched.items() if not names]
+    if unknown:
+        raise ConfigError(
+            f"eval.tasks names {unknown[0]}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists its "
+            "tasks, and eval.include_path names a folder of your own"
+        )
+    return list(dict.fromkeys(name for names in matched.values() for name in names))
 
 
 def _served(server: str, folder: Path, tokenizer: Any, samples: int) -> Any:

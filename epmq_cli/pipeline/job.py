@@ -25,6 +25,7 @@ from epmq_cli.pipeline.option_checks import (
     check_generation,
     check_gradients,
     check_kv_cache,
+    check_no_server,
     check_prompts,
     check_refinement,
     check_scoring,
@@ -97,11 +98,7 @@ def read_job(cfg: DictConfig) -> Job:
     check_keys("guidance.weights", guidance.weights or {}, names)
     family, evaluation = suite_family(suite), instantiate.build("eval", cfg.eval)
     check_scoring(suite, family, evaluation, schema.scores_samples(evaluation))
-    if isinstance(evaluation, schema.Harness) and evaluation.server is not None:
-        raise ConfigError(
-            "eval.server is an option of epmq eval, because the checkpoint that a server loads exists only after the "
-            "run; run without it, start a server of the checkpoint, then start epmq eval"
-        )
+    check_no_server(evaluation)
     merge: MergeMethod = instantiate.build("merge", cfg.merge)
     check_method(merge, names)
     check_slices(merge, guidance)

@@ -175,6 +175,15 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
         )
 
 
+def check_no_server(evaluation: Evaluation) -> None:
+    """Raises ConfigError if a run shall score what a server answers."""
+    if isinstance(evaluation, Harness) and evaluation.server is not None:
+        raise ConfigError(
+            "eval.server is an option of epmq eval, because the checkpoint that a server loads exists only after the "
+            "run; run without it, start a server of the checkpoint, then start epmq eval"
+        )
+
+
 def check_metric(task: Task, scored: bool) -> None:
     """Raises ConfigError if a task's metric does not suit the labels that its data declares."""
     where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
