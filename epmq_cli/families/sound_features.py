@@ -44,10 +44,10 @@ def resampled(sound: Sound, rate: int) -> NDArray[np.float32]:
 
 def sounds(folder: Path, processor: Processor | None = None) -> Collate:
     """A feature extractor as a function from sounds to batches. `processor`: its place, if not `folder`."""
-    extract, config = own_extractor(folder, processor), config_of(folder)
+    extractor, config = own_extractor(folder, processor), config_of(folder)
     file = image_file(processor.folder if processor else folder)
-    shape, rate, most = (config.num_mel_bins, STRIDE * config.max_source_positions), extract.sampling_rate, 0
-    most = extract.n_samples
+    shape, rate, most = (config.num_mel_bins, STRIDE * config.max_source_positions), extractor.sampling_rate, 0
+    most = extractor.n_samples
 
     def values_of(sound: Sound) -> NDArray[np.float32]:
         values = resampled(sound, rate)
@@ -61,7 +61,7 @@ def sounds(folder: Path, processor: Processor | None = None) -> Collate:
     def collate(samples: list[Any]) -> Batch:
         values = [values_of(sound) for sound in samples]
         try:
-            output = extract(values, sampling_rate=rate, return_tensors="pt")
+            output = extractor(values, sampling_rate=rate, return_tensors="pt")
             features = torch.as_tensor(output["input_features"])
         except Exception as error:
             if lacks_memory(error):

@@ -33,20 +33,26 @@ class Named(Protocol):
         """Returns the tensor of this name."""
 
 
+def _pattern(config: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """The pattern of the weights that files of models with this config.json hold as (in, out); None if there are none.
+    The config may be damaged."""
+    return TURNED.get(str(config.get("model_type")))
+
+
 def is_turned(config: Mapping[str, Any]) -> bool:
     """Whether the files of models with this config.json hold weights of linears as (in, out)."""
-    return config.get("model_type", "") in TURNED
+    return _pattern(config) is not None
 
 
 def upright(config: Mapping[str, Any], tensors: Named) -> Named:
     """The stored tensors of a model with this config.json, with the weights of linears as (out, in)."""
-    pattern = TURNED.get(config.get("model_type", ""))
+    pattern = _pattern(config)
     return tensors if pattern is None else Upright(tensors, pattern)
 
 
 def upright_infos(config: Mapping[str, Any], infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The same for the headers of the tensors."""
-    pattern = TURNED.get(config.get("model_type", ""))
+    pattern = _pattern(config)
     return infos if pattern is None else _upright(infos, pattern)
 
 
