@@ -43,6 +43,7 @@ OURS = {
     "awq": ["guidance=merged", "quant=awq"],
     "hqq": ["guidance=merged", "quant=hqq", "pack=dense"],
     "autoround": ["guidance=merged", "quant=autoround"],
+    "blocks": ["guidance=asymmetric", "quant=gptq", "refine=blocks"],
     "gptq-unordered": ["guidance=merged", "quant=gptq", "quant.act_order=false"],
     "gptq-rotated": ["guidance=merged", "quant=gptq", "transform=hadamard"],
     "w8a8": ["guidance=merged", "quant=rtn", "quant.format=w8a8"],

@@ -157,6 +157,15 @@ def test_models_and_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path: Path) 
         check_engine_model(exporter, DECODERS, linears, formats, Base({**LLAMA, "model_type": "gpt2"}, None))
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "gpt2"])
+def test_models_that_transformers_takes_dense_only_are_refused(kind: str) -> None:
+    exporter, formats = exporter_of("compressed_tensors", engine="transformers"), [ints(4, 64)]
+    family = next(family for family in FAMILIES.values() if kind in family.model_types)
+    check_engine_model(exporter, family, {}, [], Base({"model_type": kind}, None))
+    with pytest.raises(ConfigError, match=f"models of type {kind} with dense weights only.*; use pack=dense"):
+        check_engine_model(exporter, family, {}, formats, Base({"model_type": kind}, None))
+
+
 def test_dense_checkpoints_of_any_format_are_taken() -> None:
     """`pack=dense` stores no packed weights, so that no kernel is needed."""
     for name, engine in ENGINES.items():
