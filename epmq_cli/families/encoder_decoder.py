@@ -57,6 +57,7 @@ class EncoderDecoder(Architecture):
 
     unsolved: tuple[str, ...] = UNSOLVED
     dequantize_on_load: bool = True  # encoder and decoder are called one after the other
+    mixes_formats: bool = False  # T5's _init_weights reads packed linears; a mix stays packed, and `generate` fails
 
     def tensor_names(self, folder: ModelFolder) -> dict[str, str]:
         """All tensors."""

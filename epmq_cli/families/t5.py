@@ -17,7 +17,6 @@ T5_FAMILY = Family(
             *("num_heads", "feed_forward_proj", "layer_norm_epsilon", "relative_attention_num_buckets", "d_kv"),
             "scale_decoder_outputs",
         ),
-        mixes_formats=False,  # its _init_weights reads the weights of packed linears
     ),
     GeneratedText(),
 )

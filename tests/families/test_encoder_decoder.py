@@ -40,7 +40,6 @@ def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
 ROUNDED = "bits=8 group_size=-1 quant.format=w8a8 quant=rtn"  # scored with rounded inputs
 RELOADED = [*only([("bart", "guidance=feature")], ((kind, "guidance=feature") for kind in FORMS))]
 RELOADED += [slow((kind, options)) for kind in ("bart", "marian", "umt5") for options in (ROUNDED, "quant=awq")]
-RELOADED += [slow((kind, "bits=3.5 pack.dtype=bfloat16")) for kind in ("bart", "mbart")]
 
 
 @pytest.mark.parametrize(("kind", "options"), RELOADED)
