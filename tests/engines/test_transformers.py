@@ -26,7 +26,8 @@ PYTHON = os.environ.get("EPMQ_TRANSFORMERS", "")
 FIRST, POINTS, CLIP, ALL = "5.0.0", "5.5.4", "5.19.0", "5.23.0"
 SINCE = {
     **dict.fromkeys(("int4-zeros", "int8-zeros"), POINTS),
-    **dict.fromkeys(("w8a8", "fp8-dynamic", "nvfp4", "mxfp4", "mxfp8", "mxfp6"), ALL),
+    **dict.fromkeys(("w8a8", "w4a8", "fp8-dynamic", "fp8-static", "fp8-block"), ALL),
+    **dict.fromkeys(("nvfp4", "nvfp4-a4", "mxfp4", "mxfp8", "mxfp6"), ALL),
 }
 CASES = [
     (name, family)
