@@ -16,12 +16,12 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.heads.classifier import ClassifierHead
 from epmq_cli.families.structure import Linears, Norm, ReadToken, Section
 from epmq_cli.families.tasks.classifier import ImageClassifier
-from epmq_cli.families.vit import OLD_NAMES
+from epmq_cli.families.vit import OLD_NAMES, K, Q, V, block_steps
 
 if TYPE_CHECKING:
     from torch import nn
 
-Q, K, V = (f"attention.{part}_proj" for part in "qkv")
+FIRST, _, *OTHERS = block_steps("layernorm_before", "layernorm_after")
 TABLE = r"relative_position_bias_table"
 
 
@@ -54,16 +54,7 @@ BEIT = Family(
         prefix="beit.",
         parts=("embeddings.", "layers.", "layernorm.", "pooler.", "shared_position_bias."),
         layers="layers",
-        steps=(
-            Norm("layernorm_before", mixing=True),
-            Linears((Q,)),
-            Linears((K,), mixing=(K,)),
-            Linears((V,), mixing=(V,)),
-            Linears(("attention.o_proj",), stream="layernorm_before", producer=V),
-            Norm("layernorm_after"),
-            Linears(("mlp.fc1",), producer="layernorm_after"),
-            Linears(("mlp.fc2",), stream="layernorm_after"),
-        ),
+        steps=(FIRST, Linears((Q,)), Linears((K,), mixing=(K,)), Linears((V,), mixing=(V,)), *OTHERS),
         last_norm="layernorm",
         factors=(
             (r"(layers\.\d+)\.lambda_1", r"\1.attention.o_proj"),

@@ -10,11 +10,10 @@ from __future__ import annotations
 from epmq_cli.families.encoder import Encoder
 from epmq_cli.families.family import Family
 from epmq_cli.families.heads.classifier import ClassifierHead
-from epmq_cli.families.structure import FirstAndMean, Linears, Norm
+from epmq_cli.families.structure import FirstAndMean
 from epmq_cli.families.tasks.classifier import ImageClassifier
-from epmq_cli.families.vit import OLD_NAMES
+from epmq_cli.families.vit import OLD_NAMES, block_steps
 
-Q, K, V = (f"attention.{part}_proj" for part in "qkv")
 SCALE = r"(encoder\.layer\.\d+)\.layer_scale"
 
 DINOV2 = Family(
@@ -24,14 +23,7 @@ DINOV2 = Family(
         prefix="dinov2.",
         parts=("embeddings.", "encoder.", "layernorm."),
         layers="encoder.layer",
-        steps=(
-            Norm("norm1", mixing=True),
-            Linears((Q, K, V), mixing=(K, V), producer="norm1"),
-            Linears(("attention.o_proj",), stream="norm1", producer=V),
-            Norm("norm2"),
-            Linears(("mlp.fc1",), producer="norm2"),
-            Linears(("mlp.fc2",), stream="norm2"),
-        ),
+        steps=block_steps("norm1", "norm2"),
         last_norm="layernorm",
         reads=FirstAndMean(1),
         factors=((f"{SCALE}1\\.lambda1", r"\1.attention.o_proj"), (f"{SCALE}2\\.lambda1", r"\1.mlp.fc2")),

@@ -46,8 +46,8 @@ def sounds(folder: Path, processor: Processor | None = None) -> Collate:
     """A feature extractor as a function from sounds to batches. `processor`: its place, if not `folder`."""
     extractor, config = own_extractor(folder, processor), config_of(folder)
     file = image_file(processor.folder if processor else folder)
-    shape, rate, most = (config.num_mel_bins, STRIDE * config.max_source_positions), extractor.sampling_rate, 0
-    most = extractor.n_samples
+    shape = (config.num_mel_bins, STRIDE * config.max_source_positions)
+    rate, most = extractor.sampling_rate, extractor.n_samples
 
     def values_of(sound: Sound) -> NDArray[np.float32]:
         values = resampled(sound, rate)

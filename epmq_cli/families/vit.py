@@ -25,6 +25,19 @@ OLD_NAMES = (
 )
 """Patterns of the names in files from before transformers 5, and today's names."""
 
+
+def block_steps(first: str, second: str) -> tuple[Linears | Norm, ...]:
+    """The steps of a block with these norms."""
+    return (
+        Norm(first, mixing=True),
+        Linears((Q, K, V), mixing=(K, V), producer=first),
+        Linears(("attention.o_proj",), stream=first, producer=V),
+        Norm(second),
+        Linears(("mlp.fc1",), producer=second),
+        Linears(("mlp.fc2",), stream=second),
+    )
+
+
 VIT = Family(
     Encoder(
         name="vit",
@@ -32,14 +45,7 @@ VIT = Family(
         prefix="vit.",
         parts=("embeddings.", "layers.", "layernorm."),
         layers="layers",
-        steps=(
-            Norm("layernorm_before", mixing=True),
-            Linears((Q, K, V), mixing=(K, V), producer="layernorm_before"),
-            Linears(("attention.o_proj",), stream="layernorm_before", producer=V),
-            Norm("layernorm_after"),
-            Linears(("mlp.fc1",), producer="layernorm_after"),
-            Linears(("mlp.fc2",), stream="layernorm_after"),
-        ),
+        steps=block_steps("layernorm_before", "layernorm_after"),
         last_norm="layernorm",
         unsolved=(
             r"embeddings\.(cls_token|mask_token|position_embeddings)",

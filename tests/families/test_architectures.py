@@ -22,10 +22,9 @@ from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.families.structure import pooled as of_tokens
 from epmq_cli.models.model_folder import ModelFolder
-from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
-from tests.helpers.hubs import Scene, config, run_in, walk
+from tests.helpers.hubs import Scene, config, lone_expert, run_in, walk
 from tests.helpers.minihub import ANSWERING, DECODERS, IMAGES, KINDS, TIERED, Hub
 from tests.helpers.tiers import first, only, slow
 
@@ -145,15 +144,8 @@ def test_outputs_normed_before_the_addition_have_no_stream(hub: Hub) -> None:
 
 @pytest.mark.parametrize("kind", only(("deberta", "t5"), KINDS))
 def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
-    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
-    options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
-    found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=40")
-    models, model, _ = steps.open_models(found.job)
-    far = found.features(model)
-    names = models.source.names
-    guide.copy_into(model, {name: models.source.expert("first", name) for name in names})
-    wanted = found.features(model)
-    error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
+    far, found, wanted = lone_expert(hub(kind), "guidance.readout_weight=1", "calib.samples=40")
+    error = (found - wanted).square().sum() / (far - wanted).square().sum()
     assert error < (0.08 if kind == "deit" else 0.05)  # its class and distillation tokens stay as merged
 
 

@@ -16,28 +16,21 @@ from epmq_cli.families import FAMILIES, claiming
 from epmq_cli.families.decoder import block_steps
 from epmq_cli.families.structure import Linears, Norm
 from epmq_cli.models.mixtures import MIXTURES
-from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from epmq_cli.pipeline.preflight import check_parts
 from tests.helpers.architectures import FALCON, GROUPED, REFUSED, TAKEN, built
-from tests.helpers.hubs import config, run_in, walk
+from tests.helpers.hubs import config, lone_expert, run_in, walk
 from tests.helpers.minihub import decoder_files
 from tests.helpers.tiers import only
 
 FAMILY = FAMILIES["causal_lm"]
-LONE = ("~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "quant=none", "merge=none")
 
 
 def distances(folder: Path, *options: str) -> tuple[float, float]:
     """The mean squared distances of the base's and the student's features from those of the lone expert."""
-    found = walk(folder, *LONE, "calib.samples=40", *options)
-    models, model, _ = steps.open_models(found.job)
-    far = found.features(model)
-    names = models.source.names
-    guide.copy_into(model, {name: models.source.expert("first", name) for name in names})
-    wanted = found.features(model)
-    return tuple(float((x - wanted).square().mean()) for x in (far, found.features(found.student)))  # type: ignore[return-value]
+    far, found, wanted = lone_expert(folder, "calib.samples=40", *options)
+    return float((far - wanted).square().mean()), float((found - wanted).square().mean())
 
 
 FAST = ("glm4", "olmo", "gpt_neox")  # norms on both sides of a part, and only after it; parallel parts

@@ -12,10 +12,8 @@ from transformers import AutoModelForSeq2SeqLM
 from epmq_cli.calibrate.embeddings import _numbers
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
-from epmq_cli.models.weights import copy_into
-from epmq_cli.pipeline import steps
 from tests.helpers.encoder_decoders import FORMS, encoder_decoder
-from tests.helpers.hubs import Scene, run_in, walk
+from tests.helpers.hubs import Scene, lone_expert, run_in, walk
 from tests.helpers.minihub import Hub
 from tests.helpers.tiers import only, slow
 
@@ -25,15 +23,8 @@ ANSWER: dict[str, Any] = {"max_length": 10, "do_sample": False, "num_beams": 1}
 
 @pytest.mark.parametrize("kind", only(FAST, FORMS))
 def test_a_lone_expert_is_reproduced(kind: str, hub: Hub) -> None:
-    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
-    options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
-    found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=40")
-    models, model, _ = steps.open_models(found.job)
-    far = found.features(model)
-    names = models.source.names
-    copy_into(model, {name: models.source.expert("first", name) for name in names})
-    wanted = found.features(model)
-    error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
+    far, found, wanted = lone_expert(hub(kind), "guidance.readout_weight=1", "calib.samples=40")
+    error = (found - wanted).square().sum() / (far - wanted).square().sum()
     assert error < 0.05
 
 

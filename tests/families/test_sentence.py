@@ -23,10 +23,9 @@ from epmq_cli.families.family import Family, load_model
 from epmq_cli.families.structure import pooled
 from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.merge.suite_models import SuiteModels
-from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.reload import ready
-from tests.helpers.hubs import config, run_in, walk
+from tests.helpers.hubs import config, lone_expert, run_in
 from tests.helpers.sentences import PROMPTS, sentence_hub, write, write_sentences
 from tests.helpers.tiers import first
 
@@ -125,15 +124,9 @@ def test_embeddings_are_those_of_the_transformer_and_the_layers_behind_it(kind: 
 
 @pytest.mark.parametrize("kind", first(1, KINDS))
 def test_a_lone_expert_is_reproduced(kind: str, hub: Any) -> None:
-    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
-    options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
-    found = walk(hub(kind), *options, "quant=none", "merge=none", "calib.samples=60")
-    models, model, _ = steps.open_models(found.job)
-    far = found.features(model)
-    guide.copy_into(model, {name: models.source.expert("first", name) for name in models.source.names})
-    wanted = found.features(model)
+    far, found, wanted = lone_expert(hub(kind), "guidance.readout_weight=1", "calib.samples=60")
     assert len(wanted) > 40  # both texts of each pair
-    error = (found.features(found.student) - wanted).square().sum() / (far - wanted).square().sum()
+    error = (found - wanted).square().sum() / (far - wanted).square().sum()
     assert error < 0.05
 
 

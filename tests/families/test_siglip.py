@@ -18,11 +18,10 @@ from epmq_cli.errors import ModelError
 from epmq_cli.families.family import load_model
 from epmq_cli.merge.suite_models import SuiteModels
 from epmq_cli.models.weights import copy_into
-from epmq_cli.pipeline import calibration as guide
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.job import make_job
 from tests.conftest import CLASSES, TASKS, drifted, write_pictures, write_suite
-from tests.helpers.hubs import config, run_in, walk
+from tests.helpers.hubs import config, lone_expert, run_in
 from tests.helpers.minihub import IDS, SIZE, tokenizer
 
 LENGTH = 10  # tokens that the text tower reads
@@ -74,14 +73,8 @@ def test_classes_are_ranked_as_by_the_whole_model(hub: Path) -> None:
 
 
 def test_a_lone_expert_is_reproduced(hub: Path) -> None:
-    """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
-    options = ["~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "guidance.readout_weight=1"]
-    found = walk(hub, *options, "quant=none", "merge=none", "calib.samples=30")
-    models, model, _ = steps.open_models(found.job)
-    far = found.features(model)
-    guide.copy_into(model, {name: models.source.expert("first", name) for name in models.source.names})
-    wanted = found.features(model)
-    assert (found.features(found.student) - wanted).square().sum() < 1e-4 * (far - wanted).square().sum()
+    far, found, wanted = lone_expert(hub, "guidance.readout_weight=1", "calib.samples=30")
+    assert (found - wanted).square().sum() < 1e-4 * (far - wanted).square().sum()
 
 
 def test_a_checkpoint_reloads_in_plain_transformers_with_equal_outputs(hub: Path, tmp_path: Path) -> None:

@@ -122,6 +122,19 @@ def walk(hub: Path, *overrides: str) -> Walk:
     return Walk(job, model, calibrated.walk, taught.batches)
 
 
+LONE = ("~suite.tasks.second", "guidance=feature", "guidance.lam=0.0000001", "quant=none", "merge=none")
+
+
+def lone_expert(hub: Path, *options: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The features of base, student and expert (rows, width) with one task, no anchor and no quantizer: the student
+    starts from another model and ends as the expert."""
+    found = walk(hub, *LONE, *options)
+    models, model, _ = steps.open_models(found.job)
+    far = found.features(model)
+    copy_into(model, {name: models.source.expert("first", name) for name in models.source.names})
+    return far, found.features(found.student), found.features(model)
+
+
 class Scene:
     """A job with the base model and the batches of a task, completed by its expert."""
 
