@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from epmq_cli.calibrate.quadratic import QuadraticProblem
+from epmq_cli.runtime.products import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ class Step:
         return target if self.share == 1 else self.merged + self.share * (target - self.merged)
 
 
+@fast_products()
 def best_step(fitted: QuadraticProblem, held: QuadraticProblem, merged: Tensor) -> Step:
     """The step of least J on the held-out tokens; the whole way if they see no difference. Biases are the best ones.
 
@@ -35,7 +37,8 @@ def best_step(fitted: QuadraticProblem, held: QuadraticProblem, merged: Tensor) 
     """
     merged = merged.double()
     start, way = merged - held.anchor.weight.double(), fitted.solve()[0] - merged
-    curved = way @ held.H
+    dtype = held.anchor.weight.dtype  # that of large products
+    curved = (way.to(dtype) @ held.H.to(dtype)).double()
     curvature = float((curved * way).sum())
     slope = float((way * held.S).sum() - (curved * start).sum())
     return Step(merged, min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 1.0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmq_cli.calibrate.sharing import ALONE, Sharing
+from epmq_cli.runtime.products import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +41,12 @@ class Products:
     def __init__(self, sharing: Sharing) -> None:
         self._total, self._sharing = torch.zeros((), dtype=torch.float64), sharing
 
+    @fast_products()
     def add(self, a: Tensor, b: Tensor) -> None:
         """Adds a batch."""
         self._sum_for(a, b).add_(a.T @ b)
 
+    @fast_products()
     def add_square(self, a: Tensor) -> None:
         """Adds a batch with b = a; half the work, because only the lower triangle is computed."""
         total = self._sum_for(a, a)
@@ -109,6 +112,7 @@ class Measure:
         self._add_part(self._add_inputs(rows, weights), drift, weights)
         self._dd.add_square(drift if weights is None else drift * weights[:, None].sqrt())
 
+    @fast_products()
     def moments(self, factor: Tensor | None = None) -> Moments:
         """The sums over the rows of all processes; call it once.
 

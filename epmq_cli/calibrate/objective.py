@@ -28,6 +28,7 @@ import torch
 from epmq_cli.calibrate.moments import Moments
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
 from epmq_cli.calibrate.sharing import ALONE, Sharing
+from epmq_cli.runtime.products import fast_products
 
 
 class Objective:
@@ -56,6 +57,7 @@ class Objective:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
+    @fast_products()
     def add(self, moments: Moments, expert: Affine, s: float) -> None:
         """Adds a task with weight s_t: its moments, and the expert."""
         self._H.add_(moments.xx, alpha=s)

@@ -15,6 +15,7 @@ from epmq_cli.quantize.formats.format import DenseWeight, Grid, QuantizedWeight
 from epmq_cli.quantize.quantizer import LayerProblem, Prepared, QuantizationResult, Quantizer, nothing
 from epmq_cli.quantize.rtn import Rtn
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.products import fast_products
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class LayerRecord:
     step: float | None = None
 
 
+@fast_products()
 def solve(
     problem: QuadraticProblem,
     names: Sequence[str],

@@ -18,6 +18,7 @@ from epmq_cli.calibrate.solve_layer import InputRange
 from epmq_cli.calibrate.student import Student
 from epmq_cli.errors import ModelError
 from epmq_cli.runtime import distributed
+from epmq_cli.runtime.products import fast_products
 
 
 def measure_objective(
@@ -90,6 +91,7 @@ def _drift(rows: LayerInputs, guidance: Guidance) -> Tensor:
     return drift
 
 
+@fast_products()
 def _part(rows: LayerInputs, expert: Tensor, scale: float | None, guidance: Guidance) -> Tensor | None:
     """The part of the targets (tokens, out) that is not a linear function of the student's inputs."""
     if not guidance.teaches:

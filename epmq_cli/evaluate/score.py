@@ -30,6 +30,7 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Decode, Head, Predict
 from epmq_cli.families.tasks.embedding import Embedding
 from epmq_cli.families.tasks.language_model import LanguageModel
+from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.runtime import distributed
 from epmq_cli.runtime.progress import bar
 
@@ -208,7 +209,8 @@ class Scorer:
 
         def computed(task: ScoredTask) -> Score:
             before(task)
-            return self.score(model, task, advance)
+            with fast_linears(model):
+                return self.score(model, task, advance)
 
         with bar(f"score {stage}", sum(task.steps for task in tasks)) as advance:
             return {stage: {task.name: score_cache(task, partial(computed, task)) for task in tasks}}

@@ -23,6 +23,7 @@ from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
 from epmq_cli.refine.distill import Distill
 from epmq_cli.runtime.memory import status
+from epmq_cli.runtime.products import exact_products
 
 SOLVED = 32
 """Bytes for each weight of a group while it is solved: S, X'P and the target in float64, the anchor and the expert."""
@@ -37,6 +38,7 @@ def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
     _import_kernels(job)
     work = work_of(plan, job, model)
     rows = work.tokens // max(work.batches, 1)
+    exact_products(job.device)
     speed = measured_throughput(work.widest, rows, job.device)
     seconds = {name: speed.seconds(operations) for name, operations in work.stages.items()}
     seconds["read"] += spent

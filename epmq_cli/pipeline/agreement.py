@@ -17,6 +17,7 @@ from epmq_cli.data.sampling import batches
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.source import MergeSource
+from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.output_divergence import TOP
@@ -102,7 +103,8 @@ def _outputs_of(context: RunContext, expert: nn.Module, task: ScoredTask) -> Ite
 def _logits(context: RunContext, model: nn.Module, batch: Batch, task: ScoredTask) -> Tensor:
     """The logits (rows, classes) of a batch, some samples at a time."""
     family = context.job.family
-    return context.scorer.micro.rows(lambda part: outputs(family, model, part, task.head).logits, batch)
+    with fast_linears(model):
+        return context.scorer.micro.rows(lambda part: outputs(family, model, part, task.head).logits, batch)
 
 
 def _batches(context: RunContext, task: ScoredTask) -> Iterator[Batch]:

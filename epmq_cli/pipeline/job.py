@@ -40,6 +40,7 @@ from epmq_cli.refine.blocks import Blocks
 from epmq_cli.refine.both import Both
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
+from epmq_cli.runtime.products import exact_products
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,6 @@ class Job:
         return instantiate.device_of(self.device_name)
 
 
-def exact() -> None:
-    """Turns TF32 off for convolutions on a GPU. Torch turns it off for matrix products by default."""
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def make_job(cfg: DictConfig) -> Job:
     """Builds the job of a complete config. Raises ConfigError before any model is opened."""
     job = read_job(cfg)
@@ -85,8 +81,7 @@ def make_job(cfg: DictConfig) -> Job:
 
 def check_device(job: Job) -> None:
     """Prepares the device. Raises ConfigError if the machine does not have it."""
-    exact()
-    _ = job.device
+    exact_products(job.device)
 
 
 def read_job(cfg: DictConfig) -> Job:

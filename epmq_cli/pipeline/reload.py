@@ -23,12 +23,12 @@ from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.pipeline import steps as steps
-from epmq_cli.pipeline.job import exact
 from epmq_cli.pipeline.option_checks import check_scoring
 from epmq_cli.pipeline.preflight import check_lengths
 from epmq_cli.pipeline.scored_tasks import EvaluationData
 from epmq_cli.pipeline.task_processors import saved_processors
 from epmq_cli.runtime.paths import read_regular
+from epmq_cli.runtime.products import exact_products
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def ready(
 ) -> tuple[Family, nn.Module, list[ScoredTask]]:
     """The family, the model and the tasks of a checkpoint, ready to be scored. With `eval.server`, an empty module
     stands for the model."""
-    exact()
+    exact_products(device)
     ModelFolder(checkpoint, "checkpoint")  # rejects links and paths that leave the folder, which transformers follows
     check_described(checkpoint)
     family = suite_family(suite, checkpoint)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from epmq_cli.models.fast_linears import FastLinear, fast_linears
 from epmq_cli.models.routed_experts import routers, shared_factors
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 ROWS = 64  # the minimum; with two threads, 12 suffice
 
 
-class _PaddedLinear(nn.Linear):
-    """A linear that pads its input to at least `ROWS` rows."""
+class _PaddedLinear(FastLinear):
+    """A fast linear that pads its input to at least `ROWS` rows."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the outputs of the real rows."""
@@ -57,18 +58,14 @@ def _padded(cls: type[nn.Module]) -> type[nn.Module]:
 @contextmanager
 def batch_invariant(model: nn.Module) -> Iterator[None]:
     """Inside the context, the outputs of the model's linears and routers do not depend on the batch size."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
     routing = [(module, type(module)) for _, module in routers(model)]
-    for linear in linears:
-        linear.__class__ = _PaddedLinear
-    for factor in shared_factors(model):
-        factor.__class__ = _SharedFactor
     for router, cls in routing:
         router.__class__ = _padded(cls)
     try:
-        yield
+        with fast_linears(model, _PaddedLinear):
+            for factor in shared_factors(model):
+                factor.__class__ = _SharedFactor
+            yield
     finally:
-        for linear in linears:
-            linear.__class__ = nn.Linear
         for router, cls in routing:
             router.__class__ = cls

@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 from epmq_cli.calibrate.activations.batch_invariant import ROWS, batch_invariant
+from epmq_cli.runtime import products
 
 COUNTS = (1, 2, 3, 5, 11, 12, ROWS - 1, ROWS, ROWS + 1)
 
 
 @pytest.mark.parametrize(("width", "out"), [(32, 64), (64, 32), (128, 384), (768, 96)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_row_does_not_depend_on_the_batch_size(width: int, out: int, bias: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # "cuda" chooses torch's own library for products on the CPU
+def test_a_row_does_not_depend_on_the_batch_size(
+    width: int, out: int, bias: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_devices", {device})
     torch.manual_seed(0)
     linear, rows = nn.Linear(width, out, bias=bias), torch.randn(1000, width)
     with torch.inference_mode(), batch_invariant(linear):
