@@ -156,6 +156,7 @@ bench-quality: install ## what each part of feature guidance adds, for every sui
 
 bench-speed: install ## time and memory: all tables of "Speed" and "4-bit inference"; DEVICE=cuda PROCESSES=1 for one GPU
 	$(BIN)/python benchmarks/precision.py --device $(DEVICE)
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/merging.py
 	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 2 4 8 20 --samples 64
 	$(BIN)/python benchmarks/pipeline.py --device $(DEVICE) --experts 2 --samples 64 128 256 512

@@ -17,6 +17,7 @@ from epmq_cli.data.views import view
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
@@ -160,7 +161,7 @@ class Distill:
     def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
         """The outputs of a model, some samples at a time."""
         top, blocks = self.top if family.vocabulary else None, self.blocks(model, family)
-        with torch.no_grad():
+        with torch.no_grad(), fast_linears(model):
             found = [
                 SoftLabels.of(outputs(family, model, part, head, blocks), self.temperature, top)
                 for part in split(batch, samples)

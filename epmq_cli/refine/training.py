@@ -21,6 +21,7 @@ from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.data.views import view
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
+from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.models.weights import copy_into
 from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.muon import Muon
@@ -180,7 +181,7 @@ class Training:
             return torch.cat([torch.stack([part.losses, part.agreements], 1).double() for part in parts])
 
         found = {}
-        with torch.no_grad():
+        with torch.no_grad(), fast_linears(self.student.model):
             for task, examples in self.student.held.items():
                 every = [part.view(0) for batch in examples for part in batch]
                 own = [self.student.micro.run(partial(rows, task, *example)).cpu() for example in every]
@@ -197,7 +198,7 @@ class Training:
                 continue
             weight, example = self.student.weights[task] / sum(self.student.weights.values()), self.fitted[task][number]
             batch, labels = example.view(epoch % len(example.labels))
-            with trained(self.own.values()), self._checkpointed():
+            with trained(self.own.values()), fast_linears(self.student.model), self._checkpointed():
                 found = self.student.micro.run(partial(self._gradients, task, batch, labels), count=size(batch))
             for name, gradient in found.items():
                 total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)

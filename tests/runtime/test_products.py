@@ -44,6 +44,27 @@ def test_products_are_exact_in_float32(rows: int, width: int) -> None:
     assert relative(found, a.double() @ linear.weight.detach().double().T + linear.bias.detach().double()) < 1e-5
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_a_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, rows = nn.Linear(40, 24, bias=bias), torch.randn(3, 7, 40, requires_grad=True)
+    leaves = [rows, *linear.parameters()]
+    expected = torch.autograd.grad(linear(rows).square().sum(), leaves)
+    with fast_linears(linear):
+        loss = linear(rows).square().sum()
+    for own, other in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_linear_in_autocast_computes_in_its_type() -> None:
+    linear = nn.Linear(8, 4)
+    with fast_linears(linear), torch.autocast("cpu", torch.bfloat16):
+        output = linear(torch.ones(2, 8))
+    assert output.dtype is torch.bfloat16
+    output.float().sum().backward()
+    assert linear.weight.grad is not None
+
+
 def test_torchs_precision_is_restored_after_an_error() -> None:
     with pytest.raises(ValueError, match="inside"), fast_products():
         assert torch.get_float32_matmul_precision() in ("highest", "medium")
