@@ -8,7 +8,7 @@ value for any rho, so rows that no calibration sample looks up stay as merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from epmq_cli.calibrate.activations.hidden_state import calls
 from epmq_cli.calibrate.moments import Measure, task_weight
 from epmq_cli.calibrate.objective import Objective
 from epmq_cli.calibrate.quadratic import Affine
+from epmq_cli.calibrate.row_pieces import row_pieces
 from epmq_cli.calibrate.student import Student
 from epmq_cli.data.batching import Batch
 from epmq_cli.families.structure import Mask, Patches, Stack, Table
@@ -38,7 +39,7 @@ def solve_stem(
             solve_table(student, parts, part, stack.mask)
 
 
-def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
+def solved_table(anchor: Tensor, experts: Iterable[Tensor], counts: Sequence[Tensor], lam: float) -> Tensor:
     """The rows (rows, width) closest to the experts' in the mean over look-ups; without look-ups the anchor's.
 
     `counts` (rows,): look-ups of each task, scaled by its weight.
@@ -46,8 +47,12 @@ def solved_table(anchor: Tensor, experts: Sequence[Tensor], counts: Sequence[Ten
     total = sum(counts, torch.zeros_like(counts[0])) + lam
     moved = torch.zeros_like(anchor, dtype=torch.float64)
     for expert, count in zip(experts, counts, strict=True):
-        moved += count[:, None] * (expert.double() - anchor.double())
-    return anchor.double() + torch.where(total > 0, 1 / total.clamp(min=1e-300), 0.0)[:, None] * moved
+        for rows in row_pieces(slice(0, len(anchor)), anchor.shape[1]):
+            moved[rows] += count[rows, None] * (expert[rows].double() - anchor[rows].double())
+    share = torch.where(total > 0, 1 / total.clamp(min=1e-300), 0.0)[:, None]
+    for rows in row_pieces(slice(0, len(anchor)), anchor.shape[1]):
+        moved[rows] = anchor[rows].double() + share[rows] * moved[rows]
+    return moved
 
 
 def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table: Table, real: Mask) -> None:
@@ -56,7 +61,7 @@ def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table:
     anchor = student.own(name)
     counts = [_lookups(student, group, table, len(anchor), real) for group in batches.values()]
     counts = [student.guidance.factor(task) * c / c.sum() for task, c in zip(batches, counts, strict=True)]
-    experts = [student.expert(task, name) for task in batches]
+    experts = (student.expert(task, name) for task in batches)  # one after the other: tables are large
     lam = float(student.guidance.lam) / len(anchor)
     student.put({name: solved_table(anchor, experts, counts, lam)})
 
@@ -68,7 +73,7 @@ def _lookups(student: Student, batches: Sequence[Batch], table: Table, rows: int
         args, options = calls([module], lambda batch=batch: student.family.features(student.model, batch))[0]  # type: ignore[misc]
         ids = _numbers(module, rows, args, options) if table.numbered else args[0]
         mask = real(batch)
-        ids = ids if mask is None else ids.expand(mask.shape)[mask]
+        ids = ids if mask is None else ids.expand(mask.shape)[mask.to(ids.device)]
         counts = torch.bincount(ids.flatten(), minlength=rows).double()
         total = counts if total is None else total + counts
     assert total is not None

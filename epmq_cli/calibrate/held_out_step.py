@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from epmq_cli.calibrate.quadratic import QuadraticProblem
+from epmq_cli.calibrate.row_pieces import row_pieces
 from epmq_cli.runtime.products import fast_products
 
 if TYPE_CHECKING:
@@ -26,19 +27,24 @@ class Step:
 
     def towards(self, target: Tensor) -> Tensor:
         """The weights (out, in) after the step."""
-        return target if self.share == 1 else self.merged + self.share * (target - self.merged)
+        if self.share == 1:
+            return target
+        merged = self.merged.double()
+        return target.sub(merged).mul_(self.share).add_(merged)
 
 
 @fast_products()
-def best_step(fitted: QuadraticProblem, held: QuadraticProblem, merged: Tensor) -> Step:
+def best_step(solution: Tensor, held: QuadraticProblem, merged: Tensor) -> Step:
     """The step of least J on the held-out tokens; the whole way if they see no difference. Biases are the best ones.
 
-    `fitted`: the problem of the other tokens; `held`: that of the held-out ones, with lam 0.
+    `solution` (out, in): W* of the other tokens; `held`: the problem of the held-out ones, with lam 0.
     """
-    merged = merged.double()
-    start, way = merged - held.anchor.weight.double(), fitted.solve()[0] - merged
     dtype = held.anchor.weight.dtype  # that of large products
-    curved = (way.to(dtype) @ held.H.to(dtype)).double()
-    curvature = float((curved * way).sum())
-    slope = float((way * held.S).sum() - (curved * start).sum())
+    H, curvature, slope = held.H.to(dtype), 0.0, 0.0
+    for rows in row_pieces(slice(0, len(merged)), merged.shape[1]):
+        own = merged[rows].double()
+        start, way = own - held.anchor.weight[rows].double(), solution[rows] - own
+        curved = (way.to(dtype) @ H).double()
+        curvature += float((curved * way).sum())
+        slope += float((way * held.S[rows]).sum() - (curved * start).sum())
     return Step(merged, min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 1.0)

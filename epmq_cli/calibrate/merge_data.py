@@ -17,7 +17,7 @@ from epmq_cli.calibrate.activations.batch_invariant import batch_invariant
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.calibrate.input_sums import InputSums, merged_groups
 from epmq_cli.calibrate.section_walk import SectionWalk
-from epmq_cli.data.batching import Batch, Batches, size, split
+from epmq_cli.data.batching import Batch, Batches, device_of, size, split
 from epmq_cli.data.held_out import Subset, members
 from epmq_cli.data.microbatch import MicroBatcher
 from epmq_cli.families.family import Family
@@ -53,8 +53,8 @@ class ExpertMeasurements:
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
-        return next(self.model.parameters()).device
+        """The device that the model computes on."""
+        return device_of(self.batches)
 
     def expert(self, task: str) -> nn.Module:
         """The model with the weights of a task's expert; valid until the next call."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from epmq_cli.calibrate.row_pieces import row_pieces
 from epmq_cli.calibrate.sharing import ALONE, Sharing
 from epmq_cli.runtime.products import fast_products
 
@@ -122,13 +123,21 @@ class Measure:
         xx, xp = self._xx.square_rows(), self._xp.rows()
         p, pp = shared.all_reduce(self._p), shared.all_reduce(self._pp)
         if factor is not None:
-            own, W = shared.row_range(factor.shape[1]), factor
-            drift, xp = self._dd.square_rows().to(W.dtype), (xp.to(W.dtype) @ W.T).double()
-            p = (W @ p.to(W.dtype)).double()
-            pp = shared.all_reduce(((W @ drift.T) * W[:, own]).sum(1).double())
-        norm = frobenius(xx, shared)
+            xp, pp = self._of_part(xp, self._dd.square_rows().to(factor.dtype), factor)
+            p = (factor @ p.to(factor.dtype)).double()
+        norm = frobenius(shared, xx)
         tokens = float(shared.all_reduce(torch.tensor(self.tokens, dtype=torch.float64)))
         return Moments(xx, norm, shared.all_reduce(self._x), tokens, xp, p, pp)
+
+    def _of_part(self, xd: Tensor, dd: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """`xp` and `pp` of the part, from the sums x d' and d d' over drifts d."""
+        own, xd = self._sharing.row_range(factor.shape[1]), xd.to(factor.dtype)
+        xp, pp = xd.new_empty(len(xd), len(factor), dtype=torch.float64), []
+        for rows in row_pieces(slice(0, len(factor)), factor.shape[1]):
+            W = factor[rows]
+            xp[:, rows] = xd @ W.T
+            pp.append(((W @ dd.T) * W[:, own]).sum(1).double())
+        return xp, self._sharing.all_reduce(torch.cat(pp))
 
     def _add_inputs(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Adds to the sums of x alone; returns each row times its weight."""
@@ -143,9 +152,14 @@ class Measure:
         self._p = self._p + (part.sum(0) if weights is None else weights @ part).double()
 
 
-def frobenius(xx: Tensor, sharing: Sharing = ALONE) -> float:
-    """||sum w x x'||_F from this process's rows of the sum."""
-    return float(sharing.all_gather_rows(torch.linalg.vector_norm(xx, dim=1), xx.shape[1]).norm())
+def frobenius(sharing: Sharing, *parts: Tensor) -> float:
+    """||sum w x x'||_F from this process's rows of the sum, or of sums over parts of the tokens."""
+    first, *others = parts
+    norms = [
+        torch.linalg.vector_norm(sum((part[rows] for part in others), first[rows]), dim=1)
+        for rows in row_pieces(slice(0, len(first)), first.shape[1])
+    ]
+    return float(sharing.all_gather_rows(torch.cat(norms), first.shape[1]).norm())
 
 
 def task_weight(norm: float, tokens: float, kind: str) -> float:

@@ -15,7 +15,8 @@ sum of the weights, the best intercept of any Q is d = (u - D h) / (N + lam), wh
 
 and J(Q) = tr (Q - W*) H (Q - W*)' + const, which GPTQ minimises, given W* and H. Without intercepts h = 0.
 
-Processes can split the work: each accumulates its own rows of H, columns of S and part of the vectors.
+Processes can split the work: each accumulates its own rows of H, columns of S and part of the vectors. Nothing of the
+size of a weight is computed beside H and S but a piece of its rows.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import copy
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from epmq_cli.calibrate.moments import Moments
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
+from epmq_cli.calibrate.row_pieces import row_pieces
 from epmq_cli.calibrate.sharing import ALONE, Sharing
 from epmq_cli.runtime.products import fast_products
 
@@ -35,17 +38,26 @@ class Objective:
     """J of a linear, or of several stacked ones that read the same input, accumulated task by task in float64.
 
     `anchor`: in the type of large products. `intercepts`: whether the biases are free, if the anchor has them.
-    `sharing`: splits the sums over processes; moments must use the same one.
+    `sharing`: splits the sums over processes; moments must use the same one. `waiting`: where H is while nothing is
+    added to it, such as the CPU if the anchor is on a GPU without space for it; None for the anchor's device.
     """
 
-    def __init__(self, anchor: Affine, lam: float, intercepts: bool, sharing: Sharing = ALONE) -> None:
+    def __init__(
+        self,
+        anchor: Affine,
+        lam: float,
+        intercepts: bool,
+        sharing: Sharing = ALONE,
+        waiting: torch.device | None = None,
+    ) -> None:
         out, width = anchor.weight.shape
         self._anchor, self._sharing = anchor, sharing
         self._rows, self._columns = sharing.row_range(out), sharing.row_range(width)
         self._intercepts, self._lam, self._N = intercepts and anchor.bias is not None, lam, lam
         zeros = partial(torch.zeros, dtype=torch.float64, device=anchor.weight.device)
         columns = len(range(width)[self._columns])
-        self._H, self._S, self._h = zeros((columns, width)), zeros((out, columns)), zeros((width,))
+        self._S, self._h = zeros((out, columns)), zeros((width,))
+        self._H = torch.zeros(columns, width, dtype=torch.float64, device=waiting or anchor.weight.device)
         self._H[:, self._columns].fill_diagonal_(lam)
         self._u, self._constant, self._beyond = zeros((out,)), zeros((out,)), zeros((out,))
 
@@ -60,31 +72,32 @@ class Objective:
     @fast_products()
     def add(self, moments: Moments, expert: Affine, s: float) -> None:
         """Adds a task with weight s_t: its moments, and the expert."""
-        self._H.add_(moments.xx, alpha=s)
+        _add(self._H, moments.xx, s)
         self._h.add_(moments.x, alpha=s)
         self._N += s * moments.tokens
-        own, delta = self._rows, expert.weight - self._anchor.weight
-        shift = torch.zeros_like(self._u)
+        own, shift, (out, width) = self._rows, torch.zeros_like(self._u), expert.weight.shape
         if self._intercepts and expert.bias is not None and self._anchor.bias is not None:
             shift = expert.bias.double() - self._anchor.bias.double()
             self._S.addr_(shift, moments.x[self._columns], alpha=s)
-        sums = delta[own].double() @ moments.x
+        sums = torch.cat([self._delta(expert, rows).double() @ moments.x for rows in row_pieces(own, width)])
         part, squares = (moments.p, moments.pp) if not moments.p.ndim else (moments.p[own], moments.pp[own])
         self._u[own] += s * (sums + shift[own] * moments.tokens + part)
         self._constant[own] += s * (squares + shift[own] * (moments.tokens * shift[own] + 2 * (sums + part)))
-        px = moments.xp.T if moments.xp.ndim else moments.xp
-        self._S.add_(px, alpha=s)
-        if delta.any():
-            pushed = (delta @ moments.xx.to(delta.dtype).T).double()
-            self._S.add_(pushed, alpha=s)
-            before, after, moved = (W[:, self._columns] for W in (self._anchor.weight, expert.weight, delta))
-            self._constant.add_(((pushed + 2 * px) * moved).sum(1), alpha=s)
-            self._beyond.add_((pushed * (before + after)).sum(1), alpha=s)
+        for rows in row_pieces(slice(0, out), width):
+            px = moments.xp.T[rows] if moments.xp.ndim else moments.xp
+            self._S[rows].add_(px, alpha=s)
+            delta = self._delta(expert, rows)
+            if delta.any():
+                pushed = _pushed(delta, moments.xx)
+                self._S[rows].add_(pushed, alpha=s)
+                before, after = (W[rows, self._columns] for W in (self._anchor.weight, expert.weight))
+                self._constant[rows].add_(((pushed + 2 * px) * delta[:, self._columns]).sum(1), alpha=s)
+                self._beyond[rows].add_((pushed * (before + after)).sum(1), alpha=s)
 
     def closed(self) -> QuadraticProblem:
         """The problem over the tasks and rows of all processes; call it once, at the end."""
         shared, width = self._sharing, len(self._h)
-        H = shared.all_gather_rows(self._H, width)
+        H = shared.all_gather_rows(self._H.to(self._anchor.weight.device), width)
         S = self._S if shared.world_size() == 1 else shared.all_gather_rows(self._S.T.contiguous(), width).T
         u, constant, beyond = (shared.all_reduce(sums) for sums in (self._u, self._constant, self._beyond))
         per_token = 1 / self._N if self._intercepts and self._N > 0 else 0.0
@@ -104,3 +117,23 @@ class Objective:
             beyond=beyond,
             rows=self._rows,
         )
+
+    def _delta(self, expert: Affine, rows: slice) -> Tensor:
+        """These rows of W_t - A."""
+        delta: Tensor = expert.weight[rows] - self._anchor.weight[rows]
+        return delta
+
+
+def _add(total: Tensor, part: Tensor, s: float) -> None:
+    """Adds s times the part to the total, with the operations of the part's device wherever the total is."""
+    if total.device == part.device:
+        total.add_(part, alpha=s)
+        return
+    for rows in row_pieces(slice(0, len(total)), total.shape[1]):
+        total[rows] = total[rows].to(part.device).add_(part[rows], alpha=s)
+
+
+def _pushed(delta: Tensor, xx: Tensor) -> Tensor:
+    """delta X'X in float64; the products are computed in the type of delta."""
+    products = [(delta @ xx[rows].to(delta.dtype).T).double() for rows in row_pieces(slice(0, len(xx)), xx.shape[1])]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)

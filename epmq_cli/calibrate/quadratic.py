@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from epmq_cli.calibrate.row_pieces import row_pieces
 from epmq_cli.calibrate.sharing import ALONE, Sharing
-from epmq_cli.quantize.linalg import condition, damped_cholesky
+from epmq_cli.quantize.linalg import cholesky_solve, condition, damped_cholesky
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,13 +68,14 @@ class QuadraticProblem:
 
         Columns whose input is always zero keep the anchor's value.
         """
-        anchor, dead = self.anchor.weight.double(), self.H.diagonal() == 0
+        weight, dead = self.anchor.weight.to(torch.float64, copy=True), self.H.diagonal() == 0
         if not self.S.any():
-            return anchor, SolveInfo(0.0, 0, None)
-        factor = damped_cholesky(self.H + torch.diag(dead.to(self.H.dtype)) if dead.any() else self.H, 0.0)
+            return weight, SolveInfo(0.0, 0, None)
+        factor = damped_cholesky(self.H, 0.0, ridge=dead.to(self.H.dtype) if dead.any() else None)
         if factor is None:
-            return anchor, None
-        weight = anchor + torch.cholesky_solve(self.S.T, factor.lower).T
+            return weight, None
+        for rows in row_pieces(slice(0, len(weight)), weight.shape[1]):
+            weight[rows] += cholesky_solve(factor.lower, self.S[rows].contiguous().T).T
         return weight, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
 
     def solution(self, sharing: Sharing = ALONE) -> Affine:
@@ -90,7 +91,9 @@ class QuadraticProblem:
         """
         if not self.intercepts or self.anchor.bias is None:
             return None
-        moved = self.u[self.rows] - (weight.double() - self._own) @ self.h
+        moved = self.u[self.rows] - self._by_pieces(
+            lambda rows: (self._own(weight, rows).double() - self.anchor.weight[rows].double()) @ self.h
+        )
         return self.anchor.bias[self.rows].double() + self.per_token * moved
 
     def anchor_loss(self) -> Tensor:
@@ -103,12 +106,17 @@ class QuadraticProblem:
         Computed as J(W*) + tr (Q - W*) H (Q - W*)', so that a small loss is not a difference of large numbers; D H in
         J(W*) comes from the equations that W* solves.
         """
-        best, S = target[self.rows], self.S[self.rows]
-        delta, error = best - self._own, weight.double() - best
         damping = 0.0 if solved is None else solved.damping * float(self.H.diagonal().mean())
-        slope = -2 * (S if solved is None else damping * delta)  # of J at W*, as D (H + damping) = S
-        loss = self.constant[self.rows] - (delta * (S - slope / 2)).sum(1) + (error * slope).sum(1)
-        return self._at_best_bias(loss + self._energy_of(error))
+        H = self.H.to(self.anchor.weight.dtype)
+
+        def of_rows(rows: slice) -> Tensor:
+            best, S = target[rows], self.S[rows]
+            delta, error = best - self.anchor.weight[rows].double(), self._own(weight, rows).double() - best
+            slope = -2 * (S if solved is None else damping * delta)  # of J at W*, as D (H + damping) = S
+            loss = self.constant[rows] - (delta * (S - slope / 2)).sum(1) + (error * slope).sum(1)
+            return loss + _energy(error, H)
+
+        return self._at_best_bias(self._by_pieces(of_rows))
 
     def energy(self) -> Tensor:
         """sum_t s_t || X_t W_t' ||^2 by row (rows,).
@@ -116,21 +124,31 @@ class QuadraticProblem:
         With W W' = A A' + (W - A)(W + A)' in the product with X'X, A A' takes one product for all tasks together, and
         `beyond` reuses the products of the sums.
         """
-        centred = self.per_token * (self._own @ self.h).square()
-        own = self._energy_of(self._own) + centred - self.lam * self._own.square().sum(1)
-        return self.beyond[self.rows] + own
+        H = self.H.to(self.anchor.weight.dtype)
 
-    @cached_property
-    def _own(self) -> Tensor:
-        """This process's rows of the anchor, in float64."""
-        return self.anchor.weight[self.rows].double()
+        def of_rows(rows: slice) -> Tensor:
+            own = self.anchor.weight[rows].double()
+            centred = self.per_token * (own @ self.h).square()
+            return self.beyond[rows] + (_energy(own, H) + centred - self.lam * own.square().sum(1))
+
+        return self._by_pieces(of_rows)
+
+    def _by_pieces(self, compute: Callable[[slice], Tensor]) -> Tensor:
+        """The results for this process's rows (rows,), computed for pieces of them."""
+        return torch.cat([compute(rows) for rows in row_pieces(self.rows, self.anchor.weight.shape[1])])
+
+    def _own(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows of a weight that holds this process's rows alone."""
+        first = self.rows.start or 0
+        return weight[rows.start - first : rows.stop - first]
 
     def _at_best_bias(self, loss: Tensor) -> Tensor:
         return loss - self.per_token * self.u[self.rows].square()
 
-    def _energy_of(self, weight: Tensor) -> Tensor:
-        """w H w' of each row w, in the anchor's type."""
-        if not weight.any():
-            return torch.zeros_like(weight[:, 0])
-        W = weight.to(self.anchor.weight.dtype)
-        return ((W @ self.H.to(W.dtype)) * W).sum(1).double()
+
+def _energy(weight: Tensor, H: Tensor) -> Tensor:
+    """w H w' of each row w, in the type of H."""
+    if not weight.any():
+        return torch.zeros_like(weight[:, 0])
+    W = weight.to(H.dtype)
+    return ((W @ H) * W).sum(1).double()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Student:
     """`model`: its tensors are replaced one after the other. `dtype`: the type in which the checkpoint stores them.
+    `waiting`: where large sums are while nothing is added to them; None for the device that they are computed on.
 
     `dataclasses.replace` gives a student of the same model that has no changes and no folded scales.
     """
@@ -31,6 +32,7 @@ class Student:
     reference: ReferenceWeights
     guidance: Guidance
     dtype: torch.dtype
+    waiting: torch.device | None = None
     _changed: set[str] = field(default_factory=set, init=False)
     _multipliers: dict[str, Tensor] = field(default_factory=dict, init=False)  # scales (in,) of linears, see `fold`
     _divisors: dict[str, Tensor] = field(default_factory=dict, init=False)  # scales (out,) of their producers

@@ -31,11 +31,11 @@ def measure_objective(
     """
     guidance, ranges, anchor = student.guidance, [], student.stacked_anchor(names)
     lams = [float(guidance.lam), 0.0] if guidance.safe else [float(guidance.lam)]
-    objectives = [Objective(anchor, lam, guidance.intercepts, distributed) for lam in lams]
+    objectives = [Objective(anchor, lam, guidance.intercepts, distributed, student.waiting) for lam in lams]
     for task, batches in tasks:
         expert = Affine.stacked([student.affine_expert(task, name) for name in names])
         parts, inputs = measured(batches, expert.weight, scale, guidance)
-        norm = parts[0].norm if len(parts) == 1 else frobenius(parts[0].xx + parts[1].xx, distributed)
+        norm = parts[0].norm if len(parts) == 1 else frobenius(distributed, *(moments.xx for moments in parts))
         if not math.isfinite(norm):
             raise ModelError(
                 f"the inputs of {names[0]} hold NaN or infinity on task {task}; check the experts and the merge"
@@ -43,14 +43,17 @@ def measure_objective(
         s = task_weight(norm, sum(moments.tokens for moments in parts), guidance.task_weight)
         for objective, moments in zip(objectives, parts, strict=True):
             objective.add(moments, expert, s * guidance.factor(task))
-        del parts, moments  # before others of their size are made
+        del parts, moments, objective, expert  # before others of their size are made
         ranges.append(inputs)
     over_all = _over_all([_over_all(own) for own in distributed.all_gather(ranges)])
     if not guidance.safe:
         return objectives[0].closed(), None, over_all
     fitted, held = objectives
-    problem, merged = fitted.plus(held).closed(), torch.cat([student.own(f"{name}.weight") for name in names])
-    return problem, best_step(fitted.closed(), held.closed(), merged), over_all
+    total, merged = fitted.plus(held), torch.cat([student.own(f"{name}.weight") for name in names])
+    solution = fitted.closed().solve()[0]
+    step = best_step(solution, held.closed(), merged)
+    del objectives, fitted, held, solution
+    return total.closed(), step, over_all
 
 
 def measured(

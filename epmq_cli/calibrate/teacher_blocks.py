@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from epmq_cli.calibrate.activations.store import ActivationStore
@@ -26,24 +26,20 @@ class TeacherBlocks:
         """Copies a task's expert into the teacher, a module like the section's. `only`: the modules to copy, by the
         section's own names; None for all."""
         own = teacher.state_dict()
-        if task not in self._kept and only is None:
-            tensors = self._read(section, own, task)
-            if self._store.hold(_bytes(tensors)):
-                self._kept[task] = tensors
-        else:
-            wanted = {name: tensor for name, tensor in own.items() if only is None or name.rpartition(".")[0] in only}
-            kept = self._kept.get(task)
-            tensors = self._read(section, wanted, task) if kept is None else {name: kept[name] for name in wanted}
-        copy_into(teacher, tensors)
+        if task not in self._kept and only is None and self._store.hold(_bytes(own)):
+            self._kept[task] = {name: tensor.to(own[name].device) for name, tensor in self._read(section, own, task)}
+        wanted = [name for name in own if only is None or name.rpartition(".")[0] in only]
+        kept = self._kept.get(task)
+        copy_into(teacher, self._read(section, wanted, task) if kept is None else {name: kept[name] for name in wanted})
 
     def release(self) -> None:
         """Drops all tensors, at the end of a section."""
         self._store.release(sum(map(_bytes, self._kept.values())))
         self._kept.clear()
 
-    def _read(self, section: Section, own: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
-        expert = self._reference.expert
-        return {name: expert(task, section.name(name)).to(tensor.device) for name, tensor in own.items()}
+    def _read(self, section: Section, names: Collection[str], task: str) -> Iterator[tuple[str, Tensor]]:
+        """The expert's tensors, one after the other."""
+        return ((name, self._reference.expert(task, section.name(name))) for name in names)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -36,7 +36,7 @@ from epmq_cli.calibrate.task_moments import measure_objective
 from epmq_cli.calibrate.teacher_blocks import TeacherBlocks
 from epmq_cli.calibrate.walk_parts import walk_parts
 from epmq_cli.calibrate.weight_sink import WeightSink
-from epmq_cli.data.batching import Batch
+from epmq_cli.data.batching import Batch, device_of
 from epmq_cli.families.structure import Linears, Norm, Section, Stack
 from epmq_cli.models.weights import swapped_weights
 from epmq_cli.quantize.kernels.select import load_kernels
@@ -89,7 +89,7 @@ class Walk:
         solves = [section is not stack.readout or self.guidance.readout for stack, section in steps]
         finished = [entry in self.progress.entries for entry, *_ in entries]
         parts = walk_parts(self.stacks, [solve and not done for solve, done in zip(solves, finished, strict=True)])
-        load_kernels(next(self.student.model.parameters()).device)  # before time is measured
+        load_kernels(device_of(self.chunks.whole))  # before time is measured
         with bar("calibrate and quantize", len(parts), parts) as self.advance:
             for (stack, section), (entry, *stem), solve in zip(steps, entries, solves, strict=True):
                 if stem:

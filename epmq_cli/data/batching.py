@@ -30,6 +30,11 @@ def size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
+def device_of(batches: Batches) -> torch.device:
+    """The device of the batches, on which models compute, wherever their weights wait."""
+    return next(tensor.device for group in batches.values() for batch in group for tensor in batch.values())
+
+
 def without(batch: Batch, names: Collection[str]) -> Batch:
     """The batch without some of its tensors."""
     return {name: tensor for name, tensor in batch.items() if name not in names}

@@ -39,8 +39,8 @@ from epmq_cli.quantize.none import NoQuantizer
 from epmq_cli.refine.soft_labels import Outputs, SoftLabels
 from epmq_cli.runtime import distributed, memory
 
-MATRICES = 6  # the most float64 matrices (in, in) in memory at once, fragmentation included
-HELD_OUT = 2  # as many more with guidance.safe: H of held-out tokens, and H of all
+MATRICES = 3  # the most float64 matrices (in, in) at once: H, its factor or inverse, and that in float32; rounded up
+HELD_OUT = 1.5  # as many more with guidance.safe, if H waits on the same device: moments and H of held-out tokens
 
 REFINED = 40  # bytes for each weight of a block: start, offset, best, target, anchor, value, gradient and its sum
 
@@ -139,7 +139,8 @@ def calibrate(
         refiner = job.blocks.refiner(job.seed)
         for task, group in batches.items() if job.blocks.held_out else ():
             check_enough(task, group, "refine=blocks")
-    student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype)
+    waiting = torch.device("cpu") if sums_wait(job) else None
+    student = Student(model, job.family, references(job, model, anchor), job.guidance, anchor.dtype, waiting)
     quantizer = with_sizes(job, model, anchor.dtype)
     share = bytes_of("calib.memory", job.calib.memory) / distributed.world_size()
     viewed = {
@@ -176,8 +177,13 @@ def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
     largest = max(sum(p.numel() for p in block.module.parameters()) for block in job.family.blocks(model))
     refined = 0 if job.blocks is None else REFINED * largest
-    matrices = MATRICES + HELD_OUT if job.guidance.safe else MATRICES
-    return sum(tensor.nbytes for tensor in samples) + matrices * 8 * width**2 + refined
+    matrices = MATRICES + HELD_OUT if job.guidance.safe and not sums_wait(job) else MATRICES
+    return sum(tensor.nbytes for tensor in samples) + int(matrices * 8 * width**2) + refined
+
+
+def sums_wait(job: Job) -> bool:
+    """Whether the sums of finished tasks wait in the memory of the host, because the GPU has no space for the model."""
+    return job.device.type != "cpu" and job.calib.student != "memory"
 
 
 def references(job: Job, model: nn.Module, anchor: Anchor) -> ReferenceWeights:

@@ -105,7 +105,8 @@ def _base_model(
     opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
     model = fit_source(load_model(job.family, models.base.path, place, opened_dtype, described), models)
     if place != job.device and job.device.type != "cpu":
-        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device)
+        readouts = [stack.readout.module for stack in job.family.stacks(model)]
+        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device, readouts)
     check_parts(model, job.family)
     check_described(model, job.family, models)
     if models.rewritten:

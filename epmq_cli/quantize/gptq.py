@@ -19,7 +19,7 @@ import torch
 from epmq_cli.config.validate import check_choice, check_range
 from epmq_cli.quantize.formats.format import SEARCHES, Grid, NumberFormat, QuantizedWeight, group_columns
 from epmq_cli.quantize.kernels.select import ColumnKernel, kernel_for
-from epmq_cli.quantize.linalg import damped_cholesky, triangular_inverse
+from epmq_cli.quantize.linalg import PANEL, damped_cholesky, invert_triangular
 from epmq_cli.quantize.quantizer import LayerProblem, Need, Prepared, QuantizationResult, nothing
 from epmq_cli.quantize.rtn import rtn
 from epmq_cli.quantize.scale_search import hessian_grid
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def inverse_factor(H: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float, int] | None:
-    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1, the damping, and the number of times
-    that it was raised; None if H has no factor. `order` (n,): of H's rows and columns; as they are by default.
+def inverse_factor(
+    H: Tensor, damping: float, order: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, float, int] | None:
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1 in this type, the damping, and the number of
+    times that it was raised; None if H has no factor. `order` (n,): of H's rows and columns; as they are by default.
 
     In reversed order L L' = H; L reversed is an upper M with M M' = H, so U = M^-1 is L^-1 reversed.
     """
@@ -38,7 +40,13 @@ def inverse_factor(H: Tensor, damping: float, order: Tensor | None = None) -> tu
     factor = damped_cholesky(H, damping, order.flip(0))
     if factor is None:
         return None
-    return triangular_inverse(factor.lower).flip(0, 1), factor.damping, factor.retries
+    inverse = factor.lower
+    invert_triangular(inverse)
+    upper = torch.empty(inverse.shape, dtype=dtype, device=inverse.device)
+    for start in range(0, len(upper), PANEL):
+        rows = upper[start : start + PANEL]
+        rows.copy_(inverse[len(upper) - start - len(rows) : len(upper) - start].flip(0, 1))
+    return upper, factor.damping, factor.retries
 
 
 def quantize_columns(
@@ -105,14 +113,16 @@ def _aligned(block_size: int, group_size: int, width: int) -> int:
     return max(part for part in range(1, min(block_size, group_size) + 1) if group_size % part == 0)
 
 
-def prepare(hessian: Tensor, group_size: int, damping: float, act_order: bool) -> Prepared:
-    """The upper factor of the inverse (in, in), in the order of quantization, and its damping and retries;
+def prepare(
+    hessian: Tensor, group_size: int, damping: float, act_order: bool, dtype: torch.dtype = torch.float64
+) -> Prepared:
+    """The upper factor of the inverse (in, in) in this type, in the order of quantization, and its damping and retries;
     `nothing()` if no damping makes the Hessian positive definite.
 
     A Hessian of zeros is replaced by the identity.
     """
     H = hessian if hessian.diagonal().any() else torch.eye(len(hessian)).to(hessian)
-    factor = inverse_factor(H, damping, column_order(hessian, group_size, act_order))
+    factor = inverse_factor(H, damping, column_order(hessian, group_size, act_order), dtype)
     return nothing() if factor is None else (factor[0], factor[1:])
 
 
@@ -135,7 +145,7 @@ def gptq(
     positive definite, the weight is rounded to nearest.
     """
     size = group_columns(format, len(hessian))
-    Hinv, facts = prepared or prepare(hessian, size, damping, act_order)
+    Hinv, facts = prepared or prepare(hessian, size, damping, act_order, weight.dtype)
     if facts is None:
         return QuantizationResult(rtn(weight, format, "minmax" if search == "minmax" else "mse", dtype), fallback="rtn")
     order = column_order(hessian, size, act_order)
@@ -173,8 +183,8 @@ class Gptq:
 
     def prepare(self, hessian: Tensor) -> Prepared:
         """See Quantizer."""
-        Hinv, facts = prepare(hessian, group_columns(self.format, len(hessian)), self.damping, self.act_order)
-        return Hinv.float(), facts
+        size = group_columns(self.format, len(hessian))
+        return prepare(hessian, size, self.damping, self.act_order, torch.float32)
 
     def quantize(self, layer: LayerProblem, prepared: Prepared) -> QuantizationResult:
         """See Quantizer."""

@@ -1,4 +1,5 @@
-"""Models on a GPU whose blocks are in host memory or in files, and come to the GPU when they run."""
+"""Models on a GPU whose large weights are in host memory or in files, and come to the GPU when they run: blocks and
+output layers. Embeddings are looked up where they are, and the result comes to the GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +11,63 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+LARGE = 1 << 25  # bytes; smaller weights outside of blocks stay on the device
 
 
-def offload_blocks(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """Moves a model to the device, except the parameters of its blocks: these come to the device for the time of the
-    block's forward pass, or of `on_device`."""
-    kept = {id(parameter) for block in blocks for parameter in block.parameters()}
+def offload_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, solved: Sequence[nn.Module] = ()
+) -> None:
+    """Moves a model to the device, except the parameters of its blocks, of large embeddings and of large linears:
+    these come to the device for the time of the forward pass, or a block's of `on_device`. Embeddings stay.
+
+    `solved`: further modules whose linears move to the device, because their weights are solved there.
+    """
+    inside = {id(module) for part in (*blocks, *solved) for module in part.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside and _is_large(module)]
+    kept = {id(tensor) for block in blocks for tensor in block.parameters()}
+    kept |= {id(tensor) for module in outside for tensor in (*module.parameters(), *module.buffers())}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in kept:
             tensor.data = tensor.data.to(device)
     for block in blocks:
         block.__class__ = _offloaded(type(block), device)
+    for module in outside:
+        (_look_up_on_host if isinstance(module, torch.nn.Embedding) else _move_to_run)(module, device)
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether a module is an embedding or a linear with a large weight."""
+    return isinstance(module, (torch.nn.Embedding, torch.nn.Linear)) and module.weight.nbytes >= LARGE
+
+
+def _look_up_on_host(table: nn.Module, device: torch.device) -> None:
+    """Lets an embedding look up the device's tokens on the host."""
+    host = next(table.parameters()).device
+
+    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(_to(arg, host) for arg in args), {name: _to(arg, host) for name, arg in options.items()}
+
+    table.register_forward_pre_hook(before, with_kwargs=True)
+    table.register_forward_hook(lambda _, args, output: _to(output, device))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _move_to_run(linear: nn.Module, device: torch.device) -> None:
+    """Lets a linear be on the device while it runs. Hooks leave its class as it is, by which linears are found."""
+    own: list[tuple[Tensor, Tensor]] = []
+
+    def after(*_: Any) -> None:
+        while own:
+            tensor, host = own.pop()
+            tensor.data = host
+
+    linear.register_forward_pre_hook(lambda *_: _to_device(linear, device, own))
+    linear.register_forward_hook(after, always_call=True)
 
 
 def _offloaded(cls: type[nn.Module], device: torch.device) -> type[nn.Module]:
@@ -45,14 +91,22 @@ def on_device(block: nn.Module) -> Iterator[None]:
 @contextmanager
 def _moved(block: nn.Module, device: torch.device | None, changed: bool) -> Iterator[None]:
     """`changed`: whether new values on the device are copied back."""
-    own = [] if device is None else [(tensor, tensor.data) for tensor in block.parameters() if tensor.device != device]
+    own: list[tuple[Tensor, Tensor]] = []
     try:
-        with torch.inference_mode(False):  # tensors of inference mode could not be changed outside it
-            for tensor, host in own:
-                tensor.data = host.to(device)
+        if device is not None:
+            _to_device(block, device, own)
         yield
     finally:
         for tensor, host in own:
             if changed and tensor.data is not host:
                 host.copy_(tensor.data)
             tensor.data = host
+
+
+def _to_device(module: nn.Module, device: torch.device, own: list[tuple[Tensor, Tensor]]) -> None:
+    """Moves a module's parameters to the device. Adds each that was not there with its present values to `own`."""
+    with torch.inference_mode(False):  # tensors of inference mode could not be changed outside it
+        for tensor in module.parameters():
+            if tensor.device != device:
+                own.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device)

@@ -30,8 +30,8 @@ def test_the_step_has_the_least_error_on_held_out_tokens(intercepts: bool) -> No
     held.inputs = [rows.flip(1) for rows in given.inputs]
     merged = given.anchor.weight + 0.1 * rand(*given.anchor.weight.shape, seed=7)
     fitted = given.problem(0.05, intercepts)
-    step = best_step(fitted, held.problem(0.0, intercepts), merged)
     target = fitted.solve()[0]
+    step = best_step(target, held.problem(0.0, intercepts), merged)
     grid = torch.linspace(0, 1, 101, dtype=torch.float64)
     losses = [least(held, intercepts, merged + float(share) * (target - merged)) for share in grid]
     assert 0 < step.share < 1
@@ -42,12 +42,13 @@ def test_the_step_has_the_least_error_on_held_out_tokens(intercepts: bool) -> No
 def test_tokens_that_agree_give_the_whole_step_and_no_step_if_the_merge_is_better() -> None:
     given = given_problem()
     problem, anchor = given.problem(RIDGE, False), given.anchor.weight
-    assert best_step(problem, given.problem(0.0, False), anchor).share == pytest.approx(1)
-    assert best_step(given.problem(RIDGE, False), problem, problem.solve()[0]).share == 1
+    solution = problem.solve()[0]
+    assert best_step(solution, given.problem(0.0, False), anchor).share == pytest.approx(1)
+    assert best_step(solution, problem, solution).share == 1
     given.experts = [given.anchor] * 3
-    best = best_step(problem, given.problem(0.0, False), anchor)
+    best = best_step(solution, given.problem(0.0, False), anchor)
     assert best.share == 0
-    assert torch.equal(best.towards(problem.solve()[0]), anchor)
+    assert torch.equal(best.towards(solution), anchor)
 
 
 def test_views_of_a_sample_are_held_out_with_it() -> None:

@@ -45,11 +45,11 @@ def solve_part(by_drift: bool) -> dict[str, Tensor]:
                 else:
                     measure.add(X[own], drift[own] @ expert.weight.T, None)
         moments = [measure.moments(expert.weight if by_drift else None) for measure in measures]
-        norm = frobenius(moments[0].xx + moments[1].xx, distributed)
+        norm = frobenius(distributed, *(part.xx for part in moments))
         for objective, part in zip(objectives, moments, strict=True):
             objective.add(part, expert, task_weight(norm, 30.0, "frobenius"))
     problem = objectives[0].plus(objectives[1]).closed()
-    step = best_step(objectives[0].closed(), objectives[1].closed(), anchor.weight)
+    step = best_step(objectives[0].closed().solve()[0], objectives[1].closed(), anchor.weight)
     target, (found, records) = (
         problem.solution(distributed),
         solve(problem, ("q", "k"), list(OUTS), InputRange(30, 4.0), GPTQ, torch.float32, step),
