@@ -92,6 +92,7 @@ def solve(
         inputs.largest,
     )
     weights, own, result = _quantized(quantizer, layer, outs, prepared)
+    del layer, prepared  # before the losses take as much
     losses_of = partial(problem.loss, target=optimum, solved=solved)
     columns = [problem.anchor_loss(), losses_of(best), losses_of(own), problem.energy()]
     bias = problem.bias(own)

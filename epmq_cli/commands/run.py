@@ -123,7 +123,7 @@ def _run(cfg: DictConfig, job: Job, folder: Path, overrides: list[str], choices:
     memory.give_back()  # scoring loads the checkpoint from disk and needs the memory
     with context.stages.stage("score quantized"):
         if "quantized" in job.evaluation.stages:
-            model = steps.open_checkpoint(job.family, checkpoint, job.device, job.evaluation)
+            model = steps.open_result(job, checkpoint, folder)
             scores |= steps.score(context, model, tasks, "quantized", checkpoint)
             measured["kernels"] = kernels(model)
     measured["events"]["eval_batches_halved"] = context.scorer.micro.halved

@@ -1,4 +1,4 @@
-"""Estimates memory, disk and time of a run from the sizes of its models and samples."""
+"""Estimates disk and time of a run from the sizes of its models and samples, and puts all estimates together."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from torch import nn
 from epmq_cli.checkpoint.gguf.size import header_bytes, tensor_bytes
 from epmq_cli.config.schema import bytes_of
 from epmq_cli.families.family import linear_shapes
+from epmq_cli.inspection.memory import activation_bytes, memory_content
 from epmq_cli.inspection.planned import Planned
 from epmq_cli.inspection.throughput import measured_throughput
-from epmq_cli.inspection.work import Work, sequential, step_bytes, work_of
+from epmq_cli.inspection.work import Work, sequential, work_of
 from epmq_cli.pipeline.budget import sizes_of
-from epmq_cli.pipeline.calibration import reserved_bytes
 from epmq_cli.pipeline.job import Job
 from epmq_cli.quantize.formats.format import NumberFormat, group_columns
 from epmq_cli.quantize.mixed_precision import MixedPrecision, formats_of
-from epmq_cli.refine.distill import Distill
-from epmq_cli.runtime.memory import status
 from epmq_cli.runtime.products import exact_products
-
-SOLVED = 32
-"""Bytes for each weight of a group while it is solved: S, X'P and the target in float64, the anchor and the expert."""
-TRAINED = 24
-"""Bytes for each weight that refine=distill holds: the start, the best, the gradient, and two states of the optimizer,
-beside the weight itself."""
 
 
 def estimates(plan: Planned, job: Job, model: nn.Module) -> dict[str, Any]:
@@ -79,71 +71,6 @@ def _import_kernels(job: Job) -> None:
     """Imports the compiler of the kernels, which takes memory."""
     if job.device.type == "cpu":
         importlib.import_module("epmq_cli.quantize.kernels.numba")
-
-
-def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dict[str, int]:
-    """The parts of the peak in bytes, as a run's metrics.json counts them: `host`, and `device` on a GPU.
-
-    `files`: the pages of mapped weight files, which the system can take back at any time.
-    """
-    folders = [folder for folder in (plan.base, *plan.experts.values()) if folder is not None]
-    on_gpu, place = job.device.type == "cuda", job.calib.student
-    student = 0 if place == "disk" else 4 * work.parameters
-    merged = plan.dtype.itemsize * sum(model.numel() for model in _merged(plan, model))
-    calibration = calibration_bytes(plan, job, model, work)
-    scoring = _scoring_bytes(job, work)
-    training = TRAINED * work.parameters if isinstance(job.refine, Distill) else 0
-    working = max(calibration, scoring, training)
-    content = {
-        "process": status("VmRSS") or 0,
-        "student": student,
-        "files": _files(folders) + merged,
-        "calibration": calibration,
-        "scoring": scoring,
-        "training": training,
-    }
-    host = student if place == "cpu" else 0
-    if on_gpu and place != "memory":
-        student = 4 * (work.parameters - work.quantized + work.largest_block)
-    content["host"] = content["process"] + content["files"] + (host if on_gpu else student + working)
-    content["device"] = student + working if on_gpu else 0
-    return content
-
-
-def _files(folders: list[Any]) -> int:
-    return sum(info.size for folder in folders for info in folder.infos.values())
-
-
-def _merged(plan: Planned, model: nn.Module) -> list[torch.Tensor]:
-    names = set(plan.source.names) if plan.source is not None else set()
-    return [tensor for name, tensor in model.state_dict().items() if name in names]
-
-
-def calibration_bytes(plan: Planned, job: Job, model: nn.Module, work: Work) -> int:
-    """Samples, moments and factors as calib.memory reserves them, what one group is solved with, the experts' blocks,
-    and the activations of all samples up to calib.memory."""
-    batches = {task: group * job.calib.views for task, group in plan.batches.items()}
-    reserved = reserved_bytes(job, model, batches)
-    if not job.guidance.needs_inputs:
-        return reserved
-    solved = SOLVED * max(group.width * group.outs for group in work.groups)
-    budget = max(0, bytes_of("calib.memory", job.calib.memory) - reserved)
-    return reserved + solved + int(min(budget, activation_bytes(job, work)))
-
-
-def activation_bytes(job: Job, work: Work) -> int:
-    """The activations that wait in front of the steps of a block, of the student and the teachers, and the experts'
-    blocks."""
-    models = 2 if job.guidance.teaches else 1
-    token = max(step_bytes(block) for block in work.blocks)
-    return models * work.tokens * token + 4 * work.largest_block * len(job.suite.members) * int(models == 2)
-
-
-def _scoring_bytes(job: Job, work: Work) -> int:
-    """The activations of a batch, and the logits of a language model with their probabilities."""
-    tokens = min(job.evaluation.batch_size * work.longest, work.tests)
-    width = max(group.outs for group in work.groups)
-    return tokens * 4 * (3 * width + 2 * work.vocabulary)
 
 
 def disk_content(plan: Planned, job: Job, work: Work) -> dict[str, int]:

@@ -176,9 +176,13 @@ def reserved_bytes(job: Job, model: nn.Module, batches: Batches) -> int:
     samples = [tensor for group in batches.values() for batch in group for tensor in batch.values()]
     width = max(shape[1] for _, shape in linear_shapes(model, job.family))
     largest = max(sum(p.numel() for p in block.module.parameters()) for block in job.family.blocks(model))
-    refined = 0 if job.blocks is None else REFINED * largest
     matrices = MATRICES + HELD_OUT if job.guidance.safe and not sums_wait(job) else MATRICES
-    return sum(tensor.nbytes for tensor in samples) + int(matrices * 8 * width**2) + refined
+    return sum(tensor.nbytes for tensor in samples) + int(matrices * 8 * width**2) + refined_bytes(job, largest)
+
+
+def refined_bytes(job: Job, largest: int) -> int:
+    """The bytes that refine=blocks holds of a block with `largest` weights."""
+    return 0 if job.blocks is None else REFINED * largest
 
 
 def sums_wait(job: Job) -> bool:

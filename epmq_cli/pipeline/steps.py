@@ -99,14 +99,10 @@ def _base_model(
     described: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The base in the shape of the result, where `calib.student` says. `described`: see `load_model`."""
-    student = job.calib.student
-    place = Disk(folder) if student == "disk" else torch.device("cpu") if student == "cpu" else job.device
     # float32 unless the files have this type: the config may name a narrower one
     opened_dtype = dtype if dtype == models.source.main_dtype else torch.float32
-    model = fit_source(load_model(job.family, models.base.path, place, opened_dtype, described), models)
-    if place != job.device and job.device.type != "cpu":
-        readouts = [stack.readout.module for stack in job.family.stacks(model)]
-        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device, readouts)
+    model = fit_source(load_model(job.family, models.base.path, _place(job, folder), opened_dtype, described), models)
+    _offload(job, model)
     check_parts(model, job.family)
     check_described(model, job.family, models)
     if models.rewritten:
@@ -114,6 +110,19 @@ def _base_model(
     own = model.state_dict().items()
     copy_into(model, ((name, rounded(name, tensor, dtype)) for name, tensor in own if tensor.is_floating_point()))
     return model
+
+
+def _place(job: Job, folder: Path | None) -> torch.device | Disk:
+    """Where the weights of a model are: `calib.student`."""
+    student = job.calib.student
+    return Disk(folder) if student == "disk" else torch.device("cpu") if student == "cpu" else job.device
+
+
+def _offload(job: Job, model: nn.Module) -> None:
+    """Lets a model that is not in the memory of the GPU run there, block by block."""
+    if job.device.type != "cpu" and job.calib.student != "memory":
+        readouts = [stack.readout.module for stack in job.family.stacks(model)]
+        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device, readouts)
 
 
 def merge_data(
@@ -231,13 +240,32 @@ def _tokens(
     return language.each(folder, documents, processor, answers)
 
 
-def open_checkpoint(family: Family, checkpoint: Path, device: torch.device, evaluation: schema.Evaluation) -> nn.Module:
+def open_result(job: Job, checkpoint: Path, folder: Path | None = None) -> nn.Module:
+    """`open_checkpoint` for the checkpoint of a job; dequantized, the model is where `calib.student` says."""
+    model = open_checkpoint(job.family, checkpoint, job.device, job.evaluation, _place(job, folder))
+    if _dequantizes(checkpoint, job.evaluation):
+        _offload(job, model)
+    return model
+
+
+def _dequantizes(checkpoint: Path, evaluation: schema.Evaluation) -> bool:
+    whole = layout_of(checkpoint).plain and not needs_own_loader(checkpoint)
+    return evaluation.kernel == "dequantize" and whole
+
+
+def open_checkpoint(
+    family: Family,
+    checkpoint: Path,
+    device: torch.device,
+    evaluation: schema.Evaluation,
+    place: torch.device | Disk | None = None,
+) -> nn.Module:
     """Opens the model of a checkpoint. Transformers dequantizes it if it can; otherwise the linears stay packed. They
-    round their inputs if engines do and `eval.round_inputs` is set."""
+    round their inputs if engines do and `eval.round_inputs` is set. `place`: where dequantized weights are; None for
+    the device."""
     with distributed.single_process():
-        whole = layout_of(checkpoint).plain and not needs_own_loader(checkpoint)
-        if evaluation.kernel == "dequantize" and whole:
-            model = load_model(family, checkpoint, device)
+        if _dequantizes(checkpoint, evaluation):
+            model = load_model(family, checkpoint, place or device)
         else:
             model = load(checkpoint, str(device), evaluation.kernel, torch.float32)
     if evaluation.round_inputs:

@@ -24,8 +24,7 @@ def offload_blocks(
 
     `solved`: further modules whose linears move to the device, because their weights are solved there.
     """
-    inside = {id(module) for part in (*blocks, *solved) for module in part.modules()}
-    outside = [module for module in model.modules() if id(module) not in inside and _is_large(module)]
+    outside = large_outside(model, [*blocks, *solved])
     kept = {id(tensor) for block in blocks for tensor in block.parameters()}
     kept |= {id(tensor) for module in outside for tensor in (*module.parameters(), *module.buffers())}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -37,9 +36,12 @@ def offload_blocks(
         (_look_up_on_host if isinstance(module, torch.nn.Embedding) else _move_to_run)(module, device)
 
 
-def _is_large(module: nn.Module) -> bool:
-    """Whether a module is an embedding or a linear with a large weight."""
-    return isinstance(module, (torch.nn.Embedding, torch.nn.Linear)) and module.weight.nbytes >= LARGE
+def large_outside(model: nn.Module, parts: Sequence[nn.Module]) -> list[nn.Embedding | nn.Linear]:
+    """The embeddings and linears outside of some parts of a model whose weights are large in float32."""
+    inside = {id(module) for part in parts for module in part.modules()}
+    kinds = (torch.nn.Embedding, torch.nn.Linear)
+    others = [module for module in model.modules() if id(module) not in inside and isinstance(module, kinds)]
+    return [module for module in others if 4 * module.weight.numel() >= LARGE]
 
 
 def _look_up_on_host(table: nn.Module, device: torch.device) -> None:

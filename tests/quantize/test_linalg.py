@@ -1,8 +1,17 @@
 """Oracles: the product of the factors, and the eigenvalues of small matrices."""
 
+import pytest
 import torch
 
-from epmq_cli.quantize.linalg import SMALL, condition, damped_cholesky, triangular_inverse
+from epmq_cli.quantize import linalg
+from epmq_cli.quantize.linalg import (
+    SMALL,
+    cholesky_solve,
+    condition,
+    damped_cholesky,
+    invert_triangular,
+    triangular_inverse,
+)
 
 
 def moment(columns: int = 8) -> torch.Tensor:
@@ -48,3 +57,30 @@ def test_triangular_inverse_multiplies_out_to_the_identity() -> None:
     found = triangular_inverse(lower)
     torch.testing.assert_close(found @ lower, torch.eye(n, dtype=torch.float64))
     assert not found.triu(1).any()
+
+
+def test_the_factor_is_of_the_lower_triangle_in_its_order_and_leaves_h_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linalg, "PANEL", 3)
+    H, order, ridge = moment(), torch.tensor([5, 0, 7, 2, 1, 6, 4, 3]), torch.arange(8.0, dtype=torch.float64)
+    given = H + 1e-3 * torch.ones(8, 8, dtype=torch.float64).triu(1)  # rounding leaves H asymmetric
+    for rows in (None, order):
+        before = given.clone()
+        factor = damped_cholesky(given, 0.0, rows, ridge)
+        assert factor is not None
+        assert torch.equal(given, before)
+        own = given + ridge.diag() if rows is None else (given + ridge.diag())[rows[:, None], rows]
+        assert torch.equal(factor.lower, torch.linalg.cholesky(own.tril() + own.tril(-1).T))
+        right = torch.randn(8, 3, dtype=torch.float64)
+        assert torch.equal(cholesky_solve(factor.lower, right), torch.cholesky_solve(right, factor.lower))
+
+
+def test_a_large_inverse_is_computed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "LARGE", 10)
+    monkeypatch.setattr(linalg, "PANEL", 4)
+    lower = torch.linalg.cholesky(moment(37))
+    wanted = triangular_inverse(lower)
+    invert_triangular(lower)
+    torch.testing.assert_close(lower, wanted, rtol=1e-12, atol=1e-12)
+    assert not lower.triu(1).any()

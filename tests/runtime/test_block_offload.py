@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from epmq_cli.runtime import block_offload
 from epmq_cli.runtime.block_offload import offload_blocks, on_device
 from tests.helpers.gpu import DEVICE
 
@@ -59,3 +60,29 @@ def test_a_copy_that_is_made_on_the_device_stays_there() -> None:
         assert teacher(torch.zeros(1, 4, device=GPU)).device == GPU
     assert (places(teacher), places(model.blocks[1])) == ({"cuda"}, {"cpu"})
     assert model.blocks[0][0].weight.data.data_ptr() == own.data_ptr()
+
+
+def test_a_large_table_is_looked_up_on_the_host_and_a_large_linear_moves_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_offload, "LARGE", 0)
+    model, ids = Model(), torch.tensor([0, 2, 1])
+    wanted, seen = model(ids), list[set[str]]()
+    offload_blocks(model, list(model.blocks), GPU)
+    assert places(model) == {"cpu"}
+    model.head.register_forward_pre_hook(lambda *_: seen.append(places(model.table) | places(model.head)))
+    found = model(ids.to(GPU))
+    assert found.device == GPU
+    torch.testing.assert_close(found.cpu(), wanted)
+    assert seen == [{"cpu", "cuda"}]
+    with pytest.raises(RuntimeError):
+        model.head(torch.zeros(1, 3, device=GPU))  # too narrow
+    assert places(model) == {"cpu"}
+    assert type(model.head) is nn.Linear
+
+
+def test_linears_that_are_solved_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_offload, "LARGE", 0)
+    model = Model()
+    offload_blocks(model, list(model.blocks), GPU, [model.head])
+    assert (places(model.table), places(model.head)) == ({"cpu"}, {"cuda"})
