@@ -59,7 +59,7 @@ def solve_table(student: Student, batches: Mapping[str, Sequence[Batch]], table:
     """Solves a table."""
     name = f"{table.name}.weight"
     anchor = student.own(name)
-    counts = [_lookups(student, group, table, len(anchor), real) for group in batches.values()]
+    counts = [_lookups(student, group, table, len(anchor), real).to(anchor.device) for group in batches.values()]
     counts = [student.guidance.factor(task) * c / c.sum() for task, c in zip(batches, counts, strict=True)]
     experts = (student.expert(task, name) for task in batches)  # one after the other: tables are large
     lam = float(student.guidance.lam) / len(anchor)

@@ -75,7 +75,7 @@ class QuadraticProblem:
         if factor is None:
             return weight, None
         for rows in row_pieces(slice(0, len(weight)), weight.shape[1]):
-            weight[rows] += cholesky_solve(factor.lower, self.S[rows].contiguous().T).T
+            weight[rows] += cholesky_solve(factor.lower, self.S[rows].T).T
         return weight, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
 
     def solution(self, sharing: Sharing = ALONE) -> Affine:

@@ -10,7 +10,7 @@ import torch
 
 from epmq_cli.data.suite import Task
 from epmq_cli.families.architecture import Architecture
-from epmq_cli.families.structure import Linears
+from epmq_cli.families.structure import Linears, Table
 from epmq_cli.families.tasks.adapter import Predict, TaskAdapter
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.open import refuse_unread
@@ -110,6 +110,21 @@ def linear_shapes(model: nn.Module, family: Family) -> Iterator[tuple[str, torch
     for block in family.blocks(model):
         for name in block.linears:
             yield block.name(name), block.module.get_parameter(f"{name}.weight").shape
+
+
+def outside_blocks(model: nn.Module, family: Family) -> list[nn.Embedding | nn.Linear]:
+    """The embeddings in front of the blocks, every module of a shared one, and the linears outside of blocks and
+    readouts, such as output layers. They are read by calls alone, so their weights may be elsewhere between calls."""
+    stacks = family.stacks(model)
+    inside = {id(module) for stack in stacks for section in stack.sections for module in section.module.modules()}
+    tables = [part.name for stack in stacks for part in stack.stem if isinstance(part, Table)]
+    weights = {id(model.get_parameter(f"{name}.weight")) for name in tables}
+    return [
+        module
+        for module in model.modules()
+        if (isinstance(module, torch.nn.Embedding) and id(module.weight) in weights)
+        or (isinstance(module, torch.nn.Linear) and id(module) not in inside)
+    ]
 
 
 def linear_groups(model: nn.Module, family: Family) -> dict[str, str]:

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from epmq_cli.config.schema import bytes_of
+from epmq_cli.families.family import outside_blocks
 from epmq_cli.inspection.planned import Planned
 from epmq_cli.inspection.work import Group, Work, step_bytes
 from epmq_cli.pipeline.calibration import refined_bytes, reserved_bytes, sums_wait
 from epmq_cli.pipeline.job import Job
 from epmq_cli.refine.distill import Distill
-from epmq_cli.runtime.block_offload import large_outside
+from epmq_cli.runtime.block_offload import large
 from epmq_cli.runtime.memory import status
 
 SUMMED = 8, 16
@@ -24,6 +25,8 @@ FACTORED = 28
 SOLVED = 52
 """Bytes for each weight of a group while it is quantized: S, the optimum and the target in float64, anchor, merge,
 target, its copy in the order of columns, what is left of it and the result in float32, and the codes."""
+TABLE = 20
+"""Bytes for each weight of an embedding that is solved: its sum in float64, anchor, expert and result in float32."""
 ROWS = 6
 """Copies of a batch's inputs of the widest linear, in float32: student, teacher, both without held-out samples, their
 difference, and one inside the block."""
@@ -36,7 +39,7 @@ def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dic
     """The parts of the peak in bytes, as a run's metrics.json counts them: `host`, and `device` on a GPU.
 
     `files`: the pages of mapped weight files, which the system can take back at any time. `student`: its weights on the
-    device that computes, with the widest linear outside of blocks for scoring.
+    device that computes. `waiting`: what calibration holds in the host's memory if the student is not on the GPU.
     """
     folders = [folder for folder in (plan.base, *plan.experts.values()) if folder is not None]
     on_gpu, place = job.device.type == "cuda", job.calib.student
@@ -49,9 +52,11 @@ def memory_content(plan: Planned, job: Job, model: nn.Module, work: Work) -> dic
     content = {"process": status("VmRSS") or 0, "files": _files(folders) + merged}
     host = student if place == "cpu" else 0
     if on_gpu and place != "memory":
-        large = _large(job, model)
-        student = 4 * (work.parameters - work.quantized + work.largest_block) - sum(large)
-        scoring += max(large, default=0)
+        outside = _outside(job, model)
+        student = 4 * (work.parameters - work.quantized + work.largest_block) - sum(outside)
+        scoring += max(outside, default=0)
+        content["waiting"] = max(_waiting_bytes(job, work), TABLE * max(outside, default=0) // 4)
+        host += content["waiting"]
     content |= {"student": student, "calibration": calibration, "scoring": scoring, "training": training}
     working = max(calibration, scoring, training)
     content["host"] = content["process"] + content["files"] + (host if on_gpu else student + working)
@@ -68,11 +73,15 @@ def _merged(plan: Planned, model: nn.Module) -> list[torch.Tensor]:
     return [tensor for name, tensor in model.state_dict().items() if name in names]
 
 
-def _large(job: Job, model: nn.Module) -> list[int]:
+def _outside(job: Job, model: nn.Module) -> list[int]:
     """The bytes of the large embeddings and output layers that are not on the GPU; tied ones count once."""
-    stacks = job.family.stacks(model)
-    sections = [section.module for stack in stacks for section in stack.sections]
-    return list({id(module.weight): 4 * module.weight.numel() for module in large_outside(model, sections)}.values())
+    modules = large(outside_blocks(model, job.family))
+    return list({id(module.weight): 4 * module.weight.numel() for module in modules}.values())
+
+
+def _waiting_bytes(job: Job, work: Work) -> int:
+    """The sums H of all tokens, with `guidance.safe` also those of two parts of them."""
+    return (3 if job.guidance.safe else 1) * 8 * work.widest.width**2 * int(job.guidance.needs_inputs)
 
 
 def calibration_bytes(plan: Planned, job: Job, model: nn.Module, work: Work) -> int:

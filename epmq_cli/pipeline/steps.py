@@ -27,7 +27,7 @@ from epmq_cli.data.sampling import batches, check_some, draw, sequences, task_se
 from epmq_cli.data.suite import Task
 from epmq_cli.errors import DataError
 from epmq_cli.evaluate.score import ScoredTask, Scores
-from epmq_cli.families.family import Family, linear_shapes, load_model
+from epmq_cli.families.family import Family, linear_shapes, load_model, outside_blocks
 from epmq_cli.families.heads.classifier import check_single_label
 from epmq_cli.families.inputs import check_inputs
 from epmq_cli.families.tasks.language_model import LanguageModel
@@ -121,8 +121,8 @@ def _place(job: Job, folder: Path | None) -> torch.device | Disk:
 def _offload(job: Job, model: nn.Module) -> None:
     """Lets a model that is not in the memory of the GPU run there, block by block."""
     if job.device.type != "cpu" and job.calib.student != "memory":
-        readouts = [stack.readout.module for stack in job.family.stacks(model)]
-        offload_blocks(model, [block.module for block in job.family.blocks(model)], job.device, readouts)
+        blocks = [block.module for block in job.family.blocks(model)]
+        offload_blocks(model, blocks, job.device, outside_blocks(model, job.family))
 
 
 def merge_data(

@@ -17,14 +17,11 @@ LARGE = 1 << 25  # bytes; smaller weights outside of blocks stay on the device
 
 
 def offload_blocks(
-    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, solved: Sequence[nn.Module] = ()
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, others: Sequence[nn.Embedding | nn.Linear] = ()
 ) -> None:
-    """Moves a model to the device, except the parameters of its blocks, of large embeddings and of large linears:
-    these come to the device for the time of the forward pass, or a block's of `on_device`. Embeddings stay.
-
-    `solved`: further modules whose linears move to the device, because their weights are solved there.
-    """
-    outside = large_outside(model, [*blocks, *solved])
+    """Moves a model to the device, except the parameters of its blocks and of others that are large: these come to the
+    device for the time of the forward pass, or a block's of `on_device`. Embeddings stay, and run where they are."""
+    outside = large(others)
     kept = {id(tensor) for block in blocks for tensor in block.parameters()}
     kept |= {id(tensor) for module in outside for tensor in (*module.parameters(), *module.buffers())}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -32,16 +29,15 @@ def offload_blocks(
             tensor.data = tensor.data.to(device)
     for block in blocks:
         block.__class__ = _offloaded(type(block), device)
+    if hasattr(type(model), "device"):  # of transformers: by default, where the first weight is
+        model.__class__ = type(type(model).__name__, (type(model),), {"device": property(lambda _: device)})
     for module in outside:
         (_look_up_on_host if isinstance(module, torch.nn.Embedding) else _move_to_run)(module, device)
 
 
-def large_outside(model: nn.Module, parts: Sequence[nn.Module]) -> list[nn.Embedding | nn.Linear]:
-    """The embeddings and linears outside of some parts of a model whose weights are large in float32."""
-    inside = {id(module) for part in parts for module in part.modules()}
-    kinds = (torch.nn.Embedding, torch.nn.Linear)
-    others = [module for module in model.modules() if id(module) not in inside and isinstance(module, kinds)]
-    return [module for module in others if 4 * module.weight.numel() >= LARGE]
+def large(modules: Sequence[nn.Embedding | nn.Linear]) -> list[nn.Embedding | nn.Linear]:
+    """Those whose weights are large in float32."""
+    return [module for module in modules if 4 * module.weight.numel() >= LARGE]
 
 
 def _look_up_on_host(table: nn.Module, device: torch.device) -> None:

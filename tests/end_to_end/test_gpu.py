@@ -26,6 +26,7 @@ from epmq_cli.commands.eval import evaluate
 from epmq_cli.commands.verify import verify
 from epmq_cli.quantize.gptq import gptq
 from epmq_cli.quantize.kernels.select import kernel_for
+from epmq_cli.runtime import block_offload
 from tests.checkpoint.test_load import dequantized, features, relative_distance
 from tests.faults.driver import files
 from tests.faults.short import measured
@@ -230,8 +231,14 @@ def test_cached_results_do_not_change_the_bytes(
 @pytest.mark.parametrize("student", ["cpu", "disk"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_blocks_outside_the_gpu_give_the_same_checkpoint(
-    kind: str, student: str, runs: Runs, hubs: Callable[[str], Path], tmp_path: Path
+    kind: str,
+    student: str,
+    runs: Runs,
+    hubs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(block_offload, "LARGE", 0)
     run_in(tmp_path, hubs(kind), *OPTIONS, OWN, f"calib.student={student}")
     whole = runs(kind, OWN)
     assert tensors(tmp_path) == tensors(whole)

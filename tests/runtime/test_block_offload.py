@@ -68,7 +68,7 @@ def test_a_large_table_is_looked_up_on_the_host_and_a_large_linear_moves_to_run(
     monkeypatch.setattr(block_offload, "LARGE", 0)
     model, ids = Model(), torch.tensor([0, 2, 1])
     wanted, seen = model(ids), list[set[str]]()
-    offload_blocks(model, list(model.blocks), GPU)
+    offload_blocks(model, list(model.blocks), GPU, [model.table, model.head])
     assert places(model) == {"cpu"}
     model.head.register_forward_pre_hook(lambda *_: seen.append(places(model.table) | places(model.head)))
     found = model(ids.to(GPU))
@@ -81,8 +81,7 @@ def test_a_large_table_is_looked_up_on_the_host_and_a_large_linear_moves_to_run(
     assert type(model.head) is nn.Linear
 
 
-def test_linears_that_are_solved_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_offload, "LARGE", 0)
+def test_small_weights_outside_of_blocks_are_on_the_device() -> None:
     model = Model()
-    offload_blocks(model, list(model.blocks), GPU, [model.head])
-    assert (places(model.table), places(model.head)) == ({"cpu"}, {"cuda"})
+    offload_blocks(model, list(model.blocks), GPU, [model.table, model.head])
+    assert (places(model.table), places(model.head)) == ({"cuda"}, {"cuda"})
