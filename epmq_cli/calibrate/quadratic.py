@@ -34,7 +34,7 @@ class Affine:
 @dataclass(frozen=True)
 class SolveInfo:
     """Facts about the factor of H: the damping, relative to its mean diagonal, the number of times it was raised, and
-    the condition number with it (estimated from below; None if nothing had to be solved)."""
+    the condition number with it (estimated from below; None if nothing had to be solved or it was not asked for)."""
 
     damping: float
     retries: int
@@ -63,10 +63,11 @@ class QuadraticProblem:
     beyond: Tensor
     rows: slice
 
-    def solve(self) -> tuple[Tensor, SolveInfo | None]:
+    def solve(self, conditioned: bool = True) -> tuple[Tensor, SolveInfo | None]:
         """W* (out, in) and facts about the factor of H; the anchor if S is 0, the anchor and None if H has no factor.
 
-        Columns whose input is always zero keep the anchor's value.
+        Columns whose input is always zero keep the anchor's value. `conditioned`: whether to estimate the condition
+        number.
         """
         weight, dead = self.anchor.weight.to(torch.float64, copy=True), self.H.diagonal() == 0
         if not self.S.any():
@@ -76,11 +77,12 @@ class QuadraticProblem:
             return weight, None
         for rows in row_pieces(slice(0, len(weight)), weight.shape[1]):
             weight[rows] += cholesky_solve(factor.lower, self.S[rows].T).T
-        return weight, SolveInfo(factor.damping, factor.retries, condition(self.H, factor))
+        number = condition(self.H, factor) if conditioned else None
+        return weight, SolveInfo(factor.damping, factor.retries, number)
 
     def solution(self, sharing: Sharing = ALONE) -> Affine:
         """W* and its best biases, of all rows; `sharing`: the objective's."""
-        weight = self.solve()[0]
+        weight = self.solve(conditioned=False)[0]
         bias = self.bias(weight[self.rows])
         return Affine(weight, None if bias is None else sharing.all_gather_rows(bias, len(weight)))
 
