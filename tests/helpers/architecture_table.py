@@ -53,6 +53,7 @@ TAKEN_TYPES = {
     "mistral": "Mistral 7B, Zephyr",
     "mistral3": "Mistral Small 3.1 with images",
     "mixtral": "Mixtral, mixture of experts",
+    "mllama": "Llama 3.2 with images",
     "modernbert": "ModernBERT",
     "mpnet": "MPNet",
     "mpt": "MPT",
@@ -83,6 +84,7 @@ TAKEN_TYPES = {
     "smolvlm": "SmolVLM",
     "stablelm": "StableLM",
     "starcoder2": "StarCoder 2",
+    "swin": "Swin",
     "t5": "T5 1.1, FLAN-T5",
     "umt5": "umT5",
     "vaultgemma": "VaultGemma",
@@ -102,9 +104,7 @@ REFUSED_TYPES = {
     "lfm2": ("LFM 2", RECURRENT),
     "llama4": ("Llama 4", EXPERTS),
     "mamba": ("Mamba", RECURRENT),
-    "mllama": ("Llama 3.2 with images", "attention between texts and images"),
     "phimoe": ("Phi 3.5 MoE", EXPERTS),
-    "swin": ("Swin", "blocks of several widths"),
 }
 """With the reasons."""
 

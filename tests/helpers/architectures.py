@@ -28,6 +28,9 @@ MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
 
 EYE: dict[str, Any] = {**SIZE, "image_size": 16, "patch_size": 8}
 TURNED: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+MLLAMA_EYE = {key: value for key, value in EYE.items() if key != "num_attention_heads"}
+MLLAMA_EYE |= {"num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
 QWEN_VL: dict[str, Any] = {
     "image_token_id": 5,
     "video_token_id": 6,
@@ -128,6 +131,13 @@ SEEING: dict[str, Build] = {
             text_config={"model_type": "mistral", **HEADS},
             vision_config={"model_type": "pixtral", **EYE},
             image_token_index=5,
+        )
+    ),
+    "mllama": lambda: t.MllamaForConditionalGeneration(
+        t.MllamaConfig(
+            text_config={**GROUPED, "cross_attention_layers": [1], "rope_parameters": ROPE, "num_hidden_layers": 3},
+            vision_config={**MLLAMA_EYE, "attention_heads": 4},
+            image_token_index=IDS["vocab_size"],
         )
     ),
     "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
