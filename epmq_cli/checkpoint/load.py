@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +134,17 @@ def blank_model(folder: Path, config: Any, files: Tensors) -> nn.Module:
     cls = getattr(importlib.import_module("transformers"), name, None)
     if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise CheckpointError(f"{folder / 'config.json'} names {name}, which transformers does not have")
-    poolerless = "add_pooling_layer" in inspect.signature(cls).parameters and not any(
-        name.startswith("pooler.") for name in files.infos
-    )
-    model: nn.Module = in_linears(cls(config, add_pooling_layer=False) if poolerless else cls(config))
-    return model
+    model: nn.Module = cls(config)
+    optional = "add_pooling_layer" in inspect.signature(cls).parameters
+    if optional and _has_pooler(dict(model.named_parameters())) and not _has_pooler(files.infos):
+        model = cls(config, add_pooling_layer=False)
+    linears: nn.Module = in_linears(model)
+    return linears
+
+
+def _has_pooler(tensors: Iterable[str]) -> bool:
+    """Whether a model with tensors of these names has a pooler that was trained; that of Swin is a mean."""
+    return any(name.startswith("pooler.") for name in tensors)
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

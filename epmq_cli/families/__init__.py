@@ -29,6 +29,7 @@ from epmq_cli.families.refusal import MERGES
 from epmq_cli.families.roberta import ROBERTA
 from epmq_cli.families.sentence import NAME, sentence_family
 from epmq_cli.families.siglip import SIGLIP
+from epmq_cli.families.swin import SWIN
 from epmq_cli.families.t5 import T5_FAMILY
 from epmq_cli.families.tasks.zero_shot import ZeroShot
 from epmq_cli.families.vit import VIT
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(BART, BEIT, BERT, CAUSAL_LM, CLIP, DEBERTA, DEIT, DINOV2, DISTILBERT, ELECTRA, MODERNBERT, MPNET),
         Family(OpenClip(name="open_clip"), ZeroShot()),
-        *(ROBERTA, SIGLIP, T5_FAMILY, VIT, WHISPER),
+        *(ROBERTA, SIGLIP, SWIN, T5_FAMILY, VIT, WHISPER),
     )
 }
 AUTO, SENTENCES = "auto", NAME

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 GAMMA_AND_BETA = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 """The names of layer norms in old checkpoints, and today's."""
+COMPUTED = ("position_ids", "relative_position_index")
+"""The ends of the names of tensors that transformers computes; older files have them."""
 POOLING: Mapping[str, ReadToken] = {"cls": 0, "mean": MEAN}
 
 
@@ -101,7 +103,7 @@ class Encoder(Architecture):
         return {
             name: stored
             for name, stored in self.all_names(folder).items()
-            if name.startswith(self.parts) and not name.endswith("position_ids")
+            if name.startswith(self.parts) and not name.endswith(COMPUTED)
         }
 
     def spelling(self, stored: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from epmq_cli.families.structure import Norm, Section
@@ -56,6 +59,24 @@ class NormedMean(nn.Module):
         """(samples, width) from (samples, tokens, width)."""
         normed: Tensor = self.get_submodule(self._name)(hidden[:, self._start :].mean(1))
         return normed
+
+
+class PatchMerging(nn.Module):
+    """The norm and the linear behind a stage of Swin: each two by two neighbouring patches become one of twice the
+    width. Pictures are squares."""
+
+    def __init__(self, merging: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.reduction = merging.get_submodule("norm"), merging.get_submodule("reduction")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(samples, patches / 4, 2 width) from (samples, patches, width)."""
+        samples, patches, width = hidden.shape
+        side = math.isqrt(patches)
+        picture = nn.functional.pad(hidden.view(samples, side, side, width), (0, 0, 0, side % 2, 0, side % 2))
+        corners = [picture[:, row::2, column::2] for column in range(2) for row in range(2)]
+        merged: Tensor = self.reduction(self.norm(torch.cat(corners, -1).flatten(1, 2)))
+        return merged
 
 
 class AttentionPooling(nn.Module):

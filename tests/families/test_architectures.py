@@ -37,7 +37,7 @@ def hidden_states(kind: str, model: Any, batch: dict[str, Tensor]) -> list[tuple
     return [model(**batch, output_hidden_states=True).hidden_states]
 
 
-@pytest.mark.parametrize("kind", only(("deberta", "t5"), KINDS))
+@pytest.mark.parametrize("kind", only(("deberta", "t5"), [kind for kind in KINDS if kind != "swin"]))
 def test_hidden_states_of_all_stacks_match_transformers(kind: str, hub: Hub) -> None:
     scene = Scene(hub(kind))
     for batch in scene.batches:

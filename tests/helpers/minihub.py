@@ -79,6 +79,9 @@ def modernbert(pooling: str) -> Any:
     return t.ModernBertForSequenceClassification(t.ModernBertConfig(**sizes, classifier_pooling=pooling))
 
 
+SWIN: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4]}
+SWIN |= {"window_size": 4, "mlp_ratio": 2, "num_labels": 3}
+"""Two stages: four windows, in the second block moved by half of one, and one window."""
 ELECTRA: dict[str, Any] = {**SIZE, **IDS, "num_labels": 3, "max_position_embeddings": 40}
 
 
@@ -151,6 +154,7 @@ def vit_hub(folder: Path, kind: str = "vit") -> Path:
         "dinov2-registers": lambda: t.Dinov2WithRegistersForImageClassification(
             t.Dinov2WithRegistersConfig(**{**sizes, "mlp_ratio": 2, "num_register_tokens": 2})
         ),
+        "swin": lambda: t.SwinForImageClassification(t.SwinConfig(**SWIN)),
         "beit": lambda: t.BeitForImageClassification(t.BeitConfig(**sizes, use_relative_position_bias=True)),
         "beit-cls": lambda: t.BeitForImageClassification(
             t.BeitConfig(
@@ -168,7 +172,8 @@ def vit_hub(folder: Path, kind: str = "vit") -> Path:
     models(folder, base)
     if kind not in ("vit", "deit"):
         _share_stem(folder)
-    t.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "base")
+    side = 32 if kind == "swin" else 16
+    t.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(folder / "base")
     generator, entries = np.random.default_rng(0), {}
     for task in TASKS:
         data = write_pictures(folder / f"{task}.npz", generator, 30, 20)
@@ -266,7 +271,7 @@ def decoder_files(folder: Path, base: Any) -> Path:
 ENCODERS = ("roberta", "deberta", "distilbert", "electra", "electra-small", "modernbert", "modernbert-cls", "mpnet")
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3")
 T5S = ("t5", "t5-tied", "t5-relu")
-IMAGES = ("vit", "deit", "dinov2", "dinov2-registers", "beit", "beit-cls")
+IMAGES = ("vit", "deit", "dinov2", "dinov2-registers", "beit", "beit-cls", "swin")
 ANSWERING = (*T5S, "bart", "mbart", "marian", "whisper")
 """Encoder-decoders; their other model types are in tests/families/test_encoder_decoder.py."""
 KINDS = (*ENCODERS, *IMAGES, *ANSWERING, *DECODERS)
