@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.errors import CheckpointError
 from epmq_cli.merge.vocabulary import vocabulary_of, with_vocabulary
-from epmq_cli.models.conv1d import as_stored
 from epmq_cli.models.processor_files import ProcessorFiles
+from epmq_cli.models.stored import as_stored
 from epmq_cli.quantize.formats.format import DenseWeight, QuantizedWeight
 from epmq_cli.store.atomic import atomic_folder
 from epmq_cli.store.hashing import Content

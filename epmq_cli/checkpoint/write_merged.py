@@ -18,10 +18,10 @@ from epmq_cli.merge.engine import LazyMerge
 from epmq_cli.merge.suite_models import SuiteModels, written_dtype
 from epmq_cli.merge.tied_weights import Ties
 from epmq_cli.merge.vocabulary import with_vocabulary
-from epmq_cli.models.conv1d import as_stored
 from epmq_cli.models.merged_tokenizer import MergedTokenizer
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.processor_files import ProcessorFiles
+from epmq_cli.models.stored import as_stored
 from epmq_cli.runtime.progress import track
 from epmq_cli.store.safetensors_writer import Entry, writable_types, write_model
 

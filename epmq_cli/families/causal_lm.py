@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PREFIX = "model."
 TEXT, PICTURES = "text_config", "vision_config"
 """The parts of the config.json of models that read texts and pictures."""
-VISION = r"model\.(vision_tower|vision_model|visual|multi_modal_projector|connector)\.[\w.]+"
+VISION = r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\.[\w.]+"
 """The names of their tensors that texts do not reach."""
 CROSS = "cross_attn"
 """The module of blocks that attend to pictures, which texts alone pass by."""
@@ -62,6 +62,7 @@ class Body:
 BODIES = (
     Body("model.layers", "model.norm", ("model.embed_tokens",)),
     Body("model.language_model.layers", "model.language_model.norm", ("model.language_model.embed_tokens",)),  # Gemma 3
+    Body("language_model.model.layers", "language_model.model.norm", ("language_model.model.embed_tokens",)),  # Llama 4
     Body("model.text_model.layers", "model.text_model.norm", ("model.text_model.embed_tokens",)),  # SmolVLM
     Body("model.layers", "model.final_layernorm", ("model.embed_tokens",)),  # Phi 2, Persimmon
     Body("model.layers", "model.layer_norm", ("model.embed_tokens",)),  # XGLM
@@ -104,6 +105,8 @@ SETTINGS = (
     "query_pre_attn_scalar",
     "residual_multiplier",
     *("num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
+    *("cross_attention_layers", "attention_chunk_size", "moe_layers", "use_qk_norm", "attn_temperature_tuning"),
+    *("attn_scale", "floor_scale"),
 )
 
 
@@ -121,11 +124,11 @@ class CausalLM(Architecture):
         "gpt2",
         *("gemma3", "internvl", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
         *("opt", "persimmon", "phi", "xglm"),
-        *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+        *("llama4", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     )
     unsolved: tuple[str, ...] = (
         *(rf"[\w.]+\.\d+\.{part}" for part in UNSOLVED),
-        r"lm_head\.(weight|bias)",
+        r"(language_model\.)?lm_head\.(weight|bias)",
         VISION,
         r"model\.decoder\.embed_positions\.weight",  # OPT, whose module takes a mask for ids
     )
@@ -204,7 +207,9 @@ class CausalLM(Architecture):
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The output of the last norm for the real tokens: (tokens, width)."""
-        body = model.get_submodule(str(model.base_model_prefix))
+        parts = {name for name, _ in model.named_children()}
+        prefix = str(model.base_model_prefix)  # of Llama 4, no module
+        body = model.get_submodule(prefix if prefix in parts else self._body(model).layers.rpartition(".")[0])
         hidden: Tensor = body(**batch, use_cache=False).last_hidden_state
         mask = token_mask(batch)
         return hidden.flatten(0, 1) if mask is None else hidden[mask]

@@ -88,16 +88,20 @@ FEED_FORWARD = (
     (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     (("mlp.fc_in",), "mlp.fc_out"),  # GPT-J
     (("ffn.up_proj",), "ffn.down_proj"),  # MPT
+    (("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj"),  # Llama 4
 )
 SHARED = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), "mlp.shared_expert.down_proj")
 """The expert of Qwen 2 MoE that reads all tokens."""
+LAST = "feed_forward.shared_expert"
+ALSO = ((f"{LAST}.gate_proj", f"{LAST}.up_proj"), f"{LAST}.down_proj")
+"""That of Llama 4, which comes after the others and writes into the stream as it is."""
 LINEAR = (QKV, FEED_FORWARD[0][0])
 """Groups whose last linear, v_proj or up_proj, is the producer of the linear that follows, channel by channel."""
 UNSOLVED = (
     r"self_attn\.([qk]_norm|query_layernorm|key_layernorm)\.(weight|bias)",
     r"self_attn\.[qk]_layernorm\.(norms\.\d+\.)?(weight|bias)",  # StableLM, Persimmon
     r"mlp\.act_fn\.\w+",  # activations with parameters, such as those of Apertus
-    r"(mlp|block_sparse_moe)\.(gate|shared_expert_gate)\.weight",  # routers
+    r"((mlp|block_sparse_moe)\.(gate|shared_expert_gate)|feed_forward\.router)\.weight",  # routers
 )
 """Patterns of the tensors of a block that no step solves. They act between two steps and stay as merged."""
 
@@ -189,20 +193,25 @@ def _experts(block: nn.Module) -> Iterator[tuple[Part, Route]]:
         if isinstance(module, RoutedExperts):
             for number in range(len(module)):
                 gate, up, down = (f"{name}.{number}.{part}" for part in module.linears)
-                yield ((gate, up), down), Route(router_of(name), number)
+                yield ((gate, up), down), Route(router_of(name, module.router), number)
 
 
 def _mixture(block: nn.Module, experts: Sequence[tuple[Part, Route]], norm: str | None) -> Iterator[Step]:
-    """The steps of a mixture of experts. A shared expert comes first, it reads all tokens.
+    """The steps of a mixture of experts. A shared expert comes first, or last, it reads all tokens.
 
-    The routed experts correct the stream's drift if the factors of a token add up to 1. Otherwise attention alone does.
+    The last one corrects the stream's drift; else the routed experts do if the factors of a token add up to 1.
+    Otherwise attention alone does.
     """
+    names = {name for name, _ in block.named_modules()}
     if norm is not None:
         yield Norm(norm)
-    if SHARED[1] in {name for name, _ in block.named_modules()}:
+    if SHARED[1] in names:
         yield Linears(SHARED[0])
         yield Linears((SHARED[1],), producer=SHARED[0][-1])
     for (reading, writing), route in experts:
-        stream = norm if getattr(block.get_submodule(route.router), "norm_topk_prob", True) else None
+        whole = LAST not in names and getattr(block.get_submodule(route.router), "norm_topk_prob", True)
         yield Linears(reading, route=route)
-        yield Linears((writing,), stream=stream, producer=reading[-1], route=route)
+        yield Linears((writing,), stream=norm if whole else None, producer=reading[-1], route=route)
+    if LAST in names:
+        yield Linears(ALSO[0])
+        yield Linears((ALSO[1],), stream=norm, producer=ALSO[0][-1], parallel=True)

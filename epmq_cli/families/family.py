@@ -99,9 +99,12 @@ def load_model(
     model = dequantized(folder, family.load, dtype, described)
     if isinstance(device, Disk):
         return on_disk(model, device.folder).eval().requires_grad_(False)
-    loaded: nn.Module = torch.nn.Module.to(
-        model, device, torch.float32
-    )  # transformers' method rejects quantized models
+
+    def converted(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    # transformers' `to` rejects quantized models, and torch's makes real numbers of complex ones
+    loaded: nn.Module = torch.nn.Module._apply(model, converted)  # type: ignore[no-untyped-call]
     return loaded.eval().requires_grad_(False)
 
 

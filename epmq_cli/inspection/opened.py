@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from epmq_cli.errors import ModelError
-from epmq_cli.models.conv1d import upright_infos
 from epmq_cli.models.headers import PICKLES, SafetensorsHeaders, TensorInfo, check_counts, read_json
 from epmq_cli.models.hub_headers import hub_headers, on_this_machine
 from epmq_cli.models.other_formats import refuse_other_formats
+from epmq_cli.models.stored import infos_as_linears
 
 ADAPTER, CONFIG, RECORD, MANIFEST = "adapter_config.json", "config.json", "epmq.json", "manifest.json"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -51,7 +51,7 @@ def open_headers(source: str, role: str = "model", root: str | None = None) -> O
     config, headers = read_json(found, CONFIG, role), SafetensorsHeaders(found, role)
     check_counts(found / CONFIG, role, config, len(headers.infos))
     written = (found / RECORD).is_file() or (found / MANIFEST).is_file() or "quantization_config" in config
-    return Opened(source, found, "checkpoint" if written else "model", config, upright_infos(config, headers.infos))
+    return Opened(source, found, "checkpoint" if written else "model", config, infos_as_linears(config, headers.infos))
 
 
 def _file(source: str, path: Path, role: str) -> Opened:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +47,32 @@ class HeaderTensors:
 
 def roles_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], path: Path) -> tuple[str, Roles]:
     """The family of a model and the role of each tensor. Raises ModelError if no family takes the model."""
-    patterns = {NUMBER.sub("*", name): len(info.shape) for name, info in infos.items()}
+    own = _patterns(infos)
+    patterns = {own[name]: len(info.shape) for name, info in infos.items()}
     described = {key: config.get(key) for key in ("model_type", "architectures", "tie_word_embeddings")}
     question = {"roles": patterns, "of": described, "by": _families_code()}
     family, by_pattern = cached_answer(question, lambda: _ask(dict(config), dict(infos), path), __file__)
-    return family, {name: tuple(by_pattern[NUMBER.sub("*", name)]) for name in infos}
+    return family, {name: tuple(by_pattern[own[name]]) for name in infos}
+
+
+def _patterns(names: Collection[str]) -> dict[str, str]:
+    """Names without their layer numbers, by name. Layers with other tensors than the first have other patterns, such as
+    those that attend to pictures."""
+    layers: dict[str, set[str]] = {}
+    for name in names:
+        if number := NUMBER.search(name):
+            layers.setdefault(name[: number.end()], set()).add(NUMBER.sub("*", name[number.end() :]))
+    kinds: dict[str, list[set[str]]] = {}
+    for layer, tensors in layers.items():
+        known = kinds.setdefault(layer.rpartition(".")[0], [])
+        known += [] if tensors in known else [tensors]
+    patterns = {}
+    for name in names:
+        number = NUMBER.search(name)
+        layer = name[: number.end()] if number else ""
+        kind = kinds[layer.rpartition(".")[0]].index(layers[layer]) if layer else 0
+        patterns[name] = NUMBER.sub("*", name).replace("*", f"*{kind or ''}", 1)
+    return patterns
 
 
 @cache
@@ -68,8 +89,8 @@ def _ask(config: dict[str, Any], infos: dict[str, TensorInfo], path: Path) -> tu
 
     family = claiming(config)
     folder = ModelFolder(path, "base", config, HeaderTensors(infos, "base"))
-    own = roles_by_family(family, folder, family.tensor_names(folder))
-    return family.name, {NUMBER.sub("*", name): role for name, role in own.items()}
+    own, patterns = roles_by_family(family, folder, family.tensor_names(folder)), _patterns(infos)
+    return family.name, {patterns[name]: role for name, role in own.items()}
 
 
 def roles_by_family(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from epmq_cli.errors import ModelError, first_line
-from epmq_cli.models.conv1d import upright_infos
 from epmq_cli.models.headers import READ, TensorInfo
 from epmq_cli.models.resolve import local_path
+from epmq_cli.models.stored import infos_as_linears
 
 
 def on_this_machine(source: str, role: str, root: str | None = None) -> Path | re.Match[str]:
@@ -61,4 +61,4 @@ def hub_headers(repo: str, revision: str | None, role: str) -> tuple[dict[str, A
         for file in files.values()
         for name, tensor in file.tensors.items()
     }
-    return config, upright_infos(config, infos)
+    return config, infos_as_linears(config, infos)

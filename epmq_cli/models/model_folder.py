@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from epmq_cli.errors import ModelError
-from epmq_cli.models.conv1d import upright
 from epmq_cli.models.headers import (
     CODE,
     FLOATS,
@@ -26,6 +25,7 @@ from epmq_cli.models.headers import (
     refuse_links,
 )
 from epmq_cli.models.other_formats import refuse_other_formats
+from epmq_cli.models.stored import as_linears
 from epmq_cli.store.weight_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -85,12 +85,18 @@ class SafetensorsFiles(SafetensorsHeaders):
 
     def tensor(self, name: str) -> Tensor:
         """Returns the tensor of this stored name on the CPU, in its stored type."""
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Returns one row of the tensor of this stored name, and reads no other."""
+        return self._read(name, lambda file: file.get_slice(name)[index])
+
+    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         try:
             file = self.names_of[name]
             if file not in self._opened:
                 self._opened[file] = safe_open(self._folder / file, framework="pt")
-            tensor: Tensor = self._opened[file].get_tensor(name)
-            return tensor
+            return read(self._opened[file])
         except SafetensorError as error:
             raise ModelError(
                 f"{self._role}: {name} in {self._folder} cannot be read ({error}); fetch it again"
@@ -98,8 +104,8 @@ class SafetensorsFiles(SafetensorsHeaders):
 
 
 def model_files(folder: Path, role: str) -> Tensors:
-    """The tensors of a folder's safetensors files, see conv1d.py."""
-    return upright(read_json(folder, "config.json", role), SafetensorsFiles(folder, role))
+    """The tensors of a folder's safetensors files, see stored.py."""
+    return as_linears(read_json(folder, "config.json", role), SafetensorsFiles(folder, role))
 
 
 class ModelFolder:
@@ -107,7 +113,7 @@ class ModelFolder:
 
     `path`: the folder, or the file that a suite names. `role`: the name of the model in error messages. `config`:
     defaults to the folder's config.json; a source without its own config shares the base's config object. `tensors`:
-    defaults to the folder's safetensors files, see conv1d.py. Raises ModelError if config.json or the safetensors files
+    defaults to the folder's safetensors files, see stored.py. Raises ModelError if config.json or the safetensors files
     are missing or corrupted.
     """
 
@@ -124,7 +130,7 @@ class ModelFolder:
                 f"{role}: {path / 'config.json'} sets {NAMED}, which epmq does not support; rename the weights to "
                 f"{SINGLE} or {INDEX} and remove {NAMED}"
             )
-        self._tensors: Tensors = upright(self.config, SafetensorsFiles(path, role)) if tensors is None else tensors
+        self._tensors: Tensors = as_linears(self.config, SafetensorsFiles(path, role)) if tensors is None else tensors
         self.infos = self._tensors.infos
         if config is None:
             check_counts(path / "config.json", role, self.config, len(self.infos))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from epmq_cli.errors import ModelError
-from epmq_cli.models.conv1d import upright
 from epmq_cli.models.lora.adapter import Adapted
 from epmq_cli.models.lora.base import warn_of_another_base
 from epmq_cli.models.lora.config import CONFIG
@@ -14,6 +13,7 @@ from epmq_cli.models.lora.folder import adapters_inside, has_adapter, has_model,
 from epmq_cli.models.lora.names import Spelling
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.state_dict import open_file
+from epmq_cli.models.stored import as_linears
 
 SHOWN = 3  # tensors per message
 
@@ -36,7 +36,7 @@ def open_expert(
     merges. `spelling`: maps a stored name to the model's own name.
     """
     if path.is_file() and not is_adapter_file(path):
-        return ModelFolder(path, role, base.config, upright(base.config, open_file(path, role)))
+        return ModelFolder(path, role, base.config, as_linears(base.config, open_file(path, role)))
     if path.is_dir() and not (path / CONFIG).is_file():
         inside = adapters_inside(path)
         if inside and not (path / "config.json").is_file():

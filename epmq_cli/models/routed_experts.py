@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_cli.models.mixtures import BLOCK, EXPERTS, MIXTURES, SHARED_FACTOR, Names, router_of
+from epmq_cli.models.mixtures import EXPERTS, LLAMA4, MIXTURES, SHARED_FACTOR, Names, router_of
 
 
 class Expert(nn.Module):
@@ -35,11 +35,13 @@ class Expert(nn.Module):
 
 class RoutedExperts(nn.ModuleList):
     """The experts of a block, in place of the module of transformers. `linears`: the names of gate, up and down in an
-    expert."""
+    expert. `router`: that of the router beside the experts. `scales_inputs`: whether factors scale what experts read,
+    not what they write."""
 
     def __init__(self, names: Names, experts: Iterable[Expert]) -> None:
         super().__init__(experts)
         self.linears = (names.gate, names.up, names.down)
+        self.router, self.scales_inputs = names.router, names is LLAMA4
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum (tokens, width) of the outputs of each token's experts.
@@ -51,9 +53,18 @@ class RoutedExperts(nn.ModuleList):
         for number, expert in enumerate(self):
             tokens, places = torch.where(top_k_index == number)
             if len(tokens) or _is_watched(expert):
-                outputs = expert(hidden_states[tokens]) * top_k_weights[tokens, places, None]
+                rows, factors = hidden_states[tokens], top_k_weights[tokens, places, None]
+                outputs = expert(rows * factors) if self.scales_inputs else expert(rows) * factors
                 total.index_add_(0, tokens, outputs.to(total.dtype))
         return total
+
+
+def _experts(names: Names, packed: Any) -> Iterator[Expert]:
+    """The experts in the parameters of a module of transformers."""
+    for gate_up, down in zip(packed.gate_up_proj.data, packed.down_proj.data, strict=True):
+        if names is LLAMA4:
+            gate_up, down = gate_up.T.contiguous(), down.T.contiguous()
+        yield Expert(names, gate_up, down, packed.act_fn)
 
 
 def _is_watched(expert: nn.Module) -> bool:
@@ -62,19 +73,23 @@ def _is_watched(expert: nn.Module) -> bool:
 
 
 def unpacked(model: Any) -> Any:
-    """The model itself with linears for experts, if its type is in `MIXTURES`. Their weights are views."""
+    """The model itself with linears for experts, if its type is in `MIXTURES`. Their weights are views, but for those
+    of Llama 4, which are turned."""
     names = MIXTURES.get(getattr(model.config, "model_type", ""))
     if names is None:
         return model
+    if names is LLAMA4:
+        from epmq_cli.models.llama4 import with_routing  # a module: imports the model's code
+
+        with_routing(model)
     for module in list(model.modules()):
-        block = module._modules.get(BLOCK)
+        block = module._modules.get(names.module)
         packed = None if block is None else block._modules.get(EXPERTS)
         if packed is not None and not isinstance(packed, RoutedExperts):
-            matrices = zip(packed.gate_up_proj.data, packed.down_proj.data, strict=True)
-            block.experts = RoutedExperts(names, (Expert(names, *both, packed.act_fn) for both in matrices))
-            if names.block != BLOCK:  # the parent calls it by one name, its tensors have the other
-                module._modules[names.block] = module._modules.pop(BLOCK)
-                module.__dict__[BLOCK] = block
+            block.experts = RoutedExperts(names, _experts(names, packed))
+            if names.block != names.module:  # the parent calls it by one name, its tensors have the other
+                module._modules[names.block] = module._modules.pop(names.module)
+                module.__dict__[names.module] = block
     return model
 
 
@@ -82,7 +97,8 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The routers of a model of unpacked experts, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts):
-            yield router_of(name), model.get_submodule(router_of(name))
+            router = router_of(name, module.router)
+            yield router, model.get_submodule(router)
 
 
 def shared_factors(model: nn.Module) -> Iterator[nn.Module]:

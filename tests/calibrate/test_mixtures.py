@@ -14,14 +14,13 @@ from epmq_cli.calibrate.activations.pausable_forward import pause_hooks
 from epmq_cli.calibrate.activations.routing import Router
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.errors import ModelError
-from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.routed_experts import unpacked
 from epmq_cli.pipeline.progress import RunProgress
 from epmq_cli.pipeline.record import events
 from epmq_cli.quantize.rtn import rtn
 from tests.calibrate.test_progress import assert_same, run_walk
 from tests.families.test_decoder import distances
-from tests.helpers.architectures import GROUPED, TAKEN, built
+from tests.helpers.architectures import GROUPED, MIXED, TAKEN, built
 from tests.helpers.hubs import run_in, walk
 from tests.helpers.minihub import decoder_files
 from tests.helpers.tiers import only
@@ -35,12 +34,12 @@ def hub(tmp_path: Path) -> Path:
     return decoder_files(tmp_path / "hub", built(TAKEN["mixtral"]))
 
 
-@pytest.mark.parametrize("kind", only(("mixtral",), MIXTURES))
+@pytest.mark.parametrize("kind", only(("mixtral",), MIXED))
 def test_a_lone_expert_with_the_routers_of_the_base_is_reproduced(kind: str, tmp_path: Path) -> None:
     """One task, no anchor, no quantizer: the student starts from another model and ends as the expert."""
     folder = decoder_files(tmp_path, built(TAKEN[kind]))
     base, expert = (load_file(folder / name / "model.safetensors") for name in ("base", "first"))
-    expert |= {name: tensor for name, tensor in base.items() if name.endswith(".gate.weight")}
+    expert |= {name: tensor for name, tensor in base.items() if name.endswith((".gate.weight", ".router.weight"))}
     save_file(expert, folder / "first" / "model.safetensors", {"format": "pt"})
     far, near = distances(folder, AUTO, *PADDED[:1])
     assert near < 0.02 * far

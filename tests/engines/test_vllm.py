@@ -104,7 +104,7 @@ def test_vllm_does_not_load_what_we_refuse(name: str, answers: Any) -> None:
 
 def test_vllm_reads_mixtures_of_experts(tmp_path: Path) -> None:
     """Dense ones as they are, packed ones with a reference in place of a kernel that CPUs lack."""
-    cases = [("mixtral", "dense"), *((model, "int4-64") for model in MIXTURES)]
+    cases = [("mixtral", "dense"), *((model, "int4-64") for model in MIXTURES if not model.startswith("llama4"))]
     folders = {case: write_kind(tmp_path / "-".join(case), case[1], "causal_lm", case[0]) for case in cases}
     common = {"dtype": "float32", "tokens": PROMPT, "count": COUNT}
     jobs = [{"folder": str(folder), **common} for folder in folders.values()]

@@ -44,6 +44,8 @@ TAKEN_TYPES = {
     "internvl": "InternVL 3",
     "jais2": "Jais 2",
     "llama": "Llama 1 to 3, SmolLM 1 and 2, TinyLlama, Yi",
+    "llama4": "Llama 4 with images, mixture of experts",
+    "llama4_text": "Llama 4, text, mixture of experts",
     "llava": "LLaVA 1.5",
     "m2m_100": "M2M-100, NLLB, dense",
     "marian": "OPUS-MT",
@@ -102,7 +104,6 @@ REFUSED_TYPES = {
     "diffllama": ("DiffLlama", "attention with parameters that no step describes"),
     "gpt_oss": ("gpt-oss", EXPERTS),
     "lfm2": ("LFM 2", RECURRENT),
-    "llama4": ("Llama 4", EXPERTS),
     "mamba": ("Mamba", RECURRENT),
     "phimoe": ("Phi 3.5 MoE", EXPERTS),
 }

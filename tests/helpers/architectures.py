@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers as t
 
+from epmq_cli.models.mixtures import MIXTURES
 from tests.helpers.minihub import IDS, SIZE
 
 GROUPED: dict[str, Any] = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -26,11 +27,15 @@ FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3}
 MULTIPLIED = {**GROUPED, **GRANITE, "logits_scaling": 8.0}
 
+LLAMA4: dict[str, Any] = {**HEADS, "num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+LLAMA4 |= {"attention_chunk_size": 4, "no_rope_layers": [1, 0], "floor_scale": 4}
+"""A dense block with attention in chunks, and a mixture whose attention has no positions."""
 EYE: dict[str, Any] = {**SIZE, "image_size": 16, "patch_size": 8}
 TURNED: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 MLLAMA_EYE = {key: value for key, value in EYE.items() if key != "num_attention_heads"}
 MLLAMA_EYE |= {"num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+LLAMA4_EYE: dict[str, Any] = {**EYE, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 QWEN_VL: dict[str, Any] = {
     "image_token_id": 5,
     "video_token_id": 6,
@@ -88,6 +93,7 @@ TAKEN: dict[str, Build] = {
     "persimmon": lambda: t.PersimmonForCausalLM(t.PersimmonConfig(**SIZE, **IDS)),
     "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, **IDS)),
     "stablelm-parallel": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED, use_parallel_residual=True)),
+    "llama4_text": lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**LLAMA4)),
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
     "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**GROUPED, **FEW)),
     "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
@@ -101,6 +107,8 @@ TAKEN: dict[str, Build] = {
     ),
 }
 """By model type."""
+
+MIXED = [kind for kind in TAKEN if kind in MIXTURES]
 
 SEEING: dict[str, Build] = {
     "gemma3": lambda: t.Gemma3ForConditionalGeneration(
@@ -117,6 +125,9 @@ SEEING: dict[str, Build] = {
             vision_config={**EYE, "image_size": [16, 16], "patch_size": [8, 8]},
             image_token_id=5,
         )
+    ),
+    "llama4": lambda: t.Llama4ForConditionalGeneration(
+        t.Llama4Config(text_config=LLAMA4, vision_config=LLAMA4_EYE, image_token_index=5)
     ),
     "llava": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(

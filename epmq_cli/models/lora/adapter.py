@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmq_cli.errors import ModelError, first_line
-from epmq_cli.models.conv1d import is_turned, upright
+from epmq_cli.models.conv1d import is_turned
 from epmq_cli.models.lora.config import REMEDY, read_config
 from epmq_cli.models.lora.delta import product, residual, with_lengths
 from epmq_cli.models.lora.files import AdapterFile, sorted_file
@@ -22,6 +22,7 @@ from epmq_cli.models.lora.shapes import LowRank, rows_problem
 from epmq_cli.models.lora.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo, Tensors
 from epmq_cli.models.state_dict import open_file
+from epmq_cli.models.stored import as_linears
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ class Adapted:
     ) -> None:
         self.path, self._role, self.base = (path.parent if path.is_file() else path), role, base
         self.config = read_config(self.path, role)
-        self._file = upright(base.config, _open(path, role))
+        self._file = as_linears(base.config, _open(path, role))
         files = sorted_file(self.path, role, self._file.infos)
         self._ties = Ties(base, self.config, files)
         places = self._places(files, merged, spelling)
